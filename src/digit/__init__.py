@@ -1,0 +1,24 @@
+"""DiGIT: discriminative image tokens and autoregressive image generation.
+
+    from digit import DigitPipeline
+    pipe = DigitPipeline.from_pretrained("runs/demo")
+    images = pipe.generate(num=16, seed=0)  # (16, 3, H, W) uint8
+
+After "Stabilize the Latent Space for Image Autoregressive Modeling: A Unified Perspective" (NeurIPS 2024).
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from digit.pipeline import DigitPipeline
+
+__version__ = "0.1.0"
+__all__ = ["DigitPipeline", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DigitPipeline":  # imported on first use: `import digit` and `digit --help` stay quick without torch
+        from digit.pipeline import DigitPipeline
+
+        return DigitPipeline
+    raise AttributeError(f"module 'digit' has no attribute {name!r}")

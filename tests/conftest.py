@@ -1,0 +1,30 @@
+"""Shared fixtures: quiet progress, one seed, and the optional folder of reference data beside the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from digit import progress
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded():
+    progress.quiet()
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data (golden vectors of the released code, real images): `DIGIT_SHARED` or ../shared; skips without it."""
+    folder = Path(os.environ.get("DIGIT_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no reference data at {folder} (set DIGIT_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Golden vectors of the authors' released code."""
+    return shared / "golden"
