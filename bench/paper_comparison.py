@@ -1,0 +1,155 @@
+"""The paper's comparison on real images: DiGIT + AR, DiGIT + MaskGIT, VQ-only AR, VQ-only MaskGIT at equal training FLOPs.
+
+    python bench/paper_comparison.py DATA --run runs/cifar --out runs/cifar_comparison --seeds 0,1,2
+
+Codebook, VQGAN and tokens come from --run (a finished `digit fit`); every model is trained anew for every seed. The
+figure is the Frechet distance on EfficientNet-Lite2 features between samples and the test split; it is not FID. The
+same distance of the reconstructed test images is the floor that a renderer can reach. Everything is resumable: a model,
+a feature file or a seed that is done is not made again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from digit import pictures
+from digit.data.images import open_source
+from digit.evaluation.frechet import FeatureStats
+from digit.evaluation.judge import METRIC, collect_features, fd
+from digit.files import read_json, save_npy, write_json
+from digit.fit import Run, training_flops
+from digit.pipeline import DigitPipeline, StageSampling
+from digit.recipes import Recipe, get_recipe
+from digit.report import load_judge, real_images
+
+METHODS = {  # name -> (prior, renderer)
+    "DiGIT + AR": ("prior", "renderer"),
+    "DiGIT + MaskGIT": ("prior", "renderer_masked"),
+    "VQ-only AR": (None, "vq_ar"),
+    "VQ-only MaskGIT": (None, "vq_masked"),
+}
+
+
+def main() -> None:
+    args = arguments()
+    out = Path(args.out)
+    source, test = open_source(args.data, split="train"), open_source(args.data, split="test")
+    judge = Judge(out / "features")
+    recipe = recipe_of(args.recipe, args.run)
+    test_images, _ = real_images(test, recipe.preprocess, range(len(test)))
+    truth = judge.stats("test", lambda: test_images)
+    results = {"metric": METRIC, "samples": args.num, "test_images": len(test_images), "rows": []}
+    for seed in map(int, args.seeds.split(",")):
+        reuse = {part: Path(args.run) / part for part in ("codebook", "vqgan", "tokens")}
+        run = Run(replace(recipe, seed=seed), source, out / f"seed{seed}", reuse=reuse, device=args.device)
+        if "floor" not in results:
+            results["floor"] = floor(run, judge, truth, test_images)
+        for method, (prior, renderer) in METHODS.items():
+            results["rows"].append(row(run, judge, truth, method, prior, renderer, args, seed))
+            write_json(out / "comparison.json", results)
+    results["summary"] = summary(results)
+    write_json(out / "comparison.json", results)
+    sys.stdout.write(table(results))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("data", help="Hub-layout data set with a train and a test split")
+    parser.add_argument("--run", required=True, help="finished `digit fit` run whose codebook, VQGAN and tokens are used")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--recipe", default="cifar")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--num", type=int, default=5000, help="samples a method and seed")
+    parser.add_argument("--device", default=None)
+    return parser.parse_args()
+
+
+def recipe_of(name: str, run: str) -> Recipe:
+    """The recipe by name; the run must have been made with it."""
+    made = read_json(Path(run) / "config.json")["recipe"]["name"]
+    if made != name:
+        raise SystemExit(f"{run} was made with recipe {made}, not {name}")
+    return get_recipe(name)
+
+
+class Judge:
+    """EfficientNet-Lite2 features of named image sets, kept on disk."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._net = folder, None
+
+    def stats(self, name: str, images) -> FeatureStats:
+        path = self.folder / f"{name}.npy"
+        if not path.exists():
+            self._net = self._net or load_judge()
+            save_npy(path, collect_features(images().split(64), self._net.pooled).numpy())
+        return FeatureStats.of(torch.from_numpy(np.load(path)))
+
+
+def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> dict[str, float]:
+    """What no renderer can beat: test images through the VQGAN, and real training images against the test split."""
+    tokens = run.vq.encode(images)
+    decoded = run.vq.decode(tokens)
+    train, _ = real_images(run.source, run.recipe.preprocess, np.linspace(0, len(run.source) - 1, 5000).astype(int).tolist())
+    error = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3)) / 255**2
+    return {
+        "reconstructed_test": fd(judge.stats("reconstructed", lambda: decoded), truth),
+        "real_train_5000": fd(judge.stats("train5000", lambda: train), truth),
+        "psnr_db": float((-10 * error.log10()).mean()),
+        "vq_codes_used": len(tokens.unique()) / run.vq.vocab_size,
+    }
+
+
+def row(run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int) -> dict:
+    """Train (or read) the models of one method, draw, and measure."""
+    started = time.monotonic()
+    pipe = run.pipeline(prior, renderer)
+    name = f"{renderer}_{seed}"
+    drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, run.out / f"{renderer}.png"))
+    models = [m for m in (prior, renderer) if m]
+    flops = sum(training_flops(run.sequence_config(m)) * (c := run.training_config(m)).num_steps * c.batch_size for m in models)
+    # seconds of training alone, from the logs
+    return {
+        "method": method, "seed": seed, METRIC: fd(drawn, truth), "training_pflops": flops / 1e15,
+        "steps": {m: run.training_config(m).num_steps for m in models}, "seconds": time.monotonic() - started,
+    }
+
+
+def draw(pipe: DigitPipeline, num: int, seed: int, picture: Path) -> torch.Tensor:
+    """Draw `num` images, classes evenly, and keep a grid of ten a class."""
+    sampling = replace(pipe.sampling, precision="bf16", batch_size=250)
+    if pipe.prior is None and not pipe.renderer.cfg.masked:
+        sampling = replace(sampling, renderer=StageSampling(top_p=pipe.sampling.renderer.top_p))
+    pipe.sampling = sampling
+    images = pipe.generate(num, None, seed=1_000_000 * seed)
+    classes = max(1, len(pipe.classes))
+    shown = torch.cat([images[k::classes][:10] for k in range(classes)])
+    pictures.save_png(picture, pictures.grid(shown, 10, row_names=pipe.classes))
+    return images
+
+
+def summary(results: dict) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over seeds by method."""
+    values = {m: [r[METRIC] for r in results["rows"] if r["method"] == m] for m in METHODS}
+    return {m: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "values": v} for m, v in values.items()}
+
+
+def table(results: dict) -> str:
+    """A Markdown table."""
+    lines = [f"| method | {METRIC} (mean ± sd) | seeds |", "|---|---|---|"]
+    for method, s in results["summary"].items():
+        lines.append(f"| {method} | {s['mean']:.2f} ± {s['std']:.2f} | {', '.join(f'{v:.2f}' for v in s['values'])} |")
+    f = results["floor"]
+    lines.append(f"| test images through the VQGAN (floor) | {f['reconstructed_test']:.2f} | |")
+    lines.append(f"| 5000 real training images | {f['real_train_5000']:.2f} | |")
+    return "\n".join(lines) + "\n" + json.dumps({k: f[k] for k in ("psnr_db", "vq_codes_used")}) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Released checkpoints to DiGIT's own state dicts, one file per format; every tensor is accounted for."""

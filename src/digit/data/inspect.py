@@ -1,0 +1,186 @@
+"""What is in a collection of images: counts, classes, sizes, pixel types, broken files, and a contact sheet."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+from digit.data.decode import probe_image
+from digit.data.source import ImageSource
+from digit.errors import BadImageError
+from digit.files import atomic_path
+from digit.progress import track
+
+SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # borders of the size histogram, pixels
+NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then pixels
+NUM_SHOWN = 20  # classes and bad files that the text lists
+CHUNK = 128  # images in flight
+
+
+@dataclass(kw_only=True)
+class InspectReport:
+    """What `inspect_source` found; `to_text` for people, `to_dict` for programs, `save_contact_sheet` for the eye."""
+
+    name: str
+    fingerprint: str
+    num_images: int
+    classes: list[str]
+    class_counts: list[int]  # images of each class, broken ones too
+    num_unlabelled: int
+    widths: np.ndarray  # int64 (good images,)
+    heights: np.ndarray  # int64 (good images,)
+    kinds: Counter[str] = field(default_factory=Counter)  # 'JPEG RGB' -> images; as stored, before conversion
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+    thumbnails: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # (caption, None where broken)
+
+    @property
+    def num_good(self) -> int:
+        """Images that can be read."""
+        return self.num_images - len(self.bad)
+
+    def size_histogram(self) -> dict[str, int]:
+        """Images by the length of their short side: {'32..63 px': 12, ...}."""
+        short = np.minimum(self.widths, self.heights)
+        edges = (0, *SHORT_SIDES, None)
+        names = [f"under {high} px" if not low else f"{low}..{high - 1} px" if high else f"{low} px and more"
+                 for low, high in pairwise(edges)]  # fmt: skip
+        found = Counter(np.searchsorted(SHORT_SIDES, short, side="right").tolist())
+        return {name: found[bin_] for bin_, name in enumerate(names) if found[bin_]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the thumbnails, as JSON takes it."""
+        return {
+            "name": self.name, "fingerprint": self.fingerprint, "num_images": self.num_images,
+            "num_good": self.num_good, "num_classes": len(self.classes), "num_unlabelled": self.num_unlabelled,
+            "classes": dict(zip(self.classes, self.class_counts, strict=True)), "width": _spread(self.widths),
+            "height": _spread(self.heights), "short_side": self.size_histogram(), "kinds": dict(self.kinds),
+            "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
+        }  # fmt: skip
+
+    def to_text(self) -> str:
+        """A page for a terminal."""
+        lines = [f"{self.name}", f"  images       {self.num_images}, of which {len(self.bad)} broken"]
+        lines += [*self._class_lines()]
+        if self.num_good:
+            for side, values in (("width", self.widths), ("height", self.heights)):
+                spread = _spread(values)
+                lines.append(f"  {side:<12} {spread['min']} to {spread['max']} px, median {spread['median']:g}")
+            lines.append(f"  short side   {_listing(self.size_histogram().items())}")
+            lines.append(f"  stored as    {_listing(self.kinds.most_common())}")
+        lines += [f"  broken       {reason}" for _, reason in self.bad[:NUM_SHOWN]]
+        if len(self.bad) > NUM_SHOWN:
+            lines.append(f"               and {len(self.bad) - NUM_SHOWN} more")
+        return "\n".join([*lines, f"  fingerprint  {self.fingerprint[:16]}"])
+
+    def _class_lines(self) -> Iterator[str]:
+        if not self.classes:
+            yield "  classes      none (unlabelled)"
+            return
+        low, high = min(self.class_counts), max(self.class_counts)
+        yield f"  classes      {len(self.classes)}, of {low} to {high} images; {self.num_unlabelled} images unlabelled"
+        for name, count in list(zip(self.classes, self.class_counts, strict=True))[:NUM_SHOWN]:
+            yield f"      {count:>7}  {name}"
+        if len(self.classes) > NUM_SHOWN:
+            yield f"               and {len(self.classes) - NUM_SHOWN} more"
+
+    def save_contact_sheet(self, path: str | Path) -> None:
+        """Write a PNG of up to 64 pictures spread over the collection, each with its class below; broken ones red."""
+        columns = max(1, math.ceil(math.sqrt(len(self.thumbnails))))
+        rows = max(1, math.ceil(len(self.thumbnails) / columns))
+        width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
+        sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, (caption, picture) in enumerate(self.thumbnails):
+            left, top = GAP + number % columns * width, GAP + number // columns * height
+            tile = picture or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "darkred")
+            sheet.paste(ImageOps.pad(tile, (THUMBNAIL, THUMBNAIL), color="whitesmoke"), (left, top))
+            draw.text((left, top + THUMBNAIL), _fit_caption(draw, caption), fill="black")
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, format="PNG")
+
+
+def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectReport:
+    """Read every image once and say what is there; broken ones are listed, never raised."""
+    labels = source.labels()
+    labels = np.full(len(source), -1, dtype=np.int64) if labels is None else labels
+    counts = np.bincount(labels[labels >= 0], minlength=len(source.classes)).tolist()
+    report = InspectReport(
+        name=source.name, fingerprint=source.fingerprint, num_images=len(source), classes=source.classes,
+        class_counts=counts, num_unlabelled=int((labels < 0).sum()), widths=np.empty(0), heights=np.empty(0),
+    )  # fmt: skip
+    shown = set(_choose(labels, NUM_THUMBNAILS))
+    sizes = []
+    for index, kind, image, reason in track(_read_all(source, num_workers), "read images", len(source)):
+        if image is None:
+            report.bad.append((source.key(index), reason))
+        else:
+            sizes.append(image.size)
+            report.kinds[kind] += 1
+        if index in shown:
+            caption = source.classes[labels[index]] if labels[index] >= 0 else str(index)
+            report.thumbnails.append((caption, _thumbnail(image)))
+    report.widths, report.heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    return report
+
+
+def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str, Image.Image | None, str]]:
+    """(index, kind, picture or None, reason) in order; at most CHUNK pictures are in memory."""
+
+    def read(index: int) -> tuple[int, str, Image.Image | None, str]:
+        try:
+            image, _ = source.read(index)
+            return index, _kind(source, index), image, ""
+        except BadImageError as error:
+            return index, "", None, str(error)
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for start in range(0, len(source), CHUNK):
+            yield from pool.map(read, range(start, min(start + CHUNK, len(source))))
+
+
+def _kind(source: ImageSource, index: int) -> str:
+    """'JPEG RGB': format and pixel type as stored; 'rendered' for sources without files."""
+    raw = getattr(source, "raw", None)
+    data = raw(index) if raw else None
+    return "rendered RGB" if data is None else "{} {}".format(*probe_image(data))
+
+
+def _choose(labels: np.ndarray, num: int) -> list[int]:
+    """Up to `num` indices, the classes in turn, evenly spread within each."""
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(groups) > num:
+        groups = [groups[place] for place in np.arange(num) * len(groups) // num]
+    each = math.ceil(num / len(groups))
+    picks = [group[np.arange(min(each, len(group))) * len(group) // min(each, len(group))] for group in groups]
+    rounds = [pick[turn] for turn in range(each) for pick in picks if turn < len(pick)]
+    return [int(index) for index in rounds[:num]]
+
+
+def _thumbnail(image: Image.Image | None) -> Image.Image | None:
+    if image is not None:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def _fit_caption(draw: ImageDraw.ImageDraw, text: str) -> str:
+    text = text.encode("latin-1", "replace").decode("latin-1")  # what every built-in font has
+    while text and draw.textlength(text) > THUMBNAIL:
+        text = text[:-1]
+    return text
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _listing(pairs: Any) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in pairs)

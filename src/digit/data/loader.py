@@ -1,0 +1,270 @@
+"""From a source to batches of crops: CropLoader goes through everything once, CachedCrops serves training for ever."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
+from digit.data.source import ImageSource
+from digit.errors import BadImageError, DigitError
+from digit.progress import Progress
+
+CHUNK = 256  # images decoded between two looks at the budget
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Rows of a CropLoader, in order."""
+
+    images: torch.Tensor  # uint8 (B, 3, S, S), RGB, 0..255; zeros where not ok
+    labels: torch.Tensor  # int64 (B,), -1 = none
+    indices: torch.Tensor  # int64 (B,), which image of the source
+    crops: torch.Tensor  # int64 (B,), which crop of the image
+    ok: torch.Tensor  # bool (B,), False where the image could not be read
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class BadImages:
+    """The broken images of one run: named once, counted, and too many of them end the run."""
+
+    def __init__(self, total: int, max_fraction: float):
+        self.total, self.max_fraction = total, max_fraction
+        self.found: dict[int, tuple[str, str]] = {}  # image -> (key, reason)
+        self._lock = threading.Lock()
+
+    def add(self, index: int, key: str, reason: str) -> None:
+        """Record one. Raises DigitError past the fraction, or once every image is bad."""
+        with self._lock:
+            self.found.setdefault(index, (key, reason))
+            count = len(self.found)
+        if count < self.total and count <= self.max_fraction * self.total:
+            return
+        first = next(iter(self.found.values()))[1]
+        if count == self.total:
+            raise DigitError(f"none of the {count} images can be read; the first: {first}")
+        limit = f"more than max_bad_fraction {self.max_fraction:g}"
+        raise DigitError(f"{count} of {self.total} images unreadable, {limit}: see digit inspect; the first: {first}")
+
+
+def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tuple[np.ndarray, int]:
+    """(uint8 (H, W, 3) with the short side at cfg.crop_size, label). Raises BadImageError naming the image."""
+    image, label = source.read(index)
+    try:
+        return np.asarray(resize_short_side(image, cfg.crop_size)), label
+    except BadImageError as error:
+        raise BadImageError(f"{source.key(index)}: {error}") from error
+
+
+class CropLoader:
+    """Every crop of every image, in order, in batches; broken images are marked, not dropped.
+
+    Row r is crop r % crops_per_image of image indices[r // crops_per_image]. What a row holds depends on
+    (seed, image, crop) alone: not on the batch size, the workers, or where the loader started.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        cfg: PreprocessConfig,
+        *,
+        indices: Sequence[int] | np.ndarray | None = None,
+        crops_per_image: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        start_row: int = 0,
+    ):
+        if crops_per_image < 1 or batch_size < 1:
+            raise DigitError(f"crops_per_image is {crops_per_image}, batch_size {batch_size}; wanted 1 or more of each")
+        self.source, self.cfg, self.seed = source, cfg, seed
+        self.indices = np.asarray(range(len(source)) if indices is None else indices, dtype=np.int64).reshape(-1)
+        self.crops_per_image, self.batch_size, self.num_workers = crops_per_image, batch_size, num_workers
+        self.start_row = start_row
+        assert not len(self.indices) or (self.indices.min() >= 0 and self.indices.max() < len(source)), "indices"
+        self._bad = BadImages(len(np.unique(self.indices)), max_bad_fraction)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows from the very first, whatever `start_row` is."""
+        return len(self.indices) * self.crops_per_image
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """(key, reason) of the broken images met so far, each once."""
+        return list(self._bad.found.values())
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return -(-max(0, self.num_rows - self.start_row) // self.batch_size)
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        """Raises DigitError past max_bad_fraction, and where every image is bad."""
+        for batch, bad in self._batches():
+            for index, key, reason in bad:
+                self._bad.add(index, key, reason)
+            yield batch
+
+    def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
+        batches = _Batches(self)
+        if self.num_workers == 0:
+            return map(batches.__getitem__, range(len(self)))
+        from torch.utils.data import DataLoader
+
+        own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
+        return iter(
+            DataLoader(batches, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is, generator=own)
+        )
+
+
+def _as_is(item: object) -> object:
+    return item
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Batch b of a CropLoader, made in a worker process."""
+
+    def __init__(self, loader: CropLoader):
+        self.source, self.cfg, self.seed, self.indices = loader.source, loader.cfg, loader.seed, loader.indices
+        self.crops_per_image, self.batch_size = loader.crops_per_image, loader.batch_size
+        self.start_row, self.num_rows, self.num_batches = loader.start_row, loader.num_rows, len(loader)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, number: int) -> tuple[CropBatch, list[tuple[int, str, str]]]:
+        start = self.start_row + number * self.batch_size
+        rows = np.arange(start, min(start + self.batch_size, self.num_rows))
+        indices, crops = self.indices[rows // self.crops_per_image], rows % self.crops_per_image
+        size, known = self.cfg.crop_size, self.source.labels()
+        images = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
+        labels = np.full(len(rows), -1) if known is None else known[indices]
+        ok, bad = np.ones(len(rows), dtype=bool), []
+        for index in dict.fromkeys(indices.tolist()):
+            mine = np.flatnonzero(indices == index)
+            try:
+                resized, labels[mine] = read_resized(self.source, index, self.cfg)
+            except BadImageError as error:
+                ok[mine] = False
+                bad.append((index, self.source.key(index), str(error)))
+                continue
+            for row in mine:
+                images[row] = cut(resized, self.cfg, seed=self.seed, index=index, crop=int(crops[row]))
+        nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # (B, 3, S, S)
+        return CropBatch(nchw, *map(torch.from_numpy, (labels.astype(np.int64), indices, crops, ok))), bad
+
+
+class CachedCrops:
+    """Endless random batches for training: images wait in memory, resized; each visit gets a fresh crop and flip.
+
+    Batch `step` is a pure function of (seed, step, batch size): epochs are permutations, and in epoch e image i is
+    crop_image(..., seed=seed, index=i, crop=e). A broken image's turn goes to the next good one. Where the images
+    exceed the budget, the rest is decoded when needed, by threads that run ahead; the batches are the same.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        cfg: PreprocessConfig,
+        *,
+        seed: int = 0,
+        budget_bytes: int = 2**31,
+        indices: Sequence[int] | np.ndarray | None = None,
+        num_workers: int = 2,
+        prefetch: int = 4,
+        max_bad_fraction: float = 0.01,
+    ):
+        self.source, self.cfg, self.seed, self.budget_bytes = source, cfg, seed, budget_bytes
+        self.indices = np.asarray(range(len(source)) if indices is None else indices, dtype=np.int64).reshape(-1)
+        if not len(self.indices):
+            raise DigitError(f"no images to train on in {source.name}")
+        self.prefetch, self._pool = prefetch, ThreadPoolExecutor(max(1, num_workers), "digit-crops")
+        self._bad = BadImages(len(np.unique(self.indices)), max_bad_fraction)
+        self._cache: list[tuple[np.ndarray, int] | None] = []  # (uint8 (H, W, 3), label) in the order of `indices`
+        self._orders: dict[int, np.ndarray] = {}
+        self._ahead: dict[tuple[int, int], Future] = {}
+        self._fill()
+
+    def _fill(self) -> None:
+        used = 0
+        with Progress("decode images", len(self.indices)) as bar:
+            for start in range(0, len(self.indices), CHUNK):
+                for entry in self._pool.map(self._decode, range(start, min(start + CHUNK, len(self.indices)))):
+                    used += entry[0].nbytes if entry else 0
+                    if used > self.budget_bytes:
+                        return
+                    self._cache.append(entry)
+                    bar.update()
+        self._pool.shutdown(wait=False)
+
+    def _decode(self, position: int) -> tuple[np.ndarray, int] | None:
+        index = int(self.indices[position])
+        if index in self._bad.found:
+            return None
+        try:
+            return read_resized(self.source, index, self.cfg)
+        except BadImageError as error:
+            self._bad.add(index, self.source.key(index), str(error))
+            return None
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """(key, reason) of the broken images met so far."""
+        return list(self._bad.found.values())
+
+    @property
+    def num_cached(self) -> int:
+        """Images that wait in memory."""
+        return len(self._cache)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none) of one step."""
+        if self.num_cached == len(self):
+            return self._make(step, batch_size)
+        wanted = [(step + ahead, batch_size) for ahead in range(self.prefetch + 1)]
+        for stale in set(self._ahead) - set(wanted):
+            self._ahead.pop(stale).cancel()
+        for key in wanted:
+            if key not in self._ahead:
+                self._ahead[key] = self._pool.submit(self._make, *key)
+        return self._ahead.pop(wanted[0]).result()
+
+    def _make(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size, count = self.cfg.crop_size, len(self)
+        images = np.empty((batch_size, 3, size, size), dtype=np.uint8)
+        labels = np.empty(batch_size, dtype=np.int64)
+        for row, turn in enumerate(range(step * batch_size, (step + 1) * batch_size)):
+            epoch, place = divmod(turn, count)
+            (resized, labels[row]), index = self._take(int(self._order(epoch)[place]))
+            square = cut(resized, self.cfg, seed=self.seed, index=index, crop=epoch)  # (S, S, 3)
+            images[row] = square.transpose(2, 0, 1)
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    def _take(self, position: int) -> tuple[tuple[np.ndarray, int], int]:
+        """((picture, label), image index) at a position, or of the next good one."""
+        while True:
+            entry = self._cache[position] if position < len(self._cache) else self._decode(position)
+            if entry is not None:
+                return entry, int(self.indices[position])
+            position = (position + 1) % len(self)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            kept = {old: order for old, order in self._orders.items() if abs(old - epoch) <= 1}
+            self._orders = kept | {epoch: philox(self.seed, ORDER_STREAM, epoch, 0).permutation(len(self))}
+        return self._orders[epoch]
+
+    def close(self) -> None:
+        """Stop the threads and let the pictures go."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+        self._cache.clear()

@@ -1,0 +1,141 @@
+"""The ONE preprocessing: codebook, tokens, training and evaluation all cut their pictures here.
+
+The released code has two paths, and both exist under their names (RELEASED_CODE.md, Encoder):
+
+    released         PIL bicubic, short side -> image_size; crop image_size; flip.      The encoder interpolates the
+                     tensor later (bicubic, no antialias) by encoder_size / image_size. Training and stage 2.
+    released_kmeans  PIL bicubic, short side -> encoder_size; crop encoder_size; flip.  Nothing later. K-means features.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from PIL import Image
+
+from digit.data.decode import MAX_PIXELS
+from digit.errors import BadImageError, DigitError
+
+if TYPE_CHECKING:
+    import torch
+
+PathName = Literal["released", "released_kmeans"]
+MASK_64 = 2**64 - 1
+CROP_STREAM, ORDER_STREAM = 0, 1  # independent random streams of one seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """From a picture of any size to a square uint8 crop."""
+
+    path: PathName = "released"
+    """which of the released code's two paths: released (training, tokens) or released_kmeans (codebook features)"""
+    image_size: int = 256
+    """side of the crop in pixels on the path `released`; what the VQGAN sees"""
+    encoder_size: int = 224
+    """side in pixels that the frozen encoder sees"""
+    random_crop: bool = True
+    """crop at a random place (else in the centre)"""
+    flip: bool = True
+    """mirror left-right with probability 0.5"""
+
+    def __post_init__(self) -> None:
+        if self.path not in get_args(PathName):
+            raise DigitError(f"preprocess path is {self.path!r}, wanted one of {', '.join(get_args(PathName))}")
+        for field in ("image_size", "encoder_size"):
+            if not 1 <= getattr(self, field) <= 4096:
+                raise DigitError(f"preprocess {field} is {getattr(self, field)}, wanted 1 to 4096 pixels")
+
+    @property
+    def crop_size(self) -> int:
+        """Side in pixels of what `crop_image` returns; the short side is resized to it first."""
+        return self.image_size if self.path == "released" else self.encoder_size
+
+    @property
+    def deterministic(self) -> bool:
+        """True where every crop of an image is the same."""
+        return not (self.random_crop or self.flip)
+
+
+def philox(seed: int, stream: int, index: int, draw: int) -> np.random.Generator:
+    """Random numbers as a pure function of four integers mod 2^64: key (seed, stream), counter (0, 0, index, draw)."""
+    key = np.array([seed & MASK_64, stream & MASK_64], dtype=np.uint64)
+    counter = np.array([0, 0, index & MASK_64, draw & MASK_64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
+    """(width, height) after resizing the short side to `short`; the long side is truncated, not rounded."""
+    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+
+
+def resize_short_side(image: Image.Image, short: int) -> Image.Image:
+    """PIL bicubic (antialiased), the short side to `short` pixels; untouched where it already is.
+
+    Raises BadImageError where the other side would grow past all use (a line of pixels).
+    """
+    size = resized_size(*image.size, short)
+    if size[0] * size[1] > MAX_PIXELS:
+        width, height = image.size
+        raise BadImageError(f"{width}x{height} pixels are too long and thin: {size[0]}x{size[1]} once resized")
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def place_crop(
+    width: int, height: int, cfg: PreprocessConfig, *, seed: int, index: int, crop: int
+) -> tuple[int, int, bool]:
+    """(left, top, flipped) of one crop in a resized picture: a pure function of (seed, index, crop)."""
+    size = cfg.crop_size
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    if crop < 0 or cfg.deterministic:
+        return left, top, False
+    u, v, w = philox(seed, CROP_STREAM, index, crop).random(3)
+    if cfg.random_crop:
+        left, top = int(u * (width - size + 1)), int(v * (height - size + 1))
+    return left, top, bool(cfg.flip and w < 0.5)
+
+
+def crop_image(image: Image.Image, cfg: PreprocessConfig, *, seed: int, index: int, crop: int) -> np.ndarray:
+    """One crop of a picture as uint8 (S, S, 3), RGB, 0..255, S = cfg.crop_size.
+
+    Args:
+        image: PIL picture of mode RGB, any size.
+        seed, index, crop: what the place and the flip depend on, and nothing else; crop -1 is the centre, unflipped.
+
+    Raises:
+        BadImageError: the picture is too long and thin to resize.
+    """
+    resized = np.asarray(resize_short_side(image, cfg.crop_size))  # (H, W, 3)
+    return cut(resized, cfg, seed=seed, index=index, crop=crop)
+
+
+def cut(resized: np.ndarray, cfg: PreprocessConfig, *, seed: int, index: int, crop: int) -> np.ndarray:
+    """As `crop_image`, from the resized picture (H, W, 3) uint8; a view where it can be."""
+    height, width, _ = resized.shape
+    left, top, flipped = place_crop(width, height, cfg, seed=seed, index=index, crop=crop)
+    square = resized[top : top + cfg.crop_size, left : left + cfg.crop_size]  # (S, S, 3)
+    return square[:, ::-1] if flipped else square
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre of a picture, short side resized to `size`: uint8 (size, size, 3). Raises as crop_image."""
+    return crop_image(image, PreprocessConfig(image_size=size), seed=0, index=0, crop=-1)
+
+
+def fit_batch(images: "torch.Tensor", size: int) -> "torch.Tensor":
+    """Centre crops of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, size, size); the batch itself where it fits already.
+
+    Raises DigitError for anything but uint8 RGB pictures in 0..255.
+    """
+    import torch
+
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
+        raise DigitError(f"images are {got}, wanted (B, 3, H, W) uint8, RGB, 0..255")
+    if images.shape[2:] == (size, size):
+        return images
+    pictures = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
+    crops = np.zeros((len(pictures), size, size, 3), dtype=np.uint8)
+    for crop, picture in zip(crops, pictures, strict=True):
+        crop[:] = centre_crop(picture, size)
+    return torch.from_numpy(crops.transpose(0, 3, 1, 2).copy()).to(images.device)

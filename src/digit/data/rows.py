@@ -1,0 +1,99 @@
+"""Plain .npy files filled row by row, which a kill or a full disk leaves in a state that can be told and continued."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit.errors import DigitError
+from digit.files import atomic_path, disk_errors
+
+COPY_ROWS = 65536
+AGAIN = "delete the folder and make the tokens again (digit tokenize ...)"
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory-map a .npy read-only. Raises DigitError where it is missing, cut short or of another shape."""
+    try:
+        with open(path, "rb") as file:
+            data = _data_offset(file, shape, dtype)
+            size, wanted = os.fstat(file.fileno()).st_size, data + int(np.prod(shape)) * dtype.itemsize
+        if size != wanted:
+            raise DigitError(f"{path} was cut short: it holds {size} bytes, its header says {wanted}: {AGAIN}")
+        return np.load(path, mmap_mode="r", allow_pickle=False) if np.prod(shape) else np.zeros(shape, dtype)
+    except FileNotFoundError as error:
+        raise DigitError(f"no such file: {path}; {AGAIN}") from error
+    except (ValueError, OSError, EOFError) as error:
+        raise DigitError(f"{path} cannot be read ({error}): {AGAIN}") from error
+
+
+def _data_offset(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> int:
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    got_shape, fortran, got_dtype = np.lib.format.read_array_header_1_0(file)
+    if (got_shape, got_dtype) != (shape, dtype) or fortran:
+        raise ValueError(f"its header says {got_dtype} {got_shape}, the manifest {dtype} {shape}")
+    return file.tell()
+
+
+class ArrayFile:
+    """A .npy that is filled row by row: allocated in full first, so that a full disk shows at once and not midway.
+
+    Rows go through write(), not a memory map: on a full disk a map ends the process by signal, write() raises.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: str):
+        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+        self.row_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
+
+    def allocate(self) -> None:
+        """Header, then zeros to the full length; the blocks are really taken."""
+        with disk_errors(self.path), open(self.path, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            left = self.shape[0] * self.row_bytes
+            while left > 0:
+                left -= file.write(bytes(min(left, 2**22)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> "ArrayFile":
+        with open(self.path, "rb") as file:
+            self.offset = _data_offset(file, self.shape, self.dtype)
+        self.file = open(self.path, "r+b", buffering=0)
+        return self
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Rows row..row + len(values) - 1."""
+        with disk_errors(self.path):
+            data = memoryview(np.ascontiguousarray(values, dtype=self.dtype)).cast("B")
+            self.file.seek(self.offset + row * self.row_bytes)
+            while data:
+                data = data[self.file.write(data) :]
+
+    def sync(self) -> None:
+        """On the disk, not only on its way there."""
+        with disk_errors(self.path):
+            os.fsync(self.file.fileno())
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def copy_rows(partial: Path, final: Path, keep: np.ndarray, array: ArrayFile) -> None:
+    """The finished file: the rows of `partial` where `keep` holds, in order; replaces `final` at one stroke."""
+    if keep.all():
+        os.replace(partial, final)
+        return
+    whole = np.load(partial, mmap_mode="r", allow_pickle=False)
+    with atomic_path(final) as temporary:
+        kept = ArrayFile(temporary, (int(keep.sum()), *array.shape[1:]), array.dtype.str)
+        kept.allocate()
+        row = 0
+        with kept:
+            for start in range(0, len(keep), COPY_ROWS):
+                values = whole[start : start + COPY_ROWS][keep[start : start + COPY_ROWS]]
+                kept.write(row, values)
+                row += len(values)

@@ -1,0 +1,144 @@
+"""What every collection of images looks like: ImageSource, and a part of one."""
+
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from digit.data.decode import decode_image
+from digit.errors import DigitError
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """An indexed collection of RGB images, perhaps with labels. Sources can be pickled and read from threads.
+
+    A source that keeps encoded files implements `raw`; one that makes its pictures overrides `read`.
+    """
+
+    name: str
+    classes: list[str]  # [] where unlabelled; label k means classes[k]
+    fingerprint: str  # SHA-256 over names and sizes, 64 hex digits
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """A name of image `index` for messages; the same in every run."""
+        ...
+
+    def labels(self) -> np.ndarray | None:
+        """int64 (len,), -1 = none; None where finding out would mean reading everything."""
+        return None
+
+    def raw(self, index: int) -> bytes | Path | None:
+        """The encoded image: its bytes or its file; None where there is none (rendered pictures)."""
+        return None
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """(PIL picture of mode RGB, label or -1). Raises BadImageError that names the image."""
+        data, labels = self.raw(index), self.labels()
+        assert data is not None, "a source without raw() has its own read()"
+        return decode_image(data, name=self.key(index)), -1 if labels is None else int(labels[index])
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "SubsetSource":
+        """The images at `indices`, in that order."""
+        return SubsetSource(self, indices)
+
+    def limit(self, num: int | None) -> "ImageSource":
+        """`num` images spread evenly over the source (so over its classes); the source itself where it has no more."""
+        if num is not None and num < 1:
+            raise DigitError(f"limit is {num}, wanted 1 or more")
+        if num is None or num >= len(self):
+            return self
+        return SubsetSource(self, np.arange(num, dtype=np.int64) * len(self) // num)
+
+    def with_classes(self, classes: Sequence[str]) -> "ImageSource":
+        """The same images, labels numbered as in `classes` (a test split after the training set); others become -1."""
+        return self if list(classes) == self.classes else RelabelledSource(self, classes)
+
+
+class SubsetSource(ImageSource):
+    """Some images of another source, with the same classes."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray):
+        self.source = source
+        self.indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= len(source)):
+            low, high = self.indices.min(), self.indices.max()
+            raise DigitError(f"subset wants images {low}..{high}, {source.name} has 0..{len(source) - 1}")
+        self.name = f"{source.name}[{len(self.indices)} of {len(source)}]"
+        self.classes = source.classes
+        self.fingerprint = digest([source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, index: int) -> str:
+        return self.source.key(int(self.indices[index]))
+
+    def labels(self) -> np.ndarray | None:
+        labels = self.source.labels()
+        return None if labels is None else labels[self.indices]
+
+    def raw(self, index: int) -> bytes | Path | None:
+        return self.source.raw(int(self.indices[index]))
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return self.source.read(int(self.indices[index]))
+
+
+class RelabelledSource(SubsetSource):
+    """A source whose labels are numbered by another list of class names."""
+
+    def __init__(self, source: ImageSource, classes: Sequence[str]):
+        super().__init__(source, np.arange(len(source)))
+        place = {name: number for number, name in enumerate(classes)}
+        self._number = np.array([*(place.get(name, -1) for name in source.classes), -1], dtype=np.int64)  # [-1] is -1
+        self.name, self.classes = source.name, list(classes)
+        self.fingerprint = digest([source.fingerprint.encode(), *(name.encode() for name in classes)])
+
+    def labels(self) -> np.ndarray | None:
+        labels = super().labels()
+        return None if labels is None else self._number[labels]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        image, label = super().read(index)
+        return image, int(self._number[label])
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """SHA-256 over byte strings, each preceded by its length, as 64 hex digits."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "little") + part)
+    return total.hexdigest()
+
+
+def file_digest(files: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 over (path relative to the root, size in bytes) of files; where the root lies does not matter."""
+    return digest(part for name, size in files for part in (os.fsencode(name), str(size).encode()))
+
+
+def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> tuple[list[str], np.ndarray]:
+    """Distinct values, sorted, as class names, and each value's index; None, '' and -1 mean unlabelled (-1).
+
+    With `numeric`, values that are all integers ("10", 9) are sorted as numbers; otherwise all are sorted as text.
+    """
+    known = {value for value in values if value is not None and value not in ("", -1)}
+    numeric = numeric and all(_is_integer(value) for value in known)
+    meaning = {value: int(value) if numeric else str(value) for value in known}
+    order = sorted(set(meaning.values()))
+    place = {name: index for index, name in enumerate(order)}
+    look_up = {value: place[meaning[value]] for value in known}
+    return [str(name) for name in order], np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
+
+
+def _is_integer(value: int | str) -> bool:
+    return isinstance(value, int) or value.removeprefix("-").isdecimal()

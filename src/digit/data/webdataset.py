@@ -1,0 +1,105 @@
+"""WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit.data.decode import EXTENSIONS
+from digit.data.source import ImageSource, file_digest, index_classes
+from digit.errors import BadImageError, DigitError
+from digit.progress import track
+
+LABEL_KEYS = ("label", "cls", "class")
+MAX_LABEL_BYTES = 2**20
+PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+MANY_SHARDS = 8  # from here on the indexing shows its progress
+
+
+class TarSource(ImageSource):
+    """Samples of one or several plain tar files; each shard is listed once, images are then read at their offset.
+
+    A sample's label is its .cls (a number or a name), else label, cls or class in its .json, else none.
+    """
+
+    def __init__(self, root: Path, files: list[Path]):
+        self.name, self.files = str(root), files
+        self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
+        self.samples: list[tuple[int, str, int, int]] = []  # (shard, name, offset, size)
+        values: list[int | str | None] = []
+        for number, file in enumerate(track(files, "list shards") if len(files) > MANY_SHARDS else files):
+            for sample in _list_shard(file).values():
+                if "image" in sample:
+                    self.samples.append((number, *sample["image"]))
+                    values.append(sample.get("cls", sample.get("json")))
+        if not self.samples:
+            raise DigitError(f"{root} holds no images: wanted members such as 0001.jpg and 0001.cls")
+        sizes = [file.stat().st_size for file in files]
+        self.fingerprint = file_digest(zip(self.short_names, sizes, strict=True))
+        self.classes, self._labels = index_classes(values)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, index: int) -> str:
+        shard, name, _, _ = self.samples[index]
+        return f"{self.short_names[shard]}:{name}"
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+    def raw(self, index: int) -> bytes:
+        shard, _, offset, size = self.samples[index]
+        try:
+            with open(self.files[shard], "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise BadImageError(f"{self.key(index)}: {error.strerror}") from error
+
+
+def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
+    """{sample: {"image": (name, offset, size), "cls": text, "json": label}} in the order of the tar."""
+    samples: dict[str, dict[str, Any]] = {}
+    try:
+        with open(file, "rb") as raw:
+            _refuse_packed(file, raw.read(2))
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    _add_member(samples, tar, member)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        read = f"after {len(samples)} samples" if samples else "from its start"
+        raise DigitError(f"{file} is damaged or cut short {read} ({error}): fetch it again") from error
+    return samples
+
+
+def _refuse_packed(file: Path, magic: bytes) -> None:
+    if magic in PACKED:
+        raise DigitError(f"{file} is packed with {PACKED[magic]}: unpack it to a plain .tar (random access)")
+
+
+def _add_member(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    folder, base = os.path.split(member.name)
+    stem, _, extension = base.partition(".")
+    if not stem:
+        return  # hidden
+    sample = samples.setdefault(f"{folder}/{stem}", {})
+    kind = extension.lower().rpartition(".")[2]
+    if f".{kind}" in EXTENSIONS:
+        sample.setdefault("image", (member.name, member.offset_data, member.size))
+    elif kind in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
+        text = tar.extractfile(member).read().decode("utf-8", "replace")
+        sample[kind] = text.strip() if kind == "cls" else _json_label(text)
+
+
+def _json_label(text: str) -> int | str | None:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    values = [record[key] for key in LABEL_KEYS if key in record] if isinstance(record, dict) else [record]
+    return next((value for value in values if isinstance(value, int | str) and not isinstance(value, bool)), None)

@@ -1,0 +1,120 @@
+"""Fréchet distance between two sets of features (the formula of FID, Heusel et al. 2017), in float64.
+
+The number depends on the network that gave the features, its input size and the number of images: name all three with
+it. Only features of the Inception network of the paper make it an FID (see evaluation/judge.py for ours).
+"""
+
+from typing import Any, Self
+
+import numpy as np
+
+from digit.errors import DigitError, MismatchError
+
+
+class FeatureStats:
+    """Mean and covariance of features that arrive in batches, in float64 (pairwise update of Chan et al. 1979).
+
+    `update` takes (B, D), `merge` another FeatureStats; neither the order nor the batch size matters beyond rounding.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: np.ndarray | None = None  # (D,)
+        self._scatter: np.ndarray | None = None  # (D, D), sum of outer products about the mean
+
+    @classmethod
+    def of(cls, features: Any) -> Self:
+        """Statistics of one array or tensor (N, D)."""
+        return cls().update(features)
+
+    @property
+    def dim(self) -> int:
+        """Number of features D. Raises DigitError before the first update."""
+        return self.mean.shape[0]
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean (D,) float64. Raises DigitError before the first update."""
+        if self._mean is None:
+            raise DigitError("feature statistics are empty: update them with at least 2 images first")
+        return self._mean
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased covariance (D, D) float64, sum / (N - 1). Raises DigitError below 2 images."""
+        if self.count < 2:
+            raise DigitError(f"feature statistics hold {self.count} images: a covariance needs at least 2")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: Any) -> Self:
+        """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for another shape or NaN."""
+        batch = _as_float64(features)
+        if batch.ndim != 2:
+            raise DigitError(f"features have shape {tuple(batch.shape)}, wanted (images, features): pool them first")
+        if not np.isfinite(batch).all():
+            raise DigitError("features hold NaN or infinity: check the images and the network's weights")
+        if len(batch):
+            mean = batch.mean(0)
+            centred = batch - mean
+            self._add(len(batch), mean, centred.T @ centred)
+        return self
+
+    def merge(self, other: "FeatureStats") -> Self:
+        """Add what another process has seen."""
+        if other.count:
+            self._add(other.count, other._mean, other._scatter)
+        return self
+
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if self._mean is None:
+            self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
+            return
+        if mean.shape != self._mean.shape:
+            raise MismatchError(f"features have {len(mean)} numbers, statistics {self.dim}: use one network for both")
+        total, shift = self.count + count, mean - self._mean
+        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+        self._mean += shift * (count / total)
+        self.count = total
+
+
+def _as_float64(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def frechet_distance(mu1: Any, s1: Any, mu2: Any, s2: Any) -> float:
+    # ||mu1 - mu2||^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6)
+    """Squared Fréchet (2-Wasserstein) distance of two Gaussians: means (D,), covariances (D, D); at least 0.
+
+    Tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2): symmetric eigenproblems only, no complex
+    square root of a nearly singular product, and exactly the trace where both are equal, also with fewer images than
+    features.
+    """
+    mu1, s1, mu2, s2 = (_as_float64(value) for value in (mu1, s1, mu2, s2))
+    if mu1.shape != mu2.shape or s1.shape != s2.shape:
+        raise MismatchError(f"statistics have {mu1.size} and {mu2.size} features: use one network for both")
+    cross = np.linalg.svd(_square_root(s1) @ _square_root(s2), compute_uv=False).sum()
+    shift = mu1 - mu2
+    return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
+
+
+def _square_root(cov: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semidefinite matrix; negative eigenvalues are rounding and become 0."""
+    values, vectors = np.linalg.eigh((cov + cov.T) * 0.5)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+
+
+def bootstrap_std(first: Any, second: Any, *, num_rounds: int = 20, seed: int = 0) -> float:
+    """Standard deviation of the distance when both sets of features (N, D), (M, D) are drawn again with replacement.
+
+    It tells how far another sample of images would move the number. It says nothing of the upward bias of a small
+    sample: compare only distances of equally many images.
+    """
+    first, second = _as_float64(first), _as_float64(second)
+    rng = np.random.default_rng(seed)
+    distances = []
+    for _ in range(num_rounds):
+        a, b = (FeatureStats.of(x[rng.integers(len(x), size=len(x))]) for x in (first, second))
+        distances.append(frechet_distance(a.mean, a.cov, b.mean, b.cov))
+    return float(np.std(distances, ddof=1))

@@ -1,0 +1,230 @@
+"""From images to a pipeline, stage by stage, in one run folder; a stage that is done is read, not made again.
+
+    OUT/config.json   the whole configuration; a rerun with another one is refused
+    OUT/codebook/     stage codebook      frozen encoder + K-means
+    OUT/vqgan/        stage vqgan         trained, or the carried asset
+    OUT/tokens/       stage tokens        discriminative and VQ tokens of the same crops
+    OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
+    OUT/pipeline/     what DigitPipeline.from_pretrained reads
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from digit.data.images import ImageSource, open_source
+from digit.data.loader import CachedCrops
+from digit.data.tokens import TokenStore, write_tokens
+from digit.errors import DigitError, MismatchError
+from digit.files import read_json, write_json
+from digit.models.sequence import SequenceModel
+from digit.models.vqgan import VQGAN
+from digit.pipeline import DigitPipeline, load_sequence_model, save_sequence_model
+from digit.recipes import MODEL_NAMES, Recipe
+from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
+from digit.tokenizers.encoders import FrozenEncoder, load_encoder
+from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
+from digit.training.gan import train_vqgan
+from digit.training.likelihood import train_likelihood
+from digit.training.log import last_figures
+from digit.training.loop import TrainConfig
+
+MIN_IMAGES = 2
+
+
+class Run:
+    """One run folder: every part is made on first use and found again afterwards.
+
+    Args:
+        recipe: the full configuration.
+        data: what `open_source` takes, or a source.
+        out: the run folder.
+        split: split of a Hub-layout data set; by default train where there is one.
+        reuse: folders of another run's parts, by stage name ("codebook", "vqgan", "tokens").
+        device: cpu or cuda.
+    """
+
+    def __init__(self, recipe: Recipe, data: str | ImageSource, out: str | Path, *, split: str | None = None,
+                 reuse: dict[str, str | Path] | None = None, device: str | None = None):
+        self.recipe, self.out = recipe, Path(out)
+        self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.source = open_source(data, split=split) if isinstance(data, str) else data
+        if len(self.source) < MIN_IMAGES:
+            raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Write config.json, or compare with the one that is there."""
+        wanted = {"recipe": asdict(self.recipe), "data": {"name": self.source.name, "fingerprint": self.source.fingerprint}}
+        path = self.out / "config.json"
+        if path.exists():
+            for name, here, asked in differences(read_json(path), _plain(wanted)):
+                raise MismatchError(f"{self.out} was made with {name} = {here}, now asked for {asked}: choose another --out, or the old setting")
+        else:
+            write_json(path, wanted)
+
+    # ---------------------------------------------------------------- stages
+
+    @cached_property
+    def encoder(self) -> FrozenEncoder:
+        """The frozen encoder of the recipe."""
+        return load_encoder(self.recipe.encoder).to(self.device)
+
+    @cached_property
+    def codebook(self) -> Codebook:
+        """Stage codebook."""
+        folder = self.reuse.get("codebook", self.out / "codebook")
+        if not (folder / "codebook.json").exists():
+            codebook = fit_codebook(self.source, self.recipe.preprocess, self.encoder, self.recipe.kmeans,
+                                    subset=self.recipe.codebook_subset, seed=self.recipe.seed)
+            codebook.save(folder)
+        return Codebook.load(folder).to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> DiscriminativeTokenizer:
+        """Encoder and codebook together."""
+        return DiscriminativeTokenizer(self.encoder, self.codebook)
+
+    @cached_property
+    def vq(self) -> VQTokenizer:
+        """Stage vqgan."""
+        folder = self.reuse.get("vqgan", self.out / "vqgan")
+        if not (folder / "vqgan.json").exists():
+            self._train_vqgan(folder)
+        vq = VQTokenizer.load(folder)
+        vq.vqgan.to(self.device)
+        return vq
+
+    def _train_vqgan(self, folder: Path) -> None:
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        vqgan = load_asset_vqgan().vqgan if recipe.vqgan_start == "asset" else VQGAN(recipe.vqgan)
+        if recipe.vqgan_training.num_steps:
+            crops = CachedCrops(self.source, recipe.preprocess, seed=recipe.seed)
+            size = recipe.vqgan_training.batch_size
+            figures = train_vqgan(vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder)
+            write_json(folder / "metrics.json", figures)
+        VQTokenizer(vqgan).save(folder)
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        """Stage tokens; checked against codebook and VQGAN."""
+        if "tokens" in self.reuse:
+            store = TokenStore.open(self.reuse["tokens"])
+        else:
+            store = write_tokens(self.out / "tokens", self.source, self.recipe.preprocess, self.tokenizer, self.vq,
+                                 crops_per_image=self.recipe.crops_per_image, seed=self.recipe.seed)
+        store.check(codebook_hash=self.tokenizer.fingerprint, vqgan_hash=self.vq.fingerprint)
+        return store
+
+    def model(self, name: str) -> SequenceModel:
+        """Stage prior, renderer, renderer_masked, vq_ar or vq_masked: trained, or read where it is done."""
+        folder = self.out / name
+        if not (folder / "model.json").exists():
+            torch.manual_seed(self.recipe.seed)
+            model = SequenceModel(self.sequence_config(name)).to(self.device)
+            cfg = self.training_config(name)
+            train_likelihood(model, self.batches(name, cfg), cfg, folder, about=asdict(model.cfg), description=name)
+            write_json(folder / "metrics.json", last_figures(folder))
+            save_sequence_model(model, folder, "model")
+        return load_sequence_model(folder, "model").to(self.device)
+
+    def sequence_config(self, name: str) -> Any:
+        """SequenceConfig of a model, from the tokens at hand."""
+        manifest = self.tokens
+        return self.recipe.sequence_config(
+            name, disc_vocab=self.tokenizer.vocab_size, disc_len=manifest.disc.shape[1], vq_vocab=self.vq.vocab_size,
+            vq_len=manifest.vq.shape[1], num_classes=len(self.source.classes) if self.recipe.class_conditional else 0,
+        )
+
+    def training_config(self, name: str) -> TrainConfig:
+        """TrainConfig of a model. A VQ-only baseline trains as long as prior and renderer together (equal FLOPs)."""
+        recipe = self.recipe
+        if name == "prior":
+            return replace(recipe.prior_training, seed=recipe.seed)
+        if name.startswith("renderer"):
+            return replace(recipe.renderer_training, seed=recipe.seed)
+        cost = {n: training_flops(self.sequence_config(n)) for n in ("prior", "renderer", name)}
+        total = sum(cost[n] * t.num_steps * t.batch_size for n, t in (("prior", recipe.prior_training), ("renderer", recipe.renderer_training)))
+        num_steps = round(total / (cost[name] * recipe.renderer_training.batch_size))
+        return replace(recipe.renderer_training, num_steps=num_steps, seed=recipe.seed)
+
+    def batches(self, name: str, cfg: TrainConfig) -> Callable[[int], dict[str, Any]]:
+        """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
+        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed)
+        labelled = bool(self.sequence_config(name).num_classes)
+
+        def batch(step: int) -> dict[str, Any]:
+            rows = {k: v.to(self.device, non_blocking=True) for k, v in read(step).items()}
+            target = rows["disc"] if name == "prior" else rows["vq"]
+            prefix = rows["disc"] if name.startswith("renderer") else None
+            return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
+
+        return batch
+
+    # ---------------------------------------------------------------- the whole
+
+    def pipeline(self, prior: str | None = "prior", renderer: str | None = None) -> DigitPipeline:
+        """A pipeline of this run's models; prior None is a VQ-only baseline."""
+        if renderer is None:
+            renderer = "renderer" if self.recipe.renderer_kind == "ar" else "renderer_masked"
+        return DigitPipeline(
+            tokenizer=self.tokenizer if prior else None, vq=self.vq,
+            prior=self.model(prior) if prior else None, renderer=self.model(renderer),
+            preprocess=self.recipe.preprocess, classes=self.source.classes if self.recipe.class_conditional else (),
+            sampling=self.recipe.sampling, info={"recipe": self.recipe.name, "data": self.source.name},
+        )
+
+    def stages(self) -> Sequence[tuple[str, Callable[[], Any]]]:
+        """Stage names and what makes each, in order."""
+        renderer = "renderer" if self.recipe.renderer_kind == "ar" else "renderer_masked"
+        return [
+            ("codebook", lambda: self.codebook),
+            ("vqgan", lambda: self.vq),
+            ("tokens", lambda: self.tokens),
+            ("prior", lambda: self.model("prior")),
+            (renderer, lambda: self.model(renderer)),
+        ]
+
+
+def fit(run: Run) -> DigitPipeline:
+    """Run every stage that is not done and write OUT/pipeline; returns the pipeline."""
+    for _, make in run.stages():
+        make()
+    pipe = run.pipeline()
+    pipe.save_pretrained(run.out / "pipeline")
+    return pipe
+
+
+def training_flops(cfg: Any) -> float:
+    """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, section 2.1).
+
+    The output projection counts at the target positions alone, the embeddings not at all.
+    """
+    positions = cfg.prefix_len + cfg.target_len + (1 if cfg.masked else 0)
+    blocks = 12 * cfg.depth * cfg.embed_dim**2
+    attention = 2 * cfg.depth * positions * cfg.embed_dim  # q.k and attention.v, per position, multiply-adds
+    return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+
+
+def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves in which two nested dictionaries differ: (dotted name, here, asked)."""
+    if isinstance(here, dict) and isinstance(asked, dict):
+        keys = sorted(here.keys() | asked.keys())
+        return [d for k in keys for d in differences(here.get(k), asked.get(k), f"{name}.{k}" if name else k)]
+    return [] if here == asked else [(name, here, asked)]
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: tuples become lists, keys strings."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+__all__ = ["MODEL_NAMES", "Run", "differences", "fit", "training_flops"]

@@ -1,0 +1,274 @@
+"""One model over one sequence layout: prior, renderers and VQ-only baselines (paper, section 3 and 4.3; A.3).
+
+    next-token   [prefix (P) | start or class | target 0 .. M-2]   causal; the output at P + i predicts target i
+    masked       [prefix (P) | start or class | target 0 .. M-1]   bidirectional; the output at P + 1 + i is target i's
+
+Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. As released, prefix and [start | target]
+have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
+output projection are separate. Not as released: no special symbols (they are never drawn, and forbidden when decoding),
+so the softmax is over codes alone and no end-of-sequence symbol is predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.errors import DigitError
+from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig(TransformerConfig):
+    """Vocabularies and lengths of a sequence model, and its backbone."""
+
+    vocab_size: int
+    """Number V of target codes."""
+    target_len: int
+    """Number M of target tokens."""
+    prefix_vocab_size: int = 0
+    """Number of prefix codes; 0 together with prefix_len 0 is a model without prefix."""
+    prefix_len: int = 0
+    """Number P of prefix tokens; may differ from target_len."""
+    num_classes: int = 0
+    """Classes whose embedding can stand in for the start symbol; 0 is an unconditional model."""
+    masked: bool = False
+    """Masked-token model (MaskGIT) rather than next-token model."""
+    label_dropout: float = 0.0
+    """Fraction of training sequences that see the plain start symbol, not their class (for guidance; paper: 0)."""
+    prefix_dropout: float = 0.0
+    """Fraction of training sequences that see a learned null prefix (for guidance; paper: 0)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.vocab_size, self.target_len) < 1:
+            raise DigitError(f"vocab_size {self.vocab_size} and target_len {self.target_len} must both be at least 1")
+        if (self.prefix_len > 0) != (self.prefix_vocab_size > 0):
+            raise DigitError(
+                f"prefix_len is {self.prefix_len} and prefix_vocab_size {self.prefix_vocab_size}: set both, or neither"
+            )
+        for name, rate, needed in (
+            ("label_dropout", self.label_dropout, self.num_classes),
+            ("prefix_dropout", self.prefix_dropout, self.prefix_len),
+        ):
+            if not 0 <= rate <= 1:
+                raise DigitError(f"{name} is {rate}: choose a fraction from 0 to 1")
+            if rate and not needed:
+                raise DigitError(f"{name} is {rate}, but the model has no {name.split('_')[0]}: set it to 0")
+
+    @property
+    def mask_token(self) -> int:
+        """Input id that hides a target token in a masked model."""
+        return self.vocab_size
+
+
+class SequenceModel(nn.Module):
+    """Transformer over [prefix | start | target] with logits over the target's codes."""
+
+    def __init__(self, cfg: SequenceConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.embed_dim
+        self.token_embed = nn.Embedding(cfg.vocab_size + cfg.masked, width)  # the last row hides a token
+        self.start_embed = nn.Embedding(1 + cfg.num_classes, width)  # row 0 plain start, row 1 + c class c
+        self.positions = nn.Parameter(torch.empty(1 + cfg.target_len, width))  # of [start | target]
+        if cfg.prefix_len:
+            self.prefix_embed = nn.Embedding(cfg.prefix_vocab_size, width)
+            self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_len, width))
+        if cfg.prefix_dropout:
+            self.null_prefix = nn.Parameter(torch.empty(width))
+        self.dropout = Dropout(cfg.dropout)
+        self.transformer = Transformer(cfg)
+        self.head = nn.Linear(width, cfg.vocab_size, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The released initialisation: N(0, 1/D) tables and output projection, Xavier-uniform matrices, zero biases."""
+        width = self.cfg.embed_dim
+        for name, parameter in self.named_parameters():
+            if "transformer" not in name:  # tables, positions, output projection
+                nn.init.normal_(parameter, std=width**-0.5)
+            elif "norm" in name:
+                nn.init.constant_(parameter, float(name.endswith("weight")))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "qkv" in name:  # three square matrices in one
+                for matrix in parameter.chunk(3):
+                    nn.init.xavier_uniform_(matrix, gain=2**-0.5)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    # ---------------------------------------------------------------- embedding
+
+    def embed(
+        self,
+        target: Int64[Tensor, "B n"],
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        drop_prefix: Bool[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B P+1+n D"]:
+        """Embedded [prefix | start | target] with positions. `drop_prefix` marks rows that see the null prefix."""
+        batch, length = target.shape
+        scale = math.sqrt(self.cfg.embed_dim)
+        start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
+        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + n, D)
+        x = torch.add(self.positions[: 1 + length], tokens, alpha=scale)
+        if not self.cfg.prefix_len:
+            if prefix is not None:
+                raise DigitError("this model takes no prefix (prefix_len 0): leave it out, or use a renderer")
+            return x
+        before = torch.add(self.prefix_positions, self._prefix(prefix, batch, drop_prefix), alpha=scale)  # (B, P, D)
+        return torch.cat([before, x], dim=1)
+
+    def embed_token(self, token: Int64[Tensor, " B"], index: int) -> Float[Tensor, "B 1 D"]:
+        """Embedded target token number `index`, as `embed` gives it."""
+        x = torch.add(self.positions[1 + index], self.token_embed(token), alpha=math.sqrt(self.cfg.embed_dim))
+        return x[:, None]
+
+    def _start_rows(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        if labels is None:
+            return torch.zeros(batch, dtype=torch.int64, device=device)
+        if not self.cfg.num_classes:
+            raise DigitError("this model knows no classes (num_classes 0): leave the labels out")
+        return labels + 1  # -1, no label, is the plain start symbol
+
+    def _prefix(self, prefix: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
+        """Prefix embeddings (B, P, D), the learned null prefix where dropped or absent."""
+        null = getattr(self, "null_prefix", None)
+        if null is None and (prefix is None or drop is not None):
+            raise DigitError(
+                f"this model needs a prefix of {self.cfg.prefix_len} tokens: pass prefix=, "
+                "or train with prefix_dropout above 0 to draw without one"
+            )
+        if prefix is None:
+            return null.expand(batch, self.cfg.prefix_len, -1)
+        if prefix.shape[1] != self.cfg.prefix_len:
+            raise DigitError(f"prefix has {prefix.shape[1]} tokens, the model was built for {self.cfg.prefix_len}")
+        x = self.prefix_embed(prefix)  # (B, P, D)
+        return x if drop is None else torch.where(drop[:, None, None], null, x)
+
+    # ---------------------------------------------------------------- forward
+
+    def features(
+        self,
+        target: Tensor,
+        prefix: Tensor | None = None,
+        labels: Tensor | None = None,
+        drop_prefix: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """(B, M, D): the features whose `head` gives the logits of each target token."""
+        cfg = self.cfg
+        if target.shape[1] > cfg.target_len:
+            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
+        whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
+        x = self.dropout(self.embed(target if whole else target[:, :-1], prefix, labels, drop_prefix))  # (B, T, D)
+        x = self.transformer(x, causal=not cfg.masked, hidden=hidden)
+        first = cfg.prefix_len + cfg.masked
+        return x[:, first : first + target.shape[1]]
+
+    def forward(
+        self,
+        target: Int64[Tensor, "B M"],
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Tensor, "B M V"] | tuple[Float[Tensor, "B M V"], list[Float[Tensor, "B T D"]]]:
+        """Logits of every target token.
+
+        Args:
+            target: codes 0..V-1; a masked model also takes `cfg.mask_token`. A next-token model shifts them itself.
+            prefix: prefix codes; None draws on the null prefix (models trained with prefix_dropout).
+            labels: class numbers; -1 or None is the plain start symbol.
+            return_hidden: also return the embedding output and every block's output over the whole sequence
+                [prefix | start | target], T = P + 1 + M (linear probes average over all of it).
+
+        Raises:
+            DigitError: prefix, labels or lengths that the model was not built for.
+        """
+        hidden: list[Tensor] | None = [] if return_hidden else None
+        logits = self.head(self.features(target, prefix, labels, hidden=hidden))  # (B, M, V)
+        return logits if hidden is None else (logits, hidden)
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for [prefix | start | target]; the last target token is never an input."""
+        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.positions)
+
+    # ---------------------------------------------------------------- training
+
+    def loss(
+        self,
+        target: Int64[Tensor, "B M"],
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        label_smoothing: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """Mean cross-entropy over the target (masked models: over the hidden tokens), and figures.
+
+        `generator` draws the masks and the dropped conditions; dropout draws from torch's global one. Figures are
+        detached scalars: nll (nats per token, without smoothing), perplexity, accuracy.
+        """
+        labels, drop_prefix = self._drop_conditions(target, labels, generator)
+        if not self.cfg.masked:
+            features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
+            return likelihood(self.head(features), target.flatten(), label_smoothing)
+        hide = cosine_mask(*target.shape, generator=generator, device=target.device)  # (B, M)
+        features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
+        return likelihood(self.head(features[hide]), target[hide], label_smoothing)
+
+    def _drop_conditions(
+        self, target: Tensor, labels: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Labels with some replaced by -1, and which rows lose their prefix; None where the rate is 0."""
+        batch, drop_prefix = len(target), None
+        if self.cfg.label_dropout and labels is not None:
+            hidden = uniform((batch,), generator, target.device) < self.cfg.label_dropout
+            labels = labels.masked_fill(hidden, -1)
+        if self.cfg.prefix_dropout:
+            drop_prefix = uniform((batch,), generator, target.device) < self.cfg.prefix_dropout
+        return labels, drop_prefix
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """U(0, 1) drawn where the generator lives, then moved."""
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def cosine_mask(
+    batch: int, length: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "B M"]:
+    """Tokens to hide: min(M, floor(M cos(u pi / 2)) + 1) random ones a row, u ~ U(0, 1) (MaskGIT; released code)."""
+    device = torch.device(device)
+    u = uniform((batch, 1), generator, device)
+    count = (length * torch.cos(u * (math.pi / 2))).floor() + 1  # (B, 1); rank < count also caps it at M
+    rank = uniform((batch, length), generator, device).argsort(1).argsort(1)
+    return rank < count
+
+
+def likelihood(
+    logits: Float[Tensor, "n V"], target: Int64[Tensor, " n"], label_smoothing: float = 0.0
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Smoothed cross-entropy in float32, and its figures.
+
+    loss = (1 - eps) nll + eps mean_v(-log p_v), torch's definition. fairseq spreads eps over the V - 1 other codes (and
+    over its special symbols), so that its eps is this one times (V - 1) / V: no difference worth a setting.
+    """
+    logits = logits.float()
+    loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    with torch.no_grad():
+        picked = logits.gather(1, target[:, None])[:, 0]  # (n,)
+        # mean_v(-log p_v) = nll + z_target - mean_v(z_v), so that the nll follows from the loss
+        nll = loss - label_smoothing * (picked - logits.mean(1)).mean() if label_smoothing else loss.detach()
+        accuracy = (picked >= logits.amax(1)).float().mean()
+    return loss, {"nll": nll, "perplexity": nll.exp(), "accuracy": accuracy}

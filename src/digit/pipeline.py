@@ -1,0 +1,326 @@
+"""DigitPipeline: label or picture -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
+
+    stage 1   [label or start] -> prior -> discriminative tokens (B, N)
+    stage 2   [discriminative tokens | start] -> renderer -> VQ tokens (B, M) -> VQGAN decoder -> pixels
+
+A pipeline without prior is a baseline of the paper: its renderer models VQ tokens alone ("VQ only").
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from digit.data.preprocess import PreprocessConfig, fit_batch
+from digit.errors import DigitError
+from digit.files import load_tensors, read_json, save_tensors, write_json
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.progress import Progress
+from digit.sampling.autoregressive import generate
+from digit.sampling.masked import generate_masked
+from digit.tokenizers.base import ImageTokenizer
+from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.encoders import FrozenEncoder
+from digit.tokenizers.vq import VQTokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "pipeline.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSampling:
+    """How one stage draws its tokens."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all (paper, A.3: 200 base, 400 large for the prior)."""
+    top_p: float = 1.0
+    """Keep the most likely tokens up to this probability (paper, A.3: 0.8 for the renderer)."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance; 1 is off, as in the paper. Needs a model trained with label or prefix dropout."""
+    num_steps: int = 8
+    """Iterations of a masked model (MaskGIT)."""
+    choice_temperature: float = 4.5
+    """Gumbel noise on the confidence of a masked model, annealed to 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How both stages draw, and how many images at a time."""
+
+    prior: StageSampling = field(default_factory=lambda: StageSampling(top_k=200))
+    """Stage 1."""
+    renderer: StageSampling = field(default_factory=lambda: StageSampling(top_p=0.8))
+    """Stage 2."""
+    batch_size: int = 64
+    """Images drawn together; it never changes what an image's seed gives."""
+    precision: str = "fp32"
+    """fp32, or bf16 (faster; an image may then differ between machines)."""
+
+
+class DigitPipeline:
+    """Tokenizer, prior, renderer and VQGAN of one image space.
+
+    Attributes:
+        tokenizer: discriminative tokenizer, `encode(images (B, 3, H, W) uint8) -> (B, N) int64`; None in a VQ-only baseline.
+        vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`.
+        prior: stage 1, `prior(tokens (B, N), labels=None) -> (B, N, K)` next-token logits; None in a VQ-only baseline.
+        renderer: stage 2, `renderer(vq_tokens (B, M), prefix=tokens) -> (B, M, V)`.
+        classes: class names; empty where the pipeline is unconditional.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: DiscriminativeTokenizer | None,
+        vq: VQTokenizer,
+        prior: SequenceModel | None,
+        renderer: SequenceModel,
+        preprocess: PreprocessConfig,
+        classes: Sequence[str] = (),
+        sampling: SamplingConfig | None = None,
+        info: dict[str, Any] | None = None,
+    ):
+        self.tokenizer, self.vq, self.prior, self.renderer = tokenizer, vq, prior, renderer
+        self.preprocess, self.classes, self.info = preprocess, list(classes), dict(info or {})
+        self.sampling = sampling or SamplingConfig()
+        for model in (prior, renderer):
+            if model is not None:
+                model.eval().requires_grad_(False)
+        self._check()
+
+    def _check(self) -> None:
+        if self.prior is not None and self.tokenizer is None:
+            raise DigitError("a pipeline with a prior needs the discriminative tokenizer whose tokens the prior speaks")
+        pairs = [("renderer vocabulary", self.renderer.cfg.vocab_size, "VQGAN codes", self.vq.vocab_size)]
+        if self.prior is not None and self.tokenizer is not None:
+            pairs += [
+                ("prior vocabulary", self.prior.cfg.vocab_size, "codebook entries", self.tokenizer.vocab_size),
+                ("renderer prefix vocabulary", self.renderer.cfg.prefix_vocab_size, "codebook entries", self.tokenizer.vocab_size),
+            ]
+        for left, got, right, wanted in pairs:
+            if got != wanted:
+                raise DigitError(f"{left} is {got}, {right} {wanted}: these parts were not trained together")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the renderer's parameters lie."""
+        return next(self.renderer.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.preprocess.image_size
+
+    @property
+    def tokenizers(self) -> dict[str, ImageTokenizer]:
+        """Every image tokenizer of the pipeline by name."""
+        return ({"discriminative": self.tokenizer} if self.tokenizer else {}) | {"vq": self.vq}
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move every part to a device."""
+        for part in (self.tokenizer and self.tokenizer.encoder, self.tokenizer and self.tokenizer.codebook,
+                     self.vq.vqgan, self.prior, self.renderer):
+            if part is not None:
+                part.to(device)
+        return self
+
+    # ---------------------------------------------------------------- drawing
+
+    def generate(
+        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+    ) -> Tensor:
+        """Draw images -> (num, 3, H, W) uint8. Image i depends on `seed + i` and its label alone, whatever the batch.
+
+        Args:
+            num: how many; by default one a label.
+            labels: class numbers, repeated in turn up to `num`; None draws classes evenly where the model knows classes.
+            seed: of the first image.
+            sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
+
+        Raises DigitError for a label out of range, or labels given to an unconditional model.
+        """
+        return self.decode(self.generate_tokens(num, labels, seed, **sampling)["vq"])
+
+    def generate_tokens(
+        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+    ) -> dict[str, Tensor]:
+        """As `generate`, before pixels: {"disc": (num, N), "vq": (num, M), "labels": (num,)} int64 (no "disc" without prior)."""
+        wanted = self._labels(num, labels)
+        seeds = [seed + i for i in range(len(wanted))]
+        return self._draw(seeds, wanted, given_disc=None, given_vq=None, cfg=self._sampling(sampling))
+
+    def complete(self, images: Tensor, keep: float = 0.5, seed: int = 0, labels: Sequence[int] | int | None = None, **sampling: Any) -> Tensor:
+        """Keep the first rows of each picture and draw the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+
+        Args:
+            images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
+            keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of the coarser token grid.
+            seed: of the first image.
+            labels: class numbers, or None for the unconditional start.
+
+        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field of view
+        lets some of the hidden part through.
+        """
+        if not 0 < keep <= 1:
+            raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
+        images = fit_batch(images, self.image_size)
+        num = len(images)
+        wanted = self._labels(num, labels) if labels is not None else torch.full((num,), -1)
+        given = {name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)] for name, tokenizer in self.tokenizers.items()}
+        drawn = self._draw(
+            [seed + i for i in range(num)], wanted, given_disc=given.get("discriminative"), given_vq=given["vq"],
+            cfg=self._sampling(sampling),
+        )
+        return self.decode(drawn["vq"])
+
+    def decode(self, vq_tokens: Tensor) -> Tensor:
+        """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
+        return self.vq.decode(vq_tokens)
+
+    def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+        """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+        cfg = self._sampling(sampling)
+        labels = torch.full((len(tokens),), -1)
+        chunks = range(0, len(tokens), cfg.batch_size)
+        vq = [
+            self._stage(self.renderer, [seed + i for i in range(c, min(c + cfg.batch_size, len(tokens)))],
+                        tokens[c : c + cfg.batch_size], labels[c : c + cfg.batch_size], None, cfg.renderer, cfg)
+            for c in chunks
+        ]
+        return self.decode(torch.cat(vq))
+
+    def _draw(self, seeds: list[int], labels: Tensor, *, given_disc: Tensor | None, given_vq: Tensor | None, cfg: SamplingConfig) -> dict[str, Tensor]:
+        disc, vq = [], []
+        with Progress("sample", len(seeds)) as bar:
+            for start in range(0, len(seeds), cfg.batch_size):
+                chunk = slice(start, start + cfg.batch_size)
+                prefix = None
+                if self.prior is not None:
+                    given = None if given_disc is None else given_disc[chunk]
+                    prefix = self._stage(self.prior, seeds[chunk], None, labels[chunk], given, cfg.prior, cfg)
+                    disc.append(prefix.cpu())
+                given = None if given_vq is None else given_vq[chunk]
+                vq.append(self._stage(self.renderer, seeds[chunk], prefix, labels[chunk], given, cfg.renderer, cfg).cpu())
+                bar.update(len(seeds[chunk]))
+        return ({"disc": torch.cat(disc)} if disc else {}) | {"vq": torch.cat(vq), "labels": labels}
+
+    def _stage(self, model: SequenceModel, seeds: list[int], prefix: Tensor | None, labels: Tensor, given: Tensor | None,
+               how: StageSampling, cfg: SamplingConfig) -> Tensor:
+        common: dict[str, Any] = dict(
+            seeds=seeds, prefix=prefix, labels=labels.to(self.device) if model.cfg.num_classes else None,
+            given=None if given is None else given.to(self.device), temperature=how.temperature, top_k=how.top_k, top_p=how.top_p,
+            cfg_scale=how.cfg_scale, dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+        )
+        if model.cfg.masked:
+            return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
+        return generate(model, **common)
+
+    def _labels(self, num: int | None, labels: Sequence[int] | int | None) -> Tensor:
+        if num is None:
+            num = 1 if labels is None or isinstance(labels, int) else len(labels)
+        if num < 1:
+            raise DigitError(f"num is {num}: at least 1 image")
+        first = self.prior if self.prior is not None else self.renderer
+        known = first.cfg.num_classes
+        if labels is None:
+            chosen = range(known) if known else [-1]
+        else:
+            chosen = [labels] if isinstance(labels, int) else list(labels)
+            if not known:
+                raise DigitError("labels were given, but this model is unconditional: leave them out")
+            if not chosen:
+                raise DigitError("labels is empty: give at least one class number")
+        for label in chosen:
+            if known and not 0 <= label < known:
+                raise DigitError(f"label {label} is out of range: this model knows classes 0 to {known - 1}")
+        return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
+
+    def _sampling(self, changes: dict[str, Any]) -> SamplingConfig:
+        changes = dict(changes)
+        for stage in ("prior", "renderer"):
+            if isinstance(changes.get(stage), dict):
+                changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
+        return replace(self.sampling, **changes)
+
+    # ---------------------------------------------------------------- folder
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write safetensors and JSON: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*; returns the folder."""
+        folder = Path(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.encoder.save(folder / "encoder")
+            self.tokenizer.codebook.save(folder / "codebook")
+        self.vq.save(folder / "vqgan")
+        for name, model in (("prior", self.prior), ("renderer", self.renderer)):
+            if model is not None:
+                save_sequence_model(model, folder, name)
+        write_json(folder / MANIFEST, {
+            "format": FORMAT_VERSION,
+            "parts": [*(["encoder", "codebook"] if self.tokenizer else []), "vqgan", *(["prior"] if self.prior else []), "renderer"],
+            "preprocess": asdict(self.preprocess),
+            "classes": self.classes,
+            "sampling": asdict(self.sampling),
+            "info": self.info,
+        })  # last: a folder with a manifest is whole
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read a pipeline folder, or a run folder of `digit fit`. Raises DigitError where it is missing or damaged."""
+        folder = find_pipeline(folder)
+        manifest = read_json(folder / MANIFEST)
+        if manifest.get("format") != FORMAT_VERSION:
+            raise DigitError(f"{folder} has pipeline format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit")
+        parts = manifest["parts"]
+        tokenizer = None
+        if "codebook" in parts:
+            tokenizer = DiscriminativeTokenizer(FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook"))
+        sampling = manifest["sampling"]
+        pipe = cls(
+            tokenizer=tokenizer,
+            vq=VQTokenizer.load(folder / "vqgan"),
+            prior=load_sequence_model(folder, "prior") if "prior" in parts else None,
+            renderer=load_sequence_model(folder, "renderer"),
+            preprocess=PreprocessConfig(**manifest["preprocess"]),
+            classes=manifest["classes"],
+            sampling=SamplingConfig(**sampling | {s: StageSampling(**sampling[s]) for s in ("prior", "renderer")}),
+            info=manifest["info"],
+        )
+        return pipe.to(device)
+
+
+def kept_tokens(grid: tuple[int, int], keep: float) -> int:
+    """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
+    return max(1, round(keep * grid[0])) * grid[1]
+
+
+def find_pipeline(folder: str | Path) -> Path:
+    """The pipeline folder at `folder` or in its sub-folder `pipeline`."""
+    folder = Path(folder)
+    for candidate in (folder, folder / "pipeline"):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
+    raise DigitError(f"{folder} {what}: give the --out folder of a finished `digit fit`")
+
+
+def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
+    """Write NAME.safetensors and NAME.json (the SequenceConfig)."""
+    save_tensors(folder / f"{name}.safetensors", model.state_dict())
+    write_json(folder / f"{name}.json", asdict(model.cfg))
+
+
+def load_sequence_model(folder: Path, name: str) -> SequenceModel:
+    """Read what `save_sequence_model` wrote; weights are mapped, not copied."""
+    with torch.device("meta"):
+        model = SequenceModel(SequenceConfig(**read_json(folder / f"{name}.json")))
+    try:
+        model.load_state_dict(load_tensors(folder / f"{name}.safetensors"), strict=True, assign=True)
+    except RuntimeError as error:
+        raise DigitError(f"{folder / name}.safetensors does not fit {name}.json: {' '.join(str(error).split())}") from error
+    return model.eval()

@@ -1,0 +1,124 @@
+"""What is asked of a sampler, checked once and cut into passes of equal size.
+
+Matrix kernels choose their order of summation by the number of rows, so that an image drawn alone and the same image
+drawn among others could differ in the last bit, and from then on in its tokens. Every pass therefore has exactly
+`pass_size` rows; a short one is filled up with copies of its last row. Measured on CPU (torch 2.13, MKL and oneDNN):
+within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and bfloat16.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError
+from digit.models.sequence import SequenceModel
+
+PASS_SIZE = {"cpu": 32}  # rows in one pass by device type; fills the CPU's kernels and stays in its cache
+PASS_SIZE_ELSEWHERE = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Rows to draw: B images, P prefix tokens, m given target tokens."""
+
+    seeds: list[int]
+    """Seed of each image."""
+    prefix: Tensor | None
+    """(B, P) int64."""
+    labels: Tensor | None
+    """(B,) int64, -1 for none."""
+    given: Tensor
+    """(B, m) int64, the first target tokens; m may be 0."""
+
+    def rows(self, index: list[int]) -> "Request":
+        """These rows alone, in this order."""
+        pick = torch.tensor(index, device=self.given.device)
+        return Request(
+            seeds=[self.seeds[i] for i in index],
+            prefix=None if self.prefix is None else self.prefix[pick],
+            labels=None if self.labels is None else self.labels[pick],
+            given=self.given[pick],
+        )
+
+
+def make_request(
+    model: SequenceModel, seeds: Sequence[int], prefix: Tensor | None, labels: Tensor | None, given: Tensor | None
+) -> Request:
+    """Check the rows against the model and move them to its device. Raises DigitError naming what does not fit."""
+    cfg, device, batch = model.cfg, model.positions.device, len(seeds)
+    if given is None:
+        given = torch.empty(batch, 0, dtype=torch.int64)
+    rows = {"prefix": prefix, "labels": labels, "given": given}
+    for name, value in rows.items():
+        if value is not None and len(value) != batch:
+            raise DigitError(f"{name} has {len(value)} rows for {batch} seeds: give one row a seed")
+    if given.shape[1] > cfg.target_len:
+        raise DigitError(f"{given.shape[1]} tokens are given, an image has {cfg.target_len}")
+    if prefix is None and cfg.prefix_len and not cfg.prefix_dropout:
+        raise DigitError(f"this model needs a prefix of {cfg.prefix_len} tokens for each image: pass prefix=")
+    check_range("given token", given, 0, cfg.vocab_size - 1 + cfg.masked)
+    check_range("prefix token", prefix, 0, cfg.prefix_vocab_size - 1)
+    check_range("label", labels, -1, cfg.num_classes - 1)
+    moved = {k: None if v is None else v.to(device=device, dtype=torch.int64) for k, v in rows.items()}
+    return Request(seeds=[int(s) for s in seeds], **moved)
+
+
+def check_range(name: str, values: Tensor | None, low: int, high: int) -> None:
+    """Raise DigitError naming the first value outside low..high."""
+    if values is None or not values.numel():
+        return
+    outside = (values < low) | (values > high)
+    if outside.any():
+        raise DigitError(f"{name} {int(values[outside][0])} is out of range: this model knows {low} to {high}")
+
+
+def check_guidance(model: SequenceModel, scale: float) -> None:
+    """Raise DigitError where guidance is asked of a model that never saw its condition hidden."""
+    if scale != 1 and not (model.cfg.label_dropout or model.cfg.prefix_dropout):
+        raise DigitError(
+            f"cfg_scale is {scale}, but this model was trained without label_dropout or prefix_dropout: "
+            "set cfg_scale to 1, or train with one of them above 0"
+        )
+
+
+def passes(request: Request, pass_size: int | None) -> Iterator[tuple[Request, int]]:
+    """Requests of exactly `pass_size` rows, and how many of the rows count; the others are copies of the last."""
+    size = pass_size or PASS_SIZE.get(request.given.device.type, PASS_SIZE_ELSEWHERE)
+    if size < 1:
+        raise DigitError(f"pass_size is {size}: at least 1")
+    total = len(request.seeds)
+    for begin in range(0, total, size):
+        index = [min(i, total - 1) for i in range(begin, begin + size)]
+        yield request.rows(index), min(size, total - begin)
+
+
+def conditions(model: SequenceModel, request: Request, guided: bool) -> dict[str, Tensor | None]:
+    """prefix, labels and drop_prefix for `SequenceModel.embed`; guided: rows twice, the second time unconditional."""
+    prefix, labels, drop = request.prefix, request.labels, None
+    if guided:
+        if labels is not None:
+            hidden = torch.full_like(labels, -1) if model.cfg.label_dropout else labels
+            labels = torch.cat([labels, hidden])
+        if prefix is not None:
+            prefix = torch.cat([prefix, prefix])
+            if model.cfg.prefix_dropout:
+                drop = torch.arange(len(prefix), device=prefix.device) >= len(prefix) // 2
+    return {"prefix": prefix, "labels": labels, "drop_prefix": drop}
+
+
+@contextmanager
+def ready(model: SequenceModel, dtype: torch.dtype | None) -> Iterator[SequenceModel]:
+    """The model without dropout and in `dtype`: where that differs a copy, cast once (autocast casts every token)."""
+    training = model.training
+    if dtype is not None and dtype != model.positions.dtype:
+        yield copy.deepcopy(model).to(dtype).eval()
+        return
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(training)

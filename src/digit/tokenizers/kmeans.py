@@ -1,0 +1,273 @@
+"""K-means in torch, CPU or GPU, over features that need not fit in memory (section 3: "we use K-Means to discretize").
+
+Legend: N points, D features, K clusters, n rows of one chunk.
+
+Each Lloyd iteration is one matrix product per chunk, argmin_k ||x - c_k||^2, then sums per cluster. The points of a
+streamed source are kept only where they fit the memory budget; otherwise every iteration streams them again. The
+iterations may round distances to bfloat16 (hardware with bfloat16 products runs them several times faster); sums, the
+inertia and the last assignment never do.
+"""
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError
+from digit.progress import Progress
+from digit.tokenizers.nearest import FastNearest, full_precision, nearest, nearest_chunk
+from digit.tokenizers.points import Points, open_points
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+START_CHUNK_ROWS = 4096
+BFLOAT16_FROM_FLOP = 1e10  # "auto": below this an iteration is a blink in float32 too
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansConfig:
+    """K-means settings; the defaults follow faiss.Kmeans, which the released code uses."""
+
+    num_clusters: int = 8192
+    """Number of centroids K (the paper has 8192 and 16000)."""
+    num_iterations: int = 20
+    """At most this many Lloyd iterations."""
+    init: Literal["random", "k-means++"] = "random"
+    """Start from random points, or from points far apart (k-means++ in geometrically growing batches)."""
+    seed: int = 0
+    """Seed of the start, the subsample and the re-seeding of empty clusters."""
+    max_points_per_centroid: int | None = 256
+    """Use a random subsample of at most K times this many points; null uses all."""
+    tolerance: float = 1e-4
+    """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations."""
+    memory_budget_bytes: int = 2**31
+    """Streamed features are kept in memory only up to this many bytes, and are streamed anew otherwise."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the distances during the iterations; auto takes bfloat16 where the hardware multiplies it fast."""
+    device: str | None = None
+    """Device that computes; null stays where the features are."""
+
+    def __post_init__(self) -> None:
+        counts = ("num_clusters", "num_iterations", "max_points_per_centroid", "memory_budget_bytes")
+        for name, least in (*((name, 1) for name in counts), ("tolerance", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DigitError(f"k-means: {name} is {value}, it must be at least {least}")
+        for name, allowed in {"init": ("random", "k-means++"), "dtype": ("auto", "float32", "bfloat16")}.items():
+            if getattr(self, name) not in allowed:
+                raise DigitError(f"k-means: {name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
+
+
+class KMeans:
+    """Estimator in scikit-learn's manner: `KMeans(KMeansConfig(num_clusters=64)).fit(x).predict(x)`.
+
+    Set by fit: `centroids_` (K, D) float32; `inertia_`, the sum of squared distances of the `num_points_` points used;
+    `counts_` (K,) int64 points a code, `usage_` fraction of codes in use, `entropy_` of the code frequencies in bits,
+    `dead_codes_` without a point; `history_`, one dict an iteration, the last one of the centroids as returned;
+    `streamed_`, whether the points had to be streamed anew each iteration.
+    """
+
+    def __init__(self, config: KMeansConfig):
+        self.config = config
+
+    @torch.no_grad()
+    def fit(self, features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]') -> Self:
+        """Cluster `features`: a Tensor (N, D), or a callable whose every call iterates the same Tensors (n, D).
+
+        Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids.
+        """
+        cfg = self.config
+        points = open_points(features, cfg)
+        if cfg.num_clusters > points.num_rows:
+            raise DigitError(
+                f"k-means wants {cfg.num_clusters} clusters but got {points.num_rows} points: give more images or a "
+                "smaller kmeans.num_clusters"
+            )
+        start = points.take_start()  # (s, D)
+        shift = start.mean(0, dtype=torch.float64).float()  # (D,); centred features round less in bfloat16
+        centroids = _start_centroids(start.sub_(shift), cfg)  # (K, D)
+        del start
+        self.history_: list[dict[str, Any]] = []
+        self.streamed_ = points.streamed
+        total = (cfg.num_iterations + 1) * points.num_rows
+        with full_precision(shift.device), Progress(f"k-means K={cfg.num_clusters}", total) as bar:
+            self._iterate(points, centroids, shift, bar)
+        return self
+
+    def predict(self, features: 'Float[Tensor, "... dim"]') -> 'Int64[Tensor, "..."]':
+        """Nearest centroid of each feature. Raises DigitError before fit, MismatchError for another D."""
+        if not hasattr(self, "centroids_"):
+            raise DigitError("this KMeans is not fitted: call fit(features) before predict")
+        return nearest(features, self.centroids_)
+
+    def _iterate(self, points: Points, centroids: Tensor, shift: Tensor, bar: Progress) -> None:
+        """Lloyd's iterations, then one pass in float32 over the centroids as they are returned."""
+        cfg, rng, previous = self.config, np.random.default_rng([self.config.seed, 2]), math.inf
+        distance = 0.0
+        for iteration in range(cfg.num_iterations):
+            began = time.perf_counter()
+            find = _finder(centroids, cfg, points, distance)
+            sums = _accumulate(points, find, centroids, shift, bar)
+            inertia, distance = sums.inertia, sums.inertia / sums.num_points
+            num_empty = int((sums.counts == 0).sum())
+            centroids = sums.means(centroids)
+            reseeded = _split_largest(centroids, sums, rng)
+            self._log(iteration, sums, reseeded, time.perf_counter() - began)
+            gain = math.inf if previous == math.inf else previous - inertia
+            if not num_empty and (inertia == 0 or (cfg.tolerance > 0 and gain <= cfg.tolerance * previous)):
+                break
+            previous = inertia
+        began = time.perf_counter()
+        self.centroids_ = (centroids.double() + shift.double()).float()
+        centred = self.centroids_ - shift
+        sums = _accumulate(points, lambda x: nearest_chunk(x, centred), centred, shift, bar)
+        self._log(len(self.history_), sums, 0, time.perf_counter() - began)
+        self.inertia_, self.num_points_, self.counts_ = sums.inertia, sums.num_points, sums.counts.cpu()
+        self.usage_, self.entropy_ = sums.usage, sums.entropy
+        self.dead_codes_ = int((self.counts_ == 0).sum())
+
+    def _log(self, iteration: int, sums: "_Sums", reseeded: int, seconds: float) -> None:
+        entry = {"iteration": iteration, "inertia": sums.inertia, "points": sums.num_points, "usage": sums.usage}
+        self.history_.append(entry | {"entropy": sums.entropy, "reseeded": reseeded, "seconds": round(seconds, 4)})
+
+
+def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float) -> Callable[[Tensor], Tensor]:
+    """The assignment of an iteration; `offset` is the mean squared distance of the one before."""
+    heavy = 2.0 * points.num_rows * centroids.numel() > BFLOAT16_FROM_FLOP
+    if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and heavy and _multiplies_bfloat16(centroids.device)):
+        return FastNearest(centroids, offset)
+    half, table = centroids.square().sum(1) / 2, centroids.T
+    return lambda x: torch.addmm(half, x, table, alpha=-1).min(1).indices
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+@dataclass
+class _Sums:
+    """What one pass over the (centred) points leaves: enough for the means, the inertia and each cluster's error."""
+
+    total: Tensor  # (K, D) float64 sum of the points
+    squares: Tensor  # (K,) float64 sum of ||x||^2
+    counts: Tensor  # (K,) int64
+    inertia: float = 0.0
+
+    @property
+    def num_points(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def usage(self) -> float:
+        return float((self.counts > 0).double().mean())
+
+    @property
+    def entropy(self) -> float:
+        """-sum p log2 p of the code frequencies, in bits; log2 K at most."""
+        return abs(float(torch.special.entr(self.counts / self.counts.sum()).sum() / math.log(2)))
+
+    def means(self, fallback: Tensor) -> Tensor:
+        """(K, D) float32 means; an empty cluster keeps its old centroid."""
+        means = (self.total / self.counts.clamp(min=1)[:, None]).float()
+        return torch.where(self.counts[:, None] > 0, means, fallback)
+
+
+def _accumulate(
+    points: Points, find: Callable[[Tensor], Tensor], centroids: Tensor, shift: Tensor, bar: Progress
+) -> _Sums:
+    """Assign every point and sum up in float64, so that the number of points costs no precision."""
+    num, device = len(centroids), centroids.device
+    total = torch.zeros(num, centroids.shape[1], dtype=torch.float64, device=device)
+    sums = _Sums(total, total.new_zeros(num), torch.zeros(num, dtype=torch.int64, device=device))
+    for chunk in points.chunks():
+        x = chunk - shift  # (n, D)
+        index, x64 = find(x), x.double()
+        _add_rows(sums.total, index, x64)
+        _add_rows(sums.squares, index, x64.square().sum(1))
+        sums.counts += torch.bincount(index, minlength=num)
+        bar.update(len(x))
+    # sum_i ||x_i - c_i||^2 = sum ||x||^2 - 2 sum_k s_k.c_k + sum_k n_k ||c_k||^2
+    c64 = centroids.double()
+    terms = sums.squares - 2 * (sums.total * c64).sum(1) + sums.counts * c64.square().sum(1)
+    sums.inertia = float(terms.sum().clamp(min=0))
+    bar.update(0, mean_distance=sums.inertia / max(1, sums.num_points), usage=sums.usage)
+    return sums
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    if total.is_cuda:  # sorts first, so it is deterministic; index_add_ there adds in any order
+        total.index_put_((index,), rows, accumulate=True)
+    else:
+        total.index_add_(0, index, rows)
+
+
+def _split_largest(centroids: Tensor, sums: _Sums, rng: np.random.Generator) -> int:
+    """Give each empty cluster one half of the cluster with the largest error, cut at random through its mean.
+
+    Changes `centroids` in place and returns how many clusters were re-seeded. The error, not the count, picks the
+    cluster: a heap of identical points has nothing to split.
+    """
+    empty = (sums.counts == 0).nonzero()[:, 0].tolist()
+    if not empty:
+        return 0
+    error = sums.squares - sums.total.square().sum(1) / sums.counts.clamp(min=1)  # sum ||x||^2 - ||s||^2 / n
+    noise = 1e-12 * sums.squares
+    splittable = ((sums.counts > 1) & (error > noise)).nonzero()[:, 0].tolist()
+    errors, counts = error.tolist(), sums.counts.tolist()
+    heap = [(-errors[k], k, float(counts[k])) for k in splittable]
+    heapq.heapify(heap)
+    done = 0
+    while heap and done < len(empty):
+        negative, k, count = heapq.heappop(heap)
+        dim = centroids.shape[1]
+        step = torch.from_numpy(rng.standard_normal(dim)).to(centroids) * 0.1 * math.sqrt(-negative / count / dim)
+        centroids[empty[done]] = centroids[k] + step
+        centroids[k] -= step
+        for half in (k, empty[done]):
+            heapq.heappush(heap, (negative / 2, half, count / 2))
+        done += 1
+    return done
+
+
+def _start_centroids(sample: Tensor, cfg: KMeansConfig) -> Tensor:
+    """(s, D) points in random order -> (K, D) first centroids."""
+    if cfg.init == "random":
+        return sample[: cfg.num_clusters].clone()
+    return _start_far_apart(sample, cfg.num_clusters, np.random.default_rng([cfg.seed, 1]))
+
+
+def _start_far_apart(sample: Tensor, num: int, rng: np.random.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007), drawing max(1, chosen / 16) points at a time.
+
+    One at a time takes K passes over the sample, which K = 16000 cannot afford; growing batches take about
+    16 ln(K / 16) + 16 passes and as many distances in all. Up to K = 31 this is k-means++ itself.
+    """
+    squares = sample.square().sum(1)  # (s,)
+    distance = torch.full_like(squares, torch.inf)
+    chosen = torch.zeros(1, dtype=torch.int64, device=sample.device)  # the sample's order is random: its first point
+    taken = torch.zeros(len(sample), dtype=torch.bool, device=sample.device)
+    new = chosen
+    while True:
+        taken[new] = True
+        for begin in range(0, len(sample), START_CHUNK_ROWS):
+            part = slice(begin, begin + START_CHUNK_ROWS)
+            scores = torch.addmm(squares[new], sample[part], sample[new].T, alpha=-2).amin(1) + squares[part]
+            distance[part] = torch.minimum(distance[part], scores.clamp(min=0))
+        if len(chosen) == num:
+            return sample[chosen].clone()
+        batch = min(max(1, len(chosen) // 16), num - len(chosen))
+        # the smallest of Exp(1) / weight: a weighted draw without replacement; rows at distance 0 come last, at random
+        keys = torch.from_numpy(rng.exponential(size=len(sample))).to(distance.device)
+        weights = distance.double().clamp(min=1e-30)
+        new = (keys / weights).masked_fill(taken, torch.inf).topk(batch, largest=False).indices
+        chosen = torch.cat([chosen, new])

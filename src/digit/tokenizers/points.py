@@ -1,0 +1,161 @@
+"""The points of a k-means fit: a tensor, a random sample in memory, or streamed anew in every iteration.
+
+Legend: N points, D features, K clusters, n rows of one chunk, s rows of a sample.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError
+from digit.progress import Progress
+from digit.tokenizers.nearest import chunk_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from digit.tokenizers.kmeans import KMeansConfig
+
+START_POINTS_PER_CENTROID = 32  # k-means++ looks at a sample of this many points a centroid
+BYTES_PER_CENTROID_VALUE = 40  # centroids, float64 sums and their products, start points: all of size (K, D)
+
+
+@dataclass
+class Points:
+    """The points that take part, as chunks (n, D) float32 on the device that computes, the same in every pass."""
+
+    num_rows: int
+    streamed: bool
+    chunks: Callable[[], Iterator[Tensor]]
+    take_start: Callable[[], Tensor]  # a copy of some points in random order; called once
+
+
+def open_points(
+    features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]', cfg: "KMeansConfig"
+) -> Points:
+    """Points of a tensor (N, D), or of a callable whose every call iterates the same tensors (n, D).
+
+    Raises DigitError for NaN or Inf, another shape, or a budget too small for the centroids alone.
+    """
+    if isinstance(features, Tensor):
+        return _tensor_points(features, cfg)
+    return _stream_points(lambda: (_checked(part, cfg) for part in features()), cfg)
+
+
+def _checked(part: Tensor, cfg: "KMeansConfig") -> Tensor:
+    """float32 on the device that computes."""
+    if part.ndim != 2 or part.shape[1] == 0:
+        raise DigitError(f"k-means wants features of shape (N, D), got {tuple(part.shape)}")
+    part = part.detach().to(cfg.device or part.device, torch.float32)
+    if not torch.isfinite(part.square().sum(1)).all():
+        raise DigitError(
+            "k-means features hold NaN, Inf or values too large for float32: check the encoder's weights and precision"
+        )
+    return part
+
+
+def _most_points(cfg: "KMeansConfig", available: int) -> int:
+    per_centroid = cfg.max_points_per_centroid
+    return available if per_centroid is None else min(available, cfg.num_clusters * per_centroid)
+
+
+def _start_rows(cfg: "KMeansConfig", fit: int) -> int:
+    """Points to choose the first centroids from; at most a quarter of the `fit` rows that fit in memory, at least K."""
+    if cfg.init == "random":
+        return cfg.num_clusters
+    return max(cfg.num_clusters, min(cfg.num_clusters * START_POINTS_PER_CENTROID, fit // 4))
+
+
+def _chunk_size(cfg: "KMeansConfig", device: torch.device) -> int:
+    return max(16, min(chunk_rows(device), cfg.memory_budget_bytes // 8 // (4 * cfg.num_clusters)))
+
+
+def _tensor_points(features: Tensor, cfg: "KMeansConfig") -> Points:
+    """Chunks of a tensor that the caller holds in memory anyway; the subsample is never copied as a whole."""
+    if features.ndim != 2:
+        raise DigitError(f"k-means wants features of shape (N, D), got {tuple(features.shape)}")
+    num, most = len(features), _most_points(cfg, len(features))
+    order = torch.from_numpy(np.random.default_rng([cfg.seed, 0]).permutation(num)).to(features.device)
+    rows = order[:most].sort().values if most < num else None
+    size = _chunk_size(cfg, torch.device(cfg.device or features.device))
+
+    def chunks() -> Iterator[Tensor]:
+        for part in features.split(size) if rows is None else (features[some] for some in rows.split(size)):
+            yield _checked(part, cfg)
+
+    start = min(most, _start_rows(cfg, 4 * most))
+    return Points(most, False, chunks, lambda: _checked(features[order[:start]], cfg).clone())
+
+
+def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig") -> Points:
+    """Read the stream once: count it, keep a random sample; stay in memory where that sample is all that is wanted."""
+    sample, order, num_rows = _sample_stream(stream, cfg)
+    wanted = _most_points(cfg, num_rows)
+    size = _chunk_size(cfg, sample.device)
+    first = torch.from_numpy(order[: _start_rows(cfg, len(order))]).to(sample.device)
+    if len(sample) == wanted:
+        return Points(wanted, False, lambda: iter(sample.split(size)), lambda: sample[first])
+    start = [sample[first]]  # popped once used: the iterations hold no sample
+    fraction = wanted / num_rows
+
+    def chunks() -> Iterator[Tensor]:
+        rng = np.random.default_rng([cfg.seed, 0])
+        for part in stream():
+            kept = part[torch.from_numpy(rng.random(len(part)) < fraction).to(part.device)] if fraction < 1 else part
+            yield from kept.split(size)
+
+    return Points(wanted, True, chunks, start.pop)
+
+
+def _sample_stream(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig") -> tuple[Tensor, np.ndarray, int]:
+    """Reservoir: the (s, D) rows with the smallest of N seeded random keys, their order by key, and N.
+
+    A row's key depends on its number alone, so the sample is the same however the stream is cut into tensors.
+    """
+    rng, keys, sample, seen = np.random.default_rng([cfg.seed, 0]), np.zeros(0), None, 0
+    with Progress("features for k-means") as bar:
+        for part in stream():
+            if sample is None:  # pages are taken as they are written
+                sample = part.new_empty(_capacity(cfg, part.shape[1], part.device), part.shape[1])
+            if part.shape[1] != sample.shape[1]:
+                raise DigitError(f"k-means features change from {sample.shape[1]} to {part.shape[1]} columns midway")
+            keys = _merge(sample, keys, part, rng.random(len(part)))
+            seen += len(part)
+            bar.update(len(part))
+    if sample is None:
+        raise DigitError("k-means got no features at all: the source gave no readable image")
+    return sample[: len(keys)], np.argsort(keys, kind="stable"), seen
+
+
+def _merge(sample: Tensor, keys: np.ndarray, part: Tensor, new: np.ndarray) -> np.ndarray:
+    """Put the rows of `part` with small enough keys into `sample` in place; returns the keys of its rows."""
+    room = min(len(sample) - len(keys), len(part))
+    sample[len(keys) : len(keys) + room] = part[:room]
+    keys = np.concatenate([keys, new[:room]])
+    part, new = part[room:], new[room:]
+    if not len(new):
+        return keys
+    keep = np.argpartition(np.concatenate([keys, new]), len(sample) - 1)[: len(sample)]
+    gone = np.setdiff1d(np.arange(len(sample)), keep)
+    come = np.sort(keep[keep >= len(sample)]) - len(sample)
+    sample[torch.from_numpy(gone).to(sample.device)] = part[torch.from_numpy(come).to(part.device)]
+    keys[gone] = new[come]
+    return keys
+
+
+def _capacity(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
+    """Rows of a sample that fit the budget beside the work on one chunk; at most the rows wanted."""
+    num = cfg.num_clusters
+    work = num * dim * BYTES_PER_CENTROID_VALUE + _chunk_size(cfg, device) * (4 * num + 32 * dim)
+    fit = (cfg.memory_budget_bytes - work) // (4 * dim)
+    rows = fit - _start_rows(cfg, fit)
+    if rows < num:
+        raise DigitError(
+            f"k-means: a memory budget of {cfg.memory_budget_bytes} bytes is too small for {num} centroids of {dim} "
+            f"features: give at least {work + 16 * num * dim} (kmeans.memory_budget_bytes)"
+        )
+    return max(num, _most_points(cfg, rows))

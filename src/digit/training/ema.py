@@ -1,0 +1,55 @@
+"""An exponential moving average of a model's weights, swapped in for evaluation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """The running average of `model`'s parameters; make it after the model is on its device.
+
+        w_ema <- d w_ema + (1 - d) w,   d = min(decay, (1 + s) / (10 + s)) at step s
+
+    so that a short run is not held back by its initialisation. Buffers are not averaged: the model's own are used.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        assert 0 < decay < 1, decay
+        self.decay = decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self.parameters = [p.detach() for p in model.parameters()]  # views: they follow the optimizer's in-place steps
+        self.averages = [p.clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the weights; `step` counts the updates before this one."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the model holds the average; afterwards its own weights again, bit for bit."""
+        own = [p.clone() for p in self.parameters]
+        self.copy_to_model()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.parameters, own)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Overwrite the model's weights with the average, for good."""
+        torch._foreach_copy_(self.parameters, self.averages)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name: loads into the model with `load_state_dict(..., strict=False)`."""
+        return dict(zip(self.names, self.averages, strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take averages saved by `state_dict`; raises RuntimeError where names or shapes differ."""
+        if set(state) != set(self.names):
+            raise RuntimeError(f"averages of other parameters: {sorted(set(state) ^ set(self.names))[:5]}")
+        torch._foreach_copy_(self.averages, [state[name].to(self.averages[0].device) for name in self.names])

@@ -1,0 +1,145 @@
+"""What a run tells: a progress bar, out/log.jsonl (one JSON object per line), and TensorBoard where it is installed."""
+
+import json
+import math
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError
+from digit.files import atomic_path, disk_errors
+from digit.progress import Progress
+from digit.training import distributed
+
+Figures = dict[str, float | Tensor]
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a torn last line is left out."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def last_figures(out: Path) -> dict[str, float]:
+    """The figures of the last step in OUT/log.jsonl, those of its validation included; {} where nothing was logged."""
+    lines = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []
+    lines = [line for line in lines if "note" not in line]
+    return {k: v for line in lines if line["step"] == lines[-1]["step"] for k, v in line.items()}
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines past `step`: the resumed run writes them again."""
+    if path.exists():
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line.get("step", 0) <= step]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class RunLog:
+    """Collects figures without waiting for the device; reads them in one transfer when a line is due."""
+
+    def __init__(self, out: Path, step: int, num_steps: int, *, description: str = "train", tensorboard: bool = True):
+        self.path, self.step, self.pending = out / "log.jsonl", step, []
+        self.tensorboard_folder = out / "tensorboard" if tensorboard else None
+        self.bar = Progress(description, total=num_steps, done=step) if distributed.is_main() else None
+
+    def __enter__(self) -> Self:
+        self._stack, self._file, self._board = ExitStack(), None, None
+        self.seconds = 0.0  # of the whole run, over all its resumptions
+        self._restart_clock()
+        if self.bar is not None:
+            cut_log(self.path, self.step)
+            self.seconds = last_figures(self.path.parent).get("seconds", 0.0)
+            self._stack.enter_context(self.bar)
+            with disk_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._stack.enter_context(open(self.path, "a", encoding="utf-8"))
+            if self.tensorboard_folder is not None:
+                self._open_tensorboard()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self._stack.__exit__(*problem)
+
+    def _open_tensorboard(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.note("tensorboard is not installed: this file is the only log")
+            return
+        self._board = SummaryWriter(str(self.tensorboard_folder), purge_step=self.step + 1)
+        self._stack.callback(self._board.close)
+
+    def _restart_clock(self) -> None:
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def add(self, step: int, figures: Figures) -> None:
+        """Take the figures of finished step `step`; `data_seconds` is the time that step waited for its batch."""
+        figures = {k: v.detach() if isinstance(v, Tensor) else v for k, v in figures.items()}
+        self.waited += float(figures.pop("data_seconds", 0.0))
+        self.step = step
+        self.pending.append((step, figures))
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def check(self) -> None:
+        """Bring the pending figures to the CPU in one transfer. Raises DigitError at the first NaN or Inf."""
+        tensors = [(figures, k) for _, figures in self.pending for k, v in figures.items() if isinstance(v, Tensor)]
+        for device in {figures[k].device for figures, k in tensors}:
+            here = [(figures, k) for figures, k in tensors if figures[k].device == device]
+            values = torch.stack([figures[k].double().reshape(()) for figures, k in here]).tolist()
+            for (figures, k), value in zip(here, values, strict=True):
+                figures[k] = value
+        for step, figures in self.pending:
+            if not all(math.isfinite(v) for v in figures.values()):
+                raise DigitError(
+                    f"step {step} gave {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}: lower learning_rate, "
+                    "lengthen warmup_steps or choose precision fp32; the last checkpoint is from before"
+                )
+
+    def write(self, images_per_step: int) -> None:
+        """Write one line with the mean of each figure since the last one (over the ranks too), speed, data wait
+        (the fraction of the time that went into waiting for batches) and the seconds since step 0."""
+        self.check()
+        elapsed = max(time.perf_counter() - self.since, 1e-9)
+        names = list(dict.fromkeys(name for _, figures in self.pending for name in figures))
+        columns = [[figures[name] for _, figures in self.pending if name in figures] for name in names]
+        line = dict(zip(names, distributed.mean([sum(c) / len(c) for c in columns]), strict=True))
+        if "lr" in line:
+            line["lr"] = columns[names.index("lr")][-1]
+        line["images_per_second"] = images_per_step * len(self.pending) / elapsed
+        line["data_wait"] = self.waited / elapsed
+        line["seconds"] = self.seconds = self.seconds + elapsed
+        self.pending.clear()
+        self._restart_clock()
+        self.put(line)
+
+    def put(self, figures: dict[str, float]) -> None:
+        """Write `figures` of the present step to the file, the bar and TensorBoard (rank 0)."""
+        if self._file is None:
+            return
+        self._line({"step": self.step, **figures})
+        shown = ("loss", "lr", "images_per_second", "data_wait")
+        self.bar.update(0, **{name: value for name, value in figures.items() if name in shown})
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, self.step)
+
+    def note(self, text: str) -> None:
+        """Write a remark to the file (rank 0)."""
+        if self._file is not None:
+            self._line({"step": self.step, "note": text})
+
+    def _line(self, line: dict[str, Any]) -> None:
+        with disk_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()

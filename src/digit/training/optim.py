@@ -1,0 +1,75 @@
+"""The optimizer, gradient clipping and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from digit.training.loop import TrainConfig
+
+Schedule = Literal["inverse_sqrt", "cosine", "constant"]
+
+
+def warmup(step: int, peak: float, warmup_steps: int, warmup_from: float) -> float:
+    """The straight line from `warmup_from` at step 0 to `peak` at step `warmup_steps`."""
+    # lr(s) = lr_0 + (lr_peak - lr_0) s / W
+    return warmup_from + (peak - warmup_from) * step / warmup_steps
+
+
+def inverse_sqrt(step: int, peak: float, warmup_steps: int = 0, warmup_from: float = 1e-7) -> float:
+    """Warm-up, then decay with the inverse square root of the step (paper A.3; fairseq's `inverse_sqrt`)."""
+    if step < warmup_steps:
+        return warmup(step, peak, warmup_steps, warmup_from)
+    # lr(s) = lr_peak sqrt(W / s),  W at least 1 so that no warm-up is allowed too
+    start = max(warmup_steps, 1)
+    return peak * math.sqrt(start / max(step, start))
+
+
+def cosine(step: int, peak: float, num_steps: int, warmup_steps: int = 0, warmup_from: float = 1e-7) -> float:
+    """Warm-up, then half a cosine down to 0 at `num_steps` (Loshchilov and Hutter 2017, Eq. 5, without restarts)."""
+    if step < warmup_steps:
+        return warmup(step, peak, warmup_steps, warmup_from)
+    # lr(s) = lr_peak (1 + cos(pi (s - W) / (S - W))) / 2
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def constant(step: int, peak: float, warmup_steps: int = 0, warmup_from: float = 1e-7) -> float:
+    """Warm-up, then `peak` for ever."""
+    return warmup(step, peak, warmup_steps, warmup_from) if step < warmup_steps else peak
+
+
+def learning_rate_at(step: int, cfg: "TrainConfig") -> float:
+    """The learning rate of the update that follows `step` finished ones, by the config's schedule."""
+    ramp = {"warmup_steps": cfg.warmup_steps, "warmup_from": cfg.warmup_from}
+    if cfg.schedule == "cosine":
+        return cosine(step, cfg.learning_rate, cfg.num_steps, **ramp)
+    return {"inverse_sqrt": inverse_sqrt, "constant": constant}[cfg.schedule](step, cfg.learning_rate, **ramp)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Give every parameter group the learning rate `lr`; returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], cfg: "TrainConfig") -> torch.optim.AdamW:
+    """AdamW, fused, over the parameters that want a gradient, in one group.
+
+    As in fairseq (whose `adam` decays decoupled, like AdamW) the weight decay falls on every parameter: biases, norms
+    and embeddings too. eps is 1e-8.
+    """
+    wanted = [p for p in parameters if p.requires_grad]
+    return torch.optim.AdamW(wanted, lr=cfg.learning_rate, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their joint L2 norm is at most `max_norm` (0 = do not); returns the norm before, ().
+
+    The norm stays on its device: no synchronisation here.
+    """
+    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True)

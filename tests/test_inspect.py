@@ -1,0 +1,63 @@
+"""`digit inspect`: what was found, and the contact sheet."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from digit.data.images import open_source
+from digit.data.inspect import inspect_source
+
+
+def make(root):
+    rng = np.random.default_rng(0)
+    images = [("cat", (10, 20)), ("cat", (40, 30)), ("dog", (300, 200)), ("", (64, 64))]
+    for number, (folder, size) in enumerate(images):
+        (root / folder).mkdir(exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        picture.save(root / folder / f"{number}.jpg")
+    Image.new("LA", (50, 50)).save(root / "dog" / "4.png")
+    (root / "dog" / "5.png").write_bytes(b"broken")
+    return open_source(root)
+
+
+def test_report_counts_what_is_there(tmp_path):
+    report = inspect_source(make(tmp_path))
+    found = report.to_dict()
+    assert found["num_images"] == 6 and found["num_good"] == 5 and found["num_unlabelled"] == 1
+    assert found["classes"] == {"cat": 2, "dog": 3} and found["kinds"] == {"JPEG RGB": 4, "PNG LA": 1}
+    assert found["width"] == {"min": 10, "median": 50.0, "max": 300}
+    assert found["short_side"] == {"under 32 px": 2, "32..63 px": 1, "64..127 px": 1, "128..255 px": 1}
+    assert [bad["key"].endswith("5.png") for bad in found["bad"]] == [True]
+    json.dumps(found)
+
+
+def test_text_names_classes_and_broken_files(tmp_path):
+    text = inspect_source(make(tmp_path)).to_text()
+    assert "6, of which 1 broken" in text and "3  dog" in text and "5.png: not an image" in text
+
+
+def test_contact_sheet_is_a_picture(tmp_path):
+    (tmp_path / "data").mkdir()
+    inspect_source(make(tmp_path / "data")).save_contact_sheet(tmp_path / "out" / "sheet.png")
+    sheet = Image.open(tmp_path / "out" / "sheet.png")
+    assert sheet.mode == "RGB" and sheet.width == 3 * 100 + 4 and len(sheet.getcolors(10**6)) > 1000
+
+
+def test_all_broken_still_makes_a_report(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"nothing")
+    report = inspect_source(open_source(tmp_path))
+    assert report.num_good == 0 and "1, of which 1 broken" in report.to_text()
+    report.save_contact_sheet(tmp_path / "sheet.png")
+
+
+def test_thumbnails_are_spread_over_many_classes(tmp_path):
+    for number in range(80):
+        (tmp_path / f"c{number:02d}").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / f"c{number:02d}" / "x.png")
+    captions = [caption for caption, _ in inspect_source(open_source(tmp_path)).thumbnails]
+    assert len(captions) == len(set(captions)) == 64
+
+
+def test_rendered_sources_have_no_files():
+    assert inspect_source(open_source("shapes:num=10,size=32")).kinds == {"rendered RGB": 10}

@@ -1,0 +1,106 @@
+"""Schedules, optimizer, clipping and the moving average against their equations."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from digit.training import optim
+from digit.training.ema import EMA
+from digit.training.loop import TrainConfig
+from digit.training.optim import build_optimizer, clip_gradients, constant, cosine, inverse_sqrt, set_lr
+
+
+def test_inverse_sqrt_is_fairseqs():
+    peak, warm = 3e-4, 6250
+    assert inverse_sqrt(0, peak, warm) == 1e-7
+    assert inverse_sqrt(3125, peak, warm) == pytest.approx((peak + 1e-7) / 2)
+    assert inverse_sqrt(warm, peak, warm) == peak
+    assert inverse_sqrt(4 * warm, peak, warm) == pytest.approx(peak / 2)
+    # fairseq: decay_factor = lr * warmup ** 0.5; lr = decay_factor * step ** -0.5
+    assert inverse_sqrt(125_000, peak, warm) == pytest.approx(peak * warm**0.5 * 125_000**-0.5)
+
+
+def test_schedules_without_warmup_start_at_the_peak():
+    assert inverse_sqrt(0, 1.0) == inverse_sqrt(1, 1.0) == 1.0
+    assert inverse_sqrt(4, 1.0) == 0.5
+    assert cosine(0, 1.0, num_steps=10) == constant(0, 1.0) == constant(10**6, 1.0) == 1.0
+
+
+def test_cosine_ends_at_zero():
+    assert cosine(10, 1.0, num_steps=110, warmup_steps=10) == 1.0
+    assert cosine(60, 1.0, num_steps=110, warmup_steps=10) == pytest.approx(0.5)
+    assert cosine(110, 1.0, num_steps=110, warmup_steps=10) == 0.0
+    assert cosine(200, 1.0, num_steps=110, warmup_steps=10) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "cosine", "constant"])
+def test_learning_rate_follows_the_config(schedule):
+    cfg = TrainConfig(num_steps=100, warmup_steps=10, warmup_from=0.0, learning_rate=2.0, schedule=schedule)
+    assert optim.learning_rate_at(5, cfg) == 1.0
+    assert optim.learning_rate_at(10, cfg) == 2.0
+    assert optim.learning_rate_at(99, cfg) <= 2.0
+
+
+def test_optimizer_is_adamw_on_every_trainable_parameter():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    model[0].bias.requires_grad_(False)
+    cfg = TrainConfig(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.98))
+    before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model.parameters(), cfg)
+    set_lr(optimizer, 0.01)
+    model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p.double(), before[name])
+            continue
+        # first step: w <- w - lr wd w - lr g / (|g| + eps)
+        g = p.grad.double()
+        wanted = before[name] * (1 - 0.01 * 0.5) - 0.01 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(p.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_joint_norm():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))]
+    for max_norm, after in ((1.0, 1.0), (10.0, 5.0), (0.0, 5.0)):
+        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+        assert clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
+        joint = math.sqrt(sum(p.grad.square().sum().item() for p in parameters))
+        assert joint == pytest.approx(after, rel=1e-5)
+
+
+def test_ema_is_the_naive_average():
+    model = nn.Linear(2, 1)
+    ema = EMA(model, decay=0.5)
+    naive = model.weight.detach().double().clone()
+    for step in range(20):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(1, 2))
+        ema.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        naive = decay * naive + (1 - decay) * model.weight.detach().double()
+    torch.testing.assert_close(ema.state_dict()["weight"].double(), naive, rtol=1e-5, atol=1e-6)
+
+
+def test_ema_swaps_in_and_out_even_on_an_error():
+    model = nn.Linear(2, 1)
+    ema = EMA(model, decay=0.9)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    own, average = model.weight.detach().clone(), ema.state_dict()["weight"].clone()
+    with pytest.raises(ZeroDivisionError), ema.applied():
+        assert torch.equal(model.weight, average)
+        1 / 0  # noqa: B018
+    assert torch.equal(model.weight, own)
+    ema.copy_to_model()
+    assert torch.equal(model.weight, average)
+
+
+def test_ema_state_survives_a_round_trip():
+    first, second = EMA(nn.Linear(2, 1), 0.9), EMA(nn.Linear(2, 1), 0.9)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(first.averages, second.averages, strict=True))
+    with pytest.raises(RuntimeError, match="bias"):
+        second.load_state_dict({"weight": torch.zeros(1, 2)})

@@ -1,0 +1,244 @@
+"""The loop and the likelihood trainer on a toy task."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from digit.errors import DigitError
+from digit.training import distributed
+from digit.training.checkpoint import list_checkpoints
+from digit.training.likelihood import LikelihoodUpdate, train_likelihood
+from digit.training.log import RunLog, read_log
+from digit.training.loop import LoopConfig, TrainConfig, TrainState, step_seed, train
+from toy_task import ToyModel, run_toy, toy_batches, toy_config
+
+
+class Counter:
+    """A stateful object that counts its updates, and an update whose figures a test chooses."""
+
+    def __init__(self, figures=lambda step: {"loss": 1.0}):
+        self.steps, self.figures = [], figures
+
+    def __call__(self, step):
+        self.steps.append(step)
+        return self.figures(step)
+
+    def state_dict(self):
+        return {"steps": list(self.steps)}
+
+    def load_state_dict(self, state):
+        self.steps = list(state["steps"])
+
+
+def run(update, out, **changes):
+    fields = {"num_steps": 10, "batch_size": 4, "log_every": 3, "save_every": 4, "tensorboard": False, **changes}
+    return train(update, TrainState(0, {"counter": update}), LoopConfig(**fields), out)
+
+
+def test_every_step_once_and_a_line_when_due(tmp_path):
+    update = Counter(lambda step: {"loss": torch.tensor(float(step)), "lr": step / 10, "data_seconds": 0.0})
+    figures = run(update, tmp_path)
+    assert update.steps == list(range(10))
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in lines] == [3, 6, 9, 10]
+    assert [line["loss"] for line in lines] == [1.0, 4.0, 7.0, 9.0]  # means since the line before
+    assert [line["lr"] for line in lines] == [0.2, 0.5, 0.8, 0.9]  # the last one
+    assert all(line["data_wait"] == 0 and line["images_per_second"] > 0 for line in lines)
+    assert figures == lines[-1]
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [8, 10]
+
+
+def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
+    first = run(Counter(), tmp_path)
+    update = Counter()
+    assert run(update, tmp_path) == first
+    assert update.steps == list(range(10))  # loaded, not run
+    run(update, tmp_path, num_steps=12)
+    assert update.steps == list(range(12))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_nan_stops_the_run_naming_the_step(tmp_path, bad, as_tensor):
+    def figures(step):
+        value = bad if step == 6 else 1.0
+        return {"loss": torch.tensor(value) if as_tensor else value, "lr": 0.1}
+
+    with pytest.raises(DigitError, match=rf"step 7 gave loss {bad}, lr 0\.1: lower learning_rate"):
+        run(Counter(figures), tmp_path)
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
+
+
+def test_nan_is_never_saved(tmp_path):
+    update = Counter(lambda step: {"loss": math.nan})
+    with pytest.raises(DigitError, match="step 1 gave"):
+        run(update, tmp_path, log_every=100, save_every=4)
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, DigitError)])
+def test_a_signal_saves_at_the_end_of_the_step(tmp_path, number, error):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopper = Counter(lambda step: (os.kill(os.getpid(), number) if step == 5 else None) or {"loss": 1.0})
+    with pytest.raises(error, match="stopped at step 6, run again to go on"):
+        run(stopper, tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    update = Counter()
+    run(update, tmp_path)
+    assert update.steps == list(range(10))
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3, 6, 9, 10]
+
+
+def test_a_resumed_log_has_each_line_once(tmp_path):
+    def crash(step):
+        if step == 7:
+            raise ValueError("power cut")
+        return {"loss": float(step)}
+
+    with pytest.raises(ValueError, match="power cut"):
+        run(Counter(crash), tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"step": 7, "lo')  # torn
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3, 6]
+    run(Counter(lambda step: {"loss": float(step)}), tmp_path)  # from the checkpoint of step 4
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 10]
+    assert [line["seconds"] for line in lines] == sorted(line["seconds"] for line in lines)
+
+
+def test_validation_comes_with_each_save(tmp_path):
+    update, seen = Counter(), []
+    cfg = LoopConfig(num_steps=10, batch_size=4, log_every=5, save_every=4, tensorboard=False)
+    validate = lambda step: seen.append(step) or {"validation_loss": 0.5}  # noqa: E731
+    figures = train(update, TrainState(0, {"counter": update}), cfg, tmp_path, validate=validate)
+    assert seen == [4, 8, 10]
+    assert figures["validation_loss"] == 0.5 and figures["loss"] == 1.0
+
+
+def test_tensorboard_is_written_or_noted(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    run(Counter(), tmp_path / "with", tensorboard=True)
+    assert list((tmp_path / "with" / "tensorboard").glob("events*"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    run(Counter(), tmp_path / "without", tensorboard=True)
+    notes = [line["note"] for line in read_log(tmp_path / "without" / "log.jsonl") if "note" in line]
+    assert len(notes) == 1 and "not installed" in notes[0]
+
+
+def test_figures_may_come_and_go(tmp_path):
+    run(Counter(lambda step: {"loss": 1.0, **({"late": 2.0} if step == 5 else {})}), tmp_path)
+    assert [line.get("late") for line in read_log(tmp_path / "log.jsonl")] == [None, 2.0, None, None]
+
+
+def test_figures_hold_no_graph(tmp_path):
+    with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
+        log.add(1, {"loss": torch.ones((), requires_grad=True) * 2})
+        assert not log.pending[0][1]["loss"].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"precision": "int8"}, "precision is 'int8'"),
+        ({"schedule": "linear"}, "schedule is 'linear'"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"batch_size": 6, "accumulate": 4}, "batch_size is 6: it must be a multiple of accumulate 4"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"num_steps": -1}, "num_steps is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ],
+)
+def test_config_refuses_nonsense(change, text):
+    with pytest.raises(DigitError, match=text):
+        TrainConfig(**change)
+
+
+def test_seeds_differ_by_step_and_piece():
+    seeds = {step_seed(seed, step, piece) for seed in range(3) for step in range(5) for piece in range(4)}
+    assert len(seeds) == 60
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_slices_are_equal_and_in_order():
+    batch = {"target": torch.arange(6), "labels": None}
+    pieces = distributed.slices(batch, 3)
+    assert [p["target"].tolist() for p in pieces] == [[0, 1], [2, 3], [4, 5]]
+    assert all(p["labels"] is None for p in pieces)
+
+
+def test_the_toy_is_learnt(tmp_path):
+    model = ToyModel(dropout=0.0, mask_rate=0.0, width=32)
+    cfg = toy_config(num_steps=150, batch_size=32, schedule="cosine", label_smoothing=0.0, learning_rate=0.03)
+    trained, figures = train_likelihood(model, toy_batches(32), cfg, tmp_path)
+    assert trained is model and not model.training
+    assert figures["accuracy"] > 0.6 and figures["loss"] < 1.5  # 1 of 6 tokens is a guess
+    assert figures["step"] == 150
+
+
+def gradients(accumulate: int, **toy) -> list[torch.Tensor]:
+    update = LikelihoodUpdate(ToyModel(**toy), toy_batches(), toy_config(accumulate=accumulate))
+    update.forward_backward(update.batches(0), 0)
+    return [p.grad for p in update.parameters]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    still = {"dropout": 0.0, "mask_rate": 0.0}
+    for whole, pieces in zip(gradients(1, **still), gradients(4, **still), strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_a_step_depends_on_nothing_but_the_step():
+    first = gradients(2)
+    torch.randn(17)
+    for a, b in zip(first, gradients(2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
+    before = torch.get_rng_state()
+    run_toy(tmp_path, num_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unlabelled_batches_train(tmp_path):
+    model = run_toy(tmp_path, num_steps=2, labelled=False)
+    assert torch.equal(model.label.weight, ToyModel().label.weight)  # no gradient, so no decay either
+
+
+def test_bf16_trains_and_fp16_wants_a_gpu(tmp_path):
+    run_toy(tmp_path / "bf16", num_steps=2, precision="bf16")
+    with pytest.raises(DigitError, match="fp16 needs a GPU"):
+        run_toy(tmp_path / "fp16", num_steps=2, precision="fp16")
+
+
+def test_a_batch_of_another_size_is_refused(tmp_path):
+    with pytest.raises(DigitError, match="batch 0 has 4 rows, batch_size is 8"):
+        train_likelihood(ToyModel(), toy_batches(4), toy_config(), tmp_path)
+
+
+def test_validation_sees_the_average_in_eval_mode(tmp_path):
+    model, seen = ToyModel(), []
+
+    def validate(step):
+        seen.append((model.training, model.head.weight.clone()))
+        return {"validation_loss": 1.0}
+
+    train_likelihood(model, toy_batches(), toy_config(num_steps=4, ema_decay=0.9), tmp_path, validate=validate)
+    training, weight = seen[-1]
+    assert not training
+    assert torch.equal(weight, model.head.weight)  # the result is the average too
+    last = torch.load(tmp_path / "checkpoints" / "step_00000004.pt", weights_only=True)["objects"]
+    assert torch.equal(last["ema"]["head.weight"], weight)
+    assert not torch.equal(last["model"]["head.weight"], weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp16_on_a_gpu_skips_an_overflow(tmp_path):
+    cfg = toy_config(num_steps=50, precision="fp16", log_every=1)
+    _, figures = train_likelihood(ToyModel(dropout=0.0).cuda(), toy_batches(), cfg, tmp_path)
+    assert math.isfinite(figures["loss"]) and "skipped" in figures
