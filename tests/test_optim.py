@@ -73,7 +73,7 @@ def test_clipping_bounds_the_joint_norm():
 
 def test_ema_is_the_naive_average():
     model = nn.Linear(2, 1)
-    ema = EMA(model, decay=0.5)
+    ema = EMA(model, decay=0.5)  # the warm-up of the decay ends at step 8
     naive = model.weight.detach().double().clone()
     for step in range(20):
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_ema_is_the_naive_average():
         ema.update(step)
         decay = min(0.5, (1 + step) / (10 + step))
         naive = decay * naive + (1 - decay) * model.weight.detach().double()
-    torch.testing.assert_close(ema.state_dict()["weight"].double(), naive, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ema.state_dict()["weight"].double(), naive, rtol=1e-5, atol=1e-6)
 
 
 def test_ema_swaps_in_and_out_even_on_an_error():

@@ -237,6 +237,23 @@ def test_validation_sees_the_average_in_eval_mode(tmp_path):
     assert not torch.equal(last["model"]["head.weight"], weight)
 
 
+def test_loss_scaling_skips_an_overflow_and_is_otherwise_without_effect():
+    scaled, plain = (LikelihoodUpdate(ToyModel(), toy_batches(), toy_config()) for _ in range(2))
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    assert scaled.state().objects.keys() == {"model", "optimizer", "scaler"}
+    figures = [update(0) for update in (scaled, plain)]
+    torch.testing.assert_close(figures[0]["grad_norm"], figures[1]["grad_norm"])
+    for a, b in zip(scaled.parameters, plain.parameters, strict=True):
+        torch.testing.assert_close(a, b)
+    before = [p.detach().clone() for p in scaled.parameters]
+    scaled.forward_backward(scaled.batches(1), 1)
+    scaled.parameters[0].grad[0, 0] = math.inf
+    outcome = scaled.optimizer_step()
+    assert outcome["skipped"] == 1 and outcome["grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(scaled.parameters, before, strict=True))
+    assert scaled.scaler.get_scale() == 2.0**9
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fp16_on_a_gpu_skips_an_overflow(tmp_path):
     cfg = toy_config(num_steps=50, precision="fp16", log_every=1)

@@ -81,7 +81,8 @@ class Run:
         folder = self.reuse.get("codebook", self.out / "codebook")
         if not (folder / "codebook.json").exists():
             codebook = fit_codebook(self.source, self.recipe.preprocess, self.encoder, self.recipe.kmeans,
-                                    subset=self.recipe.codebook_subset, seed=self.recipe.seed)
+                                    subset=self.recipe.codebook_subset, seed=self.recipe.seed,
+                                    max_bad_fraction=self.recipe.max_bad_fraction)
             codebook.save(folder)
         return Codebook.load(folder).to(self.device)
 
@@ -105,7 +106,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         vqgan = load_asset_vqgan().vqgan if recipe.vqgan_start == "asset" else VQGAN(recipe.vqgan)
         if recipe.vqgan_training.num_steps:
-            crops = CachedCrops(self.source, recipe.preprocess, seed=recipe.seed)
+            crops = CachedCrops(self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction)
             size = recipe.vqgan_training.batch_size
             figures = train_vqgan(vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder)
             write_json(folder / "metrics.json", figures)
@@ -118,7 +119,8 @@ class Run:
             store = TokenStore.open(self.reuse["tokens"])
         else:
             store = write_tokens(self.out / "tokens", self.source, self.recipe.preprocess, self.tokenizer, self.vq,
-                                 crops_per_image=self.recipe.crops_per_image, seed=self.recipe.seed)
+                                 crops_per_image=self.recipe.crops_per_image, seed=self.recipe.seed,
+                                 max_bad_fraction=self.recipe.max_bad_fraction)
         store.check(codebook_hash=self.tokenizer.fingerprint, vqgan_hash=self.vq.fingerprint)
         return store
 

@@ -75,6 +75,8 @@ class Recipe:
     """Training of stage 2."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the finished pipeline draws."""
+    max_bad_fraction: float = 0.05
+    """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
     """Of every random choice of the run."""
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.training.likelihood import train_likelihood
 from digit.training.log import read_log
-from toy_task import run_toy
+from toy_task import run_toy, toy_batches, toy_config
 
 TOY = Path(__file__).parents[1] / "toy_task.py"
 
@@ -47,6 +49,22 @@ def test_resumed_equals_uninterrupted(tmp_path, changes):
     assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_real_model_resumes_exactly(tmp_path, masked):
+    shape = {"depth": 2, "embed_dim": 16, "num_heads": 2, "masked": masked, "norm": "pre"}
+    cfg = SequenceConfig(vocab_size=11, target_len=6, num_classes=3, label_dropout=0.1, **shape)
+
+    def run(out: Path, num_steps: int) -> dict:
+        torch.manual_seed(7)
+        train = toy_config(num_steps=num_steps, ema_decay=0.9, accumulate=2)
+        return train_likelihood(SequenceModel(cfg), toy_batches(), train, out)[0].state_dict()
+
+    whole = run(tmp_path / "whole", 8)
+    run(tmp_path / "halves", 4)
+    torch.randn(3)
+    assert_same(whole, run(tmp_path / "halves", 8))
+
+
 def test_a_torn_checkpoint_costs_steps_but_changes_nothing(tmp_path, caplog):
     whole = run_toy(tmp_path / "whole", num_steps=12, ema_decay=0.9)
     run_toy(tmp_path / "torn", num_steps=8, ema_decay=0.9)
@@ -60,8 +78,8 @@ def test_a_torn_checkpoint_costs_steps_but_changes_nothing(tmp_path, caplog):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_process_goes_on_where_it_was(tmp_path, number):
-    whole = run_toy(tmp_path / "whole", num_steps=200, save_every=5)
-    process = start([sys.executable], tmp_path / "killed", num_steps=200, save_every=5, step_seconds=0.02)
+    whole = run_toy(tmp_path / "whole", num_steps=100, save_every=5)
+    process = start([sys.executable], tmp_path / "killed", num_steps=100, save_every=5, step_seconds=0.02)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "killed").glob("checkpoints/step_*.pt")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
@@ -71,7 +89,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, number):
     assert process.returncode == (1 if number == signal.SIGTERM else -signal.SIGKILL)
     assert ("stopped at step" in errors) == (number == signal.SIGTERM)
     assert not (tmp_path / "killed" / "weights.pt").exists()
-    killed = run_toy(tmp_path / "killed", num_steps=200, save_every=5)
+    killed = run_toy(tmp_path / "killed", num_steps=100, save_every=5)
     assert_same(whole.state_dict(), killed.state_dict())
 
 

@@ -2,8 +2,8 @@
 
 Nothing is downloaded and nothing is stored: a scene is sphere-traced (Hart 1996) in float32 with four samples a pixel.
 Scenes draw their numbers from Philox(seed, index), so a scene does not depend on its neighbours; the drawing does not
-depend on the size, so 64 and 256 pixels show the same scene. Arrays only meet + - * / sqrt, which IEEE 754 rounds
-exactly: the pixels do not depend on the width of a machine's vector unit.
+depend on the size, so 64 and 256 pixels show the same scene. Pixel arrays only meet + - * / sqrt, which IEEE 754 rounds
+exactly, so a machine's vector unit does not show in them; a scene's few numbers may differ in the 16th digit.
 
 Axes: x right, y up, z towards the camera; ground y = 0. A point or direction is a tuple (x, y, z) of arrays (n,).
 """
@@ -14,12 +14,14 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from digit.data.solids import CLASSES, SHAPES, Shape, length
+from digit.data.source import ImageSource
 from digit.errors import DigitError
 
 Points = tuple[Any, Any, Any]
@@ -70,15 +72,27 @@ class Scene:
     gloss: float  # strength of the highlight, 0..1
 
 
+@lru_cache(maxsize=4096)
+def _classes_of_ten(seed: int, block: int) -> tuple[int, ...]:
+    """The classes of scenes 10 block .. 10 block + 9: each once, shuffled, so that no stride meets one class only."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, block, 10])))
+    return tuple(np.argsort(rng.random(len(SHAPES))).tolist())
+
+
+def class_of(seed: int, index: int) -> int:
+    """Label 0..9 of scene `index` of the set `seed`; each ten from a multiple of ten hold every class once."""
+    return _classes_of_ten(seed, index // len(SHAPES))[index % len(SHAPES)]
+
+
 def draw_scene(seed: int, index: int) -> Scene:
-    """Draw scene `index` of the set `seed`; its class is index modulo ten, so any run of ten indices is balanced."""
+    """Draw scene `index` of the set `seed`."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(rng.random())
 
-    shape = SHAPES[index % len(SHAPES)]
-    pose = math.radians(shape.poses[int(rng.integers(len(shape.poses)))])
+    shape = SHAPES[class_of(seed, index)]
+    pose = math.radians(shape.poses[int(rng.random() * len(shape.poses))])
     wobble = math.radians(shape.wobble)
     yaw = math.radians(between(-shape.yaw, shape.yaw))
     rotation = _rotation(yaw, between(-wobble, wobble) - pose, between(-wobble, wobble))
@@ -340,7 +354,7 @@ def render_scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, int
     mean = image.reshape(3, size, SAMPLES, size, SAMPLES)
     mean = (mean[:, :, 0, :, 0] + mean[:, :, 0, :, 1] + mean[:, :, 1, :, 0] + mean[:, :, 1, :, 1]) * 0.25
     pixels = np.sqrt(np.minimum(mean, 1.0)) * 255.0 + 0.5
-    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0)), index % len(SHAPES)
+    return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0)), class_of(seed, index)
 
 
 def render_batch(seed: int, indices: Iterable[int], size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -355,7 +369,7 @@ def _check_size(size: int) -> None:
         raise DigitError(f"shapes: size is {size}, wanted {MIN_SIZE} to {MAX_SIZE} pixels")
 
 
-class ShapesSource:
+class ShapesSource(ImageSource):
     """The embedded data set as an ImageSource: `num` balanced scenes of `size` x `size` pixels in ten classes.
 
     Scenes are rendered when read and the latest few hundred are kept. `start` moves to other scenes of the same kind
@@ -372,40 +386,35 @@ class ShapesSource:
                 raise DigitError(f"shapes: {field} is {value}, wanted at least {least}")
         self.num, self.size, self.seed, self.start = num, size, seed, start
         self.classes = list(CLASSES)
+        self.fingerprint = hashlib.sha256(f"shapes|{VERSION}|{num}|{size}|{seed}|{start}".encode()).hexdigest()
         self._cache: OrderedDict[int, tuple[np.ndarray, int]] = OrderedDict()
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of what decides the pixels, 64 hex digits."""
-        text = f"shapes|{VERSION}|{self.num}|{self.size}|{self.seed}|{self.start}"
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
         return self.num
 
-    def _index(self, i: int) -> int:
-        if not 0 <= i < self.num:
-            raise IndexError(f"shapes: no scene {i} among {self.num}")
-        return self.start + i
+    def _scene(self, index: int) -> int:
+        if not 0 <= index < self.num:
+            raise IndexError(f"shapes: no scene {index} among {self.num}")
+        return self.start + index
 
-    def read(self, i: int) -> tuple[Image.Image, int]:
-        """Scene i as (PIL RGB size x size, label)."""
-        index = self._index(i)
-        if index not in self._cache:
-            self._cache[index] = render_scene(self.seed, index, self.size)
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Scene `index` as (PIL RGB size x size, label)."""
+        scene = self._scene(index)
+        found = self._cache.get(scene)  # one look-up: several threads may read
+        if found is None:
+            found = self._cache[scene] = render_scene(self.seed, scene, self.size)
             if len(self._cache) > self.CACHE:
                 self._cache.popitem(last=False)
-        pixels, label = self._cache[index]
-        return Image.fromarray(pixels), label
+        return Image.fromarray(found[0]), found[1]
 
-    def key(self, i: int) -> str:
-        """A stable name of scene i: shapes/star/000007."""
-        index = self._index(i)
-        return f"{self.name}/{CLASSES[index % len(CLASSES)]}/{index:06d}"
+    def key(self, index: int) -> str:
+        """A stable name: shapes/star/000007."""
+        scene = self._scene(index)
+        return f"{self.name}/{CLASSES[class_of(self.seed, scene)]}/{scene:06d}"
 
     def labels(self) -> np.ndarray:
         """Labels (num,) int64, without rendering."""
-        return (np.arange(self.start, self.start + self.num) % len(CLASSES)).astype(np.int64)
+        return np.array([class_of(self.seed, self.start + index) for index in range(self.num)], dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": OrderedDict()}  # a worker renders its own

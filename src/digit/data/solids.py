@@ -110,6 +110,11 @@ def _corners(half: float, heights: tuple[float, ...]) -> list[tuple[float, float
     return [(x, y, z) for x in (-half, half) for y in heights for z in (-half, half)]
 
 
+def _arm_ends(reach: float, half: float) -> list[tuple[float, float, float]]:
+    ends = [(x, y, z) for x in (-reach, reach) for y in (-half, half) for z in (-half, half)]
+    return [*ends, *[(y, x, z) for x, y, z in ends], *[(y, z, x) for x, y, z in ends]]
+
+
 def _heart_outline(z: float) -> list[tuple[float, float, float]]:
     mid = 0.29 * math.sqrt(2)
     right = [(mid + x, mid + y - 0.2, z) for x, y, _ in _ring(0.58, 0, plane="xy")]
@@ -153,9 +158,6 @@ SHAPES = (
         yaw=48.0, poses=(0.0, 12.0), convex=False,
     ),
     _shape("heart", _heart, _heart_outline(0.2) + _heart_outline(-0.2), yaw=48.0, poses=(0.0, 12.0), convex=False),
-    _shape(
-        "cross", _cross, [(x * 0.95, y * 0.95, z * 0.95) for x, y, z in _AXES],
-        margin=0.2, poses=(0.0, 35.0, 45.0), convex=False,
-    ),
+    _shape("cross", _cross, _arm_ends(0.89, 0.22), margin=0.06, poses=(0.0, 35.0, 45.0), convex=False),
 )
 CLASSES = [shape.name for shape in SHAPES]

@@ -69,13 +69,13 @@ class TokenStore:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             got = manifest.get("format") if isinstance(manifest, dict) else manifest
             raise DigitError(f"tokens in {folder} have format {got}, this version reads {FORMAT}: {AGAIN}")
-        rows, arrays = manifest["rows"], {"disc": None, "vq": None}
-        for name in arrays:
-            if manifest[name] is not None:
-                shape = (rows, manifest[name]["length"])
-                arrays[name] = open_array(folder / f"{name}.npy", shape, np.dtype("<u2"))
-        labels = open_array(folder / "labels.npy", (rows,), np.dtype("<i4"))
-        return cls(folder, manifest, arrays["disc"], arrays["vq"], labels)
+        try:
+            shapes = {name: (manifest["rows"], manifest[name]["length"]) for name in ("disc", "vq") if manifest[name]}
+            labels = open_array(folder / "labels.npy", (manifest["rows"],), np.dtype("<i4"))
+        except (KeyError, TypeError) as error:
+            raise DigitError(f"{folder / 'manifest.json'} is damaged ({error!r}): {AGAIN}") from error
+        arrays = {name: open_array(folder / f"{name}.npy", shape, np.dtype("<u2")) for name, shape in shapes.items()}
+        return cls(folder, manifest, arrays.get("disc"), arrays.get("vq"), labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -184,15 +184,14 @@ def write_tokens(
     )  # fmt: skip
     with writer, Progress("tokens", writer.num_rows, done=writer.done) as bar:
         for batch in loader:
-            ok = batch.ok.numpy()
-            reasons = dict(loader.bad)
-            bad = [(int(i), source.key(int(i))) for i in batch.indices[~batch.ok]]
-            writer.drop(~ok, [(index, key, reasons[key]) for index, key in bad], max_bad_fraction)
+            ok, reasons = batch.ok.numpy(), dict(loader.bad)
+            keys = {index: source.key(index) for index in batch.indices[~batch.ok].tolist()}
+            writer.check_bad(bad := {index: (key, reasons[key]) for index, key in keys.items()}, max_bad_fraction)
             values = {"labels": batch.labels.numpy()}
-            for name, encode in (("disc", tokenizer), ("vq", vq)):
-                if encode is not None:
-                    values[name] = _encode(encode, batch.images, ok)
-            writer.append(values)
+            for name, encoder in (("disc", tokenizer), ("vq", vq)):
+                if encoder is not None:
+                    values[name] = _encode(encoder, batch.images, ok)
+            writer.append(values, ~ok, bad)
             bar.update(len(ok), bad=len(writer.bad))
     writer.finish()
     return TokenStore.open(folder)
@@ -284,6 +283,7 @@ class _Writer:
         shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
         shapes["labels"] = ((self.num_rows,), "<i4")
         self.opened: list[ArrayFile] = []
+        self.saved = time.monotonic()
         self.arrays = {name: ArrayFile(self._partial(name), *shape) for name, shape in shapes.items()}
 
     def _partial(self, name: str) -> Path:
@@ -312,6 +312,8 @@ class _Writer:
         if self.journal.exists():
             journal = read_json(self.journal)
             try:
+                if not isinstance(journal["request"], dict):
+                    raise TypeError("request")
                 self._compare(journal["request"])
                 self.done, self.dropped = journal["done"], journal["dropped"]
                 self.bad = {index: (key, reason) for index, key, reason in journal["bad"]}
@@ -345,22 +347,23 @@ class _Writer:
         for array in self.opened:
             array.__exit__()
 
-    def drop(self, rows: np.ndarray, bad: list[tuple[int, str, str]], max_bad_fraction: float) -> None:
-        """Mark the next rows (bool (B,)) as unreadable. Raises DigitError past the fraction, over all sessions."""
-        self.dropped += (self.done + np.flatnonzero(rows)).tolist()
-        self.bad |= {index: (key, reason) for index, key, reason in bad}
-        if len(self.bad) > max_bad_fraction * self.num_images:
-            first = next(iter(self.bad.values()))
+    def check_bad(self, more: dict[int, tuple[str, str]], max_bad_fraction: float) -> None:
+        """Raises DigitError where too many images are unreadable, over all sessions of this store."""
+        bad = self.bad | more
+        if bad and len(bad) > max_bad_fraction * self.num_images:
+            key, reason = next(iter(bad.values()))
             raise DigitError(
-                f"{len(self.bad)} of {self.num_images} images unreadable, more than max_bad_fraction "
-                f"{max_bad_fraction:g}: see digit inspect; the first: {first[0]} ({first[1]})"
+                f"{len(bad)} of {self.num_images} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "
+                f"see digit inspect; the first: {key} ({reason})"
             )
 
-    def append(self, values: dict[str, np.ndarray]) -> None:
-        """Write the next rows of every array; now and then the journal."""
+    def append(self, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[int, tuple[str, str]]) -> None:
+        """Write the next rows of every array; `dropped` (bool, a row each) are of the unreadable images `bad`."""
         for name, array in self.arrays.items():
             array.write(self.done, values[name])
-        self.done += len(values["labels"])
+        self.dropped += (self.done + np.flatnonzero(dropped)).tolist()
+        self.bad |= bad
+        self.done += len(dropped)
         if time.monotonic() - self.saved >= JOURNAL_EVERY_SECONDS or self.done == self.num_rows:
             self._save()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -17,7 +19,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         widths = [3] + [channels * min(2**n, 8) for n in range(num_layers)]
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in pairwise(widths):
             layers += [spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         layers += [spectral_norm(nn.Conv2d(widths[-1], 1, 4, padding=1))]
         self.layers = nn.Sequential(*layers)

@@ -113,7 +113,7 @@ def perceptual_weights_path(name: str) -> Path | None:
 
 
 def load_perceptual(name: str = "vgg", num_stages: int = 5) -> PerceptualDistance | None:
-    """The perceptual distance of trunk `vgg` or `alex`, or None (with a log line) when its weights are not installed."""
+    """The perceptual distance of trunk `vgg` or `alex`; None, with a log line, where its weights are not installed."""
     if name not in TRUNKS:
         raise DigitError(f"perceptual trunk {name!r} is unknown: choose one of {', '.join(TRUNKS)}")
     path = perceptual_weights_path(name)

@@ -172,9 +172,8 @@ class SequenceModel(nn.Module):
             raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
         whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
         x = self.dropout(self.embed(target if whole else target[:, :-1], prefix, labels, drop_prefix))  # (B, T, D)
-        x = self.transformer(x, causal=not cfg.masked, hidden=hidden)
         first = cfg.prefix_len + cfg.masked
-        return x[:, first : first + target.shape[1]]
+        return self.transformer(x, causal=not cfg.masked, first=first, hidden=hidden)[:, : target.shape[1]]
 
     def forward(
         self,

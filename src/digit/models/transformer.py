@@ -129,15 +129,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.out = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | None, first: int = 0) -> Tensor:
+        """(B, T, D) to (B, T - first, D): the outputs of positions from `first` on."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, H, T, d)
         if cache is not None:
             assert cache.begin == 0 or length == 1, "past an empty cache, positions come one at a time"
             k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, causal=causal and length > 1)  # (B, H, T, d)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        y = attend(q, k, v, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
+        return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
 
 
 class MLP(nn.Module):
@@ -162,12 +163,12 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(cfg.embed_dim), nn.LayerNorm(cfg.embed_dim)
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, *, causal: bool, cache: KVCache | None) -> Tensor:
-        how = dict(causal=causal, layer=self.layer, cache=cache)
+    def forward(self, x: Tensor, *, causal: bool, cache: KVCache | None, first: int = 0) -> Tensor:
+        how = dict(causal=causal, layer=self.layer, cache=cache, first=first)
         if self.pre:
-            x = x + self.dropout(self.attention(self.norm1(x), **how))
+            x = x[:, first:] + self.dropout(self.attention(self.norm1(x), **how))
             return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x, **how)))
+        x = self.norm1(x[:, first:] + self.dropout(self.attention(x, **how)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -184,23 +185,27 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B T D"],
         *,
         causal: bool,
+        first: int = 0,
         cache: KVCache | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Features after the last block and the final norm.
+    ) -> Float[Tensor, "B T-first D"]:
+        """Features after the last block and the final norm, of positions from `first` on.
 
         Args:
             x: embedded input; with a cache that is not empty, one position.
             causal: whether position t sees positions up to t alone.
+            first: outputs before it are not wanted; the last block computes no feed-forward layer for them.
             cache: keys and values of earlier positions; extended by these.
-            hidden: gets the input and every block's output appended (before the final norm), depth + 1 in all.
+            hidden: gets the input and every block's output appended (whole, before the final norm), depth + 1 in all.
         """
         if hidden is not None:
             hidden.append(x)
+        length, skip = x.shape[1], first if hidden is None else 0
         for block in self.blocks:
-            x = block(x, causal=causal, cache=cache)  # (B, T, D)
+            last = block is self.blocks[-1]
+            x = block(x, causal=causal, cache=cache, first=skip if last else 0)  # (B, T, D)
             if hidden is not None:
                 hidden.append(x)
         if cache is not None:
-            cache.begin += x.shape[1]
-        return self.final_norm(x)
+            cache.begin += length
+        return self.final_norm(x[:, first - skip :])

@@ -1,4 +1,4 @@
-"""VQGAN: convolutional encoder, nearest-code quantiser, convolutional decoder (Esser et al. 2021; the paper, section 3.3).
+"""VQGAN: convolutional encoder, nearest-code quantiser, convolutional decoder (Esser et al. 2021; the paper, 3.3).
 
 The layout is that of MAGE's `vqgan_jax_strongaug.ckpt`, which the paper's renderer was trained on, so that its weights
 load without surgery. It differs from the original VQGAN: no attention, no quant_conv / post_quant_conv, residual
@@ -11,6 +11,7 @@ Shapes: B images, S pixels a side, f = 2 ** (levels - 1) the reduction, h = S / 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -135,9 +136,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig, upsample: bool = False) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * config.num_res_blocks
-        self.block = nn.ModuleList(
-            ResBlock(a, b, config.num_groups) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResBlock(a, b, config.num_groups) for a, b in pairwise(widths))
         if upsample:
             self.upsample = Upsample(out_channels)
 

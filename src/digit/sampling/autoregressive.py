@@ -89,7 +89,8 @@ def decode(
     cache = model.new_cache(len(tokens) * (2 if guided else 1))
     x = model.embed(twice(rows.given, guided), **conditions(model, rows, guided))  # (C, P + 1 + m, D)
     for i in range(known, length):
-        logits = model.head(model.transformer(x, causal=True, cache=cache)[:, -1]).float()  # (C, V)
+        features = model.transformer(x, causal=True, first=x.shape[1] - 1, cache=cache)  # (C, 1, D)
+        logits = model.head(features[:, 0]).float()  # (C, V)
         tokens[:, i] = pick(guide(logits, cfg_scale) if guided else logits, u[:, i])
         if report:
             report()

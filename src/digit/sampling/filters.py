@@ -40,7 +40,7 @@ def keep_top_k(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V"]
 
 
 def keep_top_p(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:
-    """Keep the fewest most likely codes whose probability reaches p (Holtzman et al. 2020), at least one; 1 keeps all."""
+    """XX"""
     if top_p >= 1:
         return logits
     ordered, codes = logits.sort(dim=-1, descending=True, stable=True)
@@ -82,7 +82,7 @@ def draw(logits: Float[Tensor, "B V"], u: Tensor, temperature: float, top_k: int
     return sample_from_uniform(filter_logits(logits, temperature, top_k, top_p), u)
 
 
-def image_uniforms(seeds: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float64[Tensor, "B *shape"]:
+def image_uniforms(seeds: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float64[Tensor, "B ..."]:
     """U[0, 1) for each image from a generator of its own, seeded by a hash of (image seed, stage).
 
     Philox, not torch's generator: on CPU that one keeps 32 bits of its seed, so that among 50,000 images two share all

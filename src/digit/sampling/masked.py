@@ -118,7 +118,7 @@ def least_confident(
     confidence: Float[Tensor, "C M"], hidden: Bool[Tensor, "C M"], count: Int64[Tensor, " C"]
 ) -> Bool[Tensor, "C M"]:
     """Which tokens to hide again: the `count` least confident of those drawn in this step."""
-    order = confidence.masked_fill(~hidden, float("inf")).argsort(1, stable=True)
+    order = confidence.masked_fill(~hidden, float("inf")).argsort(dim=1, stable=True)
     return order.argsort(1) < count[:, None]
 
 

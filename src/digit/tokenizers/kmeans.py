@@ -120,8 +120,8 @@ class KMeans:
             centroids = sums.means(centroids)
             reseeded = _split_largest(centroids, sums, rng)
             self._log(iteration, sums, reseeded, time.perf_counter() - began)
-            gain = math.inf if previous == math.inf else previous - inertia
-            if not num_empty and (inertia == 0 or (cfg.tolerance > 0 and gain <= cfg.tolerance * previous)):
+            settled = cfg.tolerance > 0 and iteration > 0 and previous - inertia <= cfg.tolerance * previous
+            if not num_empty and (inertia == 0 or settled):
                 break
             previous = inertia
         began = time.perf_counter()

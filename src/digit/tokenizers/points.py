@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from digit.tokenizers.kmeans import KMeansConfig
 
 START_POINTS_PER_CENTROID = 32  # k-means++ looks at a sample of this many points a centroid
+MIN_CHUNK_ROWS = 16
 BYTES_PER_CENTROID_VALUE = 40  # centroids, float64 sums and their products, start points: all of size (K, D)
 
 
@@ -70,8 +71,14 @@ def _start_rows(cfg: "KMeansConfig", fit: int) -> int:
     return max(cfg.num_clusters, min(cfg.num_clusters * START_POINTS_PER_CENTROID, fit // 4))
 
 
-def _chunk_size(cfg: "KMeansConfig", device: torch.device) -> int:
-    return max(16, min(chunk_rows(device), cfg.memory_budget_bytes // 8 // (4 * cfg.num_clusters)))
+def _row_bytes(cfg: "KMeansConfig", dim: int) -> int:
+    """What one row of a chunk costs: its scores, and its features in float32, float64 and squared."""
+    return 4 * cfg.num_clusters + 32 * dim
+
+
+def _chunk_size(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
+    """An eighth of the budget at most."""
+    return max(MIN_CHUNK_ROWS, min(chunk_rows(device), cfg.memory_budget_bytes // 8 // _row_bytes(cfg, dim)))
 
 
 def _tensor_points(features: Tensor, cfg: "KMeansConfig") -> Points:
@@ -81,7 +88,7 @@ def _tensor_points(features: Tensor, cfg: "KMeansConfig") -> Points:
     num, most = len(features), _most_points(cfg, len(features))
     order = torch.from_numpy(np.random.default_rng([cfg.seed, 0]).permutation(num)).to(features.device)
     rows = order[:most].sort().values if most < num else None
-    size = _chunk_size(cfg, torch.device(cfg.device or features.device))
+    size = _chunk_size(cfg, features.shape[1], torch.device(cfg.device or features.device))
 
     def chunks() -> Iterator[Tensor]:
         for part in features.split(size) if rows is None else (features[some] for some in rows.split(size)):
@@ -95,7 +102,7 @@ def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig") 
     """Read the stream once: count it, keep a random sample; stay in memory where that sample is all that is wanted."""
     sample, order, num_rows = _sample_stream(stream, cfg)
     wanted = _most_points(cfg, num_rows)
-    size = _chunk_size(cfg, sample.device)
+    size = _chunk_size(cfg, sample.shape[1], sample.device)
     first = torch.from_numpy(order[: _start_rows(cfg, len(order))]).to(sample.device)
     if len(sample) == wanted:
         return Points(wanted, False, lambda: iter(sample.split(size)), lambda: sample[first])
@@ -149,13 +156,14 @@ def _merge(sample: Tensor, keys: np.ndarray, part: Tensor, new: np.ndarray) -> n
 
 def _capacity(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
     """Rows of a sample that fit the budget beside the work on one chunk; at most the rows wanted."""
-    num = cfg.num_clusters
-    work = num * dim * BYTES_PER_CENTROID_VALUE + _chunk_size(cfg, device) * (4 * num + 32 * dim)
-    fit = (cfg.memory_budget_bytes - work) // (4 * dim)
+    num, row = cfg.num_clusters, _row_bytes(cfg, dim)
+    fixed = num * dim * BYTES_PER_CENTROID_VALUE
+    fit = (cfg.memory_budget_bytes - fixed - _chunk_size(cfg, dim, device) * row) // (4 * dim)
     rows = fit - _start_rows(cfg, fit)
     if rows < num:
+        least = fixed + 8 * dim * num  # with K points to start from and K in the sample
         raise DigitError(
             f"k-means: a memory budget of {cfg.memory_budget_bytes} bytes is too small for {num} centroids of {dim} "
-            f"features: give at least {work + 16 * num * dim} (kmeans.memory_budget_bytes)"
+            f"features: give at least {max(least + MIN_CHUNK_ROWS * row, least * 8 // 7 + 1)} (kmeans.memory_budget_bytes)"
         )
     return max(num, _most_points(cfg, rows))

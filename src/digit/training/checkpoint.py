@@ -62,7 +62,7 @@ def _full_disk_is_an_os_error() -> Iterator[None]:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU; no code in it runs. Raises DamagedError where it is torn or has flipped bits."""
+    """Read one checkpoint onto the CPU; no code in it runs. Raises DamagedError where it is torn or bits flipped."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the CRCs
             if (name := archive.testzip()) is not None:

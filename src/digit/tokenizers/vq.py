@@ -1,0 +1,175 @@
+"""VQ tokenizer: images to a VQGAN's codes and back to pixels (the paper's renderer target, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from digit.errors import DigitError, MismatchError
+from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.models.vqgan import VQGAN, VQGANConfig
+
+FORMAT = 1
+ASSET = "vqgan64"
+DECODED_TOGETHER = 8  # images that go through the decoder at a time, always exactly so many
+
+
+class VQTokenizer:
+    """A VQGAN as an `ImageTokenizer` that can also decode. Tokens are in raster order.
+
+    `bf16` runs the networks under bfloat16 autocast: faster on most machines, and a few tokens per thousand differ.
+    `chunk_size` images go through the networks at a time; the result does not depend on it up to rounding.
+    `rounding` "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
+    """
+
+    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 64, rounding: str = "nearest") -> None:
+        if rounding not in ("nearest", "truncate"):
+            raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
+        self.vqgan = vqgan.eval()
+        self.bf16, self.chunk_size, self.rounding = bf16, chunk_size, rounding
+        self._fingerprint: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes; tokens lie in 0..vocab_size-1."""
+        return self.vqgan.config.vocab_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of tokens."""
+        return self.vqgan.config.grid
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the images it takes and gives."""
+        return self.vqgan.config.resolution
+
+    @property
+    def device(self) -> torch.device:
+        return self.vqgan.quantize.embedding.weight.device
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, 64 hex digits; unchanged by save and load, whatever the device."""
+        if self._fingerprint is None:
+            self._fingerprint = sha256_tensors(self.vqgan.state_dict())
+        return self._fingerprint
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network; returns self."""
+        self.vqgan.to(device)
+        return self
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+    def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
+        return (part.to(self.device) for part in tensor.split(self.chunk_size))
+
+    @torch.no_grad()
+    def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> Int64[Tensor, "b m"]:
+        """RGB images in 0..255 to tokens (B, M), on the images' device. Raises MismatchError at another size."""
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, self.resolution, self.resolution):
+            raise MismatchError(
+                f"the VQGAN takes uint8 images of shape (3, {self.resolution}, {self.resolution}), got {images.dtype} "
+                f"{tuple(images.shape[1:])}: choose preprocess.image_size {self.resolution} or another VQGAN"
+            )
+        if not len(images):
+            return torch.empty(0, self.vqgan.config.num_tokens, dtype=torch.int64, device=images.device)
+        with self.autocast():
+            tokens = [self.vqgan.encode(part.float() / 255)[1] for part in self.chunks(images)]
+        return torch.cat(tokens).to(images.device)
+
+    @torch.no_grad()
+    def decode(self, tokens: Int64[Tensor, "b m"]) -> UInt8[Tensor, "b 3 s s"]:
+        """Tokens (B, M) to RGB images in 0..255, on the tokens' device. Raises DigitError at wrong lengths or codes."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.vqgan.config.num_tokens:
+            raise MismatchError(
+                f"the VQGAN's images have {self.vqgan.config.num_tokens} tokens, got shape {tuple(tokens.shape)}: "
+                "these tokens are of another VQGAN"
+            )
+        if not len(tokens):
+            return torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8, device=tokens.device)
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise MismatchError(
+                f"the VQGAN has codes 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}: "
+                "these tokens are of another VQGAN"
+            )
+        with self.autocast():
+            images = [self.to_pixels(self.vqgan.decode_tokens(filled(part)))[: len(part)] for part in self.parts(tokens)]
+        return torch.cat(images).to(tokens.device)
+
+    def parts(self, tokens: Tensor) -> Iterator[Tensor]:
+        return (part.to(self.device) for part in tokens.split(DECODED_TOGETHER))
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        images = images.float().clamp(0, 1) * 255
+        return (images.round() if self.rounding == "nearest" else images).to(torch.uint8)
+
+    @torch.no_grad()
+    def embed(self, tokens: Int64[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+        """The code vector of each token, float32."""
+        return self.vqgan.quantize.embedding(tokens.to(self.device)).to(tokens.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and fingerprint, for manifests."""
+        return {**self.vqgan.config.to_dict(), "fingerprint": self.fingerprint}
+
+    def save(self, folder: str | Path) -> None:
+        """Write vqgan.safetensors (float32) and, last, vqgan.json into `folder`."""
+        folder = Path(folder)
+        save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
+        about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.config.to_dict()}
+        write_json(folder / "vqgan.json", about)
+
+    @classmethod
+    def load(cls, folder: str | Path, **options: Any) -> Self:
+        """Read what `save` wrote; `options` as for the constructor.
+
+        Raises DigitError on unreadable files, MismatchError where weights and description are of two models.
+        """
+        folder = Path(folder)
+        return cls(load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors"), **options)
+
+
+def filled(part: Tensor) -> Tensor:
+    """Rows repeated up to DECODED_TOGETHER: kernels round by the number of rows, and a picture must not depend on it."""
+    return part[torch.arange(DECODED_TOGETHER).clamp(max=len(part) - 1)]
+
+
+def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
+    """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
+    about = read_json(about_path)
+    try:
+        config = VQGANConfig(**about["config"])
+    except (KeyError, TypeError) as error:
+        raise DigitError(f"{about_path} describes no VQGAN ({error}): make it again (digit train vqgan ...)") from error
+    weights = {name: tensor.float() for name, tensor in load_tensors(weights_path).items()}
+    if about.get("fingerprint") != (found := sha256_tensors(weights)):
+        raise MismatchError(
+            f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
+            "so the files are of two models: make them again (digit train vqgan ...)"
+        )
+    vqgan = VQGAN(config)
+    try:
+        vqgan.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MismatchError(f"{weights_path} does not fit {about_path}: {reason}") from error
+    return vqgan.eval()
+
+
+def load_asset_vqgan(**options: Any) -> VQTokenizer:
+    """The carried VQGAN: 64 px, 8 x 8 tokens of 1024 codes; what it was trained on is in assets/vqgan64.json.
+
+    It was made by bench/train_vqgan_asset.py, is stored in fp16 and computes in float32. `options` as for VQTokenizer.
+    """
+    folder = Path(str(files("digit") / "assets"))
+    return VQTokenizer(load_vqgan(folder / f"{ASSET}.json", folder / f"{ASSET}.safetensors"), **options)

@@ -1,0 +1,129 @@
+"""The whole pipeline on a few rendered scenes: fit, resume, save, load, draw, complete."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from digit.errors import DigitError, MismatchError
+from digit.fit import MODEL_NAMES, Run, differences, fit, training_flops
+from digit.pipeline import DigitPipeline, kept_tokens
+
+DATA = "shapes:num=24,size=32"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("run"))
+    fit(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pipe(run) -> DigitPipeline:
+    return DigitPipeline.from_pretrained(run.out)
+
+
+def test_shapes_and_types_of_the_python_interface(pipe):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens, vq_tokens = pipe.tokenizer.encode(images), pipe.vq.encode(images)
+    assert tokens.shape == (3, 4) and vq_tokens.shape == (3, 16) and tokens.dtype == vq_tokens.dtype == torch.int64
+    assert pipe.vq.decode(vq_tokens).shape == (3, 3, 32, 32) and pipe.vq.decode(vq_tokens).dtype == torch.uint8
+    assert pipe.prior(tokens, labels=None).shape == (3, 4, 12)
+    assert pipe.renderer(vq_tokens, prefix=tokens).shape == (3, 16, 16)
+    assert pipe.generate(num=5, seed=0).shape == (5, 3, 32, 32)
+
+
+def test_an_image_depends_on_its_seed_and_label_alone(pipe):
+    together = pipe.generate(num=6, labels=[1, 2, 3], seed=10, batch_size=6)
+    alone = torch.cat([pipe.generate(num=1, labels=[1, 2, 3][i % 3], seed=10 + i) for i in range(6)])
+    split = pipe.generate(num=6, labels=[1, 2, 3], seed=10, batch_size=4)
+    assert torch.equal(together, alone) and torch.equal(together, split)
+
+
+def test_save_and_load_give_the_same_pictures(pipe, tmp_path):
+    again = DigitPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "copy"))
+    assert torch.equal(again.generate(num=3, seed=1), pipe.generate(num=3, seed=1))
+    assert again.classes == pipe.classes and again.sampling == pipe.sampling and again.preprocess == pipe.preprocess
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
+def test_completion_keeps_the_first_rows(pipe, keep):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    done = pipe.complete(images, keep=keep, seed=0)
+    kept = kept_tokens(pipe.vq.grid, keep)
+    assert done.shape == images.shape
+    if keep == 1.0:  # nothing is left to draw: the reconstruction
+        assert torch.equal(done, pipe.vq.decode(pipe.vq.encode(images)))
+    assert kept == {0.25: 4, 0.5: 8, 1.0: 16}[keep]
+
+
+def test_completion_resizes_other_pictures(pipe):
+    assert pipe.complete(torch.zeros(1, 3, 40, 56, dtype=torch.uint8), keep=0.5).shape == (1, 3, 32, 32)
+
+
+def test_a_second_fit_makes_nothing_again(run):
+    before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*") if p.is_file() and "pipeline" not in p.parts}
+    fit(Run(tiny_recipe(), DATA, run.out))
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_another_configuration_is_refused_with_both_values(run):
+    with pytest.raises(MismatchError, match=r"kmeans.num_clusters = 12, now asked for 13"):
+        Run(tiny_recipe(kmeans=replace(tiny_recipe().kmeans, num_clusters=13)), DATA, run.out)
+
+
+def test_tokens_of_another_codebook_are_refused(run, tmp_path):
+    other = Run(tiny_recipe(seed=1), DATA, tmp_path / "other")
+    _ = other.codebook
+    mixed = Run(tiny_recipe(), DATA, tmp_path / "mixed", reuse={"codebook": other.out / "codebook", "vqgan": run.out / "vqgan", "tokens": run.out / "tokens"})
+    with pytest.raises(MismatchError, match="tokens in .* were made with codebook"):
+        _ = mixed.tokens
+
+
+@pytest.mark.parametrize("renderer", ["renderer_masked", "vq_ar", "vq_masked"])
+def test_masked_renderer_and_baselines_train_and_draw(run, renderer):
+    prior = "prior" if renderer == "renderer_masked" else None
+    pipe = run.pipeline(prior, renderer)
+    assert pipe.generate(num=2, labels=[0, 1], seed=3).shape == (2, 3, 32, 32)
+    assert pipe.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0.5).shape == (1, 3, 32, 32)
+    if prior is None:
+        assert pipe.tokenizer is None
+
+
+def test_baselines_get_the_compute_of_both_stages(run):
+    def cost(name: str) -> float:
+        cfg = run.training_config(name)
+        return training_flops(run.sequence_config(name)) * cfg.num_steps * cfg.batch_size
+
+    both = cost("prior") + cost("renderer")
+    step = training_flops(run.sequence_config("vq_ar")) * run.training_config("vq_ar").batch_size
+    assert abs(cost("vq_ar") - both) <= step / 2
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda p: p.generate(num=1, labels=10), "label 10 is out of range: this model knows classes 0 to 9"),
+    (lambda p: p.generate(num=1, labels=-1), "label -1 is out of range"),
+    (lambda p: p.generate(num=0), "num is 0"),
+    (lambda p: p.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0), "keep is 0"),
+    (lambda p: p.generate(num=1, prior={"cfg_scale": 3.0}), "cfg_scale is 3.0"),
+])
+def test_bad_requests_say_what_is_wrong(pipe, call, message):
+    with pytest.raises(DigitError, match=message):
+        call(pipe)
+
+
+def test_missing_pipeline_says_where(tmp_path):
+    with pytest.raises(DigitError, match="does not exist"):
+        DigitPipeline.from_pretrained(tmp_path / "nowhere")
+
+
+def test_one_image_is_not_enough(tmp_path):
+    with pytest.raises(DigitError, match="holds 1 image"):
+        Run(tiny_recipe(), "shapes:num=1,size=32", tmp_path)
+
+
+def test_differences_names_the_leaves():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [("a.c", 2, 3)]
+    assert set(MODEL_NAMES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"}
