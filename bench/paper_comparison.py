@@ -1,4 +1,4 @@
-"""The paper's comparison on real images: DiGIT + AR, DiGIT + MaskGIT, VQ-only AR, VQ-only MaskGIT at equal training FLOPs.
+"""The paper's comparison on real images: DiGIT and VQ-only, AR and MaskGIT, at equal training FLOPs.
 
     python bench/paper_comparison.py DATA --run runs/cifar --out runs/cifar_comparison --seeds 0,1,2
 
@@ -59,9 +59,13 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("data", help="Hub-layout data set with a train and a test split")
-    parser.add_argument("--run", required=True, help="finished `digit fit` run whose codebook, VQGAN and tokens are used")
+    parser.add_argument(
+        "--run", required=True, help="finished `digit fit` run whose codebook, VQGAN and tokens are used"
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--recipe", default="cifar")
     parser.add_argument("--seeds", default="0,1,2")
@@ -96,7 +100,9 @@ def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> 
     """What no renderer can beat: test images through the VQGAN, and real training images against the test split."""
     tokens = run.vq.encode(images)
     decoded = run.vq.decode(tokens)
-    train, _ = real_images(run.source, run.recipe.preprocess, np.linspace(0, len(run.source) - 1, 5000).astype(int).tolist())
+    train, _ = real_images(
+        run.source, run.recipe.preprocess, np.linspace(0, len(run.source) - 1, 5000).astype(int).tolist()
+    )
     error = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3)) / 255**2
     return {
         "reconstructed_test": fd(judge.stats("reconstructed", lambda: decoded), truth),
@@ -106,18 +112,26 @@ def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> 
     }
 
 
-def row(run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int) -> dict:
+def row(
+    run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int
+) -> dict:
     """Train (or read) the models of one method, draw, and measure."""
     started = time.monotonic()
     pipe = run.pipeline(prior, renderer)
     name = f"{renderer}_{seed}"
     drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, run.out / f"{renderer}.png"))
     models = [m for m in (prior, renderer) if m]
-    flops = sum(training_flops(run.sequence_config(m)) * (c := run.training_config(m)).num_steps * c.batch_size for m in models)
+    flops = sum(
+        training_flops(run.sequence_config(m)) * (c := run.training_config(m)).num_steps * c.batch_size for m in models
+    )
     # seconds of training alone, from the logs
     return {
-        "method": method, "seed": seed, METRIC: fd(drawn, truth), "training_pflops": flops / 1e15,
-        "steps": {m: run.training_config(m).num_steps for m in models}, "seconds": time.monotonic() - started,
+        "method": method,
+        "seed": seed,
+        METRIC: fd(drawn, truth),
+        "training_pflops": flops / 1e15,
+        "steps": {m: run.training_config(m).num_steps for m in models},
+        "seconds": time.monotonic() - started,
     }
 
 
@@ -137,7 +151,10 @@ def draw(pipe: DigitPipeline, num: int, seed: int, picture: Path) -> torch.Tenso
 def summary(results: dict) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over seeds by method."""
     values = {m: [r[METRIC] for r in results["rows"] if r["method"] == m] for m in METHODS}
-    return {m: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "values": v} for m, v in values.items()}
+    return {
+        m: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "values": v}
+        for m, v in values.items()
+    }
 
 
 def table(results: dict) -> str:

@@ -17,7 +17,7 @@ def _quiet_and_seeded():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference data (golden vectors of the released code, real images): `DIGIT_SHARED` or ../shared; skips without it."""
+    """Reference data (golden vectors, real images): `DIGIT_SHARED` or ../shared; skips without it."""
     folder = Path(os.environ.get("DIGIT_SHARED", Path(__file__).parents[2] / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder} (set DIGIT_SHARED)")

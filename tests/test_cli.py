@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import tiny_recipe
 
 from digit.cli import COMMANDS, main, parse_labels
 from digit.errors import DigitError
+from tiny import tiny_recipe
 
 DATA = "shapes:num=24,size=32"
 
@@ -44,8 +44,19 @@ def fails(capsys, *argv: str) -> str:
 
 
 def test_fit_leaves_everything_a_person_looks_at(run_folder):
-    for name in ("samples.png", "reconstructions.png", "token_map.png", "completions/grid.png", "report.html", "metrics.json",
-                 "samples/grid.png", "samples/tokens.npz", "pipeline/pipeline.json", "prior/log.jsonl", "loss.png"):
+    for name in (
+        "samples.png",
+        "reconstructions.png",
+        "token_map.png",
+        "completions/grid.png",
+        "report.html",
+        "metrics.json",
+        "samples/grid.png",
+        "samples/tokens.npz",
+        "pipeline/pipeline.json",
+        "prior/log.jsonl",
+        "loss.png",
+    ):
         assert (run_folder / name).is_file(), name
     metrics = json.loads((run_folder / "metrics.json").read_text())
     assert {"psnr_db", "fd_efficientnet_lite2", "recognised", "training"} <= metrics.keys()
@@ -55,11 +66,30 @@ def test_fit_leaves_everything_a_person_looks_at(run_folder):
 
 def test_sample_twice_gives_the_same_files(run_folder, tmp_path):
     for out in ("a", "b"):
-        assert main(["sample", "--from", str(run_folder), "--num", "4", "--labels", "0,3", "--seed", "5", "--out", str(tmp_path / out)]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    "--from",
+                    str(run_folder),
+                    "--num",
+                    "4",
+                    "--labels",
+                    "0,3",
+                    "--seed",
+                    "5",
+                    "--out",
+                    str(tmp_path / out),
+                ]
+            )
+            == 0
+        )
     for name in ("00000.png", "00003.png", "grid.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     tokens = np.load(tmp_path / "a" / "tokens.npz")
-    assert tokens["disc"].shape == (4, 4) and tokens["vq"].shape == (4, 16) and tokens["labels"].tolist() == [0, 3, 0, 3]
+    assert (
+        tokens["disc"].shape == (4, 4) and tokens["vq"].shape == (4, 16) and tokens["labels"].tolist() == [0, 3, 0, 3]
+    )
 
 
 def test_labels_may_be_names(run_folder, tmp_path):
@@ -139,20 +169,33 @@ def test_one_image_and_broken_images(capsys, tmp_path, config):
     for i in range(3):
         (folder / f"broken{i}.jpg").write_bytes(b"no picture")
     (folder / "one.png").unlink()
-    assert "3 images unreadable" in fails(capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "b"))
+    assert "3 images unreadable" in fails(
+        capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "b")
+    )
 
 
 def test_label_out_of_range(capsys, run_folder, tmp_path):
     line = fails(capsys, "sample", "--from", str(run_folder), "--labels", "12", "--out", str(tmp_path / "out"))
     assert "label 12 is out of range" in line and not (tmp_path / "out").exists()
-    assert "no class named 'dog'" in fails(capsys, "sample", "--from", str(run_folder), "--labels", "dog", "--out", str(tmp_path))
+    assert "no class named 'dog'" in fails(
+        capsys, "sample", "--from", str(run_folder), "--labels", "dog", "--out", str(tmp_path)
+    )
 
 
 def test_tokens_of_another_codebook(capsys, config, run_folder, tmp_path):
     data = [DATA, "--config", str(config)]
     assert main(["codebook", *data, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
-    line = fails(capsys, "train", "prior", *data, "--out", str(tmp_path / "run"), f"--reuse_codebook={tmp_path / 'other' / 'codebook'}",
-                 f"--reuse_vqgan={run_folder / 'vqgan'}", f"--reuse_tokens={run_folder / 'tokens'}")
+    line = fails(
+        capsys,
+        "train",
+        "prior",
+        *data,
+        "--out",
+        str(tmp_path / "run"),
+        f"--reuse_codebook={tmp_path / 'other' / 'codebook'}",
+        f"--reuse_vqgan={run_folder / 'vqgan'}",
+        f"--reuse_tokens={run_folder / 'tokens'}",
+    )
     assert "were made with codebook" in line
 
 
@@ -162,8 +205,18 @@ def test_a_store_cut_short(capsys, config, run_folder, tmp_path):
     shutil.copytree(run_folder / "tokens", tmp_path / "tokens")
     data = (tmp_path / "tokens" / "vq.npy").read_bytes()
     (tmp_path / "tokens" / "vq.npy").write_bytes(data[:-7])
-    line = fails(capsys, "train", "prior", DATA, "--config", str(config), "--out", str(tmp_path / "run"),
-                 *[f"--reuse_{p}={run_folder / p}" for p in ("codebook", "vqgan")], f"--reuse_tokens={tmp_path / 'tokens'}")
+    line = fails(
+        capsys,
+        "train",
+        "prior",
+        DATA,
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "run"),
+        *[f"--reuse_{p}={run_folder / p}" for p in ("codebook", "vqgan")],
+        f"--reuse_tokens={tmp_path / 'tokens'}",
+    )
     assert "vq.npy" in line
 
 
@@ -179,7 +232,9 @@ def test_a_full_disk_keeps_the_previous_file(capsys, run_folder, tmp_path, monke
 
     monkeypatch.setattr(Image.Image, "save", full)
     assert "disk full" in fails(capsys, "sample", "--from", str(run_folder), "--num", "1", "--out", str(tmp_path))
-    assert (tmp_path / "grid.png").read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+    assert (tmp_path / "grid.png").read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == [
+        "grid.png"
+    ]
     with pytest.raises(DigitError, match="disk full"):
         pictures.save_png(tmp_path / "grid.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from toy_images import NoiseSource, PatchEncoder
 
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
@@ -11,6 +10,7 @@ from digit.files import read_json, write_json
 from digit.tokenizers.base import ImageTokenizer
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, choose_images, fit_codebook
 from digit.tokenizers.kmeans import KMeansConfig
+from toy_images import NoiseSource, PatchEncoder
 
 SMALL = PreprocessConfig(image_size=16, encoder_size=16)
 

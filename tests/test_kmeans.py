@@ -1,5 +1,7 @@
 """K-means: against scikit-learn and brute force, in memory and streamed, start, empty clusters, errors."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_inertia_never_rises():
     x = blobs(spread=1.5)
     history = KMeans(KMeansConfig(num_clusters=12, dtype="float32", tolerance=0)).fit(x).history_
     inertia = [entry["inertia"] for entry in history]
-    steps = [b <= a * (1 + 1e-6) for a, b in zip(inertia, inertia[1:], strict=False)]
+    steps = [b <= a * (1 + 1e-6) for a, b in pairwise(inertia)]
     reseeded = [entry["reseeded"] > 0 for entry in history]
     assert all(ok or any(reseeded[: i + 1]) for i, ok in enumerate(steps))
 
@@ -255,10 +257,10 @@ def test_too_small_a_budget_names_one_that_works(num, dim, init):
     assert kmeans.streamed_ and kmeans.num_points_ == len(x)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("dtype", "int8"), ("tolerance", -1)],
-)
+BAD_VALUES = [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("dtype", "int8"), ("tolerance", -1)]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_VALUES)
 def test_config_is_checked(field, value):
     with pytest.raises(DigitError, match=field):
         KMeansConfig(**{field: value})

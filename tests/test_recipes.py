@@ -21,7 +21,9 @@ def test_every_recipe_builds_every_model(name):
     recipe = get_recipe(name)
     assert recipe.name == name
     for model in MODEL_NAMES:
-        cfg = recipe.sequence_config(model, disc_vocab=recipe.kmeans.num_clusters, disc_len=64, vq_vocab=1024, vq_len=64, num_classes=10)
+        cfg = recipe.sequence_config(
+            model, disc_vocab=recipe.kmeans.num_clusters, disc_len=64, vq_vocab=1024, vq_len=64, num_classes=10
+        )
         with torch.device("meta"):
             SequenceModel(cfg)
 

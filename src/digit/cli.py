@@ -1,4 +1,4 @@
-"""argv -> one call. A user's mistake ends in one line on stderr and exit code 2; only this file prints or reads argv."""
+"""argv -> one call. A user's mistake ends in one line on stderr and exit code 2; only this file prints."""
 
 import os
 import sys
@@ -19,10 +19,12 @@ DATA_HELP = (
 )
 EPILOG = {
     "inspect": "digit inspect photos/            # counts, classes, sizes, bad files, contact sheet",
-    "fit": "digit fit shapes --recipe demo --out runs/demo\n  digit fit photos/ --recipe small --out runs/photos --prior.depth 8",
+    "fit": "digit fit shapes --recipe demo --out runs/demo\n"
+    "  digit fit photos/ --recipe small --out runs/photos --prior.depth 8",
     "codebook": "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048",
     "tokenize": "digit tokenize photos/ --recipe small --out runs/photos",
-    "train": "digit train prior photos/ --recipe small --out runs/photos\n  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
+    "train": "digit train prior photos/ --recipe small --out runs/photos\n"
+    "  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
     "sample": "digit sample --from runs/demo --num 64 --labels 0,3 --seed 0 --out samples/",
     "complete": "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/",
     "info": "digit info                       # recipes\n  digit info runs/demo             # a pipeline",
@@ -37,8 +39,12 @@ def make_parser(command: str, summary: str) -> "ArgumentParser":
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return ArgumentParser(
-        prog=f"digit {command}", description=summary, epilog=f"example:\n  {EPILOG[command]}", exit_on_error=False,
-        allow_abbrev=False, formatter_class=_help_formatter(argparse.RawDescriptionHelpFormatter),
+        prog=f"digit {command}",
+        description=summary,
+        epilog=f"example:\n  {EPILOG[command]}",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_help_formatter(argparse.RawDescriptionHelpFormatter),
     )
 
 
@@ -58,12 +64,18 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> None:
     recipe = get_recipe(_value_of(argv, "--recipe") or "small")
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--recipe", default="small", help=f"named run to start from: {', '.join(sorted(RECIPES))}")
-    parser.add_argument("--out", required=True, help="run folder; a later run with the same one goes on from what is done")
-    parser.add_argument("--split", default=None, help="split of a Hub-layout data set (default: train where there is one)")
+    parser.add_argument(
+        "--out", required=True, help="run folder; a later run with the same one goes on from what is done"
+    )
+    parser.add_argument(
+        "--split", default=None, help="split of a Hub-layout data set (default: train where there is one)"
+    )
     parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     for part in ("codebook", "vqgan", "tokens"):
-        parser.add_argument(f"--reuse_{part}", default=None, help=f"folder of another run's {part}, used instead of making it")
+        parser.add_argument(
+            f"--reuse_{part}", default=None, help=f"folder of another run's {part}, used instead of making it"
+        )
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
     parser.add_class_arguments(Recipe, as_group=True)
     parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
@@ -120,16 +132,19 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv))
     store = run.tokens
-    say(f"{run.out / 'tokens'}: {len(store)} rows of {store.disc.shape[1]} discriminative and {store.vq.shape[1]} VQ tokens")
+    say(
+        f"{run.out / 'tokens'}: {len(store)} rows of {store.disc.shape[1]} discriminative "
+        f"and {store.vq.shape[1]} VQ tokens"
+    )
 
 
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model of a run: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
+    """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
     add_run_arguments(parser, argv)
     args = parse(parser, argv)
-    from digit.fit import MODEL_NAMES
     from digit.files import read_json
+    from digit.fit import MODEL_NAMES
 
     if args.model not in ("vqgan", *MODEL_NAMES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(MODEL_NAMES)}")
@@ -172,8 +187,10 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
     parser.add_argument("--precision", default=None, help="fp32 or bf16 (faster)")
     for stage in ("prior", "renderer"):
         for name, kind, text in (
-            ("temperature", float, "divides the logits; 0 takes the likeliest token"), ("top_k", int, "keep the k likeliest tokens; 0: all"),
-            ("top_p", float, "keep the likeliest tokens up to this probability"), ("cfg_scale", float, "guidance; 1: off"),
+            ("temperature", float, "divides the logits; 0 takes the likeliest token"),
+            ("top_k", int, "keep the k likeliest tokens; 0: all"),
+            ("top_p", float, "keep the likeliest tokens up to this probability"),
+            ("cfg_scale", float, "guidance; 1: off"),
             ("num_steps", int, "iterations of a masked model"),
         ):
             parser.add_argument(f"--{stage}.{name}", type=kind, default=None, help=f"{stage}: {text}")
@@ -181,7 +198,9 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
 
 def sampling_changes(args: Any) -> dict[str, Any]:
     """The sampling options that were given."""
-    changes: dict[str, Any] = {s: {k: v for k, v in vars(getattr(args, s)).items() if v is not None} for s in ("prior", "renderer")}
+    changes: dict[str, Any] = {
+        s: {k: v for k, v in vars(getattr(args, s)).items() if v is not None} for s in ("prior", "renderer")
+    }
     return changes | {k: getattr(args, k) for k in ("batch_size", "precision") if getattr(args, k) is not None}
 
 
@@ -189,7 +208,11 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     """Draw new images from a trained pipeline."""
     add_sampling_arguments(parser)
     parser.add_argument("--num", type=int, default=16, help="how many images")
-    parser.add_argument("--labels", default=None, help="class numbers or names, separated by commas, used in turn (default: every class)")
+    parser.add_argument(
+        "--labels",
+        default=None,
+        help="class numbers or names, separated by commas, used in turn (default: every class)",
+    )
     args = parse(parser, argv)
     from digit.report import write_samples
 
@@ -256,27 +279,42 @@ def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
         elif word.lstrip("-").isdigit():
             numbers.append(int(word))
         else:
-            raise DigitError(f"no class named {word!r}: classes are {', '.join(classes[:20]) or 'none (unconditional model)'}")
+            raise DigitError(
+                f"no class named {word!r}: classes are {', '.join(classes[:20]) or 'none (unconditional model)'}"
+            )
     return numbers
 
 
 # -------------------------------------------------------------------- entry
 
 COMMANDS: dict[str, Callable[["ArgumentParser", list[str]], None]] = {
-    "inspect": run_inspect, "fit": run_fit, "codebook": run_codebook, "tokenize": run_tokenize, "train": run_train,
-    "sample": run_sample, "complete": run_complete, "info": run_info,
+    "inspect": run_inspect,
+    "fit": run_fit,
+    "codebook": run_codebook,
+    "tokenize": run_tokenize,
+    "train": run_train,
+    "sample": run_sample,
+    "complete": run_complete,
+    "info": run_info,
 }
 
 
 def usage() -> str:
     """The page of `digit --help`."""
     lines = [f"  {name:<10}{(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join([
-        "usage: digit COMMAND ...        (digit COMMAND --help teaches each)", "",
-        "DiGIT: discriminative image tokens and autoregressive image generation.", "", *lines, "",
-        "start here:", "  digit fit shapes --recipe demo --out runs/demo      # no data needed, some minutes on a laptop",
-        "  digit sample --from runs/demo --num 64 --out samples",
-    ])
+    return "\n".join(
+        [
+            "usage: digit COMMAND ...        (digit COMMAND --help teaches each)",
+            "",
+            "DiGIT: discriminative image tokens and autoregressive image generation.",
+            "",
+            *lines,
+            "",
+            "start here:",
+            "  digit fit shapes --recipe demo --out runs/demo      # no data needed, some minutes on a laptop",
+            "  digit sample --from runs/demo --num 64 --out samples",
+        ]
+    )
 
 
 def say(text: str) -> None:

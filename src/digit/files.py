@@ -81,7 +81,9 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
         np.save(out, array, allow_pickle=False)
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, atomically; they are copied to contiguous CPU memory first."""
     from safetensors.torch import save_file
 

@@ -1,11 +1,11 @@
 """From images to a pipeline, stage by stage, in one run folder; a stage that is done is read, not made again.
 
-    OUT/config.json   the whole configuration; a rerun with another one is refused
-    OUT/codebook/     stage codebook      frozen encoder + K-means
-    OUT/vqgan/        stage vqgan         trained, or the carried asset
-    OUT/tokens/       stage tokens        discriminative and VQ tokens of the same crops
-    OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
-    OUT/pipeline/     what DigitPipeline.from_pretrained reads
+OUT/config.json   the whole configuration; a rerun with another one is refused
+OUT/codebook/     stage codebook      frozen encoder + K-means
+OUT/vqgan/        stage vqgan         trained, or the carried asset
+OUT/tokens/       stage tokens        discriminative and VQ tokens of the same crops
+OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
+OUT/pipeline/     what DigitPipeline.from_pretrained reads
 """
 
 from collections.abc import Callable, Sequence
@@ -48,8 +48,16 @@ class Run:
         device: cpu or cuda.
     """
 
-    def __init__(self, recipe: Recipe, data: str | ImageSource, out: str | Path, *, split: str | None = None,
-                 reuse: dict[str, str | Path] | None = None, device: str | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: str | ImageSource,
+        out: str | Path,
+        *,
+        split: str | None = None,
+        reuse: dict[str, str | Path] | None = None,
+        device: str | None = None,
+    ):
         self.recipe, self.out = recipe, Path(out)
         self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -60,11 +68,17 @@ class Run:
 
     def _claim_folder(self) -> None:
         """Write config.json, or compare with the one that is there."""
-        wanted = {"recipe": asdict(self.recipe), "data": {"name": self.source.name, "fingerprint": self.source.fingerprint}}
+        wanted = {
+            "recipe": asdict(self.recipe),
+            "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+        }
         path = self.out / "config.json"
         if path.exists():
             for name, here, asked in differences(read_json(path), _plain(wanted)):
-                raise MismatchError(f"{self.out} was made with {name} = {here}, now asked for {asked}: choose another --out, or the old setting")
+                raise MismatchError(
+                    f"{self.out} was made with {name} = {here}, now asked for {asked}: "
+                    "choose another --out, or the old setting"
+                )
         else:
             write_json(path, wanted)
 
@@ -80,9 +94,15 @@ class Run:
         """Stage codebook."""
         folder = self.reuse.get("codebook", self.out / "codebook")
         if not (folder / "codebook.json").exists():
-            codebook = fit_codebook(self.source, self.recipe.preprocess, self.encoder, self.recipe.kmeans,
-                                    subset=self.recipe.codebook_subset, seed=self.recipe.seed,
-                                    max_bad_fraction=self.recipe.max_bad_fraction)
+            codebook = fit_codebook(
+                self.source,
+                self.recipe.preprocess,
+                self.encoder,
+                self.recipe.kmeans,
+                subset=self.recipe.codebook_subset,
+                seed=self.recipe.seed,
+                max_bad_fraction=self.recipe.max_bad_fraction,
+            )
             codebook.save(folder)
         return Codebook.load(folder).to(self.device)
 
@@ -106,9 +126,13 @@ class Run:
         torch.manual_seed(recipe.seed)
         vqgan = load_asset_vqgan().vqgan if recipe.vqgan_start == "asset" else VQGAN(recipe.vqgan)
         if recipe.vqgan_training.num_steps:
-            crops = CachedCrops(self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction)
+            crops = CachedCrops(
+                self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
+            )
             size = recipe.vqgan_training.batch_size
-            figures = train_vqgan(vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder)
+            figures = train_vqgan(
+                vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder
+            )
             write_json(folder / "metrics.json", figures)
         VQTokenizer(vqgan).save(folder)
 
@@ -118,9 +142,16 @@ class Run:
         if "tokens" in self.reuse:
             store = TokenStore.open(self.reuse["tokens"])
         else:
-            store = write_tokens(self.out / "tokens", self.source, self.recipe.preprocess, self.tokenizer, self.vq,
-                                 crops_per_image=self.recipe.crops_per_image, seed=self.recipe.seed,
-                                 max_bad_fraction=self.recipe.max_bad_fraction)
+            store = write_tokens(
+                self.out / "tokens",
+                self.source,
+                self.recipe.preprocess,
+                self.tokenizer,
+                self.vq,
+                crops_per_image=self.recipe.crops_per_image,
+                seed=self.recipe.seed,
+                max_bad_fraction=self.recipe.max_bad_fraction,
+            )
         store.check(codebook_hash=self.tokenizer.fingerprint, vqgan_hash=self.vq.fingerprint)
         return store
 
@@ -140,8 +171,12 @@ class Run:
         """SequenceConfig of a model, from the tokens at hand."""
         manifest = self.tokens
         return self.recipe.sequence_config(
-            name, disc_vocab=self.tokenizer.vocab_size, disc_len=manifest.disc.shape[1], vq_vocab=self.vq.vocab_size,
-            vq_len=manifest.vq.shape[1], num_classes=len(self.source.classes) if self.recipe.class_conditional else 0,
+            name,
+            disc_vocab=self.tokenizer.vocab_size,
+            disc_len=manifest.disc.shape[1],
+            vq_vocab=self.vq.vocab_size,
+            vq_len=manifest.vq.shape[1],
+            num_classes=len(self.source.classes) if self.recipe.class_conditional else 0,
         )
 
     def training_config(self, name: str) -> TrainConfig:
@@ -152,7 +187,10 @@ class Run:
         if name.startswith("renderer"):
             return replace(recipe.renderer_training, seed=recipe.seed)
         cost = {n: training_flops(self.sequence_config(n)) for n in ("prior", "renderer", name)}
-        total = sum(cost[n] * t.num_steps * t.batch_size for n, t in (("prior", recipe.prior_training), ("renderer", recipe.renderer_training)))
+        total = sum(
+            cost[n] * t.num_steps * t.batch_size
+            for n, t in (("prior", recipe.prior_training), ("renderer", recipe.renderer_training))
+        )
         num_steps = round(total / (cost[name] * recipe.renderer_training.batch_size))
         return replace(recipe.renderer_training, num_steps=num_steps, seed=recipe.seed)
 
@@ -176,10 +214,14 @@ class Run:
         if renderer is None:
             renderer = "renderer" if self.recipe.renderer_kind == "ar" else "renderer_masked"
         return DigitPipeline(
-            tokenizer=self.tokenizer if prior else None, vq=self.vq,
-            prior=self.model(prior) if prior else None, renderer=self.model(renderer),
-            preprocess=self.recipe.preprocess, classes=self.source.classes if self.recipe.class_conditional else (),
-            sampling=self.recipe.sampling, info={"recipe": self.recipe.name, "data": self.source.name},
+            tokenizer=self.tokenizer if prior else None,
+            vq=self.vq,
+            prior=self.model(prior) if prior else None,
+            renderer=self.model(renderer),
+            preprocess=self.recipe.preprocess,
+            classes=self.source.classes if self.recipe.class_conditional else (),
+            sampling=self.recipe.sampling,
+            info={"recipe": self.recipe.name, "data": self.source.name},
         )
 
     def stages(self) -> Sequence[tuple[str, Callable[[], Any]]]:
@@ -204,7 +246,7 @@ def fit(run: Run) -> DigitPipeline:
 
 
 def training_flops(cfg: Any) -> float:
-    """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, section 2.1).
+    """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, 2.1).
 
     The output projection counts at the target positions alone, the embeddings not at all.
     """

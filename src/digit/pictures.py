@@ -14,7 +14,7 @@ MARGIN, BACKGROUND, INK = 2, 255, (60, 60, 60)
 
 
 def grid(images: Tensor, columns: int, *, scale: int = 1, row_names: Sequence[str] = ()) -> Image.Image:
-    """(B, 3, H, W) uint8 -> one picture, row by row, enlarged `scale` times without smoothing, with names beside the rows."""
+    """(B, 3, H, W) uint8 -> one picture, row by row, enlarged `scale` times without smoothing, with row names."""
     num, _, height, width = images.shape
     rows = -(-num // columns)
     names_width = 8 + max((7 * len(n) for n in row_names), default=-8)
@@ -69,7 +69,9 @@ def interleave(*parts: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def curve_png(path: str | Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str) -> None:
+def curve_png(
+    path: str | Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+) -> None:
     """Line plot of named (x, y) series."""
     import matplotlib
 

@@ -66,7 +66,7 @@ class DigitPipeline:
     """Tokenizer, prior, renderer and VQGAN of one image space.
 
     Attributes:
-        tokenizer: discriminative tokenizer, `encode(images (B, 3, H, W) uint8) -> (B, N) int64`; None in a VQ-only baseline.
+        tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
         vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`.
         prior: stage 1, `prior(tokens (B, N), labels=None) -> (B, N, K)` next-token logits; None in a VQ-only baseline.
         renderer: stage 2, `renderer(vq_tokens (B, M), prefix=tokens) -> (B, M, V)`.
@@ -100,7 +100,12 @@ class DigitPipeline:
         if self.prior is not None and self.tokenizer is not None:
             pairs += [
                 ("prior vocabulary", self.prior.cfg.vocab_size, "codebook entries", self.tokenizer.vocab_size),
-                ("renderer prefix vocabulary", self.renderer.cfg.prefix_vocab_size, "codebook entries", self.tokenizer.vocab_size),
+                (
+                    "renderer prefix vocabulary",
+                    self.renderer.cfg.prefix_vocab_size,
+                    "codebook entries",
+                    self.tokenizer.vocab_size,
+                ),
             ]
         for left, got, right, wanted in pairs:
             if got != wanted:
@@ -123,8 +128,13 @@ class DigitPipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Move every part to a device."""
-        for part in (self.tokenizer and self.tokenizer.encoder, self.tokenizer and self.tokenizer.codebook,
-                     self.vq.vqgan, self.prior, self.renderer):
+        for part in (
+            self.tokenizer and self.tokenizer.encoder,
+            self.tokenizer and self.tokenizer.codebook,
+            self.vq.vqgan,
+            self.prior,
+            self.renderer,
+        ):
             if part is not None:
                 part.to(device)
         return self
@@ -138,7 +148,7 @@ class DigitPipeline:
 
         Args:
             num: how many; by default one a label.
-            labels: class numbers, repeated in turn up to `num`; None draws classes evenly where the model knows classes.
+            labels: class numbers, repeated in turn up to `num`; None draws all classes evenly.
             seed: of the first image.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
@@ -149,12 +159,19 @@ class DigitPipeline:
     def generate_tokens(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
     ) -> dict[str, Tensor]:
-        """As `generate`, before pixels: {"disc": (num, N), "vq": (num, M), "labels": (num,)} int64 (no "disc" without prior)."""
+        """As `generate`, before pixels: {"disc": (num, N) (with a prior), "vq": (num, M), "labels": (num,)} int64."""
         wanted = self._labels(num, labels)
         seeds = [seed + i for i in range(len(wanted))]
         return self._draw(seeds, wanted, given_disc=None, given_vq=None, cfg=self._sampling(sampling))
 
-    def complete(self, images: Tensor, keep: float = 0.5, seed: int = 0, labels: Sequence[int] | int | None = None, **sampling: Any) -> Tensor:
+    def complete(
+        self,
+        images: Tensor,
+        keep: float = 0.5,
+        seed: int = 0,
+        labels: Sequence[int] | int | None = None,
+        **sampling: Any,
+    ) -> Tensor:
         """Keep the first rows of each picture and draw the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
@@ -163,17 +180,23 @@ class DigitPipeline:
             seed: of the first image.
             labels: class numbers, or None for the unconditional start.
 
-        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field of view
-        lets some of the hidden part through.
+        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
+        of view lets some of the hidden part through.
         """
         if not 0 < keep <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
         images = fit_batch(images, self.image_size)
         num = len(images)
         wanted = self._labels(num, labels) if labels is not None else torch.full((num,), -1)
-        given = {name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)] for name, tokenizer in self.tokenizers.items()}
+        given = {
+            name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
+            for name, tokenizer in self.tokenizers.items()
+        }
         drawn = self._draw(
-            [seed + i for i in range(num)], wanted, given_disc=given.get("discriminative"), given_vq=given["vq"],
+            [seed + i for i in range(num)],
+            wanted,
+            given_disc=given.get("discriminative"),
+            given_vq=given["vq"],
             cfg=self._sampling(sampling),
         )
         return self.decode(drawn["vq"])
@@ -188,13 +211,28 @@ class DigitPipeline:
         labels = torch.full((len(tokens),), -1)
         chunks = range(0, len(tokens), cfg.batch_size)
         vq = [
-            self._stage(self.renderer, [seed + i for i in range(c, min(c + cfg.batch_size, len(tokens)))],
-                        tokens[c : c + cfg.batch_size], labels[c : c + cfg.batch_size], None, cfg.renderer, cfg)
+            self._stage(
+                self.renderer,
+                [seed + i for i in range(c, min(c + cfg.batch_size, len(tokens)))],
+                tokens[c : c + cfg.batch_size],
+                labels[c : c + cfg.batch_size],
+                None,
+                cfg.renderer,
+                cfg,
+            )
             for c in chunks
         ]
         return self.decode(torch.cat(vq))
 
-    def _draw(self, seeds: list[int], labels: Tensor, *, given_disc: Tensor | None, given_vq: Tensor | None, cfg: SamplingConfig) -> dict[str, Tensor]:
+    def _draw(
+        self,
+        seeds: list[int],
+        labels: Tensor,
+        *,
+        given_disc: Tensor | None,
+        given_vq: Tensor | None,
+        cfg: SamplingConfig,
+    ) -> dict[str, Tensor]:
         disc, vq = [], []
         with Progress("sample", len(seeds)) as bar:
             for start in range(0, len(seeds), cfg.batch_size):
@@ -205,16 +243,32 @@ class DigitPipeline:
                     prefix = self._stage(self.prior, seeds[chunk], None, labels[chunk], given, cfg.prior, cfg)
                     disc.append(prefix.cpu())
                 given = None if given_vq is None else given_vq[chunk]
-                vq.append(self._stage(self.renderer, seeds[chunk], prefix, labels[chunk], given, cfg.renderer, cfg).cpu())
+                vq.append(
+                    self._stage(self.renderer, seeds[chunk], prefix, labels[chunk], given, cfg.renderer, cfg).cpu()
+                )
                 bar.update(len(seeds[chunk]))
         return ({"disc": torch.cat(disc)} if disc else {}) | {"vq": torch.cat(vq), "labels": labels}
 
-    def _stage(self, model: SequenceModel, seeds: list[int], prefix: Tensor | None, labels: Tensor, given: Tensor | None,
-               how: StageSampling, cfg: SamplingConfig) -> Tensor:
+    def _stage(
+        self,
+        model: SequenceModel,
+        seeds: list[int],
+        prefix: Tensor | None,
+        labels: Tensor,
+        given: Tensor | None,
+        how: StageSampling,
+        cfg: SamplingConfig,
+    ) -> Tensor:
         common: dict[str, Any] = dict(
-            seeds=seeds, prefix=prefix, labels=labels.to(self.device) if model.cfg.num_classes else None,
-            given=None if given is None else given.to(self.device), temperature=how.temperature, top_k=how.top_k, top_p=how.top_p,
-            cfg_scale=how.cfg_scale, dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+            seeds=seeds,
+            prefix=prefix,
+            labels=labels.to(self.device) if model.cfg.num_classes else None,
+            given=None if given is None else given.to(self.device),
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            cfg_scale=how.cfg_scale,
+            dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
         )
         if model.cfg.masked:
             return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
@@ -250,7 +304,7 @@ class DigitPipeline:
     # ---------------------------------------------------------------- folder
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write safetensors and JSON: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*; returns the folder."""
+        """Write JSON and safetensors: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*."""
         folder = Path(folder)
         if self.tokenizer is not None:
             self.tokenizer.encoder.save(folder / "encoder")
@@ -259,14 +313,22 @@ class DigitPipeline:
         for name, model in (("prior", self.prior), ("renderer", self.renderer)):
             if model is not None:
                 save_sequence_model(model, folder, name)
-        write_json(folder / MANIFEST, {
-            "format": FORMAT_VERSION,
-            "parts": [*(["encoder", "codebook"] if self.tokenizer else []), "vqgan", *(["prior"] if self.prior else []), "renderer"],
-            "preprocess": asdict(self.preprocess),
-            "classes": self.classes,
-            "sampling": asdict(self.sampling),
-            "info": self.info,
-        })  # last: a folder with a manifest is whole
+        write_json(
+            folder / MANIFEST,
+            {
+                "format": FORMAT_VERSION,
+                "parts": [
+                    *(["encoder", "codebook"] if self.tokenizer else []),
+                    "vqgan",
+                    *(["prior"] if self.prior else []),
+                    "renderer",
+                ],
+                "preprocess": asdict(self.preprocess),
+                "classes": self.classes,
+                "sampling": asdict(self.sampling),
+                "info": self.info,
+            },
+        )  # last: a folder with a manifest is whole
         return folder
 
     @classmethod
@@ -275,11 +337,15 @@ class DigitPipeline:
         folder = find_pipeline(folder)
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT_VERSION:
-            raise DigitError(f"{folder} has pipeline format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit")
+            raise DigitError(
+                f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
+            )
         parts = manifest["parts"]
         tokenizer = None
         if "codebook" in parts:
-            tokenizer = DiscriminativeTokenizer(FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook"))
+            tokenizer = DiscriminativeTokenizer(
+                FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
+            )
         sampling = manifest["sampling"]
         pipe = cls(
             tokenizer=tokenizer,
@@ -322,5 +388,7 @@ def load_sequence_model(folder: Path, name: str) -> SequenceModel:
     try:
         model.load_state_dict(load_tensors(folder / f"{name}.safetensors"), strict=True, assign=True)
     except RuntimeError as error:
-        raise DigitError(f"{folder / name}.safetensors does not fit {name}.json: {' '.join(str(error).split())}") from error
+        raise DigitError(
+            f"{folder / name}.safetensors does not fit {name}.json: {' '.join(str(error).split())}"
+        ) from error
     return model.eval()

@@ -44,7 +44,15 @@ class Progress:
             from rich.progress import Progress as Bars
 
             text, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
-            columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA", TimeRemainingColumn(), figures)
+            columns = (
+                text,
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                "ETA",
+                TimeRemainingColumn(),
+                figures,
+            )
             self._bar = Bars(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, figures="")
@@ -69,7 +77,9 @@ class Progress:
         eta = f"  ETA {format_duration((self.total - self.done) / rate)}" if known else ""
         of = f"/{self.total}" if self.total is not None else ""
         took = format_duration(elapsed)
-        sys.stderr.write(f"{self.description}: {self.done}{of} in {took}{eta}  {format_figures(self.figures)}".rstrip() + "\n")
+        sys.stderr.write(
+            f"{self.description}: {self.done}{of} in {took}{eta}  {format_figures(self.figures)}".rstrip() + "\n"
+        )
         sys.stderr.flush()
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:

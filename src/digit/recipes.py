@@ -1,6 +1,6 @@
-"""Named runs: each function returns a full configuration; its docstring says what the paper gets, what we measured, the cost.
+"""Named runs: each function returns a full configuration; its docstring gives the paper's result, ours, and the cost.
 
-Every field can be changed on the command line (`digit fit DATA --recipe small --prior.depth 8`) or in a YAML file (--config).
+Every field can be changed on the command line (`digit fit DATA --recipe small --prior.depth 8`) or in a YAML file.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,9 @@ from digit.tokenizers.kmeans import KMeansConfig
 from digit.training.gan import GANConfig
 from digit.training.loop import TrainConfig
 
-RELEASED_TRAINING = TrainConfig(num_steps=125_000, batch_size=2048, precision="bf16")  # paper, A.3: 200 epochs of ImageNet-1k
+RELEASED_TRAINING = TrainConfig(
+    num_steps=125_000, batch_size=2048, precision="bf16"
+)  # paper, A.3: 200 epochs of ImageNet-1k
 MODEL_NAMES = ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked")
 
 
@@ -36,7 +38,7 @@ class ModelSpec:
     label_dropout: float = 0.0
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = 0.0
-    """Fraction of training images whose token prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+    """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class Recipe:
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """The VQGAN, where it is trained from scratch."""
     vqgan_start: Literal["scratch", "asset"] = "scratch"
-    """asset: start from the small 64-pixel VQGAN that the package carries (see docs/results.md for what it was trained on)."""
+    """asset: start from the small 64-pixel VQGAN that the package carries (docs/results.md says what it saw)."""
     vqgan_training: GANConfig = field(default_factory=GANConfig)
     """Training of the VQGAN; num_steps 0 takes the start as it is."""
     crops_per_image: int = 1
@@ -80,26 +82,57 @@ class Recipe:
     seed: int = 0
     """Of every random choice of the run."""
 
-    def sequence_config(self, name: str, *, disc_vocab: int, disc_len: int, vq_vocab: int, vq_len: int, num_classes: int) -> SequenceConfig:
+    def sequence_config(
+        self, name: str, *, disc_vocab: int, disc_len: int, vq_vocab: int, vq_len: int, num_classes: int
+    ) -> SequenceConfig:
         """The full configuration of one of MODEL_NAMES."""
         if name not in MODEL_NAMES:
             raise DigitError(f"no model named {name}: choose one of {', '.join(MODEL_NAMES)}")
         spec = self.prior if name == "prior" else self.renderer
         size = dict(depth=spec.depth, embed_dim=spec.embed_dim, num_heads=spec.num_heads, dropout=spec.dropout)
         if name == "prior":
-            return SequenceConfig(vocab_size=disc_vocab, target_len=disc_len, num_classes=num_classes, norm="post",
-                                  label_dropout=spec.label_dropout, **size)
+            return SequenceConfig(
+                vocab_size=disc_vocab,
+                target_len=disc_len,
+                num_classes=num_classes,
+                norm="post",
+                label_dropout=spec.label_dropout,
+                **size,
+            )
         masked = name.endswith("masked")
         if name.startswith("vq"):
-            return SequenceConfig(vocab_size=vq_vocab, target_len=vq_len, num_classes=num_classes, norm="pre", masked=masked,
-                                  label_dropout=self.prior.label_dropout, **size)
-        return SequenceConfig(vocab_size=vq_vocab, target_len=vq_len, prefix_vocab_size=disc_vocab, prefix_len=disc_len,
-                              norm="pre", masked=masked, prefix_dropout=spec.prefix_dropout, **size)
-
+            return SequenceConfig(
+                vocab_size=vq_vocab,
+                target_len=vq_len,
+                num_classes=num_classes,
+                norm="pre",
+                masked=masked,
+                label_dropout=self.prior.label_dropout,
+                **size,
+            )
+        return SequenceConfig(
+            vocab_size=vq_vocab,
+            target_len=vq_len,
+            prefix_vocab_size=disc_vocab,
+            prefix_len=disc_len,
+            norm="pre",
+            masked=masked,
+            prefix_dropout=spec.prefix_dropout,
+            **size,
+        )
 
     def build_prior(self, num_classes: int = 0) -> SequenceModel:
         """A fresh prior of the paper's sizes: 256 tokens on 256 px (16 x 16), K of the recipe."""
-        return SequenceModel(self.sequence_config("prior", disc_vocab=self.kmeans.num_clusters, disc_len=256, vq_vocab=1024, vq_len=256, num_classes=num_classes))
+        return SequenceModel(
+            self.sequence_config(
+                "prior",
+                disc_vocab=self.kmeans.num_clusters,
+                disc_len=256,
+                vq_vocab=1024,
+                vq_len=256,
+                num_classes=num_classes,
+            )
+        )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
@@ -123,11 +156,22 @@ def get_recipe(name: str) -> Recipe:
 
 def cpu_training(num_steps: int, batch_size: int = 64, learning_rate: float = 1e-3) -> TrainConfig:
     """Short training in bf16: cosine to zero, since a short run never reaches the long tail of inverse square root."""
-    return TrainConfig(num_steps=num_steps, batch_size=batch_size, learning_rate=learning_rate, warmup_steps=min(200, num_steps // 10),
-                       schedule="cosine", precision="bf16", ema_decay=0.999, label_smoothing=0.0, save_every=1000)
+    return TrainConfig(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=min(200, num_steps // 10),
+        schedule="cosine",
+        precision="bf16",
+        ema_decay=0.999,
+        label_smoothing=0.0,
+        save_every=1000,
+    )
 
 
-FINE_TUNING = GANConfig(num_steps=300, learning_rate=2e-4, codebook_start=0, adversarial_start=0)  # from the carried asset
+FINE_TUNING = GANConfig(
+    num_steps=300, learning_rate=2e-4, codebook_start=0, adversarial_start=0
+)  # from the carried asset
 SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", input_size=128),  # 112 features on 8 x 8
@@ -144,9 +188,13 @@ def demo() -> Recipe:
     size = ModelSpec(depth=4, embed_dim=192, num_heads=6)
     return Recipe(
         **SMALL_64 | dict(preprocess=PreprocessConfig(image_size=64, encoder_size=128, random_crop=False)),
-        kmeans=KMeansConfig(num_clusters=512, num_iterations=12), codebook_subset=0.25,
+        kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
+        codebook_subset=0.25,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
-        prior=size, prior_training=cpu_training(1500), renderer=size, renderer_training=cpu_training(1500),
+        prior=size,
+        prior_training=cpu_training(1500),
+        renderer=size,
+        renderer_training=cpu_training(1500),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.9)),
     )
 
@@ -159,10 +207,14 @@ def small() -> Recipe:
     """
     return Recipe(
         **SMALL_64,
-        kmeans=KMeansConfig(num_clusters=1024), codebook_subset=1.0, crops_per_image=8,
+        kmeans=KMeansConfig(num_clusters=1024),
+        codebook_subset=1.0,
+        crops_per_image=8,
         vqgan_training=replace(FINE_TUNING, num_steps=600),
-        prior=ModelSpec(depth=6, embed_dim=256, num_heads=8, dropout=0.2), prior_training=cpu_training(3000),
-        renderer=ModelSpec(depth=6, embed_dim=256, num_heads=8), renderer_training=cpu_training(4000),
+        prior=ModelSpec(depth=6, embed_dim=256, num_heads=8, dropout=0.2),
+        prior_training=cpu_training(3000),
+        renderer=ModelSpec(depth=6, embed_dim=256, num_heads=8),
+        renderer_training=cpu_training(4000),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.9)),
     )
 
@@ -178,7 +230,10 @@ def cifar() -> Recipe:
         **SMALL_64,
         kmeans=KMeansConfig(num_clusters=1024),
         vqgan_training=replace(FINE_TUNING, num_steps=300),
-        prior=size, prior_training=cpu_training(2000), renderer=size, renderer_training=cpu_training(2000),
+        prior=size,
+        prior_training=cpu_training(2000),
+        renderer=size,
+        renderer_training=cpu_training(2000),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
     )
 
@@ -196,7 +251,8 @@ def digit_base() -> Recipe:
     digit fit imagenet/train --recipe digit_base --out runs/base --encoder.weights dinov2_vitb14_reg4_pretrain.pth
     """
     return Recipe(
-        encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224), kmeans=KMeansConfig(num_clusters=8192),
+        encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224),
+        kmeans=KMeansConfig(num_clusters=8192),
         class_conditional=False,
         sampling=SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8)),
     )
@@ -213,6 +269,11 @@ def digit_large() -> Recipe:
     base, size = digit_base(), ModelSpec(depth=24, embed_dim=1536, num_heads=16)
     training = replace(RELEASED_TRAINING, num_steps=250_000, batch_size=1024, warmup_steps=12_500)
     return replace(
-        base, kmeans=KMeansConfig(num_clusters=16000), prior=size, prior_training=training, renderer=size, renderer_training=training,
+        base,
+        kmeans=KMeansConfig(num_clusters=16000),
+        prior=size,
+        prior_training=training,
+        renderer=size,
+        renderer_training=training,
         sampling=SamplingConfig(prior=StageSampling(top_k=400), renderer=StageSampling(top_p=0.8)),
     )

@@ -32,7 +32,9 @@ JUDGE_TRAINING_SCENES = 2000
 # -------------------------------------------------------------------- samples
 
 
-def write_samples(folder: Path, images: Tensor, tokens: dict[str, Tensor], *, seed: int, classes: Sequence[str]) -> None:
+def write_samples(
+    folder: Path, images: Tensor, tokens: dict[str, Tensor], *, seed: int, classes: Sequence[str]
+) -> None:
     """Write one PNG an image, grid.png, tokens.npz (disc, vq, labels) and samples.json."""
     labels = tokens["labels"].tolist()
     for i, image in enumerate(images):
@@ -42,10 +44,16 @@ def write_samples(folder: Path, images: Tensor, tokens: dict[str, Tensor], *, se
     arrays = {name: value.numpy().astype(np.int32) for name, value in tokens.items()}
     with atomic_path(folder / "tokens.npz") as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, **arrays)
-    write_json(folder / "samples.json", {
-        "version": __version__, "seed": seed, "seeds": "image i: seed + i",
-        "labels": labels, "classes": [classes[k] if 0 <= k < len(classes) else None for k in labels],
-    })
+    write_json(
+        folder / "samples.json",
+        {
+            "version": __version__,
+            "seed": seed,
+            "seeds": "image i: seed + i",
+            "labels": labels,
+            "classes": [classes[k] if 0 <= k < len(classes) else None for k in labels],
+        },
+    )
 
 
 def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -> None:
@@ -53,7 +61,9 @@ def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -
     for i, image in enumerate(done):
         pictures.save_png(folder / f"{i:05d}.png", image)
     sheet = pictures.interleave(images, pictures.dim_below(images, keep), done)
-    pictures.save_png(folder / "grid.png", pictures.grid(sheet, 9 if len(images) > 2 else 3, scale=max(1, 128 // images.shape[-1])))
+    pictures.save_png(
+        folder / "grid.png", pictures.grid(sheet, 9 if len(images) > 2 else 3, scale=max(1, 128 // images.shape[-1]))
+    )
 
 
 def load_images(spec: str, preprocess: PreprocessConfig, num: int) -> Tensor:
@@ -73,7 +83,10 @@ def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequ
 
     centre = replace(preprocess, random_crop=False, flip=False)
     chosen = [i for i in indices if i < len(source)]
-    batches = [(b.images[b.ok], b.labels[b.ok]) for b in CropLoader(source, centre, indices=chosen, batch_size=64, max_bad_fraction=1.0)]
+    batches = [
+        (b.images[b.ok], b.labels[b.ok])
+        for b in CropLoader(source, centre, indices=chosen, batch_size=64, max_bad_fraction=1.0)
+    ]
     if not batches:
         raise DigitError(f"{source.name} holds no image that can be read")
     return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
@@ -81,16 +94,22 @@ def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequ
 
 def describe(pipe: DigitPipeline) -> str:
     """A pipeline in a few lines."""
+
     def count(model: torch.nn.Module) -> str:
         return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
     lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
     if pipe.tokenizer is not None and pipe.prior is not None:
-        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {pipe.tokenizer.encoder.describe()}")
+        lines.append(
+            f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: "
+            f"{pipe.tokenizer.encoder.describe()}"
+        )
         lines.append(f"prior      {count(pipe.prior)}, {pipe.prior.cfg}")
     lines.append(f"renderer   {count(pipe.renderer)}, {pipe.renderer.cfg}")
     lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
-    lines.append(f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}")
+    lines.append(
+        f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"
+    )
     return "\n".join(lines)
 
 
@@ -121,7 +140,12 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     metrics |= judge_metrics(run, pipe)
     metrics["training"] = {p.parent.name: json.loads(p.read_text()) for p in sorted(out.glob("*/metrics.json"))}
     metrics["codebook"] = run.codebook.summary()
-    metrics["machine"] = {"python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(run.device)}
+    metrics["machine"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(run.device),
+    }
     write_json(out / "metrics.json", metrics)
     return write_page(run, pipe, metrics)
 
@@ -132,7 +156,9 @@ def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: i
     if pipe.tokenizer is not None:
         rows.append(pipe.render(pipe.tokenizer.encode(real)))
     names = ["picture", "VQ tokens", "disc. tokens"][: len(rows)]
-    pictures.save_png(out / "reconstructions.png", pictures.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
+    pictures.save_png(
+        out / "reconstructions.png", pictures.grid(torch.cat(rows), len(real), scale=scale, row_names=names)
+    )
 
 
 def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:
@@ -140,7 +166,11 @@ def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) ->
     rows, names = [real], ["picture"]
     for name, tokenizer in pipe.tokenizers.items():
         vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-        rows.append(pictures.token_maps(tokenizer.encode(real).cpu(), tokenizer.grid, pictures.code_colours(vectors.cpu()), real.shape[-1]))
+        rows.append(
+            pictures.token_maps(
+                tokenizer.encode(real).cpu(), tokenizer.grid, pictures.code_colours(vectors.cpu()), real.shape[-1]
+            )
+        )
         names.append(f"{name}")
     pictures.save_png(out / "token_map.png", pictures.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 
@@ -161,7 +191,10 @@ def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dic
     real, _ = real_images(run.source, pipe.preprocess, np.linspace(0, len(run.source) - 1, num).astype(int).tolist())
     vq_tokens = pipe.vq.encode(real)
     error = (pipe.vq.decode(vq_tokens).float() - real.float()).square().mean(dim=(1, 2, 3)) / 255**2
-    figures = {"psnr_db": float((-10 * error.clamp_min(1e-10).log10()).mean()), "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size}
+    figures = {
+        "psnr_db": float((-10 * error.clamp_min(1e-10).log10()).mean()),
+        "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size,
+    }
     if pipe.tokenizer is not None:
         figures["disc_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
     return figures
@@ -176,13 +209,17 @@ def load_judge() -> FrozenEncoder:
 
 
 def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
-    """Frechet distance of samples to the run's images, and for shapes the recognised fraction of class-conditional samples."""
+    """Frechet distance of samples to the run's images, and for shapes the recognised fraction of samples."""
     judge = load_judge()
     num = min(JUDGED_SAMPLES, max(64, len(run.source)))
     tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
     samples = pipe.decode(tokens["vq"])
     drawn = collect_features(samples.split(64), judge.pooled)
-    real, _ = real_images(run.source, pipe.preprocess, np.linspace(0, len(run.source) - 1, min(2000, len(run.source))).astype(int).tolist())
+    real, _ = real_images(
+        run.source,
+        pipe.preprocess,
+        np.linspace(0, len(run.source) - 1, min(2000, len(run.source))).astype(int).tolist(),
+    )
     truth = collect_features(real.split(64), judge.pooled)
     figures: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
     if list(pipe.classes) == list(CLASSES):
@@ -212,40 +249,58 @@ def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, size: int) -
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; } img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; }
-table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; } td + td { font-variant-numeric: tabular-nums; }
-pre { overflow-x: auto; padding: .6rem; background: color-mix(in srgb, currentColor 8%, transparent); border-radius: 4px; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; }
+img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; }
+table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
+td + td { font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; padding: .6rem; border-radius: 4px;
+  background: color-mix(in srgb, currentColor 8%, transparent); }
 p.note { opacity: .75; margin-top: .2rem; }
 """
 
 
 def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
     """report.html: self-contained but for the pictures beside it."""
+
     def picture(name: str, title: str, note: str) -> str:
         if not (run.out / name).exists():
             return ""
         return f'<h2>{title}</h2><p class="note">{note}</p><img src="{name}" alt="{title}">'
 
     figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>" if isinstance(v, float) else
-                   f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in figures.items())
+    rows = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>"
+        if isinstance(v, float)
+        else f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+        for k, v in figures.items()
+    )
     body = [
-        f"<h1>DiGIT: {html.escape(run.recipe.name)}</h1><p class='note'>{html.escape(run.source.name)}, {len(run.source)} images</p>",
-        picture("samples.png", "Samples", "Drawn by the prior, rendered by the renderer, decoded by the VQGAN. A row a class."),
-        f"<h2>Figures</h2><table>{rows}</table><p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",
-        picture("reconstructions.png", "Reconstructions", "Picture; through its VQ tokens; rendered anew from its discriminative tokens alone."),
+        f"<h1>DiGIT: {html.escape(run.recipe.name)}</h1>",
+        f"<p class='note'>{html.escape(run.source.name)}, {len(run.source)} images</p>",
+        picture(
+            "samples.png",
+            "Samples",
+            "Drawn by the prior, rendered by the renderer, decoded by the VQGAN. A row a class.",
+        ),
+        f"<h2>Figures</h2><table>{rows}</table>",
+        f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",
+        picture(
+            "reconstructions.png",
+            "Reconstructions",
+            "Picture; through its VQ tokens; rendered anew from its discriminative tokens alone.",
+        ),
         picture("token_map.png", "Tokens", "Near codes have near colours."),
         picture("completions/grid.png", "Completions", "Original, the kept upper half, the completion."),
         picture("loss.png", "Training", "Negative log-likelihood of the training tokens."),
         f"<h2>Parts</h2><pre>{html.escape(describe(pipe))}</pre>",
         f"<h2>Use it</h2><pre>digit sample --from {html.escape(str(run.out))} --num 64 --out samples\n\n"
         "from digit import DigitPipeline\n"
-        f"pipe = DigitPipeline.from_pretrained({html.escape(repr(str(run.out)))})\nimages = pipe.generate(num=16, seed=0)</pre>",
+        f"pipe = DigitPipeline.from_pretrained({html.escape(repr(str(run.out)))})\n"
+        "images = pipe.generate(num=16, seed=0)</pre>",
     ]
     path = run.out / "report.html"
-    text = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>DiGIT</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>DiGIT</title><style>{STYLE}</style>"
+    text = f"{head}<body>{''.join(body)}</body></html>"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
-
-

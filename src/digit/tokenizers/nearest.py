@@ -83,9 +83,14 @@ def nearest_chunk(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _nearest_float64(x: Tensor, centroids: Tensor) -> Tensor:
+    """The same in float64; of centroids that are equal to its rounding, the first."""
     table = centroids.double()
     half = table.square().sum(1) / 2
-    parts = [torch.addmm(half, rows.double(), table.T, alpha=-1).min(1).indices for rows in x.split(256)]
+    longest, parts = (2 * half.max()).sqrt(), []
+    for rows in x.double().split(256):
+        scores = torch.addmm(half, rows, table.T, alpha=-1)  # (n, K)
+        slack = 2.0**-49 * longest * (rows.norm(dim=1) + longest)
+        parts.append((scores <= (scores.amin(1) + slack)[:, None]).byte().argmax(1))
     return torch.cat(parts)
 
 

@@ -161,9 +161,10 @@ def _capacity(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
     fit = (cfg.memory_budget_bytes - fixed - _chunk_size(cfg, dim, device) * row) // (4 * dim)
     rows = fit - _start_rows(cfg, fit)
     if rows < num:
-        least = fixed + 8 * dim * num  # with K points to start from and K in the sample
+        least = fixed + 8 * dim * num  # K points to start from and K in the sample
+        least = max(least + MIN_CHUNK_ROWS * row, least * 8 // 7 + 1)
         raise DigitError(
             f"k-means: a memory budget of {cfg.memory_budget_bytes} bytes is too small for {num} centroids of {dim} "
-            f"features: give at least {max(least + MIN_CHUNK_ROWS * row, least * 8 // 7 + 1)} (kmeans.memory_budget_bytes)"
+            f"features: give at least {least} (kmeans.memory_budget_bytes)"
         )
     return max(num, _most_points(cfg, rows))

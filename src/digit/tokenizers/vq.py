@@ -103,7 +103,9 @@ class VQTokenizer:
                 "these tokens are of another VQGAN"
             )
         with self.autocast():
-            images = [self.to_pixels(self.vqgan.decode_tokens(filled(part)))[: len(part)] for part in self.parts(tokens)]
+            images = [
+                self.to_pixels(self.vqgan.decode_tokens(filled(part)))[: len(part)] for part in self.parts(tokens)
+            ]
         return torch.cat(images).to(tokens.device)
 
     def parts(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -140,7 +142,7 @@ class VQTokenizer:
 
 
 def filled(part: Tensor) -> Tensor:
-    """Rows repeated up to DECODED_TOGETHER: kernels round by the number of rows, and a picture must not depend on it."""
+    """Rows repeated up to DECODED_TOGETHER: kernels round by the number of rows, pictures must not."""
     return part[torch.arange(DECODED_TOGETHER).clamp(max=len(part) - 1)]
 
 
