@@ -11,7 +11,6 @@ a feature file or a seed that is done is not made again.
 import argparse
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +21,12 @@ from digit import pictures
 from digit.data.images import open_source
 from digit.evaluation.frechet import FeatureStats
 from digit.evaluation.judge import METRIC, collect_features, fd
-from digit.files import read_json, save_npy, write_json
+from digit.files import save_npy, write_json
 from digit.fit import Run, training_flops
 from digit.pipeline import DigitPipeline, StageSampling
-from digit.recipes import Recipe, get_recipe
+from digit.recipes import get_recipe
 from digit.report import load_judge, real_images
+from digit.training.log import last_figures
 
 METHODS = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),
@@ -41,13 +41,16 @@ def main() -> None:
     out = Path(args.out)
     source, test = open_source(args.data, split="train"), open_source(args.data, split="test")
     judge = Judge(out / "features")
-    recipe = recipe_of(args.recipe, args.run)
+    recipe = get_recipe(args.recipe)
     test_images, _ = real_images(test, recipe.preprocess, range(len(test)))
     truth = judge.stats("test", lambda: test_images)
     results = {"metric": METRIC, "samples": args.num, "test_images": len(test_images), "rows": []}
     for seed in map(int, args.seeds.split(",")):
         reuse = {part: Path(args.run) / part for part in ("codebook", "vqgan", "tokens")}
-        run = Run(replace(recipe, seed=seed), source, out / f"seed{seed}", reuse=reuse, device=args.device)
+        if seed == recipe.seed:  # the fitted run itself: prior and renderer are there; another recipe is refused
+            run = Run(recipe, source, args.run, device=args.device)
+        else:
+            run = Run(replace(recipe, seed=seed), source, out / f"seed{seed}", reuse=reuse, device=args.device)
         if "floor" not in results:
             results["floor"] = floor(run, judge, truth, test_images)
         for method, (prior, renderer) in METHODS.items():
@@ -72,14 +75,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=5000, help="samples a method and seed")
     parser.add_argument("--device", default=None)
     return parser.parse_args()
-
-
-def recipe_of(name: str, run: str) -> Recipe:
-    """The recipe by name; the run must have been made with it."""
-    made = read_json(Path(run) / "config.json")["recipe"]["name"]
-    if made != name:
-        raise SystemExit(f"{run} was made with recipe {made}, not {name}")
-    return get_recipe(name)
 
 
 class Judge:
@@ -116,22 +111,20 @@ def row(
     run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int
 ) -> dict:
     """Train (or read) the models of one method, draw, and measure."""
-    started = time.monotonic()
     pipe = run.pipeline(prior, renderer)
-    name = f"{renderer}_{seed}"
-    drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, run.out / f"{renderer}.png"))
+    name = f"{renderer}_{seed}_{args.num}"
+    drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, Path(args.out) / f"{renderer}_{seed}.png"))
     models = [m for m in (prior, renderer) if m]
     flops = sum(
         training_flops(run.sequence_config(m)) * (c := run.training_config(m)).num_steps * c.batch_size for m in models
     )
-    # seconds of training alone, from the logs
     return {
         "method": method,
         "seed": seed,
         METRIC: fd(drawn, truth),
         "training_pflops": flops / 1e15,
         "steps": {m: run.training_config(m).num_steps for m in models},
-        "seconds": time.monotonic() - started,
+        "training_seconds": sum(last_figures(run.out / m)["seconds"] for m in models),
     }
 
 

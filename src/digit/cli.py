@@ -57,11 +57,12 @@ def _help_formatter(base: type) -> type:
 # -------------------------------------------------------------------- runs
 
 
-def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> None:
-    """DATA, --recipe, --out and every field of the recipe as a dotted option whose default is the recipe's."""
+def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
+    """DATA, --recipe, --out and every field of the recipe as a dotted option; returns the recipe of the defaults."""
     from digit.recipes import RECIPES, Recipe, get_recipe
 
-    recipe = get_recipe(_value_of(argv, "--recipe") or "small")
+    name = _value_of(argv, "--recipe") or "small"
+    recipe = get_recipe(name)
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--recipe", default="small", help=f"named run to start from: {', '.join(sorted(RECIPES))}")
     parser.add_argument(
@@ -79,6 +80,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> None:
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
     parser.add_class_arguments(Recipe, as_group=True)
     parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
+    return name
 
 
 def _default(value: Any) -> Any:
@@ -95,12 +97,16 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
-def make_run(args: Any) -> Any:
-    """The Run that parsed arguments describe."""
+def make_run(args: Any, base: str) -> Any:
+    """The Run that parsed arguments describe; `base` is the recipe whose settings are the defaults."""
     from digit.data.images import open_source
     from digit.fit import Run
     from digit.recipes import Recipe
 
+    if args.recipe != base:
+        raise DigitError(
+            f"recipe {args.recipe} is not where the defaults came from: give it as --recipe"
+        )
     recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     source = open_source(args.data, split=args.split, limit=args.limit)
@@ -109,8 +115,8 @@ def make_run(args: Any) -> Any:
 
 def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     """Images -> codebook, VQGAN, tokens, prior, renderer, pipeline, samples and report."""
-    add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv))
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
     from digit.fit import fit
     from digit.report import write_report
 
@@ -121,16 +127,16 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
 
 def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
-    add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv))
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
     codebook = run.codebook
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
 
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image (makes codebook and VQGAN first where they are missing)."""
-    add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv))
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
     store = run.tokens
     say(
         f"{run.out / 'tokens'}: {len(store)} rows of {store.disc.shape[1]} discriminative "
@@ -141,14 +147,14 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
-    add_run_arguments(parser, argv)
+    base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
     from digit.files import read_json
     from digit.fit import MODEL_NAMES
 
     if args.model not in ("vqgan", *MODEL_NAMES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(MODEL_NAMES)}")
-    run = make_run(args)
+    run = make_run(args, base)
     if args.model == "vqgan":
         _ = run.vq
     else:
@@ -261,22 +267,24 @@ def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
 
 def load_pipeline(args: Any) -> Any:
     """The pipeline of --from on --device."""
-    import torch
+    from digit.pipeline import DigitPipeline, choose_device
 
-    from digit.pipeline import DigitPipeline
-
-    return DigitPipeline.from_pretrained(args.source, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return DigitPipeline.from_pretrained(args.source, choose_device(args.device))
 
 
 def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
     """'0,3' or 'cube,torus' -> class numbers."""
     if text is None:
         return None
+    if classes and all(name.isdecimal() for name in classes):
+        raise_ambiguous = [w for w in text.split(",") if w.strip() not in classes]
+        if raise_ambiguous:
+            raise DigitError(f"classes are named by numbers, and none is {raise_ambiguous[0]!r}: give names of classes")
     numbers = []
     for word in (w.strip() for w in text.split(",")):
         if word in classes:
             numbers.append(list(classes).index(word))
-        elif word.lstrip("-").isdigit():
+        elif word.removeprefix("-").isdecimal():
             numbers.append(int(word))
         else:
             raise DigitError(
@@ -350,12 +358,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DigitError as error:
         sys.stderr.write(f"digit: {error}\n")
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        sys.stderr.write(f"digit: {error}\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("digit: interrupted; run the same command again to go on\n")
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 

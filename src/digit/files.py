@@ -26,7 +26,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DigitError(f"disk full while writing {path}: free some space and run again, work goes on") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         raise
 

@@ -8,6 +8,7 @@ OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpo
 OUT/pipeline/     what DigitPipeline.from_pretrained reads
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from digit.errors import DigitError, MismatchError
 from digit.files import read_json, write_json
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
-from digit.pipeline import DigitPipeline, load_sequence_model, save_sequence_model
+from digit.pipeline import DigitPipeline, choose_device, load_sequence_model, save_sequence_model
 from digit.recipes import MODEL_NAMES, Recipe
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
@@ -34,6 +35,13 @@ from digit.training.log import last_figures
 from digit.training.loop import TrainConfig
 
 MIN_IMAGES = 2
+ASSET_RESOLUTION = 64  # px
+RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
+# settings that change no result, or only what is drawn afterwards
+FREE_SETTING = re.compile(
+    r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
+    r"|.*\.(log_every|save_every|keep_checkpoints|tensorboard|accumulate))"
+)
 
 
 class Run:
@@ -58,29 +66,64 @@ class Run:
         reuse: dict[str, str | Path] | None = None,
         device: str | None = None,
     ):
-        self.recipe, self.out = recipe, Path(out)
+        self.recipe, self.out = seeded(recipe), Path(out)
         self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        for stage, folder in self.reuse.items():
+            if not (folder / RESULTS[stage]).is_file():
+                raise DigitError(f"{folder} holds no {RESULTS[stage]}: give the {stage} folder of a run, RUN/{stage}")
+        self.device = choose_device(device)
         self.source = open_source(data, split=split) if isinstance(data, str) else data
         if len(self.source) < MIN_IMAGES:
             raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
+        self._check_sizes()
         self._claim_folder()
 
+    def _check_sizes(self) -> None:
+        """Refuse now what would only show after hours."""
+        recipe = self.recipe
+        if "vqgan" not in self.reuse:
+            size = ASSET_RESOLUTION if recipe.vqgan_start == "asset" else recipe.vqgan.resolution
+            if recipe.preprocess.crop_size != size:
+                raise DigitError(
+                    f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {size}: "
+                    f"set preprocess.image_size to {size}, or choose another VQGAN"
+                )
+        if recipe.vqgan_start == "scratch" and not recipe.vqgan_training.num_steps and "vqgan" not in self.reuse:
+            raise DigitError(
+                "vqgan_start is scratch and vqgan_training.num_steps 0: an untrained VQGAN renders nothing"
+            )
+        for name in MODEL_NAMES:  # heads, dropouts, vocabularies
+            recipe.sequence_config(
+                name,
+                disc_vocab=recipe.kmeans.num_clusters,
+                disc_len=1,
+                vq_vocab=1,
+                vq_len=1,
+                num_classes=self.num_classes,
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes the models are conditioned on; 0 is none."""
+        return len(self.source.classes) if self.recipe.class_conditional else 0
+
     def _claim_folder(self) -> None:
-        """Write config.json, or compare with the one that is there."""
+        """Write config.json, or compare with the one that is there as far as results exist that it made."""
         wanted = {
             "recipe": asdict(self.recipe),
             "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }
         path = self.out / "config.json"
-        if path.exists():
+        made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
+        if path.exists() and any((self.out / result).exists() for result in made):
             for name, here, asked in differences(read_json(path), _plain(wanted)):
+                if FREE_SETTING.fullmatch(name):
+                    continue
                 raise MismatchError(
                     f"{self.out} was made with {name} = {here}, now asked for {asked}: "
                     "choose another --out, or the old setting"
                 )
-        else:
-            write_json(path, wanted)
+        write_json(path, wanted)
 
     # ---------------------------------------------------------------- stages
 
@@ -130,10 +173,7 @@ class Run:
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
             )
             size = recipe.vqgan_training.batch_size
-            figures = train_vqgan(
-                vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder
-            )
-            write_json(folder / "metrics.json", figures)
+            train_vqgan(vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder)
         VQTokenizer(vqgan).save(folder)
 
     @cached_property
@@ -153,18 +193,31 @@ class Run:
                 max_bad_fraction=self.recipe.max_bad_fraction,
             )
         store.check(codebook_hash=self.tokenizer.fingerprint, vqgan_hash=self.vq.fingerprint)
+        made_of = store.manifest["source"]["fingerprint"]
+        if made_of != self.source.fingerprint:
+            raise MismatchError(
+                f"tokens in {store.folder} are of images {made_of[:12]}, {self.source.name} is "
+                f"{self.source.fingerprint[:12]}: give that data, or other tokens"
+            )
         return store
 
     def model(self, name: str) -> SequenceModel:
         """Stage prior, renderer, renderer_masked, vq_ar or vq_masked: trained, or read where it is done."""
         folder = self.out / name
+        tokens = {"tokenizer": self.tokenizer.fingerprint, "vqgan": self.vq.fingerprint}
         if not (folder / "model.json").exists():
             torch.manual_seed(self.recipe.seed)
             model = SequenceModel(self.sequence_config(name)).to(self.device)
             cfg = self.training_config(name)
-            train_likelihood(model, self.batches(name, cfg), cfg, folder, about=asdict(model.cfg), description=name)
+            about = asdict(model.cfg) | {"tokens": tokens}
+            train_likelihood(model, self.batches(name, cfg), cfg, folder, about=about, description=name)
             write_json(folder / "metrics.json", last_figures(folder))
+            write_json(folder / "tokens.json", tokens)
             save_sequence_model(model, folder, "model")
+        for part, here, asked in differences(read_json(folder / "tokens.json"), tokens):
+            raise MismatchError(
+                f"{folder} learnt tokens of {part} {here[:12]}, now {asked[:12]}: give that one, or delete {folder}"
+            )
         return load_sequence_model(folder, "model").to(self.device)
 
     def sequence_config(self, name: str) -> Any:
@@ -176,23 +229,23 @@ class Run:
             disc_len=manifest.disc.shape[1],
             vq_vocab=self.vq.vocab_size,
             vq_len=manifest.vq.shape[1],
-            num_classes=len(self.source.classes) if self.recipe.class_conditional else 0,
+            num_classes=self.num_classes,
         )
 
     def training_config(self, name: str) -> TrainConfig:
         """TrainConfig of a model. A VQ-only baseline trains as long as prior and renderer together (equal FLOPs)."""
         recipe = self.recipe
         if name == "prior":
-            return replace(recipe.prior_training, seed=recipe.seed)
+            return recipe.prior_training
         if name.startswith("renderer"):
-            return replace(recipe.renderer_training, seed=recipe.seed)
+            return recipe.renderer_training
         cost = {n: training_flops(self.sequence_config(n)) for n in ("prior", "renderer", name)}
         total = sum(
             cost[n] * t.num_steps * t.batch_size
             for n, t in (("prior", recipe.prior_training), ("renderer", recipe.renderer_training))
         )
         num_steps = round(total / (cost[name] * recipe.renderer_training.batch_size))
-        return replace(recipe.renderer_training, num_steps=num_steps, seed=recipe.seed)
+        return replace(recipe.renderer_training, num_steps=num_steps)
 
     def batches(self, name: str, cfg: TrainConfig) -> Callable[[int], dict[str, Any]]:
         """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
@@ -243,6 +296,17 @@ def fit(run: Run) -> DigitPipeline:
     pipe = run.pipeline()
     pipe.save_pretrained(run.out / "pipeline")
     return pipe
+
+
+def seeded(recipe: Recipe) -> Recipe:
+    """The recipe with its one seed in every part."""
+    return replace(
+        recipe,
+        kmeans=replace(recipe.kmeans, seed=recipe.seed),
+        vqgan_training=replace(recipe.vqgan_training, seed=recipe.seed),
+        prior_training=replace(recipe.prior_training, seed=recipe.seed),
+        renderer_training=replace(recipe.renderer_training, seed=recipe.seed),
+    )
 
 
 def training_flops(cfg: Any) -> float:

@@ -9,7 +9,7 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from digit.tokenizers.vq import VQTokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "pipeline.json"
+PASS_LIMIT = {"cpu": 64}  # images that go through the models at a time: more only leave the CPU's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,16 @@ class SamplingConfig:
     renderer: StageSampling = field(default_factory=lambda: StageSampling(top_p=0.8))
     """Stage 2."""
     batch_size: int = 64
-    """Images drawn together; it never changes what an image's seed gives."""
-    precision: str = "fp32"
+    """Images drawn together. An image depends on its seed and label, not on its neighbours; another batch_size may
+    round differently and so, rarely, change a token."""
+    precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 (faster; an image may then differ between machines)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise DigitError(f"batch_size is {self.batch_size}: at least 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise DigitError(f"precision is {self.precision!r}: choose fp32 or bf16")
 
 
 class DigitPipeline:
@@ -176,9 +184,9 @@ class DigitPipeline:
 
         Args:
             images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
-            keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of the coarser token grid.
+            keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
             seed: of the first image.
-            labels: class numbers, or None for the unconditional start.
+            labels: class numbers; None takes for each picture the class under which its tokens are likeliest.
 
         Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
         of view lets some of the hidden part through.
@@ -187,7 +195,7 @@ class DigitPipeline:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
         images = fit_batch(images, self.image_size)
         num = len(images)
-        wanted = self._labels(num, labels) if labels is not None else torch.full((num,), -1)
+        wanted = self._labels(num, labels) if labels is not None else self.guess_labels(images)
         given = {
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
@@ -201,12 +209,33 @@ class DigitPipeline:
         )
         return self.decode(drawn["vq"])
 
+    @torch.inference_mode()
+    def guess_labels(self, images: Tensor) -> Tensor:
+        """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
+
+        A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
+        without a class would start from noise.
+        """
+        first, tokenizer = (self.prior, self.tokenizer) if self.prior is not None else (self.renderer, self.vq)
+        if not first.cfg.num_classes:
+            return torch.full((len(images),), -1)
+        if first.cfg.masked:
+            return torch.zeros(len(images), dtype=torch.int64)
+        tokens = tokenizer.encode(images).to(self.device)  # (B, N)
+        scores = []
+        for label in range(first.cfg.num_classes):
+            log_p = first(tokens, labels=torch.full((len(tokens),), label, device=self.device)).log_softmax(-1)
+            scores.append(log_p.gather(2, tokens[..., None]).sum((1, 2)))  # (B,)
+        return torch.stack(scores, 1).argmax(1).cpu()
+
     def decode(self, vq_tokens: Tensor) -> Tensor:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
         return self.vq.decode(vq_tokens)
 
     def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+        if not self.renderer.cfg.prefix_len:
+            raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         cfg = self._sampling(sampling)
         labels = torch.full((len(tokens),), -1)
         chunks = range(0, len(tokens), cfg.batch_size)
@@ -219,7 +248,7 @@ class DigitPipeline:
                 None,
                 cfg.renderer,
                 cfg,
-            )
+            ).cpu()
             for c in chunks
         ]
         return self.decode(torch.cat(vq))
@@ -269,6 +298,7 @@ class DigitPipeline:
             top_p=how.top_p,
             cfg_scale=how.cfg_scale,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+            pass_size=min(cfg.batch_size, PASS_LIMIT.get(self.device.type, cfg.batch_size)),
         )
         if model.cfg.masked:
             return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
@@ -336,6 +366,13 @@ class DigitPipeline:
         """Read a pipeline folder, or a run folder of `digit fit`. Raises DigitError where it is missing or damaged."""
         folder = find_pipeline(folder)
         manifest = read_json(folder / MANIFEST)
+        try:
+            return cls._read(folder, manifest).to(device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DigitError(f"{folder / MANIFEST} is damaged ({error!r}): make the pipeline again") from error
+
+    @classmethod
+    def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
         if manifest.get("format") != FORMAT_VERSION:
             raise DigitError(
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
@@ -347,7 +384,7 @@ class DigitPipeline:
                 FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
             )
         sampling = manifest["sampling"]
-        pipe = cls(
+        return cls(
             tokenizer=tokenizer,
             vq=VQTokenizer.load(folder / "vqgan"),
             prior=load_sequence_model(folder, "prior") if "prior" in parts else None,
@@ -357,7 +394,17 @@ class DigitPipeline:
             sampling=SamplingConfig(**sampling | {s: StageSampling(**sampling[s]) for s in ("prior", "renderer")}),
             info=manifest["info"],
         )
-        return pipe.to(device)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """cuda where there is one, or the named device. Raises DigitError where it is not to be had."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise DigitError(f"no device named {name!r}: choose cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DigitError("device is cuda, but torch sees no GPU: choose cpu")
+    return device
 
 
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:

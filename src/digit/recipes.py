@@ -80,7 +80,7 @@ class Recipe:
     max_bad_fraction: float = 0.05
     """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
-    """Of every random choice of the run."""
+    """Of every random choice of the run; it overrules the seeds of the parts."""
 
     def sequence_config(
         self, name: str, *, disc_vocab: int, disc_len: int, vq_vocab: int, vq_len: int, num_classes: int
@@ -162,7 +162,7 @@ def cpu_training(num_steps: int, batch_size: int = 64, learning_rate: float = 1e
         learning_rate=learning_rate,
         warmup_steps=min(200, num_steps // 10),
         schedule="cosine",
-        precision="bf16",
+        precision="auto",
         ema_decay=0.999,
         label_smoothing=0.0,
         save_every=1000,
@@ -252,7 +252,7 @@ def digit_base() -> Recipe:
     """
     return Recipe(
         encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224),
-        kmeans=KMeansConfig(num_clusters=8192),
+        kmeans=KMeansConfig(num_clusters=8192, memory_budget_bytes=2**33),
         class_conditional=False,
         sampling=SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8)),
     )
@@ -270,7 +270,7 @@ def digit_large() -> Recipe:
     training = replace(RELEASED_TRAINING, num_steps=250_000, batch_size=1024, warmup_steps=12_500)
     return replace(
         base,
-        kmeans=KMeansConfig(num_clusters=16000),
+        kmeans=KMeansConfig(num_clusters=16000, memory_budget_bytes=2**34),
         prior=size,
         prior_training=training,
         renderer=size,

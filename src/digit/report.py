@@ -22,10 +22,12 @@ from digit.files import atomic_path, write_json
 from digit.fit import Run
 from digit.pipeline import DigitPipeline
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
+from digit.training.log import read_log
 
 SHOWN_CLASSES, PER_CLASS = 10, 10
 FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
 JUDGED_SAMPLES = 500
+GRID_IMAGES = 256  # the first so many go into grid.png
 JUDGE_TRAINING_SCENES = 2000
 
 
@@ -39,8 +41,9 @@ def write_samples(
     labels = tokens["labels"].tolist()
     for i, image in enumerate(images):
         pictures.save_png(folder / f"{i:05d}.png", image)
-    columns = min(len(images), max(8, round(len(images) ** 0.5)))
-    pictures.save_png(folder / "grid.png", pictures.grid(images, columns, scale=max(1, 128 // images.shape[-1])))
+    shown = images[:GRID_IMAGES]
+    columns = min(len(shown), max(8, round(len(shown) ** 0.5)))
+    pictures.save_png(folder / "grid.png", pictures.grid(shown, columns, scale=max(1, 128 // images.shape[-1])))
     arrays = {name: value.numpy().astype(np.int32) for name, value in tokens.items()}
     with atomic_path(folder / "tokens.npz") as temporary, open(temporary, "wb") as out:
         np.savez_compressed(out, **arrays)
@@ -129,10 +132,11 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     pictures.save_png(out / "samples.png", pictures.grid(images, PER_CLASS, scale=scale, row_names=names))
 
     spread = np.linspace(0, len(run.source) - 1, min(16, len(run.source))).astype(int).tolist()
-    real, _ = real_images(run.source, pipe.preprocess, spread)
+    real, truth = real_images(run.source, pipe.preprocess, spread)
     write_reconstructions(pipe, real, out, scale)
     write_token_map(pipe, real[:8], out, scale)
-    done = pipe.complete(real[:8], keep=0.5, seed=run.recipe.seed)
+    known = truth[:8].tolist() if pipe.classes and bool((truth[:8] >= 0).all()) else None
+    done = pipe.complete(real[:8], keep=0.5, seed=run.recipe.seed, labels=known)
     write_completions(out / "completions", real[:8], done, 0.5)
     write_loss_curves(run)
 
@@ -179,7 +183,7 @@ def write_loss_curves(run: Run) -> None:
     """loss.png from every log.jsonl of the run."""
     curves = {}
     for log in sorted(run.out.glob("*/log.jsonl")):
-        lines = [json.loads(line) for line in log.read_text().splitlines() if '"nll"' in line]
+        lines = [line for line in read_log(log) if "nll" in line]
         if lines:
             curves[log.parent.name] = ([r["step"] for r in lines], [r["nll"] for r in lines])
     if curves:
@@ -210,7 +214,7 @@ def load_judge() -> FrozenEncoder:
 
 def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     """Frechet distance of samples to the run's images, and for shapes the recognised fraction of samples."""
-    judge = load_judge()
+    judge = load_judge().to(run.device)
     num = min(JUDGED_SAMPLES, max(64, len(run.source)))
     tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
     samples = pipe.decode(tokens["vq"])
@@ -280,7 +284,8 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         picture(
             "samples.png",
             "Samples",
-            "Drawn by the prior, rendered by the renderer, decoded by the VQGAN. A row a class.",
+            "Drawn by the prior, rendered by the renderer, decoded by the VQGAN."
+            + (" A row a class." if pipe.classes else ""),
         ),
         f"<h2>Figures</h2><table>{rows}</table>",
         f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int64
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: SequenceModel,
     *,

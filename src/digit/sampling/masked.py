@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_masked(
     model: SequenceModel,
     *,

@@ -29,7 +29,7 @@ from digit.training import distributed
 from digit.training.codebook import LivingCodebook, flat_features, sum_over_ranks
 from digit.training.ema import EMA
 from digit.training.loop import LoopConfig, TrainState, step_seed, train
-from digit.training.optim import clip_gradients, cosine, set_lr
+from digit.training.optim import clip_gradients, cosine, multiplies_bf16, set_lr
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
 NUM_EVALUATED = 8  # batches scored after training, drawn past the last step
@@ -87,7 +87,7 @@ class GANConfig(LoopConfig):
     max_norm: float = 1.0
     """Gradients of each network are scaled down to this L2 norm; 0 = no clipping."""
     bf16: bool = True
-    """Run the networks under bfloat16 autocast; quantiser, losses and weights stay float32."""
+    """Run the networks under bfloat16 autocast where there is hardware for it; all else stays float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,7 +147,8 @@ class VQGANTrainer:
 
     def autocast(self) -> AbstractContextManager:
         kind = self.codebook.weight.device.type
-        return torch.autocast(kind, dtype=torch.bfloat16) if self.cfg.bf16 else nullcontext()
+        fast = self.cfg.bf16 and multiplies_bf16(self.codebook.weight.device)
+        return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
 
     def update(self, step: int) -> dict[str, Tensor]:
         """One update of everything; returns the step's figures, 0-d tensors."""

@@ -14,7 +14,7 @@ from digit.training import distributed
 from digit.training.ema import EMA
 from digit.training.log import Figures
 from digit.training.loop import Precision, Stateful, TrainConfig, TrainState, step_seed, train
-from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
+from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, multiplies_bf16, set_lr
 
 Batch = dict[str, Tensor | None]
 
@@ -32,9 +32,9 @@ class LossModule(nn.Module):
 
 def autocast(precision: Precision, device: torch.device) -> Any:
     """The context of the forward pass: none for fp32, else torch's autocast to bf16 or fp16."""
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "auto" and not multiplies_bf16(device)):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 class LikelihoodUpdate:

@@ -16,7 +16,7 @@ from digit.training import checkpoint, distributed
 from digit.training.log import Figures, RunLog, last_figures
 from digit.training.optim import Schedule
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,8 @@ class TrainConfig(LoopConfig):
     accumulate: int = 1
     """Pieces that each process cuts its share of the batch into, to save memory; the gradients add up to the same."""
     precision: Precision = "fp32"
-    """Arithmetic of the forward pass: fp32, bf16, or fp16 with loss scaling (GPU only). Weights stay fp32."""
+    """Arithmetic of the forward pass: fp32, bf16, fp16 with loss scaling (GPU only), or auto: bf16 where the hardware
+    multiplies it, else fp32. Weights stay fp32."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     warmup_steps: int = 6250

@@ -1,0 +1,196 @@
+"""One model over one layout: sizes, shapes, causality, losses, conditions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from digit.convert.fairseq import convert_fairseq
+from digit.errors import DigitError
+from digit.models.masked import masked_renderer_config
+from digit.models.prior import prior_config
+from digit.models.renderer import renderer_config, vq_baseline_config
+from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask, likelihood
+
+SMALL = dict(depth=2, embed_dim=32, num_heads=2, dropout=0.0)
+
+
+def make(**changes):
+    return SequenceModel(SequenceConfig(**(SMALL | dict(vocab_size=11, target_len=6) | changes))).eval()
+
+
+def with_prefix(**changes):
+    return make(prefix_vocab_size=7, prefix_len=4, norm="pre", **changes)
+
+
+@pytest.mark.parametrize(
+    "cfg, millions",
+    [
+        (prior_config("base"), 219),
+        (prior_config("large", vocab_size=16000), 732),
+        (renderer_config("base"), 219),
+        (masked_renderer_config("base"), 219),
+    ],
+)
+def test_parameters_of_the_paper(cfg, millions):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in SequenceModel(cfg).parameters())
+    if cfg.prefix_len:  # the paper counts one embedding table fewer; ours is 210M
+        assert 0.94 < count / (millions * 1e6) < 1.01
+    else:
+        assert count / (millions * 1e6) == pytest.approx(1, abs=0.01)
+
+
+def test_shapes_of_every_model():
+    target, prefix = torch.randint(11, (3, 6)), torch.randint(7, (3, 4))
+    for masked in (False, True):
+        assert make(masked=masked)(target).shape == (3, 6, 11)
+        logits, hidden = with_prefix(masked=masked)(target, prefix=prefix, return_hidden=True)
+        assert logits.shape == (3, 6, 11) and [h.shape for h in hidden] == [(3, 11, 32)] * 3
+    assert make(num_classes=5)(target, labels=torch.tensor([0, 4, -1])).shape == (3, 6, 11)
+    assert vq_baseline_config("tiny").prefix_len == 0
+
+
+def test_next_token_logits_see_earlier_tokens_alone():
+    model, target = make(), torch.randint(11, (1, 6))
+    changed = target.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 11
+    a, b = model(target), model(changed)
+    torch.testing.assert_close(a[:, :4], b[:, :4])
+    assert not torch.allclose(a[:, 4:], b[:, 4:])
+
+
+def test_masked_logits_see_both_sides_but_not_a_hidden_token():
+    model = with_prefix(masked=True)
+    prefix, target = torch.randint(7, (1, 4)), torch.randint(11, (1, 6))
+    hidden = target.clone()
+    hidden[:, 2] = model.cfg.mask_token
+    changed = hidden.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    assert not torch.allclose(model(hidden, prefix=prefix)[:, 2], model(changed, prefix=prefix)[:, 2])
+
+
+def test_label_and_start_symbol():
+    model, target = make(num_classes=5), torch.randint(11, (3, 6))
+    plain = model(target)
+    torch.testing.assert_close(model(target, labels=torch.full((3,), -1)), plain)
+    assert not torch.allclose(model(target, labels=torch.zeros(3, dtype=torch.int64)), plain)
+
+
+def test_null_prefix():
+    model = with_prefix(prefix_dropout=0.5)
+    target, prefix = torch.randint(11, (3, 6)), torch.randint(7, (3, 4))
+    drop = torch.tensor([True, False, True])
+    mixed = model.head(model.features(target, prefix, drop_prefix=drop))
+    torch.testing.assert_close(mixed[drop], model(target)[drop])
+    torch.testing.assert_close(mixed[~drop], model(target, prefix=prefix)[~drop])
+    assert not hasattr(with_prefix(), "null_prefix")
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_likelihood_figures(eps):
+    logits, target = torch.randn(50, 11), torch.randint(11, (50,))
+    loss, figures = likelihood(logits, target, eps)
+    log_p = logits.log_softmax(-1)
+    nll = -log_p.gather(1, target[:, None]).mean()
+    torch.testing.assert_close(loss, (1 - eps) * nll - eps * log_p.mean(1).mean())
+    torch.testing.assert_close(figures["nll"], nll)
+    torch.testing.assert_close(figures["perplexity"], nll.exp())
+    torch.testing.assert_close(figures["accuracy"], (logits.argmax(1) == target).float().mean())
+
+
+def test_loss_is_the_cross_entropy_of_forward():
+    model, target, prefix = with_prefix(), torch.randint(11, (3, 6)), torch.randint(7, (3, 4))
+    loss, figures = model.loss(target, prefix=prefix)
+    torch.testing.assert_close(loss, F.cross_entropy(model(target, prefix=prefix).flatten(0, 1), target.flatten()))
+    assert set(figures) == {"nll", "perplexity", "accuracy"} and not figures["nll"].requires_grad
+
+
+def test_masked_loss_counts_hidden_tokens_alone():
+    model, target, prefix = with_prefix(masked=True), torch.randint(11, (5, 6)), torch.randint(7, (5, 4))
+    loss, _ = model.loss(target, prefix=prefix, generator=torch.Generator().manual_seed(3))
+    hide = cosine_mask(5, 6, generator=torch.Generator().manual_seed(3))
+    logits = model(target.masked_fill(hide, model.cfg.mask_token), prefix=prefix)
+    torch.testing.assert_close(loss, F.cross_entropy(logits[hide], target[hide]))
+
+
+def test_cosine_mask_schedule():
+    count = cosine_mask(4000, 64).sum(1)
+    assert count.min() >= 1 and count.max() <= 64
+    # E[floor(M cos(u pi/2)) + 1] is close to 2 M / pi + 1/2
+    assert count.float().mean().item() == pytest.approx(64 * 2 / math.pi + 0.5, abs=1.2)
+
+
+def test_dropped_labels_follow_the_generator_and_the_rate():
+    model, target = make(num_classes=5, label_dropout=0.3), torch.zeros(4000, 6, dtype=torch.int64)
+    labels = torch.randint(5, (4000,))
+    kept, _ = model._drop_conditions(target, labels, torch.Generator().manual_seed(0))
+    again, _ = model._drop_conditions(target, labels, torch.Generator().manual_seed(0))
+    assert kept.equal(again) and kept[kept >= 0].equal(labels[kept >= 0])
+    assert (kept < 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_every_parameter_learns():
+    for masked in (False, True):
+        model = with_prefix(masked=masked, num_classes=2, label_dropout=0.5, prefix_dropout=0.5).train()
+        target, prefix = torch.randint(11, (64, 6)), torch.randint(7, (64, 4))
+        loss, _ = model.loss(target, prefix, torch.randint(2, (64,)), label_smoothing=0.1)
+        loss.backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_it_learns_a_sequence_in_bf16_autocast():
+    torch.manual_seed(0)
+    model = make(dropout=0.1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    target = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 2, 9, 4, 0, 6]]).repeat(8, 1)
+    for _ in range(80):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, figures = model.loss(target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert figures["accuracy"] > 0.9  # the first token is a coin flip: 11 of 12 at best
+
+
+def test_initialisation():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SequenceModel(prior_config("tiny", vocab_size=500, target_len=64))
+    width = model.cfg.embed_dim
+    assert model.token_embed.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
+    block = model.transformer.blocks[0]
+    bound = math.sqrt(6 / (2 * width)) * 2**-0.5
+    assert block.attention.qkv.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    assert not block.attention.qkv.bias.any() and (block.norm1.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: with_prefix()(torch.zeros(1, 6, dtype=torch.int64)), "needs a prefix of 4 tokens"),
+        (lambda: make()(torch.zeros(1, 6, dtype=torch.int64), labels=torch.zeros(1).long()), "knows no classes"),
+        (lambda: make()(torch.zeros(1, 7, dtype=torch.int64)), "target has 7 tokens, the model was built for 6"),
+        (lambda: make(label_dropout=0.1), "the model has no label"),
+        (lambda: make(prefix_len=3), "set both, or neither"),
+    ],
+)
+def test_user_errors(build, message):
+    with pytest.raises(DigitError, match=message):
+        build()
+
+
+def test_fairseq_converter_accounts_for_every_tensor(golden, tmp_path):
+    loaded = torch.load(golden / "vq_ar.pt", weights_only=True)
+    for change, message in (
+        (lambda s: s.pop("decoder.layers.1.fc1.bias"), r"decoder.layers.1.fc1.bias is missing"),
+        (lambda s: s.update({"decoder.extra": torch.zeros(1)}), r"unexpected tensors: decoder.extra"),
+        (lambda s: s.update({"other.weight": torch.zeros(1)}), r"no known part: other.weight"),
+        (lambda s: s.update({"decoder.layer_norm.bias": torch.zeros(3)}), r"final_norm.bias \(3,\) instead of \(64,\)"),
+    ):
+        state = dict(loaded["model"])
+        change(state)
+        torch.save({**loaded, "model": state}, tmp_path / "broken.pt")
+        with pytest.raises(DigitError, match=message):
+            convert_fairseq(tmp_path / "broken.pt")

@@ -1,0 +1,95 @@
+"""Backbone: attention against its definition, cache, dropout, norms."""
+
+import math
+
+import pytest
+import torch
+
+from digit.errors import DigitError
+from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig, attend, size_config
+
+CFG = dict(depth=3, embed_dim=32, num_heads=4, dropout=0.0)
+
+
+def naive_attention(q, k, v, causal):
+    scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if causal:
+        n, t = scores.shape[-2:]
+        scores = scores.masked_fill(torch.ones(n, t).triu(1).bool(), -math.inf)
+    return scores.softmax(-1) @ v.double()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_its_definition(dtype, causal):
+    q, k, v = torch.randn(3, 2, 4, 9, 8).to(dtype)
+    got = attend(q, k, v, causal=causal).double()
+    tolerance = dict(rtol=1.6e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, naive_attention(q, k, v, causal), **tolerance)
+
+
+def test_half_precision_attention_has_the_gradient_of_the_fused_kernel():
+    x = torch.randn(3, 2, 4, 9, 8)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        attend(*leaf.to(dtype), causal=True).float().square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=5e-2, atol=5e-2)  # 8 bits of mantissa, several steps
+
+
+def test_one_query_over_a_cache_slice():
+    cache = torch.randn(2, 2, 4, 16, 8)
+    q, (k, v) = torch.randn(2, 4, 1, 8), cache[:, :, :, :5]
+    got = attend(q, k, v, causal=False).double()
+    torch.testing.assert_close(got, naive_attention(q, k, v, False), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_cached_steps_equal_one_causal_pass(norm):
+    cfg = TransformerConfig(norm=norm, **CFG)
+    model, x = Transformer(cfg).eval(), torch.randn(2, 7, 32)
+    whole = model(x, causal=True)
+    cache = KVCache(cfg, 2, 7, like=x)
+    parts = [model(x[:, :3], causal=True, cache=cache)]
+    parts += [model(x[:, t : t + 1], causal=True, cache=cache) for t in range(3, 7)]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_skipped_outputs_change_nothing(norm, causal):
+    model, x = Transformer(TransformerConfig(norm=norm, **CFG)).eval(), torch.randn(2, 7, 32)
+    hidden = []
+    whole = model(x, causal=causal)
+    torch.testing.assert_close(model(x, causal=causal, first=4), whole[:, 4:])
+    torch.testing.assert_close(model(x, causal=causal, first=4, hidden=hidden), whole[:, 4:])
+    assert [h.shape for h in hidden] == [x.shape] * 4
+
+
+def test_causal_model_does_not_look_ahead():
+    model, x = Transformer(TransformerConfig(**CFG)).eval(), torch.randn(1, 6, 32)
+    changed = torch.cat([x[:, :4], torch.randn(1, 2, 32)], 1)
+    torch.testing.assert_close(model(changed, causal=True)[:, :4], model(x, causal=True)[:, :4])
+    assert not torch.allclose(model(changed, causal=False)[:, :4], model(x, causal=False)[:, :4])
+
+
+def test_dropout_rate_scale_and_reproducibility():
+    dropout, x = Dropout(0.1), torch.ones(1001, 101, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x)
+    y.sum().backward()
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)
+    assert y.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    assert torch.equal(x.grad, y.detach())
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y)
+    assert dropout.eval()(x) is x
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(DigitError, match="embed_dim 30 is not divisible by num_heads 4"):
+        TransformerConfig(embed_dim=30, num_heads=4)
+    with pytest.raises(DigitError, match="tiny, small, base, large"):
+        size_config("huge")
