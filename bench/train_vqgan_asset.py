@@ -6,7 +6,8 @@
 Trains on shaded toy scenes (40 %), grocery photographs (30 %, windows of images whose short side is 64 to 96) and
 CIFAR-10 enlarged to 64 px (30 %); the batch is a function of the step. Every --save-every updates it writes the
 averaged weights and a grid of held-out originals and reconstructions, so that the weights can be taken at any time.
-One process for each core: two processes of one thread suffer less from what else runs than one process of two.
+The carried weights were made by this program in one run whose length was changed on the way (`history` in
+src/digit/assets/vqgan64.json). One process for each core: two processes of one thread suffer less from what else runs than one process of two.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def write_asset(vqgan: VQGAN, sets: dict[str, Tensor], cfg: GANConfig, out: Path
         "config": MODEL.to_dict(),
         "fingerprint": sha256_tensors(shipped.state_dict()),
         "training_data": TRAINING_DATA,
-        "command": f"python bench/train_vqgan_asset.py --num-steps {cfg.num_steps}",
+        "command": f"bench/train_vqgan_asset.py --num-steps {cfg.num_steps}",
         "steps": step,
         "training": asdict(cfg),
         "held_out": metrics,

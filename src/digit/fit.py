@@ -82,7 +82,7 @@ class Run:
         """Refuse now what would only show after hours."""
         recipe = self.recipe
         if "vqgan" not in self.reuse:
-            size = ASSET_RESOLUTION if recipe.vqgan_start == "asset" else recipe.vqgan.resolution
+            size = recipe.vqgan.resolution if recipe.vqgan_start == "scratch" else ASSET_RESOLUTION
             if recipe.preprocess.crop_size != size:
                 raise DigitError(
                     f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {size}: "
@@ -123,7 +123,8 @@ class Run:
                     f"{self.out} was made with {name} = {here}, now asked for {asked}: "
                     "choose another --out, or the old setting"
                 )
-        write_json(path, wanted)
+        if not path.exists() or read_json(path) != _plain(wanted):
+            write_json(path, wanted)
 
     # ---------------------------------------------------------------- stages
 
@@ -167,7 +168,8 @@ class Run:
     def _train_vqgan(self, folder: Path) -> None:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
-        vqgan = load_asset_vqgan().vqgan if recipe.vqgan_start == "asset" else VQGAN(recipe.vqgan)
+        start = recipe.vqgan_start
+        vqgan = VQGAN(recipe.vqgan) if start == "scratch" else load_asset_vqgan(start).vqgan
         if recipe.vqgan_training.num_steps:
             crops = CachedCrops(
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction

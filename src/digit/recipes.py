@@ -57,8 +57,8 @@ class Recipe:
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """The VQGAN, where it is trained from scratch."""
-    vqgan_start: Literal["scratch", "asset"] = "scratch"
-    """asset: start from the small 64-pixel VQGAN that the package carries (docs/results.md says what it saw)."""
+    vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes"] = "scratch"
+    """Start from a 64-pixel VQGAN that the package carries (docs/results.md says what each saw), or from scratch."""
     vqgan_training: GANConfig = field(default_factory=GANConfig)
     """Training of the VQGAN; num_steps 0 takes the start as it is."""
     crops_per_image: int = 1
@@ -174,9 +174,12 @@ FINE_TUNING = GANConfig(
 )  # from the carried asset
 SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
-    encoder=EncoderConfig(name="efficientnet_lite0", input_size=128),  # 112 features on 8 x 8
-    vqgan_start="asset",
+    encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
+    vqgan_start="vqgan64",
 )
+
+
+TINY = ModelSpec(depth=4, embed_dim=192, num_heads=3, dropout=0.0)  # a short run sees an image once or a few times
 
 
 @register
@@ -185,17 +188,16 @@ def demo() -> Recipe:
 
     digit fit shapes --recipe demo --out runs/demo
     """
-    size = ModelSpec(depth=4, embed_dim=192, num_heads=6)
     return Recipe(
         **SMALL_64 | dict(preprocess=PreprocessConfig(image_size=64, encoder_size=128, random_crop=False)),
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
         codebook_subset=0.25,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
-        prior=size,
+        prior=TINY,
         prior_training=cpu_training(1500),
-        renderer=size,
-        renderer_training=cpu_training(1500),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.9)),
+        renderer=TINY,
+        renderer_training=cpu_training(700),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
 
@@ -210,12 +212,12 @@ def small() -> Recipe:
         kmeans=KMeansConfig(num_clusters=1024),
         codebook_subset=1.0,
         crops_per_image=8,
-        vqgan_training=replace(FINE_TUNING, num_steps=600),
-        prior=ModelSpec(depth=6, embed_dim=256, num_heads=8, dropout=0.2),
-        prior_training=cpu_training(3000),
-        renderer=ModelSpec(depth=6, embed_dim=256, num_heads=8),
-        renderer_training=cpu_training(4000),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.9)),
+        vqgan_training=replace(FINE_TUNING, num_steps=300),
+        prior=replace(TINY, dropout=0.1),
+        prior_training=cpu_training(1500),
+        renderer=replace(TINY, dropout=0.1),
+        renderer_training=cpu_training(1500),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
 
@@ -225,15 +227,14 @@ def cifar() -> Recipe:
 
     digit fit DATA --recipe cifar --out runs/cifar
     """
-    size = ModelSpec(depth=6, embed_dim=256, num_heads=8)
     return Recipe(
         **SMALL_64,
         kmeans=KMeansConfig(num_clusters=1024),
-        vqgan_training=replace(FINE_TUNING, num_steps=300),
-        prior=size,
-        prior_training=cpu_training(2000),
-        renderer=size,
-        renderer_training=cpu_training(2000),
+        vqgan_training=replace(FINE_TUNING, num_steps=0),
+        prior=TINY,
+        prior_training=cpu_training(800),
+        renderer=TINY,
+        renderer_training=cpu_training(600),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
     )
 

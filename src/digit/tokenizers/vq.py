@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, w
 from digit.models.vqgan import VQGAN, VQGANConfig
 
 FORMAT = 1
-ASSET = "vqgan64"
+ASSETS = ("vqgan64", "vqgan64_shapes")
 DECODED_TOGETHER = 8  # images that go through the decoder at a time, always exactly so many
 
 
@@ -153,7 +153,7 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
         config = VQGANConfig(**about["config"])
     except (KeyError, TypeError) as error:
         raise DigitError(f"{about_path} describes no VQGAN ({error}): make it again (digit train vqgan ...)") from error
-    weights = {name: tensor.float() for name, tensor in load_tensors(weights_path).items()}
+    weights = unpack_int8(load_tensors(weights_path))
     if about.get("fingerprint") != (found := sha256_tensors(weights)):
         raise MismatchError(
             f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
@@ -168,10 +168,49 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
     return vqgan.eval()
 
 
-def load_asset_vqgan(**options: Any) -> VQTokenizer:
-    """The carried VQGAN: 64 px, 8 x 8 tokens of 1024 codes; what it was trained on is in assets/vqgan64.json.
+def load_asset_vqgan(name: str = "vqgan64", **options: Any) -> VQTokenizer:
+    """A carried VQGAN, 64 px, 8 x 8 tokens of 1024 codes, in float32; `options` as for VQTokenizer.
 
-    It was made by bench/train_vqgan_asset.py, is stored in fp16 and computes in float32. `options` as for VQTokenizer.
+    vqgan64 saw rendered shapes, groceries and CIFAR-10; vqgan64_shapes is tuned to rendered shapes. assets/NAME.json
+    says what each was trained on and by which program. Raises DigitError on another name.
     """
+    if name not in ASSETS:
+        raise DigitError(f"no carried VQGAN named {name}: choose one of {', '.join(ASSETS)}")
     folder = Path(str(files("digit") / "assets"))
-    return VQTokenizer(load_vqgan(folder / f"{ASSET}.json", folder / f"{ASSET}.safetensors"), **options)
+    return VQTokenizer(load_vqgan(folder / f"{name}.json", folder / f"{name}.safetensors"), **options)
+
+
+def save_asset(vqgan: VQGAN, stem: str | Path, about: dict[str, Any]) -> None:
+    """Write STEM.safetensors with 8-bit weights and STEM.json, as `load_asset_vqgan` reads them."""
+    stem = Path(stem)
+    packed = pack_int8(vqgan.state_dict())
+    fingerprint = sha256_tensors(unpack_int8(packed))
+    save_tensors(stem.with_name(stem.name + ".safetensors"), packed)
+    head = {"format": FORMAT, "fingerprint": fingerprint, "config": vqgan.config.to_dict()}
+    write_json(stem.with_name(stem.name + ".json"), head | about)
+
+
+def pack_int8(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices and kernels as int8 with a float16 scale per output channel (NAME.scale), the rest as float16."""
+    packed = {}
+    for name, tensor in weights.items():
+        if tensor.ndim < 2:
+            packed[name] = tensor.detach().half()
+            continue
+        scale = (tensor.detach().flatten(1).abs().amax(1) / 127).clamp_min(1e-8).half()  # (out,)
+        steps = tensor / scale.float().view(-1, *[1] * (tensor.ndim - 1))
+        packed[name] = steps.round().clamp(-127, 127).to(torch.int8)
+        packed[f"{name}.scale"] = scale
+    return packed
+
+
+def unpack_int8(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 weights from what `pack_int8` or a plain half-precision file holds."""
+    weights = {}
+    for name, tensor in packed.items():
+        if tensor.dtype == torch.int8:
+            scale = packed[f"{name}.scale"].float()
+            weights[name] = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+        elif not name.endswith(".scale"):
+            weights[name] = tensor.float()
+    return weights
