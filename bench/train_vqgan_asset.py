@@ -7,7 +7,8 @@ Trains on shaded toy scenes (40 %), grocery photographs (30 %, windows of images
 CIFAR-10 enlarged to 64 px (30 %); the batch is a function of the step. Every --save-every updates it writes the
 averaged weights and a grid of held-out originals and reconstructions, so that the weights can be taken at any time.
 The carried weights were made by this program in one run whose length was changed on the way (`history` in
-src/digit/assets/vqgan64.json). One process for each core: two processes of one thread suffer less from what else runs than one process of two.
+src/digit/assets/vqgan64.json). One process for each core: two processes of one thread suffer less from what else runs
+than one process of two.
 """
 
 from __future__ import annotations

@@ -175,11 +175,11 @@ def test_conversion_of_files(tmp_path):
 
 
 def test_the_carried_vqgan_reconstructs_a_scene():
-    """Held-out scenes (seed 1) at the PSNR that assets/vqgan64.json states."""
+    """Held-out scenes (seed 1) at about the PSNR that assets/vqgan64.json states, 24.8 dB."""
     from digit.data.shapes import render_scene
 
     images = torch.stack([torch.from_numpy(render_scene(1, n, 64)[0]).permute(2, 0, 1) for n in range(6)])
     tokenizer = load_asset_vqgan()
     assert tokenizer.grid == (8, 8) and tokenizer.vocab_size == 1024
     error = (tokenizer.decode(tokenizer.encode(images)).float() - images).square().mean((1, 2, 3)) / 255**2
-    assert (-10 * error.log10()).mean() > 20  # dB
+    assert (-10 * error.log10()).mean() > 24  # dB

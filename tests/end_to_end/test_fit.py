@@ -135,3 +135,85 @@ def test_one_image_is_not_enough(tmp_path):
 def test_differences_names_the_leaves():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [("a.c", 2, 3)]
     assert set(MODEL_NAMES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"}
+
+
+def test_completion_without_labels_takes_the_likeliest_class(pipe):
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    labels = pipe.guess_labels(images)
+    tokens = pipe.tokenizer.encode(images)
+    nll = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(
+                pipe.prior(tokens, labels=torch.full((2,), k)).transpose(1, 2), tokens, reduction="none"
+            ).sum(1)
+            for k in range(10)
+        ]
+    )  # (10, 2)
+    assert torch.equal(labels, nll.argmin(0))
+    assert torch.equal(pipe.complete(images, seed=4), pipe.complete(images, seed=4, labels=labels.tolist()))
+
+
+def test_a_model_of_other_tokens_is_refused(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run.out, tmp_path / "run")
+    other = Run(tiny_recipe(seed=2), DATA, tmp_path / "other")
+    _ = other.codebook
+    shutil.rmtree(tmp_path / "run" / "codebook")
+    shutil.rmtree(tmp_path / "run" / "tokens")
+    shutil.copytree(other.out / "codebook", tmp_path / "run" / "codebook")
+    with pytest.raises(MismatchError, match="learnt tokens of tokenizer"):
+        Run(tiny_recipe(), DATA, tmp_path / "run").model("prior")
+
+
+def test_settings_that_change_no_result_may_change(run):
+    Run(
+        tiny_recipe(max_bad_fraction=0.2, prior_training=replace(tiny_recipe().prior_training, log_every=1)),
+        DATA,
+        run.out,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(vqgan=replace(tiny_recipe().vqgan, resolution=64)), "crops are 32 px, the VQGAN takes 64"),
+        (dict(vqgan_start="vqgan64"), "crops are 32 px, the VQGAN takes 64"),
+        (dict(vqgan_training=replace(tiny_recipe().vqgan_training, num_steps=0)), "untrained VQGAN"),
+        (dict(prior=replace(tiny_recipe().prior, num_heads=3)), "num_heads"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(changes, message, tmp_path):
+    with pytest.raises(DigitError, match=message):
+        Run(tiny_recipe(**changes), DATA, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reused_part_must_be_there(tmp_path):
+    with pytest.raises(DigitError, match=r"holds no codebook.json: give the codebook folder of a run"):
+        Run(tiny_recipe(), DATA, tmp_path / "run", reuse={"codebook": tmp_path})
+
+
+def test_unknown_and_missing_devices():
+    from digit.pipeline import choose_device
+
+    with pytest.raises(DigitError, match="no device named 'foo'"):
+        choose_device("foo")
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_data_without_labels_makes_an_unconditional_pipeline(tmp_path):
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for i in range(12):
+        picture = torch.randint(0, 256, (40, 40, 3), generator=generator, dtype=torch.uint8)
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        Image.fromarray(picture.numpy()).save(tmp_path / "flat" / f"{i}.png")
+    recipe = tiny_recipe(kmeans=replace(tiny_recipe().kmeans, num_clusters=8))
+    pipe = fit(Run(recipe, str(tmp_path / "flat"), tmp_path / "run"))
+    assert pipe.classes == [] and pipe.prior.cfg.num_classes == 0
+    assert pipe.generate(num=3).shape == (3, 3, 32, 32)
+    assert pipe.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 3, 32, 32)
+    with pytest.raises(DigitError, match="unconditional"):
+        pipe.generate(num=1, labels=0)

@@ -24,7 +24,8 @@ DECODED_TOGETHER = 8  # images that go through the decoder at a time, always exa
 class VQTokenizer:
     """A VQGAN as an `ImageTokenizer` that can also decode. Tokens are in raster order.
 
-    `bf16` runs the networks under bfloat16 autocast: faster on most machines, and a few tokens per thousand differ.
+    `bf16` runs the networks under bfloat16 autocast: about twice as fast on CPU, and 3 % of the carried model's tokens
+    differ.
     `chunk_size` images go through the networks at a time; the result does not depend on it up to rounding.
     `rounding` "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
     """
