@@ -16,6 +16,8 @@ import torch
 from digit import pictures
 from digit.data.shapes import ShapesSource
 from digit.files import write_json
+from digit.models.perceptual import EncoderDistance
+from digit.tokenizers.encoders import EncoderConfig, load_encoder
 from digit.tokenizers.vq import load_asset_vqgan, save_asset
 from digit.training import distributed
 from digit.training.gan import GANConfig, evaluate_vqgan, train_vqgan
@@ -27,13 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-steps", type=int, default=1800)
+    parser.add_argument("--start", default="vqgan64", help="carried VQGAN to start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     distributed.start("cpu")
     cfg = GANConfig(
-        num_steps=args.num_steps, batch_size=16, learning_rate=6e-4, codebook_start=0, adversarial_start=300,
+        num_steps=args.num_steps, batch_size=16, learning_rate=1e-3, codebook_start=0, perceptual="none",
+        perceptual_weight=1.0, perceptual_crop=0, adversarial_weight=0.1, adversarial_start=args.num_steps * 2 // 3,
         save_every=300,
     )  # fmt: skip
+    # the features that name things, not a VGG's textures: shapes must stay recognisable through 64 tokens
+    lite0 = load_encoder(EncoderConfig(name="efficientnet_lite0", layer="pooled", input_size=128)).net
     scenes, held_out = (read(ShapesSource(num=n, size=64, seed=s)) for n, s in ((NUM_SCENES, 0), (256, 1)))
 
     def batch(step: int) -> torch.Tensor:
@@ -42,13 +48,18 @@ def main() -> None:
         flipped = torch.from_numpy(np.random.default_rng([1, step]).random(len(rows)) < 0.5)
         return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
-    vqgan = load_asset_vqgan().vqgan.train()
-    train_vqgan(vqgan, batch, cfg, args.out)
+    vqgan = load_asset_vqgan(args.start).vqgan.train()
+    train_vqgan(vqgan, batch, cfg, args.out, perceptual=EncoderDistance(lite0))
     if distributed.is_main():
         figures = evaluate_vqgan(vqgan, held_out.split(64))
-        about = {"command": f"torchrun --nproc-per-node 2 bench/finetune_shapes_vqgan.py --num-steps {args.num_steps}",
-                 "start": "vqgan64", "data": f"shapes:num={NUM_SCENES},size=64,seed=0", "training": asdict(cfg),
-                 "held_out": {"shapes": figures}}  # fmt: skip
+        about = {
+            "command": f"torchrun --nproc-per-node 2 bench/finetune_shapes_vqgan.py --num-steps {args.num_steps}",
+            "start": args.start,
+            "perceptual": "EncoderDistance(efficientnet_lite0)",
+            "data": f"shapes:num={NUM_SCENES},size=64,seed=0",
+            "training": asdict(cfg),
+            "held_out": {"shapes": figures},
+        }
         save_asset(vqgan, args.out / "vqgan64_shapes", about)
         write_json(args.out / "figures.json", figures)
         shown = held_out[:40]

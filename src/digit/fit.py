@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from digit.data.images import ImageSource, open_source
@@ -35,6 +36,7 @@ from digit.training.log import last_figures
 from digit.training.loop import TrainConfig
 
 MIN_IMAGES = 2
+MAX_VALIDATION_ROWS = 256
 ASSET_RESOLUTION = 64  # px
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 # settings that change no result, or only what is drawn afterwards
@@ -210,9 +212,15 @@ class Run:
         if not (folder / "model.json").exists():
             torch.manual_seed(self.recipe.seed)
             model = SequenceModel(self.sequence_config(name)).to(self.device)
+            if self.recipe.start_from_codes:
+                disc, vq = self.codebook.centroids, self.vq.vqgan.quantize.embedding.weight.detach()
+                model.start_from_codes(disc if name == "prior" else vq, disc)
             cfg = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
-            train_likelihood(model, self.batches(name, cfg), cfg, folder, about=about, description=name)
+            validate = self.validation(name, model) if self.recipe.validation_fraction else None
+            train_likelihood(
+                model, self.batches(name, cfg), cfg, folder, about=about, validate=validate, description=name
+            )
             write_json(folder / "metrics.json", last_figures(folder))
             write_json(folder / "tokens.json", tokens)
             save_sequence_model(model, folder, "model")
@@ -224,13 +232,13 @@ class Run:
 
     def sequence_config(self, name: str) -> Any:
         """SequenceConfig of a model, from the tokens at hand."""
-        manifest = self.tokens
+        tokens = self.tokens
         return self.recipe.sequence_config(
             name,
             disc_vocab=self.tokenizer.vocab_size,
-            disc_len=manifest.disc.shape[1],
+            disc_len=tokens.disc.shape[1],
             vq_vocab=self.vq.vocab_size,
-            vq_len=manifest.vq.shape[1],
+            vq_len=tokens.vq.shape[1],
             num_classes=self.num_classes,
         )
 
@@ -251,16 +259,35 @@ class Run:
 
     def batches(self, name: str, cfg: TrainConfig) -> Callable[[int], dict[str, Any]]:
         """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
-        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed)
+        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=np.flatnonzero(~self.held_out_rows()))
         labelled = bool(self.sequence_config(name).num_classes)
+        return lambda step: self._arguments(name, read(step), labelled)
 
-        def batch(step: int) -> dict[str, Any]:
-            rows = {k: v.to(self.device, non_blocking=True) for k, v in read(step).items()}
-            target = rows["disc"] if name == "prior" else rows["vq"]
-            prefix = rows["disc"] if name.startswith("renderer") else None
-            return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
+    def _arguments(self, name: str, rows: dict[str, torch.Tensor], labelled: bool) -> dict[str, Any]:
+        """Rows of the token store as keywords of `SequenceModel.loss`."""
+        rows = {k: v.to(self.device, non_blocking=True) for k, v in rows.items()}
+        target = rows["disc"] if name == "prior" else rows["vq"]
+        prefix = rows["disc"] if name.startswith("renderer") else None
+        return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
 
-        return batch
+    def held_out_rows(self) -> np.ndarray:
+        """bool (R,): rows kept out of training: every 1 / validation_fraction-th image, with all its crops."""
+        images = np.arange(len(self.tokens)) // self.recipe.crops_per_image
+        if not self.recipe.validation_fraction:
+            return np.zeros(len(images), dtype=bool)
+        return images % max(2, round(1 / self.recipe.validation_fraction)) == 0
+
+    def validation(self, name: str, model: SequenceModel) -> Callable[[int], dict[str, float]]:
+        """step -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
+        rows = np.flatnonzero(self.held_out_rows())
+        chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
+        batch = self._arguments(name, self.tokens.batch(chosen), bool(model.cfg.num_classes))
+
+        def validate(step: int) -> dict[str, float]:
+            generator = torch.Generator(self.device).manual_seed(0)
+            return {"val_nll": float(model.loss(**batch, generator=generator)[1]["nll"])}
+
+        return validate
 
     # ---------------------------------------------------------------- the whole
 

@@ -77,6 +77,10 @@ class Recipe:
     """Training of stage 2."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the finished pipeline draws."""
+    validation_fraction: float = 0.0
+    """Images kept out of training the models, for val_nll in log.jsonl: it rises where a model learns by heart."""
+    start_from_codes: bool = False
+    """Start token tables from the code vectors instead of at random (not as released; for short training)."""
     max_bad_fraction: float = 0.05
     """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
@@ -154,8 +158,8 @@ def get_recipe(name: str) -> Recipe:
 # -------------------------------------------------------------------- small machines
 
 
-def cpu_training(num_steps: int, batch_size: int = 64, learning_rate: float = 1e-3) -> TrainConfig:
-    """Short training in bf16: cosine to zero, since a short run never reaches the long tail of inverse square root."""
+def cpu_training(num_steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> TrainConfig:
+    """Short training: many small steps, cosine to zero, since it never reaches the tail of inverse square root."""
     return TrainConfig(
         num_steps=num_steps,
         batch_size=batch_size,
@@ -165,7 +169,7 @@ def cpu_training(num_steps: int, batch_size: int = 64, learning_rate: float = 1e
         precision="auto",
         ema_decay=0.999,
         label_smoothing=0.0,
-        save_every=1000,
+        save_every=250,
     )
 
 
@@ -176,6 +180,7 @@ SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
     vqgan_start="vqgan64",
+    start_from_codes=True,
 )
 
 
@@ -189,14 +194,18 @@ def demo() -> Recipe:
     digit fit shapes --recipe demo --out runs/demo
     """
     return Recipe(
-        **SMALL_64 | dict(preprocess=PreprocessConfig(image_size=64, encoder_size=128, random_crop=False)),
+        **SMALL_64
+        | dict(
+            preprocess=PreprocessConfig(image_size=64, encoder_size=128, random_crop=False),
+            vqgan_start="vqgan64_shapes",
+        ),
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
         codebook_subset=0.25,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
         prior=TINY,
-        prior_training=cpu_training(1500),
+        prior_training=cpu_training(2500, batch_size=32),
         renderer=TINY,
-        renderer_training=cpu_training(700),
+        renderer_training=cpu_training(2500),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
@@ -212,11 +221,12 @@ def small() -> Recipe:
         kmeans=KMeansConfig(num_clusters=1024),
         codebook_subset=1.0,
         crops_per_image=8,
+        validation_fraction=0.05,
         vqgan_training=replace(FINE_TUNING, num_steps=300),
         prior=replace(TINY, dropout=0.1),
-        prior_training=cpu_training(1500),
+        prior_training=cpu_training(1000, batch_size=32),
         renderer=replace(TINY, dropout=0.1),
-        renderer_training=cpu_training(1500),
+        renderer_training=cpu_training(6000),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
@@ -232,9 +242,9 @@ def cifar() -> Recipe:
         kmeans=KMeansConfig(num_clusters=1024),
         vqgan_training=replace(FINE_TUNING, num_steps=0),
         prior=TINY,
-        prior_training=cpu_training(800),
+        prior_training=cpu_training(1600, batch_size=32),
         renderer=TINY,
-        renderer_training=cpu_training(600),
+        renderer_training=cpu_training(2400),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
     )
 

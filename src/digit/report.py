@@ -183,9 +183,10 @@ def write_loss_curves(run: Run) -> None:
     """loss.png from every log.jsonl of the run."""
     curves = {}
     for log in sorted(run.out.glob("*/log.jsonl")):
-        lines = [line for line in read_log(log) if "nll" in line]
-        if lines:
-            curves[log.parent.name] = ([r["step"] for r in lines], [r["nll"] for r in lines])
+        for figure, suffix in (("nll", ""), ("val_nll", " (held-out images)")):
+            lines = [line for line in read_log(log) if figure in line]
+            if lines:
+                curves[log.parent.name + suffix] = ([r["step"] for r in lines], [r[figure] for r in lines])
     if curves:
         pictures.curve_png(run.out / "loss.png", curves, xlabel="step", ylabel="nats per token")
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.efficientnet import EfficientNet
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,39 @@ class PerceptualDistance(nn.Module):
         # d = sum_l mean_hw sum_c w_lc (y_hat_lhwc - y_lhwc)^2  (Zhang et al. 2018, Eq. 1)
         pairs = zip(self.heads, self.features(image), self.features(target), strict=True)
         return sum(F.conv2d((a - b).square(), head).float().mean((1, 2, 3)) for head, a, b in pairs)
+
+
+class EncoderDistance(nn.Module):
+    """Distance in the features of a frozen EfficientNet: what a thing is weighs more than in a VGG's first stages.
+
+    Args:
+        net: the network with its head or without; its parameters are frozen.
+        layers: blocks whose output is compared; by default the last at strides 4, 8, 16 and 32 of EfficientNet-Lite0.
+        size: side in pixels at which the net sees the images.
+    """
+
+    def __init__(self, net: EfficientNet, layers: tuple[int, ...] = (2, 4, 10, 15), size: int = 128) -> None:
+        super().__init__()
+        self.net, self.layers, self.size = net.eval().requires_grad_(False), set(layers), size
+
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        """Unit-length feature maps of the chosen blocks for images in [0, 1]."""
+        x = (F.interpolate(images, size=(self.size, self.size), mode="bilinear") * 255 - 127) / 128
+        x = F.relu6(self.net.stem(x.contiguous(memory_format=torch.channels_last)))
+        maps = []
+        for number, block in enumerate(self.net.blocks):
+            x = block(x)
+            if number in self.layers:
+                maps.append(unit_length(x))
+        return maps
+
+    def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+        """Distance (B,) in 0..4 between images in [0, 1]; 0 for identical ones."""
+        # d = mean_l mean_hw ||y_hat_lhw - y_lhw||^2 with unit-length features y
+        with torch.no_grad():
+            wanted = self.features(target)
+        pairs = list(zip(self.features(image), wanted, strict=True))
+        return sum((a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs) / len(pairs)
 
 
 def unit_length(x: Tensor) -> Tensor:

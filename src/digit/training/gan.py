@@ -121,15 +121,17 @@ class VQGANTrainer:
     `vqgan` is trained in place and holds the last weights; `average` holds their moving average.
     """
 
-    def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig) -> None:
+    def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig, perceptual: nn.Module | None = None) -> None:
         self.cfg, self.batches = cfg, batches
         self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
         self.codebook = LivingCodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))
-        wanted = cfg.perceptual != "none" and cfg.perceptual_weight > 0
-        trunk = load_perceptual(cfg.perceptual, cfg.perceptual_stages) if wanted else None
+        wanted = perceptual is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0
+        trunk = perceptual
+        if wanted:
+            trunk = load_perceptual(cfg.perceptual, cfg.perceptual_stages)
         self.perceptual = None if trunk is None else self._place(trunk)
         self.weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
         self.optimizer = torch.optim.Adam(self.weights, lr=cfg.learning_rate, betas=cfg.betas)
@@ -255,14 +257,17 @@ def random_window(side: int, window: int, generator: torch.Generator) -> tuple[s
     return slice(top, top + window), slice(left, left + window)
 
 
-def train_vqgan(vqgan: VQGAN, batches: Batches, cfg: GANConfig, out: str | Path) -> dict[str, Any]:
+def train_vqgan(
+    vqgan: VQGAN, batches: Batches, cfg: GANConfig, out: str | Path, *, perceptual: nn.Module | None = None
+) -> dict[str, Any]:
     """Train `vqgan` in place, resuming from OUT/checkpoints; it ends in eval mode holding the averaged weights.
 
     `batches(step)` gives uint8 (B, 3, S, S), a function of the step alone. From existing weights (fine-tuning) set
-    codebook_start=0 and a low learning_rate. Returns evaluate_vqgan's figures on batches past the last step, also
+    codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` takes the place of the trunk that
+    `cfg` names. Returns evaluate_vqgan's figures on batches past the last step, also
     written to OUT/metrics.json.
     """
-    trainer = VQGANTrainer(vqgan, batches, cfg)
+    trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
     train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.config.to_dict(), description="vqgan")
     trainer.average.copy_to_model()
     metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
