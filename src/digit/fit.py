@@ -118,7 +118,9 @@ class Run:
         path = self.out / "config.json"
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
         if path.exists() and any((self.out / result).exists() for result in made):
-            for name, here, asked in differences(read_json(path), _plain(wanted)):
+            before = read_json(path)
+            before["recipe"] = _plain(asdict(Recipe())) | before["recipe"]  # younger settings
+            for name, here, asked in differences(before, _plain(wanted)):
                 if FREE_SETTING.fullmatch(name):
                     continue
                 raise MismatchError(
@@ -142,7 +144,7 @@ class Run:
         if not (folder / "codebook.json").exists():
             codebook = fit_codebook(
                 self.source,
-                self.recipe.preprocess,
+                replace(self.recipe.preprocess, path=self.recipe.codebook_path),
                 self.encoder,
                 self.recipe.kmeans,
                 subset=self.recipe.codebook_subset,

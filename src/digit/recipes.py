@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from digit.data.preprocess import PreprocessConfig
+from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGANConfig
@@ -55,6 +55,9 @@ class Recipe:
     """Codebook of the discriminative tokens."""
     codebook_subset: float = 0.1
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
+    codebook_path: PathName = "released"
+    """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
+    code prepared its K-means features."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """The VQGAN, where it is trained from scratch."""
     vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes"] = "scratch"
@@ -257,9 +260,11 @@ def digit_base() -> Recipe:
     """The paper's base model: 219 M parameters, K = 8192, ImageNet-1k at 256 px.
 
     Paper (Tables 2 to 4): FID 9.13 unconditional and 4.79 class-conditional, 71.7% linear probe. Not measured by us.
-    The encoder's and the VQGAN's weights must be at hand: --encoder.weights, --reuse_vqgan.
+    The encoder's and the VQGAN's weights must be at hand; MAGE's VQGAN becomes a folder by
+    `VQTokenizer(convert_vqgan("vqgan_jax_strongaug.ckpt")).save("vqgan")` (digit.tokenizers.vq, digit.convert.vqgan).
 
-    digit fit imagenet/train --recipe digit_base --out runs/base --encoder.weights dinov2_vitb14_reg4_pretrain.pth
+    digit fit imagenet/train --recipe digit_base --out runs/base --reuse_vqgan vqgan \
+        --encoder.weights dinov2_vitb14_reg4_pretrain.pth
     """
     return Recipe(
         encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224),
@@ -275,7 +280,8 @@ def digit_large() -> Recipe:
 
     Paper (Tables 2 to 4): FID 4.59 unconditional and 3.39 class-conditional, 80.3% linear probe. Not measured by us.
 
-    digit fit imagenet/train --recipe digit_large --out runs/large --encoder.weights dinov2_vitb14_reg4_pretrain.pth
+    digit fit imagenet/train --recipe digit_large --out runs/large --reuse_vqgan vqgan \
+        --encoder.weights dinov2_vitb14_reg4_pretrain.pth
     """
     base, size = digit_base(), ModelSpec(depth=24, embed_dim=1536, num_heads=16)
     training = replace(RELEASED_TRAINING, num_steps=250_000, batch_size=1024, warmup_steps=12_500)

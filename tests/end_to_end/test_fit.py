@@ -217,3 +217,30 @@ def test_data_without_labels_makes_an_unconditional_pipeline(tmp_path):
     assert pipe.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 3, 32, 32)
     with pytest.raises(DigitError, match="unconditional"):
         pipe.generate(num=1, labels=0)
+
+
+def test_the_released_kmeans_path_is_a_choice_for_the_codebook(tmp_path):
+    run = Run(tiny_recipe(codebook_path="released_kmeans"), DATA, tmp_path / "run")
+    assert run.codebook.meta["preprocessing"]["path"] == "released_kmeans"
+
+
+def test_held_out_images_are_not_trained_on_and_are_scored(tmp_path):
+    recipe = tiny_recipe(validation_fraction=0.25, crops_per_image=2)
+    run = Run(recipe, DATA, tmp_path / "run")
+    run.model("prior")
+    held = run.held_out_rows()
+    assert held.reshape(-1, 2).all(1).sum() == held.sum() / 2 == 6  # whole images, every fourth
+    assert "val_nll" in (run.out / "prior" / "log.jsonl").read_text()
+
+
+def test_settings_younger_than_a_run_are_its_defaults(run, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(run.out, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["recipe"]["validation_fraction"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    Run(tiny_recipe(), DATA, tmp_path / "run")
+    with pytest.raises(MismatchError, match="validation_fraction = 0.0, now asked for 0.5"):
+        Run(tiny_recipe(validation_fraction=0.5), DATA, tmp_path / "run")

@@ -155,20 +155,27 @@ def walk_files(root: Path) -> Iterator[tuple[str, int]]:
                 yield name, 0  # points nowhere: found bad, with its name, when it is read
 
 
+def readable(path: str | Path) -> str:
+    """A path as text that JSON can hold: bytes that are no UTF-8 are spelled out."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 class FolderSource(ImageSource):
     """Image files below a folder. A file's class is the path of its folder below the root; in the root, none."""
 
     def __init__(self, root: Path, files: list[tuple[str, int]]):
-        self.root, self.name = root, str(root)
+        self.root, self.name = root, readable(root)
         self.files = [name for name, _ in files]
         self.fingerprint = file_digest(files)
-        self.classes, self._labels = index_classes([os.path.dirname(name) for name in self.files], numeric=False)
+        self.classes, self._labels = index_classes(
+            [readable(os.path.dirname(name)) for name in self.files], numeric=False
+        )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def key(self, index: int) -> str:
-        return os.fsencode(self.root / self.files[index]).decode("utf-8", "backslashreplace")
+        return readable(self.root / self.files[index])
 
     def labels(self) -> np.ndarray:
         return self._labels

@@ -40,7 +40,7 @@ class TransformerConfig:
     """Attention heads; divides embed_dim."""
     mlp_ratio: float = 4.0
     """Width of the feed-forward layer over embed_dim."""
-    norm: Literal["post, pre"] = "post"
+    norm: Literal["post", "pre"] = "post"
     """post: LayerNorm after each residual sum (the prior); pre: before each branch and at the end (all others)."""
     dropout: float = 0.1
     """Dropout on the embeddings and on each residual branch; attention weights and activations get none."""
@@ -48,7 +48,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise DigitError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}: change one")
-        if self.norm not in ("post, pre"):
+        if self.norm not in ("post", "pre"):
             raise DigitError(f"norm is {self.norm!r}: choose post or pre")
         if not 0 <= self.dropout < 1:
             raise DigitError(f"dropout is {self.dropout}: choose a fraction from 0 to below 1")

@@ -40,7 +40,7 @@ def keep_top_k(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V"]
 
 
 def keep_top_p(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:
-    """XX"""
+    """Keep the fewest likeliest codes whose probabilities reach `top_p`, at least one; the others get -inf."""
     if top_p >= 1:
         return logits
     ordered, codes = logits.sort(dim=-1, descending=True, stable=True)

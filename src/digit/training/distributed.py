@@ -1,6 +1,8 @@
 """Several processes under torchrun: who am I, and agreement between ranks. With one process all of it is a no-op.
 
-    torchrun --nproc-per-node=8 -m digit ...      # one process per GPU; NCCL with CUDA, else gloo
+    torchrun --nproc-per-node=8 SCRIPT      # one process per GPU; NCCL with CUDA, else gloo
+
+SCRIPT calls `start` first (bench/finetune_shapes_vqgan.py does). `digit fit` itself runs as one process.
 
 A batch is global: every rank asks for batch `step` and takes its own slice of it. Only rank 0 logs and saves.
 """
