@@ -208,7 +208,7 @@ def demo() -> Recipe:
         prior=TINY,
         prior_training=cpu_training(2500, batch_size=32),
         renderer=TINY,
-        renderer_training=cpu_training(2500),
+        renderer_training=cpu_training(2000),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
@@ -229,7 +229,7 @@ def small() -> Recipe:
         prior=replace(TINY, dropout=0.1),
         prior_training=cpu_training(1000, batch_size=32),
         renderer=replace(TINY, dropout=0.1),
-        renderer_training=cpu_training(6000),
+        renderer_training=cpu_training(2500),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 

@@ -95,6 +95,11 @@ def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequ
     return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
 
 
+def spread(total: int, num: int) -> list[int]:
+    """At most `num` of 0 .. total - 1, evenly apart, the ends among them."""
+    return np.unique(np.linspace(0, total - 1, min(num, total)).astype(int)).tolist() if total else []
+
+
 def describe(pipe: DigitPipeline) -> str:
     """A pipeline in a few lines."""
 
@@ -122,7 +127,7 @@ def describe(pipe: DigitPipeline) -> str:
 def write_report(run: Run, pipe: DigitPipeline) -> Path:
     """Pictures, metrics.json and report.html of a finished run; returns the page's path."""
     out, metrics = run.out, {}
-    shown = list(range(min(SHOWN_CLASSES, len(pipe.classes)))) or None
+    shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
     labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
     tokens = pipe.generate_tokens(SHOWN_CLASSES * PER_CLASS if labels is None else len(labels), labels, run.recipe.seed)
     images = pipe.decode(tokens["vq"])
@@ -131,8 +136,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     scale = max(1, 96 // pipe.image_size)
     pictures.save_png(out / "samples.png", pictures.grid(images, PER_CLASS, scale=scale, row_names=names))
 
-    spread = np.linspace(0, len(run.source) - 1, min(16, len(run.source))).astype(int).tolist()
-    real, truth = real_images(run.source, pipe.preprocess, spread)
+    real, truth = real_images(run.source, pipe.preprocess, spread(len(run.source), 16))
     write_reconstructions(pipe, real, out, scale)
     write_token_map(pipe, real[:8], out, scale)
     known = truth[:8].tolist() if pipe.classes and bool((truth[:8] >= 0).all()) else None
@@ -193,7 +197,7 @@ def write_loss_curves(run: Run) -> None:
 
 def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dict[str, Any]:
     """PSNR of the VQGAN and usage of both codebooks on training images."""
-    real, _ = real_images(run.source, pipe.preprocess, np.linspace(0, len(run.source) - 1, num).astype(int).tolist())
+    real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
     vq_tokens = pipe.vq.encode(real)
     error = (pipe.vq.decode(vq_tokens).float() - real.float()).square().mean(dim=(1, 2, 3)) / 255**2
     figures = {
@@ -220,11 +224,7 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
     samples = pipe.decode(tokens["vq"])
     drawn = collect_features(samples.split(64), judge.pooled)
-    real, _ = real_images(
-        run.source,
-        pipe.preprocess,
-        np.linspace(0, len(run.source) - 1, min(2000, len(run.source))).astype(int).tolist(),
-    )
+    real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
     truth = collect_features(real.split(64), judge.pooled)
     figures: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
     if list(pipe.classes) == list(CLASSES):
