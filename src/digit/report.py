@@ -29,6 +29,7 @@ FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
 JUDGED_SAMPLES = 500
 GRID_IMAGES = 256  # the first so many go into grid.png
 JUDGE_TRAINING_SCENES = 2000
+RECONSTRUCTED = 300
 
 
 # -------------------------------------------------------------------- samples
@@ -228,12 +229,16 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     truth = collect_features(real.split(64), judge.pooled)
     figures: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
     if list(pipe.classes) == list(CLASSES):
-        figures |= recognised(judge, drawn, tokens["labels"], pipe.image_size)
+        figures |= recognised(judge, drawn, tokens["labels"], pipe)
     return figures
 
 
-def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, size: int) -> dict[str, Any]:
-    """Fraction of samples that a linear classifier, trained on freshly rendered scenes, takes for their class."""
+def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
+    """Fraction of samples that a linear classifier, trained on freshly rendered scenes, takes for their class.
+
+    The same for reconstructions of held-out scenes: samples made of the VQGAN's tokens can hardly do better.
+    """
+    size = pipe.image_size
     fresh = ShapesSource(num=JUDGE_TRAINING_SCENES, size=size, seed=FRESH_SEED)
     cfg = PreprocessConfig(image_size=size, encoder_size=size, random_crop=False, flip=False)
     images, truth = real_images(fresh, cfg, range(len(fresh)))
@@ -241,9 +246,12 @@ def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, size: int) -
     cut = len(features) * 3 // 4
     classifier = fit_linear_classifier(features[:cut], truth[:cut])
     right = classifier.predict(drawn) == labels
+    held_out = images[cut:][:RECONSTRUCTED]
+    decoded = collect_features(pipe.vq.decode(pipe.vq.encode(held_out)).split(64), judge.pooled)
     return {
         "recognised": float(right.float().mean()),
         "recognised_by_class": {name: float(right[labels == k].float().mean()) for k, name in enumerate(CLASSES)},
+        "recognised_reconstructions": classifier.accuracy(decoded, truth[cut:][:RECONSTRUCTED]),
         "classifier_accuracy_on_fresh_scenes": classifier.accuracy(features[cut:], truth[cut:]),
         "recognised_images": len(drawn),
     }
