@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.start("cpu")
     cfg = GANConfig(
-        num_steps=args.num_steps, batch_size=16, learning_rate=1e-3, codebook_start=0, perceptual="none",
+        num_steps=args.num_steps, batch_size=16, learning_rate=1e-3, codebook_start=0, perceptual="encoder",
         perceptual_weight=1.0, perceptual_crop=0, adversarial_weight=0.1, adversarial_start=args.num_steps * 2 // 3,
         save_every=300,
     )  # fmt: skip

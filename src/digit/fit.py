@@ -23,12 +23,13 @@ from digit.data.loader import CachedCrops
 from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
 from digit.files import read_json, write_json
+from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline import DigitPipeline, choose_device, load_sequence_model, save_sequence_model
 from digit.recipes import MODEL_NAMES, Recipe
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
-from digit.tokenizers.encoders import FrozenEncoder, load_encoder
+from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
 from digit.training.gan import train_vqgan
 from digit.training.likelihood import train_likelihood
@@ -179,8 +180,19 @@ class Run:
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
             )
             size = recipe.vqgan_training.batch_size
-            train_vqgan(vqgan.to(self.device), lambda step: crops.batch(step, size)[0], recipe.vqgan_training, folder)
+            train_vqgan(
+                vqgan.to(self.device),
+                lambda step: crops.batch(step, size)[0],
+                recipe.vqgan_training,
+                folder,
+                perceptual=self._encoder_distance() if recipe.vqgan_training.perceptual == "encoder" else None,
+            )
         VQTokenizer(vqgan).save(folder)
+
+    def _encoder_distance(self) -> EncoderDistance:
+        """The perceptual distance in EfficientNet-Lite0's features; the judge is another network, Lite2."""
+        lite0 = load_encoder(EncoderConfig(name="efficientnet_lite0", layer="pooled", input_size=128))
+        return EncoderDistance(lite0.net).to(self.device)
 
     @cached_property
     def tokens(self) -> TokenStore:

@@ -176,9 +176,18 @@ def cpu_training(num_steps: int, batch_size: int = 16, learning_rate: float = 2e
     )
 
 
+# from a carried VQGAN, in the features that name things: a VGG's first stages keep textures and lose objects
 FINE_TUNING = GANConfig(
-    num_steps=300, learning_rate=2e-4, codebook_start=0, adversarial_start=0
-)  # from the carried asset
+    num_steps=900,
+    learning_rate=1e-3,
+    codebook_start=0,
+    perceptual="encoder",
+    perceptual_weight=1.0,
+    perceptual_crop=0,
+    adversarial_weight=0.1,
+    adversarial_start=600,
+    save_every=300,
+)
 SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
@@ -225,7 +234,7 @@ def small() -> Recipe:
         codebook_subset=1.0,
         crops_per_image=8,
         validation_fraction=0.05,
-        vqgan_training=replace(FINE_TUNING, num_steps=300),
+        vqgan_training=FINE_TUNING,
         prior=replace(TINY, dropout=0.1),
         prior_training=cpu_training(1000, batch_size=32),
         renderer=replace(TINY, dropout=0.1),

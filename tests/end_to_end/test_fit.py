@@ -244,3 +244,10 @@ def test_settings_younger_than_a_run_are_its_defaults(run, tmp_path):
     Run(tiny_recipe(), DATA, tmp_path / "run")
     with pytest.raises(MismatchError, match="validation_fraction = 0.0, now asked for 0.5"):
         Run(tiny_recipe(validation_fraction=0.5), DATA, tmp_path / "run")
+
+
+def test_a_vqgan_is_tuned_in_encoder_features(tmp_path):
+    training = replace(tiny_recipe().vqgan_training, perceptual="encoder", perceptual_crop=0)
+    run = Run(tiny_recipe(vqgan_training=training), DATA, tmp_path / "run")
+    assert run.vq.vocab_size == 16
+    assert "perceptual" in (run.out / "vqgan" / "log.jsonl").read_text()

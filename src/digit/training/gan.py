@@ -56,7 +56,8 @@ class GANConfig(LoopConfig):
     commitment_weight: float = 0.25
     """Weight of mean (z - code)^2, which holds the encoder to its codes."""
     perceptual: str = "vgg"
-    """Trunk of the perceptual term: vgg, alex or none. Without its weights training goes on without the term."""
+    """Trunk of the perceptual term: vgg, alex, none, or encoder (the distance that the caller hands to `train_vqgan`;
+    `digit` hands over EfficientNet-Lite0's). Without its weights training goes on without the term."""
     perceptual_weight: float = 0.5
     """Weight of the perceptual distance."""
     perceptual_stages: int = 3
@@ -94,7 +95,7 @@ class GANConfig(LoopConfig):
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
         self.require(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, such as 0.998")
         self.require(0 < self.codebook_decay < 1, "codebook_decay", "between 0 and 1, such as 0.99")
-        self.require(self.perceptual in ("vgg", "alex", "none"), "perceptual", "vgg, alex or none")
+        self.require(self.perceptual in ("vgg", "alex", "encoder", "none"), "perceptual", "vgg, alex, encoder or none")
         self.require(1 <= self.perceptual_stages <= 5, "perceptual_stages", "1 to 5")
         self.require(self.restart_every >= 1, "restart_every", "at least 1")
 
@@ -128,9 +129,9 @@ class VQGANTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))
-        wanted = perceptual is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0
         trunk = perceptual
-        if wanted:
+        assert trunk is not None or cfg.perceptual != "encoder", "perceptual is encoder: hand the distance over"
+        if trunk is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0:
             trunk = load_perceptual(cfg.perceptual, cfg.perceptual_stages)
         self.perceptual = None if trunk is None else self._place(trunk)
         self.weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
@@ -264,7 +265,7 @@ def train_vqgan(
 
     `batches(step)` gives uint8 (B, 3, S, S), a function of the step alone. From existing weights (fine-tuning) set
     codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` takes the place of the trunk that
-    `cfg` names. Returns evaluate_vqgan's figures on batches past the last step, also
+    `cfg` names; cfg.perceptual encoder needs it. Returns evaluate_vqgan's figures on batches past the last step, also
     written to OUT/metrics.json.
     """
     trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
