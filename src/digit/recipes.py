@@ -217,8 +217,8 @@ def demo() -> Recipe:
         prior=TINY,
         prior_training=cpu_training(2500, batch_size=32),
         renderer=TINY,
-        renderer_training=cpu_training(2000),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
+        renderer_training=cpu_training(5000),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.8), renderer=StageSampling(top_p=0.6)),
     )
 
 
