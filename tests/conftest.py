@@ -9,6 +9,9 @@ import torch
 from digit import progress
 
 
+torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
+
+
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     progress.quiet()
