@@ -8,7 +8,6 @@ import torch
 
 from digit import progress
 
-
 torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
 
 
