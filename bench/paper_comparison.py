@@ -25,7 +25,8 @@ from digit.files import save_npy, write_json
 from digit.fit import Run, training_flops
 from digit.pipeline import DigitPipeline, StageSampling
 from digit.recipes import get_recipe
-from digit.report import load_judge, real_images
+from digit.report import load_judge, real_images, spread
+from digit.training.gan import image_psnr
 from digit.training.log import last_figures
 
 METHODS = {  # name -> (prior, renderer)
@@ -96,14 +97,11 @@ def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> 
     """What no renderer can beat: test images through the VQGAN, and real training images against the test split."""
     tokens = run.vq.encode(images)
     decoded = run.vq.decode(tokens)
-    train, _ = real_images(
-        run.source, run.recipe.preprocess, np.linspace(0, len(run.source) - 1, 5000).astype(int).tolist()
-    )
-    error = (decoded.float() - images.float()).square().mean(dim=(1, 2, 3)) / 255**2
+    train, _ = real_images(run.source, run.recipe.preprocess, spread(len(run.source), 5000))
     return {
         "reconstructed_test": fd(judge.stats("reconstructed", lambda: decoded), truth),
         "real_train_5000": fd(judge.stats("train5000", lambda: train), truth),
-        "psnr_db": float((-10 * error.log10()).mean()),
+        "psnr_db": float(image_psnr(decoded / 255, images / 255).mean()),
         "vq_codes_used": len(tokens.unique()) / run.vq.vocab_size,
     }
 

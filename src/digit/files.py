@@ -59,6 +59,15 @@ def _umask() -> int:
     return mask
 
 
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists, keys strings, NumPy's numbers Python's."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_path(path) as temporary:

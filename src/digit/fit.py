@@ -22,7 +22,7 @@ from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
-from digit.files import read_json, write_json
+from digit.files import plain, read_json, write_json
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
@@ -120,15 +120,15 @@ class Run:
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
         if path.exists() and any((self.out / result).exists() for result in made):
             before = read_json(path)
-            before["recipe"] = _plain(asdict(Recipe())) | before["recipe"]  # younger settings
-            for name, here, asked in differences(before, _plain(wanted)):
+            before["recipe"] = plain(asdict(Recipe())) | before["recipe"]  # younger settings
+            for name, here, asked in differences(before, plain(wanted)):
                 if FREE_SETTING.fullmatch(name):
                     continue
                 raise MismatchError(
                     f"{self.out} was made with {name} = {here}, now asked for {asked}: "
                     "choose another --out, or the old setting"
                 )
-        if not path.exists() or read_json(path) != _plain(wanted):
+        if not path.exists() or read_json(path) != plain(wanted):
             write_json(path, wanted)
 
     # ---------------------------------------------------------------- stages
@@ -369,13 +369,6 @@ def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, A
         keys = sorted(here.keys() | asked.keys())
         return [d for k in keys for d in differences(here.get(k), asked.get(k), f"{name}.{k}" if name else k)]
     return [] if here == asked else [(name, here, asked)]
-
-
-def _plain(value: Any) -> Any:
-    """As JSON would give it back: tuples become lists, keys strings."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 __all__ = ["MODEL_NAMES", "Run", "differences", "fit", "training_flops"]

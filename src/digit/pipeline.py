@@ -236,22 +236,9 @@ class DigitPipeline:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
-        cfg = self._sampling(sampling)
-        labels = torch.full((len(tokens),), -1)
-        chunks = range(0, len(tokens), cfg.batch_size)
-        vq = [
-            self._stage(
-                self.renderer,
-                [seed + i for i in range(c, min(c + cfg.batch_size, len(tokens)))],
-                tokens[c : c + cfg.batch_size],
-                labels[c : c + cfg.batch_size],
-                None,
-                cfg.renderer,
-                cfg,
-            ).cpu()
-            for c in chunks
-        ]
-        return self.decode(torch.cat(vq))
+        seeds, labels = [seed + i for i in range(len(tokens))], torch.full((len(tokens),), -1)
+        drawn = self._draw(seeds, labels, given_disc=tokens, given_vq=None, cfg=self._sampling(sampling))
+        return self.decode(drawn["vq"])
 
     def _draw(
         self,

@@ -22,6 +22,7 @@ from digit.files import atomic_path, write_json
 from digit.fit import Run
 from digit.pipeline import DigitPipeline
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
+from digit.training.gan import image_psnr
 from digit.training.log import read_log
 
 SHOWN_CLASSES, PER_CLASS = 10, 10
@@ -200,9 +201,8 @@ def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dic
     """PSNR of the VQGAN and usage of both codebooks on training images."""
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
     vq_tokens = pipe.vq.encode(real)
-    error = (pipe.vq.decode(vq_tokens).float() - real.float()).square().mean(dim=(1, 2, 3)) / 255**2
     figures = {
-        "psnr_db": float((-10 * error.clamp_min(1e-10).log10()).mean()),
+        "psnr_db": float(image_psnr(pipe.vq.decode(vq_tokens) / 255, real / 255).mean()),
         "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size,
     }
     if pipe.tokenizer is not None:

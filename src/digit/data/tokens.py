@@ -23,7 +23,7 @@ import numpy as np
 
 from digit.data.rows import AGAIN, ArrayFile, copy_rows, open_array
 from digit.errors import DigitError, MismatchError
-from digit.files import disk_errors, read_json, write_json
+from digit.files import disk_errors, plain, read_json, write_json
 from digit.progress import Progress
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _request(
         "vq": _layout(vq),
         "classes": list(source.classes),
     }  # fmt: skip
-    return _plain(request)
+    return plain(request)
 
 
 def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
@@ -246,15 +246,6 @@ def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     if tokenizer.vocab_size > MAX_VOCAB:
         raise DigitError(f"a vocabulary of {tokenizer.vocab_size} does not fit the token store: {MAX_VOCAB} at most")
     return {"grid": list(tokenizer.grid), "length": int(np.prod(tokenizer.grid)), "vocab_size": tokenizer.vocab_size}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists, keys strings, NumPy's numbers Python's."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
