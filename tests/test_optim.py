@@ -1,14 +1,19 @@
 """Schedules, optimizer, clipping and the moving average against their equations."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import optim
 from digit.training.ema import EMA
 from digit.training.loop import TrainConfig
+from digit.training.muon import orthogonal
 from digit.training.optim import build_optimizer, clip_gradients, constant, cosine, inverse_sqrt, set_lr
 
 
@@ -48,7 +53,7 @@ def test_optimizer_is_adamw_on_every_trainable_parameter():
     model[0].bias.requires_grad_(False)
     cfg = TrainConfig(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.98))
     before = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model.parameters(), cfg)
+    optimizer = build_optimizer(model, cfg)
     set_lr(optimizer, 0.01)
     model(torch.randn(4, 3)).square().sum().backward()
     optimizer.step()
@@ -104,3 +109,65 @@ def test_ema_state_survives_a_round_trip():
     assert all(torch.equal(a, b) for a, b in zip(first.averages, second.averages, strict=True))
     with pytest.raises(RuntimeError, match="bias"):
         second.load_state_dict({"weight": torch.zeros(1, 2)})
+
+
+def test_muon_steps_are_orthogonal_and_the_rest_is_adamws():
+    torch.manual_seed(0)
+    cfg = TrainConfig(optimizer="muon", learning_rate=0.01, muon_learning_rate=0.5, weight_decay=0.0)
+    model = SequenceModel(SequenceConfig(vocab_size=9, target_len=4, depth=1, embed_dim=32, num_heads=2))
+    twin = copy.deepcopy(model)
+    for net, setting in ((model, cfg), (twin, replace(cfg, optimizer="adamw"))):
+        optimizer = build_optimizer(net, setting)
+        assert set_lr(optimizer, 0.01) == 0.01
+        net.eval().loss(torch.arange(4)[None])[0].backward()
+        optimizer.step()
+    matrices = {name for name, p in model.named_parameters() if any(p is q for q, _ in model.hidden_matrices())}
+    assert {name.split(".", 3)[3] for name in matrices} == {
+        "attention.qkv.weight", "attention.out.weight", "mlp.fc1.weight", "mlp.fc2.weight"
+    }  # fmt: skip
+    torch.manual_seed(0)
+    start = dict(SequenceModel(model.cfg).named_parameters())
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if name not in matrices:
+            torch.testing.assert_close(p, q)
+            continue
+        pieces = 3 if "qkv" in name else 1
+        for step in (p - start[name]).detach().chunk(pieces):
+            size = 0.5 * max(1.0, step.shape[0] / step.shape[1]) ** 0.5  # the learning rate of the matrices
+            assert 0.5 * size < torch.linalg.matrix_norm(step, 2) < 1.3 * size
+
+
+def test_orthogonal_keeps_the_singular_vectors():
+    x = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    for matrix, left, right in ((x, u, v), (x.transpose(1, 2), v.transpose(1, 2), u.transpose(1, 2))):
+        values = left.transpose(1, 2) @ orthogonal(matrix) @ right.transpose(1, 2)
+        assert values.diagonal(dim1=1, dim2=2).min() > 0.3 and values.diagonal(dim1=1, dim2=2).max() < 1.4
+        assert (values - values.diagonal(dim1=1, dim2=2).diag_embed()).abs().max() < 0.05
+
+
+def test_muon_goes_on_from_its_state():
+    cfg = TrainConfig(optimizer="muon", learning_rate=0.01)
+    shape = SequenceConfig(vocab_size=9, target_len=4, depth=1, embed_dim=32, num_heads=2, dropout=0.0)
+    whole = SequenceModel(shape)
+    parted = copy.deepcopy(whole)
+
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            model.loss(torch.arange(4)[None])[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer
+
+    steps(whole, build_optimizer(whole, cfg), 4)
+    first = steps(parted, build_optimizer(parted, cfg), 2)
+    second = build_optimizer(parted, cfg)
+    second.load_state_dict(first.state_dict())
+    steps(parted, second, 2)
+    for p, q in zip(whole.parameters(), parted.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_muon_wants_a_transformer():
+    with pytest.raises(DigitError, match="choose adamw"):
+        build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="muon"))

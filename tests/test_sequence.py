@@ -194,3 +194,16 @@ def test_fairseq_converter_accounts_for_every_tensor(golden, tmp_path):
         torch.save({**loaded, "model": state}, tmp_path / "broken.pt")
         with pytest.raises(DigitError, match=message):
             convert_fairseq(tmp_path / "broken.pt")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_positions_start_from_places(masked: bool):
+    model = with_prefix(target_len=16, masked=masked)
+    model.start_from_places((4, 4), (2, 2))
+    own, predicted = model.positions[1:], model.positions[0 if not masked else 1 :][:16]
+    # prefix cell (0, 0) covers the target cells (0, 0), (0, 1), (1, 0), (1, 1): nearest in the table, too
+    for table in (own, predicted):
+        nearness = table @ model.prefix_positions.T  # (16, 4)
+        assert nearness[[0, 1, 4, 5], 0].min() > nearness[[10, 11, 14, 15], 0].max()
+    assert torch.equal(model.positions[0], torch.zeros(32)) == masked
+    assert 0.3 < model.prefix_positions.square().mean() < 0.7

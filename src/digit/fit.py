@@ -226,9 +226,8 @@ class Run:
         if not (folder / "model.json").exists():
             torch.manual_seed(self.recipe.seed)
             model = SequenceModel(self.sequence_config(name)).to(self.device)
-            if self.recipe.start_from_codes:
-                disc, vq = self.codebook.centroids, self.vq.vqgan.quantize.embedding.weight.detach()
-                model.start_from_codes(disc if name == "prior" else vq, disc)
+            if self.recipe.informed_start:
+                self._inform(name, model)
             cfg = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name, model) if self.recipe.validation_fraction else None
@@ -243,6 +242,14 @@ class Run:
                 f"{folder} learnt tokens of {part} {here[:12]}, now {asked[:12]}: give that one, or delete {folder}"
             )
         return load_sequence_model(folder, "model").to(self.device)
+
+    def _inform(self, name: str, model: SequenceModel) -> None:
+        """Start a model's tables from what its tokens stand for."""
+        codes = {"disc": self.codebook.centroids, "vq": self.vq.vqgan.quantize.embedding.weight.detach()}
+        grids = {"disc": tuple(self.tokenizer.grid), "vq": tuple(self.vq.grid)}
+        target = "disc" if name == "prior" else "vq"
+        model.start_from_codes(codes[target], codes["disc"])
+        model.start_from_places(grids[target], grids["disc"])
 
     def sequence_config(self, name: str) -> Any:
         """SequenceConfig of a model, from the tokens at hand."""

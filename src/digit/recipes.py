@@ -82,8 +82,9 @@ class Recipe:
     """How the finished pipeline draws."""
     validation_fraction: float = 0.0
     """Images kept out of training the models, for val_nll in log.jsonl: it rises where a model learns by heart."""
-    start_from_codes: bool = False
-    """Start token tables from the code vectors instead of at random (not as released; for short training)."""
+    informed_start: bool = False
+    """Start token tables from the code vectors and position tables from places in the picture instead of at random (not
+    as released; for short training)."""
     max_bad_fraction: float = 0.05
     """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
@@ -192,7 +193,7 @@ SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
     vqgan_start="vqgan64",
-    start_from_codes=True,
+    informed_start=True,
 )
 
 
@@ -258,7 +259,7 @@ def cifar() -> Recipe:
     return Recipe(
         **SMALL_64,
         kmeans=KMeansConfig(num_clusters=1024),
-        vqgan_training=replace(FINE_TUNING, num_steps=0),
+        vqgan_training=replace(FINE_TUNING, num_steps=1800, adversarial_start=1200),
         prior=TINY,
         prior_training=cpu_training(1600, batch_size=32),
         renderer=TINY,

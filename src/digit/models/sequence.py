@@ -119,6 +119,31 @@ class SequenceModel(nn.Module):
         if prefix_codes is not None and self.cfg.prefix_len:
             self.prefix_embed.weight.copy_(lift(prefix_codes, self.cfg.embed_dim))
 
+    @torch.no_grad()
+    def start_from_places(self, grid: tuple[int, int], prefix_grid: tuple[int, int] | None = None) -> None:
+        """Set position tables from places in the picture, so that near tokens, prefix and target alike, start near.
+
+        Not as released (random tables); for short training: a renderer of rendered shapes gains 0.3 nats a token in its
+        first 24,000 images. One half of a row says where its token is, the other where the token is that it predicts; a
+        random orthogonal map mixes both. `grid` and `prefix_grid` are (rows, columns) of target and prefix.
+        """
+        half = self.cfg.embed_dim // 2
+        finest = max(*grid, *(prefix_grid or ()))
+        nowhere = torch.zeros(1, half)
+        own = waves(grid, half, finest)  # (M, D / 2)
+        after_start = torch.cat([nowhere, own])
+        predicted = after_start if self.cfg.masked else torch.cat([own, nowhere])
+        turn = torch.linalg.qr(torch.randn(2 * half, 2 * half))[0]
+        self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
+        if self.cfg.prefix_len:
+            self.prefix_positions.copy_(waves(prefix_grid, half, finest).repeat(1, 2) @ turn)
+
+    def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
+        """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
+        return [
+            (p, 3 if "qkv" in name else 1) for name, p in self.transformer.named_parameters() if p.ndim == 2
+        ]
+
     # ---------------------------------------------------------------- embedding
 
     def embed(
@@ -257,6 +282,22 @@ def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
     turn = torch.linalg.qr(basis)[0]  # orthonormal columns
     lifted = centred @ (turn.T if turn.shape[0] == width else turn)  # (V, D)
     return lifted / lifted.square().mean().sqrt().clamp_min(1e-8) / math.sqrt(width)
+
+
+def waves(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N W"]:
+    """Sines and cosines of the row and the column of each cell's middle, in raster order; zeros fill up the width.
+
+    Wavelengths run geometrically from four pictures to four cells of a grid with `finest` cells a side, so that the
+    rows of two grids over one picture are comparable.
+    """
+    rows, columns = grid
+    count = width // 4
+    frequency = math.pi / 2 * finest ** torch.linspace(0, 1, count)  # radians per picture, (W / 4,)
+    row, column = torch.meshgrid(
+        (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
+    )
+    phases = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], 1)  # (N, W / 2)
+    return F.pad(torch.cat([phases.sin(), phases.cos()], 1), (0, width - 4 * count))
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
 FORMAT = 1
+CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +136,12 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def _run(self, call: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
-        with torch.autocast(self.mean.device.type, dtype=torch.bfloat16, enabled=False):
+        device = self.mean.device.type
+        if device == "cpu" and len(images) > CPU_CHUNK:
+            return torch.cat([self._run(call, part, dtype) for part in images.split(CPU_CHUNK)])
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
             x = self.prepare(images)
-        if dtype == torch.float32:
-            return call(x).float()
-        with torch.autocast(self.mean.device.type, dtype=dtype):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             return call(x).float()
 
     forward = features

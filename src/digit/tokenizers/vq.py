@@ -30,7 +30,7 @@ class VQTokenizer:
     `rounding` "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
     """
 
-    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 64, rounding: str = "nearest") -> None:
+    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 32, rounding: str = "nearest") -> None:
         if rounding not in ("nearest", "truncate"):
             raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
         self.vqgan = vqgan.eval()

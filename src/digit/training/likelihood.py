@@ -55,7 +55,7 @@ class LikelihoodUpdate:
         self.model, self.batches, self.cfg = model, batches, cfg
         self.objective = distributed.wrap(LossModule(model))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, cfg)
+        self.optimizer = build_optimizer(model, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
         self.ema = EMA(model, cfg.ema_decay) if cfg.ema_decay else None
         self.generator = torch.Generator(self.device)

@@ -14,7 +14,7 @@ import torch
 from digit.errors import DigitError, MismatchError
 from digit.training import checkpoint, distributed
 from digit.training.log import Figures, RunLog, last_figures
-from digit.training.optim import Schedule
+from digit.training.optim import Optimizer, Schedule
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -64,8 +64,12 @@ class TrainConfig(LoopConfig):
     precision: Precision = "fp32"
     """Arithmetic of the forward pass: fp32, bf16, fp16 with loss scaling (GPU only), or auto: bf16 where the hardware
     multiplies it, else fp32. Weights stay fp32."""
+    optimizer: Optimizer = "adamw"
+    """adamw (the paper's Adam), or muon: AdamW but for the matrices inside the blocks; for short training."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of the matrices under muon; it follows the same schedule."""
     warmup_steps: int = 6250
     """Updates of linear warm-up from warmup_from to learning_rate."""
     warmup_from: float = 1e-7
@@ -87,7 +91,9 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
         self.require(self.schedule in get_args(Schedule), "schedule", " or ".join(get_args(Schedule)))
+        self.require(self.optimizer in get_args(Optimizer), "optimizer", " or ".join(get_args(Optimizer)))
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
+        self.require(self.muon_learning_rate > 0, "muon_learning_rate", "above 0")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "0 (off) or below 1, such as 0.9999")
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
         multiple = self.batch_size % self.accumulate == 0

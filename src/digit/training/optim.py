@@ -7,10 +7,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from digit.errors import DigitError
+from digit.training.muon import Muon
+
 if TYPE_CHECKING:
     from digit.training.loop import TrainConfig
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
+Optimizer = Literal["adamw", "muon"]
 
 
 def warmup(step: int, peak: float, warmup_steps: int, warmup_from: float) -> float:
@@ -51,20 +55,28 @@ def learning_rate_at(step: int, cfg: "TrainConfig") -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every parameter group the learning rate `lr`; returns it."""
+    """Give every parameter group the learning rate `lr`, times its `lr_scale` where it has one; returns `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], cfg: "TrainConfig") -> torch.optim.AdamW:
-    """AdamW, fused, over the parameters that want a gradient, in one group.
+def build_optimizer(model: nn.Module, cfg: "TrainConfig") -> torch.optim.AdamW:
+    """The config's optimizer over the model's parameters that want a gradient.
 
-    As in fairseq (whose `adam` decays decoupled, like AdamW) the weight decay falls on every parameter: biases, norms
-    and embeddings too. eps is 1e-8.
+    adamw: fused, one group. As in fairseq (whose `adam` decays decoupled, like AdamW) the weight decay falls on every
+    parameter: biases, norms and embeddings too. eps is 1e-8.
+    muon: Muon for the model's `hidden_matrices()`, AdamW for the others. Raises DigitError where it names none.
     """
-    wanted = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(wanted, lr=cfg.learning_rate, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True)
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    settings = dict(lr=cfg.learning_rate, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(wanted, fused=True, **settings)
+    if not hasattr(model, "hidden_matrices"):
+        raise DigitError(f"optimizer muon is for transformers, {type(model).__name__} is none: choose adamw")
+    matrices = [(p, pieces) for p, pieces in model.hidden_matrices() if p.requires_grad]
+    chosen = {id(p) for p, _ in matrices}
+    return Muon(matrices, [p for p in wanted if id(p) not in chosen], cfg.muon_learning_rate, **settings)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
