@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from digit.convert.fairseq import convert_fairseq
+from digit.convert.fairseq import read_fairseq
 from digit.errors import DigitError
 from digit.models.masked import masked_renderer_config
 from digit.models.prior import prior_config
@@ -193,7 +193,7 @@ def test_fairseq_converter_accounts_for_every_tensor(golden, tmp_path):
         change(state)
         torch.save({**loaded, "model": state}, tmp_path / "broken.pt")
         with pytest.raises(DigitError, match=message):
-            convert_fairseq(tmp_path / "broken.pt")
+            read_fairseq(tmp_path / "broken.pt")
 
 
 @pytest.mark.parametrize("masked", [False, True])

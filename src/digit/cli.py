@@ -1,6 +1,7 @@
 """argv -> one call. A user's mistake ends in one line on stderr and exit code 2; only this file prints."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -9,13 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from digit import __version__
 from digit.errors import DigitError
+from digit.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
     "a folder of images (a class a folder, nested, or flat), Hub-layout Parquet, WebDataset .tar shards, "
-    "or shapes[:num=8000,size=64,seed=0] for rendered scenes"
+    "or shapes[:num=24000,size=64,seed=0] for rendered scenes"
+)
+FROM_HELP = (
+    "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints, which are "
+    "fetched and converted once"
 )
 EPILOG = {
     "inspect": "digit inspect photos/            # counts, classes, sizes, bad files, contact sheet",
@@ -25,7 +32,11 @@ EPILOG = {
     "tokenize": "digit tokenize photos/ --recipe small --out runs/photos",
     "train": "digit train prior photos/ --recipe small --out runs/photos\n"
     "  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
-    "sample": "digit sample --from runs/demo --num 64 --labels 0,3 --seed 0 --out samples/",
+    "convert": "digit convert --encoder dinov2_vitb14_reg4_pretrain.pth --codebook km_8k.npy "
+    "--vqgan vqgan_jax_strongaug.ckpt --prior stage1.pt --renderer stage2.pt --out digit-base\n"
+    "  digit convert --prior stage1.pt --renderer stage2.pt --out digit-base   # all of it is in these two",
+    "sample": "digit sample --from runs/demo --num 64 --labels 0,3 --seed 0 --out samples/\n"
+    "  digit sample --from DAMO-NLP-SG/DiGIT --variant large --num 8 --out samples/",
     "complete": "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/",
     "info": "digit info                       # recipes\n  digit info runs/demo             # a pipeline",
 }
@@ -181,9 +192,27 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
         say(f"contact sheet: {args.sheet}")
 
 
+def run_convert(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Turn the authors' files into a pipeline folder: encoder, codebook, VQGAN, prior, renderer, or any of them."""
+    from digit.released import ReleasedFiles, convert_release
+
+    parser.add_class_arguments(ReleasedFiles, as_group=True)
+    parser.add_argument("--out", required=True, help="pipeline folder; parts that are there already stay")
+    args = parse(parser, argv)
+    files = ReleasedFiles(**{f.name: getattr(args, f.name) for f in fields(ReleasedFiles)})
+    for line in convert_release(files, args.out):
+        say(line)
+
+
 def add_sampling_arguments(parser: "ArgumentParser") -> None:
     """--from, --out, --seed and how both stages draw; what is left out is what the pipeline was saved with."""
-    parser.add_argument("--from", dest="source", required=True, help="run folder of `digit fit`, or a pipeline folder")
+    parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
+    parser.add_argument(
+        "--variant",
+        default=None,
+        help="released checkpoints, with --from DAMO-NLP-SG/DiGIT: base (default), base_cls, "
+        "base_200epoch, base_cls_400epoch, large or large_cls",
+    )
     parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
     parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i, whatever the batch")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
@@ -267,7 +296,14 @@ def load_pipeline(args: Any) -> Any:
     """The pipeline of --from on --device."""
     from digit.pipeline import DigitPipeline, choose_device
 
-    return DigitPipeline.from_pretrained(args.source, choose_device(args.device))
+    source, device = Path(args.source), choose_device(args.device)
+    if not source.exists() and HUB_NAME.fullmatch(args.source):
+        from digit.hub import released_pipeline
+
+        source = released_pipeline(args.source, args.variant or "base")
+    elif args.variant:
+        raise DigitError(f"--variant chooses among released checkpoints, and {source} is a folder: leave it out")
+    return DigitPipeline.from_pretrained(source, device)
 
 
 def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
@@ -299,6 +335,7 @@ COMMANDS: dict[str, Callable[["ArgumentParser", list[str]], None]] = {
     "codebook": run_codebook,
     "tokenize": run_tokenize,
     "train": run_train,
+    "convert": run_convert,
     "sample": run_sample,
     "complete": run_complete,
     "info": run_info,
@@ -352,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise DigitError(f"no command named {command}: choose one of {', '.join(COMMANDS)}")
         run = COMMANDS[command]
+        keep_freed_memory()
         run(make_parser(command, (run.__doc__ or "").strip()), rest)
     except DigitError as error:
         sys.stderr.write(f"digit: {error}\n")

@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,15 +92,71 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
         np.save(out, array, allow_pickle=False)
 
 
-def save_tensors(
-    path: str | Path, tensors: Mapping[str, "torch.Tensor"], metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors as safetensors, atomically; they are copied to contiguous CPU memory first."""
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Stacked:
+    """A float32 tensor to be: several stacked along their first dimension when it is written, so that none waits in
+    memory. The parts may be mapped from a file."""
 
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata=metadata)
+    parts: "tuple[torch.Tensor, ...]"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
+        return (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+
+    def tensor(self) -> "torch.Tensor":
+        """The whole, contiguous."""
+        import torch
+
+        whole = self.parts[0] if len(self.parts) == 1 else torch.cat([part.float() for part in self.parts])
+        return whole.float().contiguous()
+
+
+def save_tensors(
+    path: str | Path, tensors: "Mapping[str, torch.Tensor | Stacked]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, atomically; no more than one of them is copied at a time.
+
+    The format (github.com/huggingface/safetensors): a little-endian uint64, so many bytes of JSON, the tensors' bytes.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    # by element size, largest first, so that every tensor is aligned
+    order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
+    for name in order:
+        dtype, shape, begin = _dtype(tensors[name]), tuple(tensors[name].shape), end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            value = tensors[name]
+            tensor = value.tensor() if isinstance(value, Stacked) else value.detach().cpu().contiguous()
+            out.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+SAFETENSORS_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+
+
+def _dtype(value: "torch.Tensor | Stacked") -> "torch.dtype":
+    import torch
+
+    return torch.float32 if isinstance(value, Stacked) else value.dtype
 
 
 def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
@@ -128,5 +186,5 @@ def sha256_tensors(tensors: Mapping[str, "torch.Tensor"]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
     return digest.hexdigest()

@@ -28,6 +28,7 @@ from digit.tokenizers.vq import VQTokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "pipeline.json"
+PARTS = ("tokenizer", "vq", "prior", "renderer")
 PASS_LIMIT = {"cpu": 64}  # images that go through the models at a time: more only leave the CPU's cache
 
 
@@ -71,23 +72,23 @@ class SamplingConfig:
 
 
 class DigitPipeline:
-    """Tokenizer, prior, renderer and VQGAN of one image space.
+    """Tokenizer, prior, renderer and VQGAN of one image space. Parts may be missing; what needs them says so.
 
     Attributes:
         tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
         vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`.
         prior: stage 1, `prior(tokens (B, N), labels=None) -> (B, N, K)` next-token logits; None in a VQ-only baseline.
         renderer: stage 2, `renderer(vq_tokens (B, M), prefix=tokens) -> (B, M, V)`.
-        classes: class names; empty where the pipeline is unconditional.
+        classes: class names; empty where the pipeline is unconditional or the classes have no names.
     """
 
     def __init__(
         self,
         *,
-        tokenizer: DiscriminativeTokenizer | None,
-        vq: VQTokenizer,
-        prior: SequenceModel | None,
-        renderer: SequenceModel,
+        tokenizer: DiscriminativeTokenizer | None = None,
+        vq: VQTokenizer | None = None,
+        prior: SequenceModel | None = None,
+        renderer: SequenceModel | None = None,
         preprocess: PreprocessConfig,
         classes: Sequence[str] = (),
         sampling: SamplingConfig | None = None,
@@ -102,27 +103,44 @@ class DigitPipeline:
         self._check()
 
     def _check(self) -> None:
-        if self.prior is not None and self.tokenizer is None:
-            raise DigitError("a pipeline with a prior needs the discriminative tokenizer whose tokens the prior speaks")
-        pairs = [("renderer vocabulary", self.renderer.cfg.vocab_size, "VQGAN codes", self.vq.vocab_size)]
-        if self.prior is not None and self.tokenizer is not None:
-            pairs += [
-                ("prior vocabulary", self.prior.cfg.vocab_size, "codebook entries", self.tokenizer.vocab_size),
-                (
-                    "renderer prefix vocabulary",
-                    self.renderer.cfg.prefix_vocab_size,
-                    "codebook entries",
-                    self.tokenizer.vocab_size,
-                ),
-            ]
+        prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
+        prefix = renderer.prefix_vocab_size if renderer else 0
+        codes = self.tokenizer and self.tokenizer.vocab_size
+        pairs = [
+            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", self.vq and self.vq.vocab_size),
+            ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
+            ("renderer prefix vocabulary", prefix, "codebook entries", codes),
+            ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
+        ]
         for left, got, right, wanted in pairs:
-            if got != wanted:
+            if got and wanted and got != wanted:
                 raise DigitError(f"{left} is {got}, {right} {wanted}: these parts were not trained together")
+
+    def require(self, *names: str) -> None:
+        """Raise DigitError unless the named parts are there (tokenizer, vq, prior, renderer)."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            there = [name for name in PARTS if getattr(self, name) is not None]
+            raise DigitError(
+                f"this needs {' and '.join(missing)}, and the pipeline holds {', '.join(there) or 'nothing'} alone: "
+                "add what is missing (digit convert, digit fit)"
+            )
+
+    def _require_drawing(self) -> SequenceModel:
+        """Whatever drawing needs; returns the model that draws first."""
+        self.require("vq", "renderer")
+        if not self.renderer.cfg.prefix_len:
+            return self.renderer
+        self.require("prior")
+        return self.prior
 
     @property
     def device(self) -> torch.device:
-        """Where the renderer's parameters lie."""
-        return next(self.renderer.parameters()).device
+        """Where the parameters lie."""
+        for model in (self.renderer, self.prior):
+            if model is not None:
+                return next(model.parameters()).device
+        return self.vq.device if self.vq else self.tokenizer.codebook.centroids.device
 
     @property
     def image_size(self) -> int:
@@ -132,14 +150,15 @@ class DigitPipeline:
     @property
     def tokenizers(self) -> dict[str, ImageTokenizer]:
         """Every image tokenizer of the pipeline by name."""
-        return ({"discriminative": self.tokenizer} if self.tokenizer else {}) | {"vq": self.vq}
+        named = {"discriminative": self.tokenizer, "vq": self.vq}
+        return {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
     def to(self, device: str | torch.device) -> Self:
         """Move every part to a device."""
         for part in (
             self.tokenizer and self.tokenizer.encoder,
             self.tokenizer and self.tokenizer.codebook,
-            self.vq.vqgan,
+            self.vq and self.vq.vqgan,
             self.prior,
             self.renderer,
         ):
@@ -191,6 +210,8 @@ class DigitPipeline:
         Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
         of view lets some of the hidden part through.
         """
+        if self._require_drawing() is self.prior:
+            self.require("tokenizer")
         if not 0 < keep <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
         images = fit_batch(images, self.image_size)
@@ -216,7 +237,8 @@ class DigitPipeline:
         A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
         without a class would start from noise.
         """
-        first, tokenizer = (self.prior, self.tokenizer) if self.prior is not None else (self.renderer, self.vq)
+        first = self._require_drawing()
+        tokenizer = self.tokenizer if first is self.prior else self.vq
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
@@ -230,10 +252,12 @@ class DigitPipeline:
 
     def decode(self, vq_tokens: Tensor) -> Tensor:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
+        self.require("vq")
         return self.vq.decode(vq_tokens)
 
     def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+        self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         seeds, labels = [seed + i for i in range(len(tokens))], torch.full((len(tokens),), -1)
@@ -254,9 +278,12 @@ class DigitPipeline:
             for start in range(0, len(seeds), cfg.batch_size):
                 chunk = slice(start, start + cfg.batch_size)
                 prefix = None
-                if self.prior is not None:
+                if self.renderer.cfg.prefix_len and self.prior is None:
+                    prefix = given_disc[chunk].to(self.device)
+                elif self.renderer.cfg.prefix_len:
                     given = None if given_disc is None else given_disc[chunk]
                     prefix = self._stage(self.prior, seeds[chunk], None, labels[chunk], given, cfg.prior, cfg)
+                if prefix is not None:
                     disc.append(prefix.cpu())
                 given = None if given_vq is None else given_vq[chunk]
                 vq.append(
@@ -296,8 +323,7 @@ class DigitPipeline:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:
             raise DigitError(f"num is {num}: at least 1 image")
-        first = self.prior if self.prior is not None else self.renderer
-        known = first.cfg.num_classes
+        known = self._require_drawing().cfg.num_classes
         if labels is None:
             chosen = range(known) if known else [-1]
         else:
@@ -322,30 +348,19 @@ class DigitPipeline:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write JSON and safetensors: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*."""
-        folder = Path(folder)
+        folder, parts = Path(folder), []
         if self.tokenizer is not None:
             self.tokenizer.encoder.save(folder / "encoder")
             self.tokenizer.codebook.save(folder / "codebook")
-        self.vq.save(folder / "vqgan")
+            parts += ["encoder", "codebook"]
+        if self.vq is not None:
+            self.vq.save(folder / "vqgan")
+            parts.append("vqgan")
         for name, model in (("prior", self.prior), ("renderer", self.renderer)):
             if model is not None:
                 save_sequence_model(model, folder, name)
-        write_json(
-            folder / MANIFEST,
-            {
-                "format": FORMAT_VERSION,
-                "parts": [
-                    *(["encoder", "codebook"] if self.tokenizer else []),
-                    "vqgan",
-                    *(["prior"] if self.prior else []),
-                    "renderer",
-                ],
-                "preprocess": asdict(self.preprocess),
-                "classes": self.classes,
-                "sampling": asdict(self.sampling),
-                "info": self.info,
-            },
-        )  # last: a folder with a manifest is whole
+                parts.append(name)
+        write_manifest(folder, parts, self.preprocess, self.classes, self.sampling, self.info)
         return folder
 
     @classmethod
@@ -364,23 +379,35 @@ class DigitPipeline:
             raise DigitError(
                 f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
             )
-        parts = manifest["parts"]
-        tokenizer = None
-        if "codebook" in parts:
-            tokenizer = DiscriminativeTokenizer(
-                FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
-            )
+        parts, tokenizer = manifest["parts"], None
+        if {"encoder", "codebook"} <= set(parts):
+            encoder, codebook = FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
+            tokenizer = DiscriminativeTokenizer(encoder, codebook)
         sampling = manifest["sampling"]
         return cls(
             tokenizer=tokenizer,
-            vq=VQTokenizer.load(folder / "vqgan"),
+            vq=VQTokenizer.load(folder / "vqgan") if "vqgan" in parts else None,
             prior=load_sequence_model(folder, "prior") if "prior" in parts else None,
-            renderer=load_sequence_model(folder, "renderer"),
+            renderer=load_sequence_model(folder, "renderer") if "renderer" in parts else None,
             preprocess=PreprocessConfig(**manifest["preprocess"]),
             classes=manifest["classes"],
             sampling=SamplingConfig(**sampling | {s: StageSampling(**sampling[s]) for s in ("prior", "renderer")}),
             info=manifest["info"],
         )
+
+
+def write_manifest(
+    folder: Path,
+    parts: Sequence[str],
+    preprocess: PreprocessConfig,
+    classes: Sequence[str],
+    sampling: SamplingConfig,
+    info: dict[str, Any],
+) -> None:
+    """Write pipeline.json, last: a folder with a manifest is whole."""
+    content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
+    content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
+    write_json(folder / MANIFEST, content)
 
 
 def choose_device(name: str | None) -> torch.device:

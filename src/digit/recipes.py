@@ -16,6 +16,7 @@ from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans import KMeansConfig
 from digit.training.gan import GANConfig
 from digit.training.loop import TrainConfig
+from digit.training.optim import Optimizer
 
 RELEASED_TRAINING = TrainConfig(
     num_steps=125_000, batch_size=2048, precision="bf16"
@@ -162,12 +163,13 @@ def get_recipe(name: str) -> Recipe:
 # -------------------------------------------------------------------- small machines
 
 
-def cpu_training(num_steps: int, batch_size: int = 16, learning_rate: float = 2e-3) -> TrainConfig:
+def cpu_training(num_steps: int, batch_size: int = 32, optimizer: Optimizer = "adamw") -> TrainConfig:
     """Short training: many small steps, cosine to zero, since it never reaches the tail of inverse square root."""
     return TrainConfig(
         num_steps=num_steps,
         batch_size=batch_size,
-        learning_rate=learning_rate,
+        optimizer=optimizer,
+        learning_rate=2e-3,
         warmup_steps=min(200, num_steps // 10),
         schedule="cosine",
         precision="auto",
@@ -215,13 +217,13 @@ def demo() -> Recipe:
             vqgan_start="vqgan64_shapes",
         ),
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
-        codebook_subset=0.25,
+        codebook_subset=0.1,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
         prior=TINY,
-        prior_training=cpu_training(2500, batch_size=32),
+        prior_training=cpu_training(1200),
         renderer=TINY,
-        renderer_training=cpu_training(5000),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.8), renderer=StageSampling(top_p=0.6)),
+        renderer_training=cpu_training(1700, optimizer="muon"),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.6), renderer=StageSampling(top_p=0.4)),
     )
 
 
@@ -241,9 +243,9 @@ def small() -> Recipe:
         validation_fraction=0.05,
         vqgan_training=FINE_TUNING,
         prior=replace(TINY, dropout=0.1),
-        prior_training=cpu_training(1000, batch_size=32),
+        prior_training=cpu_training(1000),
         renderer=replace(TINY, dropout=0.1),
-        renderer_training=cpu_training(2500),
+        renderer_training=cpu_training(1250, optimizer="muon"),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
     )
 
@@ -261,9 +263,9 @@ def cifar() -> Recipe:
         kmeans=KMeansConfig(num_clusters=1024),
         vqgan_training=replace(FINE_TUNING, num_steps=1800, adversarial_start=1200),
         prior=TINY,
-        prior_training=cpu_training(1600, batch_size=32),
+        prior_training=cpu_training(1200),
         renderer=TINY,
-        renderer_training=cpu_training(2400),
+        renderer_training=cpu_training(1600, optimizer="muon"),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
     )
 

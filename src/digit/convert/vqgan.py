@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from digit.convert.reading import check_state, read_torch, require_state
@@ -27,9 +28,10 @@ def convert_vqgan(path: str | Path, resolution: int = 256) -> VQGAN:
 
 def convert_state(state: Mapping[str, Tensor], resolution: int = 256, source: str = "VQGAN") -> VQGAN:
     """A VQGAN from a released state dict (names without `vqgan.`); `source` names it in errors."""
-    model = VQGAN(infer_config(state, resolution, source))
+    with torch.device("meta"):
+        model = VQGAN(infer_config(state, resolution, source))
     check_state(state, model, source)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.eval()
 
 

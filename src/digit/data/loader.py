@@ -14,6 +14,7 @@ from digit.errors import BadImageError, DigitError
 from digit.progress import Progress
 
 CHUNK = 256  # images decoded between two looks at the budget
+WORTH_A_PROCESS = 1000  # rows
 
 
 @dataclass(frozen=True)
@@ -77,16 +78,17 @@ class CropLoader:
         crops_per_image: int = 1,
         seed: int = 0,
         batch_size: int = 64,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         max_bad_fraction: float = 0.01,
         start_row: int = 0,
     ):
+        """num_workers: processes that read ahead; None takes a third of the threads torch has, none for few rows."""
         if crops_per_image < 1 or batch_size < 1:
             raise DigitError(f"crops_per_image is {crops_per_image}, batch_size {batch_size}; wanted 1 or more of each")
         self.source, self.cfg, self.seed = source, cfg, seed
         self.indices = np.asarray(range(len(source)) if indices is None else indices, dtype=np.int64).reshape(-1)
-        self.crops_per_image, self.batch_size, self.num_workers = crops_per_image, batch_size, num_workers
-        self.start_row = start_row
+        self.crops_per_image, self.batch_size, self.start_row = crops_per_image, batch_size, start_row
+        self.num_workers = self._default_workers() if num_workers is None else num_workers
         assert not len(self.indices) or (self.indices.min() >= 0 and self.indices.max() < len(source)), "indices"
         self._bad = BadImages(len(np.unique(self.indices)), max_bad_fraction)
 
@@ -111,16 +113,25 @@ class CropLoader:
                 self._bad.add(index, key, reason)
             yield batch
 
+    def _default_workers(self) -> int:
+        threads, rows = torch.get_num_threads(), self.num_rows - self.start_row
+        return 0 if threads < 2 or rows < WORTH_A_PROCESS else max(1, threads // 3)
+
     def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
         batches = _Batches(self)
         if self.num_workers == 0:
-            return map(batches.__getitem__, range(len(self)))
+            yield from map(batches.__getitem__, range(len(self)))
+            return
         from torch.utils.data import DataLoader
 
         own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
-        return iter(
-            DataLoader(batches, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is, generator=own)
-        )
+        loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is, generator=own)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - self.num_workers))  # more threads than cores wait for each other
+        try:
+            yield from loader
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _as_is(item: object) -> object:

@@ -140,9 +140,7 @@ class SequenceModel(nn.Module):
 
     def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
         """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
-        return [
-            (p, 3 if "qkv" in name else 1) for name, p in self.transformer.named_parameters() if p.ndim == 2
-        ]
+        return [(p, 3 if "qkv" in name else 1) for name, p in self.transformer.named_parameters() if p.ndim == 2]
 
     # ---------------------------------------------------------------- embedding
 

@@ -147,7 +147,7 @@ def fit_codebook(
     subset: float = 0.1,
     seed: int = 0,
     batch_size: int = 64,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
 ) -> Codebook:
     """K-means on the patch features of a random subset of the images, one crop each (section 4.1: 10% of ImageNet).

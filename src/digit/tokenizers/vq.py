@@ -30,7 +30,7 @@ class VQTokenizer:
     `rounding` "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
     """
 
-    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 32, rounding: str = "nearest") -> None:
+    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 16, rounding: str = "nearest") -> None:
         if rounding not in ("nearest", "truncate"):
             raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
         self.vqgan = vqgan.eval()
@@ -130,7 +130,7 @@ class VQTokenizer:
         folder = Path(folder)
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.config.to_dict()}
-        write_json(folder / "vqgan.json", about)
+        write_json(folder / "vqgan.json", about | {"rounding": self.rounding})
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> Self:
@@ -139,7 +139,8 @@ class VQTokenizer:
         Raises DigitError on unreadable files, MismatchError where weights and description are of two models.
         """
         folder = Path(folder)
-        return cls(load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors"), **options)
+        vqgan = load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors")
+        return cls(vqgan, **{"rounding": read_json(folder / "vqgan.json").get("rounding", "nearest")} | options)
 
 
 def filled(part: Tensor) -> Tensor:
@@ -160,9 +161,10 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
             f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
             "so the files are of two models: make them again (digit train vqgan ...)"
         )
-    vqgan = VQGAN(config)
+    with torch.device("meta"):
+        vqgan = VQGAN(config)
     try:
-        vqgan.load_state_dict(weights)
+        vqgan.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise MismatchError(f"{weights_path} does not fit {about_path}: {reason}") from error

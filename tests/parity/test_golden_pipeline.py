@@ -1,0 +1,254 @@
+"""The authors' files through `digit convert`, and what the converted pipeline answers (shared/golden)."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from digit.cli import main
+from digit.errors import DigitError
+from digit.pipeline import DigitPipeline
+from digit.released import ReleasedFiles, convert_release
+
+TOLERANCE = dict(rtol=0, atol=1e-4)
+HEADS = 3  # the golden encoder's; released ones have 64 channels a head
+
+
+@pytest.fixture(scope="module")
+def expected(golden):
+    return load_file(golden / "expected.safetensors")
+
+
+def convert(golden: Path, out: Path, **names: str) -> DigitPipeline:
+    files = {name: str(golden / file) for name, file in names.items() if name != "renderer_kind"}
+    kind = {k: v for k, v in names.items() if k == "renderer_kind"}
+    convert_release(ReleasedFiles(encoder_heads=HEADS, **files, **kind), out)
+    return DigitPipeline.from_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def folder(golden, tmp_path_factory) -> Path:
+    """All five files, through the command line."""
+    out = tmp_path_factory.mktemp("converted")
+    files = {
+        "encoder": "dinov2_reg4.pth",
+        "codebook": "kmeans_centroids.npy",
+        "vqgan": "vqgan.ckpt",
+        "prior": "stage1.pt",
+        "renderer": "stage2_ar.pt",
+    }
+    options = [word for name, file in files.items() for word in (f"--{name}", str(golden / file))]
+    assert main(["convert", *options, "--encoder_heads", str(HEADS), "--renderer_kind", "ar", "--out", str(out)]) == 0
+    return out
+
+
+def test_tokens_logits_and_pixels_are_the_released_ones(folder, expected):
+    pipe = DigitPipeline.from_pretrained(folder)
+    images = expected["images_uint8"]
+    assert torch.equal(pipe.tokenizer.encode(images), expected["tokens"])
+    assert torch.equal(pipe.vq.encode(images), expected["vqgan_indices"])
+    prior = pipe.prior(expected["tokens"])
+    torch.testing.assert_close(prior, expected["stage1_logits"][:, :256, 5:], **TOLERANCE)
+    rendered = pipe.renderer(expected["vqgan_indices"], prefix=expected["tokens"])
+    torch.testing.assert_close(rendered, expected["stage2_ar_logits"][:, :256, 5:], **TOLERANCE)
+    released = (expected["vqgan_reconstruction"].clamp(0, 1) * 255).to(torch.uint8)
+    assert (pipe.vq.decode(expected["vqgan_indices"]).int() - released.int()).abs().max() <= 1
+    assert pipe.vq.rounding == "truncate"
+    assert (pipe.sampling.prior.top_k, pipe.sampling.renderer.top_p) == (200, 0.8)
+
+
+def test_the_same_seed_gives_the_same_files(folder, tmp_path):
+    for name in ("a", "b"):
+        assert main(["sample", "--from", str(folder), "--num", "2", "--seed", "3", "--out", str(tmp_path / name)]) == 0
+    for png in ("00000.png", "00001.png", "grid.png"):
+        assert (tmp_path / "a" / png).read_bytes() == (tmp_path / "b" / png).read_bytes()
+
+
+def test_parts_are_taken_from_where_they_are_carried(golden, folder, expected, tmp_path):
+    pipe = convert(golden, tmp_path, prior="stage1.pt", renderer="stage2_ar.pt")
+    whole = DigitPipeline.from_pretrained(folder)
+    assert pipe.tokenizer.fingerprint == whole.tokenizer.fingerprint
+    assert pipe.vq.fingerprint == whole.vq.fingerprint
+    assert torch.equal(pipe.tokenizer.encode(expected["images_uint8"]), expected["tokens"])
+
+
+def test_masked_renderer_and_classes(golden, expected, tmp_path):
+    pipe = convert(
+        golden, tmp_path, prior="stage1_cond.pt", renderer="stage2_nar.pt", vqgan="vqgan.ckpt", renderer_kind="masked"
+    )
+    assert pipe.renderer.cfg.masked and pipe.prior.cfg.num_classes == 1000 and pipe.sampling.prior.top_k == 300
+    target = expected["vqgan_indices"].masked_fill(expected["stage2_nar_mask"], pipe.renderer.cfg.mask_token)
+    logits = pipe.renderer(target, prefix=expected["tokens"])
+    torch.testing.assert_close(logits, expected["stage2_nar_logits"][:, 1:, 5:], **TOLERANCE)
+    assert pipe.generate(labels=[7, 999]).shape == (2, 3, 256, 256)
+
+
+def test_vq_only_baseline(golden, expected, tmp_path):
+    pipe = convert(golden, tmp_path, renderer="vq_ar.pt", vqgan="vqgan.ckpt")
+    torch.testing.assert_close(
+        pipe.renderer(expected["vqgan_indices"]), expected["vq_ar_logits"][:, :256, 5:], **TOLERANCE
+    )
+    assert pipe.generate(num=1).shape == (1, 3, 256, 256)
+
+
+def test_any_subset_and_the_rest_later(golden, tmp_path, capsys):
+    pipe = convert(golden, tmp_path, prior="stage1.pt")
+    assert pipe.vq is None and pipe.renderer is None and pipe.tokenizer.vocab_size == 32
+    assert main(["sample", "--from", str(tmp_path), "--out", str(tmp_path / "s")]) == 2
+    assert "needs vq and renderer, and the pipeline holds tokenizer, prior alone" in capsys.readouterr().err
+    pipe = convert(golden, tmp_path, renderer="stage2_ar.pt", renderer_kind="ar")
+    assert pipe.generate(num=1).shape == (1, 3, 256, 256)
+    assert main(["info", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("name", "family"), [("ibot_vit16.pth", "ibot"), ("mae_vit16.pth", "mae")])
+def test_other_encoders_say_what_they_are(golden, expected, tmp_path, name, family):
+    from digit.tokenizers.encoders import FrozenEncoder
+
+    convert(golden, tmp_path, encoder=name)
+    encoder = FrozenEncoder.load(tmp_path / "encoder")
+    assert encoder.name == f"{family}_custom"
+    features = encoder.features(expected["images_uint8"])
+    torch.testing.assert_close(features, expected[f"{family}_features_third_to_last"], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"prior": "stage2_ar.pt"}, "is a renderer"),
+        ({"prior": "vq_ar.pt"}, "is a VQ-only baseline: give it as --renderer"),
+        ({"renderer": "stage1.pt"}, "is a prior"),
+        ({"renderer": "vq_ar.pt", "prior": "stage1.pt"}, "leave --prior out"),
+        ({"prior": "vqgan.ckpt"}, "is no fairseq checkpoint"),
+        ({"vqgan": "dinov2_reg4.pth"}, "is no VQGAN in MAGE's layout"),
+        ({"encoder": "vqgan.ckpt"}, "does not say of which kind it is: give --encoder_family"),
+        ({"codebook": "stage1.pt"}, "holds an archive, wanted floats"),
+        ({"encoder": "nothing.pth"}, "no such weights file"),
+        ({}, "nothing to convert"),
+    ],
+)
+def test_wrong_files_are_refused_in_words(golden, tmp_path, names, message):
+    with pytest.raises(DigitError, match=message):
+        convert(golden, tmp_path / "out", **names)
+    assert not (tmp_path / "out" / "pipeline.json").exists()
+
+
+def changed(golden: Path, name: str, out: Path, change) -> Path:
+    """A copy of a golden checkpoint with its model's tensors changed."""
+    loaded = torch.load(golden / name, weights_only=True)
+    change(loaded.get("model") or loaded.get("state_dict") or loaded)
+    torch.save(loaded, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("carrier", "tensor", "part"),
+    [
+        ("stage1.pt", "centroids", "codebook"),
+        ("stage1.pt", "pretrained_encoder.norm.bias", "encoder"),
+        ("stage2_ar.pt", "vqgan.decoder.conv_in.bias", "VQGAN"),
+    ],
+)
+def test_parts_that_disagree_are_refused_with_both_hashes(golden, tmp_path, carrier, tensor, part):
+    def change(state):
+        state[tensor] = state[tensor] + 1
+
+    path = changed(golden, carrier, tmp_path / carrier, change)
+    files = dict(
+        encoder=str(golden / "dinov2_reg4.pth"),
+        codebook=str(golden / "kmeans_centroids.npy"),
+        vqgan=str(golden / "vqgan.ckpt"),
+        prior=str(golden / "stage1.pt"),
+        renderer=str(golden / "stage2_ar.pt"),
+    ) | {("prior" if carrier == "stage1.pt" else "renderer"): str(path)}
+    with pytest.raises(DigitError, match=rf"the {part} in .* \([0-9a-f]{{12}}\) is another one than in .* \("):
+        convert_release(ReleasedFiles(encoder_heads=HEADS, **files), tmp_path / "out")
+
+
+def test_every_tensor_is_accounted_for(golden, tmp_path):
+    for change, message in (
+        (lambda state: state.pop("decoder.layers.1.fc2.bias"), "decoder.layers.1.fc2.bias is missing"),
+        (lambda state: state.update({"decoder.extra": torch.zeros(1)}), "unexpected tensors: decoder.extra"),
+        (lambda state: state.update({"other.extra": torch.zeros(1)}), "no known part: other.extra"),
+    ):
+        path = changed(golden, "stage1.pt", tmp_path / "stage1.pt", change)
+        with pytest.raises(DigitError, match=message):
+            convert_release(ReleasedFiles(prior=str(path), encoder_heads=HEADS), tmp_path / "out")
+
+
+def test_half_precision_files_become_float32(golden, tmp_path):
+    def halve(state):
+        state.update({n: t.half() for n, t in state.items() if t.dtype == torch.float32})
+
+    path = changed(golden, "stage1.pt", tmp_path / "stage1.pt", halve)
+    convert_release(
+        ReleasedFiles(prior=str(path), encoder=str(golden / "dinov2_reg4.pth"), encoder_heads=HEADS), tmp_path / "out"
+    )
+    prior = DigitPipeline.from_pretrained(tmp_path / "out").prior
+    assert {p.dtype for p in prior.parameters()} == {torch.float32}
+
+
+def test_a_file_that_says_its_kind_is_believed(golden, tmp_path):
+    for name, masked in (("image_gen_stage2_nar", True), ("image_gen_stage2_ar", False)):
+        loaded = torch.load(golden / "stage2_nar.pt", weights_only=True)
+        loaded["cfg"]["model"]["_name"] = name
+        torch.save(loaded, tmp_path / "r.pt")
+        notes = convert_release(
+            ReleasedFiles(renderer=str(tmp_path / "r.pt"), encoder_heads=HEADS), tmp_path / f"out{masked}"
+        )
+        assert not any("does not say" in note for note in notes)
+        assert json.loads((tmp_path / f"out{masked}" / "renderer.json").read_text())["masked"] == masked
+
+
+def test_the_hub_names_need_no_network_offline(golden, tmp_path, monkeypatch, capsys):
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a network call was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+        options = ["--from", "DAMO-NLP-SG/DiGIT", "--variant", "large", "--out", str(tmp_path / "s")]
+        assert main(["sample", *options]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "large_16k_stage2/checkpoints/checkpoint_last.pt (about 4.35 GB)" in lines[0]
+        assert "digit convert --prior PRIOR.pt --renderer RENDERER.pt --out FOLDER" in lines[0]
+        monkeypatch.delenv(name)
+
+
+def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    from digit import hub
+    from digit.files import sha256_file
+
+    asked = []
+
+    def download(_repository, path, **_options):
+        asked.append(path)
+        return shutil.copy(golden / ("stage1.pt" if "stage1" in path else "stage2_ar.pt"), tmp_path)
+
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(
+        hub, "convert_release", lambda files, out: convert_release(replace(files, encoder_heads=HEADS), out)
+    )
+    sample = ["sample", "--from", hub.REPOSITORY, "--num", "1", "--out", str(tmp_path / "s")]
+    assert main(sample) == 2  # the golden files are not the released ones
+    assert "has SHA-256" in capsys.readouterr().err
+    names = {"prior": "stage1.pt", "renderer": "stage2_ar.pt"}
+    real = {n: replace(file, sha256=sha256_file(golden / names[n])) for n, file in hub.VARIANTS["base"].items()}
+    monkeypatch.setitem(hub.VARIANTS, "base", real)
+    asked.clear()
+    assert main(sample) == 0 and main(sample) == 0
+    assert len(asked) == 2  # the second time nothing is fetched
+    assert main([*sample[:2], "nobody/nothing", *sample[3:]]) == 2
+    assert main([*sample, "--variant", "huge"]) == 2
