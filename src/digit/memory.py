@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process: large tensors are then not fetched page by page from the system, again and again."""
+"""Keeping freed memory in the process, so that large tensors need not be fetched page by page again and again."""
 
 import ctypes
 import sys

@@ -291,8 +291,8 @@ class _Writer:
 
     def _compare(self, here: Any) -> None:
         known, asked = dict(_leaves(here)), dict(_leaves(self.request))
-        for name in asked.keys() - {"source.name"}:  # the path as it was typed; the fingerprint says which images
-            if known.get(name) != asked[name]:
+        for name in asked:
+            if name != "source.name" and known.get(name) != asked[name]:  # a path as typed; the fingerprint decides
                 raise MismatchError(
                     f"tokens in {self.folder} were made with {name} = {known.get(name)}, now asked for {asked[name]}: "
                     "choose another folder, or the old setting"
