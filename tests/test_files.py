@@ -5,7 +5,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from digit.files import Stacked, load_tensors, save_tensors
-from digit.memory import keep_freed_memory
+from digit.machine import keep_freed_memory
 
 
 def test_every_type_and_layout_comes_back(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from digit import __version__
 from digit.errors import DigitError
-from digit.memory import keep_freed_memory
+from digit.machine import keep_freed_memory
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

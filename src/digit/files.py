@@ -102,7 +102,10 @@ class Stacked:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole."""
-        return (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+        rest = {tuple(part.shape[1:]) for part in self.parts if part.ndim}
+        if len(rest) != 1 or not all(part.ndim for part in self.parts):
+            raise ValueError(f"tensors of shapes {[tuple(part.shape) for part in self.parts]} cannot be stacked")
+        return (sum(len(part) for part in self.parts), *rest.pop())
 
     def tensor(self) -> "torch.Tensor":
         """The whole, contiguous."""

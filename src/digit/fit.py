@@ -120,7 +120,7 @@ class Run:
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
         if path.exists() and any((self.out / result).exists() for result in made):
             before = read_json(path)
-            before["recipe"] = plain(asdict(Recipe())) | before["recipe"]  # younger settings
+            before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
             for name, here, asked in differences(before, plain(wanted)):
                 if FREE_SETTING.fullmatch(name):
                     continue
@@ -368,6 +368,13 @@ def training_flops(cfg: Any) -> float:
     blocks = 12 * cfg.depth * cfg.embed_dim**2
     attention = 2 * cfg.depth * positions * cfg.embed_dim  # q.k and attention.v, per position, multiply-adds
     return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+
+
+def merged(defaults: Any, given: Any) -> Any:
+    """`given` with what it lacks, at any depth, out of `defaults`."""
+    if not (isinstance(defaults, dict) and isinstance(given, dict)):
+        return given
+    return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}
 
 
 def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, Any]]:

@@ -105,11 +105,22 @@ def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Pa
 def fetch(file: HubFile, variant: str) -> Path:
     """One file's path in huggingface_hub's cache; downloaded, unless offline, and verified."""
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
-    try:
-        found = huggingface_hub.hf_hub_download(REPOSITORY, file.path, local_files_only=offline(), etag_timeout=TIMEOUT)
-    except Exception as error:  # huggingface_hub's own errors, and whatever its HTTP library raises behind a proxy
-        raise DigitError(unreachable(variant, error)) from error
+    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, file.path)  # without the network
+    if not isinstance(found, str):
+        if offline():
+            raise DigitError(unreachable(variant, "offline, as the environment asks"))
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # one message, ours
+        try:
+            url = huggingface_hub.hf_hub_url(REPOSITORY, file.path)
+            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # asks once; a download would try for long
+            found = huggingface_hub.hf_hub_download(REPOSITORY, file.path, etag_timeout=TIMEOUT)
+        except Exception as error:  # huggingface_hub's own errors, and whatever its HTTP library raises behind a proxy
+            raise DigitError(unreachable(variant, type(error).__name__)) from error
+        finally:
+            logging.set_verbosity(verbosity)
     path = Path(found)
     if file.sha256 and (hashed := sha256_file(path)) != file.sha256:
         raise MismatchError(
@@ -118,10 +129,9 @@ def fetch(file: HubFile, variant: str) -> Path:
     return path
 
 
-def unreachable(variant: str, error: Exception) -> str:
+def unreachable(variant: str, why: str) -> str:
     """What to do where the files cannot be fetched."""
     files = VARIANTS[variant]
-    why = "offline, as the environment asks" if offline() else f"{type(error).__name__}"
     options = " ".join(f"--{name} {name.upper()}.pt" for name in files)
     return (
         f"cannot fetch {variant} of {REPOSITORY} ({why}). Needed: {'; '.join(map(str, files.values()))}. With copies "

@@ -6,12 +6,14 @@
 A pipeline without prior is a baseline of the paper: its renderer models VQ tokens alone ("VQ only").
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from digit.data.preprocess import PreprocessConfig, fit_batch
@@ -111,6 +113,14 @@ class DigitPipeline:
             ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
+        ]
+        tokens = self.tokenizer and math.prod(self.tokenizer.grid)
+        prefix_len = renderer.prefix_len if renderer else 0
+        pairs += [
+            ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
+            ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
+            ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
+            ("renderer length", renderer and renderer.target_len, "VQ tokens", self.vq and math.prod(self.vq.grid)),
         ]
         for left, got, right, wanted in pairs:
             if got and wanted and got != wanted:
@@ -238,17 +248,20 @@ class DigitPipeline:
         without a class would start from noise.
         """
         first = self._require_drawing()
-        tokenizer = self.tokenizer if first is self.prior else self.vq
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
-            return torch.zeros(len(images), dtype=torch.int64)
-        tokens = tokenizer.encode(images).to(self.device)  # (B, N)
-        scores = []
+            raise DigitError("a masked model gives no likelihood to tell classes by: give labels")
+        if first is self.prior:
+            self.require("tokenizer")
+        tokens = (self.tokenizer if first is self.prior else self.vq).encode(images).to(self.device)  # (B, N)
+        scores = torch.empty(len(tokens), first.cfg.num_classes)
         for label in range(first.cfg.num_classes):
-            log_p = first(tokens, labels=torch.full((len(tokens),), label, device=self.device)).log_softmax(-1)
-            scores.append(log_p.gather(2, tokens[..., None]).sum((1, 2)))  # (B,)
-        return torch.stack(scores, 1).argmax(1).cpu()
+            for rows in torch.arange(len(tokens)).split(self.sampling.batch_size):
+                logits = first(tokens[rows], labels=torch.full((len(rows),), label, device=self.device))
+                nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[rows], reduction="none")
+                scores[rows, label] = -nll.sum(1).cpu()
+        return scores.argmax(1)
 
     def decode(self, vq_tokens: Tensor) -> Tensor:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
@@ -273,7 +286,7 @@ class DigitPipeline:
         given_vq: Tensor | None,
         cfg: SamplingConfig,
     ) -> dict[str, Tensor]:
-        disc, vq = [], []
+        disc, vq = [], [torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)]
         with Progress("sample", len(seeds)) as bar:
             for start in range(0, len(seeds), cfg.batch_size):
                 chunk = slice(start, start + cfg.batch_size)

@@ -1,26 +1,30 @@
 """The authors' files -> a pipeline folder: encoder, codebook, VQGAN, prior and renderer, each given or carried.
 
-A released prior carries encoder and codebook, a released renderer carries codebook and VQGAN (RELEASED_CODE and the
-sizes of the files). Where a part comes from several files they must agree. Parts are written one after the other and
-tensors one at a time, out of mapped files, so that converting needs little more memory than the files are large.
+A released prior carries encoder and codebook, a released renderer those and the VQGAN (RELEASED_CODE, and the sizes of
+the files). Where a part comes from several files they must agree. Parts are written one after the other and tensors one
+at a time, out of mapped files, so that converting needs little more memory than the files are large. Everything is made
+and checked in a folder beside the wanted one and moved there in the end: a failure leaves what was there.
 """
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from digit.convert.fairseq import FairseqParts, read_fairseq
-from digit.convert.reading import listed, read_torch
+from digit.convert.fairseq import FairseqParts, LoadedFairseq, load_fairseq
+from digit.convert.reading import check_tensors, listed, read_torch, unfit
 from digit.convert.vit_checkpoints import FORMATS, convert_vit, guess_family, infer_shape, read_encoder_file
 from digit.convert.vqgan import convert_state, find_state
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
-from digit.files import read_json, sha256_tensors
+from digit.files import disk_errors, read_json, sha256_tensors
 from digit.models.vit import SIZES, ViTConfig
 from digit.pipeline import MANIFEST, PARTS, DigitPipeline, SamplingConfig, StageSampling, write_manifest
 from digit.progress import Progress
@@ -30,6 +34,8 @@ from digit.tokenizers.vq import VQTokenizer
 
 ORDER = ("encoder", "codebook", "vqgan", "prior", "renderer")
 LARGE_WIDTH = 1536
+IMAGE_SIZE, ENCODER_SIZE = 256, 224  # px, of everything released
+TOKENS = 256  # of either kind, where no encoder or VQGAN says otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +58,22 @@ class ReleasedFiles:
     encoder_family: str | None = None
     """dinov2, dino, ibot, mae or mocov3, where the file does not say."""
     encoder_heads: int | None = None
-    """Attention heads of the encoder; None: one for every 64 channels."""
+    """Attention heads of the encoder, where its size is none of the released ones."""
     encoder_layer: int | None = None
     """Block whose features are the tokens'; None: the third-to-last."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How the encoder's position table is resized: as the released tokens need it, or as in the encoder's hub entry."""
-    image_size: int = 256
-    """Side of the images in pixels."""
-    encoder_size: int = 224
-    """Side in pixels that the encoder sees."""
+    image_size: int | None = None
+    """Side of the images in pixels; None: as the folder has it, else 256."""
+    encoder_size: int | None = None
+    """Side in pixels that the encoder sees; None: as the folder has it, else 224."""
+
+    def __post_init__(self) -> None:
+        for name in ORDER:
+            if getattr(self, name) == "":
+                raise DigitError(f"--{name} is empty: give a file, or leave it out")
+        if self.encoder_family is not None and self.encoder_family not in FORMATS:
+            raise DigitError(f"no encoder family {self.encoder_family}: choose one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -71,85 +84,148 @@ class Found:
     state: Mapping[str, Tensor]
 
 
-class Conversion:
-    """Reads the files, checks that they belong together, and writes the folder."""
+class Folder:
+    """What a pipeline folder holds before the conversion; nothing where there is none."""
 
-    def __init__(self, files: ReleasedFiles):
-        self.files, self.notes = files, []
+    def __init__(self, out: Path):
+        if (out / "config.json").exists() or (out / "pipeline").exists():
+            raise DigitError(f"{out} is the folder of a `digit fit` run: choose another --out")
+        self.out, self.manifest = out, {}
+        if (out / MANIFEST).exists():
+            self.manifest = read_json(out / MANIFEST)
+        parts = self.manifest.get("parts", []) if isinstance(self.manifest, dict) else None
+        if not isinstance(parts, list) or not set(map(str, parts)) <= set(ORDER):
+            raise DigitError(f"{out / MANIFEST} is damaged: delete it, or choose another --out")
+        self.parts: list[str] = parts
+
+    def read(self, name: str) -> Any:
+        """Encoder, codebook or VQGAN of the folder, or None."""
+        kinds = {"encoder": FrozenEncoder, "codebook": Codebook, "vqgan": VQTokenizer}
+        return kinds[name].load(self.out / name) if name in self.parts else None
+
+    def preprocess(self) -> PreprocessConfig:
+        """As the manifest has it, else the released one."""
+        default = PreprocessConfig(image_size=IMAGE_SIZE, encoder_size=ENCODER_SIZE)
+        return PreprocessConfig(**(asdict(default) | self.manifest.get("preprocess", {})))
+
+    def sampling(self) -> SamplingConfig:
+        """As the manifest has it, else the released scripts' for the base model."""
+        if (there := self.manifest.get("sampling")) is None:
+            return SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8))
+        return SamplingConfig(**there | {stage: StageSampling(**there[stage]) for stage in ("prior", "renderer")})
+
+
+class Conversion:
+    """Reads the files, checks that they belong together and to what is in the folder, and writes."""
+
+    def __init__(self, files: ReleasedFiles, out: Path):
         if not any(getattr(files, name) for name in ORDER):
             raise DigitError(f"nothing to convert: give one or more of {', '.join(f'--{name}' for name in ORDER)}")
-        # the encoder decides how many tokens an image has, so the sequence models are read for good afterwards
-        self.prior = self.renderer = None
-        first = {name: read_fairseq(path) for name in ("prior", "renderer") if (path := getattr(files, name))}
-        self.encoder = self._encoder([parts for parts in first.values() if parts.encoder])
-        self.codebook = self._codebook([parts for parts in first.values() if parts.centroids is not None])
-        self.vqgan = self._vqgan([parts for parts in first.values() if parts.vqgan])
-        lengths = self._lengths()
-        masked = None if files.renderer_kind is None else files.renderer_kind == "masked"
-        if files.prior:
-            self.prior = self._check_prior(read_fairseq(files.prior, masked=False, target_len=lengths["disc"]))
-        if files.renderer:
-            self.renderer = self._check_renderer(
-                read_fairseq(files.renderer, masked=masked, target_len=lengths["vq"], prefix_len=lengths["disc"])
+        self.files, self.folder, self.notes = files, Folder(out), []
+        with unfit(str(out / MANIFEST)):
+            there = self.folder.preprocess()
+            self.preprocess = replace(
+                there,
+                image_size=files.image_size or there.image_size,
+                encoder_size=files.encoder_size or there.encoder_size,
             )
+        loaded = {name: load_fairseq(path) for name in ("prior", "renderer") if (path := getattr(files, name))}
+        carriers = list(loaded.values())
+        self.new: dict[str, Any] = {}  # parts to write
+        encoder, vqgan = self._encoder(carriers), self._vqgan(carriers)
+        self._codebook(carriers, encoder)
+        lengths = {
+            "target_len": math.prod(encoder.grid) if encoder else TOKENS,
+            "vq_len": math.prod(vqgan.grid) if vqgan else TOKENS,
+        }
+        for name, file in loaded.items():
+            self.new[name] = self._sequence_model(name, file, **lengths)
 
     # ---------------------------------------------------------------- parts
 
-    def _encoder(self, carriers: list[FairseqParts]) -> FrozenEncoder | None:
-        found, files = [], self.files
+    def _encoder(self, carriers: list[LoadedFairseq]) -> FrozenEncoder | None:
+        files, found, family = self.files, [], self.files.encoder_family or "dinov2"  # what released priors carry
         if files.encoder:
-            loaded = read_encoder_file(files.encoder)
-            family = files.encoder_family or (guess_family(loaded) if isinstance(loaded, Mapping) else None)
-            if family is None:
-                choice = f"give --encoder_family, one of {', '.join(FORMATS)}"
-                raise DigitError(f"{files.encoder} does not say of which kind it is: {choice}")
-            if family not in FORMATS:
-                raise DigitError(f"no encoder family {family}: choose one of {', '.join(FORMATS)}")
-            found.append(Found(files.encoder, convert_vit(loaded, FORMATS[family], files.encoder)))
-        else:
-            family = files.encoder_family or "dinov2"  # what the released priors carry
-        for parts in carriers:
-            found.append(Found(parts.source, convert_vit(parts.encoder, FORMATS[family], parts.source)))
+            content = read_encoder_file(files.encoder)
+            family = self._family(content)
+            found = [Found(files.encoder, convert_vit(content, FORMATS[family], files.encoder))]
+        there = None if files.encoder else self.folder.read("encoder")
+        if there is not None:
+            found = [Found(str(self.folder.out), there.net.state_dict())]
+        for file in carriers:
+            if file.encoder:
+                found.append(Found(file.source, convert_vit(file.encoder, FORMATS[family], file.source)))
         if not found:
             return None
         self._agree("encoder", found)
+        if there is not None:
+            return there
         source, state = found[0].source, found[0].state
-        shape = infer_shape(state, source, files.encoder_heads)
-        config = EncoderConfig(
-            name=encoder_name(family, shape),
-            layer=files.encoder_layer,
-            input_size=files.encoder_size,
-            weights=source,
-            position_interpolation=files.position_interpolation,
-        )
-        return load_vit(config, shape, loaded=dict(state))
+        check_tensors(state, source)
+        with unfit(source):
+            shape = infer_shape(state, source, files.encoder_heads or known_heads(family, state))
+            config = EncoderConfig(
+                name=encoder_name(family, shape),
+                layer=files.encoder_layer,
+                input_size=self.preprocess.encoder_size,
+                weights=source,
+                position_interpolation=files.position_interpolation,
+            )
+            self.new["encoder"] = load_vit(config, shape, loaded=dict(state))
+        return self.new["encoder"]
 
-    def _codebook(self, carriers: list[FairseqParts]) -> Codebook | None:
-        books = [Codebook.from_npy(self.files.codebook)] if self.files.codebook else []
-        books += [Codebook(parts.centroids, {"released_file": Path(parts.source).name}) for parts in carriers]
-        if not books:
-            return None
-        sources = ([self.files.codebook] if self.files.codebook else []) + [parts.source for parts in carriers]
-        pairs = zip(sources, books, strict=True)
-        self._agree("codebook", [Found(source, {"centroids": book.centroids}) for source, book in pairs])
-        if self.encoder is not None:
-            books[0].meta |= {"encoder": self.encoder.describe(), "layer": self.encoder.layer}
-        return books[0]
+    def _family(self, content: Any) -> str:
+        """The release format of --encoder: what its names tell, which must not be what the user denies."""
+        path, asked = self.files.encoder, self.files.encoder_family
+        seen = guess_family(content) if isinstance(content, Mapping) else None
+        if asked is None and seen is None:
+            choice = f"give --encoder_family, one of {', '.join(FORMATS)}"
+            raise DigitError(f"{path} does not say of which kind it is: {choice}")
+        if asked and seen and asked != seen:
+            raise DigitError(f"{path} holds {seen} weights, --encoder_family says {asked}: leave that out")
+        return asked or seen
 
-    def _vqgan(self, carriers: list[FairseqParts]) -> VQTokenizer | None:
-        found = [Found(parts.source, parts.vqgan) for parts in carriers]
+    def _codebook(self, carriers: list[LoadedFairseq], encoder: FrozenEncoder | None) -> None:
+        books: list[tuple[str, Codebook]] = []
+        there = None if self.files.codebook else self.folder.read("codebook")
+        if self.files.codebook:
+            books.append((self.files.codebook, Codebook.from_npy(self.files.codebook)))
+        elif there is not None:
+            books.append((str(self.folder.out), there))
+        for file in carriers:
+            if file.centroids is not None:
+                name = {"released_file": Path(file.source).name}
+                with unfit(file.source):
+                    books.append((file.source, Codebook(file.centroids, name)))
+        self._agree("codebook", [Found(source, {"centroids": book.centroids}) for source, book in books])
+        if not books or there is not None:
+            return
+        book = self.new["codebook"] = books[0][1]
+        if encoder is not None:
+            book.meta |= {"encoder": encoder.describe(), "layer": encoder.layer}
+
+    def _vqgan(self, carriers: list[LoadedFairseq]) -> VQTokenizer | None:
+        found, there = [], None if self.files.vqgan else self.folder.read("vqgan")
         if path := self.files.vqgan:
-            found.insert(0, Found(path, find_state(read_torch(path), path)))
+            found.append(Found(path, find_state(read_torch(path), path)))
+        elif there is not None:
+            found.append(Found(str(self.folder.out), there.vqgan.state_dict()))
+        found += [Found(file.source, file.vqgan) for file in carriers if file.vqgan]
         if not found:
             return None
         self._agree("VQGAN", found)
-        vqgan = convert_state(found[0].state, self.files.image_size, found[0].source)
-        return VQTokenizer(vqgan, rounding="truncate")  # the released code cuts pixels to 8 bits, it does not round
+        if there is not None:
+            return there
+        with unfit(found[0].source):
+            vqgan = convert_state(found[0].state, self.preprocess.image_size, found[0].source)
+        # the released code cuts pixels to 8 bits, it does not round
+        self.new["vqgan"] = VQTokenizer(vqgan, rounding="truncate")
+        return self.new["vqgan"]
 
     def _agree(self, part: str, found: list[Found]) -> None:
         """Raise MismatchError that names two files and their hashes where a part is not the same in all."""
-        first, *others = found
-        for other in others:
+        for other in found[1:]:
+            first = found[0]
             shared = sorted(first.state.keys() & other.state.keys())
             here, there = fingerprints(first.state, other.state, shared)
             if here != there or len(shared) < min(len(first.state), len(other.state)):
@@ -158,23 +234,20 @@ class Conversion:
                     "these files do not belong together"
                 )
 
-    def _lengths(self) -> dict[str, int]:
-        return {
-            "disc": math.prod(self.encoder.grid) if self.encoder else 256,
-            "vq": math.prod(self.vqgan.grid) if self.vqgan else 256,
-        }
-
-    def _check_prior(self, parts: FairseqParts) -> FairseqParts:
-        if parts.cfg.prefix_len:
-            raise DigitError(f"{parts.source} is a renderer (stage 2): give it as --renderer")
-        if parts.cfg.norm == "pre":
-            raise DigitError(f"{parts.source} is a VQ-only baseline: give it as --renderer, without --prior")
-        return parts
-
-    def _check_renderer(self, parts: FairseqParts) -> FairseqParts:
+    def _sequence_model(self, name: str, file: LoadedFairseq, *, target_len: int, vq_len: int) -> FairseqParts:
+        kind = self.files.renderer_kind
+        if name == "prior":
+            parts = file.interpret(masked=False, target_len=target_len)
+            if parts.cfg.prefix_len:
+                raise DigitError(f"{parts.source} is a renderer (stage 2): give it as --renderer")
+            if parts.cfg.norm == "pre":
+                raise DigitError(f"{parts.source} is a VQ-only baseline: give it as --renderer, without --prior")
+            return parts
+        masked = None if kind is None else kind == "masked"
+        parts = file.interpret(masked=masked, target_len=vq_len, prefix_len=target_len)
         if parts.cfg.norm == "post":
             raise DigitError(f"{parts.source} is a prior (stage 1): give it as --prior")
-        if not parts.cfg.prefix_len and self.prior:
+        if not parts.cfg.prefix_len and (self.files.prior or "prior" in self.folder.parts):
             raise DigitError(f"{parts.source} is a VQ-only baseline, which needs no prior: leave --prior out")
         if not parts.kind_is_said:
             self.notes.append(
@@ -185,64 +258,112 @@ class Conversion:
 
     # ---------------------------------------------------------------- folder
 
-    @property
-    def parts(self) -> list[str]:
-        """Names of what was found, in the order of writing."""
-        return [name for name in ORDER if getattr(self, name) is not None]
-
     def sampling(self) -> SamplingConfig:
         """As the released scripts draw: top-k 200 (base), 400 (large), 300 (class-conditional); top-p 0.8."""
-        cfg = self.prior and self.prior.cfg
-        top_k = 200 if cfg is None else 300 if cfg.num_classes else 400 if cfg.embed_dim >= LARGE_WIDTH else 200
-        return SamplingConfig(prior=StageSampling(top_k=top_k), renderer=StageSampling(top_p=0.8))
+        sampling = self.folder.sampling()
+        if prior := self.new.get("prior"):
+            top_k = 300 if prior.cfg.num_classes else 400 if prior.cfg.embed_dim >= LARGE_WIDTH else 200
+            sampling = replace(sampling, prior=StageSampling(top_k=top_k))
+        if "renderer" in self.new:
+            sampling = replace(sampling, renderer=StageSampling(top_p=0.8))
+        return sampling
 
-    def write(self, out: str | Path) -> None:
-        """Write the parts into `out`, beside those that are there already, then the manifest."""
-        out, there = Path(out), []
-        if (out / MANIFEST).exists():
-            there = list(read_json(out / MANIFEST).get("parts", []))
-        with Progress("convert", len(self.parts)) as bar:
-            for name in self.parts:
-                part = getattr(self, name)
+    def write(self, staging: Path) -> None:
+        """A whole pipeline folder at `staging`: the parts that are kept as links, the new ones, the manifest."""
+        out, manifest = self.folder.out, self.folder.manifest
+        for name in self.folder.parts:
+            if name not in self.new:
+                for path in files_of(out, name):
+                    link(path, staging / path.relative_to(out))
+        with Progress("convert", len(self.new)) as bar:
+            for name, part in self.new.items():
                 if isinstance(part, FairseqParts):
-                    part.save_model(out, name)
+                    part.save_model(staging, name)
                 else:
-                    part.save(out / name)
+                    part.save(staging / name)
                 bar.update()
-        preprocess = PreprocessConfig(image_size=self.files.image_size, encoder_size=self.files.encoder_size)
-        info = {"recipe": "released", "files": {n: Path(p).name for n in ORDER if (p := getattr(self.files, n))}}
-        parts = [name for name in ORDER if name in {*there, *self.parts}]
-        write_manifest(out, parts, preprocess, (), self.sampling(), info)
+        given = {
+            f.name: Path(p).name for f in fields(self.files) if f.name in ORDER and (p := getattr(self.files, f.name))
+        }
+        info = {"recipe": "released"} | manifest.get("info", {})
+        info["files"] = info.get("files", {}) | given
+        parts = [name for name in ORDER if name in {*self.folder.parts, *self.new}]
+        write_manifest(staging, parts, self.preprocess, manifest.get("classes", ()), self.sampling(), info)
 
 
 def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
     """Convert released files into the pipeline folder `out`; returns notes for the user.
 
-    Raises DigitError for unreadable or unfit files, MismatchError where they do not belong together.
+    Parts that are in the folder already stay, and are held against what the new files carry. Raises DigitError for
+    unreadable or unfit files, MismatchError where they do not belong together; `out` is then as it was.
     """
-    conversion = Conversion(files)
-    conversion.write(out)
-    notes = [f"{out}: {listed(conversion.parts)}", *conversion.notes]
-    del conversion  # and with it the mapped files
-    pipe = DigitPipeline.from_pretrained(out)  # maps the weights; refuses parts that do not fit each other
+    out = Path(out)
+    conversion = Conversion(files, out)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        conversion.write(staging)
+        new, notes = list(conversion.new), list(conversion.notes)
+        del conversion  # and with it the mapped files
+        pipe = DigitPipeline.from_pretrained(staging)  # maps the weights; refuses parts that do not fit each other
+        with disk_errors(out):
+            for path in sorted(staging.rglob("*"), key=lambda path: path.name == MANIFEST):  # the manifest last
+                if path.is_file():
+                    target = out / path.relative_to(staging)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     missing = [name for name in PARTS if getattr(pipe, name) is None]
     if missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
         notes.append(f"not in it yet: {', '.join(missing)} (run again with the same --out to add them)")
-    return notes
+    return [f"{out}: {listed(new)}", *notes]
+
+
+def files_of(folder: Path, name: str) -> list[Path]:
+    """The files of one part in a pipeline folder."""
+    inside = folder / name
+    return sorted(inside.iterdir()) if inside.is_dir() else [folder / f"{name}.safetensors", folder / f"{name}.json"]
+
+
+def link(path: Path, target: Path) -> None:
+    """The same file in two places, by a hard link where the file system has them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(target):
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copyfile(path, target)
+
+
+def known_heads(family: str, state: Mapping[str, Tensor]) -> int | None:
+    """Attention heads of the released size that a state dict is of; None where it is none of them."""
+    shape = infer_shape(state, family, 1)
+    alike = [size for name, size in SIZES.items() if name.startswith(f"{family}_") and sized(size) == sized(shape)]
+    return alike[0].num_heads if alike else None
+
+
+def sized(shape: ViTConfig) -> ViTConfig:
+    """All of a shape that a state dict shows."""
+    return replace(shape, num_heads=1, position_offset=0.1, position_antialias=False)
 
 
 def encoder_name(family: str, shape: ViTConfig) -> str:
     """The name of the released size that `shape` is, else FAMILY_custom."""
-    plain = replace(shape, position_offset=0.1, position_antialias=False)
-    matches = [name for name, size in SIZES.items() if size == plain and name.split("_")[0] == family]
+    matches = [
+        name
+        for name, size in SIZES.items()
+        if name.startswith(f"{family}_") and sized(size) == sized(shape) and size.num_heads == shape.num_heads
+    ]
     return matches[0] if matches else f"{family}_custom"
 
 
 def fingerprints(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[str, str]:
-    """SHA-256 of the named tensors of both, as float32; where one file is in half precision, both rounded to it."""
+    """SHA-256 of the named tensors of both; where one file is in half precision, both rounded to it."""
 
     def common(name: str) -> torch.dtype:
-        return min((a[name].dtype, b[name].dtype), key=lambda dtype: torch.finfo(dtype).bits)
+        return min((a[name].dtype, b[name].dtype), key=lambda dtype: dtype.itemsize)
 
     def digest(state: Mapping[str, Tensor]) -> str:
         return sha256_tensors({name: state[name].to(common(name)) for name in names})

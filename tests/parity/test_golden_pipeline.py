@@ -1,18 +1,23 @@
 """The authors' files through `digit convert`, and what the converted pipeline answers (shared/golden)."""
 
 import json
+import re
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from digit.cli import main
+from digit.convert.fairseq import read_fairseq
 from digit.errors import DigitError
+from digit.models.vit import SIZES, ViT
 from digit.pipeline import DigitPipeline
-from digit.released import ReleasedFiles, convert_release
+from digit.released import ORDER, ReleasedFiles, convert_release
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 HEADS = 3  # the golden encoder's; released ones have 64 channels a head
@@ -23,10 +28,10 @@ def expected(golden):
     return load_file(golden / "expected.safetensors")
 
 
-def convert(golden: Path, out: Path, **names: str) -> DigitPipeline:
-    files = {name: str(golden / file) for name, file in names.items() if name != "renderer_kind"}
-    kind = {k: v for k, v in names.items() if k == "renderer_kind"}
-    convert_release(ReleasedFiles(encoder_heads=HEADS, **files, **kind), out)
+def convert(golden: Path, out: Path, **options) -> DigitPipeline:
+    """Convert golden files by name; other options as they are."""
+    files = {name: str(golden / value) for name, value in options.items() if name in ORDER}
+    convert_release(ReleasedFiles(**({"encoder_heads": HEADS} | options | files)), out)
     return DigitPipeline.from_pretrained(out)
 
 
@@ -126,6 +131,11 @@ def test_other_encoders_say_what_they_are(golden, expected, tmp_path, name, fami
         ({"prior": "vqgan.ckpt"}, "is no fairseq checkpoint"),
         ({"vqgan": "dinov2_reg4.pth"}, "is no VQGAN in MAGE's layout"),
         ({"encoder": "vqgan.ckpt"}, "does not say of which kind it is: give --encoder_family"),
+        ({"encoder": "mae_vit16.pth", "encoder_family": "dinov2"}, "holds mae weights, --encoder_family says dinov2"),
+        ({"encoder": "dinov2_reg4.pth", "encoder_heads": 5}, "48 channels, 5 heads"),
+        ({"encoder": "dinov2_reg4.pth", "encoder_heads": None}, "of no released size: give --encoder_heads"),
+        ({"encoder": "dinov2_reg4.pth", "encoder_layer": 9}, "has no layer 9"),
+        ({"vqgan": "vqgan.ckpt", "image_size": 9999}, "9999"),
         ({"codebook": "stage1.pt"}, "holds an archive, wanted floats"),
         ({"encoder": "nothing.pth"}, "no such weights file"),
         ({}, "nothing to convert"),
@@ -207,8 +217,11 @@ def test_a_file_that_says_its_kind_is_believed(golden, tmp_path):
 def test_the_hub_names_need_no_network_offline(golden, tmp_path, monkeypatch, capsys):
     import socket
 
-    def refuse(*_args, **_kwargs):
-        raise AssertionError("a network call was made")
+    calls = []
+
+    def refuse(*args, **_kwargs):
+        calls.append(args)
+        raise OSError("no network in this test")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -222,6 +235,10 @@ def test_the_hub_names_need_no_network_offline(golden, tmp_path, monkeypatch, ca
         assert len(lines) == 1 and "large_16k_stage2/checkpoints/checkpoint_last.pt (about 4.35 GB)" in lines[0]
         assert "digit convert --prior PRIOR.pt --renderer RENDERER.pt --out FOLDER" in lines[0]
         monkeypatch.delenv(name)
+    assert not calls
+    assert main(["sample", "--from", "DAMO-NLP-SG/DiGIT", "--out", str(tmp_path / "s")]) == 2  # no network, not offline
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert calls and len(lines) == 1 and "base_8k_stage1_400epoch" in lines[0]
 
 
 def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeypatch, capsys):
@@ -238,6 +255,8 @@ def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeyp
 
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repository, path: None)
     monkeypatch.setattr(
         hub, "convert_release", lambda files, out: convert_release(replace(files, encoder_heads=HEADS), out)
     )
@@ -252,3 +271,122 @@ def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeyp
     assert len(asked) == 2  # the second time nothing is fetched
     assert main([*sample[:2], "nobody/nothing", *sample[3:]]) == 2
     assert main([*sample, "--variant", "huge"]) == 2
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "mae_vit16.pth"}, "codebook was fitted on dinov2_custom"),
+        ({"encoder": "dinov2_reg4.pth", "encoder_layer": 9}, "no layer"),
+        ({"prior": "stage1.pt", "encoder": "ibot_vit16.pth"}, "is another one|does not fit|expected"),
+        ({"vqgan": "vqgan.ckpt", "image_size": 128}, "renderer length"),
+    ],
+)
+def test_a_refused_conversion_leaves_the_folder_as_it_was(golden, folder, tmp_path, options, message):
+    out = shutil.copytree(folder, tmp_path / "out")
+    before = contents(out)
+    with pytest.raises(DigitError, match=message):
+        convert(golden, out, **options)
+    assert contents(out) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_later_parts_keep_what_was_settled(golden, tmp_path):
+    convert(golden, tmp_path / "out", prior="stage1_cond.pt", codebook="kmeans_centroids.npy")
+    manifest = json.loads((tmp_path / "out" / "pipeline.json").read_text())
+    (tmp_path / "out" / "pipeline.json").write_text(json.dumps(manifest | {"classes": ["a"] * 1000}))
+    pipe = convert(golden, tmp_path / "out", renderer="stage2_ar.pt", renderer_kind="ar")
+    assert pipe.sampling.prior.top_k == 300 and len(pipe.classes) == 1000
+    assert set(pipe.info["files"]) == {"prior", "codebook", "renderer"}
+
+    def change(state):
+        state["centroids"] = state["centroids"] + 1
+
+    other = changed(golden, "stage1.pt", tmp_path / "other.pt", change)
+    with pytest.raises(DigitError, match="codebook in .* is another one"):
+        convert_release(ReleasedFiles(prior=str(other), encoder_heads=HEADS), tmp_path / "out")
+
+
+def test_the_folder_of_a_run_is_not_touched(golden, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DigitError, match="is the folder of a `digit fit` run"):
+        convert(golden, tmp_path, prior="stage1.pt")
+    (tmp_path / "config.json").unlink()
+    for damaged in ("[]", "null", '{"parts": 5}', '{"parts": [["a"]]}'):
+        (tmp_path / "pipeline.json").write_text(damaged)
+        with pytest.raises(DigitError, match="is damaged"):
+            convert(golden, tmp_path, prior="stage1.pt")
+
+
+def odd(state: dict, name: str, tensor: torch.Tensor) -> None:
+    state[name] = tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("decoder.embed_tokens.weight", torch.tensor(1.0), "does not fit"),
+        ("decoder.embed_tokens.weight", torch.ones(37), "does not fit"),
+        ("decoder.embed_positions.weight", torch.tensor(1.0), "does not fit"),
+        ("decoder.output_projection.weight", torch.ones(99, 64), "does not fit|missing"),
+        ("decoder.layers.0.self_attn.k_proj.weight", torch.ones(64, 32), "differ in shape"),
+        ("decoder.layers.0.fc1.bias", torch.tensor(1.0), "does not fit"),
+        ("decoder.layers.0.fc1.bias", torch.ones(128, dtype=torch.int64), "should be floating point"),
+        ("decoder.layers.0.fc1.bias", torch.full((128,), float("nan")), "NaN or Inf"),
+        ("centroids", torch.ones(3), "does not fit"),
+        ("centroids_extra", torch.ones(3), "no known part"),
+        ("centroid_norm", torch.ones(3), "centroid_norm is"),
+        ("pretrained_encoder.pos_embed", torch.ones(5), "does not fit|no ViT"),
+        (5, torch.ones(5), "should be names of tensors"),
+    ],
+)
+def test_odd_tensors_are_refused_in_one_line(golden, tmp_path, capsys, name, tensor, message):
+    path = changed(golden, "stage1.pt", tmp_path / "odd.pt", lambda state: odd(state, name, tensor))
+    options = ["--prior", str(path), "--encoder_heads", str(HEADS), "--out", str(tmp_path / "out")]
+    assert main(["convert", *options]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and re.search(message, lines[0]) and "odd.pt" in lines[0], lines
+
+
+def test_compressed_and_old_archives_are_read_right(golden, tmp_path):
+    with (
+        zipfile.ZipFile(golden / "stage1.pt") as old,
+        zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    loaded = torch.load(golden / "stage1.pt", weights_only=True)
+    loaded["extra_state"]["best"] = np.float64(3)  # fairseq's meters hold such numbers
+    torch.save(loaded, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    wanted = read_fairseq(golden / "stage1.pt").model.state_dict()
+    for name in ("z.pt", "legacy.pt"):
+        found = read_fairseq(tmp_path / name).model.state_dict()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), name
+
+
+def test_no_code_in_a_file_runs(golden, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    for kind in (True, False):
+        torch.save({"model": Trap()}, tmp_path / "trap.pt", _use_new_zipfile_serialization=kind)
+        with pytest.raises(DigitError, match="runs no code from a file"):
+            convert_release(ReleasedFiles(prior=str(tmp_path / "trap.pt")), tmp_path / "out")
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    with pytest.raises(DigitError, match="no readable PyTorch file"):
+        convert_release(ReleasedFiles(prior=str(tmp_path / "page.pt")), tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_moco_small_has_twelve_heads(tmp_path):
+    shape = replace(SIZES["mocov3_vits16"], depth=12)
+    state = {f"module.base_encoder.{n}": t for n, t in ViT(shape).state_dict().items()}
+    state |= {"module.base_encoder.head.0.weight": torch.ones(2, 2), "module.predictor.0.weight": torch.ones(2, 2)}
+    torch.save({"state_dict": state, "epoch": 300}, tmp_path / "moco.pth.tar")
+    convert_release(ReleasedFiles(encoder=str(tmp_path / "moco.pth.tar")), tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "encoder" / "encoder.json").read_text())
+    assert about["name"] == "mocov3_vits16" and about["config"]["num_heads"] == 12

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, listed, read_torch, require_state
+from digit.convert.reading import check_state, check_tensors, listed, read_torch, require_state, unfit
 from digit.errors import DigitError
 from digit.files import Stacked, save_tensors, write_json
 from digit.models.sequence import SequenceConfig, SequenceModel
@@ -25,7 +25,8 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 EOS, UNK, NUM_SPECIAL = 2, 3, 5
 FIRST_POSITION = 2  # padding_idx + 1: rows 0 and 1 of a position table are never read
 MASKED_WORDS = ("nar", "mask", "masked", "maskgit")
-CARRIED = ("vqgan.", "pretrained_encoder.", "centroids", "centroid_norm")  # other parts in the same file
+CARRIED = ("vqgan.", "pretrained_encoder.")  # other parts in the same file
+CENTROIDS = ("centroids", "centroid_norm")
 BLOCK = {  # released name within a layer -> ours
     "self_attn.out_proj": "attention.out",
     "self_attn_layer_norm": "norm1",
@@ -71,52 +72,95 @@ class FairseqParts:
         write_json(folder / f"{name}.json", asdict(self.cfg))
 
 
-def read_fairseq(
-    path: str | Path,
-    *,
-    masked: bool | None = None,
-    target_len: int = 256,
-    prefix_len: int = 256,
-    num_heads: int | None = None,
-) -> FairseqParts:
-    """Read a released stage-1, stage-2 or VQ-only checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class LoadedFairseq:
+    """A released stage-1, stage-2 or VQ-only checkpoint, its tensors still in the file."""
 
-    Args:
-        path: the .pt file; only tensors, containers, numbers and argparse namespaces are unpickled.
-        masked: whether it is the masked renderer, whose tensors look like the autoregressive one's. None goes by the
-            names of model, task and criterion in the file, and takes autoregressive where they do not say.
-        target_len: target tokens an image; rows of the position table past them were never trained and are dropped.
-        prefix_len: prefix tokens an image, for renderers.
-        num_heads: attention heads, where the file's settings do not say.
+    source: str
+    """Path, for errors."""
+    decoder: dict[str, Tensor]
+    """Names without `decoder.`."""
+    vqgan: dict[str, Tensor]
+    """State dict of the VQGAN it carries (names without `vqgan.`); empty where it carries none."""
+    encoder: dict[str, Tensor]
+    """State dict of the frozen encoder it carries (names without `pretrained_encoder.`); empty where there is none."""
+    centroids: Tensor | None
+    """(K, D) codebook it carries, float32."""
+    heads: Any
+    """decoder_attention_heads of its settings, or None."""
+    kind: tuple[bool, bool]
+    """(whether the file names its kind, whether it is masked)."""
 
-    Raises:
-        DigitError: not such a checkpoint; lists tensors that are missing, unexpected or of another shape.
+    def interpret(
+        self,
+        *,
+        masked: bool | None = None,
+        target_len: int = 256,
+        prefix_len: int = 256,
+        num_heads: int | None = None,
+    ) -> FairseqParts:
+        """The model in it.
+
+        Args:
+            masked: whether it is the masked renderer, whose tensors look like the autoregressive one's. None goes by
+                the names of model, task and criterion in the file, and takes autoregressive where they do not say.
+            target_len: target tokens an image; rows of the position table past them were never trained and are dropped.
+            prefix_len: prefix tokens an image, for renderers.
+            num_heads: attention heads, where the file's settings do not say.
+
+        Raises DigitError that lists tensors that are missing, unexpected or of another shape.
+        """
+        heads = self.heads if num_heads is None else num_heads
+        if not isinstance(heads, int) or heads < 1:
+            raise DigitError(f"{self.source} does not say how many attention heads it has (found {heads!r})")
+        said, guess = (True, masked) if masked is not None else self.kind
+        with unfit(self.source):
+            cfg, pieces = convert_decoder(self.decoder, heads, guess, target_len, prefix_len, self.source)
+        return FairseqParts(
+            source=self.source,
+            cfg=cfg,
+            pieces=pieces,
+            vqgan=self.vqgan,
+            encoder=self.encoder,
+            centroids=self.centroids,
+            kind_is_said=said or not cfg.prefix_len,
+        )
+
+
+def load_fairseq(path: str | Path) -> LoadedFairseq:
+    """Open a released checkpoint; only tensors, containers, numbers and argparse namespaces are unpickled.
+
+    Raises DigitError where it is no such checkpoint, or holds tensors of no known part or with NaN.
     """
     loaded = read_torch(path)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model"), Mapping):
         raise DigitError(f"{path} is no fairseq checkpoint (no 'model' in it): give the released stage1 or stage2 .pt")
     state = require_state(loaded["model"], str(path))
-    heads = num_heads or model_settings(loaded).get("decoder_attention_heads")
-    if not heads:
-        raise DigitError(f"{path} does not say how many attention heads it has: pass num_heads (base and large: 16)")
-    said = masked is not None
-    if masked is None:
-        said, masked = kind_in(loaded)
-    decoder = {n.removeprefix("decoder."): t for n, t in state.items() if n.startswith("decoder.")}
-    others = [n for n in state if not n.startswith(("decoder.", *CARRIED))]
+    others = [n for n in state if not n.startswith(("decoder.", *CARRIED)) and n not in CENTROIDS]
     if others:
         raise DigitError(f"{path} holds tensors of no known part: {listed(sorted(others))}")
-    cfg, pieces = convert_decoder(decoder, int(heads), masked, target_len, prefix_len, str(path))
-    centroids = state.get("centroids")
-    return FairseqParts(
-        source=str(path),
-        cfg=cfg,
-        pieces=pieces,
-        vqgan=carried(state, "vqgan."),
-        encoder=carried(state, "pretrained_encoder."),
-        centroids=None if centroids is None else centroids.float().T.contiguous(),
-        kind_is_said=said or not cfg.prefix_len,
-    )
+    check_tensors(state, str(path))
+    with unfit(str(path)):
+        centroids = state.get("centroids")
+        if centroids is not None:
+            dim, codes = centroids.shape
+            norm = state.get("centroid_norm")
+            if norm is not None and tuple(norm.shape) != (1, codes):
+                raise DigitError(f"{path}: centroid_norm is {tuple(norm.shape)} beside centroids ({dim}, {codes})")
+        return LoadedFairseq(
+            source=str(path),
+            decoder=carried(state, "decoder."),
+            vqgan=carried(state, "vqgan."),
+            encoder=carried(state, "pretrained_encoder."),
+            centroids=None if centroids is None else centroids.float().T.contiguous(),
+            heads=model_settings(loaded).get("decoder_attention_heads"),
+            kind=kind_in(loaded),
+        )
+
+
+def read_fairseq(path: str | Path, **options: Any) -> FairseqParts:
+    """`load_fairseq(path).interpret(**options)`."""
+    return load_fairseq(path).interpret(**options)
 
 
 def carried(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -128,7 +172,7 @@ def model_settings(loaded: Mapping[str, Any]) -> dict[str, Any]:
     """The model's settings, out of `cfg` (fairseq from 0.10) or `args` (before)."""
     cfg = loaded.get("cfg")
     found = cfg.get("model") if isinstance(cfg, Mapping) else loaded.get("args")
-    return dict(found) if isinstance(found, Mapping) else dict(vars(found)) if found is not None else {}
+    return dict(found) if isinstance(found, Mapping) else dict(getattr(found, "__dict__", {}))
 
 
 def kind_in(loaded: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -213,7 +257,10 @@ def convert_layer(left: dict[str, Tensor], layer: int) -> dict[str, list[Tensor]
     """One block, q, k and v stacked; takes its tensors out of `left`."""
     rows, theirs, ours = {}, f"layers.{layer}", f"transformer.blocks.{layer}"
     for kind in ("weight", "bias"):
-        rows[f"{ours}.attention.qkv.{kind}"] = [left.pop(f"{theirs}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        parts = [left.pop(f"{theirs}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+        if len({tuple(part.shape) for part in parts}) > 1:
+            raise ValueError(f"q, k and v of layer {layer} differ in shape: {[tuple(part.shape) for part in parts]}")
+        rows[f"{ours}.attention.qkv.{kind}"] = parts
         for name, own in BLOCK.items():
             rows[f"{ours}.{own}.{kind}"] = [left.pop(f"{theirs}.{name}.{kind}")]
     return rows

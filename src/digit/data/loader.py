@@ -1,9 +1,12 @@
 """From a source to batches of crops: CropLoader goes through everything once, CachedCrops serves training for ever."""
 
+import multiprocessing
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from digit.progress import Progress
 
 CHUNK = 256  # images decoded between two looks at the budget
 WORTH_A_PROCESS = 1000  # rows
+MAX_WORKERS = 8
+FORKS = sys.platform.startswith("linux") and sys.version_info < (3, 14)  # elsewhere processes start without our memory
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,22 @@ class CropLoader:
             yield batch
 
     def _default_workers(self) -> int:
-        threads, rows = torch.get_num_threads(), self.num_rows - self.start_row
-        return 0 if threads < 2 or rows < WORTH_A_PROCESS else max(1, threads // 3)
+        """0 where a process would not pay or cannot be forked. All rows count, so that resuming changes nothing."""
+        threads, process = torch.get_num_threads(), multiprocessing.current_process()
+        forks = multiprocessing.get_start_method(allow_none=True) in (None, "fork") and FORKS
+        if threads < 2 or self.num_rows < WORTH_A_PROCESS or process.daemon or not forks:
+            return 0
+        return min(max(1, threads // 3), MAX_WORKERS)
+
+    @contextmanager
+    def sharing_cores(self) -> Iterator[None]:
+        """Within it torch takes as many threads fewer as there are processes: more threads than cores wait in turn."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - self.num_workers))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
         batches = _Batches(self)
@@ -125,13 +144,11 @@ class CropLoader:
         from torch.utils.data import DataLoader
 
         own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
-        loader = DataLoader(batches, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is, generator=own)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads - self.num_workers))  # more threads than cores wait for each other
-        try:
-            yield from loader
-        finally:
-            torch.set_num_threads(threads)
+        workers = min(self.num_workers, max(1, len(self)))
+        for arrays, bad in DataLoader(
+            _Arrays(batches), batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own
+        ):
+            yield CropBatch(*map(torch.from_numpy, arrays)), bad
 
 
 def _as_is(item: object) -> object:
@@ -145,6 +162,7 @@ class _Batches(torch.utils.data.Dataset):
         self.source, self.cfg, self.seed, self.indices = loader.source, loader.cfg, loader.seed, loader.indices
         self.crops_per_image, self.batch_size = loader.crops_per_image, loader.batch_size
         self.start_row, self.num_rows, self.num_batches = loader.start_row, loader.num_rows, len(loader)
+        self.known = self.source.labels()
 
     def __len__(self) -> int:
         return self.num_batches
@@ -153,7 +171,7 @@ class _Batches(torch.utils.data.Dataset):
         start = self.start_row + number * self.batch_size
         rows = np.arange(start, min(start + self.batch_size, self.num_rows))
         indices, crops = self.indices[rows // self.crops_per_image], rows % self.crops_per_image
-        size, known = self.cfg.crop_size, self.source.labels()
+        size, known = self.cfg.crop_size, self.known
         images = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
         labels = np.full(len(rows), -1) if known is None else known[indices]
         ok, bad = np.ones(len(rows), dtype=bool), []
@@ -169,6 +187,20 @@ class _Batches(torch.utils.data.Dataset):
                 images[row] = cut(resized, self.cfg, seed=self.seed, index=index, crop=int(crops[row]))
         nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # (B, 3, S, S)
         return CropBatch(nchw, *map(torch.from_numpy, (labels.astype(np.int64), indices, crops, ok))), bad
+
+
+class _Arrays(torch.utils.data.Dataset):
+    """The same as NumPy arrays, which travel through a pipe: tensors would take shared memory and file descriptors."""
+
+    def __init__(self, batches: _Batches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, str, str]]]:
+        batch, bad = self.batches[number]
+        return tuple(getattr(batch, field.name).numpy() for field in fields(batch)), bad
 
 
 class CachedCrops:

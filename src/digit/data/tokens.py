@@ -182,7 +182,7 @@ def write_tokens(
         source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed, batch_size=batch_size,
         num_workers=num_workers, max_bad_fraction=max_bad_fraction, start_row=writer.done,
     )  # fmt: skip
-    with writer, Progress("tokens", writer.num_rows, done=writer.done) as bar:
+    with writer, loader.sharing_cores(), Progress("tokens", writer.num_rows, done=writer.done) as bar:
         for batch in loader:
             ok, reasons = batch.ok.numpy(), dict(loader.bad)
             keys = {index: source.key(index) for index in batch.indices[~batch.ok].tolist()}

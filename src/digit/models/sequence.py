@@ -127,13 +127,16 @@ class SequenceModel(nn.Module):
         first 24,000 images. One half of a row says where its token is, the other where the token is that it predicts; a
         random orthogonal map mixes both. `grid` and `prefix_grid` are (rows, columns) of target and prefix.
         """
-        half = self.cfg.embed_dim // 2
+        width = self.cfg.embed_dim
+        half = width // 2
+        if half < 4:
+            return  # too narrow for a sine and a cosine of row and column: the random table stays
         finest = max(*grid, *(prefix_grid or ()))
         nowhere = torch.zeros(1, half)
         own = waves(grid, half, finest)  # (M, D / 2)
         after_start = torch.cat([nowhere, own])
         predicted = after_start if self.cfg.masked else torch.cat([own, nowhere])
-        turn = torch.linalg.qr(torch.randn(2 * half, 2 * half))[0]
+        turn = torch.linalg.qr(torch.randn(width, width))[0][: 2 * half]
         self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
         if self.cfg.prefix_len:
             self.prefix_positions.copy_(waves(prefix_grid, half, finest).repeat(1, 2) @ turn)

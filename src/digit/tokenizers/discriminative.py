@@ -121,7 +121,7 @@ class Codebook:
             centroids = np.load(path, allow_pickle=False)
         except FileNotFoundError as error:
             raise DigitError(f"no such file: {path}") from error
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # a damaged header raises nearly anything
             raise DigitError(f"{path} is no plain .npy ({error}): wanted floats of shape (codes, features)") from error
         if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype.kind != "f":
             got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "an archive"
@@ -165,9 +165,10 @@ def fit_codebook(
             source, preprocess, indices=indices, seed=seed, batch_size=batch_size, num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
         )  # fmt: skip
-        for batch in loader:
-            if batch.ok.any():
-                yield encoder.features(batch.images[batch.ok]).flatten(0, 1)  # (b N, D)
+        with loader.sharing_cores():
+            for batch in loader:
+                if batch.ok.any():
+                    yield encoder.features(batch.images[batch.ok]).flatten(0, 1)  # (b N, D)
         bad[:] = loader.bad
 
     kmeans = KMeans(kmeans_cfg).fit(features)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.machine import multiplies_bf16
 from digit.progress import Progress
 from digit.tokenizers.nearest import FastNearest, full_precision, nearest, nearest_chunk
 from digit.tokenizers.points import Points, open_points
@@ -141,17 +142,10 @@ class KMeans:
 def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float) -> Callable[[Tensor], Tensor]:
     """The assignment of an iteration; `offset` is the mean squared distance of the one before."""
     heavy = 2.0 * points.num_rows * centroids.numel() > BFLOAT16_FROM_FLOP
-    if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and heavy and _multiplies_bfloat16(centroids.device)):
+    if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and heavy and multiplies_bf16(centroids.device)):
         return FastNearest(centroids, offset)
     half, table = centroids.square().sum(1) / 2, centroids.T
     return lambda x: torch.addmm(half, x, table, alpha=-1).min(1).indices
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32 ones here."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 @dataclass

@@ -128,6 +128,7 @@ class VQTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write vqgan.safetensors (float32) and, last, vqgan.json into `folder`."""
         folder = Path(folder)
+        self._fingerprint = None  # the network may have been trained since
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.config.to_dict()}
         write_json(folder / "vqgan.json", about | {"rounding": self.rounding})

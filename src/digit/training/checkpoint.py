@@ -106,6 +106,7 @@ def check_config(folder: str | Path, cfg: "LoopConfig", about: dict[str, Any] | 
     if not (path := Path(folder) / "config.json").exists():
         return
     then, now = read_json(path), describe_run(cfg, about)
+    then["train"] = describe_run(type(cfg)(), None)["train"] | then.get("train", {})  # settings younger than the run
     free = FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())
     for room in ("train", "about"):
         before, after = then.get(room, {}), now[room]

@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from digit.files import write_json
+from digit.machine import multiplies_bf16
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
@@ -29,7 +30,7 @@ from digit.training import distributed
 from digit.training.codebook import LivingCodebook, flat_features, sum_over_ranks
 from digit.training.ema import EMA
 from digit.training.loop import LoopConfig, TrainState, step_seed, train
-from digit.training.optim import clip_gradients, cosine, multiplies_bf16, set_lr
+from digit.training.optim import clip_gradients, cosine, set_lr
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
 NUM_EVALUATED = 8  # batches scored after training, drawn past the last step

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.machine import multiplies_bf16
 from digit.training import distributed
 from digit.training.ema import EMA
 from digit.training.log import Figures
 from digit.training.loop import Precision, Stateful, TrainConfig, TrainState, step_seed, train
-from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, multiplies_bf16, set_lr
+from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
 
 Batch = dict[str, Tensor | None]
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from digit.machine import multiplies_bf16
+
 MOMENTUM = 0.95
 # p(x) = a x + b x^3 + c x^5, steep at 0; a few iterations bring every singular value near 1 (Jordan et al. 2024)
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
@@ -31,17 +33,17 @@ class Muon(torch.optim.AdamW):
         **settings: Any,
     ) -> None:  # fmt: skip
         matrices = list(matrices)
-        self.pieces = [pieces for _, pieces in matrices]
         groups = [{"params": list(others)}, {"params": [p for p, _ in matrices]}]
         super().__init__(groups, fused=True, **settings)
         self._step_supports_amp_scaling = False  # a gradient scaler unscales, and skips an overflowing step, itself
+        self.param_groups[1]["pieces"] = [pieces for _, pieces in matrices]
         self.param_groups[1]["lr_scale"] = learning_rate / settings["lr"]  # read by set_lr
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One step of both kinds; gradients of the matrices are spent by it."""
         group = self.param_groups[1]
-        for p, pieces in zip(group["params"], self.pieces, strict=True):
+        for p, pieces in zip(group["params"], group["pieces"], strict=True):
             if p.grad is None:
                 continue
             if not self.state[p]:  # AdamW's names: it looks for them when a state is loaded
@@ -56,9 +58,12 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """About U V^T for each (n, r, c) = U S V^T, in bfloat16: singular values come out between 0.3 and 1.2 or so."""
+    """About U V^T for each (n, r, c) = U S V^T: all but the smallest singular values come out between 0.3 and 1.2.
+
+    In bfloat16 where the hardware multiplies it, else in float32.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices.float()
     x = x.transpose(1, 2) if tall else x
     x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp_min(1e-7).to(x.dtype)
     a, b, c = POLYNOMIAL

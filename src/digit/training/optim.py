@@ -85,10 +85,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     The norm stays on its device: no synchronisation here.
     """
     return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True)
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device has bf16 products; a CPU without them emulates bf16 several times slower than fp32."""
-    if device.type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
