@@ -92,7 +92,7 @@ def test_masked_renderer_and_baselines_train_and_draw(run, renderer):
     prior = "prior" if renderer == "renderer_masked" else None
     pipe = run.pipeline(prior, renderer)
     assert pipe.generate(num=2, labels=[0, 1], seed=3).shape == (2, 3, 32, 32)
-    labels = [3] if name.endswith("masked") and name.startswith("vq") else None
+    labels = [3] if renderer == "vq_masked" else None
     assert pipe.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0.5, labels=labels).shape == (1, 3, 32, 32)
     if prior is None:
         assert pipe.tokenizer is None
