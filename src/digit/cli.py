@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
     "a folder of images (a class a folder, nested, or flat), Hub-layout Parquet, WebDataset .tar shards, "
-    "or shapes[:num=24000,size=64,seed=0] for rendered scenes"
+    "or shapes[:num=16000,size=64,seed=0] for rendered scenes"
 )
 FROM_HELP = (
     "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints, which are "

@@ -25,7 +25,7 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
 
     Args:
         spec: a folder of images (nested: a class a folder), a Parquet file in the Hub's layout or a folder of them,
-            a WebDataset .tar or a folder of them, or "shapes" / "shapes:num=24000,size=64,seed=0" (rendered scenes).
+            a WebDataset .tar or a folder of them, or "shapes" / "shapes:num=16000,size=64,seed=0" (rendered scenes).
         split: which part of a folder whose files are named train-*, validation-*, test-* or whose subfolders are train,
             val, test. Default: train where there is one beside others, else everything.
         limit: keep so many images, spread evenly over all.
@@ -49,7 +49,7 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
     for part in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = part.partition("=")
         if name not in SHAPES_OPTIONS or not value.isdecimal():
-            raise DigitError(f"{spec!r}: cannot read {part!r}; wanted shapes:num=24000,size=64,seed=0")
+            raise DigitError(f"{spec!r}: cannot read {part!r}; wanted shapes:num=16000,size=64,seed=0")
         options[name] = int(value)
     return ShapesSource(**options)
 

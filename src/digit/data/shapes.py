@@ -379,7 +379,7 @@ class ShapesSource(ImageSource):
     name = "shapes"
     CACHE = 512  # scenes kept, 6 MiB at 64 px
 
-    def __init__(self, num: int = 24_000, size: int = 64, seed: int = 0, start: int = 0):
+    def __init__(self, num: int = 16_000, size: int = 64, seed: int = 0, start: int = 0):
         _check_size(size)
         for field, value, least in (("num", num, 1), ("seed", seed, 0), ("start", start, 0)):
             if value < least:
