@@ -222,8 +222,8 @@ def demo() -> Recipe:
         prior=TINY,
         prior_training=cpu_training(1200),
         renderer=TINY,
-        renderer_training=cpu_training(1800, optimizer="muon"),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.6), renderer=StageSampling(top_p=0.4)),
+        renderer_training=cpu_training(2200, optimizer="muon"),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.5), renderer=StageSampling(top_p=0.4)),
     )
 
 
