@@ -1,4 +1,4 @@
-# make demo   environment, then the whole pipeline on rendered shapes: about ten minutes on two CPU cores
+# make demo   environment, then the whole pipeline on rendered shapes: about eight minutes on two CPU cores
 # make test   environment, style, architecture contracts, tests
 PYTHON ?= python3
 VENV   ?= .venv
