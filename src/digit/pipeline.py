@@ -31,7 +31,11 @@ from digit.tokenizers.vq import VQTokenizer
 FORMAT_VERSION = 1
 MANIFEST = "pipeline.json"
 PARTS = ("tokenizer", "vq", "prior", "renderer")
-PASS_LIMIT = {"cpu": 64}  # images that go through the models at a time: more only leave the CPU's cache
+CPU_PASS, CPU_PASS_OF_LARGE = (
+    64,
+    16,
+)  # images that go through a model at a time; a short pass costs as much as a full one
+LARGE = 50e6  # parameters: from here on two images should not pay for 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +329,7 @@ class DigitPipeline:
             top_p=how.top_p,
             cfg_scale=how.cfg_scale,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
-            pass_size=min(cfg.batch_size, PASS_LIMIT.get(self.device.type, cfg.batch_size)),
+            pass_size=min(cfg.batch_size, pass_limit(model, cfg.batch_size)),
         )
         if model.cfg.masked:
             return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
@@ -421,6 +425,14 @@ def write_manifest(
     content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
     content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
     write_json(folder / MANIFEST, content)
+
+
+def pass_limit(model: SequenceModel, batch_size: int) -> int:
+    """Images that go through `model` at a time: all on a GPU; on a CPU what its cache holds. No function of the request,
+    so that an image is the same however many are asked for."""
+    if model.positions.device.type != "cpu":
+        return batch_size
+    return CPU_PASS_OF_LARGE if sum(p.numel() for p in model.parameters()) > LARGE else CPU_PASS
 
 
 def choose_device(name: str | None) -> torch.device:
