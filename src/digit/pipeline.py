@@ -428,8 +428,10 @@ def write_manifest(
 
 
 def pass_limit(model: SequenceModel, batch_size: int) -> int:
-    """Images that go through `model` at a time: all on a GPU; on a CPU what its cache holds. No function of the request,
-    so that an image is the same however many are asked for."""
+    """Images that go through `model` at a time: all on a GPU, on a CPU what its cache holds.
+
+    No function of how many are asked for, so that an image stays the same.
+    """
     if model.positions.device.type != "cpu":
         return batch_size
     return CPU_PASS_OF_LARGE if sum(p.numel() for p in model.parameters()) > LARGE else CPU_PASS
