@@ -1,6 +1,6 @@
 """A full-size stand-in for the authors' base checkpoints, and what converting and sampling it costs.
 
-    python bench/standin_release.py --out /tmp/standin --num 4
+    python bench/standin_release.py --out standin --num 4
 
 Writes a prior (219 M parameters, with encoder and codebook) and a renderer (219 M, with encoder, codebook and VQGAN) in
 the released formats with random weights, then runs `digit convert` and `digit sample` on them, each in a process of its

@@ -339,7 +339,7 @@ class _Writer:
             array.__exit__()
 
     def check_bad(self, more: dict[int, tuple[str, str]], max_bad_fraction: float) -> None:
-        """Raises DigitError where too many images are unreadable, over all sessions of this store."""
+        """Raises DigitError where too many images are unreadable, over every run that wrote to this store."""
         bad = self.bad | more
         if bad and len(bad) > max_bad_fraction * self.num_images:
             key, reason = next(iter(bad.values()))
