@@ -329,7 +329,7 @@ class DigitPipeline:
             top_p=how.top_p,
             cfg_scale=how.cfg_scale,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
-            pass_size=min(cfg.batch_size, pass_limit(model, cfg.batch_size)),
+            pass_size=pass_size(model, cfg.batch_size),
         )
         if model.cfg.masked:
             return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
@@ -400,7 +400,6 @@ class DigitPipeline:
         if {"encoder", "codebook"} <= set(parts):
             encoder, codebook = FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
             tokenizer = DiscriminativeTokenizer(encoder, codebook)
-        sampling = manifest["sampling"]
         return cls(
             tokenizer=tokenizer,
             vq=VQTokenizer.load(folder / "vqgan") if "vqgan" in parts else None,
@@ -408,9 +407,14 @@ class DigitPipeline:
             renderer=load_sequence_model(folder, "renderer") if "renderer" in parts else None,
             preprocess=PreprocessConfig(**manifest["preprocess"]),
             classes=manifest["classes"],
-            sampling=SamplingConfig(**sampling | {s: StageSampling(**sampling[s]) for s in ("prior", "renderer")}),
+            sampling=read_sampling(manifest["sampling"]),
             info=manifest["info"],
         )
+
+
+def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
+    """The SamplingConfig of a manifest."""
+    return SamplingConfig(**saved | {stage: StageSampling(**saved[stage]) for stage in ("prior", "renderer")})
 
 
 def write_manifest(
@@ -427,14 +431,15 @@ def write_manifest(
     write_json(folder / MANIFEST, content)
 
 
-def pass_limit(model: SequenceModel, batch_size: int) -> int:
-    """Images that go through `model` at a time: all on a GPU, on a CPU what its cache holds.
+def pass_size(model: SequenceModel, batch_size: int) -> int:
+    """Images of a batch that go through `model` at a time: all on a GPU, on a CPU what its cache holds.
 
     No function of how many are asked for, so that an image stays the same.
     """
     if model.positions.device.type != "cpu":
         return batch_size
-    return CPU_PASS_OF_LARGE if sum(p.numel() for p in model.parameters()) > LARGE else CPU_PASS
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    return min(batch_size, CPU_PASS_OF_LARGE if large else CPU_PASS)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -26,7 +26,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
 from digit.files import disk_errors, read_json, sha256_tensors
 from digit.models.vit import SIZES, ViTConfig
-from digit.pipeline import MANIFEST, PARTS, DigitPipeline, SamplingConfig, StageSampling, write_manifest
+from digit.pipeline import MANIFEST, PARTS, DigitPipeline, SamplingConfig, StageSampling, read_sampling, write_manifest
 from digit.progress import Progress
 from digit.tokenizers.discriminative import Codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
@@ -112,7 +112,7 @@ class Folder:
         """As the manifest has it, else the released scripts' for the base model."""
         if (there := self.manifest.get("sampling")) is None:
             return SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8))
-        return SamplingConfig(**there | {stage: StageSampling(**there[stage]) for stage in ("prior", "renderer")})
+        return read_sampling(there)
 
 
 class Conversion:
@@ -149,6 +149,7 @@ class Conversion:
             content = read_encoder_file(files.encoder)
             family = self._family(content)
             found = [Found(files.encoder, convert_vit(content, FORMATS[family], files.encoder))]
+            check_tensors(found[0].state, files.encoder)  # carried ones have been looked at
         there = None if files.encoder else self.folder.read("encoder")
         if there is not None:
             found = [Found(str(self.folder.out), there.net.state_dict())]
@@ -161,7 +162,6 @@ class Conversion:
         if there is not None:
             return there
         source, state = found[0].source, found[0].state
-        check_tensors(state, source)
         with unfit(source):
             shape = infer_shape(state, source, files.encoder_heads or known_heads(family, state))
             config = EncoderConfig(

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -138,16 +138,14 @@ class CropLoader:
 
     def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
         batches = _Batches(self)
-        if self.num_workers == 0:
-            yield from map(batches.__getitem__, range(len(self)))
-            return
-        from torch.utils.data import DataLoader
+        made = map(batches.__getitem__, range(len(self)))
+        if self.num_workers:
+            from torch.utils.data import DataLoader
 
-        own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
-        workers = min(self.num_workers, max(1, len(self)))
-        for arrays, bad in DataLoader(
-            _Arrays(batches), batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own
-        ):
+            own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
+            workers = min(self.num_workers, max(1, len(self)))
+            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own)
+        for arrays, bad in made:
             yield CropBatch(*map(torch.from_numpy, arrays)), bad
 
 
@@ -156,7 +154,10 @@ def _as_is(item: object) -> object:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Batch b of a CropLoader, made in a worker process."""
+    """Fields of batch b of a CropLoader, perhaps made in a worker process.
+
+    NumPy arrays travel through a pipe; tensors would take shared memory and file descriptors.
+    """
 
     def __init__(self, loader: CropLoader):
         self.source, self.cfg, self.seed, self.indices = loader.source, loader.cfg, loader.seed, loader.indices
@@ -167,7 +168,7 @@ class _Batches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, number: int) -> tuple[CropBatch, list[tuple[int, str, str]]]:
+    def __getitem__(self, number: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, str, str]]]:
         start = self.start_row + number * self.batch_size
         rows = np.arange(start, min(start + self.batch_size, self.num_rows))
         indices, crops = self.indices[rows // self.crops_per_image], rows % self.crops_per_image
@@ -185,22 +186,8 @@ class _Batches(torch.utils.data.Dataset):
                 continue
             for row in mine:
                 images[row] = cut(resized, self.cfg, seed=self.seed, index=index, crop=int(crops[row]))
-        nchw = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())  # (B, 3, S, S)
-        return CropBatch(nchw, *map(torch.from_numpy, (labels.astype(np.int64), indices, crops, ok))), bad
-
-
-class _Arrays(torch.utils.data.Dataset):
-    """The same as NumPy arrays, which travel through a pipe: tensors would take shared memory and file descriptors."""
-
-    def __init__(self, batches: _Batches):
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[tuple[np.ndarray, ...], list[tuple[int, str, str]]]:
-        batch, bad = self.batches[number]
-        return tuple(getattr(batch, field.name).numpy() for field in fields(batch)), bad
+        nchw = images.transpose(0, 3, 1, 2).copy()  # (B, 3, S, S)
+        return (nchw, labels.astype(np.int64), indices, crops, ok), bad
 
 
 class CachedCrops:
