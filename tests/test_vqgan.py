@@ -95,7 +95,21 @@ def test_the_result_does_not_depend_on_chunks(tokenizer):
     assert (tokenizer.decode(whole).int() - images.int()).abs().max() <= 1
 
 
+def test_features_are_what_the_tokens_stand_for(tokenizer):
+    images = pictures(5)
+    tokens, features = tokenizer.encode_features(images)
+    assert torch.equal(tokens, tokenizer.encode(images)) and torch.equal(features, tokenizer.features(images))
+    assert features.shape == (5, 64, TINY.z_channels) and features.dtype == torch.float32
+    brute = (features[:, :, None] - tokenizer.vqgan.quantize.embedding.weight).square().sum(3).argmin(2)
+    assert (brute == tokens).float().mean() > 0.99, "the nearest code, but for ties of rounding"
+    tokenizer.chunk_size = 2
+    torch.testing.assert_close(tokenizer.features(images), features)
+    tokenizer.bf16 = True
+    assert tokenizer.features(images).dtype == torch.float32
+
+
 def test_no_images(tokenizer):
+    assert tokenizer.features(pictures(0)).shape == (0, 64, TINY.z_channels)
     assert tokenizer.encode(pictures(0)).shape == (0, 64)
     assert tokenizer.decode(torch.empty(0, 64, dtype=torch.int64)).shape == (0, 3, 32, 32)
 

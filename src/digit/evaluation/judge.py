@@ -1,13 +1,14 @@
-"""The judge: pooled features of EfficientNet-Lite2, a Fréchet distance in them, and a linear classifier on them.
+"""The judge: features of a network, a Fréchet distance in them, and a linear classifier on them.
 
 The encoder of the tokenizer is another network, so a model cannot please the judge by construction. The protocol is
-METRIC, JUDGE_INPUT_SIZE and the number of images; its numbers compare with each other and never with an FID, which
-needs the Inception network. Networks come as a callable, so anybody's features can be judged.
+METRIC (on EfficientNet-Lite2), JUDGE_INPUT_SIZE and the number of images; its numbers compare with each other and never
+with an FID, which needs the Inception network. Networks come as a callable, so anybody's features can be judged.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,6 +63,50 @@ def collect_features(
     if not parts:
         raise DigitError("judge got no images: give at least 2")
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge sees in N images, float32 on the CPU, in their order; some 20 kB an image with Inception."""
+
+    pooled: Tensor  # (N, D)
+    spatial: Tensor  # (N, E), an inner map's first channels
+    logits: Tensor  # (N, C)
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+class JudgeNetwork(Protocol):
+    """A network that metrics stand on (measures/networks.py has ours)."""
+
+    name: str
+
+    def judge(self, images: Tensor) -> Judged:
+        """uint8 (B, 3, H, W) RGB of any size -> what it sees."""
+
+    def metric(self, name: str) -> str:
+        """The full name of "fd", "is", "kd", "sfd", "precision" or "recall" on this network."""
+
+    def describe(self) -> dict[str, Any]:
+        """The protocol for a results file: name, weights, resize."""
+
+
+def collect_judged(
+    batches: Iterable[Tensor], network: JudgeNetwork, total: int | None = None, description: str = "judge"
+) -> Judged:
+    """All that the metrics want from one pass over batches of uint8 (B, 3, H, W).
+
+    total is the number of images, for the progress bar only. Raises DigitError without images.
+    """
+    parts = []
+    with Progress(description, total) as bar:
+        for images in batches:
+            parts.append(network.judge(images))
+            bar.update(len(images))
+    if not parts:
+        raise DigitError("judge got no images: give at least 2")
+    return Judged(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Judged)))
 
 
 def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:

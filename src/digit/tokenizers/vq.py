@@ -74,19 +74,37 @@ class VQTokenizer:
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
         return (part.to(self.device) for part in tensor.split(self.chunk_size))
 
-    @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> Int64[Tensor, "b m"]:
         """RGB images in 0..255 to tokens (B, M), on the images' device. Raises MismatchError at another size."""
+        with self.autocast():
+            tokens = [tokens for _, tokens in self.encoded(images)]
+        return torch.cat(tokens).to(images.device)
+
+    def features(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b m c"]:
+        """The encoder's output before quantisation, float32; otherwise as `encode`."""
+        return self.encode_features(images)[1]
+
+    def encode_features(self, images: UInt8[Tensor, "b 3 s s"]) -> tuple[Int64[Tensor, "b m"], Float[Tensor, "b m c"]]:
+        """Tokens and the features that they stand for, from one pass of the encoder."""
+        with self.autocast():
+            features, tokens = zip(*self.encoded(images), strict=True)
+        vectors = torch.cat([z.flatten(2).transpose(1, 2).float() for z in features])  # (B, M, C)
+        return torch.cat(tokens).to(images.device), vectors.to(images.device)
+
+    @torch.no_grad()
+    def encoded(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(z (b, C, h, h), tokens (b, M)) of each chunk, on the network's device; one empty chunk for no images."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.resolution, self.resolution):
             raise MismatchError(
                 f"the VQGAN takes uint8 images of shape (3, {self.resolution}, {self.resolution}), got {images.dtype} "
                 f"{tuple(images.shape[1:])}: choose preprocess.image_size {self.resolution} or another VQGAN"
             )
+        config = self.vqgan.config
         if not len(images):
-            return torch.empty(0, self.vqgan.config.num_tokens, dtype=torch.int64, device=images.device)
-        with self.autocast():
-            tokens = [self.vqgan.encode(part.float() / 255)[1] for part in self.chunks(images)]
-        return torch.cat(tokens).to(images.device)
+            yield torch.empty(0, config.z_channels, *config.grid), torch.empty(0, config.num_tokens, dtype=torch.int64)
+            return
+        for part in self.chunks(images):
+            yield self.vqgan.encode(part.float() / 255)
 
     @torch.no_grad()
     def decode(self, tokens: Int64[Tensor, "b m"]) -> UInt8[Tensor, "b 3 s s"]:

@@ -1,0 +1,133 @@
+"""What the commands share: the register of commands, parsers that teach, and the arguments that several take."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from digit.errors import DigitError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+DATA_HELP = (
+    "a folder of images (a class a folder, nested, or flat), Hub-layout Parquet, WebDataset .tar shards, "
+    "or shapes[:num=16000,size=64,seed=0] for rendered scenes"
+)
+FROM_HELP = (
+    "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints, which are "
+    "fetched and converted once"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word after `digit`: what runs it, and an example for its help page."""
+
+    run: Callable[["ArgumentParser", list[str]], None]
+    example: str
+
+    @property
+    def summary(self) -> str:
+        """The docstring of the function: its first line stands in `digit --help`, the whole in the command's own."""
+        return (self.run.__doc__ or "").strip()
+
+
+COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`
+
+
+def command(name: str, example: str) -> Callable[[Callable], Callable]:
+    """Register `run(parser, argv)` under a name."""
+
+    def register(run: Callable) -> Callable:
+        COMMANDS[name] = Command(run, example)
+        return run
+
+    return register
+
+
+def make_parser(name: str) -> "ArgumentParser":
+    """A parser that never abbreviates, raises instead of exiting, and shows an example."""
+    import argparse
+
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(
+        prog=f"digit {name}",
+        description=COMMANDS[name].summary,
+        epilog=f"example:\n  {COMMANDS[name].example}",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_help_formatter(argparse.RawDescriptionHelpFormatter),
+    )
+
+
+def _help_formatter(base: type) -> type:
+    from jsonargparse import DefaultHelpFormatter
+
+    return type("HelpFormatter", (DefaultHelpFormatter, base), {})
+
+
+def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
+    """Parse and build dataclasses; a mistake becomes one line."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.instantiate(parser.parse_args(argv))
+    except ArgumentError as error:
+        raise DigitError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+
+
+def say(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def add_config(parser: "ArgumentParser", config: type) -> None:
+    """Every field of a config dataclass as an option of its own."""
+    parser.add_class_arguments(config, as_group=True)
+
+
+def read_config(args: Any, config: type) -> Any:
+    """The config dataclass out of parsed arguments."""
+    return config(**{f.name: getattr(args, f.name) for f in fields(config)})
+
+
+def load_pipeline(args: Any) -> Any:
+    """The pipeline of --from on --device."""
+    from digit.pipeline import DigitPipeline, choose_device
+
+    source, device = Path(args.source), choose_device(args.device)
+    if not source.exists() and HUB_NAME.fullmatch(args.source):
+        from digit.hub import released_pipeline
+
+        source = released_pipeline(args.source, args.variant or "base")
+    elif args.variant:
+        raise DigitError(f"--variant chooses among released checkpoints, and {source} is a folder: leave it out")
+    return DigitPipeline.from_pretrained(source, device)
+
+
+def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
+    """'0,3' or 'cube,torus' -> class numbers."""
+    if text is None:
+        return None
+    if classes and all(name.isdecimal() for name in classes):
+        raise_ambiguous = [w for w in text.split(",") if w.strip() not in classes]
+        if raise_ambiguous:
+            raise DigitError(f"classes are named by numbers, and none is {raise_ambiguous[0]!r}: give names of classes")
+    numbers = []
+    for word in (w.strip() for w in text.split(",")):
+        if word in classes:
+            numbers.append(list(classes).index(word))
+        elif word.removeprefix("-").isdecimal():
+            numbers.append(int(word))
+        else:
+            raise DigitError(
+                f"no class named {word!r}: classes are {', '.join(classes[:20]) or 'none (unconditional model)'}"
+            )
+    return numbers

@@ -1,0 +1,127 @@
+"""Commands that make a run: fit, and its stages codebook, tokenize and train."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+from digit.cli.arguments import DATA_HELP, command, parse, say
+from digit.errors import DigitError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
+    """DATA, --recipe, --out and every field of the recipe as a dotted option; returns the recipe of the defaults."""
+    from digit.recipes import RECIPES, Recipe, get_recipe
+
+    name = _value_of(argv, "--recipe") or "small"
+    recipe = get_recipe(name)
+    parser.add_argument("data", help=DATA_HELP)
+    parser.add_argument("--recipe", default="small", help=f"named run to start from: {', '.join(sorted(RECIPES))}")
+    parser.add_argument(
+        "--out", required=True, help="run folder; a later run with the same one goes on from what is done"
+    )
+    parser.add_argument(
+        "--split", default=None, help="split of a Hub-layout data set (default: train where there is one)"
+    )
+    parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    for part in ("codebook", "vqgan", "tokens"):
+        parser.add_argument(
+            f"--reuse_{part}", default=None, help=f"folder of another run's {part}, used instead of making it"
+        )
+    parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
+    parser.add_class_arguments(Recipe, as_group=True)
+    parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
+    return name
+
+
+def _default(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) else value
+
+
+def _value_of(argv: Sequence[str], option: str) -> str | None:
+    """Value of an option before the real parser exists: the recipe decides the defaults."""
+    for i, word in enumerate(argv):
+        if word == option and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(option + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def make_run(args: Any, base: str) -> Any:
+    """The Run that parsed arguments describe; `base` is the recipe whose settings are the defaults."""
+    from digit.data.images import open_source
+    from digit.fit import Run
+    from digit.recipes import Recipe
+
+    if args.recipe != base:
+        raise DigitError(f"recipe {args.recipe} is not where the defaults came from: give it as --recipe")
+    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
+    source = open_source(args.data, split=args.split, limit=args.limit)
+    return Run(recipe, source, args.out, reuse=reuse, device=args.device)
+
+
+@command(
+    "fit",
+    "digit fit shapes --recipe demo --out runs/demo\n"
+    "  digit fit photos/ --recipe small --out runs/photos --prior.depth 8",
+)
+def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Images -> codebook, VQGAN, tokens, prior, renderer, pipeline, samples and report."""
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
+    from digit.fit import fit
+    from digit.report import write_report
+
+    pipe = fit(run)
+    page = write_report(run, pipe)
+    say(f"done: open {page}; draw more with: digit sample --from {run.out} --num 64 --out samples")
+
+
+@command("codebook", "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048")
+def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
+    codebook = run.codebook
+    say(f"{run.out / 'codebook'}: {codebook.summary()}")
+
+
+@command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos")
+def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Write discriminative and VQ tokens of every image (makes codebook and VQGAN first where they are missing)."""
+    base = add_run_arguments(parser, argv)
+    run = make_run(parse(parser, argv), base)
+    store = run.tokens
+    say(
+        f"{run.out / 'tokens'}: {len(store)} rows of {store.disc.shape[1]} discriminative "
+        f"and {store.vq.shape[1]} VQ tokens"
+    )
+
+
+@command(
+    "train",
+    "digit train prior photos/ --recipe small --out runs/photos\n"
+    "  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
+)
+def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
+    parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
+    base = add_run_arguments(parser, argv)
+    args = parse(parser, argv)
+    from digit.files import read_json
+    from digit.fit import MODEL_NAMES
+
+    if args.model not in ("vqgan", *MODEL_NAMES):
+        raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(MODEL_NAMES)}")
+    run = make_run(args, base)
+    if args.model == "vqgan":
+        _ = run.vq
+    else:
+        run.model(args.model)
+    metrics = run.out / args.model / "metrics.json"
+    say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'taken as it is'}")

@@ -1,0 +1,36 @@
+"""Centre crops of a collection in batches: what every measurement looks at."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from digit.data.loader import CropLoader
+from digit.data.preprocess import PreprocessConfig
+from digit.data.source import ImageSource
+
+
+def centre_crops(
+    source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None, batch_size: int = 64
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none), unflipped, in order.
+
+    Args:
+        num: at most so many images, spread evenly over the source; None takes all.
+        batch_size: images at a time; fewer where some cannot be read, which are left out.
+
+    Raises DigitError where no image can be read.
+    """
+    centre = replace(cfg, random_crop=False, flip=False)
+    loader = CropLoader(source.limit(num), centre, batch_size=batch_size, max_bad_fraction=1.0)
+    with loader.sharing_cores():
+        for batch in loader:
+            if batch.ok.any():
+                yield batch.images[batch.ok], batch.labels[batch.ok]
+
+
+def gather_crops(source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None) -> tuple[Tensor, Tensor]:
+    """All of `centre_crops` at once: (images (N, 3, S, S) uint8, labels (N,) int64)."""
+    images, labels = zip(*centre_crops(source, cfg, num=num), strict=True)
+    return torch.cat(images), torch.cat(labels)

@@ -1,0 +1,214 @@
+"""Table 2, Figure 3b and Acc@OL of Figure 4a: linear probes of priors, VQ-only models and encoders.
+
+Features of a sequence model are those of the released code: the mean over all positions, the start symbol among them,
+of each layer n; n = 0 is the embedding, n = depth the last block (before a pre-norm model's final norm). The released
+code trains heads on n = 0 .. depth - 1; here n = depth is probed too. Unlike it, training images are cropped in the
+centre once, not at random anew in every epoch: one pass of the frozen networks gives the features of every layer.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from digit.data.crops import centre_crops
+from digit.data.source import ImageSource
+from digit.errors import DigitError
+from digit.evaluation.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
+from digit.files import plain, write_json
+from digit.measures.curves import Curve, curves_png
+from digit.models.sequence import SequenceModel
+from digit.pipeline import DigitPipeline, pass_size
+from digit.progress import Progress
+from digit.tokenizers.encoders import FrozenEncoder
+
+Precision = Literal["fp32", "bf16"]
+# Top-1 in % on ImageNet (paper, Table 2 and Figure 4a's Acc@OL, which is the probe of the encoder itself)
+TABLE2 = {"DiGIT, 219 M": 71.7, "DiGIT, 732 M": 80.3, "VIM + VQGAN, 650 M": 61.8}
+ACC_OL = {"MAE": 75.8, "MoCo": 76.7, "iBOT": 76.0}
+
+
+# ---------------------------------------------------------------- features
+
+
+@torch.inference_mode()
+def prior_features(
+    model: SequenceModel, tokens: Tensor, *, batch_size: int = 64, precision: Precision = "fp32"
+) -> Tensor:
+    """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over all positions of every layer.
+
+    A conditional model is shown the plain start symbol, not the class, which would give the answer away (`notes_on`
+    says where that symbol was never trained). Raises DigitError for a model with a prefix and for other lengths.
+    """
+    if model.cfg.prefix_len:
+        raise DigitError("a renderer reads the prefix too: probe the prior, or a VQ-only model")
+    if tokens.ndim != 2 or tokens.shape[1] != model.cfg.target_len:
+        raise DigitError(f"tokens are {tuple(tokens.shape)}, the model reads (N, {model.cfg.target_len})")
+    device, training = model.positions.device, model.training
+    model.eval()
+    parts = []
+    for chunk in tokens.split(pass_size(model, batch_size)):
+        hidden: list[Tensor] = []
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            model.features(chunk.long().to(device), hidden=hidden)  # as return_hidden=True, without the logits
+        parts.append(torch.stack([h.float().mean(1) for h in hidden], 1).cpu())  # (B, L, D)
+    model.train(training)
+    return torch.cat(parts)
+
+
+def encoder_features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) -> (N, 1, D) float32 on the CPU: the mean over patches at the layer the tokens are made of."""
+    return encoder.features(images).mean(1, keepdim=True).float().cpu()
+
+
+def notes_on(model: SequenceModel) -> list[str]:
+    """What a reader has to know about a model's features."""
+    if model.cfg.num_classes and not model.cfg.label_dropout:
+        return ["trained with a class at every sequence: the plain start symbol that it is shown here is untrained"]
+    return []
+
+
+def collect(
+    pipe: DigitPipeline, source: ImageSource, *, num: int | None = None, batch_size: int = 64,
+    precision: Precision = "fp32", description: str = "features",
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """Everything of a pipeline that can be probed, from centre crops of the labelled images of a source.
+
+    Returns ({"prior", "vq_only", "encoder": (N, L, D) float32}, as far as the pipeline has them, labels (N,) int64).
+    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix.
+    Raises DigitError where the source has no labels or the pipeline nothing to probe.
+    """
+    vq_only = pipe.renderer if pipe.renderer is not None and not pipe.renderer.cfg.prefix_len else None
+    if pipe.tokenizer is None and vq_only is None:
+        raise DigitError("nothing to probe: the pipeline holds neither a discriminative tokenizer nor a VQ-only model")
+    parts, known = defaultdict(list), []
+    with Progress(description, len(source) if num is None else min(num, len(source))) as bar:
+        for images, labels in centre_crops(source, pipe.preprocess, num=num, batch_size=batch_size):
+            bar.update(len(images))
+            images, labels = images[labels >= 0], labels[labels >= 0]
+            if not len(images):
+                continue
+            known.append(labels)
+            how = dict(batch_size=batch_size, precision=precision)
+            if pipe.tokenizer is not None:
+                tokens, features = pipe.tokenizer.encode_features(images)
+                parts["encoder"].append(features.mean(1, keepdim=True).cpu())
+                if pipe.prior is not None:
+                    parts["prior"].append(prior_features(pipe.prior, tokens, **how))
+            if vq_only is not None:
+                parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **how))
+    if not known:
+        raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
+    return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(known)
+
+
+# ---------------------------------------------------------------- measurement
+
+
+def run_probe(
+    pipes: DigitPipeline | Mapping[str, DigitPipeline], train: ImageSource, test: ImageSource,
+    cfg: ProbeConfig | None = None, *, out: str | Path, num_train: int | None = None, num_test: int | None = None,
+    batch_size: int = 64, precision: Precision = "fp32",
+) -> dict[str, Any]:  # fmt: skip
+    """Probe what pipelines hold, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
+
+    Args:
+        pipes: one pipeline, or several by name ("K = 1024"), whose curves share the plot; an encoder that several
+            share is probed once.
+        train, test: labelled sources; the test images are numbered by the training source's classes.
+        num_train, num_test: at most so many images, spread evenly.
+    """
+    named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
+    test = test.with_classes(train.classes)
+    features: dict[str, tuple[Tensor, Tensor]] = {}
+    notes: dict[str, list[str]] = {}
+    how, encoders = dict(batch_size=batch_size, precision=precision), set()
+    for name, pipe in named.items():
+        trained, labels = collect(pipe, train, num=num_train, description="training features", **how)
+        tested, test_labels = collect(pipe, test, num=num_test, description="test features", **how)
+        for kind, values in trained.items():
+            if kind == "encoder" and pipe.tokenizer.encoder.fingerprint in encoders:
+                continue
+            label = f"{name} {kind}".strip()
+            features[label] = (values, tested[kind])
+            model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
+            notes[label] = notes_on(model) if model is not None else [str(pipe.tokenizer.encoder.about)]
+        encoders |= {pipe.tokenizer.encoder.fingerprint} if pipe.tokenizer else set()
+    about = {"train_images": train.name, "test_images": test.name}
+    return probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
+
+
+def probe_features(
+    features: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor,
+    cfg: ProbeConfig | None = None, *, out: str | Path, notes: Mapping[str, list[str]] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `run_probe`, from features by name: (train (N, L, D), test (M, L, D)), all of the same images."""
+    cfg, notes = cfg or ProbeConfig(), notes or {}
+    probed = {
+        name: probe_layers(train, labels, test, test_labels, cfg, layer_names(train.shape[1]))
+        for name, (train, test) in features.items()
+    }
+    best = {name: best_layer(layers) for name, layers in probed.items()}
+    result = plain(
+        {
+            "protocol": dict(about or {}) | {
+                "about": "linear probe of the mean over positions (paper, Table 2); one centre crop an image; settings "
+                "and best layer chosen on held-out training images; intervals over test images",
+                "num_train": len(labels), "num_test": len(test_labels), "num_classes": int(labels.max()) + 1,
+                "chance": float(torch.bincount(test_labels).max() / len(test_labels)),
+            } | asdict(cfg),
+            "probes": {name: describe(layers, best[name], notes.get(name, [])) for name, layers in probed.items()},
+            "differences": [
+                {"first": a, "second": b, "top1": top1_difference(best[a], best[b], cfg).to_dict()}
+                for a, b in combinations(best, 2)
+            ],
+        }
+    )  # fmt: skip
+    write_json(Path(out) / "probe.json", result)
+    plot(result, Path(out) / "probe.png")
+    return result
+
+
+def layer_names(num: int) -> list[str]:
+    """embedding, block 1, ...; a single one is an encoder's."""
+    return ["patches"] if num == 1 else ["embedding", *(f"block {n}" for n in range(1, num))]
+
+
+def describe(layers: list[LayerResult], best: LayerResult, notes: list[str]) -> dict[str, Any]:
+    """One model's entry in the JSON."""
+    return {"best": best.to_dict(), "layers": [layer.to_dict() for layer in layers], "notes": notes}
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Top-1 over layers, as Figure 3b; an encoder has one layer and lies across."""
+    curves, depth = [], max(len(entry["layers"]) for entry in result["probes"].values()) - 1
+    for colour, (name, entry) in enumerate(result["probes"].items()):
+        intervals = [layer["top1"] for layer in entry["layers"]]
+        flat = len(intervals) == 1
+        x, intervals = ((0, max(depth, 1)), intervals * 2) if flat else (range(len(intervals)), intervals)
+        curves.append(Curve.of(intervals, x, factor=100, name=name, colour=colour, line=":" if flat else "-"))
+    curves_png(path, {"top-1 accuracy (%)": curves}, xlabel="layer (0 is the embedding)")
+
+
+def to_table(result: Mapping[str, Any]) -> str:
+    """Markdown: the best layer of each probe, then the paper's figures."""
+    protocol, lines = result["protocol"], ["| features | best layer | top-1 (%) | setting |", "|---|---|---|---|"]
+    for name, entry in result["probes"].items():
+        best = entry["best"]
+        top1 = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{end: 100 * v for end, v in best["top1"].items()})
+        setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best["setting"].items())
+        lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
+    lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
+    lines += [f"| *paper: encoder {name}* | | {top1} | |" for name, top1 in ACC_OL.items()]
+    notes = [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
+    return "\n".join(lines) + (
+        f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "
+        f"images; the most frequent class alone gives {100 * protocol['chance']:.1f} %. The paper: ImageNet, 1000 "
+        f"classes. {' '.join(notes)}\n"
+    )

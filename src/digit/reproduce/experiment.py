@@ -1,0 +1,112 @@
+"""An experiment is a list of steps and a summary; steps that are done are read, not made again."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from digit import __version__
+from digit.files import atomic_path, plain, read_json, write_json
+from digit.machine import describe_machine
+from digit.progress import format_duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One part of an experiment that is worth keeping: its result is JSON."""
+
+    name: str
+    """Also its file, OUT/steps/NAME.json; equal names of two experiments are the same step."""
+    seconds: float
+    """Estimate for this machine."""
+    make: Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an experiment says."""
+
+    table: str
+    """Markdown; the paper's figures beside ours."""
+    figures: dict[str, Any]
+    """Everything measured, for results.json."""
+    pictures: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A table or figure of the paper at one scale."""
+
+    title: str
+    steps: Sequence[Step]
+    summarise: Callable[[dict[str, Any], Path], Outcome]
+    """(results of the steps by name, the experiment's folder) -> Outcome; pictures are written into the folder."""
+
+
+def plan(experiment: Experiment, out: Path) -> str:
+    """Steps with estimated times, and which are done already."""
+    lines = [f"{experiment.title}"]
+    left = 0.0
+    for step in experiment.steps:
+        done = step_path(out, step).exists()
+        left += 0 if done else step.seconds
+        lines.append(f"  {'done' if done else '~' + format_duration(step.seconds):>9}  {step.name}")
+    lines.append(f"  {'~' + format_duration(left):>9}  to go")
+    return "\n".join(lines)
+
+
+def step_path(out: Path, step: Step) -> Path:
+    """Where a step's result lies."""
+    return out / "steps" / f"{step.name}.json"
+
+
+def perform(experiment: Experiment, out: Path, name: str, about: dict[str, Any]) -> Outcome:
+    """Every step that is not done, then the summary: OUT/NAME/results.json, table.md and pictures."""
+    results, seconds = {}, {}
+    for step in experiment.steps:
+        path = step_path(out, step)
+        if not path.exists():
+            started = time.monotonic()
+            result = plain(step.make())
+            write_json(path, {"result": result, "seconds": time.monotonic() - started, "estimated": step.seconds})
+        kept = read_json(path)
+        results[step.name], seconds[step.name] = kept["result"], kept["seconds"]
+    folder = out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = experiment.summarise(results, folder)
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(f"# {experiment.title}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
+    write_json(
+        folder / "results.json",
+        plain(
+            {"experiment": name, "title": experiment.title}
+            | about
+            | {"figures": outcome.figures, "seconds": seconds, "total_seconds": sum(seconds.values())}
+            | provenance()
+        ),
+    )
+    return outcome
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, revision of the source and hardware."""
+    return {"digit": __version__, "torch": torch.__version__, "revision": revision(), "hardware": describe_machine()}
+
+
+def revision() -> str | None:
+    """The git commit of the package's checkout, marked where files differ from it; None for an installed package."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+__all__ = ["Experiment", "Outcome", "Step", "asdict", "perform", "plan", "provenance"]

@@ -1,0 +1,257 @@
+"""Figures 3 to 6 of the paper: ablation, probe over layers and K, encoders, completion, sampling, theory."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from digit import pictures
+from digit.fit import Run
+from digit.measures.completion import run_completion
+from digit.measures.probe import probe_encoder
+from digit.measures.sweep import run_sweep
+from digit.measures.theory import run_theory
+from digit.pretrain import PretrainConfig, pretrain
+from digit.recipes import ModelSpec
+from digit.reproduce import paper
+from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.study import Study
+from digit.reproduce.tables import (
+    METHODS,
+    best_top1,
+    generation_outcome,
+    parts_step,
+    probed,
+    protocol,
+    samples_step,
+    trained,
+    training_step,
+)
+from digit.tokenizers.encoders import EncoderConfig, load_encoder
+from digit.training.loop import TrainConfig
+
+# -------------------------------------------------------------------- Figure 3a
+
+
+def fig3a(study: Study) -> Experiment:
+    """VQ tokens, + discriminative tokens, + longer training, + a larger model; one seed, unconditional."""
+    seed = study.scale.seeds[0]
+    variants = {"longer": longer(study), "larger": {"prior": study.scale.larger, "renderer": study.scale.larger}}
+    steps = [parts_step(study)]
+    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer", "vq_ar")]
+    steps += [samples_step(study, method, seed, False) for method in ("VQ-only AR", "DiGIT + AR")]
+    for name, changes in variants.items():
+        recipe = replace(study.recipe, **changes)
+        seconds = study.costs.model("prior", recipe) + study.costs.model("renderer", recipe)
+        seconds += study.costs.drawn(study.scale.num_samples)
+        steps.append(Step(name=name, seconds=seconds, make=partial(variant, study, name, changes, seed)))
+
+    def summarise(results: dict[str, Any], out: Path) -> Outcome:
+        names = (f"plain_vq_ar_{seed}_samples", f"plain_renderer_{seed}_samples", *variants)
+        rows = {label: [results[name]] for label, name in zip(paper.FIG3A, names, strict=True)}
+        return generation_outcome(study, rows, paper.FIG3A, out)
+
+    return Experiment(
+        title="Figure 3a: tokens, training length and size; one seed", steps=steps, summarise=summarise
+    )
+
+
+def longer(study: Study) -> dict[str, TrainConfig]:
+    """Both trainings with more steps."""
+
+    def stretch(cfg: TrainConfig) -> TrainConfig:
+        return replace(cfg, num_steps=round(cfg.num_steps * study.scale.longer))
+
+    return {
+        "prior_training": stretch(study.recipe.prior_training),
+        "renderer_training": stretch(study.recipe.renderer_training),
+    }
+
+
+def variant(study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int) -> dict[str, float]:
+    """DiGIT + AR of a changed recipe: trained, drawn and judged."""
+    run = study.run(name, seed=seed, class_conditional=False, **changes)
+    return study.scores(study.samples(name, run, *METHODS["DiGIT + AR"], seed))
+
+
+# -------------------------------------------------------------------- Figure 3b
+
+
+def fig3b(study: Study) -> Experiment:
+    """Linear probe of every layer of the prior for several codebook sizes."""
+    rows = len(study.train) * study.recipe.crops_per_image
+    seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
+    steps = [parts_step(study)]
+    for k in study.scale.clusters:
+        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=partial(probe_of_codebook, study, k)))
+
+    def summarise(results: dict[str, Any], out: Path) -> Outcome:
+        curves, lines = {}, ["| K | best layer | top-1, % |", "|---|---|---|"]
+        for k in study.scale.clusters:
+            result = results[f"probe_k{k}"]
+            top1 = [100 * layer["top1"]["value"] for layer in result["layers"]]
+            curves[f"K = {k}"] = (range(len(top1)), top1)
+            lines.append(f"| {k} | {result['best']['name']} | {best_top1(result):.1f} |")
+        picture = out / "fig3b.png"
+        pictures.curve_png(picture, curves, xlabel="layer (0: embedding)", ylabel="top-1 accuracy, %")
+        lines += ["", "Paper: 1024 < 4096 < 8192 codes at every layer, the peak at the middle layers."]
+        return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
+
+    return Experiment(title="Figure 3b: probe over layers and K", steps=steps, summarise=summarise)
+
+
+def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
+    """The prior on a codebook of another size, probed."""
+    seed, kmeans = study.scale.seeds[0], replace(study.recipe.kmeans, num_clusters=num_clusters)
+    if num_clusters == study.recipe.kmeans.num_clusters:
+        run = study.seeded(seed)
+    else:
+        run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
+    return probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}")
+
+
+# -------------------------------------------------------------------- Figure 4a
+
+
+def fig4a(study: Study) -> Experiment:
+    """The same recipe on tokens of other encoders; those without weights are trained on the same images first."""
+    seed, costs = study.scale.seeds[0], study.costs
+    if not study.scale.encoders:
+        raise AssertionError("a scale names its encoders")
+    rows = len(study.train) * study.recipe.crops_per_image
+    steps = [parts_step(study), training_step(study, "vq_ar", seed, False), samples_step(study, "VQ-only AR", seed, False)]
+    for name, how in study.scale.encoders:
+        if isinstance(how, PretrainConfig):
+            images = how.training.num_steps * how.training.batch_size
+            steps.append(
+                Step(name=f"pretrain_{name}", seconds=costs.images("pretrain", images), make=partial(encoder_for, study, name, how))
+            )
+        seconds = costs.parts(len(study.train), rows) + costs.model("prior") + costs.model("renderer")
+        seconds += costs.drawn(study.scale.num_samples) + costs.images("probe", 2 * rows)
+        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, how)))
+
+    def summarise(results: dict[str, Any], out: Path) -> Outcome:
+        distance, score = study.network.metric("fd"), study.network.metric("is")
+        lines = [
+            f"| encoder | type | {distance} | {score} | Acc@LP, % | Acc@OL, % | paper: FID, IS, Acc@LP, Acc@OL |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        bars = {}
+        for name, _ in study.scale.encoders:
+            found, reported = results[f"encoder_{name}"], paper.FIG4A.get(name, ("",))
+            lines.append(
+                f"| {name} | {reported[0]} | {found[distance]:.4g} | {found[score]:.4g} | {100 * found['lp']:.1f} | "
+                f"{100 * found['ol']:.1f} | {', '.join(map(str, reported[1:]))} |"
+            )
+            bars[name] = (found[distance],) * 3
+        vq = results[f"plain_vq_ar_{seed}_samples"]
+        bars["VQGAN"] = (vq[distance],) * 3
+        reported = paper.FIG4A["VQGAN"][1:3]
+        lines.append(f"| VQGAN | - | {vq[distance]:.4g} | {vq[score]:.4g} | | | {', '.join(map(str, reported))} |")
+        lines += ["", f"{protocol(study)} One seed. P patch, G global, D discriminative, R reconstructive."]
+        picture = out / "fig4a.png"
+        pictures.bars_png(picture, bars, xlabel=distance)
+        return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
+
+    return Experiment(title="Figure 4a: tokens of other encoders", steps=steps, summarise=summarise)
+
+
+def encoder_for(study: Study, name: str, how: EncoderConfig | PretrainConfig) -> dict[str, str]:
+    """Where the encoder is; trained on the study's images where it is to be."""
+    if isinstance(how, EncoderConfig):
+        return {"name": how.name}
+    folder = study.out / "encoders" / name
+    pretrain(study.train, how, folder, device=str(study.device))
+    return {"name": f"folder:{folder / 'encoder'}"}
+
+
+def compare_encoder(study: Study, name: str, how: EncoderConfig | PretrainConfig) -> dict[str, Any]:
+    """Codebook, tokens, prior and renderer on one encoder: distance, Acc@LP of the prior, Acc@OL of the encoder."""
+    seed = study.scale.seeds[0]
+    encoder = how
+    if isinstance(how, PretrainConfig):
+        encoder = EncoderConfig(name=encoder_for(study, name, how)["name"], input_size=how.image_size)
+    preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
+    run: Run = study.run(
+        f"encoder_{name}", shared=("vqgan",), encoder=encoder, preprocess=preprocess, class_conditional=False, seed=seed
+    )
+    scores = study.scores(study.samples(f"encoder_{name}", run, *METHODS["DiGIT + AR"], seed))
+    lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
+    ol = probe_encoder(
+        load_encoder(encoder).to(study.device), study.train, study.test, study.recipe.preprocess,
+        out=study.out / "probes" / f"encoder_{name}_itself",
+    )  # fmt: skip
+    return scores | {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "encoder": run.encoder.describe()}
+
+
+# -------------------------------------------------------------------- Figures 4b, 5, 6
+
+
+def fig4b(study: Study) -> Experiment:
+    """Distance of completed test images by the length of the kept prefix."""
+    seed, count = study.scale.seeds[0], study.scale.num_completed
+    steps = [parts_step(study)]
+    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer", "vq_ar")]
+
+    def make() -> dict[str, Any]:
+        run, out = study.seeded(seed), study.out / "completion"
+        pipes = {"discriminative": study.sampler(run, "prior", "renderer"), "VQ-only": study.sampler(run, None, "vq_ar")}
+        return run_completion(
+            pipes, study.some_test_images(count), study.reference.pooled,
+            lambda images: study.network.judge(images).pooled, study.scale.prefixes, out, seed=seed,
+        )  # fmt: skip
+
+    seconds = 2 * len(study.scale.prefixes) * study.costs.drawn(count)
+    steps.append(Step(name="completion", seconds=seconds, make=make))
+    return Experiment(
+        title="Figure 4b: completion by prefix length",
+        steps=steps,
+        summarise=lambda results, out: Outcome(
+            table=completion_table(study, results["completion"]),
+            figures=results["completion"],
+            pictures=sorted((study.out / "completion").glob("*.png")),
+        ),
+    )
+
+
+def fig5(study: Study) -> Experiment:
+    """Distance and inception score by top-k and top-p of both stages."""
+    seed, count = study.scale.seeds[0], study.scale.num_swept
+    steps = [parts_step(study)]
+    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer")]
+
+    def make() -> dict[str, Any]:
+        pipe = study.sampler(study.seeded(seed), "prior", "renderer")
+        return run_sweep(pipe, study.reference.pooled, study.network, study.scale.sweep, study.out / "sweep", num=count, seed=seed)
+
+    settings = study.scale.sweep.num_settings
+    steps.append(Step(name="sweep", seconds=settings * study.costs.drawn(count), make=make))
+    return Experiment(
+        title="Figure 5: top-k and top-p of both stages",
+        steps=steps,
+        summarise=lambda results, out: Outcome(
+            table=sweep_table(results["sweep"]),
+            figures=results["sweep"],
+            pictures=sorted((study.out / "sweep").glob("*.png")),
+        ),
+    )
+
+
+def fig6(study: Study) -> Experiment:
+    """The toy example, and both propositions as numbers; needs no images."""
+    out = study.out / "theory"
+    return Experiment(
+        title="Figure 6 and Propositions 2.1, 2.2",
+        steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name))],
+        summarise=lambda results, _: Outcome(
+            table=statements_table(results["theory"]["statements"]),
+            figures=results["theory"],
+            pictures=sorted(out.glob("*.png")),
+        ),
+    )
+
+
+def statements_table(statements: list[dict[str, str]]) -> str:
+    """What the paper states, whether it came out here, and by which figures."""
+    lines = ["| the paper's statement | outcome | figures |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {s['statement']} | **{s['outcome']}** | {s['figures']} |" for s in statements])

@@ -1,0 +1,226 @@
+"""The workshop of every experiment: one data set, one scale, one folder; runs, test tokens and judged images by name.
+
+OUT/study.json    scale, data, judge: another request in the same folder is refused
+OUT/runs/NAME/    a `digit fit` run each; codebook, VQGAN and tokens of `base` serve all runs that don't change them
+OUT/judged/       features of every image set that was judged
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.data.crops import gather_crops
+from digit.data.images import ImageSource, open_source
+from digit.data.tokens import TokenStore, write_tokens
+from digit.errors import DigitError, MismatchError
+from digit.evaluation.judge import Judged, collect_judged, fd
+from digit.evaluation.scores import inception_score
+from digit.files import load_tensors, plain, read_json, save_tensors, write_json
+from digit.fit import Run, differences
+from digit.measures.networks import load_judge_network
+from digit.pipeline import DigitPipeline, choose_device
+from digit.recipes import Recipe
+from digit.reproduce.costs import Costs
+from digit.reproduce.scales import Scale
+
+HELD_OUT = 5  # every fifth image is the test set where the data has none
+PARTS = ("codebook", "vqgan", "tokens")
+DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
+
+
+def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageSource, ImageSource]:
+    """(train, test): the data's own test (or validation) split, fresh scenes of shapes, or else every fifth image."""
+    if data.split(":")[0] == "shapes":
+        train = open_source(data).limit(num_train)
+        return train, type(open_source(data))(num=num_test, size=train.read(0)[0].width, start=1_000_000)
+    for split in ("test", "validation"):
+        try:
+            test = open_source(data, split=split)
+        except DigitError:
+            continue
+        train = open_source(data, split="train").limit(num_train)
+        return train, test.with_classes(train.classes).limit(num_test)
+    whole = open_source(data)
+    held_out = np.arange(len(whole)) % HELD_OUT == 0
+    return whole.subset(np.flatnonzero(~held_out)).limit(num_train), whole.subset(np.flatnonzero(held_out)).limit(
+        num_test
+    )
+
+
+class Study:
+    """What experiments share. Everything is made on first use and found again afterwards.
+
+    Args:
+        data: what `open_source` takes; labelled for probes.
+        scale: sizes and counts.
+        out: folder of all experiments of this data and scale.
+        reuse: folders of a finished run's codebook, vqgan and tokens.
+        inception: weights of FID's network; None judges by EfficientNet-Lite2, never under the name FID.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        scale: Scale,
+        out: str | Path,
+        *,
+        reuse: dict[str, str | Path] | None = None,
+        inception: str | None = None,
+        device: str | None = None,
+    ):
+        self.data, self.scale, self.out, self.device = data, scale, Path(out), choose_device(device)
+        self.train, self.test = open_splits(data, scale.num_train, scale.num_test)
+        self.reuse, self.inception = dict(reuse or {}), inception
+        crops = max(1, -(-scale.min_rows // len(self.train)))
+        self.recipe = replace(scale.recipe, crops_per_image=crops)
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        wanted = plain(
+            {
+                "scale": asdict(self.scale),
+                "train": self.train.fingerprint,
+                "test": self.test.fingerprint,
+                "inception": self.inception,
+                "reuse": {part: str(folder) for part, folder in self.reuse.items()},
+            }
+        )
+        path = self.out / "study.json"
+        if path.exists():
+            for name, here, asked in differences(read_json(path), wanted):
+                raise MismatchError(
+                    f"{self.out} was made with {name} = {here}, now asked for {asked}: choose another --out"
+                )
+        else:
+            write_json(path, wanted)
+
+    def describe(self) -> dict[str, Any]:
+        """For results.json: the scale with every setting, the data, the judge."""
+        return {
+            "scale": self.scale.name,
+            "config": asdict(self.scale) | {"recipe": asdict(self.recipe)},
+            "data": {"train": self.train.name, "train_images": len(self.train), "test": self.test.name}
+            | {"test_images": len(self.test), "train_fingerprint": self.train.fingerprint},
+            "judge": self.network.describe(),
+            "seeds": list(self.scale.seeds),
+        }
+
+    # ---------------------------------------------------------------- runs
+
+    @cached_property
+    def base(self) -> Run:
+        """The run whose codebook, VQGAN and tokens serve the others; made as far as its tokens."""
+        run = Run(self.recipe, self.train, self.out / "runs" / "base", reuse=self.reuse, device=str(self.device))
+        _ = run.tokens
+        return run
+
+    def run(self, name: str = "base", *, shared: Sequence[str] = PARTS, **changes: Any) -> Run:
+        """A run by name with changed settings of the recipe; `shared` parts are the base run's."""
+        if name == "base" and not changes:
+            return self.base
+        folder = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
+        recipe: Recipe = replace(self.recipe, **changes)
+        return Run(recipe, self.train, self.out / "runs" / name, reuse=folder, device=str(self.device))
+
+    def seeded(self, seed: int, *, conditional: bool = False) -> Run:
+        """The recipe under another seed, with or without classes, on the base run's tokens."""
+        if seed == self.recipe.seed and conditional == self.recipe.class_conditional:
+            return self.base
+        name = f"{'class' if conditional else 'plain'}_{seed}"
+        return self.run(name, seed=seed, class_conditional=conditional)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Estimates for this machine."""
+        return Costs(self.recipe, self.device)
+
+    # ---------------------------------------------------------------- images
+
+    @cached_property
+    def test_images(self) -> Tensor:
+        """Centre crops of the test images, (N, 3, S, S) uint8."""
+        return self._test[0]
+
+    @cached_property
+    def test_labels(self) -> Tensor:
+        """(N,) int64, -1 = none."""
+        return self._test[1]
+
+    @cached_property
+    def _test(self) -> tuple[Tensor, Tensor]:
+        return gather_crops(self.test, self.recipe.preprocess)
+
+    def some_test_images(self, num: int) -> Tensor:
+        """`num` test images, evenly spread."""
+        total = len(self.test_images)
+        return self.test_images[torch.arange(min(num, total)) * total // min(num, total)]
+
+    def test_tokens(self, run: Run) -> TokenStore:
+        """Both kinds of tokens of the test images' centre crops, by the tokenizers of a run."""
+        centre = replace(self.recipe.preprocess, random_crop=False, flip=False)
+        return write_tokens(run.out / "test_tokens", self.test, centre, run.tokenizer, run.vq)
+
+    # ---------------------------------------------------------------- judging
+
+    @cached_property
+    def network(self) -> Any:
+        """The judge: FID's Inception network where its weights are given, else EfficientNet-Lite2."""
+        return load_judge_network(self.inception, device=self.device)
+
+    def judged(self, name: str, images: Callable[[], Tensor]) -> Judged:
+        """Features of an image set, kept under its name."""
+        path = self.out / "judged" / f"{name}.safetensors"
+        if not path.exists():
+            made = images()
+            found = collect_judged(made.split(JUDGED_TOGETHER), self.network, total=len(made), description=f"judge {name}")
+            save_tensors(path, {field: getattr(found, field) for field in ("pooled", "spatial", "logits")})
+        return Judged(**load_tensors(path))
+
+    @cached_property
+    def reference(self) -> Judged:
+        """The test images, judged."""
+        return self.judged("test", lambda: self.test_images)
+
+    def scores(self, found: Judged) -> dict[str, float]:
+        """Fréchet distance to the test images and inception score, each under the network's own name."""
+        mean, spread_ = inception_score(found.logits)
+        return {
+            self.network.metric("fd"): fd(found.pooled, self.reference.pooled),
+            self.network.metric("is"): mean,
+            self.network.metric("is") + "_std": spread_,
+            "images": len(found.pooled),
+        }
+
+    def sampler(self, run: Run, prior: str | None, renderer: str) -> DigitPipeline:
+        """A pipeline of a run's models that draws in bf16."""
+        pipe = run.pipeline(prior, renderer)
+        pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=DRAWN_TOGETHER)
+        return pipe
+
+    def samples(self, name: str, run: Run, prior: str | None, renderer: str, seed: int) -> Judged:
+        """`num_samples` drawn images, judged; a grid of the first hundred is kept as NAME.png."""
+
+        def draw() -> Tensor:
+            images = self.sampler(run, prior, renderer).generate(self.scale.num_samples, None, seed=1_000_000 * seed)
+            self.show(name, images[:100])
+            return images
+
+        return self.judged(f"{name}_{seed}", draw)
+
+    def show(self, name: str, images: Tensor) -> None:
+        """OUT/pictures/NAME.png: a grid, ten a row."""
+        from digit import pictures
+
+        picture = pictures.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
+        pictures.save_png(self.out / "pictures" / f"{name}.png", picture)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A token array of a store as int64."""
+    return torch.from_numpy(np.asarray(array).astype(np.int64))

@@ -1,0 +1,279 @@
+"""Tables 1 to 4 of the paper: stability, linear probe, unconditional and class-conditional generation."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from digit import pictures
+from digit.evaluation.intervals import Interval, seeds_interval
+from digit.evaluation.stability import StabilityConfig
+from digit.fit import Run, training_flops
+from digit.measures import probe as probing
+from digit.measures import stability
+from digit.reproduce import paper
+from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.study import Study, as_tensor
+from digit.training.log import last_figures
+
+METHODS = {  # name -> (prior, renderer)
+    "DiGIT + AR": ("prior", "renderer"),
+    "DiGIT + MaskGIT": ("prior", "renderer_masked"),
+    "VQ-only AR": (None, "vq_ar"),
+    "VQ-only MaskGIT": (None, "vq_masked"),
+}
+
+
+# -------------------------------------------------------------------- steps
+
+
+def parts_step(study: Study) -> Step:
+    """Codebook, VQGAN and tokens of the base run."""
+    rows = len(study.train) * study.recipe.crops_per_image
+
+    def make() -> dict[str, Any]:
+        run = study.base
+        return {"codebook": run.codebook.summary(), "rows": len(run.tokens), "vq_codes": run.vq.vocab_size}
+
+    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make)
+
+
+def training_step(study: Study, model: str, seed: int, conditional: bool) -> Step:
+    """One trained model: steps, FLOPs, seconds, likelihood."""
+    name = f"{'class' if conditional else 'plain'}_{model}_{seed}"
+    return Step(
+        name=name,
+        seconds=study.costs.model(model),
+        make=lambda: trained(study.seeded(seed, conditional=conditional), model),
+    )
+
+
+def trained(run: Run, model: str) -> dict[str, Any]:
+    """Train a model of a run, or find it; what it cost."""
+    run.model(model)
+    cfg, last = run.training_config(model), last_figures(run.out / model)
+    images = cfg.num_steps * cfg.batch_size
+    flops = training_flops(run.sequence_config(model)) * images
+    return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
+
+
+def samples_step(study: Study, method: str, seed: int, conditional: bool) -> Step:
+    """Samples of one method and seed, judged."""
+    prior, renderer = METHODS[method]
+    label = f"{'class' if conditional else 'plain'}_{renderer}"
+
+    def make() -> dict[str, Any]:
+        run = study.seeded(seed, conditional=conditional)
+        return study.scores(study.samples(label, run, prior, renderer, seed))
+
+    return Step(name=f"{label}_{seed}_samples", seconds=study.costs.drawn(study.scale.num_samples), make=make)
+
+
+def probe_step(study: Study, model: str, seed: int) -> Step:
+    """Linear probe of every layer of an unconditional model: prior or vq_ar."""
+    rows = len(study.train) * study.recipe.crops_per_image + len(study.test)
+
+    def make() -> dict[str, Any]:
+        run = study.seeded(seed)
+        return probed(study, run, model, study.out / "probes" / f"{model}_{seed}")
+
+    return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make)
+
+
+def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
+    """Probe one model of a run on the training tokens and the test images' tokens."""
+    kind = "disc" if model == "prior" else "vq"
+    train, test = run.tokens, study.test_tokens(run)
+    return probing.probe_tokens(
+        run.model(model),
+        (as_tensor(getattr(train, kind)), as_tensor(train.labels)),
+        (as_tensor(getattr(test, kind)), as_tensor(test.labels)),
+        out=out,
+    )
+
+
+# -------------------------------------------------------------------- Table 1
+
+
+def table1(study: Study) -> Experiment:
+    """Stability of both tokenizers under pixel noise."""
+    return Experiment(
+        title="Table 1: stability of the latent spaces under noise",
+        steps=[parts_step(study), stability_step(study)],
+        summarise=lambda results, out: Outcome(
+            table=stability.to_table(results["stability"]),
+            figures=results["stability"],
+            pictures=[study.out / "stability" / "stability.png"],
+        ),
+    )
+
+
+def stability_step(study: Study) -> Step:
+    """Token change and cosine at every SNR."""
+    count = study.scale.num_stability
+
+    def make() -> dict[str, Any]:
+        run = study.base
+        tokenizers = {"discriminative": run.tokenizer, "vq": run.vq}
+        cfg = StabilityConfig(seed=study.recipe.seed)
+        return stability.run_stability(
+            tokenizers, study.test, study.recipe.preprocess, cfg, num=count, out=study.out / "stability"
+        )
+
+    noisy = count * (1 + len(StabilityConfig().snrs))
+    return Step(name="stability", seconds=study.costs.images("tokens", noisy), make=make)
+
+
+# -------------------------------------------------------------------- Table 2
+
+
+def table2(study: Study) -> Experiment:
+    """Linear probe of the unconditional models, best layer."""
+    models = {"DiGIT": "prior", "VQ-only AR": "vq_ar"}
+    seeds = study.scale.seeds
+    steps = [parts_step(study)]
+    for seed in seeds:
+        for model in models.values():
+            steps += [training_step(study, model, seed, False), probe_step(study, model, seed)]
+
+    def summarise(results: dict[str, Any], out: Path) -> Outcome:
+        top1 = {
+            method: [best_top1(results[f"plain_{model}_{seed}_probe"]) for seed in seeds]
+            for method, model in models.items()
+        }
+        lines = ["| method | top-1, best layer, % | seeds | paper (ImageNet) |", "|---|---|---|---|"]
+        for method, values in top1.items():
+            reported = paper.TABLE2.get(method, "")
+            lines.append(f"| {method} | {over_seeds(values)} | {listed(values)} | {reported} |")
+        picture = out / "table2.png"
+        pictures.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
+        return Outcome(table="\n".join(lines), figures={"top1": top1, "paper": paper.TABLE2}, pictures=[picture])
+
+    return Experiment(title="Table 2: linear probe of the autoregressive models", steps=steps, summarise=summarise)
+
+
+def best_top1(result: dict[str, Any]) -> float:
+    """Test accuracy in % of the layer that is best on held-out training rows."""
+    return 100 * result["best"]["top1"]["value"]
+
+
+# -------------------------------------------------------------------- Tables 3 and 4
+
+
+def table3(study: Study) -> Experiment:
+    """Class-unconditional generation."""
+    return generation(study, "Table 3: class-unconditional generation", False, paper.TABLE3)
+
+
+def table4(study: Study) -> Experiment:
+    """Class-conditional generation."""
+    return generation(study, "Table 4: class-conditional generation", True, paper.TABLE4)
+
+
+def generation(study: Study, title: str, conditional: bool, reported: dict[str, tuple[float, float]]) -> Experiment:
+    """Four methods at equal training FLOPs, every seed, and the two rows of validation data."""
+    seeds, kind = study.scale.seeds, "class" if conditional else "plain"
+    steps = [parts_step(study)]
+    for seed in seeds:
+        for model in ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"):
+            steps.append(training_step(study, model, seed, conditional))
+        steps += [samples_step(study, method, seed, conditional) for method in METHODS]
+    steps += [golden_step(study, conditional), floor_step(study)]
+
+    def summarise(results: dict[str, Any], out: Path) -> Outcome:
+        rows = {
+            method: [results[f"{kind}_{renderer}_{seed}_samples"] for seed in seeds]
+            for method, (_, renderer) in METHODS.items()
+        }
+        rows["validation data: DiGIT + VQ"] = [results[f"{kind}_golden"]]
+        rows["validation data: VQ only"] = [results["floor"]]
+        costs = {
+            method: sum(results[f"{kind}_{m}_{seeds[0]}"]["training_pflops"] for m in models if m)
+            for method, models in METHODS.items()
+        }
+        return generation_outcome(study, rows, reported, out, costs)
+
+    return Experiment(title=title, steps=steps, summarise=summarise)
+
+
+def generation_outcome(
+    study: Study,
+    rows: dict[str, Sequence[dict[str, float]]],
+    reported: dict[str, tuple[float, float]],
+    out: Path,
+    costs: dict[str, float] | None = None,
+) -> Outcome:
+    """Table, bars and figures of distances and inception scores by method; the paper's beside ours."""
+    distance, score = study.network.metric("fd"), study.network.metric("is")
+    lines = [
+        f"| method | {distance} | {score} | training PFLOPs | paper FID | paper IS |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, found in rows.items():
+        fid, inception = reported.get(method, ("", ""))
+        cost = f"{costs[method]:.3g}" if costs and method in costs else ""
+        values = [over_seeds([row[name] for row in found]) for name in (distance, score)]
+        lines.append(f"| {method} | {values[0]} | {values[1]} | {cost} | {fid} | {inception} |")
+    picture = out / "distances.png"
+    pictures.bars_png(
+        picture, {m: whiskers([row[distance] for row in found]) for m, found in rows.items()}, xlabel=distance
+    )
+    lines += ["", f"{protocol(study)} ± is one standard deviation over {len(study.scale.seeds)} seeds."]
+    return Outcome(table="\n".join(lines), figures={"rows": rows, "paper": reported}, pictures=[picture])
+
+
+def protocol(study: Study) -> str:
+    """What the distances are, in two sentences."""
+    compared = f"{study.scale.num_samples} samples against {len(study.reference.pooled)} test images"
+    if study.inception:
+        return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}."
+    return (
+        f"Distances on EfficientNet-Lite2 features, {compared}; they are not FID, and the paper's figures beside "
+        "them are of ImageNet at 256 px."
+    )
+
+
+def golden_step(study: Study, conditional: bool) -> Step:
+    """The AR renderer on the test images' own discriminative tokens: a perfect prior."""
+    kind, count = "class" if conditional else "plain", min(study.scale.num_samples, len(study.test))
+
+    def make() -> dict[str, Any]:
+        run = study.seeded(study.scale.seeds[0], conditional=conditional)
+        pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(count)
+        return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(pipe.tokenizer.encode(images))))
+
+    return Step(name=f"{kind}_golden", seconds=study.costs.drawn(count), make=make)
+
+
+def floor_step(study: Study) -> Step:
+    """The test images through the VQGAN: no renderer can beat it."""
+    count = min(study.scale.num_samples, len(study.test))
+
+    def make() -> dict[str, Any]:
+        vq, images = study.base.vq, study.some_test_images(count)
+        return study.scores(study.judged("floor", lambda: vq.decode(vq.encode(images))))
+
+    return Step(name="floor", seconds=study.costs.drawn(count), make=make)
+
+
+# -------------------------------------------------------------------- words for figures
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; the value alone where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    mean = sum(values) / len(values)
+    return f"{mean:.4g} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.2g}"
+
+
+def listed(values: Sequence[float]) -> str:
+    """The values, separated by commas."""
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of the 95% interval over seeds; no whiskers for one seed."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    interval: Interval = seeds_interval(values)
+    return interval.value, interval.low, interval.high

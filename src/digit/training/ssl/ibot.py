@@ -1,0 +1,90 @@
+"""iBOT: DINO on the class token and on masked patches (Zhou et al. 2022). Figure 4a's P+D: patch level, discriminative.
+
+The student sees images with some patches masked; for each of those it is to say what its teacher, which sees the whole
+image, says of that patch. The class token learns across views as in DINO, by the same head.
+
+    L = L_cls + L_mim,  L_mim = mean over images of  (sum_i m_i H(P_t(u_i), P_s(u^_i))) / sum_i m_i      (Eqs. 2 and 3)
+
+Shapes: B images, N patches, D embed_dim, K num_prototypes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from digit.models.vit import ViT
+from digit.training.log import Figures
+from digit.training.ssl.dino import DINO, DINOConfig, used
+from digit.training.ssl.method import embed, encode, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBOTConfig(DINOConfig):
+    """DINO's settings and the masks (paper: 8192 prototypes, half of the images unmasked)."""
+
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Fraction of the patches that is masked, from and to, drawn for each masked view."""
+    masked_views: float = 0.5
+    """Fraction of the large views that is masked at all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.mask_ratio
+        require(self, "mask_ratio", 0 < low <= high < 1, "two fractions between 0 and 1, the smaller first")
+        require(self, "masked_views", 0 < self.masked_views <= 1, "above 0 and at most 1")
+
+
+class IBOT(DINO):
+    """The result is the teacher, as in the authors' release."""
+
+    def __init__(self, vit: ViT, cfg: IBOTConfig):
+        super().__init__(vit, cfg)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.dim))
+        self.register_buffer("patch_centre", torch.zeros(cfg.num_prototypes))
+
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+        large, small = torch.cat(views[:2]), views[2:]  # (2 B, 3, S, S)
+        masked = draw_masked(len(large), self.vit.config.table_side, self.cfg, generator).to(large.device)  # (2 B, N)
+        class_targets, patch_targets = self.targets(large, masked)
+        first, patches = encode(self.vit, embed(self.vit, large, masked, self.mask_token))
+        firsts = [*first.chunk(2), *self.small_views(small)]
+        class_loss = self.distil(class_targets.chunk(2), [self.head(x) for x in firsts])
+        patch_loss = self.patch_loss(patch_targets, self.head(patches[masked]), masked)
+        figures = {"class_loss": class_loss, "patch_loss": patch_loss}
+        figures |= {"prototypes": used(class_targets), "patch_prototypes": used(patch_targets)}
+        return class_loss + patch_loss, figures
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, masked: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
+        """P_t of the class tokens (B, K), and of the M masked patches (M, K); moves both centres.
+
+        The patches' centre is that of the masked ones, which are a fair draw: the others need no pass of the head.
+        """
+        first, patches = encode(self.teacher, embed(self.teacher, images))
+        class_targets = self.sharpen(self.teacher_head(first), self.centre)
+        return class_targets, self.sharpen(self.teacher_head(patches[masked]), self.patch_centre)
+
+    def patch_loss(self, targets: Tensor, outputs: Tensor, masked: Bool[Tensor, "B N"]) -> Tensor:
+        """L_mim: every masked image counts the same, however many patches it lacks."""
+        counts = masked.sum(1)  # (B,)
+        weights = (1 / counts)[:, None].expand_as(masked)[masked]  # (M,)
+        return (weights * self.cross_entropy(targets, outputs)).sum() / (counts > 0).sum()
+
+
+def draw_masked(num: int, side: int, cfg: IBOTConfig, generator: torch.Generator) -> Bool[Tensor, "B N"]:
+    """Masks in blobs for the fraction `masked_views` of the views, round(ratio * N) patches each.
+
+    The paper cuts blocks (BEiT's) until enough is hidden; here the lowest places of smoothed noise are, so that the
+    number is exact.
+    """
+    low, high = cfg.mask_ratio
+    chosen = torch.rand(num, generator=generator).argsort() < max(1, round(num * cfg.masked_views))
+    ratio = low + (high - low) * torch.rand(num, generator=generator)
+    noise = torch.rand(num, 1, side, side, generator=generator)
+    smooth = F.avg_pool2d(noise, 3, stride=1, padding=1, count_include_pad=False).flatten(1)  # (B, N)
+    rank = smooth.argsort(dim=1).argsort(dim=1)
+    count = (ratio * side * side).round().clamp(1, side * side - 1)
+    return (rank < count[:, None]) & chosen[:, None]

@@ -1,0 +1,90 @@
+"""MoCo v3: contrastive learning with a momentum encoder (Chen et al. 2021). Figure 4a's G+D: global, discriminative.
+
+Two views of an image are each other's positives, the other images of the batch are the negatives.
+
+    L = ctr(q_1, k_2) + ctr(q_2, k_1),  ctr(q, k) = -2 tau log( exp(q.k+ / tau) / sum_j exp(q.k_j / tau) )   (Eq. 1)
+
+q of the encoder, its projection and its prediction head; k of momentum twins of the first two; both of length 1.
+
+Shapes: B images, D embed_dim, d output_dim.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from digit.models.vit import ViT
+from digit.training.log import Figures
+from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, require, twin
+from digit.training.ssl.views import ViewConfig, random_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig:
+    """Heads, temperature and momentum (paper: heads 4096 wide, 256 out, momentum 0.99, tau 0.2, batch 4096)."""
+
+    temperature: float = 0.2
+    """tau: lower lays more weight on the nearest negatives."""
+    momentum: float = 0.99
+    """Momentum of the twin at the first step; 1 at the last."""
+    hidden_dim: int = 512
+    """Width of the heads' inner layers."""
+    output_dim: int = 128
+    """Channels in which views are compared."""
+    freeze_patch_embed: bool = True
+    """Leave the patch projection at its random start, which the paper found to make training stable (section 4.2)."""
+    views: ViewConfig = field(default_factory=ViewConfig)
+    """Both views."""
+
+    def __post_init__(self) -> None:
+        require(self, "temperature", self.temperature > 0, "above 0")
+        require(self, "momentum", 0 <= self.momentum < 1, "0 or below 1, such as 0.99")
+
+
+class MoCo(Method):
+    """The result is the encoder that is trained, as in the authors' release, not its twin."""
+
+    def __init__(self, vit: ViT, cfg: MoCoConfig):
+        super().__init__(vit)
+        self.cfg = cfg
+        self.projector = multilayer([vit.dim, cfg.hidden_dim, cfg.hidden_dim, cfg.output_dim], norm=True)
+        self.predictor = multilayer([cfg.output_dim, cfg.hidden_dim, cfg.output_dim], norm=True)
+        initialise(self, vit)
+        vit.patch_embed.requires_grad_(not cfg.freeze_patch_embed)
+        self.twin_vit, self.twin_projector = twin(vit), twin(self.projector)
+
+    def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
+        return [random_views(images, self.size, self.cfg.views, generator) for _ in range(2)]
+
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+        q = [self.predictor(self.projector(first)) for first in self.class_tokens(self.vit, views)]  # 2 x (B, d)
+        with torch.no_grad():
+            k = [self.twin_projector(first) for first in self.class_tokens(self.twin_vit, views)]
+        losses, right = zip(
+            contrast(q[0].float(), k[1].float(), self.cfg.temperature),
+            contrast(q[1].float(), k[0].float(), self.cfg.temperature),
+            strict=True,
+        )
+        return losses[0] + losses[1], {"accuracy": (right[0] + right[1]) / 2}
+
+    @staticmethod
+    def class_tokens(vit: ViT, views: list[Tensor]) -> tuple[Tensor, ...]:
+        return encode(vit, embed(vit, torch.cat(views)))[0].chunk(len(views))
+
+    def end_step(self, progress: float) -> None:
+        momentum = momentum_at(progress, self.cfg.momentum)
+        follow(self.twin_vit, self.vit, momentum)
+        follow(self.twin_projector, self.projector, momentum)
+
+
+def contrast(
+    q: Float[Tensor, "B d"], k: Float[Tensor, "B d"], temperature: float
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """InfoNCE of queries against keys, row i of `k` the positive of row i of `q`; and how often it is the nearest."""
+    logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature  # (B, B)
+    positives = torch.arange(len(q), device=q.device)
+    loss = 2 * temperature * F.cross_entropy(logits, positives)
+    return loss, (logits.argmax(1) == positives).float().mean()

@@ -1,0 +1,148 @@
+"""Training of a ViT by one of the methods; everything an update does is a function of the step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor, nn
+
+from digit.models.vit import ViT
+from digit.training.likelihood import autocast
+from digit.training.log import Figures
+from digit.training.loop import LoopConfig, TrainState, step_seed, train
+from digit.training.optim import clip_gradients, cosine, set_lr
+from digit.training.ssl.dino import DINO, DINOConfig
+from digit.training.ssl.ibot import IBOT, IBOTConfig
+from digit.training.ssl.mae import MAE, MAEConfig
+from digit.training.ssl.method import Method
+from digit.training.ssl.moco import MoCo, MoCoConfig
+
+MethodName = Literal["mae", "moco", "dino", "ibot"]
+MethodConfig = MAEConfig | MoCoConfig | DINOConfig | IBOTConfig
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean and std of R, G, B in 0..1
+METHODS: dict[str, tuple[type[Method], str]] = {
+    "mae": (MAE, "MAE"),
+    "moco": (MoCo, "MoCo v3"),
+    "dino": (DINO, "DINO"),
+    "ibot": (IBOT, "iBOT"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSLConfig(LoopConfig):
+    """How an encoder is trained, whatever the method. The defaults suit two CPU cores."""
+
+    num_steps: int = 3000
+    """Updates in all; the learning rate falls to zero at the last."""
+    batch_size: int = 128
+    """Images per update."""
+    learning_rate: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up before the cosine."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of the matrices; biases, norms and tokens have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    max_norm: float = 1.0
+    """Gradients are scaled down to this joint L2 norm; 0 = no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass: fp32, bf16, or auto: bf16 where the hardware multiplies it. Weights stay fp32."""
+    save_every: int = 250
+    """Updates between two checkpoints; the last update always saves."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.learning_rate > 0, "learning_rate", "above 0")
+        self.require(self.batch_size > 1, "batch_size", "at least 2: images are told from each other")
+        self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
+
+    @property
+    def may_grow(self) -> bool:
+        return False  # the cosine ends at num_steps
+
+
+class SSLUpdate:
+    """One step: `update(step)` fetches batch `step`, makes its views, and moves the method's networks."""
+
+    def __init__(
+        self,
+        method: Method,
+        batches: Callable[[int], UInt8[Tensor, "B 3 H H"]],
+        cfg: SSLConfig,
+        normalisation: Normalisation,
+    ):
+        self.method, self.batches, self.cfg = method, batches, cfg
+        self.device = next(method.parameters()).device
+        self.mean, self.std = (torch.tensor(x, device=self.device).view(1, 3, 1, 1) for x in normalisation)
+        self.parameters = [p for p in method.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, cfg)
+
+    def state(self) -> TrainState:
+        """The state at step 0, of the objects that a checkpoint must hold."""
+        return TrainState(0, {"method": self.method, "optimizer": self.optimizer})
+
+    def __call__(self, step: int) -> Figures:
+        cfg, progress = self.cfg, step / self.cfg.num_steps
+        lr = set_lr(self.optimizer, cosine(step, cfg.learning_rate, cfg.num_steps, cfg.warmup_steps))
+        generator = torch.Generator().manual_seed(step_seed(cfg.seed, step))
+        started = time.perf_counter()
+        images = self.batches(step)
+        data_seconds = time.perf_counter() - started
+        views = self.method.views(images.to(self.device, non_blocking=True), generator)
+        views = [(view - self.mean) / self.std for view in views]
+        with autocast(cfg.precision, self.device):
+            loss, figures = self.method.loss(views, generator, progress)
+        loss.backward()
+        norm = clip_gradients(self.parameters, cfg.max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.end_step(progress)
+        return {"loss": loss, **figures, "grad_norm": norm, "lr": lr, "data_seconds": data_seconds}
+
+
+def build_optimizer(parameters: list[nn.Parameter], cfg: SSLConfig) -> torch.optim.AdamW:
+    """AdamW whose decay falls on the matrices alone."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in parameters if p.ndim not in (2, 4)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=cfg.betas, fused=True)
+
+
+def build_method(name: MethodName, vit: ViT, cfg: MethodConfig, seed: int) -> Method:
+    """A method around `vit`, on its device, both with start weights that depend on the seed alone."""
+    device = vit.cls_token.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return METHODS[name][0](vit.cpu(), cfg).to(device)
+
+
+def train_ssl(
+    name: MethodName,
+    vit: ViT,
+    method_cfg: MethodConfig,
+    batches: Callable[[int], UInt8[Tensor, "B 3 H H"]],
+    cfg: SSLConfig,
+    out: str | Path,
+    *,
+    normalisation: Normalisation,
+    about: dict[str, Any] | None = None,
+) -> ViT:
+    """Train `vit` from its start weights; run again with the same `out` to go on where it stopped.
+
+    `batches(step)` gives uint8 (B, 3, H, H), a function of the step alone, H at least the side of the views, which is
+    that of the ViT's position table in pixels; views are normalised by (mean, std). Put the ViT on its device first.
+    Returns the encoder that the method is for (DINO and iBOT: the teacher), in eval mode.
+
+    Raises what `digit.training.loop.train` raises.
+    """
+    method = build_method(name, vit, method_cfg, cfg.seed).train()
+    about = (about or {}) | {"method": name, "settings": asdict(method_cfg), "vit": asdict(vit.config)}
+    update = SSLUpdate(method, batches, cfg, normalisation)
+    train(update, update.state(), cfg, out, about=about, description=name)
+    return method.result.eval()
