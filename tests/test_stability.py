@@ -163,6 +163,8 @@ def test_the_encoder_runs_once_an_image_where_it_can():
     tokenizer = patches()
     measure_stability({"patches": tokenizer}, [images], StabilityConfig(snrs=(10.0, 5.0)))
     assert tokenizer.encoder.calls == 3, "clean and two noisy"
+    tokens, features = tokenizer.encode_features(images)
+    assert torch.equal(tokens, tokenizer.encode(images)) and torch.equal(features, tokenizer.features(images))
 
 
 def test_cosine_of_equal_vectors_is_one_even_where_they_vanish():

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     import torch
 
 
+def cache_folder() -> Path:
+    """What can be made again is kept here: DIGIT_CACHE, or digit in the user's cache folder."""
+    if chosen := os.environ.get("DIGIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
+
+
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one line that names the file; what was there before stays."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from digit.errors import DigitError, MismatchError
-from digit.files import sha256_file
+from digit.files import cache_folder, sha256_file
 from digit.pipeline import MANIFEST
 from digit.released import ReleasedFiles, convert_release
 
@@ -75,13 +75,6 @@ VARIANTS: dict[str, dict[str, HubFile]] = {
 def offline() -> bool:
     """Whether the environment forbids every network call (DIGIT_OFFLINE, HF_HUB_OFFLINE)."""
     return any(os.environ.get(name, "").strip().lower() in TRUE_WORDS for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE"))
-
-
-def cache_folder() -> Path:
-    """Where converted pipelines are kept: DIGIT_CACHE, or digit in the user's cache folder."""
-    if chosen := os.environ.get("DIGIT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
 def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Path:

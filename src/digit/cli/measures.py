@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     """Reproduce a table or figure of the paper, or test its three claims, on your images at a scale you can afford.
 
-    TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a (encoders),
-    fig4b (completion), fig5 (sampling), fig6 (theory) or claims. A plan with estimated times comes first; work that is
-    done is read, not made again, and targets of one folder share codebook, VQGAN, tokens and models.
+    TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a
+    (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims. A plan with estimated times comes first;
+    work that is done is read, not made again, and targets of one folder share codebook, VQGAN, tokens and models.
     """
-    parser.add_argument("target", help="table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6 or claims")
+    parser.add_argument(
+        "target", help="table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6 or claims"
+    )
     parser.add_argument("--scale", default="tiny", help="tiny (minutes), small (an hour or two on two cores) or paper")
-    parser.add_argument("--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is kept out")
+    parser.add_argument(
+        "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is kept out"
+    )
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(

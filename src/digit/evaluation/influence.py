@@ -14,6 +14,7 @@ import numpy as np
 from digit.evaluation.frechet import FeatureStats, frechet_distance
 from digit.evaluation.intervals import Interval
 
+ROWS = 4096  # images of one matrix product
 RANK_TOLERANCE = 1e-10  # eigenvalues below this share of the largest are rounding
 
 
@@ -48,7 +49,8 @@ def frechet_error(features: Any, mean: Any, cov: Any) -> float:
     scale, vectors = np.sqrt(values[kept]), vectors[:, kept]
     root = vectors * scale  # (D, R), S = root root'
     inner_values, inner = np.linalg.eigh(root.T @ cov @ root)
-    white = x @ (vectors / scale) @ inner  # (N, R), unit variance
-    transported = np.square(white) @ np.sqrt(np.maximum(inner_values, 0.0))  # x T x
-    influence = 2 * x @ shift + (np.square(x).sum(1) - transported) * unbiased  # (N,)
+    whiten, weights = (vectors / scale) @ inner, np.sqrt(np.maximum(inner_values, 0.0))  # (D, R), (R,)
+    blocks = np.array_split(x, -(-len(x) // ROWS))
+    transported = np.concatenate([np.square(block @ whiten) @ weights for block in blocks])  # x T x
+    influence = 2 * x @ shift + (np.einsum("nd,nd->n", x, x) - transported) * unbiased  # (N,)
     return float(np.sqrt(np.square(influence - influence.mean()).sum()) / len(x))

@@ -190,7 +190,7 @@ def fit_linear_classifier(
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int) -> None:
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=max_iterations, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        parameters, max_iter=max_iterations, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

@@ -9,7 +9,7 @@ Shapes: N training and M test images, L layers, D features, C classes, S setting
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -120,14 +120,14 @@ def probe_layers(
     held = max(1, round(cfg.validation_fraction * len(train)))
     if held >= len(train):
         raise DigitError(f"{len(train)} training images leave none to train on beside {held} held out: give more")
-    fit = _fit_lbfgs if cfg.solver == "lbfgs" else _fit_sgd
-    data, settings = _Data(train, labels, num_classes), cfg.settings
+    fit = fit_lbfgs if cfg.solver == "lbfgs" else fit_sgd
+    data, settings = ProbeData(train, labels, num_classes), cfg.settings
     with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
-        heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar)
+        heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar.update)
         right = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
         scores = right.double().mean(0)  # (L, S)
         chosen = scores.argmax(1).tolist()  # the first of equals
-        heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar)
+        heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
     correct = _predict(heads, test, torch.arange(len(test)))[:, :, 0] == test_labels[:, None]  # (M, L)
     return [
         LayerResult(
@@ -157,13 +157,20 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class _Data:
+class ProbeData:
+    """What classifiers are trained on."""
+
     features: Tensor  # (N, L, D)
     labels: Tensor  # (N,) int64 on the CPU
     num_classes: int
 
 
 Sweep = list[list[dict[str, float]]]  # (L, S) settings
+Advance = Callable[[int], object]  # told of every step
+
+
+def _ignore(advance: int) -> None:
+    pass
 
 
 def _num_updates(cfg: ProbeConfig, train: Tensor, kept: int) -> int:
@@ -179,15 +186,16 @@ def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
 
 
-def _fit_lbfgs(data: _Data, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, bar: Progress) -> Heads:
+def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
     # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
+    """A classifier for every layer and setting on some rows of the data, each at its optimum."""
     fitted = []
     for layer, settings in enumerate(sweep):
         features = data.features[rows.to(data.features.device), layer]  # (N, D)
         for setting in settings:
             how = dict(num_classes=data.num_classes, l2=setting["l2"], max_iterations=MAX_ITERATIONS)
             fitted.append(fit_linear_classifier(features, data.labels[rows], **how))
-            bar.update(1)
+            advance(1)
     shape = (len(sweep), len(sweep[0]))
     weight = torch.stack([one.weight for one in fitted]).unflatten(0, shape)  # (L, S, C, D)
     bias = torch.stack([one.bias for one in fitted]).unflatten(0, shape)  # (L, S, C)
@@ -196,8 +204,9 @@ def _fit_lbfgs(data: _Data, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, bar: P
 
 
 @torch.no_grad()
-def _fit_sgd(data: _Data, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, bar: Progress) -> Heads:
+def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
     # g = d/dW CE + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v, from zero
+    """A classifier for every layer and setting on some rows of the data, all at once and where the features are."""
     device, (_, num_layers, dim) = data.features.device, data.features.shape
     rates, decays = (
         torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
@@ -220,12 +229,12 @@ def _fit_sgd(data: _Data, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, bar: Pro
             weight -= rate[:, None] * weight_speed.mul_(cfg.momentum).add_(gradient)
             bias -= rate * bias_speed.mul_(cfg.momentum).add_(error.sum(0))
             step += 1
-            bar.update(1)
+            advance(1)
     return heads
 
 
 def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (L, D) float32 of some rows, without a copy of all; constant features keep a deviation of 1."""
+    """Mean and deviation (L, D) float32 of some rows, without a copy of all; a constant feature keeps deviation 1."""
     parts = rows.to(features.device).split(READ_TOGETHER)
     mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
     scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
@@ -251,6 +260,6 @@ def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> 
     if test_labels.max() >= num_classes:
         raise DigitError(
             f"test labels run to {int(test_labels.max())}, training labels to {num_classes - 1}: "
-            "number both by one list of classes (source.with_classes)"
+            "number both by one list of classes (source.with_classes), or give more training images"
         )
     return num_classes

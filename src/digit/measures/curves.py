@@ -54,6 +54,8 @@ def curves_png(
                 if curve.low is not None:
                     panel.fill_between(curve.x, curve.low, curve.high, color=f"C{curve.colour}", alpha=0.2, linewidth=0)
             panel.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
+            if not logarithmic:
+                panel.locator_params(axis="x", integer=True)
             panel.grid(alpha=0.3)
             if falling:
                 panel.invert_xaxis()

@@ -65,10 +65,10 @@ class Survey:
 
 
 class ImageSet:
-    """Some images of a source with the names of their classes, where these are known."""
+    """Some images of a source; where known, the names of their classes and how they became uint8."""
 
-    def __init__(self, source: ImageSource, class_names: list[str] | None = None):
-        self.source, self.name, self.class_names = source, source.name, class_names
+    def __init__(self, source: ImageSource, class_names: list[str] | None = None, rounding: str | None = None):
+        self.source, self.name, self.class_names, self.rounding = source, source.name, class_names, rounding
 
     def __len__(self) -> int:
         return len(self.source)
@@ -121,7 +121,10 @@ def open_images(spec: Images, num: int | None = None) -> ImageSet:
     """
     if num is not None and num < 2:
         raise DigitError(f"num is {num}: a covariance needs at least 2 images")
-    source, names = _open(spec)
+    source = _open(spec)
+    about = _samples_json(source) if isinstance(source, FolderSource) else {}
+    source = _without_grid(source) if isinstance(source, FolderSource) else source
+    names = _class_names(source, about)
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} images: a covariance needs at least 2")
     if num is not None and num < len(source):
@@ -129,43 +132,47 @@ def open_images(spec: Images, num: int | None = None) -> ImageSet:
         if names is not None and len(set(names)) > 1 and _in_runs(names):
             rows = rows * len(source) // num
         source, names = source.subset(rows), names and [names[row] for row in rows]
-    return ImageSet(source, names)
+    return ImageSet(source, names, about.get("rounding"))
 
 
-def _open(spec: Images) -> tuple[ImageSource, list[str] | None]:
+def _open(spec: Images) -> ImageSource:
     if isinstance(spec, Tensor):
         if spec.dtype != torch.uint8 or spec.ndim != 4 or spec.shape[1] != 3:
             raise DigitError(f"images are {spec.dtype} {tuple(spec.shape)}, wanted uint8 (N, 3, H, W), RGB in 0..255")
-        return ArraySource(spec.permute(0, 2, 3, 1).cpu().numpy(), "tensor"), None
+        return ArraySource(spec.permute(0, 2, 3, 1).cpu().numpy(), "tensor")
     if isinstance(spec, str | Path) and Path(spec).suffix.lower() == ".npz":
-        return ArraySource(read_npz_images(spec), str(spec)), None
-    source = spec if isinstance(spec, ImageSource) else open_source(spec)
-    if isinstance(source, FolderSource):
-        source, labels = _without_grid(source), source.root / "samples.json"
-        if labels.is_file():
-            return source, _sample_classes(labels, len(source))
-    known = source.labels()
-    if known is None or not source.classes or (known < 0).any():
-        return source, None
-    return source, [source.classes[label] for label in known]
+        return ArraySource(read_npz_images(spec), str(spec))
+    return spec if isinstance(spec, ImageSource) else open_source(spec)
 
 
 def _without_grid(source: FolderSource) -> ImageSource:
     """Less the overview of a folder whose images are numbered as `digit sample` numbers them."""
     if GRID not in source.files or "00000.png" not in source.files:
         return source
-    return source.subset([row for row, name in enumerate(source.files) if name != GRID])
+    kept = source.subset([row for row, name in enumerate(source.files) if name != GRID])
+    kept.name = source.name
+    return kept
 
 
-def _sample_classes(path: Path, num: int) -> list[str] | None:
-    """Class of each sample; None where they are unlabelled or of another number of images."""
-    about = read_json(path)
-    labels = about.get("labels") if isinstance(about, dict) else None
-    if not isinstance(labels, list) or len(labels) != num or any(label in (None, -1) for label in labels):
+def _samples_json(source: FolderSource) -> dict[str, Any]:
+    """What `digit sample` wrote beside the images; {} for other folders."""
+    path = source.root / "samples.json"
+    about = read_json(path) if path.is_file() else {}
+    return about if isinstance(about, dict) else {}
+
+
+def _class_names(source: ImageSource, about: dict[str, Any]) -> list[str] | None:
+    """Class of each image; None where some are unlabelled, or samples.json is of another number of images."""
+    labels, names = about.get("labels"), about.get("classes")
+    if labels is not None:
+        if not isinstance(labels, list) or len(labels) != len(source) or any(label in (None, -1) for label in labels):
+            return None
+        named = isinstance(names, list) and len(names) == len(labels) and all(isinstance(name, str) for name in names)
+        return names if named else [str(label) for label in labels]
+    known = source.labels()
+    if known is None or not source.classes or (known < 0).any():
         return None
-    names = about.get("classes")
-    known = isinstance(names, list) and len(names) == num and all(isinstance(name, str) for name in names)
-    return list(names) if known else [str(label) for label in labels]
+    return [source.classes[label] for label in known]
 
 
 def _in_runs(names: list[str]) -> bool:

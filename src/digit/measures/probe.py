@@ -22,21 +22,19 @@ from digit.errors import DigitError
 from digit.evaluation.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
 from digit.files import plain, write_json
 from digit.measures.curves import Curve, curves_png
+from digit.measures.paper import FIG4A, TABLE2
 from digit.models.sequence import SequenceModel
 from digit.pipeline import DigitPipeline, pass_size
 from digit.progress import Progress
 from digit.tokenizers.encoders import FrozenEncoder
 
 Precision = Literal["fp32", "bf16"]
-# Top-1 in % on ImageNet (paper, Table 2 and Figure 4a's Acc@OL, which is the probe of the encoder itself)
-TABLE2 = {"DiGIT, 219 M": 71.7, "DiGIT, 732 M": 80.3, "VIM + VQGAN, 650 M": 61.8}
-ACC_OL = {"MAE": 75.8, "MoCo": 76.7, "iBOT": 76.0}
 
 
 # ---------------------------------------------------------------- features
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prior_features(
     model: SequenceModel, tokens: Tensor, *, batch_size: int = 64, precision: Precision = "fp32"
 ) -> Tensor:
@@ -71,6 +69,11 @@ def notes_on(model: SequenceModel) -> list[str]:
     if model.cfg.num_classes and not model.cfg.label_dropout:
         return ["trained with a class at every sequence: the plain start symbol that it is shown here is untrained"]
     return []
+
+
+def training_of(pipe: DigitPipeline) -> str:
+    """What the encoder was trained on, as far as known."""
+    return str(pipe.tokenizer.encoder.describe().get("training", "on what is not recorded"))
 
 
 def collect(
@@ -124,21 +127,24 @@ def run_probe(
         num_train, num_test: at most so many images, spread evenly.
     """
     named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
+    if not named:
+        raise DigitError("no pipeline to probe: give at least one")
     test = test.with_classes(train.classes)
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
-    how, encoders = dict(batch_size=batch_size, precision=precision), set()
+    how, seen = dict(batch_size=batch_size, precision=precision), set()
     for name, pipe in named.items():
         trained, labels = collect(pipe, train, num=num_train, description="training features", **how)
         tested, test_labels = collect(pipe, test, num=num_test, description="test features", **how)
+        encoder = (pipe.tokenizer and pipe.tokenizer.encoder.fingerprint, pipe.preprocess)
+        if encoder in seen:
+            trained.pop("encoder", None)
+        seen.add(encoder)
         for kind, values in trained.items():
-            if kind == "encoder" and pipe.tokenizer.encoder.fingerprint in encoders:
-                continue
             label = f"{name} {kind}".strip()
             features[label] = (values, tested[kind])
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
-            notes[label] = notes_on(model) if model is not None else [str(pipe.tokenizer.encoder.about)]
-        encoders |= {pipe.tokenizer.encoder.fingerprint} if pipe.tokenizer else set()
+            notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
     about = {"train_images": train.name, "test_images": test.name}
     return probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
 
@@ -205,7 +211,7 @@ def to_table(result: Mapping[str, Any]) -> str:
         setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best["setting"].items())
         lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
     lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
-    lines += [f"| *paper: encoder {name}* | | {top1} | |" for name, top1 in ACC_OL.items()]
+    lines += [f"| *paper: encoder {name}* | | {figures[-1]} | |" for name, figures in FIG4A.items() if figures[-1]]
     notes = [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
     return "\n".join(lines) + (
         f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "

@@ -8,7 +8,7 @@
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,51 +21,17 @@ from digit.evaluation.influence import frechet_interval
 from digit.evaluation.intervals import proportion_interval
 from digit.evaluation.judge import JudgeNetwork
 from digit.evaluation.scores import inception_score, kernel_distance, precision_recall
-from digit.files import write_json
-from digit.hub import cache_folder
+from digit.files import cache_folder, write_json
 from digit.measures.features import Features, collect, fingerprint, shards
 from digit.measures.image_set import Images, ImageSet, open_images
 from digit.measures.networks import load_judge_network
 from digit.measures.npz import Statistics, read_npz_names, read_statistics
+from digit.measures.protocols import PROTOCOLS, ProtocolName
 from digit.measures.traps import Side, find_traps
 
-ProtocolName = Literal["released", "adm", "clean"]
 NO_CACHE = "none"
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a published number was made with, beside the network's weights."""
-
-    about: str
-    resize: Literal["tensorflow", "clean"]
-    sizes: tuple[int, ...] = ()
-    """Sides in pixels of the images it was published for; () for any."""
-    shuffled_splits: bool = True
-    """Whether images are shuffled before the Inception Score splits them."""
-    fallback_size: int = 256
-    """Side in pixels for sets of many sizes, where neither samples nor --image_size say another."""
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    "released": Protocol(
-        "torch-fidelity's network and resize; samples truncated to uint8, saved as PNG; reference: the 50,000 "
-        "validation images, short side resized to 256, centre cut out, saved as PNG (this paper, Tables 3 and 4)",
-        resize="tensorflow",
-        sizes=(256,),
-    ),
-    "adm": Protocol(
-        "the TensorFlow network and resize of guided-diffusion's evaluator; reference: statistics .npz of the whole "
-        "training set, with 10,000 of its images for precision and recall; splits of the Inception Score in order",
-        resize="tensorflow",
-        sizes=(64, 128, 256, 512),
-        shuffled_splits=False,
-    ),
-    "clean": Protocol(
-        "clean-fid's resize: antialiased bicubic in floating point (Parmar et al. 2022); any reference",
-        resize="clean",
-    ),
-}
+INCEPTION = "inception"  # the network of every published figure
+STAND_IN = "another network in Inception's place: its figures compare with each other alone, never with published ones"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +64,7 @@ class EvaluateConfig:
     batch_size: int = 64
     """Images that go through the network at a time."""
     cache: str | None = None
-    """Folder for features, by content: about 20 MB per 1,000 images. Default: features in DIGIT_CACHE or in the user's
+    """Folder for features, by content: 11 to 20 MB per 1,000 images. Default: features in DIGIT_CACHE or in the user's
     cache folder for digit; none to keep nothing."""
 
     def __post_init__(self) -> None:
@@ -166,7 +132,7 @@ def evaluate(
         **{side.role: describe_side(side) for side in sides},
         "figures": figures,
         "left_out": left_out,
-        "warnings": find_traps(*sides, protocol=cfg.protocol, sizes=PROTOCOLS[cfg.protocol].sizes),
+        "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
         "versions": versions(),
     }
     if out is not None:
@@ -238,9 +204,8 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
     """Everything a reader must know to compare a figure, or to know that it cannot be compared."""
     return {
         "name": cfg.protocol,
-        "about": PROTOCOLS[cfg.protocol].about,
+        "about": PROTOCOLS[cfg.protocol].about if network.name == INCEPTION else STAND_IN,
         "network": network.describe() | {"fingerprint": fingerprint(network)},
-        "pixels": "uint8 as given, RGB; whether samples were truncated or rounded to it, images do not tell",
         "num_splits": cfg.num_splits,
         "splits": "shuffled" if PROTOCOLS[cfg.protocol].shuffled_splits else "in order",
         "num_neighbours": cfg.num_neighbours,
@@ -265,8 +230,9 @@ def describe_side(side: Side) -> dict[str, Any]:
             "name": side.images.name,
             "num": len(side.images),
             "image_size": side.pixels,
-            "resized": f"short side to {side.side} px, PIL bicubic, centre cut out" if side.side else "no",
+            "resized": f"short side to {side.fitted} px, PIL bicubic, centre cut out" if side.fitted else "no",
             "formats": dict(survey.kinds),
+            "rounding": side.images.rounding or "not known",
             "sha256": digest(survey.digests),
         }
     if side.statistics is not None:

@@ -12,19 +12,8 @@ from digit.data.source import ImageSource
 from digit.evaluation.stability import StabilityConfig, Tokenizer, measure_stability
 from digit.files import plain, write_json
 from digit.measures.curves import Curve, curves_png
+from digit.measures.paper import TABLE1
 
-# The paper's Table 1: DINOv2 and MAGE's VQGAN on ImageNet. It does not say which cosine: of features or of codes.
-TABLE1 = {
-    "snr": [30, 25, 20, 15, 10, 5, 1, 0.01],
-    "vq": {
-        "token_change": [0.187, 0.317, 0.487, 0.663, 0.805, 0.901, 0.948, 0.956],
-        "cosine": [0.972, 0.949, 0.910, 0.853, 0.777, 0.682, 0.594, 0.571],
-    },
-    "discriminative": {
-        "token_change": [0.114, 0.178, 0.260, 0.355, 0.457, 0.570, 0.687, 0.721],
-        "cosine": [0.975, 0.960, 0.940, 0.916, 0.888, 0.855, 0.816, 0.803],
-    },
-}
 GROUPS = {"token_change": ("token_change",), "cosine": ("feature_cosine", "code_cosine")}  # Table 1's -> ours
 ARROWS = {"token_change": "↓", "cosine": "↑"}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from digit.measures.features import Features
 from digit.measures.image_set import ImageSet
 from digit.measures.npz import Statistics
+from digit.measures.protocols import Protocol
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # Pillow's names; WEBP and AVIF nearly always are
 FEW = 10_000  # images below which the upward bias of a Fréchet distance is far from small (Chong & Forsyth 2020)
@@ -23,54 +24,78 @@ class Side:
     """`samples` or `reference`."""
     images: ImageSet | None = None
     """None where statistics alone are at hand."""
-    side: int | None = None
-    """Pixels that images were resized and cropped to; None where they were taken as they are."""
+    fitted: int | None = None
+    """Side in pixels that images were resized and cropped to; None where they were taken as they are."""
     features: Features | None = None
     """Features of the images."""
     statistics: Statistics | None = None
     """Kept statistics; they go before those of the images."""
 
     @property
+    def noun(self) -> str:
+        """As sentences call its images."""
+        return "samples" if self.role == "samples" else "reference images"
+
+    @property
     def pixels(self) -> int | None:
         """Side of the images as the network gets them."""
-        return self.side or (self.images and self.images.survey.side)
+        return self.fitted or (self.images and self.images.survey.side)
 
 
-def find_traps(samples: Side, reference: Side, *, protocol: str, sizes: tuple[int, ...]) -> list[str]:
+def find_traps(samples: Side, reference: Side, protocol: Protocol | None = None) -> list[str]:
     """Every reason that is found to distrust the figures, as sentences; [] where there is none.
 
-    sizes are the sides in pixels that the protocol was published for; () for any.
+    protocol: whose published figures these may be compared with; None where the network is that of none.
     """
-    sides = [side for side in (samples, reference) if side.images is not None]
-    found = [*_sizes(samples, reference, protocol, sizes), *_counts(samples, reference), *_repeats(samples, reference)]
-    for side in sides:
-        found += [*_files(side), *_grey(side), *_labels(side, reference)]
-    return found
+    found = [*_sizes(samples, reference), *_counts(samples, reference), *_repeats(samples, reference)]
+    for side in (samples, reference):
+        if side.images is not None:
+            found += [*_files(side), *_grey(side), *_labels(side, reference)]
+    return found + ([*_published(samples, reference, protocol)] if protocol else [])
+
+
+def _published(samples: Side, reference: Side, protocol: Protocol) -> Iterator[str]:
+    """Where the protocol's published figures are of something else."""
+    end = "do not compare with its published figures"
+    if protocol.sizes and samples.pixels not in protocol.sizes:
+        wanted = ", ".join(map(str, protocol.sizes))
+        yield f"samples are {samples.pixels} px, protocol {protocol.name} is of {wanted} px: {end}"
+    kind = "images" if reference.statistics is None else "statistics"
+    if protocol.reference not in ("any", kind):
+        which = "validation images" if protocol.reference == "images" else "statistics of the whole training set"
+        yield f"the reference is {kind}, that of protocol {protocol.name} is {which}: {end}"
+    rounding = samples.images.rounding
+    if rounding and protocol.rounding and rounding != protocol.rounding:
+        yield f"samples were made uint8 by {rounding}, those of protocol {protocol.name} by {protocol.rounding}"
+    counts = [(samples, protocol.num_samples)]
+    counts += [(reference, protocol.num_reference)] if reference.statistics is None else []
+    for side, wanted in counts:
+        if wanted not in (None, len(side.features)):
+            yield f"{len(side.features)} {side.noun}, {wanted:,} in protocol {protocol.name}: {end}"
 
 
 def _files(side: Side) -> Iterator[str]:
     """Formats that lose detail; those of a reference that is shrunk lose nothing that is left."""
     kinds, total = side.images.survey.kinds, len(side.images)
     lossy = {kind: kinds[kind] for kind in LOSSY if kinds[kind]}
-    if lossy and not (side.role == "reference" and side.side):
-        named = " and ".join(f"{count} of {total} {side.role} are {kind}" for kind, count in lossy.items())
+    if lossy and not (side.role == "reference" and side.fitted):
+        named = " and ".join(f"{count} of {total} {side.noun} are {kind}" for kind, count in lossy.items())
         yield f"{named}: compression moves the distance; save PNG (a file's name does not tell its format)"
 
 
-def _sizes(samples: Side, reference: Side, protocol: str, sizes: tuple[int, ...]) -> Iterator[str]:
+def _sizes(samples: Side, reference: Side) -> Iterator[str]:
     for side in (samples, reference):
         if side.images is not None and side.images.survey.side is None:
-            yield f"{side.role} {_mixture(side)}: the short side was resized to {side.side} px (PIL bicubic) and the " \
-                  "centre cut out; other resizing or cropping gives another distance"  # fmt: skip
+            yield (
+                f"{side.noun} {_mixture(side)}: the short side was resized to {side.fitted} px (PIL bicubic) and the "
+                "centre cut out; other resizing or cropping gives another distance"
+            )
     own, other = samples.pixels, reference.pixels
     if own and other and own != other:
         yield (
             f"samples are {own} px, the reference {other} px: the network enlarges both to its own size, and what one "
             "lacks in detail is counted as a difference; resize the reference (--image_size)"
         )
-    if sizes and own not in sizes:
-        wanted = ", ".join(map(str, sizes))
-        yield f"samples are {own} px, protocol {protocol} is of {wanted} px: do not compare with published figures"
 
 
 def _mixture(side: Side) -> str:
@@ -80,26 +105,27 @@ def _mixture(side: Side) -> str:
 
 
 def _counts(samples: Side, reference: Side) -> Iterator[str]:
-    counts = {side.role: len(side.features) for side in (samples, reference) if side.features and not side.statistics}
-    for role, count in counts.items():
+    counted = [side for side in (samples, reference) if side.features and not side.statistics]
+    counts = {side.noun: len(side.features) for side in counted}
+    for noun, count in counts.items():
         dim = samples.features.pooled.shape[1]
         if count <= dim:
-            yield f"{count} {role} for {dim} features: the covariance is singular and the distance far too high"
+            yield f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high"
         elif count < FEW:
-            yield f"{count} {role}: below {FEW:,} images the distance is too high; compare equal numbers only"
+            yield f"{count} {noun}: below {FEW:,} images the distance is too high; compare equal numbers only"
     if len(set(counts.values())) > 1:
         yield (
-            f"{counts['samples']} samples against {counts['reference']} reference images: compare with figures of the "
-            "same two numbers only"
+            " against ".join(f"{count} {noun}" for noun, count in counts.items())
+            + ": compare with figures of the same two numbers only"
         )
 
 
 def _repeats(samples: Side, reference: Side) -> Iterator[str]:
-    keys = {s.role: s.features.pixel_keys() for s in (samples, reference) if s.features}
-    for role, known in keys.items():
+    keys = {side.noun: side.features.pixel_keys() for side in (samples, reference) if side.features}
+    for noun, known in keys.items():
         if repeated := len(known) - len(set(known)):
-            yield f"{repeated} of {len(known)} {role} repeat another one pixel by pixel: were they drawn with one seed?"
-    held = set(keys.get("reference", ()))
+            yield f"{repeated} of {len(known)} {noun} repeat another one pixel by pixel: were they drawn with one seed?"
+    held = set(keys.get("reference images", ()))
     if copied := sum(key in held for key in keys["samples"]):
         yield f"{copied} of {len(keys['samples'])} samples are reference images pixel by pixel: they are no samples"
 
@@ -107,10 +133,10 @@ def _repeats(samples: Side, reference: Side) -> Iterator[str]:
 def _grey(side: Side) -> Iterator[str]:
     share = float(side.features.grey.float().mean())
     if share > MOSTLY_GREY:
-        yield f"{share:.0%} of the {side.role} are greyscale: the network was trained on colour photographs"
+        yield f"{share:.0%} of the {side.noun} are greyscale: the network was trained on colour photographs"
     deep = sum(count for kind, count in side.images.survey.modes.items() if kind.startswith("I"))
     if deep:
-        yield f"{deep} of {len(side.images)} {side.role} have 16 bits a pixel: 0..65535 was scaled to 0..255"
+        yield f"{deep} of {len(side.images)} {side.noun} have 16 bits a pixel: 0..65535 was scaled to 0..255"
 
 
 def _labels(side: Side, reference: Side) -> Iterator[str]:
@@ -130,6 +156,6 @@ def _labels(side: Side, reference: Side) -> Iterator[str]:
         least, most = min(expected, key=lambda name: counts[name]), max(expected, key=lambda name: counts[name])
         against = "the shares of the reference" if shares else "equal shares"
         yield (
-            f"labels of the {side.role} are unbalanced against {against}: {counts[least]} of class {least}, "
+            f"labels of the {side.noun} are unbalanced against {against}: {counts[least]} of class {least}, "
             f"{counts[most]} of class {most}; draw every class in turn"
         )

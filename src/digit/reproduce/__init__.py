@@ -1,8 +1,8 @@
-"""Every table and figure of the paper as one command: a plan, then the work, resumable, then results beside the paper's.
+"""Every table and figure of the paper as one command: a plan, then the work, resumable, then the paper's beside ours.
 
     digit reproduce table3 --scale small --data photos/
 
-OUT/TARGET/results.json, table.md and pictures; the models, tokens and judged images of a scale are shared by all targets.
+OUT/TARGET/results.json, table.md and pictures; models, tokens and judged images of a folder are shared by its targets.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def build(target: str, study: Study) -> Experiment:
 
 
 def reproduce(target: str, study: Study) -> tuple[Outcome, Path]:
-    """Run what is not done yet of a target; returns what it says and the folder with results.json, table.md, pictures."""
+    """Run what is not done of a target; returns what it says and the folder of results.json, table.md and pictures."""
     outcome = perform(build(target, study), study.out, target, study.describe())
     return outcome, study.out / target
 

@@ -71,9 +71,9 @@ def verdict(difference: Interval | None) -> str:
 
 
 def stability_claim(result: dict[str, Any]) -> dict[str, Any]:
-    """Holds where the discriminative tokens' change is below the VQ tokens' at every SNR, by the interval over images."""
-    pair = result["differences"]["discriminative - vq"]["token_change"]
-    differences = [Interval(d["value"], d["low"], d["high"]) for d in pair]
+    """Holds where discriminative tokens change less than VQ tokens at every SNR, by the intervals over images."""
+    pair = next(d for d in result["differences"] if (d["first"], d["second"]) == ("discriminative", "vq"))
+    differences = [Interval(d["value"], d["low"], d["high"]) for d in pair["token_change"]]
     verdicts = [verdict(d) for d in differences]
     whole = HOLDS if set(verdicts) == {HOLDS} else FAILS if FAILS in verdicts else UNDECIDED
     return {
@@ -114,8 +114,8 @@ def table(study: Study, found: dict[str, Any], distance: str) -> str:
         f"| probes better (top-1, %) | **{probe['verdict']}** | {over_seeds(probe['digit'])} | "
         f"{over_seeds(probe['vq_only'])} | {shown(probe['difference'])} | 71.7 against 61.8 (VIM + VQGAN) |",
         "",
-        f"{protocol(study)} Unconditional models at equal training FLOPs; seeds {listed(study.scale.seeds)}; intervals: "
-        "bootstrap over images (stability), Student's t over seeds (the others). "
+        f"{protocol(study)} Unconditional models at equal training FLOPs; seeds {listed(study.scale.seeds)}; "
+        "intervals: bootstrap over images (stability), Student's t over seeds (the others). "
         f"Tokens: {study.recipe.encoder.name}, {encoder_training(study)}, K = {study.recipe.kmeans.num_clusters}.",
     ]
     return "\n".join(lines)
@@ -128,7 +128,9 @@ def encoder_training(study: Study) -> str:
 
 def shown(interval: dict[str, float] | None) -> str:
     """`-12.3 [-14.1, -10.5]`."""
-    return "one seed" if interval is None else f"{interval['value']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
+    return (
+        "one seed" if interval is None else f"{interval['value']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
+    )
 
 
 def draw(study: Study, found: dict[str, Any], distance: str, out: Path) -> list[Path]:

@@ -61,7 +61,9 @@ class Scale:
 
 def pretrained(cfg: PretrainConfig) -> tuple[tuple[str, PretrainConfig], ...]:
     """The three encoders of Figure 4a, each trained on the images at hand."""
-    return tuple((name, replace(cfg, method=method)) for name, method in (("MAE", "mae"), ("MoCo", "moco"), ("iBOT", "ibot")))
+    return tuple(
+        (name, replace(cfg, method=method)) for name, method in (("MAE", "mae"), ("MoCo", "moco"), ("iBOT", "ibot"))
+    )
 
 
 def tiny() -> Scale:

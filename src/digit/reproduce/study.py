@@ -178,7 +178,9 @@ class Study:
         path = self.out / "judged" / f"{name}.safetensors"
         if not path.exists():
             made = images()
-            found = collect_judged(made.split(JUDGED_TOGETHER), self.network, total=len(made), description=f"judge {name}")
+            found = collect_judged(
+                made.split(JUDGED_TOGETHER), self.network, total=len(made), description=f"judge {name}"
+            )
             save_tensors(path, {field: getattr(found, field) for field in ("pooled", "spatial", "logits")})
         return Judged(**load_tensors(path))
 

@@ -32,7 +32,7 @@ class DINOConfig:
     """K: outputs of the head, over which student and teacher spread their probability."""
     hidden_dim: int = 512
     """Width of the head's inner layers."""
-    bottleneck_dim: int = 128
+    bottleneck_dim: int = 256
     """Channels, of length 1, that meet the prototypes."""
     student_temperature: float = 0.1
     """tau_s."""
@@ -105,8 +105,10 @@ class DINO(Method):
 
     @torch.no_grad()
     def sharpen(self, outputs: Float[Tensor, "B K"], centre: Float[Tensor, " K"]) -> Float[Tensor, "B K"]:
-        """P_t of the teacher's outputs; then moves `centre` towards their mean."""
+        """P_t of the teacher's outputs; then moves `centre` towards their mean; the first batch sets it."""
         outputs = outputs.float()
+        # a centre at zero would have all images share one answer for the first tens of steps
+        centre.copy_(torch.where(centre.any(), centre, outputs.mean(0)))
         targets = ((outputs - centre) / self.cfg.teacher_temperature).softmax(dim=-1)
         centre.lerp_(outputs.mean(0), 1 - self.cfg.centre_momentum)
         return targets

@@ -36,9 +36,9 @@ METHODS: dict[str, tuple[type[Method], str]] = {
 class SSLConfig(LoopConfig):
     """How an encoder is trained, whatever the method. The defaults suit two CPU cores."""
 
-    num_steps: int = 3000
+    num_steps: int = 1500
     """Updates in all; the learning rate falls to zero at the last."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images per update."""
     learning_rate: float = 1e-3
     """Peak learning rate (AdamW)."""
