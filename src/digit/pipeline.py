@@ -415,6 +415,15 @@ class DigitPipeline:
         )
 
 
+def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
+    """The paper's VQ-only baseline of a run (`digit train vq_ar`), over the VQGAN of its pipeline; None without one."""
+    model = Path(folder) / "vq_ar"
+    if not (model / "model.json").is_file():
+        return None
+    renderer = load_sequence_model(model, "model").to(pipe.device)
+    return DigitPipeline(vq=pipe.vq, renderer=renderer, preprocess=pipe.preprocess, classes=pipe.classes)
+
+
 def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
     """The SamplingConfig of a manifest."""
     return SamplingConfig(**saved | {stage: StageSampling(**saved[stage]) for stage in ("prior", "renderer")})

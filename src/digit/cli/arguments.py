@@ -1,5 +1,6 @@
 """What the commands share: the register of commands, parsers that teach, and the arguments that several take."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ class Command:
     @property
     def summary(self) -> str:
         """The docstring of the function: its first line stands in `digit --help`, the whole in the command's own."""
-        return (self.run.__doc__ or "").strip()
+        return inspect.cleandoc(self.run.__doc__ or "")
 
 
 COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`

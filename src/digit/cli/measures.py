@@ -1,12 +1,174 @@
-"""Commands that measure: stability, probe, evaluate, sweep, and every table and figure of the paper."""
+"""Commands that measure: evaluate, statistics, stability, probe, sweep, and every table and figure of the paper."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import DATA_HELP, command, parse, say
+from digit.cli.arguments import (
+    DATA_HELP,
+    FROM_HELP,
+    add_config,
+    command,
+    load_pipeline,
+    parse,
+    read_config,
+    say,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from digit.data.images import ImageSource
+
+IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
+DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
+
+
+@command(
+    "evaluate",
+    "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and its kin\n"
+    "  digit evaluate samples/ imagenet/val --inception pt_inception-2015-12-05-6726825d.pth\n"
+    "  digit evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm --inception pt_inception-....pth",
+)
+def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Score samples against a reference: Frechet distance (FID), inception score, KID, sFID, precision and recall.
+
+    The figures carry FID's names with the weights of FID's Inception network alone; EfficientNet-Lite2, which judges
+    without them, gives figures of its own names, which compare with no published FID. docs/evaluation.md says which
+    protocol goes with which paper. Traps that were found (JPEG samples, wrong size, repeated images, ...) are printed.
+    """
+    from digit.measures.samples import EvaluateConfig
+
+    parser.add_argument("samples", help=IMAGES_HELP)
+    parser.add_argument("reference", help="the same, or an .npz of statistics (mu, sigma)")
+    add_config(parser, EvaluateConfig)
+    parser.add_argument("--out", default=None, help="JSON file for everything that was found")
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
+    args = parse(parser, argv)
+    from digit.measures.samples import evaluate, to_table
+
+    result = evaluate(args.samples, args.reference, read_config(args, EvaluateConfig), args.out, args.device)
+    say(to_table(result))
+
+
+@command("statistics", "digit statistics photos/val --out val.npz      # then: digit evaluate samples/ val.npz")
+def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Keep a reference's statistics (mu, sigma, mu_s, sigma_s) as .npz, for `digit evaluate`."""
+    from digit.measures.samples import EvaluateConfig
+
+    parser.add_argument("images", help=IMAGES_HELP)
+    add_config(parser, EvaluateConfig)
+    parser.add_argument("--out", required=True, help="the .npz")
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
+    args = parse(parser, argv)
+    from digit.measures.samples import statistics_npz
+
+    statistics_npz(args.images, args.out, read_config(args, EvaluateConfig), args.device)
+    say(f"statistics in {args.out}")
+
+
+def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
+    """--from, --out, --split, --device."""
+    parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
+    parser.add_argument("--variant", default=None, help="released checkpoint, with --from DAMO-NLP-SG/DiGIT")
+    parser.add_argument("--out", required=True, help=f"folder for {out}")
+    parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
+
+
+@command("stability", "digit stability photos/ --from runs/photos --out stability/")
+def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Measure how much tokens and features change under pixel noise (paper, Table 1), and the codebooks' health."""
+    from digit.evaluation.stability import StabilityConfig
+
+    parser.add_argument("data", help=DATA_HELP)
+    add_pipeline_arguments(parser, "stability.json and stability.png")
+    parser.add_argument("--num", type=int, default=1000, help="images, spread evenly over the data")
+    add_config(parser, StabilityConfig)
+    args = parse(parser, argv)
+    from digit.data.images import open_source
+    from digit.measures import stability
+
+    pipe = load_pipeline(args)
+    cfg, source = read_config(args, StabilityConfig), open_source(args.data, split=args.split)
+    result = stability.run_stability(pipe.tokenizers, source, pipe.preprocess, cfg, num=args.num, out=args.out)
+    lines = [
+        f"{name}: {found['codebook']['usage']:.1%} of {found['vocab_size']} codes used, "
+        f"{found['codebook']['entropy_bits']:.2f} bits, {found['codebook']['dead_codes']} never"
+        for name, found in result["tokenizers"].items()
+    ]
+    say("\n".join([stability.to_table(result), *lines, f"plot and figures: {args.out}"]))
+
+
+@command(
+    "probe",
+    "digit probe photos/train --test photos/val --from runs/photos --out probe/\n"
+    "  digit probe DATA --split train --test_split test --from runs/cifar --out probe/",
+)
+def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Probe the prior, the encoder and a trained VQ-only baseline with linear classifiers, layer by layer (Table 2)."""
+    from digit.evaluation.probe import ProbeConfig
+
+    parser.add_argument("data", help=DATA_HELP + "; labelled, for training the classifiers")
+    parser.add_argument("--test", default=None, help="labelled test images (default: every fifth image of DATA)")
+    parser.add_argument("--test_split", default=None, help="split of DATA, or of --test, to test on")
+    add_pipeline_arguments(parser, "probe.json and probe.png")
+    parser.add_argument("--num_train", type=int, default=None, help="at most so many training images, spread evenly")
+    parser.add_argument("--num_test", type=int, default=None, help="at most so many test images, spread evenly")
+    add_config(parser, ProbeConfig)
+    args = parse(parser, argv)
+    from digit.measures import probe
+    from digit.pipeline import vq_only_baseline
+
+    train, test = labelled_splits(args)
+    pipe = load_pipeline(args)
+    baseline = vq_only_baseline(args.source, pipe)
+    pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
+    how = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
+    say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **how)))
+    say(f"plot and figures: {args.out}")
+
+
+def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
+    """(train, test) as asked for; every fifth image where no test set is named."""
+    from digit.data.images import hold_out, open_source
+
+    if args.test is None and args.test_split is None:
+        return hold_out(open_source(args.data, split=args.split))
+    test = open_source(args.test or args.data, split=args.test_split)
+    return open_source(args.data, split=args.split), test
+
+
+@command(
+    "sweep",
+    "digit sweep photos/val --from runs/photos --out sweep/\n"
+    "  digit sweep photos/val --from runs/photos --out sweep/ --joint true --top_k 50,100,200 --top_p 0.6,0.8,1",
+)
+def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Find good sampling settings: distance and inception score by top-k and top-p of both stages (Figure 5)."""
+    from digit.measures import sweep
+
+    parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
+    add_pipeline_arguments(parser, "sweep.json, sweep.png and the cache that makes it resumable")
+    parser.add_argument("--num", type=int, default=1000, help="samples a setting")
+    parser.add_argument("--num_reference", type=int, default=10_000, help="real images, spread evenly")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the same for every setting")
+    parser.add_argument("--inception", default=None, help="weights of FID's Inception network")
+    add_config(parser, sweep.SweepConfig)
+    args = parse(parser, argv)
+    from digit.data.crops import centre_crops
+    from digit.data.images import open_source
+    from digit.evaluation.judge import collect_judged
+    from digit.measures.networks import load_judge_network
+
+    pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
+    real = centre_crops(open_source(args.data, split=args.split), pipe.preprocess, num=args.num_reference)
+    reference = collect_judged((images for images, _ in real), network).pooled
+    cfg = read_config(args, sweep.SweepConfig)
+    result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)
+    distance = network.metric("fd")
+    best = result["best"][distance]
+    say(f"lowest {distance}: {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] with {best['sampling']}")
+    say(f"plots and figures: {args.out}")
 
 
 @command(

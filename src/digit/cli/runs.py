@@ -1,10 +1,10 @@
-"""Commands that make a run: fit, and its stages codebook, tokenize and train."""
+"""Commands that train: fit and its stages codebook, tokenize and train; pretrain for encoders."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import DATA_HELP, command, parse, say
+from digit.cli.arguments import DATA_HELP, add_config, command, parse, read_config, say
 from digit.errors import DigitError
 
 if TYPE_CHECKING:
@@ -125,3 +125,28 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
         run.model(args.model)
     metrics = run.out / args.model / "metrics.json"
     say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'taken as it is'}")
+
+
+@command(
+    "pretrain",
+    "digit pretrain scans/ --method ibot --out runs/ibot\n"
+    "  digit fit scans/ --encoder.name folder:runs/ibot/encoder --encoder.input_size 64 --out runs/scans",
+)
+def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Train a small encoder without labels (MAE, MoCo v3, DINO, iBOT) on images that no released encoder knows."""
+    from digit.pretrain import PretrainConfig
+
+    parser.add_argument("data", help=DATA_HELP)
+    parser.add_argument("--out", required=True, help="run folder; run again with the same one to go on")
+    parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
+    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
+    add_config(parser, PretrainConfig)
+    args = parse(parser, argv)
+    from digit.pretrain import pretrain
+
+    encoder = pretrain(args.data, read_config(args, PretrainConfig), args.out, split=args.split, device=args.device)
+    say(
+        f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "
+        f"--encoder.name folder:{args.out}/encoder --encoder.input_size {encoder.input_size}"
+    )

@@ -190,12 +190,13 @@ def exact_fractions(pipe: DigitPipeline, keeps: Sequence[float]) -> list[float]:
 
 def draw_curves(path: Path, result: dict[str, Any]) -> None:
     """Distance against prefix length in percent, as Figure 4b; dashed, what the VQGAN alone costs."""
-    curves = []
+    curves, floors = [], {}
     for colour, (name, pipe) in enumerate(result["pipes"].items()):
         x = [100 * point["keep"] for point in pipe["curve"]]
         curves.append(Curve.of([point["distance"] for point in pipe["curve"]], x, name=name, colour=colour))
-        floor = [pipe["reconstruction"]["value"]] * 2
-        curves.append(Curve(name=f"{name}, all kept", x=[0, 100], y=floor, colour=colour, reference=True))
+        floor = pipe["reconstruction"]["value"]
+        floors[floor] = Curve(name="all kept", x=[0, 100], y=[floor] * 2, colour=colour, reference=True)
+    curves += floors.values()  # one line where the pipelines share a VQGAN
     curves_png(path, {result["metric"]: curves}, xlabel="prefix length / %")
 
 
@@ -204,7 +205,7 @@ def draw_grid(path: Path, images: Tensor, found: Mapping[float, Mapping[str, Ten
     rows, names = [fit_batch(images[:SHOWN].cpu(), size)], ["picture"]
     for keep, held in sorted(found.items()):
         rows.append(held["shown"] if keep == 1 else with_cut(held["shown"], keep))
-        names.append("all kept" if keep == 1 else f"{keep:.1%}")
+        names.append("all kept" if keep == 1 else f"{100 * keep:g}%")
     scale = max(1, 96 // size)
     pictures.save_png(path, pictures.grid(torch.cat(rows), len(rows[0]), scale=scale, row_names=names))
 

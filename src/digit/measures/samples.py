@@ -301,5 +301,5 @@ def _spread(figure: dict[str, float]) -> str:
 
 
 def _short(value: float) -> str:
-    """Four digits or more, never in powers of ten that a reader must count."""
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    """Four digits or so, never in powers of ten that a reader must count."""
+    return f"{value:.{2 if abs(value) >= 10 else 4 if abs(value) >= 0.01 else 6}f}"

@@ -240,6 +240,9 @@ def draw_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, in
                 own = result["default"][metric]["value"]
                 panel.axhline(own, color="0.4", linestyle="--", linewidth=1, label="the pipeline's own")
                 panel.set(xlabel=name.replace("_", "-"), ylabel=metric, xscale="log" if name == "top_k" else "linear")
+                ticks = sorted({x for line in panel.get_lines()[:-1] for x in line.get_xdata()})
+                panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+                panel.minorticks_off()
                 panel.grid(alpha=0.3)
         axes[0, 0].legend(fontsize=8)
 
@@ -265,11 +268,10 @@ def draw_joint(path: Path, result: dict[str, Any]) -> None:
             for row, entries in enumerate(values.tolist()):
                 for column, value in enumerate(entries):
                     dark = spread[row, column] > 0.5 if falling else spread[row, column] < 0.5
-                    panel.text(
-                        column, row, f"{value:.3g}", ha="center", va="center", color="w" if dark else "k", fontsize=8
-                    )
+                    text, ink = f"{value:.0f}" if value >= 100 else f"{value:.3g}", "w" if dark else "k"
+                    panel.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
             row, column = divmod(int(values.argmin() if falling else values.argmax()), values.shape[1])
-            frame = dict(fill=False, edgecolor="C3", linewidth=2.5)
+            frame = dict(fill=False, edgecolor="C3", linewidth=2.5, clip_on=False)
             panel.add_patch(type(panel.patch)((column - 0.5, row - 0.5), 1, 1, **frame))
             panel.set(xlabel="renderer top-p", ylabel="prior top-k", title=metric)
             panel.set_xticks(range(len(grid["renderer_top_p"])), [f"{p:g}" for p in grid["renderer_top_p"]])

@@ -99,7 +99,7 @@ def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
     same_class, isotropic = (worst_angle(result, "shape", share, "lda") for share in (1, 0))
     same_shape = worst_angle(result, "amount", None, "lda")
     jensen = result["proposition_2_2"]["jensen"]["centred"]
-    like, along = (result["figure_6"][name] for name in ("paper_like", "along_the_spread"))
+    like, along, levels = (result["figure_6"][name] for name in ("paper_like", "along_the_spread", "levels"))
     return [
         statement(
             "2.1: a linear autoencoder spans the principal subspace", spans < SAME_SPAN, False,
@@ -129,9 +129,9 @@ def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
         statement(
             "Figure 6(d): LDA's accuracy consistently surpasses PCA's under noise", surpasses(like["kept"]),
             not surpasses(along["kept"]),
-            "everywhere where the classes differ across the main spread; where they differ along it, "
-            f"{crossing(along['kept'], result['figure_6']['levels'])} with the projection of the clean data, and "
-            f"{'everywhere' if surpasses(along['refitted']) else 'not everywhere'} with one fitted anew at each level",
+            f"where the classes differ across the main spread, {leader(like['kept'], levels)}; where they differ along "
+            f"it, {leader(along['kept'], levels)} if the projection of the clean data is kept, and "
+            f"{leader(along['refitted'], levels)} if it is fitted anew",
         ),
     ]  # fmt: skip
 
@@ -152,10 +152,12 @@ def surpasses(fitted: dict[str, Any]) -> bool:
     return all(lead["low"] > 0 for lead in fitted["lda_minus_pca"])
 
 
-def crossing(fitted: dict[str, Any], levels: list[float]) -> str:
-    """In words, up to which level LDA leads."""
+def leader(fitted: dict[str, Any], levels: list[float]) -> str:
+    """In words, which of both leads where."""
+    if surpasses(fitted):
+        return "LDA leads at every noise level"
     behind = [level for level, lead in zip(levels, fitted["lda_minus_pca"], strict=True) if lead["high"] < 0]
-    return f"PCA leads from noise {behind[0]:.2g} on" if behind else "PCA leads nowhere"
+    return f"PCA leads from noise {behind[0]:.2g} on" if behind else "neither leads at some levels"
 
 
 # -------------------------------------------------------------------- pictures

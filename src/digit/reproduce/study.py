@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from digit.data.crops import gather_crops
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, hold_out, open_source
 from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.judge import Judged, collect_judged, fd
@@ -29,7 +29,6 @@ from digit.recipes import Recipe
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
 
-HELD_OUT = 5  # every fifth image is the test set where the data has none
 PARTS = ("codebook", "vqgan", "tokens")
 DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
 
@@ -46,11 +45,8 @@ def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageS
             continue
         train = open_source(data, split="train").limit(num_train)
         return train, test.with_classes(train.classes).limit(num_test)
-    whole = open_source(data)
-    held_out = np.arange(len(whole)) % HELD_OUT == 0
-    return whole.subset(np.flatnonzero(~held_out)).limit(num_train), whole.subset(np.flatnonzero(held_out)).limit(
-        num_test
-    )
+    train, test = hold_out(open_source(data))
+    return train.limit(num_train), test.limit(num_test)
 
 
 class Study:
