@@ -424,7 +424,7 @@ def test_grey_and_16_bit(cfg, tmp_path):
 
 def sample_folder(folder, images, labels, classes=("cat", "dog")):
     tokens = {"vq": torch.zeros(len(images), 4, dtype=torch.long), "labels": torch.tensor(labels)}
-    write_samples(folder, images, tokens, seed=0, classes=classes)
+    write_samples(folder, images, tokens, seed=0, classes=classes, rounding="nearest")
     return folder
 
 
@@ -443,8 +443,10 @@ def test_our_sample_folders_lose_their_grid_and_bring_their_labels(cfg, tmp_path
 
 def test_rounding_is_known_from_samples_json(cfg, tmp_path):
     folder, network = sample_folder(tmp_path / "s", pictures(6), [0, 1] * 3), FakeNetwork(name="inception")
-    assert not warned(run(folder, pictures(6), cfg, network=network), "uint8")
     about = json.loads((folder / "samples.json").read_text())
+    assert about.pop("rounding") == "nearest"
+    (folder / "samples.json").write_text(json.dumps(about))  # as an older version wrote it
+    assert not warned(run(folder, pictures(6), cfg, network=network), "uint8")
     for rounding in ("nearest", "truncate"):
         (folder / "samples.json").write_text(json.dumps(about | {"rounding": rounding}))
         result = run(folder, pictures(6), cfg, network=network)

@@ -37,9 +37,12 @@ RECONSTRUCTED = 300
 
 
 def write_samples(
-    folder: Path, images: Tensor, tokens: dict[str, Tensor], *, seed: int, classes: Sequence[str]
+    folder: Path, images: Tensor, tokens: dict[str, Tensor], *, seed: int, classes: Sequence[str], rounding: str
 ) -> None:
-    """Write one PNG an image, grid.png, tokens.npz (disc, vq, labels) and samples.json."""
+    """Write one PNG an image, grid.png, tokens.npz (disc, vq, labels) and samples.json.
+
+    rounding says how decoded pixels became uint8 (`VQTokenizer.rounding`): `digit evaluate` reads it.
+    """
     labels = tokens["labels"].tolist()
     for i, image in enumerate(images):
         pictures.save_png(folder / f"{i:05d}.png", image)
@@ -55,6 +58,7 @@ def write_samples(
             "version": __version__,
             "seed": seed,
             "seeds": "image i: seed + i",
+            "rounding": rounding,
             "labels": labels,
             "classes": [classes[k] if 0 <= k < len(classes) else None for k in labels],
         },
@@ -133,7 +137,8 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
     tokens = pipe.generate_tokens(SHOWN_CLASSES * PER_CLASS if labels is None else len(labels), labels, run.recipe.seed)
     images = pipe.decode(tokens["vq"])
-    write_samples(out / "samples", images, tokens, seed=run.recipe.seed, classes=pipe.classes)
+    how = dict(seed=run.recipe.seed, classes=pipe.classes, rounding=pipe.vq.rounding)
+    write_samples(out / "samples", images, tokens, **how)
     names = [pipe.classes[k] for k in shown] if shown else ()
     scale = max(1, 96 // pipe.image_size)
     pictures.save_png(out / "samples.png", pictures.grid(images, PER_CLASS, scale=scale, row_names=names))

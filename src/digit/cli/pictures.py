@@ -107,7 +107,8 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     pipe = load_pipeline(args)
     labels = parse_labels(args.labels, pipe.classes)
     tokens = pipe.generate_tokens(args.num, labels, args.seed, **sampling_changes(args))
-    write_samples(Path(args.out), pipe.decode(tokens["vq"]), tokens, seed=args.seed, classes=pipe.classes)
+    how = dict(seed=args.seed, classes=pipe.classes, rounding=pipe.vq.rounding)
+    write_samples(Path(args.out), pipe.decode(tokens["vq"]), tokens, **how)
     say(f"{args.num} images in {args.out} (grid.png shows all)")
 
 

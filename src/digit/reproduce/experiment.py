@@ -3,7 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from digit import __version__
 from digit.files import atomic_path, plain, read_json, write_json
 from digit.machine import describe_machine
 from digit.progress import format_duration
+
+DAY = 86_400.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,14 @@ def plan(experiment: Experiment, out: Path) -> str:
     for step in experiment.steps:
         done = step_path(out, step).exists()
         left += 0 if done else step.seconds
-        lines.append(f"  {'done' if done else '~' + format_duration(step.seconds):>9}  {step.name}")
-    lines.append(f"  {'~' + format_duration(left):>9}  to go")
+        lines.append(f"  {'done' if done else about(step.seconds):>9}  {step.name}")
+    lines.append(f"  {about(left):>9}  to go")
     return "\n".join(lines)
+
+
+def about(seconds: float) -> str:
+    """`~4:10`, `~13 days`."""
+    return f"~{seconds / DAY:.0f} days" if seconds > 3 * DAY else f"~{format_duration(seconds)}"
 
 
 def step_path(out: Path, step: Step) -> Path:
@@ -64,7 +71,7 @@ def step_path(out: Path, step: Step) -> Path:
     return out / "steps" / f"{step.name}.json"
 
 
-def perform(experiment: Experiment, out: Path, name: str, about: dict[str, Any]) -> Outcome:
+def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
     """Every step that is not done, then the summary: OUT/NAME/results.json, table.md and pictures."""
     results, seconds = {}, {}
     for step in experiment.steps:
@@ -84,7 +91,7 @@ def perform(experiment: Experiment, out: Path, name: str, about: dict[str, Any])
         folder / "results.json",
         plain(
             {"experiment": name, "title": experiment.title}
-            | about
+            | context
             | {"figures": outcome.figures, "seconds": seconds, "total_seconds": sum(seconds.values())}
             | provenance()
         ),
@@ -107,6 +114,3 @@ def revision() -> str | None:
         return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-__all__ = ["Experiment", "Outcome", "Step", "asdict", "perform", "plan", "provenance"]
