@@ -1,11 +1,12 @@
 # make demo   environment, then the whole pipeline on rendered shapes: about eight minutes on two CPU cores
 # make test   environment, style, architecture contracts, tests
+# make nightly  every table and figure of the paper at tiny scale on rendered shapes
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint env env-test clean help
+.PHONY: demo test nightly lint env env-test clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -15,6 +16,10 @@ demo: env
 
 test: env-test lint
 	$(BIN)/python -m pytest --durations=15
+
+TARGETS := table1 table2 table3 table4 fig3a fig3b fig4a fig4b fig5 fig6 claims
+nightly: env
+	for target in $(TARGETS); do $(BIN)/digit reproduce $$target --scale tiny --out runs/nightly || exit 1; done
 
 lint: env-test
 	$(BIN)/ruff check src tests bench
