@@ -53,7 +53,7 @@ def scikit(x, labels, l2):
 def test_both_solvers_reach_scikit_learns_optimum(solver):
     features, labels = blobs()
     l2 = 0.02
-    cfg = ProbeConfig(solver=solver, num_epochs=1500, batch_size=1024)
+    cfg = ProbeConfig(solver=solver, num_epochs=1500, batch_size=1024, tolerance=1e-14)
     sweep = [[{"l2": l2, "learning_rate": 0.4, "weight_decay": l2}]] * 3
     fit = {"lbfgs": fit_lbfgs, "sgd": fit_sgd}[solver]
     heads = fit(ProbeData(features, labels, 4), torch.arange(len(features)), sweep, cfg)
@@ -66,6 +66,16 @@ def test_both_solvers_reach_scikit_learns_optimum(solver):
         assert objective(x, labels, *ours, l2) == pytest.approx(best, rel=1e-5)
         tolerance = 1e-5 if solver == "lbfgs" else 1e-3  # the loss is flat at its optimum, and SGD stops early
         assert (ours[0] - weight).norm() / weight.norm() < tolerance
+
+
+def test_crops_of_an_image_are_held_out_together():
+    images = torch.randn(40, 1, 30, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(40) % 2  # noise: nothing to learn but the images themselves
+    crops, groups = images.repeat_interleave(6, 0), torch.arange(40).repeat_interleave(6)
+    cfg = ProbeConfig(l2=(1e-5,), validation_fraction=0.25)
+    apart = probe_layers(crops, labels[groups], images, labels, cfg)[0].validation_top1
+    together = probe_layers(crops, labels[groups], images, labels, cfg, groups=groups)[0].validation_top1
+    assert apart == 1.0 and together < 0.8
 
 
 def test_sgd_takes_the_steps_of_torchs():
@@ -172,7 +182,7 @@ def model(**changes) -> SequenceModel:
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"num_classes": 3}, {"masked": True}])
-def test_features_are_means_over_all_positions_of_every_layer(changes):
+def test_features_are_means_over_positions_of_every_layer(changes):
     prior, tokens = model(**changes), torch.randint(0, 8, (5, 16))
     prior.train()
     found = prior_features(prior, tokens, batch_size=2)
@@ -181,7 +191,11 @@ def test_features_are_means_over_all_positions_of_every_layer(changes):
     with torch.no_grad():
         hidden = prior(tokens, return_hidden=True)[1]
     assert found.shape == (5, 3, 16) and found.dtype == torch.float32 and hidden[0].shape[1] == 17
-    torch.testing.assert_close(found, torch.stack([h.mean(1) for h in hidden], 1))
+    # the last token is an input of no training step
+    trained = slice(None) if changes.get("masked") else slice(None, -1)
+    torch.testing.assert_close(found, torch.stack([h[:, trained].mean(1) for h in hidden], 1))
+    whole = prior_features(prior, tokens, last_position=True)
+    torch.testing.assert_close(whole, torch.stack([h.mean(1) for h in hidden], 1))
     half = prior_features(prior, tokens, precision="bf16")
     torch.testing.assert_close(half, found, rtol=0.05, atol=0.05)
 

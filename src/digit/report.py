@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from digit import __version__, pictures
+from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
-from digit.data.loader import CropLoader
 from digit.data.preprocess import PreprocessConfig, centre_crop
 from digit.data.shapes import CLASSES, ShapesSource
-from digit.errors import DigitError
 from digit.evaluation.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
 from digit.files import atomic_path, write_json
 from digit.fit import Run
@@ -88,17 +87,7 @@ def load_images(spec: str, preprocess: PreprocessConfig, num: int) -> Tensor:
 
 def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Centre crops of some images -> ((B, 3, S, S) uint8, labels (B,)); broken files are left out."""
-    from dataclasses import replace
-
-    centre = replace(preprocess, random_crop=False, flip=False)
-    chosen = [i for i in indices if i < len(source)]
-    batches = [
-        (b.images[b.ok], b.labels[b.ok])
-        for b in CropLoader(source, centre, indices=chosen, batch_size=64, max_bad_fraction=1.0)
-    ]
-    if not batches:
-        raise DigitError(f"{source.name} holds no image that can be read")
-    return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    return gather_crops(source.subset([i for i in indices if i < len(source)]), preprocess)
 
 
 def spread(total: int, num: int) -> list[int]:

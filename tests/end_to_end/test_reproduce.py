@@ -1,9 +1,11 @@
 """Every table and figure of the paper, end to end at a size that means nothing but that it runs."""
 
+import io
 import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.intervals import Interval
@@ -12,8 +14,10 @@ from digit.pretrain import PretrainConfig
 from digit.recipes import ModelSpec
 from digit.reproduce import TARGETS, Scale, Study, build, get_scale, plan, reproduce
 from digit.reproduce.claims import FAILS, HOLDS, UNDECIDED, seeds_claim, verdict
+from digit.reproduce.experiment import Experiment, Outcome, Step, perform
 from digit.reproduce.scales import SCALES, pretrained
 from digit.reproduce.study import open_splits
+from digit.tokenizers.encoders import EncoderConfig
 from digit.training.ssl.train import SSLConfig
 from tiny import tiny_recipe
 
@@ -53,7 +57,10 @@ def study(tmp_path_factory) -> Study:
 def test_a_target_leaves_results_a_table_and_pictures(study, target):
     outcome, folder = reproduce(target, study)
     results = json.loads((folder / "results.json").read_text())
-    assert results["experiment"] == target and results["figures"] and results["hardware"]["cores"] >= 1
+    assert results["experiment"] == target and results["figures"]
+    assert results["summarised_by"]["hardware"]["cores"] >= 1 and all(
+        "revision" in s for s in results["steps"].values()
+    )
     assert results["scale"] == "tiny" and results["config"]["recipe"]["kmeans"]["num_clusters"] == 12
     assert (folder / "table.md").read_text().count("|") > 6 and "paper" in (folder / "table.md").read_text().lower()
     assert outcome.pictures and all(path.is_file() and path.stat().st_size > 1000 for path in outcome.pictures)
@@ -66,6 +73,46 @@ def test_a_second_run_reads_what_is_done(study, monkeypatch):
     monkeypatch.setattr(Study, "base", property(lambda self: pytest.fail("made again")))
     outcome, _ = reproduce("table1", again)
     assert "0.187" in outcome.table  # the paper's, beside ours
+
+
+def test_a_step_of_an_older_version_is_made_again(tmp_path):
+    made = []
+    for version in (1, 1, 2):
+        step = Step(name="s", seconds=1, make=lambda: made.append(1) or len(made), version=version)
+        experiment = Experiment(title="t", steps=[step], summarise=lambda r, out: Outcome(table="|", figures=r))
+        perform(experiment, tmp_path, "x", {})
+    assert len(made) == 2
+    assert json.loads((tmp_path / "x" / "results.json").read_text())["figures"] == {"s": 2}
+
+
+def test_a_test_split_without_labels_is_passed_over(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 10, 10)).save(buffer, "PNG")
+    for split, labels in (("train", [0, 1, 0, 1]), ("test", [-1, -1]), ("validation", [1, 0, 1])):
+        images = [{"bytes": buffer.getvalue(), "path": None}] * len(labels)
+        features = {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+        table = pa.table({"image": images, "label": labels})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
+    train, test = open_splits(str(tmp_path), None, 100)
+    assert len(train) == 4 and len(test) == 3 and test.labels().tolist() == [1, 0, 1]
+
+
+def test_table4_wants_classes_and_fig4a_weights(tmp_path):
+    for k in range(20):
+        Image.new("RGB", (32, 32), (10 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    with pytest.raises(DigitError, match="no classes"):
+        build("table4", Study(str(tmp_path), micro(), tmp_path / "out"))
+    scale = replace(micro(), encoders=(("MAE", EncoderConfig(name="mae_vitb16")),))
+    with pytest.raises(DigitError, match="MAE=FILE"):
+        build("fig4a", Study(DATA, scale, tmp_path / "out2"))
+    named = scale.with_encoder_files({"MAE": "mae.pth"})
+    assert named.encoders[0][1].weights == "mae.pth"
+    with pytest.raises(DigitError, match="MoCo"):
+        scale.with_encoder_files({"MoCo": "x.pth"})
 
 
 def test_another_scale_in_the_same_folder_is_refused(study):
@@ -89,8 +136,6 @@ def test_every_scale_builds(name):
 def test_splits(tmp_path):
     train, test = open_splits(DATA, 40, 10)
     assert len(train) == 40 and len(test) == 10 and train.fingerprint != test.fingerprint
-    from PIL import Image
-
     for k in range(10):
         path = tmp_path / "flat" / f"{k}.png"
         path.parent.mkdir(exist_ok=True)

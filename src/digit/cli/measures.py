@@ -125,6 +125,10 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
     how = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
     say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **how)))
+    if args.test is None and args.test_split is None:
+        say(
+            f"Tested on every fifth image of {args.data}: if the pipeline was fitted on them, it has seen them (unlabelled)."
+        )
     say(f"plot and figures: {args.out}")
 
 
@@ -198,6 +202,9 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     )
     parser.add_argument("--encoder", default=None, help="encoder of the tokens, as --encoder.name of digit fit")
     parser.add_argument("--encoder_weights", default=None, help="its weights file, as --encoder.weights of digit fit")
+    parser.add_argument(
+        "--encoders", default="", help="weights files for fig4a --scale paper: MAE=mae.pth,MoCo=moco.pth,iBOT=ibot.pth"
+    )
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(f"--reuse_{part}", default=None, help=f"folder of another run's {part}")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
@@ -205,6 +212,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.reproduce import Study, build, get_scale, plan, reproduce
 
     scale = get_scale(args.scale).with_encoder(args.encoder, args.encoder_weights)
+    scale = scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
     study = Study(args.data, scale, out, reuse=reuse, inception=args.inception, device=args.device)

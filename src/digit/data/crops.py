@@ -9,6 +9,7 @@ from torch import Tensor
 from digit.data.loader import CropLoader
 from digit.data.preprocess import PreprocessConfig
 from digit.data.source import ImageSource
+from digit.errors import DigitError
 
 
 def centre_crops(
@@ -32,5 +33,7 @@ def centre_crops(
 
 def gather_crops(source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None) -> tuple[Tensor, Tensor]:
     """All of `centre_crops` at once: (images (N, 3, S, S) uint8, labels (N,) int64)."""
-    images, labels = zip(*centre_crops(source, cfg, num=num), strict=True)
-    return torch.cat(images), torch.cat(labels)
+    batches = list(centre_crops(source, cfg, num=num))
+    if not batches:
+        raise DigitError(f"{source.name} holds no image that can be read")
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])

@@ -10,6 +10,8 @@ import numpy as np
 
 from digit.errors import DigitError, MismatchError
 
+BLOCK = 16_384  # images in float64 at a time
+
 
 class FeatureStats:
     """Mean and covariance of features that arrive in batches, in float64 (pairwise update of Chan et al. 1979).
@@ -48,15 +50,15 @@ class FeatureStats:
 
     def update(self, features: Any) -> Self:
         """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for another shape or NaN."""
-        batch = _as_float64(features)
-        if batch.ndim != 2:
-            raise DigitError(f"features have shape {tuple(batch.shape)}, wanted (images, features): pool them first")
-        if not np.isfinite(batch).all():
-            raise DigitError("features hold NaN or infinity: check the images and the network's weights")
-        if len(batch):
-            mean = batch.mean(0)
-            centred = batch - mean
-            self._add(len(batch), mean, centred.T @ centred)
+        if len(features.shape) != 2:
+            raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
+        for start in range(0, len(features), BLOCK):
+            block = _as_float64(features[start : start + BLOCK])
+            if not np.isfinite(block).all():
+                raise DigitError("features hold NaN or infinity: check the images and the network's weights")
+            mean = block.mean(0)
+            centred = block - mean
+            self._add(len(block), mean, centred.T @ centred)
         return self
 
     def merge(self, other: "FeatureStats") -> Self:

@@ -34,6 +34,8 @@ class ProbeConfig:
     """lbfgs: multinomial logistic regression at its optimum, in float64; sgd: as released, for many images."""
     l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     """lbfgs: weights of ||W||^2 / 2 beside the mean cross-entropy, to choose from."""
+    tolerance: float = 1e-9
+    """lbfgs: stops where a step changes the loss by less."""
     learning_rates: tuple[float, ...] = (0.01, 0.04, 0.1, 0.4, 1.0)
     """sgd: learning rates to choose from (released: 0.4)."""
     weight_decays: tuple[float, ...] = (0.0,)
@@ -104,22 +106,26 @@ def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -
 
 
 def probe_layers(
-    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, cfg: ProbeConfig, names: Sequence[str] = ()
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    cfg: ProbeConfig,
+    names: Sequence[str] = (),
+    groups: Tensor | None = None,
 ) -> list[LayerResult]:
     """Probe every layer: train (N, L, D) with labels (N,), test (M, L, D) with test_labels (M,), classes 0..C-1.
 
     The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd computes where
-    the features are, lbfgs on the CPU.
+    the features are, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image: they are held out
+    together, or a setting that learns images by heart would win.
 
     Raises DigitError for labels that are missing or do not fit, NaN, and too few images to hold any out.
     """
     labels, test_labels = labels.long().cpu(), test_labels.long().cpu()
     num_classes = _check(train, labels, test, test_labels)
     names = list(names) or [f"layer {n}" for n in range(train.shape[1])]
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(cfg.seed % 2**63))
-    held = max(1, round(cfg.validation_fraction * len(train)))
-    if held >= len(train):
-        raise DigitError(f"{len(train)} training images leave none to train on beside {held} held out: give more")
+    order, held = _split(torch.arange(len(train)) if groups is None else groups, cfg)
     fit = fit_lbfgs if cfg.solver == "lbfgs" else fit_sgd
     data, settings = ProbeData(train, labels, num_classes), cfg.settings
     with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
@@ -139,6 +145,18 @@ def probe_layers(
         )
         for n, s in enumerate(chosen)
     ]
+
+
+def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
+    """(rows in random order, group by group, how many of the first are held out)."""
+    groups = torch.unique(groups, return_inverse=True)[1]
+    num = int(groups.max()) + 1
+    place = torch.randperm(num, generator=torch.Generator().manual_seed(cfg.seed % 2**63)).argsort()
+    held = max(1, round(cfg.validation_fraction * num))
+    if held >= num:
+        raise DigitError(f"{num} training images leave none to train on beside {held} held out: give more")
+    rank = place[groups]
+    return rank.argsort(stable=True), int((rank < held).sum())
 
 
 @dataclass(frozen=True)
@@ -193,8 +211,8 @@ def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, adv
     for layer, settings in enumerate(sweep):
         features = data.features[rows.to(data.features.device), layer]  # (N, D)
         for setting in settings:
-            how = dict(num_classes=data.num_classes, l2=setting["l2"], max_iterations=MAX_ITERATIONS)
-            fitted.append(fit_linear_classifier(features, data.labels[rows], **how))
+            how = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
+            fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **how))
             advance(1)
     shape = (len(sweep), len(sweep[0]))
     weight = torch.stack([one.weight for one in fitted]).unflatten(0, shape)  # (L, S, C, D)

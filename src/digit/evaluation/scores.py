@@ -14,6 +14,12 @@ from torch import Tensor
 from digit.errors import DigitError, MismatchError
 
 MAX_DISTANCES = 2**24  # float64 numbers of one block, 128 MiB
+IMAGES_A_SPLIT = 500  # the score of fewer says little: it is at most their number
+
+
+def splits_of(num: int) -> int:
+    """Splits for the Inception Score of `num` images: 10 as usual, fewer where a split would hold under 500."""
+    return max(1, min(10, num // IMAGES_A_SPLIT))
 
 
 def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) -> tuple[float, float]:

@@ -21,7 +21,6 @@ from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
 from digit.evaluation.completion import Complete, complete_and_judge, curve_difference, distance_curve
 from digit.evaluation.frechet import FeatureStats
-from digit.evaluation.influence import frechet_interval
 from digit.evaluation.intervals import Interval
 from digit.evaluation.judge import JudgeNetwork
 from digit.files import plain, sha256_tensors, write_json
@@ -67,7 +66,6 @@ def run_completion(
         found[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
         draw_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
         curves[name] = distance_curve({keep: held["features"] for keep, held in found[name].items()}, reference)
-    real = network.judge(fit_batch(images, next(iter(pipes.values())).image_size)).pooled
     result = {
         "metric": network.metric("fd"),
         "network": network.describe(),
@@ -75,7 +73,6 @@ def run_completion(
         "reference_images": reference.count,
         "seed": seed,
         "note": NOTE,
-        "real_images": frechet_interval(real, reference.mean, reference.cov).to_dict(),
         "pipes": {name: describe(pipe, curves[name], keeps, labels) for name, pipe in pipes.items()},
         "differences": differences(curves),
     }

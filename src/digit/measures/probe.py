@@ -1,9 +1,10 @@
 """Table 2, Figure 3b and Acc@OL of Figure 4a: linear probes of priors, VQ-only models and encoders.
 
-Features of a sequence model are those of the released code: the mean over all positions, the start symbol among them,
-of each layer n; n = 0 is the embedding, n = depth the last block (before a pre-norm model's final norm). The released
-code trains heads on n = 0 .. depth - 1; here n = depth is probed too. Unlike it, training images are cropped in the
-centre once, not at random anew in every epoch: one pass of the frozen networks gives the features of every layer.
+Features of a sequence model are those of the released code but for the last position (`prior_features`): the mean over
+positions, the start symbol among them, of each layer n; n = 0 is the embedding, n = depth the last block (before a
+pre-norm model's final norm). The released code trains heads on n = 0 .. depth - 1; here n = depth is probed too. Unlike
+it, training images are cropped once, not at random anew in every epoch: one pass of the frozen networks gives the
+features of every layer.
 """
 
 from collections import defaultdict
@@ -36,10 +37,18 @@ Precision = Literal["fp32", "bf16"]
 
 @torch.no_grad()
 def prior_features(
-    model: SequenceModel, tokens: Tensor, *, batch_size: int = 64, precision: Precision = "fp32"
+    model: SequenceModel,
+    tokens: Tensor,
+    *,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    last_position: bool = False,
 ) -> Tensor:
-    """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over all positions of every layer.
+    """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over positions of every layer.
 
+    Positions are the start symbol and the tokens; the last token is an input of no training step of ours, and its
+    position's row stays as it began, so it is left out unless `last_position` asks for it. Released models end in a
+    symbol of their own and were trained on it: there the released code's mean is over all.
     A conditional model is shown the plain start symbol, not the class, which would give the answer away (`notes_on`
     says where that symbol was never trained). Raises DigitError for a model with a prefix and for other lengths.
     """
@@ -54,7 +63,8 @@ def prior_features(
         hidden: list[Tensor] = []
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             model.features(chunk.long().to(device), hidden=hidden)  # as return_hidden=True, without the logits
-        parts.append(torch.stack([h.float().mean(1) for h in hidden], 1).cpu())  # (B, L, D)
+        kept = hidden if last_position or model.cfg.masked else [h[:, :-1] for h in hidden]
+        parts.append(torch.stack([h.float().mean(1) for h in kept], 1).cpu())  # (B, L, D)
     model.train(training)
     return torch.cat(parts)
 
@@ -145,28 +155,32 @@ def run_probe(
             features[label] = (values, tested[kind])
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
             notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
-    about = {"train_images": train.name, "test_images": test.name}
+    about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
     return probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
 
 
 def probe_features(
     features: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor,
     cfg: ProbeConfig | None = None, *, out: str | Path, notes: Mapping[str, list[str]] | None = None,
-    about: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None, groups: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """As `run_probe`, from features by name: (train (N, L, D), test (M, L, D)), all of the same images."""
+    """As `run_probe`, from features by name: (train (N, L, D), test (M, L, D)), all of the same images.
+
+    groups (N,) says which training rows are crops of one image.
+    """
     cfg, notes = cfg or ProbeConfig(), notes or {}
     probed = {
-        name: probe_layers(train, labels, test, test_labels, cfg, layer_names(train.shape[1]))
+        name: probe_layers(train, labels, test, test_labels, cfg, layer_names(train.shape[1]), groups)
         for name, (train, test) in features.items()
     }
     best = {name: best_layer(layers) for name, layers in probed.items()}
     result = plain(
         {
             "protocol": dict(about or {}) | {
-                "about": "linear probe of the mean over positions (paper, Table 2); one centre crop an image; settings "
-                "and best layer chosen on held-out training images; intervals over test images",
-                "num_train": len(labels), "num_test": len(test_labels), "num_classes": int(labels.max()) + 1,
+                "about": "linear probe of the mean over positions (paper, Table 2); settings and best layer chosen on "
+                "held-out training images; intervals over test images",
+                "num_train": len(labels) if groups is None else len(groups.unique()), "train_rows": len(labels),
+                "num_test": len(test_labels), "num_classes": int(labels.max()) + 1,
                 "chance": float(torch.bincount(test_labels).max() / len(test_labels)),
             } | asdict(cfg),
             "probes": {name: describe(layers, best[name], notes.get(name, [])) for name, layers in probed.items()},

@@ -16,7 +16,7 @@ from digit.errors import DigitError
 from digit.evaluation.frechet import FeatureStats
 from digit.evaluation.influence import frechet_interval
 from digit.evaluation.judge import JudgeNetwork, collect_judged
-from digit.evaluation.scores import inception_score
+from digit.evaluation.scores import inception_score, splits_of
 from digit.files import plain, write_json
 from digit.measures.cache import pipeline_key, remember, request_key
 from digit.measures.features import fingerprint
@@ -25,7 +25,6 @@ from digit.pipeline import DigitPipeline, SamplingConfig, StageSampling
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # and the value that switches it off
-IMAGES_A_SPLIT = 500  # the inception score of fewer is too low to say much; 10 splits at most, as usual
 DECODED = 256  # images in memory at a time
 
 
@@ -182,7 +181,7 @@ class Sweep:
     @property
     def num_splits(self) -> int:
         """Splits of the inception score."""
-        return max(1, min(10, self.num // IMAGES_A_SPLIT))
+        return splits_of(self.num)
 
 
 def protocol(sweep: Sweep) -> dict[str, Any]:

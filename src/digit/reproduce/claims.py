@@ -58,7 +58,9 @@ def claims(study: Study) -> Experiment:
             ),
         }
         shots = draw(study, found, distance, out)
-        return Outcome(table=table(study, found, distance), figures=found, pictures=shots)
+        budgets = {m: results[f"plain_{m}_{seeds[0]}"] for m in ("prior", "renderer", "vq_ar")}
+        text = table(study, found, distance) + "\n\n" + conditions(study, budgets)
+        return Outcome(table=text, figures=found | {"budgets": budgets}, pictures=shots)
 
     return Experiment(title="The paper's three claims", steps=steps, summarise=summarise)
 
@@ -113,17 +115,26 @@ def table(study: Study, found: dict[str, Any], distance: str) -> str:
         f"{over_seeds(generation['vq_only'])} | {shown(generation['difference'])} | FID 9.13 against 24.38 |",
         f"| probes better (top-1, %) | **{probe['verdict']}** | {over_seeds(probe['digit'])} | "
         f"{over_seeds(probe['vq_only'])} | {shown(probe['difference'])} | 71.7 against 61.8 (VIM + VQGAN) |",
-        "",
-        f"{protocol(study)} Unconditional models at equal training FLOPs; seeds {listed(study.scale.seeds)}; "
-        "intervals: bootstrap over images (stability), Student's t over seeds (the others). "
-        f"Tokens: {study.recipe.encoder.name}, {encoder_training(study)}, K = {study.recipe.kmeans.num_clusters}.",
     ]
     return "\n".join(lines)
 
 
-def encoder_training(study: Study) -> str:
-    """What the encoder was trained on: a supervised one knows of classes, which the probe then finds again."""
-    return str(study.base.encoder.describe().get("training", "training unknown"))
+def conditions(study: Study, budgets: dict[str, dict[str, float]]) -> str:
+    """Under which the verdicts were reached: budgets, sampling, tokens, intervals."""
+    pflops = {model: budget["training_pflops"] for model, budget in budgets.items()}
+    images = {model: budget["images"] for model, budget in budgets.items()}
+    sampling, tokens = study.recipe.sampling, study.recipe.encoder
+    taught, ratio = study.base.encoder.describe().get("training", "training unknown"), pflops["vq_ar"] / pflops["prior"]
+    return (
+        f"{protocol(study)} Unconditional models. Training: prior {pflops['prior']:.2g} and renderer "
+        f"{pflops['renderer']:.2g} PFLOPs ({images['prior']} and {images['renderer']} images), VQ-only "
+        f"{pflops['vq_ar']:.2g} ({images['vq_ar']}): equal for the claim on generation, while the probe sets the prior "
+        f"alone against {ratio:.2g} times its compute. Top-p {sampling.prior.top_p:g} of the prior, "
+        f"{sampling.renderer.top_p:g} of renderer and VQ-only, not tuned to either. Tokens: {tokens.name}, {taught}, "
+        f"K = {study.recipe.kmeans.num_clusters}; the probe finds again what classes an encoder was taught. Intervals: "
+        f"bootstrap over images, for all SNRs together (stability); Student's t over seeds {listed(study.scale.seeds)} "
+        "of the models, on one codebook and one VQGAN (the others)."
+    )
 
 
 def shown(interval: dict[str, float] | None) -> str:

@@ -22,7 +22,7 @@ PER_SECOND = {  # images of 64 px
     "draw": 130.0,
     "judge": 250.0,
     "probe": 2500.0,
-    "pretrain": 400.0,
+    "pretrain": 100.0,
 }
 
 

@@ -26,6 +26,8 @@ class Step:
     seconds: float
     """Estimate for this machine."""
     make: Callable[[], Any]
+    version: int = 1
+    """Raised with a change of what is computed: results of an older version are made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def plan(experiment: Experiment, out: Path) -> str:
     lines = [f"{experiment.title}"]
     left = 0.0
     for step in experiment.steps:
-        done = step_path(out, step).exists()
+        done = kept_result(out, step) is not None
         left += 0 if done else step.seconds
         lines.append(f"  {'done' if done else about(step.seconds):>9}  {step.name}")
     lines.append(f"  {about(left):>9}  to go")
@@ -71,17 +73,26 @@ def step_path(out: Path, step: Step) -> Path:
     return out / "steps" / f"{step.name}.json"
 
 
+def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
+    """A step's file: result, seconds, version, and which revision made it where; None where it is to be made."""
+    path = step_path(out, step)
+    kept = read_json(path) if path.exists() else None
+    return kept if kept is not None and kept.get("version", 1) == step.version else None
+
+
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
     """Every step that is not done, then the summary: OUT/NAME/results.json, table.md and pictures."""
-    results, seconds = {}, {}
+    results, made = {}, {}
     for step in experiment.steps:
-        path = step_path(out, step)
-        if not path.exists():
+        kept = kept_result(out, step)
+        if kept is None:
             started = time.monotonic()
             result = plain(step.make())
-            write_json(path, {"result": result, "seconds": time.monotonic() - started, "estimated": step.seconds})
-        kept = read_json(path)
-        results[step.name], seconds[step.name] = kept["result"], kept["seconds"]
+            kept = {"result": result, "seconds": time.monotonic() - started, "estimated_seconds": step.seconds}
+            kept |= {"version": step.version} | provenance()
+            write_json(step_path(out, step), kept)
+        results[step.name] = kept["result"]
+        made[step.name] = {name: value for name, value in kept.items() if name != "result"}
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     outcome = experiment.summarise(results, folder)
@@ -92,8 +103,8 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
         plain(
             {"experiment": name, "title": experiment.title}
             | context
-            | {"figures": outcome.figures, "seconds": seconds, "total_seconds": sum(seconds.values())}
-            | provenance()
+            | {"figures": outcome.figures, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
+            | {"summarised_by": provenance()}
         ),
     )
     return outcome

