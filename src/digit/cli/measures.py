@@ -126,9 +126,7 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     how = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
     say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **how)))
     if args.test is None and args.test_split is None:
-        say(
-            f"Tested on every fifth image of {args.data}: if the pipeline was fitted on them, it has seen them (unlabelled)."
-        )
+        say(f"Tested on every fifth image of {args.data}; a pipeline fitted on {args.data} has seen them, unlabelled.")
     say(f"plot and figures: {args.out}")
 
 
