@@ -9,7 +9,7 @@ from PIL import Image
 from digit.errors import DigitError
 from digit.evaluation.completion import KEEPS, complete_and_judge, curve_difference, distance_curve
 from digit.evaluation.frechet import FeatureStats, frechet_distance
-from digit.evaluation.intervals import Interval
+from digit.evaluation.influence import frechet_difference
 from digit.files import read_json
 from digit.fit import Run, fit
 from digit.measures.completion import exact_fractions, kept, run_completion
@@ -88,10 +88,18 @@ def test_the_distance_falls_as_more_is_kept():
     assert all(i.low <= i.value <= i.high for i in curve.values())
 
 
-def test_differences_are_of_shared_fractions_with_half_widths_added_as_squares():
-    first = {0.25: Interval(5, 2, 8), 0.5: Interval(3, 2, 4)}
-    second = {0.25: Interval(9, 5, 13), 0.75: Interval(1, 0, 2)}
-    assert curve_difference(first, second) == {0.25: Interval(-4, -9, 1)}
+def test_differences_are_paired_by_image():
+    random = torch.Generator().manual_seed(0)
+    base, other = (torch.randn(400, 4, generator=random, dtype=torch.float64) for _ in range(2))
+    reference = FeatureStats.of(torch.randn(1000, 4, generator=random))
+    near = base + 0.3 + 0.01 * other  # the same images, moved a little
+    found = curve_difference({0.25: near, 0.5: near}, {0.25: base, 0.75: base}, reference)
+    assert list(found) == [0.25]
+    apart = frechet_difference(near, base, reference.mean, reference.cov, paired=False)
+    assert found[0.25].value == pytest.approx(apart.value)
+    assert found[0.25].high - found[0.25].low < 0.7 * (apart.high - apart.low)
+    with pytest.raises(DigitError, match="no pairs"):
+        frechet_difference(near[:300], base, reference.mean, reference.cov)
 
 
 # -------------------------------------------------------------------- whole rows

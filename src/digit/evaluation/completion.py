@@ -12,7 +12,7 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.evaluation.frechet import FeatureStats
-from digit.evaluation.influence import frechet_interval
+from digit.evaluation.influence import frechet_difference, frechet_interval
 from digit.evaluation.intervals import Interval
 from digit.evaluation.judge import Features
 
@@ -58,15 +58,10 @@ def distance_curve(
     }
 
 
-def curve_difference(first: Mapping[float, Interval], second: Mapping[float, Interval]) -> dict[float, Interval]:
-    """first - second at every fraction that both have.
-
-    The half widths add as squares, as of independent images. Both curves complete the same images, so the interval
-    is rather too wide than too narrow.
-    """
-    shared = {keep: (first[keep], second[keep]) for keep in sorted(first.keys() & second.keys())}
-    found = {}
-    for keep, (a, b) in shared.items():
-        value, half = a.value - b.value, ((a.high - a.value) ** 2 + (b.high - b.value) ** 2) ** 0.5
-        found[keep] = Interval(value, value - half, value + half)
-    return found
+def curve_difference(
+    first: Mapping[float, Tensor], second: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
+) -> dict[float, Interval]:
+    """Distance of `first` less that of `second` at every fraction that both have, paired: the same images, completed."""
+    shared = sorted(first.keys() & second.keys())
+    target = (reference.mean, reference.cov)
+    return {keep: frechet_difference(first[keep], second[keep], *target, confidence=confidence) for keep in shared}

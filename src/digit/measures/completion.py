@@ -61,11 +61,12 @@ def run_completion(
     """
     out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     exact = {name: exact_fractions(pipe, keeps) for name, pipe in pipes.items()}
-    found, curves = {}, {}
+    found, features, curves = {}, {}, {}
     for name, pipe in pipes.items():
         found[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
         draw_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
-        curves[name] = distance_curve({keep: held["features"] for keep, held in found[name].items()}, reference)
+        features[name] = {keep: held["features"] for keep, held in found[name].items()}
+        curves[name] = distance_curve(features[name], reference)
     result = {
         "metric": network.metric("fd"),
         "network": network.describe(),
@@ -74,7 +75,7 @@ def run_completion(
         "seed": seed,
         "note": NOTE,
         "pipes": {name: describe(pipe, curves[name], keeps, labels) for name, pipe in pipes.items()},
-        "differences": differences(curves),
+        "differences": differences(features, reference),
     }
     result = plain(result)
     write_json(out / "completion.json", result)
@@ -120,13 +121,13 @@ def describe(
     }
 
 
-def differences(curves: Mapping[str, Mapping[float, Interval]]) -> list[dict[str, Any]]:
+def differences(features: Mapping[str, Mapping[float, Tensor]], reference: FeatureStats) -> list[dict[str, Any]]:
     """The first curve less each other one, at the fractions that both have; below 0 the first completes better."""
-    (first, mine), *others = curves.items()
+    (first, mine), *others = features.items()
     return [
         {"first": first, "second": name, "keep": keep, "difference": difference.to_dict()}
-        for name, curve in others
-        for keep, difference in curve_difference(mine, curve).items()
+        for name, theirs in others
+        for keep, difference in curve_difference(mine, theirs, reference).items()
         if keep < 1
     ]
 
