@@ -61,7 +61,7 @@ def distance_curve(
 def curve_difference(
     first: Mapping[float, Tensor], second: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
 ) -> dict[float, Interval]:
-    """Distance of `first` less that of `second` at every fraction that both have, paired: the same images, completed."""
+    """Distance of `first` less that of `second` at every fraction both have, paired: both complete the same images."""
     shared = sorted(first.keys() & second.keys())
     target = (reference.mean, reference.cov)
     return {keep: frechet_difference(first[keep], second[keep], *target, confidence=confidence) for keep in shared}
