@@ -1,10 +1,12 @@
 """safetensors as we write them, against the library that defines the format; and freed memory."""
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from digit.files import Stacked, load_tensors, save_tensors
+from digit.errors import DigitError
+from digit.files import Stacked, check_writable, load_tensors, save_tensors
 from digit.machine import keep_freed_memory
 
 
@@ -42,3 +44,13 @@ def test_stacked_rows_are_written_as_one_float32_tensor(tmp_path):
 def test_keeping_freed_memory_does_no_harm():
     assert isinstance(keep_freed_memory(), bool)
     assert torch.randn(100, 100).sum().isfinite()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "result.json")
+    check_writable(tmp_path / "folder", folder=True)
+    assert (tmp_path / "new").is_dir() and (tmp_path / "folder").is_dir()
+    for path, folder in ((tmp_path, False), (tmp_path / "file" / "x.json", False), (tmp_path / "file", True)):
+        with pytest.raises(DigitError, match="cannot write"):
+            check_writable(path, folder=folder)

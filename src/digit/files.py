@@ -27,6 +27,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
+REFUSALS = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+    """Raise DigitError now where a result could not be written to `path` after the work; makes the folder."""
+    path = Path(path)
+    target = path if folder else path.parent
+    with disk_errors(path):
+        target.mkdir(parents=True, exist_ok=True)
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn a full disk or a refused write into one line that names the file; what was there before stays."""
@@ -35,7 +52,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DigitError(f"disk full while writing {path}: free some space and run again, work goes on") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
+        if error.errno in REFUSALS:
             raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         raise
 

@@ -70,10 +70,17 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise DigitError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.image_size < 1 or self.image_size % self.patch_size:
+        for name in ("image_size", "patch_size", "depth", "embed_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise DigitError(f"{name} is {getattr(self, name)}: at least 1")
+        if self.training.num_steps < 1:
+            raise DigitError("training.num_steps is 0: an untrained encoder knows nothing")
+        if self.image_size % self.patch_size:
             raise DigitError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         if self.embed_dim % 4 or self.embed_dim % self.num_heads:
             raise DigitError(f"embed_dim {self.embed_dim} is no multiple of 4 and of num_heads {self.num_heads}")
+        if self.image_size == self.patch_size and self.method in ("mae", "ibot"):
+            raise DigitError(f"{self.method} hides patches: image_size {self.image_size} must be several of patch_size")
         if self.source_size < self.image_size:
             raise DigitError(
                 f"source_size {self.source_size} is below image_size {self.image_size}: give that or more, "

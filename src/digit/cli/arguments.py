@@ -38,6 +38,7 @@ class Command:
         return inspect.cleandoc(self.run.__doc__ or "")
 
 
+LISTS: set[str] = set()  # options that take several values
 COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`
 
 
@@ -74,12 +75,25 @@ def _help_formatter(base: type) -> type:
     return type("HelpFormatter", (DefaultHelpFormatter, base), {})
 
 
+def bracketed(argv: Sequence[str]) -> list[str]:
+    """Values of list options, given with commas alone, in the brackets that the parser wants."""
+    words: list[str] = []
+    for word in argv:
+        option, equals, value = word.partition("=")
+        if equals and option in LISTS and not value.startswith("["):
+            word = f"{option}=[{value}]"
+        elif words and words[-1] in LISTS and not word.startswith(("[", "--")):
+            word = f"[{word}]"
+        words.append(word)
+    return words
+
+
 def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
     """Parse and build dataclasses; a mistake becomes one line."""
     from jsonargparse import ArgumentError
 
     try:
-        return parser.instantiate(parser.parse_args(argv))
+        return parser.instantiate(parser.parse_args(bracketed(argv)))
     except ArgumentError as error:
         raise DigitError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
 
@@ -90,8 +104,9 @@ def say(text: str) -> None:
 
 
 def add_config(parser: "ArgumentParser", config: type) -> None:
-    """Every field of a config dataclass as an option of its own."""
+    """Every field of a config dataclass as an option of its own; `--snrs 10,20` is `--snrs '[10,20]'`."""
     parser.add_class_arguments(config, as_group=True)
+    LISTS.update(f"--{f.name}" for f in fields(config) if str(f.type).startswith("tuple["))
 
 
 def read_config(args: Any, config: type) -> Any:

@@ -44,8 +44,11 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--out", default=None, help="JSON file for everything that was found")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
+    from digit.files import check_writable
     from digit.measures.samples import evaluate, to_table
 
+    if args.out is not None:
+        check_writable(args.out)
     result = evaluate(args.samples, args.reference, read_config(args, EvaluateConfig), args.out, args.device)
     say(to_table(result))
 
@@ -60,8 +63,10 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="the .npz")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
+    from digit.files import check_writable
     from digit.measures.samples import statistics_npz
 
+    check_writable(args.out)
     statistics_npz(args.images, args.out, read_config(args, EvaluateConfig), args.device)
     say(f"statistics in {args.out}")
 
@@ -86,7 +91,10 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
     from digit.data.images import open_source
+    from digit.files import check_writable
     from digit.measures import stability
+
+    check_writable(args.out, folder=True)
 
     pipe = load_pipeline(args)
     cfg, source = read_config(args, StabilityConfig), open_source(args.data, split=args.split)
@@ -116,9 +124,11 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--num_test", type=int, default=None, help="at most so many test images, spread evenly")
     add_config(parser, ProbeConfig)
     args = parse(parser, argv)
+    from digit.files import check_writable
     from digit.measures import probe
     from digit.pipeline import vq_only_baseline
 
+    check_writable(args.out, folder=True)
     train, test = labelled_splits(args)
     pipe = load_pipeline(args)
     baseline = vq_only_baseline(args.source, pipe)
@@ -160,8 +170,10 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.data.crops import centre_crops
     from digit.data.images import open_source
     from digit.evaluation.judge import collect_judged
+    from digit.files import check_writable
     from digit.measures.networks import load_judge_network
 
+    check_writable(args.out, folder=True)
     pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
     real = centre_crops(open_source(args.data, split=args.split), pipe.preprocess, num=args.num_reference)
     reference = collect_judged((images for images, _ in real), network).pooled
@@ -214,6 +226,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
     study = Study(args.data, scale, out, reuse=reuse, inception=args.inception, device=args.device)
+    study.validate()
     say(plan(build(args.target, study), study.out))
     if args.plan:
         return

@@ -42,6 +42,8 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
 
 def hold_out(source: ImageSource, every: int = 5) -> tuple[ImageSource, ImageSource]:
     """(train, test): every fifth image apart, for data without a test split."""
+    if len(source) < 2:
+        raise DigitError(f"{source.name} holds {len(source)} image: a split into training and test needs at least 2")
     held_out = np.arange(len(source)) % every == 0
     return source.subset(np.flatnonzero(~held_out)), source.subset(np.flatnonzero(held_out))
 

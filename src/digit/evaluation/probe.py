@@ -275,9 +275,11 @@ def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> 
         raise DigitError(f"training features are {tuple(train.shape[1:])}, test features {tuple(test.shape[1:])} "
                          "(layers, features): take both from one model")  # fmt: skip
     num_classes = int(labels.max()) + 1
+    if num_classes < 2 and len(labels) > 1:
+        raise DigitError("all training images are of one class: a probe tells at least 2 apart")
     if test_labels.max() >= num_classes:
         raise DigitError(
             f"test labels run to {int(test_labels.max())}, training labels to {num_classes - 1}: "
-            "number both by one list of classes (source.with_classes), or give more training images"
+            "number both by one list of classes, or give training images of every class"
         )
     return num_classes

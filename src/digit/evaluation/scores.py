@@ -33,7 +33,7 @@ def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) 
     if not 1 <= num_splits <= len(logits):
         raise DigitError(f"{num_splits} splits of {len(logits)} images: give at least one image a split")
     if seed is not None:
-        logits = logits[torch.from_numpy(np.random.default_rng(seed).permutation(len(logits)))]
+        logits = logits[torch.from_numpy(np.random.default_rng(seed % 2**64).permutation(len(logits)))]
     bounds = [len(logits) * split // num_splits for split in range(num_splits + 1)]
     scores = []
     for start, stop in pairwise(bounds):
@@ -57,7 +57,7 @@ def kernel_distance(
     size = min(subset_size, len(first), len(second))
     if size < 2:
         raise DigitError(f"kernel distance of {len(first)} and {len(second)} images: give at least 2 of each")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed % 2**64)
     chosen = [[rng.choice(len(x), size, replace=False) for x in (first, second)] for _ in range(num_subsets)]
     if len(first) ** 2 + len(second) ** 2 > 2 * num_subsets * size**2:  # then each subset by itself costs less
         everyone = torch.ones(1, size, dtype=torch.float64)

@@ -28,6 +28,7 @@ from digit.errors import DigitError
 from digit.evaluation.intervals import difference_interval, mean_interval
 from digit.progress import Progress
 
+MAX_DECIBELS = 200
 MEASURES = ("token_change", "feature_cosine", "code_cosine")
 
 
@@ -53,6 +54,8 @@ class StabilityConfig:
             raise DigitError(f"unit is {self.unit!r}: choose db or ratio")
         if self.power not in ("mean_square", "variance"):
             raise DigitError(f"power is {self.power!r}: choose mean_square or variance")
+        if self.unit == "db" and max(map(abs, self.snrs)) > MAX_DECIBELS:
+            raise DigitError(f"snrs are {self.snrs}: decibels from -{MAX_DECIBELS} to {MAX_DECIBELS}")
         if self.unit == "ratio" and min(self.snrs) <= 0:
             raise DigitError(f"snrs hold {min(self.snrs)}: a ratio is above 0 (unit db takes any number)")
 

@@ -124,7 +124,8 @@ def read_statistics(path: str | Path) -> Statistics | None:
             raise DigitError(f"{path} holds {_listing(names)}, wanted both {mean} and {cov}")
         if mean in held:
             held[mean], held[cov] = _checked(path, mean, held[mean], cov, held[cov])
-    return Statistics(**held, num=extra.get("num"), network=extra.get("network"))
+    network = extra.get("network")
+    return Statistics(**held, num=extra.get("num"), network=None if network is None else str(network))
 
 
 def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,4 +133,6 @@ def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray
         raise DigitError(f"{path}: {mean} is {m.dtype} {m.shape} and {cov} {s.dtype} {s.shape}, wanted (D,) and (D, D)")
     if not (np.isfinite(m).all() and np.isfinite(s).all()):
         raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: make the statistics again")
+    if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6 * abs(s).max()) or (np.diag(s) < 0).any():
+        raise DigitError(f"{path}: {cov} is no covariance (symmetric, no negative variance): make the statistics again")
     return m.astype(np.float64), s.astype(np.float64)

@@ -140,6 +140,8 @@ def run_probe(
     if not named:
         raise DigitError("no pipeline to probe: give at least one")
     test = test.with_classes(train.classes)
+    known = test.labels()
+    unknown = 0 if known is None else int((known < 0).sum())
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
     how, seen = dict(batch_size=batch_size, precision=precision), set()
@@ -156,6 +158,8 @@ def run_probe(
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
             notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
+    if unknown:
+        about["left_out"] = f"{unknown} of {len(test)} test images have no class that the training images have"
     return probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
 
 
@@ -226,7 +230,8 @@ def to_table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
     lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
     lines += [f"| *paper: encoder {name}* | | {figures[-1]} | |" for name, figures in FIG4A.items() if figures[-1]]
-    notes = [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
+    notes = [f"{protocol['left_out']}."] if "left_out" in protocol else []
+    notes += [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
     return "\n".join(lines) + (
         f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "
         f"images; the most frequent class alone gives {100 * protocol['chance']:.1f} %. The paper: ImageNet, 1000 "

@@ -39,6 +39,14 @@ class SweepConfig:
     joint: bool = False
     """Cross the prior's top-k with the renderer's top-p too: a heat map, len(top_k) * len(top_p) settings."""
 
+    def __post_init__(self) -> None:
+        if not self.top_k or not self.top_p:
+            raise DigitError("top_k and top_p need at least one value each: 0 and 1 are off")
+        if min(self.top_k) < 0:
+            raise DigitError(f"top_k holds {min(self.top_k)}: it is a number of tokens, 0 keeps all")
+        if not 0 < min(self.top_p) <= max(self.top_p) <= 1:
+            raise DigitError(f"top_p is {list(self.top_p)}: probabilities above 0 and at most 1")
+
     @property
     def num_settings(self) -> int:
         """Settings drawn at most, the pipeline's own among them."""

@@ -32,6 +32,7 @@ def build(target: str, study: Study) -> Experiment:
 def reproduce(target: str, study: Study) -> tuple[Outcome, Path]:
     """Run what is not done of a target; returns what it says and the folder of results.json, table.md and pictures."""
     experiment = build(target, study)
+    study.validate()
     study.claim()
     outcome = perform(experiment, study.out, target, study.describe())
     return outcome, study.out / target

@@ -31,6 +31,7 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 def claims(study: Study) -> Experiment:
     """All three, on one set of unconditional models for every seed."""
+    study.require_labels("the claim on probing")
     seeds = study.scale.seeds
     steps = [parts_step(study), stability_step(study)]
     for seed in seeds:

@@ -1,5 +1,6 @@
 """An experiment is a list of steps and a summary; steps that are done are read, not made again."""
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -77,7 +78,8 @@ def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
     """A step's file: result, seconds, version, and which revision made it where; None where it is to be made."""
     path = step_path(out, step)
     kept = read_json(path) if path.exists() else None
-    return kept if kept is not None and kept.get("version", 1) == step.version else None
+    whole = isinstance(kept, dict) and "result" in kept and "seconds" in kept
+    return kept if whole and kept.get("version", 1) == step.version else None
 
 
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
@@ -96,6 +98,9 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     outcome = experiment.summarise(results, folder)
+    for picture in outcome.pictures:
+        if picture.parent != folder:  # a measure's own folder
+            shutil.copyfile(picture, folder / picture.name)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(f"# {experiment.title}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
     write_json(

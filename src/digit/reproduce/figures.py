@@ -83,6 +83,7 @@ def variant(study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec]
 
 def fig3b(study: Study) -> Experiment:
     """Linear probe of every layer of the prior for several codebook sizes."""
+    study.require_labels("a linear probe")
     rows = len(study.train) * study.recipe.crops_per_image
     seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
     steps = [parts_step(study)]
@@ -119,6 +120,7 @@ def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
 
 def fig4a(study: Study) -> Experiment:
     """The same recipe on tokens of other encoders; those without weights are trained on the same images first."""
+    study.require_labels("a linear probe")
     seed, costs = study.scale.seeds[0], study.costs
     for name, how in study.scale.encoders:
         if (

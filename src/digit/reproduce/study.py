@@ -22,7 +22,7 @@ from digit.errors import DigitError, MismatchError
 from digit.evaluation.judge import Judged, collect_judged, fd
 from digit.evaluation.scores import inception_score, splits_of
 from digit.files import plain, read_json, write_json
-from digit.fit import Run, differences, merged
+from digit.fit import RESULTS, Run, differences, merged
 from digit.measures.cache import pipeline_key, remember, request_key
 from digit.measures.features import fingerprint
 from digit.measures.networks import load_judge_network
@@ -30,6 +30,7 @@ from digit.pipeline import DigitPipeline, choose_device
 from digit.recipes import Recipe
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
+from digit.tokenizers.encoders import load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
 DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
@@ -92,6 +93,23 @@ class Study:
         self.recipe = replace(scale.recipe, crops_per_image=crops)
         self.check()
 
+    def require_labels(self, what: str) -> None:
+        """Raise DigitError unless training and test images have classes."""
+        for source in (self.train, self.test):
+            if not labelled(source):
+                raise DigitError(f"{source.name} has no classes: {what} needs them (a class a folder, or labels)")
+
+    def validate(self) -> None:
+        """Find now, before anything is written, what would fail after hours: encoder, weights, folders to reuse."""
+        for part, folder in self.reuse.items():
+            if not (Path(folder) / RESULTS[part]).is_file():
+                raise DigitError(f"{folder} holds no {RESULTS[part]}: give the {part} folder of a run, RUN/{part}")
+        if "tokens" not in self.reuse or "codebook" not in self.reuse:
+            load_encoder(self.recipe.encoder)
+        training = self.recipe.vqgan_training.num_steps
+        if self.recipe.vqgan_start == "scratch" and not training and "vqgan" not in self.reuse:
+            raise DigitError(f"scale {self.scale.name} trains no VQGAN: give one, --reuse_vqgan FOLDER")
+
     @property
     def request(self) -> dict[str, Any]:
         """All that decides a result but the code."""
@@ -108,7 +126,7 @@ class Study:
     def check(self) -> None:
         """Raise MismatchError where the folder holds results of another request."""
         path = self.out / "study.json"
-        if not path.exists():
+        if not path.exists() or not any((self.out / "steps").glob("*.json")):  # nothing made yet: nothing to protect
             return
         here = merged(self.request, read_json(path))  # settings younger than the folder count as equal
         for name, before, asked in differences(here, self.request):
@@ -119,7 +137,7 @@ class Study:
     def claim(self) -> None:
         """Write study.json: from here on the folder answers this request alone."""
         self.check()
-        if not (self.out / "study.json").exists():
+        if not any((self.out / "steps").glob("*.json")) or not (self.out / "study.json").exists():
             write_json(self.out / "study.json", self.request)
 
     def describe(self) -> dict[str, Any]:

@@ -142,6 +142,7 @@ def stability_step(study: Study) -> Step:
 
 def table2(study: Study) -> Experiment:
     """Linear probe of the unconditional models, best layer."""
+    study.require_labels("a linear probe")
     models = {"DiGIT": "prior", "VQ-only AR": "vq_ar"}
     reported = {"DiGIT": "71.7 (219 M), 80.3 (732 M)", "VQ-only AR": "61.8 (VIM + VQGAN, 650 M)"}
     seeds = study.scale.seeds
@@ -185,8 +186,8 @@ def table4(study: Study) -> Experiment:
 
 def generation(study: Study, title: str, conditional: bool, reported: dict[str, tuple[float, float]]) -> Experiment:
     """Four methods at equal training FLOPs, every seed, and the two rows of validation data."""
-    if conditional and not study.train.classes:
-        raise DigitError(f"{study.train.name} has no classes: {title} needs them (a class a folder, or labels)")
+    if conditional:
+        study.require_labels(title)
     seeds, kind = study.scale.seeds, "class" if conditional else "plain"
     steps = [parts_step(study)]
     for seed in seeds:

@@ -50,6 +50,8 @@ class DINOConfig:
     """The two large views; colours and blur of the small ones too."""
 
     def __post_init__(self) -> None:
+        for name in ("num_prototypes", "hidden_dim", "bottleneck_dim"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "student_temperature", self.student_temperature > 0, "above 0")
         require(self, "teacher_temperature", self.teacher_temperature > 0, "above 0")
         require(self, "momentum", 0 <= self.momentum < 1, "0 or below 1, such as 0.99")

@@ -40,6 +40,8 @@ class MoCoConfig:
     """Both views."""
 
     def __post_init__(self) -> None:
+        for name in ("hidden_dim", "output_dim"):
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         require(self, "temperature", self.temperature > 0, "above 0")
         require(self, "momentum", 0 <= self.momentum < 1, "0 or below 1, such as 0.99")
 
