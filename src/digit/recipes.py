@@ -252,9 +252,9 @@ def small() -> Recipe:
 
 @register
 def cifar() -> Recipe:
-    """CIFAR-10 (50,000 images, 10 classes), enlarged to 64 px: half an hour on one to two cores.
+    """CIFAR-10 (50,000 images, 10 classes), enlarged to 64 px: 22 minutes on two cores.
 
-    Measured by bench/paper_comparison.py: fd_efficientnet_lite2 190 (AR), 293 (MaskGIT) against 189 and 332 VQ-only.
+    Measured by bench/paper_comparison.py: fd_efficientnet_lite2 194 (AR), 299 (MaskGIT) against 195 and 343 VQ-only.
 
     digit fit DATA --recipe cifar --out runs/cifar
     """
