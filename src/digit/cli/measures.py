@@ -211,6 +211,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
         "--inception", default=None, help="weights of FID's Inception network; without, EfficientNet-Lite2 judges"
     )
     parser.add_argument("--encoder", default=None, help="encoder of the tokens, as --encoder.name of digit fit")
+    parser.add_argument("--encoder_size", type=int, default=None, help="pixels it sees, as --encoder.input_size")
     parser.add_argument("--encoder_weights", default=None, help="its weights file, as --encoder.weights of digit fit")
     parser.add_argument(
         "--encoders", default="", help="weights files for fig4a --scale paper: MAE=mae.pth,MoCo=moco.pth,iBOT=ibot.pth"
@@ -221,7 +222,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     args = parse(parser, argv)
     from digit.reproduce import Study, build, get_scale, plan, reproduce
 
-    scale = get_scale(args.scale).with_encoder(args.encoder, args.encoder_weights)
+    scale = get_scale(args.scale).with_encoder(args.encoder, args.encoder_weights, args.encoder_size)
     scale = scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"

@@ -52,14 +52,17 @@ class Scale:
     encoders: tuple[tuple[str, EncoderConfig | PretrainConfig], ...] = ()
     """Figure 4a: a name, and an encoder or how to train one."""
 
-    def with_encoder(self, name: str | None, weights: str | None = None) -> "Scale":
-        """The same with another encoder of the tokens, third-to-last layer."""
-        if name is None and weights is None:
+    def with_encoder(self, name: str | None, weights: str | None = None, size: int | None = None) -> "Scale":
+        """The same with another encoder of the tokens, third-to-last layer, that sees `size` pixels."""
+        if name is None and weights is None and size is None:
             return self
         encoder = replace(self.recipe.encoder, weights=weights)
         if name is not None:
             encoder = replace(encoder, name=name, layer=None)
-        return replace(self, recipe=replace(self.recipe, encoder=encoder))
+        if size is not None:
+            encoder = replace(encoder, input_size=size)
+        preprocess = replace(self.recipe.preprocess, encoder_size=encoder.input_size)
+        return replace(self, recipe=replace(self.recipe, encoder=encoder, preprocess=preprocess))
 
     def with_encoder_files(self, files: Mapping[str, str]) -> "Scale":
         """The encoders of Figure 4a with their weights files, by name. Raises DigitError for other names."""
