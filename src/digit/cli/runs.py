@@ -137,15 +137,18 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.pretrain import PretrainConfig
 
     parser.add_argument("data", help=DATA_HELP)
+    parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
     parser.add_argument("--out", required=True, help="run folder; run again with the same one to go on")
     parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
     add_config(parser, PretrainConfig)
     args = parse(parser, argv)
+    from digit.data.images import open_source
     from digit.pretrain import pretrain
 
-    encoder = pretrain(args.data, read_config(args, PretrainConfig), args.out, split=args.split, device=args.device)
+    source = open_source(args.data, split=args.split, limit=args.limit)
+    encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "
         f"--encoder.name folder:{args.out}/encoder --encoder.input_size {encoder.input_size}"
