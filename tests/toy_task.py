@@ -80,6 +80,7 @@ if __name__ == "__main__":
         trained = run_toy(Path(sys.argv[1]), **json.loads(sys.argv[2]))
         if distributed.is_main():
             torch.save(trained.state_dict(), Path(sys.argv[1]) / "weights.pt")
+        distributed.stop(together=True)
     except DigitError as error:
         sys.exit(f"DigitError: {error}")
     finally:

@@ -25,9 +25,15 @@ def start(device: str | torch.device | None = None) -> torch.device:
     return kind
 
 
-def stop() -> None:
-    """Leave the process group, if we are in one."""
+def stop(together: bool = False) -> None:
+    """Leave the process group, if we are in one.
+
+    together: wait for the other ranks first, as at the end of a run: one that leaves early can abort while others still
+    send. Not after an error, which the others may never reach.
+    """
     if dist.is_available() and dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 
