@@ -103,19 +103,12 @@ def curve_png(
 
 def bars_png(path: str | Path, bars: dict[str, tuple[float, float, float]], *, xlabel: str) -> None:
     """Horizontal bars of named (value, low, high), the ends as whiskers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names, (value, low, high) = list(bars), np.array(list(bars.values())).T
-    figure, axes = plt.subplots(figsize=(6, 0.8 + 0.45 * len(names)), layout="constrained")
-    axes.barh(names, value, xerr=[value - low, high - value], color="#7aa6c2", ecolor="#333", capsize=4)
-    for row, number in enumerate(value):
-        axes.text(0, row, f" {number:.3g}", va="center", fontsize=9)
-    axes.invert_yaxis()
-    axes.set(xlabel=xlabel)
-    axes.grid(axis="x", alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    with panels(path, 1, size=(6, 0.8 + 0.45 * len(names))) as axes:
+        plot = axes[0, 0]
+        plot.barh(names, value, xerr=[value - low, high - value], color="#7aa6c2", ecolor="#333", capsize=4)
+        for row, number in enumerate(value):
+            plot.text(0, row, f" {number:.3g}", va="center", fontsize=9)
+        plot.invert_yaxis()
+        plot.set(xlabel=xlabel)
+        plot.grid(axis="x", alpha=0.3)

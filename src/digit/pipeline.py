@@ -31,10 +31,7 @@ from digit.tokenizers.vq import VQTokenizer
 FORMAT_VERSION = 1
 MANIFEST = "pipeline.json"
 PARTS = ("tokenizer", "vq", "prior", "renderer")
-CPU_PASS, CPU_PASS_OF_LARGE = (
-    64,
-    16,
-)  # images that go through a model at a time; a short pass costs as much as a full one
+CPU_PASS, CPU_PASS_OF_LARGE = 64, 16  # images through a model at a time; a short pass costs as much as a full one
 LARGE = 50e6  # parameters: from here on two images should not pay for 64
 
 

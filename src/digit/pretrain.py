@@ -13,11 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from digit import pictures
+from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
-from digit.data.loader import CachedCrops, CropLoader
+from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.vit import ViT, ViTConfig
@@ -167,18 +167,10 @@ def write_report(encoder: FrozenEncoder, source: ImageSource, out: Path) -> None
     steps = [line["step"] for line in lines]
     curves = {name: (steps, [line[name] for line in lines]) for name in names}
     pictures.curve_png(out / "report" / "loss.png", curves, xlabel="step", ylabel="loss")
-    images = some_images(source, encoder.input_size)
+    images, _ = gather_crops(source, PreprocessConfig(image_size=encoder.input_size), num=SHOWN)
     features = encoder.features(images).flatten(0, 1).cpu()  # (B * N, D)
     places = torch.arange(len(features)).view(len(images), -1)
     maps = pictures.token_maps(places, encoder.grid, pictures.code_colours(features), encoder.input_size)
     scale = max(1, 96 // encoder.input_size)
     sheet = pictures.grid(torch.cat([images, maps]), len(images), scale=scale, row_names=("image", "features"))
     pictures.save_png(out / "report" / "features.png", sheet)
-
-
-def some_images(source: ImageSource, size: int) -> Tensor:
-    """Centre crops of up to SHOWN images, evenly apart: uint8 (B, 3, size, size)."""
-    centre = PreprocessConfig(image_size=size, random_crop=False, flip=False)
-    indices = sorted({i * len(source) // SHOWN for i in range(SHOWN)})
-    loader = CropLoader(source, centre, indices=indices, num_workers=0, max_bad_fraction=1.0)
-    return torch.cat([batch.images[batch.ok] for batch in loader])

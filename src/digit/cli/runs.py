@@ -59,7 +59,7 @@ def make_run(args: Any, base: str) -> Any:
 
     if args.recipe != base:
         raise DigitError(f"recipe {args.recipe} is not where the defaults came from: give it as --recipe")
-    recipe = Recipe(**{f.name: getattr(args, f.name) for f in fields(Recipe)})
+    recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     source = open_source(args.data, split=args.split, limit=args.limit)
     return Run(recipe, source, args.out, reuse=reuse, device=args.device)

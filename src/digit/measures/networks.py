@@ -3,6 +3,7 @@
 Metrics carry FID's names on Inception alone; on Lite2 they are fd_efficientnet_lite2, kd_efficientnet_lite2, ...
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def load_judge_network(
     return InceptionJudge(load_inception(inception, resize).to(device), Path(inception))
 
 
-class Judge:
+class Judge(ABC):
     """Runs `_see` on pieces that suit the device."""
 
     name: str
@@ -56,8 +57,9 @@ class Judge:
             seen = [self._see(piece) for piece in pieces]
         return Judged(*(torch.cat(part).float().cpu() for part in zip(*seen, strict=True)))
 
+    @abstractmethod
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """Pooled features, spatial features and logits of one piece."""
 
 
 class InceptionJudge(Judge):

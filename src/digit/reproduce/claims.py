@@ -21,6 +21,7 @@ from digit.reproduce.tables import (
     probe_step,
     protocol,
     samples_step,
+    shown,
     stability_step,
     training_step,
     whiskers,
@@ -107,15 +108,16 @@ def table(study: Study, found: dict[str, Any], distance: str) -> str:
     """The verdicts with their figures."""
     generation, probe, stable = found["generation"], found["probe"], found["stability"]
     snr, worst = max(zip(stable["snrs"], stable["differences"], strict=True), key=lambda pair: pair[1]["high"])
+    better, gain = (shown(claim["difference"], 3, missing="one seed") for claim in (generation, probe))
     lines = [
         "| claim | verdict | DiGIT | VQ-only | difference [95% interval] | paper |",
         "|---|---|---|---|---|---|",
         f"| tokens change less under noise, at every SNR | **{stable['verdict']}** | | | "
-        f"worst at {snr:g} dB: {shown(worst)} | -0.07 to -0.35, every SNR |",
+        f"worst at {snr:g} dB: {shown(worst, 3)} | -0.07 to -0.35, every SNR |",
         f"| generates better ({distance}) | **{generation['verdict']}** | {over_seeds(generation['digit'])} | "
-        f"{over_seeds(generation['vq_only'])} | {shown(generation['difference'])} | FID 9.13 against 24.38 |",
+        f"{over_seeds(generation['vq_only'])} | {better} | FID 9.13 against 24.38 |",
         f"| probes better (top-1, %) | **{probe['verdict']}** | {over_seeds(probe['digit'])} | "
-        f"{over_seeds(probe['vq_only'])} | {shown(probe['difference'])} | 71.7 against 61.8 (VIM + VQGAN) |",
+        f"{over_seeds(probe['vq_only'])} | {gain} | 71.7 against 61.8 (VIM + VQGAN) |",
     ]
     return "\n".join(lines)
 
@@ -135,13 +137,6 @@ def conditions(study: Study, budgets: dict[str, dict[str, float]]) -> str:
         f"K = {study.recipe.kmeans.num_clusters}; the probe finds again what classes an encoder was taught. Intervals: "
         f"bootstrap over images, for all SNRs together (stability); Student's t over seeds {listed(study.scale.seeds)} "
         "of the models, on one codebook and one VQGAN (the others)."
-    )
-
-
-def shown(interval: dict[str, float] | None) -> str:
-    """`-12.3 [-14.1, -10.5]`."""
-    return (
-        "one seed" if interval is None else f"{interval['value']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
     )
 
 

@@ -30,6 +30,7 @@ from digit.reproduce.tables import (
     probed,
     protocol,
     samples_step,
+    shown,
     trained,
     training_step,
 )
@@ -143,7 +144,7 @@ def fig4a(study: Study) -> Experiment:
                 Step(
                     name=f"pretrain_{name}",
                     seconds=costs.images("pretrain", images),
-                    make=partial(encoder_for, study, name, how),
+                    make=partial(train_encoder, study, name, how),
                 )
             )
         seconds = costs.parts(len(study.train), rows) + costs.model("prior") + costs.model("renderer")
@@ -179,10 +180,8 @@ def fig4a(study: Study) -> Experiment:
     return Experiment(title="Figure 4a: tokens of other encoders", steps=steps, summarise=summarise)
 
 
-def encoder_for(study: Study, name: str, how: EncoderConfig | PretrainConfig) -> dict[str, str]:
-    """Where the encoder is; trained on the study's images where it is to be."""
-    if isinstance(how, EncoderConfig):
-        return {"name": how.name}
+def train_encoder(study: Study, name: str, how: PretrainConfig) -> dict[str, str]:
+    """An encoder of the study's own images; its name for `EncoderConfig`."""
     folder = study.out / "encoders" / name
     pretrain(study.train, how, folder, device=str(study.device))
     return {"name": f"folder:{folder / 'encoder'}"}
@@ -193,7 +192,7 @@ def compare_encoder(study: Study, name: str, how: EncoderConfig | PretrainConfig
     seed = study.scale.seeds[0]
     encoder = how
     if isinstance(how, PretrainConfig):
-        encoder = EncoderConfig(name=encoder_for(study, name, how)["name"], input_size=how.image_size)
+        encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=how.image_size)
     preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
     run: Run = study.run(
         f"encoder_{name}", shared=("vqgan",), encoder=encoder, preprocess=preprocess, class_conditional=False, seed=seed
@@ -330,8 +329,3 @@ def sweep_table(result: dict[str, Any]) -> str:
     best = {stage: how for stage, how in result["best"][names["fd"]]["sampling"].items()}
     lines += ["", f"Lowest distance: {best}. Paper (DiGIT-base): top-k 200 for the prior, top-p 0.8 for the renderer."]
     return "\n".join(lines)
-
-
-def shown(interval: dict[str, float] | None) -> str:
-    """`123.4 [120.1, 126.7]`; empty for nothing."""
-    return "" if interval is None else f"{interval['value']:.4g} [{interval['low']:.4g}, {interval['high']:.4g}]"

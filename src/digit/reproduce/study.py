@@ -30,7 +30,7 @@ from digit.pipeline import DigitPipeline, choose_device
 from digit.recipes import Recipe
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
-from digit.tokenizers.encoders import load_encoder
+from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
 DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
@@ -105,10 +105,15 @@ class Study:
             if not (Path(folder) / RESULTS[part]).is_file():
                 raise DigitError(f"{folder} holds no {RESULTS[part]}: give the {part} folder of a run, RUN/{part}")
         if "tokens" not in self.reuse or "codebook" not in self.reuse:
-            load_encoder(self.recipe.encoder)
+            _ = self._encoder
         training = self.recipe.vqgan_training.num_steps
         if self.recipe.vqgan_start == "scratch" and not training and "vqgan" not in self.reuse:
             raise DigitError(f"scale {self.scale.name} trains no VQGAN: give one, --reuse_vqgan FOLDER")
+
+    @cached_property
+    def _encoder(self) -> FrozenEncoder:
+        """The recipe's encoder, loaded once however often the study is validated."""
+        return load_encoder(self.recipe.encoder)
 
     @property
     def request(self) -> dict[str, Any]:

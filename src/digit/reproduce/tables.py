@@ -299,3 +299,11 @@ def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     interval: Interval = seeds_interval(values)
     return interval.value, interval.low, interval.high
+
+
+def shown(interval: dict[str, float] | None, digits: int = 4, missing: str = "") -> str:
+    """`123.4 [120.1, 126.7]`, or `missing` for none."""
+    if interval is None:
+        return missing
+    value, low, high = (f"{interval[end]:.{digits}g}" for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

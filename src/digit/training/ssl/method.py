@@ -5,6 +5,7 @@ Shapes: B images, S side of a view, g = S / patch_size, N = g * g patches, D emb
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from digit.training.log import Figures
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A self-supervised method around a ViT; its state dict is all that a resumed run needs beside the optimizer."""
 
     def __init__(self, vit: ViT):
@@ -36,13 +37,13 @@ class Method(nn.Module):
         """The encoder that the run is for."""
         return self.vit
 
+    @abstractmethod
     def views(self, images: UInt8[Tensor, "B 3 H H"], generator: torch.Generator) -> list[Tensor]:
         """What `loss` sees: one or more views of each image, float32 in 0..1; the caller normalises them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
         """The loss, (), and figures for the log; `progress` runs from 0 to 1 over the run."""
-        raise NotImplementedError
 
     def end_step(self, progress: float) -> None:
         """Called after the optimizer: where a momentum network follows."""
