@@ -22,7 +22,8 @@ from digit.data.images import open_source
 from digit.evaluation.frechet import FeatureStats
 from digit.evaluation.judge import METRIC, collect_features, fd
 from digit.files import save_npy, write_json
-from digit.fit import Run, training_flops
+from digit.fit import Run
+from digit.models.sequence import training_flops
 from digit.pipeline import DigitPipeline, StageSampling
 from digit.recipes import get_recipe
 from digit.report import load_judge, real_images, spread

@@ -24,7 +24,7 @@ from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
 from digit.files import plain, read_json, write_json
 from digit.models.perceptual import EncoderDistance
-from digit.models.sequence import SequenceModel
+from digit.models.sequence import SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
 from digit.pipeline import DigitPipeline, choose_device, load_sequence_model, save_sequence_model
 from digit.recipes import MODEL_NAMES, Recipe
@@ -359,17 +359,6 @@ def seeded(recipe: Recipe) -> Recipe:
     )
 
 
-def training_flops(cfg: Any) -> float:
-    """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, 2.1).
-
-    The output projection counts at the target positions alone, the embeddings not at all.
-    """
-    positions = cfg.prefix_len + cfg.target_len + (1 if cfg.masked else 0)
-    blocks = 12 * cfg.depth * cfg.embed_dim**2
-    attention = 2 * cfg.depth * positions * cfg.embed_dim  # q.k and attention.v, per position, multiply-adds
-    return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
-
-
 def merged(defaults: Any, given: Any) -> Any:
     """`given` with what it lacks, at any depth, out of `defaults`."""
     if not (isinstance(defaults, dict) and isinstance(given, dict)):
@@ -385,4 +374,4 @@ def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, A
     return [] if here == asked else [(name, here, asked)]
 
 
-__all__ = ["MODEL_NAMES", "Run", "differences", "fit", "training_flops"]
+__all__ = ["MODEL_NAMES", "Run", "differences", "fit"]

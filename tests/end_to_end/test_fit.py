@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from digit.errors import DigitError, MismatchError
-from digit.fit import MODEL_NAMES, Run, differences, fit, training_flops
+from digit.fit import MODEL_NAMES, Run, differences, fit
+from digit.models.sequence import training_flops
 from digit.pipeline import DigitPipeline, kept_tokens
 from tiny import tiny_recipe
 

@@ -276,6 +276,17 @@ class SequenceModel(nn.Module):
         return labels, drop_prefix
 
 
+def training_flops(cfg: SequenceConfig) -> float:
+    """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, 2.1).
+
+    The output projection counts at the target positions alone, the embeddings not at all.
+    """
+    positions = cfg.prefix_len + cfg.target_len + (1 if cfg.masked else 0)
+    blocks = 12 * cfg.depth * cfg.embed_dim**2
+    attention = 2 * cfg.depth * positions * cfg.embed_dim  # q.k and attention.v, per position, multiply-adds
+    return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+
+
 def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
     """Code vectors (V, C) as embeddings (V, D) with elements of variance 1/D; distances keep their proportions."""
     centred = codes.float() - codes.float().mean(0)

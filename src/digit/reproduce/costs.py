@@ -8,9 +8,8 @@ from functools import cached_property
 
 import torch
 
-from digit.fit import training_flops
 from digit.machine import matmul_flops
-from digit.models.sequence import SequenceConfig
+from digit.models.sequence import SequenceConfig, training_flops
 from digit.recipes import Recipe
 
 REFERENCE_FLOPS = 4e11  # bf16 products a second of the machine of the rates: two cores of an AMD EPYC with AVX-512

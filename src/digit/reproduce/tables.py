@@ -10,9 +10,10 @@ from digit import pictures
 from digit.errors import DigitError
 from digit.evaluation.intervals import Interval, seeds_interval
 from digit.evaluation.stability import StabilityConfig
-from digit.fit import Run, training_flops
+from digit.fit import Run
 from digit.measures import paper, stability
 from digit.measures import probe as probing
+from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.study import DRAWN_TOGETHER, Study, as_tensor
 from digit.training.log import last_figures
