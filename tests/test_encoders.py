@@ -103,6 +103,31 @@ def test_fingerprint_tells_what_shapes_the_features(weights):
     assert len({base, *(encoder.fingerprint for encoder in others)}) == 4
 
 
+def test_precision_is_part_of_the_identity(weights, tmp_path: Path):
+    exact, images = tiny(weights), torch.rand(2, 3, 16, 16)
+    fast = tiny(weights).with_precision("bfloat16")
+    assert exact.precision == "float32" and "precision" not in exact.describe()
+    assert fast.describe()["precision"] == "bfloat16" and fast.fingerprint != exact.fingerprint
+    assert not torch.equal(fast.features(images), exact.features(images))
+    assert torch.equal(fast.features(images), exact.features(images, torch.bfloat16))
+    assert torch.equal(fast.features(images, torch.float32), exact.features(images))
+    fast.save(tmp_path / "saved")
+    again = FrozenEncoder.load(tmp_path / "saved")
+    assert again.fingerprint == fast.fingerprint and torch.equal(again.features(images), fast.features(images))
+    folder = EncoderConfig(name=f"folder:{tmp_path / 'saved'}", input_size=16)
+    assert load_encoder(folder).fingerprint == exact.fingerprint  # the one that is asked for counts
+    with pytest.raises(DigitError, match="precision is 'float16'"):
+        load_encoder(replace(folder, precision="float16"))
+
+
+def test_bfloat16_follows_the_net(weights):
+    encoder, images = tiny(weights), torch.rand(2, 3, 16, 16)
+    before = encoder.features(images, torch.bfloat16)
+    encoder.net.norm.bias.data += 1
+    torch.testing.assert_close(encoder.to("cpu").features(images, torch.bfloat16), before + 1)
+    assert set(encoder.state_dict()) == {f"net.{name}" for name in encoder.net.state_dict()}
+
+
 def test_swapped_weights_are_noticed(weights, tmp_path: Path):
     tiny(weights).save(tmp_path / "saved")
     path = tmp_path / "saved" / "encoder.safetensors"

@@ -8,7 +8,7 @@ import torch
 
 from digit.errors import DigitError, MismatchError
 from digit.tokenizers.kmeans import KMeans, KMeansConfig
-from digit.tokenizers.nearest import FastNearest, nearest
+from digit.tokenizers.nearest import FastNearest, argmin_rows, nearest
 from digit.tokenizers.points import open_points
 
 
@@ -102,6 +102,20 @@ def test_empty_clusters_are_reseeded():
     assert kmeans.dead_codes_ == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inertia_of_tight_far_clusters_does_not_cancel(dtype):
+    x = blobs(spread=1e-3) * 10 + 100
+    kmeans = KMeans(KMeansConfig(num_clusters=8, init="k-means++", dtype=dtype)).fit(x)
+    exact = (x.double() - kmeans.centroids_[kmeans.predict(x)].double()).square().sum()
+    assert kmeans.inertia_ == pytest.approx(float(exact), rel=1e-4)
+
+
+def test_many_points_a_cluster_are_added_up_exactly():
+    x = torch.randn(40_000, 3, generator=torch.Generator().manual_seed(0)) + 30
+    kmeans = KMeans(KMeansConfig(num_clusters=1, max_points_per_centroid=None, num_iterations=2)).fit(x)
+    torch.testing.assert_close(kmeans.centroids_[0].double(), x.double().mean(0), rtol=1e-7, atol=0)
+
+
 def test_identical_points_leave_dead_codes_and_end():
     kmeans = KMeans(KMeansConfig(num_clusters=4)).fit(torch.full((50, 3), 7.0))
     assert kmeans.inertia_ == 0 and kmeans.dead_codes_ == 3 and kmeans.entropy_ == 0
@@ -117,8 +131,8 @@ def test_stops_when_settled():
 def budget(cfg: KMeansConfig, dim: int, rows: int) -> int:
     """A memory budget that holds about so many rows beside the work."""
     num = cfg.num_clusters
-    kept = 40 * num * dim + 4 * dim * (rows + num)
-    return max(kept + 16 * (4 * num + 32 * dim), kept * 8 // 7 + 1)
+    kept = 48 * num * dim + 4 * dim * (rows + num)
+    return max(kept + 16 * (4 * num + 16 * dim), kept * 8 // 7 + 1)
 
 
 def test_stream_that_fits_is_read_once_and_equals_the_tensor():
@@ -175,7 +189,64 @@ def test_sample_is_uniform_and_independent_of_the_cuts():
         assert torch.equal(samples[0].sort().values, other.sort().values)
 
 
+# ---- several ranks
+
+
+def across_ranks(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    shares = (blobs(spread=1.5)[:170], blobs(spread=1.5)[170:])
+    fits = {name: fit_share(name, shares[rank]) for name in SHARED}
+    torch.save(fits, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+SHARED = ("all", "k-means++", "subsample", "stream", "stream again")
+
+
+def fit_share(name: str, x: torch.Tensor) -> dict:
+    cfg = dict(num_clusters=12, num_iterations=4, tolerance=0, dtype="float32", max_points_per_centroid=None)
+    cfg |= {"k-means++": {"init": "k-means++"}, "subsample": {"max_points_per_centroid": 20}}.get(name, {})
+    if name == "stream again":
+        cfg["memory_budget_bytes"] = budget(KMeansConfig(**cfg), 5, 100)
+    several = torch.distributed.is_initialized()
+    features = pieces(x, 50) if name.startswith("stream") else x
+    fit = KMeans(KMeansConfig(**cfg)).fit(features, across_ranks=several)
+    fields = ("centroids_", "inertia_", "num_points_", "counts_", "streamed_")
+    return {field: getattr(fit, field) for field in fields}
+
+
+def test_two_ranks_fit_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(across_ranks, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    for name in SHARED:
+        alone = fit_share(name, blobs(spread=1.5))
+        assert torch.equal(first[name]["centroids_"], second[name]["centroids_"]), name
+        assert first[name]["streamed_"] == (name == "stream again") == alone["streamed_"]
+        assert first[name]["num_points_"] == alone["num_points_"]
+        if name.startswith("stream"):  # drawn by each rank for itself, so from another start
+            assert first[name]["inertia_"] == pytest.approx(alone["inertia_"], rel=0.15)
+        else:
+            torch.testing.assert_close(first[name]["centroids_"], alone["centroids_"])
+            assert torch.equal(first[name]["counts_"], alone["counts_"])
+
+
+def test_one_rank_needs_no_group():
+    x = blobs()
+    fits = [KMeans(KMeansConfig(num_clusters=8)).fit(x, across_ranks=several).centroids_ for several in (False, True)]
+    assert torch.equal(*fits)
+
+
 # ---- nearest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num", [1, 63, 64, 256])
+def test_argmin_finds_a_minimum_of_every_row(num, dtype):
+    scores = torch.randn(50, num).to(dtype)
+    index = argmin_rows(scores)
+    assert index.dtype == torch.int64 and torch.equal(scores.gather(1, index[:, None])[:, 0], scores.amin(1))
 
 
 def test_predict_takes_leading_shapes_and_is_batch_independent():

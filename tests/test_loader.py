@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 from digit.data.images import open_source
-from digit.data.loader import CachedCrops, CropLoader
+from digit.data.loader import CachedCrops, CropLoader, on_device
 from digit.data.preprocess import PreprocessConfig, crop_image
 from digit.errors import DigitError
 
 CFG = PreprocessConfig(image_size=16)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FIELDS = ("images", "labels", "indices", "crops", "ok")
 
 
@@ -47,6 +48,15 @@ def test_rows_are_in_order_and_are_crop_image(tmp_path):
         wanted = crop_image(image, CFG, seed=4, index=index, crop=crop)
         np.testing.assert_array_equal(rows["images"][row].permute(1, 2, 0).numpy(), wanted)
         assert rows["labels"][row] == label
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_batches_on_a_device_are_the_same(tmp_path, device):
+    loader = CropLoader(make_folder(tmp_path, bad=(4,)), CFG, batch_size=5, max_bad_fraction=0.5)
+    moved = list(on_device(loader, device))
+    assert all(batch.images.device.type == device and batch.labels.device.type == "cpu" for batch in moved)
+    for batch, wanted in zip(moved, loader, strict=True):
+        assert all(torch.equal(getattr(batch, name).cpu(), getattr(wanted, name)) for name in FIELDS)
 
 
 def test_batch_size_start_and_workers_change_nothing(tmp_path):

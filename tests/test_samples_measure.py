@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from digit.drawn import Drawn
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.frechet import FeatureStats, frechet_distance
 from digit.evaluation.influence import frechet_error, frechet_interval
@@ -16,7 +17,7 @@ from digit.measures import traps
 from digit.measures.image_set import open_images
 from digit.measures.npz import Statistics, read_npz_images, read_statistics
 from digit.measures.samples import EvaluateConfig, evaluate, statistics_npz, to_table
-from digit.report import write_samples
+from digit.samples import SampleFolder, write_samples
 
 SIZE = 16
 
@@ -423,8 +424,13 @@ def test_grey_and_16_bit(cfg, tmp_path):
 
 
 def sample_folder(folder, images, labels, classes=("cat", "dog")):
-    tokens = {"vq": torch.zeros(len(images), 4, dtype=torch.long), "labels": torch.tensor(labels)}
-    write_samples(folder, images, tokens, seed=0, classes=classes, rounding="nearest")
+    request = {"num": len(images), "seed": 0, "batch_size": len(images), "rounding": "nearest"}
+    tokens, known = {"vq": torch.zeros(len(images), 4, dtype=torch.long)}, torch.tensor(labels)
+    names = [classes[k] if k >= 0 else None for k in labels]
+    write_samples(
+        SampleFolder(folder, request, {"vq": 4}, known, names),
+        lambda start: (batch for batch in [Drawn(start, known, {"images": images} | tokens)]),
+    )
     return folder
 
 
@@ -515,3 +521,10 @@ def test_validation_rows(cfg, tmp_path, monkeypatch):
     assert network.seen == 120 and len(pipe.seeds) == 3, "neither drawn nor judged again"
     alone = validation_rows(FakeTokenizers(prefix_len=0), images, 40, network, cfg)
     assert set(alone["rows"]) == {VQ_ROW} and DIGIT_ROW in alone["left_out"]
+
+
+def test_an_unfinished_sample_folder_is_refused(tmp_path):
+    folder = sample_folder(tmp_path / "s", pictures(6), [0, 1] * 3)
+    (folder / "journal.json").write_text("{}")
+    with pytest.raises(DigitError, match="is not finished: run the same `digit sample` again"):
+        open_images(folder)

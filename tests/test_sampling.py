@@ -1,17 +1,18 @@
 """Filters and samplers: what is drawn, what is kept, what is refused."""
 
+import copy
+
 import pytest
 import torch
 
 from digit.errors import DigitError
+from digit.models.packed import PackedLinear, pack_linears, packs
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.sampling.autoregressive import generate
+from digit.sampling.autoregressive import NextTokenSampler, generate
 from digit.sampling.filters import (
     filter_logits,
     guide,
     image_uniforms,
-    keep_top_k,
-    keep_top_p,
     sample_from_uniform,
 )
 from digit.sampling.masked import generate_masked, num_to_hide
@@ -35,15 +36,34 @@ PREFIX = torch.arange(20).view(5, 4) % 7
 
 def test_top_k_keeps_the_k_largest():
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
-    assert keep_top_k(logits, 2).isfinite().tolist() == [[False, True, False, True]]
-    assert keep_top_k(logits, 0) is logits and keep_top_k(logits, 9) is logits
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[False, True, False, True]]
+    assert filter_logits(logits, top_k=0).equal(logits) and filter_logits(logits, top_k=9).equal(logits)
 
 
 def test_top_p_keeps_the_fewest_that_reach_p():
     logits = torch.tensor([[0.1, 0.5, 0.4]]).log()
     for p, kept in ((0.49, [False, True, False]), (0.51, [False, True, True]), (1e-9, [False, True, False])):
-        assert keep_top_p(logits, p).isfinite().tolist() == [kept], p
-    assert keep_top_p(logits, 1.0) is logits
+        assert filter_logits(logits, top_p=p).isfinite().tolist() == [kept], p
+    assert filter_logits(logits, top_p=1.0).equal(logits)
+
+
+def test_codes_as_likely_as_the_last_one_kept_stay():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]])
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, True, False, True]]
+    assert filter_logits(torch.zeros(1, 4), top_p=0.3).isfinite().all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (7, 1.0), (7, 0.6), (1, 1.0), (30, 0.05)])
+def test_filters_against_code_by_code(top_k, top_p):
+    logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * 3
+    for row, kept in zip(logits, filter_logits(logits, top_k=top_k, top_p=top_p).isfinite(), strict=True):
+        order = row.argsort(descending=True)[: top_k or None]
+        mass, wanted = 0.0, set()
+        for code, share in zip(order.tolist(), row[order].double().softmax(0).tolist(), strict=True):
+            if mass < top_p:
+                wanted.add(code)
+            mass += share
+        assert set(kept.nonzero()[:, 0].tolist()) == wanted
 
 
 def test_temperature_comes_before_top_p():
@@ -84,6 +104,38 @@ def test_cached_equals_uncached(scale):
     model = renderer(prefix_dropout=0.2)
     how = dict(seeds=range(5), prefix=PREFIX, top_p=0.9, cfg_scale=scale)
     assert generate(model, **how).equal(generate(model, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
+    monkeypatch.setattr("digit.sampling.autoregressive.SPAN", 4)
+    model = renderer(prefix_dropout=0.2, target_len=7)
+    how = dict(pass_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
+    fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))
+    for given in (None, torch.full((5, 3), 2), torch.full((5, 7), 1)):
+        told = []
+        drawn = fixed(range(5), prefix=PREFIX, given=given, on_token=told.append)
+        assert drawn.equal(free(range(5), prefix=PREFIX, given=given))
+        assert sum(told) == 5 * (7 - (0 if given is None else given.shape[1]))
+
+
+def test_a_sampler_serves_many_batches():
+    model = make()
+    sampler = NextTokenSampler(model, pass_size=2)
+    whole = generate(model, seeds=range(5), pass_size=2)
+    assert torch.cat([sampler([i]) for i in range(5)]).equal(whole)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_packed_products_are_the_same_products(dtype, atol):
+    model = renderer().to(dtype)
+    packed = pack_linears(copy.deepcopy(model), num_rows=5)
+    tokens = torch.randint(11, (5, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(tokens, PREFIX), model(tokens, PREFIX), atol=atol, rtol=atol)
+    kinds = {type(m) for m in packed.modules()}
+    assert (PackedLinear in kinds) == packs(model.head) == (torch.nn.Linear not in kinds)
+    assert model.head.weight.shape == (11, 32)  # the model itself stays as it was
 
 
 def test_greedy_takes_the_most_likely():

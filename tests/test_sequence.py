@@ -11,7 +11,7 @@ from digit.errors import DigitError
 from digit.models.masked import masked_renderer_config
 from digit.models.prior import prior_config
 from digit.models.renderer import renderer_config, vq_baseline_config
-from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask, likelihood
+from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask
 
 SMALL = dict(depth=2, embed_dim=32, num_heads=2, dropout=0.0)
 
@@ -86,18 +86,6 @@ def test_null_prefix():
     torch.testing.assert_close(mixed[drop], model(target)[drop])
     torch.testing.assert_close(mixed[~drop], model(target, prefix=prefix)[~drop])
     assert not hasattr(with_prefix(), "null_prefix")
-
-
-@pytest.mark.parametrize("eps", [0.0, 0.1])
-def test_likelihood_figures(eps):
-    logits, target = torch.randn(50, 11), torch.randint(11, (50,))
-    loss, figures = likelihood(logits, target, eps)
-    log_p = logits.log_softmax(-1)
-    nll = -log_p.gather(1, target[:, None]).mean()
-    torch.testing.assert_close(loss, (1 - eps) * nll - eps * log_p.mean(1).mean())
-    torch.testing.assert_close(figures["nll"], nll)
-    torch.testing.assert_close(figures["perplexity"], nll.exp())
-    torch.testing.assert_close(figures["accuracy"], (logits.argmax(1) == target).float().mean())
 
 
 def test_loss_is_the_cross_entropy_of_forward():

@@ -378,3 +378,13 @@ def test_batches_of_some_rows(tmp_path):
     assert sorted(map(tuple, batch["vq"].tolist())) == sorted(map(tuple, store.vq[5:9].tolist()))
     with pytest.raises(DigitError, match="at least 1"):
         store.batches(4, 0, rows=[])
+
+
+def test_batches_of_some_arrays_are_new_int64_tensors(tmp_path):
+    store = write(tmp_path / "t")
+    assert store.vq.max() > 32767  # past int16
+    read, whole = store.batches(7, 3, names=("vq", "labels")), store.batches(7, 3)
+    first = read(2)
+    assert set(first) == {"vq", "labels"} and all(value.dtype == torch.int64 for value in first.values())
+    first["vq"].zero_()
+    assert torch.equal(read(2)["vq"], whole(2)["vq"]) and torch.equal(read(2)["labels"], whole(2)["labels"])

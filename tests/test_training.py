@@ -5,17 +5,21 @@ import math
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from digit.errors import DigitError
-from digit.training import distributed
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.training import distributed, peak
+from digit.training import forward as forward_module
+from digit.training import likelihood as likelihood_module
 from digit.training.checkpoint import list_checkpoints
 from digit.training.likelihood import LikelihoodUpdate, train_likelihood
 from digit.training.log import RunLog, read_log
 from digit.training.loop import LoopConfig, TrainConfig, TrainState, step_seed, train
-from toy_task import ToyModel, run_toy, toy_batches, toy_config
+from toy_task import CLASSES, LENGTH, VOCAB, ToyModel, run_toy, toy_batches, toy_config
 
 
 class Counter:
@@ -149,6 +153,7 @@ def test_figures_hold_no_graph(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"batch_size": 6, "accumulate": 4}, "batch_size is 6: it must be a multiple of accumulate 4"),
         ({"log_every": 0}, "log_every is 0"),
+        ({"compile": "always"}, "compile is 'always': it must be true, false or auto"),
         ({"num_steps": -1}, "num_steps is -1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ],
@@ -259,3 +264,127 @@ def test_fp16_on_a_gpu_skips_an_overflow(tmp_path):
     cfg = toy_config(num_steps=50, precision="fp16", log_every=1)
     _, figures = train_likelihood(ToyModel(dropout=0.0).cuda(), toy_batches(), cfg, tmp_path)
     assert math.isfinite(figures["loss"]) and "skipped" in figures
+
+
+# ---- how the transformer runs
+
+PRIOR = SequenceConfig(vocab_size=VOCAB, target_len=LENGTH, num_classes=CLASSES, depth=2, embed_dim=16, num_heads=2)
+MASKED = replace(PRIOR, masked=True, norm="pre", prefix_vocab_size=5, prefix_len=3, prefix_dropout=0.2)
+
+
+def prior_update(model_cfg: SequenceConfig = PRIOR, **changes) -> LikelihoodUpdate:
+    torch.manual_seed(7)
+    model = SequenceModel(model_cfg).train()
+    prefix = torch.arange(24).view(8, 3) % 5 if model_cfg.prefix_len else None
+    batches = toy_batches()
+    return LikelihoodUpdate(model, lambda step: batches(step) | {"prefix": prefix}, toy_config(**changes))
+
+
+def one_backward(update: LikelihoodUpdate) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    loss = update.forward_backward(update.batches(3), 3)["loss"]
+    return loss, [p.grad for p in update.parameters]
+
+
+@pytest.mark.parametrize("model_cfg", [PRIOR, MASKED])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointed_activations_give_the_same_loss_and_gradients(model_cfg, precision):
+    assert model_cfg.dropout > 0
+    kept = one_backward(prior_update(model_cfg, precision=precision, accumulate=2))
+    update = prior_update(model_cfg, precision=precision, accumulate=2, checkpoint_activations=True)
+    calls = []
+    for block in update.model.transformer.blocks:
+        block.attention.register_forward_hook(lambda *_: calls.append(1))
+    loss, gradients = one_backward(update)
+    assert len(calls) == 2 * 2 * 2  # blocks, pieces, forward and again
+    assert torch.equal(loss, kept[0])
+    for first, second in zip(gradients, kept[1], strict=True):
+        assert (first is None and second is None) or torch.equal(first, second)
+    assert all("forward" not in vars(block) for block in update.model.transformer.blocks)  # as it was
+
+
+def test_activations_of_another_model_cannot_be_checkpointed():
+    with pytest.raises(DigitError, match="checkpoint_activations is for transformers, ToyModel is none"):
+        LikelihoodUpdate(ToyModel(), toy_batches(), toy_config(checkpoint_activations=True))
+    with pytest.raises(DigitError, match="compile is for transformers"):
+        LikelihoodUpdate(ToyModel(), toy_batches(), toy_config(compile=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "num_steps", "triton", "wanted"),
+    [
+        ("auto", "cpu", 5000, True, False),
+        ("auto", "cuda", 5000, True, True),
+        ("auto", "cuda", 999, True, False),  # too short
+        ("auto", "cuda", 5000, False, False),
+        (True, "cpu", 1, False, True),
+        (False, "cuda", 5000, True, False),
+    ],
+)
+def test_when_to_compile(monkeypatch, setting, device, num_steps, triton, wanted):
+    monkeypatch.setattr(forward_module, "has_triton", lambda: triton)
+    cfg = TrainConfig(compile=setting, num_steps=num_steps)
+    assert forward_module.compiles(cfg, torch.device(device)) is wanted
+
+
+def test_the_transformer_alone_is_compiled_and_only_in_training(monkeypatch):
+    calls = []
+
+    def compile_stub(function, dynamic):
+        return lambda *args, **kwargs: calls.append(function) or function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile_stub)
+    update = prior_update(compile=True)
+    loss, _ = one_backward(update)
+    assert calls == [update.model.transformer.forward]
+    update.model.loss(update.batches(0)["target"])
+    assert len(calls) == 1
+    monkeypatch.undo()
+    assert torch.equal(loss, one_backward(prior_update())[0])
+
+
+def test_a_transformer_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def compile_stub(function, dynamic):
+        def fail(*args, **kwargs):
+            raise TorchDynamoException("no compiler\nat all")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_stub)
+    update = prior_update(compile=True)
+    update(0), update(1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the transformer cannot be compiled (no compiler): it runs as it is; compile=false says so"
+    ]
+
+
+# ---- share of the hardware's peak
+
+
+def test_mfu_is_logged_where_the_flops_are_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood_module, "peak_flops", lambda device: 5e9)
+    train_likelihood(ToyModel(), toy_batches(), toy_config(), tmp_path / "with", flops_per_image=1e6)
+    for line in read_log(tmp_path / "with" / "log.jsonl"):
+        assert line["mfu"] == pytest.approx(line["images_per_second"] * 1e6 / 5e9)
+    run_toy(tmp_path / "without", num_steps=2)
+    assert "mfu" not in read_log(tmp_path / "without" / "log.jsonl")[-1]
+
+
+def test_the_progress_line_shows_mfu(tmp_path):
+    with RunLog(tmp_path, 0, 1, tensorboard=False, peak_images_per_second=100.0) as log:
+        log.add(1, {"loss": 1.0})
+        log.write(4)
+        assert log.bar.figures["mfu"] == log.bar.figures["images_per_second"] / 100
+
+
+def test_peaks_are_published_or_measured_once(monkeypatch):
+    assert peak.published_flops("NVIDIA H100 80GB HBM3") == 989e12
+    similar = ("H100 PCIe", "H100", "L40S", "L40", "L4")  # names that begin like others
+    assert len({peak.published_flops(f"NVIDIA {name}") for name in similar}) == len(similar)
+    assert peak.published_flops("Voodoo 2") is None
+    measured = []
+    monkeypatch.setattr(peak, "matmul_flops", lambda device: measured.append(device) or 7.0)
+    peak._measured_flops.cache_clear()
+    assert [peak.peak_flops(torch.device("cpu")) for _ in range(2)] == [7.0, 7.0] and len(measured) == 1
+    peak._measured_flops.cache_clear()

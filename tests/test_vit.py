@@ -14,6 +14,7 @@ from digit.convert.reading import read_torch
 from digit.convert.vit_checkpoints import FORMATS, read_vit
 from digit.errors import DigitError
 from digit.files import save_tensors
+from digit.models.products import arranged, linear
 from digit.models.vit import SIZES, Attention, SwiGLU, ViT, ViTConfig
 
 TINY = ViTConfig(embed_dim=24, depth=3, num_heads=3, patch_size=4, num_registers=2, table_side=5)
@@ -50,6 +51,40 @@ def test_attention_is_softmax_of_scaled_products():
     weights = torch.einsum("blhd,bmhd->bhlm", q, k) / math.sqrt(8)
     wanted = attention.proj(torch.einsum("bhlm,bmhd->blhd", weights.softmax(-1), v).reshape(2, 7, 24))
     torch.testing.assert_close(attention(x), wanted)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 40), (40,), (0, 40)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_products_are_those_of_torch(shape, gelu: bool):
+    x, weight, bias = torch.randn(shape), torch.randn(24, 40), torch.randn(24)
+    wanted = F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias, gelu=gelu), wanted, rtol=1e-5, atol=1e-5)
+        for fixed in (weight.bfloat16(), arranged(weight.bfloat16()))[: 2 if x.numel() else 1]:
+            half = linear(x.bfloat16(), fixed, bias.bfloat16(), gelu=gelu)
+            torch.testing.assert_close(half.float(), wanted, rtol=0.03, atol=0.2)
+
+
+def test_products_give_gradients_and_follow_autocast():
+    x, weight = torch.randn(3, 8), torch.randn(4, 8, requires_grad=True)
+    linear(x, weight, gelu=True).sum().backward()
+    assert weight.grad.shape == weight.shape
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_bfloat16_products_are_near_and_leave_the_net_alone(swiglu: bool):
+    net, x = random_net(replace(TINY, swiglu=swiglu)), torch.rand(2, 3, 20, 20)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with torch.no_grad():
+        wanted, fast = net(x), net.with_bfloat16_products()(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            auto = net(x)
+    assert fast.dtype == torch.float32
+    error, auto_error = ((part.float() - wanted).norm() / wanted.norm() for part in (fast, auto))
+    assert error < 0.03 and error < 2 * auto_error
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
 
 
 def test_swiglu_is_silu_gate_times_value():

@@ -94,6 +94,14 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves in which two nested dictionaries differ: (dotted name, here, asked)."""
+    if isinstance(here, dict) and isinstance(asked, dict):
+        keys = sorted(here.keys() | asked.keys())
+        return [d for k in keys for d in differences(here.get(k), asked.get(k), f"{name}.{k}" if name else k)]
+    return [] if here == asked else [(name, here, asked)]
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_path(path) as temporary:

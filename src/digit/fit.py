@@ -22,11 +22,12 @@ from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.tokens import TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
-from digit.files import plain, read_json, write_json
+from digit.files import differences, plain, read_json, write_json
+from digit.manifest import load_sequence_model, save_sequence_model
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
-from digit.pipeline import DigitPipeline, choose_device, load_sequence_model, save_sequence_model
+from digit.pipeline import DigitPipeline, choose_device
 from digit.recipes import MODEL_NAMES, Recipe
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
@@ -43,7 +44,7 @@ RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manife
 # settings that change no result, or only what is drawn afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
-    r"|.*\.(log_every|save_every|keep_checkpoints|tensorboard|accumulate))"
+    r"|.*\.(log_every|save_every|keep_checkpoints|tensorboard|accumulate|checkpoint_activations|compile))"
 )
 
 
@@ -232,8 +233,9 @@ class Run:
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name, model) if self.recipe.validation_fraction else None
             train_likelihood(
-                model, self.batches(name, cfg), cfg, folder, about=about, validate=validate, description=name
-            )
+                model, self.batches(name, cfg), cfg, folder,
+                about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
+            )  # fmt: skip
             write_json(folder / "metrics.json", last_figures(folder))
             write_json(folder / "tokens.json", tokens)
             save_sequence_model(model, folder, "model")
@@ -280,13 +282,14 @@ class Run:
 
     def batches(self, name: str, cfg: TrainConfig) -> Callable[[int], dict[str, Any]]:
         """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
-        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=np.flatnonzero(~self.held_out_rows()))
         labelled = bool(self.sequence_config(name).num_classes)
+        wanted = {"disc": not name.startswith("vq"), "vq": name != "prior", "labels": labelled}
+        rows, names = np.flatnonzero(~self.held_out_rows()), [n for n, is_wanted in wanted.items() if is_wanted]
+        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
         return lambda step: self._arguments(name, read(step), labelled)
 
     def _arguments(self, name: str, rows: dict[str, torch.Tensor], labelled: bool) -> dict[str, Any]:
-        """Rows of the token store as keywords of `SequenceModel.loss`."""
-        rows = {k: v.to(self.device, non_blocking=True) for k, v in rows.items()}
+        """Rows of the token store as keywords of `SequenceModel.loss`, not yet on the device."""
         target = rows["disc"] if name == "prior" else rows["vq"]
         prefix = rows["disc"] if name.startswith("renderer") else None
         return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
@@ -303,6 +306,7 @@ class Run:
         rows = np.flatnonzero(self.held_out_rows())
         chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
         batch = self._arguments(name, self.tokens.batch(chosen), bool(model.cfg.num_classes))
+        batch = {name: None if value is None else value.to(self.device) for name, value in batch.items()}
 
         def validate(step: int) -> dict[str, float]:
             generator = torch.Generator(self.device).manual_seed(0)
@@ -364,14 +368,6 @@ def merged(defaults: Any, given: Any) -> Any:
     if not (isinstance(defaults, dict) and isinstance(given, dict)):
         return given
     return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}
-
-
-def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves in which two nested dictionaries differ: (dotted name, here, asked)."""
-    if isinstance(here, dict) and isinstance(asked, dict):
-        keys = sorted(here.keys() | asked.keys())
-        return [d for k in keys for d in differences(here.get(k), asked.get(k), f"{name}.{k}" if name else k)]
-    return [] if here == asked else [(name, here, asked)]
 
 
 __all__ = ["MODEL_NAMES", "Run", "differences", "fit"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from digit.errors import DigitError, MismatchError
 from digit.files import cache_folder, sha256_file
-from digit.pipeline import MANIFEST
+from digit.manifest import MANIFEST
 from digit.released import ReleasedFiles, convert_release
 
 REPOSITORY = "DAMO-NLP-SG/DiGIT"

@@ -7,71 +7,61 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from digit.batch_size import choose_batch_size, free_bytes, pass_size
 from digit.data.preprocess import PreprocessConfig, fit_batch
+from digit.drawn import IMAGES, Drawn
 from digit.errors import DigitError
-from digit.files import load_tensors, read_json, save_tensors, write_json
-from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.manifest import (
+    MANIFEST,
+    find_pipeline,
+    load_sequence_model,
+    read_manifest,
+    read_sampling,
+    save_sequence_model,
+    write_manifest,
+)
+from digit.models.sequence import SequenceModel
 from digit.progress import Progress
-from digit.sampling.autoregressive import generate
-from digit.sampling.masked import generate_masked
+from digit.sampling.autoregressive import NextTokenSampler
+from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.masked import MaskedSampler
+from digit.sampling.sampler import Sampler
 from digit.tokenizers.base import ImageTokenizer
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
 from digit.tokenizers.vq import VQTokenizer
 
-FORMAT_VERSION = 1
-MANIFEST = "pipeline.json"
 PARTS = ("tokenizer", "vq", "prior", "renderer")
-CPU_PASS, CPU_PASS_OF_LARGE = 64, 16  # images through a model at a time; a short pass costs as much as a full one
-LARGE = 50e6  # parameters: from here on two images should not pay for 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageSampling:
-    """How one stage draws its tokens."""
+class Wanted:
+    """Images to draw: the seed of the first, their classes, and tokens that are given (completion)."""
 
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all (paper, A.3: 200 base, 400 large for the prior)."""
-    top_p: float = 1.0
-    """Keep the most likely tokens up to this probability (paper, A.3: 0.8 for the renderer)."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance; 1 is off, as in the paper. Needs a model trained with label or prefix dropout."""
-    num_steps: int = 8
-    """Iterations of a masked model (MaskGIT)."""
-    choice_temperature: float = 4.5
-    """Gumbel noise on the confidence of a masked model, annealed to 0."""
+    seed: int
+    labels: Tensor
+    """(num,) int64, -1 for none."""
+    disc: Tensor | None = None
+    """(num, n) the first discriminative tokens."""
+    vq: Tensor | None = None
+    """(num, m) the first VQ tokens."""
+
+    def rows(self, first: int, count: int) -> tuple[list[int], Tensor, Tensor | None, Tensor | None]:
+        """(seeds, labels, disc, vq) of at most `count` images from `first` on."""
+        picked = [None if x is None else x[first : first + count] for x in (self.labels, self.disc, self.vq)]
+        return [self.seed + first + i for i in range(len(picked[0]))], *picked
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How both stages draw, and how many images at a time."""
-
-    prior: StageSampling = field(default_factory=lambda: StageSampling(top_k=200))
-    """Stage 1."""
-    renderer: StageSampling = field(default_factory=lambda: StageSampling(top_p=0.8))
-    """Stage 2."""
-    batch_size: int = 64
-    """Images drawn together. An image depends on its seed and label, not on its neighbours; another batch_size may
-    round differently and so, rarely, change a token."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 (faster; an image may then differ between machines)."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise DigitError(f"batch_size is {self.batch_size}: at least 1")
-        if self.precision not in ("fp32", "bf16"):
-            raise DigitError(f"precision is {self.precision!r}: choose fp32 or bf16")
+Stage = Callable[[list[int], Tensor | None, Tensor, Tensor | None], Tensor]  # seeds, prefix, labels, given -> (B, M)
 
 
 class DigitPipeline:
@@ -179,28 +169,44 @@ class DigitPipeline:
 
     # ---------------------------------------------------------------- drawing
 
-    def generate(
-        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
-    ) -> Tensor:
-        """Draw images -> (num, 3, H, W) uint8. Image i depends on `seed + i` and its label alone, whatever the batch.
+    def stream(
+        self,
+        num: int | None = None,
+        labels: Sequence[int] | int | None = None,
+        seed: int = 0,
+        start: int = 0,
+        **sampling: Any,
+    ) -> Iterator[Drawn]:
+        """Draw batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
             num: how many; by default one a label.
             labels: class numbers, repeated in turn up to `num`; None draws all classes evenly.
-            seed: of the first image.
+            seed: of image 0.
+            start: image to begin with, a multiple of the batch size: the batches from there on are those of a stream
+                from 0, bit for bit.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
-        return self.decode(self.generate_tokens(num, labels, seed, **sampling)["vq"])
+        wanted, cfg = Wanted(seed=seed, labels=self.labels(num, labels)), self.sized(self.settings(**sampling))
+        if start % cfg.batch_size or start < 0:
+            raise DigitError(f"start is {start}: give a multiple of the batch size {cfg.batch_size}")
+        return self._draw(wanted, cfg, start)
+
+    def generate(
+        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+    ) -> Tensor:
+        """As `stream`, all at once: (num, 3, H, W) uint8."""
+        return self._pixels(self.stream(num, labels, seed, **sampling))
 
     def generate_tokens(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
     ) -> dict[str, Tensor]:
         """As `generate`, before pixels: {"disc": (num, N) (with a prior), "vq": (num, M), "labels": (num,)} int64."""
-        wanted = self._labels(num, labels)
-        seeds = [seed + i for i in range(len(wanted))]
-        return self._draw(seeds, wanted, given_disc=None, given_vq=None, cfg=self._sampling(sampling))
+        wanted = Wanted(seed=seed, labels=self.labels(num, labels))
+        batches = [batch.tokens for batch in self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)]
+        return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": wanted.labels}
 
     def complete(
         self,
@@ -226,20 +232,13 @@ class DigitPipeline:
         if not 0 < keep <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
         images = fit_batch(images, self.image_size)
-        num = len(images)
-        wanted = self._labels(num, labels) if labels is not None else self.guess_labels(images)
+        classes = self.labels(len(images), labels) if labels is not None else self.guess_labels(images)
         given = {
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
         }
-        drawn = self._draw(
-            [seed + i for i in range(num)],
-            wanted,
-            given_disc=given.get("discriminative"),
-            given_vq=given["vq"],
-            cfg=self._sampling(sampling),
-        )
-        return self.decode(drawn["vq"])
+        wanted = Wanted(seed=seed, labels=classes, disc=given.get("discriminative"), vq=given["vq"])
+        return self._pixels(self._draw(wanted, self.sized(self.settings(**sampling))))
 
     @torch.inference_mode()
     def guess_labels(self, images: Tensor) -> Tensor:
@@ -256,9 +255,9 @@ class DigitPipeline:
         if first is self.prior:
             self.require("tokenizer")
         tokens = (self.tokenizer if first is self.prior else self.vq).encode(images).to(self.device)  # (B, N)
-        scores = torch.empty(len(tokens), first.cfg.num_classes)
+        scores, size = torch.empty(len(tokens), first.cfg.num_classes), self.sized(self.sampling).batch_size
         for label in range(first.cfg.num_classes):
-            for rows in torch.arange(len(tokens)).split(self.sampling.batch_size):
+            for rows in torch.arange(len(tokens)).split(size):
                 logits = first(tokens[rows], labels=torch.full((len(rows),), label, device=self.device))
                 nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[rows], reduction="none")
                 scores[rows, label] = -nll.sum(1).cpu()
@@ -278,52 +277,38 @@ class DigitPipeline:
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
-        seeds, labels = [seed + i for i in range(len(tokens))], torch.full((len(tokens),), -1)
-        return self._draw(seeds, labels, given_disc=tokens, given_vq=None, cfg=self._sampling(sampling))["vq"]
+        wanted = Wanted(seed=seed, labels=torch.full((len(tokens),), -1), disc=tokens)
+        drawn = self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)
+        nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
+        return torch.cat([nothing, *(batch.tokens["vq"] for batch in drawn)])
 
-    def _draw(
-        self,
-        seeds: list[int],
-        labels: Tensor,
-        *,
-        given_disc: Tensor | None,
-        given_vq: Tensor | None,
-        cfg: SamplingConfig,
-    ) -> dict[str, Tensor]:
-        disc, vq = [], [torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)]
-        with Progress("sample", len(seeds)) as bar:
-            for start in range(0, len(seeds), cfg.batch_size):
-                chunk = slice(start, start + cfg.batch_size)
-                prefix = None
-                if self.renderer.cfg.prefix_len and self.prior is None:
-                    prefix = given_disc[chunk].to(self.device)
-                elif self.renderer.cfg.prefix_len:
-                    given = None if given_disc is None else given_disc[chunk]
-                    prefix = self._stage(self.prior, seeds[chunk], None, labels[chunk], given, cfg.prior, cfg)
-                if prefix is not None:
-                    disc.append(prefix.cpu())
-                given = None if given_vq is None else given_vq[chunk]
-                vq.append(
-                    self._stage(self.renderer, seeds[chunk], prefix, labels[chunk], given, cfg.renderer, cfg).cpu()
-                )
-                bar.update(len(seeds[chunk]))
-        return ({"disc": torch.cat(disc)} if disc else {}) | {"vq": torch.cat(vq), "labels": labels}
+    def _pixels(self, batches: Iterable[Drawn]) -> Tensor:
+        nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
+        return torch.cat([nothing, *(batch.images for batch in batches)])
 
-    def _stage(
-        self,
-        model: SequenceModel,
-        seeds: list[int],
-        prefix: Tensor | None,
-        labels: Tensor,
-        given: Tensor | None,
-        how: StageSampling,
-        cfg: SamplingConfig,
-    ) -> Tensor:
+    def _draw(self, wanted: Wanted, cfg: SamplingConfig, start: int = 0, *, pixels: bool = True) -> Iterator[Drawn]:
+        """The batches from image `start` on; everything stays on the device until a batch is done."""
+        num, prefix_len = len(wanted.labels), self.renderer.cfg.prefix_len
+        draw_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
+        draw_vq = self._stage(self.renderer, cfg.renderer, cfg)
+        with Progress("sample", num, done=start) as bar:
+            for first in range(start, num, cfg.batch_size):
+                seeds, labels, disc, vq = wanted.rows(first, cfg.batch_size)
+                done: dict[str, Tensor] = {}
+                if prefix_len and disc is not None and disc.shape[1] == prefix_len:
+                    done["disc"] = disc.to(self.device)
+                elif prefix_len:
+                    done["disc"] = draw_prefix(seeds, None, labels, disc)
+                done["vq"] = draw_vq(seeds, done.get("disc"), labels, vq)
+                if pixels:
+                    done[IMAGES] = self.vq.decode(done["vq"], bf16=cfg.precision == "bf16" or None)
+                batch = Drawn(first, labels, done)
+                bar.update(len(batch))
+                yield batch
+
+    def _stage(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Stage:
+        """What draws the tokens of one stage, batch after batch: (seeds, prefix, labels, given) -> (B, M) int64."""
         common: dict[str, Any] = dict(
-            seeds=seeds,
-            prefix=prefix,
-            labels=labels.to(self.device) if model.cfg.num_classes else None,
-            given=None if given is None else given.to(self.device),
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
@@ -331,11 +316,20 @@ class DigitPipeline:
             dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
             pass_size=pass_size(model, cfg.batch_size),
         )
+        sampler: Sampler
         if model.cfg.masked:
-            return generate_masked(model, num_steps=how.num_steps, choice_temperature=how.choice_temperature, **common)
-        return generate(model, **common)
+            steps = dict(num_steps=how.num_steps, choice_temperature=how.choice_temperature)
+            sampler = MaskedSampler(model, **steps, **common)
+        else:
+            sampler = NextTokenSampler(model, **common)
 
-    def _labels(self, num: int | None, labels: Sequence[int] | int | None) -> Tensor:
+        def stage(seeds: list[int], prefix: Tensor | None, labels: Tensor, given: Tensor | None) -> Tensor:
+            return sampler(seeds, prefix=prefix, labels=labels if model.cfg.num_classes else None, given=given)
+
+        return stage
+
+    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
+        """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
         if num is None:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:
@@ -354,12 +348,19 @@ class DigitPipeline:
                 raise DigitError(f"label {label} is out of range: this model knows classes 0 to {known - 1}")
         return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
 
-    def _sampling(self, changes: dict[str, Any]) -> SamplingConfig:
-        changes = dict(changes)
+    def settings(self, **changes: Any) -> SamplingConfig:
+        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for one out of range."""
         for stage in ("prior", "renderer"):
             if isinstance(changes.get(stage), dict):
                 changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
         return replace(self.sampling, **changes)
+
+    def sized(self, cfg: SamplingConfig) -> SamplingConfig:
+        """`cfg` with a batch size: its own, else one that fits into the memory that is free now."""
+        if cfg.batch_size is not None:
+            return cfg
+        prior = self.prior if self.renderer.cfg.prefix_len else None
+        return replace(cfg, batch_size=choose_batch_size(prior, self.renderer, self.vq, cfg, free_bytes(self.device)))
 
     # ---------------------------------------------------------------- folder
 
@@ -384,7 +385,7 @@ class DigitPipeline:
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """Read a pipeline folder, or a run folder of `digit fit`. Raises DigitError where it is missing or damaged."""
         folder = find_pipeline(folder)
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_manifest(folder)
         try:
             return cls._read(folder, manifest).to(device)
         except (KeyError, TypeError, AttributeError) as error:
@@ -392,10 +393,6 @@ class DigitPipeline:
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
-        if manifest.get("format") != FORMAT_VERSION:
-            raise DigitError(
-                f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
-            )
         parts, tokenizer = manifest["parts"], None
         if {"encoder", "codebook"} <= set(parts):
             encoder, codebook = FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
@@ -421,36 +418,6 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
     return DigitPipeline(vq=pipe.vq, renderer=renderer, preprocess=pipe.preprocess, classes=pipe.classes)
 
 
-def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
-    """The SamplingConfig of a manifest."""
-    return SamplingConfig(**saved | {stage: StageSampling(**saved[stage]) for stage in ("prior", "renderer")})
-
-
-def write_manifest(
-    folder: Path,
-    parts: Sequence[str],
-    preprocess: PreprocessConfig,
-    classes: Sequence[str],
-    sampling: SamplingConfig,
-    info: dict[str, Any],
-) -> None:
-    """Write pipeline.json, last: a folder with a manifest is whole."""
-    content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
-    content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
-    write_json(folder / MANIFEST, content)
-
-
-def pass_size(model: SequenceModel, batch_size: int) -> int:
-    """Images of a batch that go through `model` at a time: all on a GPU, on a CPU what its cache holds.
-
-    No function of how many are asked for, so that an image stays the same.
-    """
-    if model.positions.device.type != "cpu":
-        return batch_size
-    large = sum(p.numel() for p in model.parameters()) > LARGE
-    return min(batch_size, CPU_PASS_OF_LARGE if large else CPU_PASS)
-
-
 def choose_device(name: str | None) -> torch.device:
     """cuda where there is one, or the named device. Raises DigitError where it is not to be had."""
     try:
@@ -465,32 +432,3 @@ def choose_device(name: str | None) -> torch.device:
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:
     """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
     return max(1, round(keep * grid[0])) * grid[1]
-
-
-def find_pipeline(folder: str | Path) -> Path:
-    """The pipeline folder at `folder` or in its sub-folder `pipeline`."""
-    folder = Path(folder)
-    for candidate in (folder, folder / "pipeline"):
-        if (candidate / MANIFEST).is_file():
-            return candidate
-    what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
-    raise DigitError(f"{folder} {what}: give the --out folder of a finished `digit fit`")
-
-
-def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
-    """Write NAME.safetensors and NAME.json (the SequenceConfig)."""
-    save_tensors(folder / f"{name}.safetensors", model.state_dict())
-    write_json(folder / f"{name}.json", asdict(model.cfg))
-
-
-def load_sequence_model(folder: Path, name: str) -> SequenceModel:
-    """Read what `save_sequence_model` wrote; weights are mapped, not copied."""
-    with torch.device("meta"):
-        model = SequenceModel(SequenceConfig(**read_json(folder / f"{name}.json")))
-    try:
-        model.load_state_dict(load_tensors(folder / f"{name}.safetensors"), strict=True, assign=True)
-    except RuntimeError as error:
-        raise DigitError(
-            f"{folder / name}.safetensors does not fit {name}.json: {' '.join(str(error).split())}"
-        ) from error
-    return model.eval()

@@ -25,8 +25,9 @@ from digit.convert.vqgan import convert_state, find_state
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
 from digit.files import disk_errors, read_json, sha256_tensors
+from digit.manifest import MANIFEST, read_sampling, write_manifest
 from digit.models.vit import SIZES, ViTConfig
-from digit.pipeline import MANIFEST, PARTS, DigitPipeline, SamplingConfig, StageSampling, read_sampling, write_manifest
+from digit.pipeline import PARTS, DigitPipeline, SamplingConfig, StageSampling
 from digit.progress import Progress
 from digit.tokenizers.discriminative import Codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit import __version__, pictures
+from digit import pictures
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
 from digit.data.preprocess import PreprocessConfig, centre_crop
@@ -20,6 +20,7 @@ from digit.evaluation.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, f
 from digit.files import atomic_path, write_json
 from digit.fit import Run
 from digit.pipeline import DigitPipeline
+from digit.samples import read_pictures, sample
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.gan import image_psnr
 from digit.training.log import read_log
@@ -27,41 +28,11 @@ from digit.training.log import read_log
 SHOWN_CLASSES, PER_CLASS = 10, 10
 FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
 JUDGED_SAMPLES = 500
-GRID_IMAGES = 256  # the first so many go into grid.png
 JUDGE_TRAINING_SCENES = 2000
 RECONSTRUCTED = 300
 
 
-# -------------------------------------------------------------------- samples
-
-
-def write_samples(
-    folder: Path, images: Tensor, tokens: dict[str, Tensor], *, seed: int, classes: Sequence[str], rounding: str
-) -> None:
-    """Write one PNG an image, grid.png, tokens.npz (disc, vq, labels) and samples.json.
-
-    rounding says how decoded pixels became uint8 (`VQTokenizer.rounding`): `digit evaluate` reads it.
-    """
-    labels = tokens["labels"].tolist()
-    for i, image in enumerate(images):
-        pictures.save_png(folder / f"{i:05d}.png", image)
-    shown = images[:GRID_IMAGES]
-    columns = min(len(shown), max(8, round(len(shown) ** 0.5)))
-    pictures.save_png(folder / "grid.png", pictures.grid(shown, columns, scale=max(1, 128 // images.shape[-1])))
-    arrays = {name: value.numpy().astype(np.int32) for name, value in tokens.items()}
-    with atomic_path(folder / "tokens.npz") as temporary, open(temporary, "wb") as out:
-        np.savez_compressed(out, **arrays)
-    write_json(
-        folder / "samples.json",
-        {
-            "version": __version__,
-            "seed": seed,
-            "seeds": "image i: seed + i",
-            "rounding": rounding,
-            "labels": labels,
-            "classes": [classes[k] if 0 <= k < len(classes) else None for k in labels],
-        },
-    )
+# -------------------------------------------------------------------- pictures
 
 
 def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -> None:
@@ -124,10 +95,8 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     out, metrics = run.out, {}
     shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
     labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
-    tokens = pipe.generate_tokens(SHOWN_CLASSES * PER_CLASS if labels is None else len(labels), labels, run.recipe.seed)
-    images = pipe.decode(tokens["vq"])
-    how = dict(seed=run.recipe.seed, classes=pipe.classes, rounding=pipe.vq.rounding)
-    write_samples(out / "samples", images, tokens, **how)
+    num = SHOWN_CLASSES * PER_CLASS if labels is None else len(labels)
+    images = read_pictures(sample(pipe, out / "samples", num, labels, run.recipe.seed, overwrite=True))
     names = [pipe.classes[k] for k in shown] if shown else ()
     scale = max(1, 96 // pipe.image_size)
     pictures.save_png(out / "samples.png", pictures.grid(images, PER_CLASS, scale=scale, row_names=names))

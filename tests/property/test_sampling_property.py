@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.sampling.autoregressive import generate
-from digit.sampling.filters import keep_top_k, keep_top_p, sample_from_uniform
+from digit.sampling.filters import filter_logits, sample_from_uniform
 from digit.sampling.masked import generate_masked
 
 torch.manual_seed(0)
@@ -54,11 +54,11 @@ def test_cached_equals_uncached(seeds, known, top_k):
 )
 def test_filters_keep_the_likeliest(values, top_k, top_p, u):
     logits = torch.tensor([values])
-    for kept in (keep_top_k(logits, top_k), keep_top_p(logits, top_p)):
+    for kept in (filter_logits(logits, top_k=top_k), filter_logits(logits, top_p=top_p)):
         inside, outside = logits[kept.isfinite()], logits[~kept.isfinite()]
         assert len(inside) and (not len(outside) or inside.min() >= outside.max())
         code = sample_from_uniform(kept, torch.tensor([u], dtype=torch.float64))
         assert kept[0, code].isfinite().all()
-    assert keep_top_k(logits, top_k).isfinite().sum() >= min(top_k, len(values))
+    assert filter_logits(logits, top_k=top_k).isfinite().sum() >= min(top_k, len(values))
     probability = logits.softmax(-1, dtype=torch.float64)
-    assert probability[keep_top_p(logits, top_p).isfinite()].sum() >= top_p - 1e-9
+    assert probability[filter_logits(logits, top_p=top_p).isfinite()].sum() >= top_p - 1e-9

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 
 from digit import __version__
-from digit.cli import measures, pictures, runs
+from digit.cli import measures, pictures, plans, runs, speed
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
 from digit.errors import DigitError
 from digit.machine import keep_freed_memory
 
-SECTIONS = {runs: "train", pictures: "look and draw", measures: "measure"}  # each module registers its commands
+# each module registers its commands
+SECTIONS = {runs: "train", pictures: "look and draw", measures: "measure", speed: "speed", plans: "plan"}
 
 
 def usage() -> str:

@@ -66,7 +66,9 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
     parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
     parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i, whatever the batch")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--batch_size", type=int, default=None, help="images drawn together")
+    parser.add_argument(
+        "--batch_size", type=int, default=None, help="images drawn together; by default as many as fit into memory"
+    )
     parser.add_argument("--precision", default=None, help="fp32 or bf16 (faster)")
     for stage in ("prior", "renderer"):
         for name, kind, text in (
@@ -93,7 +95,7 @@ def sampling_changes(args: Any) -> dict[str, Any]:
     "  digit sample --from DAMO-NLP-SG/DiGIT --variant large --num 8 --out samples/",
 )
 def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Draw new images from a trained pipeline."""
+    """Draw new images from a trained pipeline. Killed at any moment and run again, it goes on where it was."""
     add_sampling_arguments(parser)
     parser.add_argument("--num", type=int, default=16, help="how many images")
     parser.add_argument(
@@ -102,14 +104,12 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
         help="class numbers or names, separated by commas, used in turn (default: every class)",
     )
     args = parse(parser, argv)
-    from digit.report import write_samples
+    from digit.samples import GRID_IMAGES, sample
 
     pipe = load_pipeline(args)
     labels = parse_labels(args.labels, pipe.classes)
-    tokens = pipe.generate_tokens(args.num, labels, args.seed, **sampling_changes(args))
-    how = dict(seed=args.seed, classes=pipe.classes, rounding=pipe.vq.rounding)
-    write_samples(Path(args.out), pipe.decode(tokens["vq"]), tokens, **how)
-    say(f"{args.num} images in {args.out} (grid.png shows all)")
+    num = len(sample(pipe, args.out, args.num, labels, args.seed, **sampling_changes(args)))
+    say(f"{num} images in {args.out} (grid.png shows {'all' if num <= GRID_IMAGES else f'the first {GRID_IMAGES}'})")
 
 
 @command("complete", "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/")

@@ -3,10 +3,10 @@
 import multiprocessing
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,36 @@ class CropBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def on_device(batches: Iterable[CropBatch], device: torch.device | str) -> Iterator[CropBatch]:
+    """The same batches with their images on `device`, the rest as before.
+
+    On a GPU the next batch is copied, from pinned memory and on a stream of its own, while this one is worked on.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: tuple[CropBatch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            moved = replace(batch, images=batch.images.pin_memory().to(device, non_blocking=True))
+            done = copies.record_event()
+        if ahead is not None:
+            yield _received(*ahead)
+        ahead = moved, done
+    if ahead is not None:
+        yield _received(*ahead)
+
+
+def _received(batch: CropBatch, done: "torch.cuda.Event") -> CropBatch:
+    """The batch, once its copy is done as far as the current stream can tell."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(done)
+    batch.images.record_stream(stream)  # or the copying stream could reuse its memory too early
+    return batch
 
 
 class BadImages:

@@ -1,6 +1,7 @@
 """Images to be measured, whatever they come in: a folder, .npz, a tensor or any source."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,11 @@ from digit.data.source import ImageSource, digest
 from digit.errors import BadImageError, DigitError
 from digit.files import read_json
 from digit.measures.npz import read_npz_images
+from digit.samples import GRID, JOURNAL, SAMPLES
 
 PIXELS = "pixels"  # the kind of an image that was never in a file of its own
 READERS = 4  # threads that read and decode
-GRID = "grid.png"  # `digit sample` and `digit complete` put it beside the images; it is none of them
+FIRST = re.compile(r"0{5,}\.png")  # of `digit sample` and `digit complete`, whose grid.png is no image of the set
 Images = str | Path | Tensor | ImageSource
 
 
@@ -147,7 +149,7 @@ def _open(spec: Images) -> ImageSource:
 
 def _without_grid(source: FolderSource) -> ImageSource:
     """Less the overview of a folder whose images are numbered as `digit sample` numbers them."""
-    if GRID not in source.files or "00000.png" not in source.files:
+    if GRID not in source.files or not any(FIRST.fullmatch(name) for name in source.files):
         return source
     kept = source.subset([row for row, name in enumerate(source.files) if name != GRID])
     kept.name = source.name
@@ -155,8 +157,10 @@ def _without_grid(source: FolderSource) -> ImageSource:
 
 
 def _samples_json(source: FolderSource) -> dict[str, Any]:
-    """What `digit sample` wrote beside the images; {} for other folders."""
-    path = source.root / "samples.json"
+    """What `digit sample` wrote beside the images; {} for other folders. Raises DigitError where it is not done."""
+    if (source.root / JOURNAL).is_file():
+        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again, it goes on")
+    path = source.root / SAMPLES
     about = read_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from digit.batch_size import pass_size
 from digit.data.crops import centre_crops
 from digit.data.source import ImageSource
 from digit.errors import DigitError
@@ -25,7 +26,7 @@ from digit.files import plain, write_json
 from digit.measures.curves import Curve, curves_png
 from digit.measures.paper import FIG4A, TABLE2
 from digit.models.sequence import SequenceModel
-from digit.pipeline import DigitPipeline, pass_size
+from digit.pipeline import DigitPipeline
 from digit.progress import Progress
 from digit.tokenizers.encoders import FrozenEncoder
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.likelihood import projected_likelihood
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
 
 if TYPE_CHECKING:
@@ -167,10 +168,9 @@ class SequenceModel(nn.Module):
         before = torch.add(self.prefix_positions, self._prefix(prefix, batch, drop_prefix), alpha=scale)  # (B, P, D)
         return torch.cat([before, x], dim=1)
 
-    def embed_token(self, token: Int64[Tensor, " B"], index: int) -> Float[Tensor, "B 1 D"]:
-        """Embedded target token number `index`, as `embed` gives it."""
-        x = torch.add(self.positions[1 + index], self.token_embed(token), alpha=math.sqrt(self.cfg.embed_dim))
-        return x[:, None]
+    def embed_token(self, token: Int64[Tensor, " B"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "B D"]:
+        """Embedded target token number `index` (a number, or one on the device), as `embed` gives it."""
+        return torch.add(self.positions[1 + index], self.token_embed(token), alpha=math.sqrt(self.cfg.embed_dim))
 
     def _start_rows(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if labels is None:
@@ -258,10 +258,10 @@ class SequenceModel(nn.Module):
         labels, drop_prefix = self._drop_conditions(target, labels, generator)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
-            return likelihood(self.head(features), target.flatten(), label_smoothing)
+            return projected_likelihood(features, self.head.weight, target.flatten(), label_smoothing)
         hide = cosine_mask(*target.shape, generator=generator, device=target.device)  # (B, M)
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
-        return likelihood(self.head(features[hide]), target[hide], label_smoothing)
+        return projected_likelihood(features[hide], self.head.weight, target[hide], label_smoothing)
 
     def _drop_conditions(
         self, target: Tensor, labels: Tensor | None, generator: torch.Generator | None
@@ -327,21 +327,3 @@ def cosine_mask(
     count = (length * torch.cos(u * (math.pi / 2))).floor() + 1  # (B, 1); rank < count also caps it at M
     rank = uniform((batch, length), generator, device).argsort(1).argsort(1)
     return rank < count
-
-
-def likelihood(
-    logits: Float[Tensor, "n V"], target: Int64[Tensor, " n"], label_smoothing: float = 0.0
-) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Smoothed cross-entropy in float32, and its figures.
-
-    loss = (1 - eps) nll + eps mean_v(-log p_v), torch's definition. fairseq spreads eps over the V - 1 other codes (and
-    over its special symbols), so that its eps is this one times (V - 1) / V: no difference worth a setting.
-    """
-    logits = logits.float()
-    loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
-    with torch.no_grad():
-        picked = logits.gather(1, target[:, None])[:, 0]  # (n,)
-        # mean_v(-log p_v) = nll + z_target - mean_v(z_v), so that the nll follows from the loss
-        nll = loss - label_smoothing * (picked - logits.mean(1)).mean() if label_smoothing else loss.detach()
-        accuracy = (picked >= logits.amax(1)).float().mean()
-    return loss, {"nll": nll, "perplexity": nll.exp(), "accuracy": accuracy}

@@ -8,7 +8,7 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ SIZES: dict[str, dict[str, int]] = {
     "base": dict(depth=16, embed_dim=1024, num_heads=16),
     "large": dict(depth=24, embed_dim=1536, num_heads=16),
 }
+
+
+CACHE_SPAN = 32  # positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,24 +70,67 @@ def size_config(size: str) -> dict[str, int]:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: one allocation of fixed size, filled from the front.
+    """Keys and values of the positions seen so far, (depth, B, H, span, d), filled from the front.
 
+    The span grows by CACHE_SPAN positions: matrix kernels read a dense block, and would copy a slice of a longer one.
     `begin` is the position the next input starts at; the backbone moves it on after each forward. For use without
     gradients.
     """
 
     def __init__(self, cfg: TransformerConfig, batch: int, max_len: int, like: Tensor) -> None:
-        shape = (cfg.depth, batch, cfg.num_heads, max_len, cfg.embed_dim // cfg.num_heads)
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.begin = 0
+        empty = like.new_zeros(cfg.depth, batch, cfg.num_heads, 0, cfg.embed_dim // cfg.num_heads)
+        self.keys, self.values, self.max_len, self.begin = empty, empty, max_len, 0
+        self.mask: Tensor | None = None
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H, n, d) at `begin`; returns views of all keys and values so far, (B, H, begin + n, d)."""
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions; new ones are zeros."""
+        span = self.keys.shape[3]
+        assert length <= self.max_len, f"cache of {self.max_len} positions asked to hold {length}"
+        if length > span:
+            more = (0, 0, 0, min(self.max_len, -(-length // CACHE_SPAN) * CACHE_SPAN) - span)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Seen:
+        """Store (B, H, n, d) at `begin`; returns what the new positions attend to."""
         end = self.begin + k.shape[2]
-        assert end <= self.keys.shape[3], f"cache of {self.keys.shape[3]} positions asked to hold {end}"
-        self.keys[layer, :, :, self.begin : end] = k
-        self.values[layer, :, :, self.begin : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        assert self.begin == 0 or k.shape[2] == 1, "past an empty cache, positions come one at a time"
+        self.reserve(end)
+        keys, values = self.keys[layer], self.values[layer]
+        keys.narrow(2, self.begin, k.shape[2]).copy_(k)
+        values.narrow(2, self.begin, k.shape[2]).copy_(v)
+        if self.begin == 0:
+            return Seen(k, v)
+        if layer == 0:  # the others see the same
+            self.mask = self.keys.new_zeros(1, self.keys.shape[3])
+            self.mask[:, end:] = float("-inf")
+        return Seen(keys, values, self.mask)
+
+    def advance(self, length: int) -> None:
+        """All layers have stored `length` positions."""
+        self.begin += length
+
+
+class SteppedCache:
+    """A filled KVCache for steps of one position whose shapes and addresses never change, as a CUDA graph needs it.
+
+    The position is a number on the device, (1,) int64; attention reads `span` positions and a mask hides those past it.
+    """
+
+    def __init__(self, cache: KVCache, position: Tensor, span: int) -> None:
+        self.keys, self.values = cache.keys[:, :, :, :span], cache.values[:, :, :, :span]
+        self.position = position
+        unseen = torch.arange(span, device=position.device) > position
+        self.mask = self.keys.new_zeros(1, span).masked_fill_(unseen, float("-inf"))
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Seen:
+        """Store (B, H, 1, d) at the position; returns what it attends to."""
+        self.keys[layer].index_copy_(2, self.position, k)
+        self.values[layer].index_copy_(2, self.position, v)
+        return Seen(self.keys[layer], self.values[layer], self.mask)
+
+    def advance(self, length: int) -> None:
+        """The next step's position."""
+        self.position += length
 
 
 class Dropout(nn.Module):
@@ -107,23 +153,34 @@ class Dropout(nn.Module):
         return x * keep.mul_(1 / (1 - drop / 2**16))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+class Seen(NamedTuple):
+    """Keys and values (B, H, t, d), and where not all of them are seen a mask (n, t) of 0 and -inf."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+def attend(q: Tensor, seen: Seen, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for (B, H, n, d) queries over (B, H, t, d); causal needs n == t.
 
     torch's fused kernel, but on CPU in half precision or for one query: there two batched matmuls and a softmax are 3
-    to 5 times as fast (measured at 64 to 128 positions, torch 2.13, AVX-512 bf16).
+    to 10 times as fast (measured at 64 to 256 positions, torch 2.13, AVX-512 bf16).
     """
+    keys, values, mask = seen
     half = q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type != "cpu" or not (half or q.shape[2] == 1):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    n, width = q.shape[2:]
-    queries, keys, values = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, n or t, d)
-    if n == 1:  # k q^T, not q k^T: half precision would copy the slice of a cache to transpose it
-        scores = torch.bmm(keys, (queries * width**-0.5).transpose(1, 2)).transpose(1, 2)  # (B * H, 1, t)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
+    batch, heads, n, width = q.shape
+    table, scale = keys.flatten(0, 1).transpose(1, 2), width**-0.5  # (B * H, d, t)
+    if n == 1:
+        scores = torch.bmm((q * scale).view(-1, 1, width), table)  # (B * H, 1, t); the product is dense, q need not be
+        if mask is not None:
+            scores += mask
     else:
         bias = q.new_full((n, n), float("-inf")).triu_(1) if causal else q.new_zeros(())
-        scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), beta=float(causal), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(-1), values).view_as(q)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), table, beta=float(causal), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(batch, heads, n, width)
 
 
 class Attention(nn.Module):
@@ -135,15 +192,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.out = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | None, first: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | SteppedCache | None, first: int = 0
+    ) -> Tensor:
         """(B, T, D) to (B, T - first, D): the outputs of positions from `first` on."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # each (B, H, T, d)
-        if cache is not None:
-            assert cache.begin == 0 or length == 1, "past an empty cache, positions come one at a time"
-            k, v = cache.append(layer, k, v)
-        y = attend(q, k, v, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
+        parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+        q, k, v = parts if length == 1 else parts.contiguous()
+        seen = Seen(k, v) if cache is None else cache.extend(layer, k, v)
+        y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
         return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
 
 
@@ -169,7 +227,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(cfg.embed_dim), nn.LayerNorm(cfg.embed_dim)
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, *, causal: bool, cache: KVCache | None, first: int = 0) -> Tensor:
+    def forward(self, x: Tensor, *, causal: bool, cache: KVCache | SteppedCache | None, first: int = 0) -> Tensor:
         how = dict(causal=causal, layer=self.layer, cache=cache, first=first)
         if self.pre:
             x = x[:, first:] + self.dropout(self.attention(self.norm1(x), **how))
@@ -192,7 +250,7 @@ class Transformer(nn.Module):
         *,
         causal: bool,
         first: int = 0,
-        cache: KVCache | None = None,
+        cache: KVCache | SteppedCache | None = None,
         hidden: list[Tensor] | None = None,
     ) -> Float[Tensor, "B T-first D"]:
         """Features after the last block and the final norm, of positions from `first` on.
@@ -213,5 +271,5 @@ class Transformer(nn.Module):
             if hidden is not None:
                 hidden.append(x)
         if cache is not None:
-            cache.begin += length
+            cache.advance(length)
         return self.final_norm(x[:, first - skip :])

@@ -6,9 +6,7 @@ drawn among others could differ in the last bit, and from then on in its tokens.
 within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and bfloat16.
 """
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,11 +82,8 @@ def check_guidance(model: SequenceModel, scale: float) -> None:
         )
 
 
-def passes(request: Request, pass_size: int | None) -> Iterator[tuple[Request, int]]:
-    """Requests of exactly `pass_size` rows, and how many of the rows count; the others are copies of the last."""
-    size = PASS_SIZE if pass_size is None else pass_size
-    if size < 1:
-        raise DigitError(f"pass_size is {size}: at least 1")
+def passes(request: Request, size: int) -> Iterator[tuple[Request, int]]:
+    """Requests of exactly `size` rows, and how many of the rows count; the others are copies of the last."""
     total = len(request.seeds)
     for begin in range(0, total, size):
         index = [min(i, total - 1) for i in range(begin, begin + size)]
@@ -107,17 +102,3 @@ def conditions(model: SequenceModel, request: Request, guided: bool) -> dict[str
             if model.cfg.prefix_dropout:
                 drop = torch.arange(len(prefix), device=prefix.device) >= len(prefix) // 2
     return {"prefix": prefix, "labels": labels, "drop_prefix": drop}
-
-
-@contextmanager
-def ready(model: SequenceModel, dtype: torch.dtype | None) -> Iterator[SequenceModel]:
-    """The model without dropout and in `dtype`: where that differs a copy, cast once (autocast casts every token)."""
-    training = model.training
-    if dtype is not None and dtype != model.positions.dtype:
-        yield copy.deepcopy(model).to(dtype).eval()
-        return
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train(training)

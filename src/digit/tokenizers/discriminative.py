@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit.data.loader import CropLoader
+from digit.data.loader import CropLoader, on_device
 from digit.errors import DigitError, MismatchError
 from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.tokenizers.kmeans import KMeans, KMeansConfig, nearest
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
@@ -149,29 +150,35 @@ def fit_codebook(
     batch_size: int = 64,
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
+    across_ranks: bool = False,
 ) -> Codebook:
     """K-means on the patch features of a random subset of the images, one crop each (section 4.1: 10% of ImageNet).
 
     The subset grows beyond `subset` where it would give fewer than 8 points a code. Features that exceed
     `kmeans_cfg.memory_budget_bytes` are computed anew in every iteration, which costs time, not memory.
+    across_ranks: every process of torch.distributed's group calls this alike, takes its share of the images, and gets
+    the codebook of all of them; the budget is each one's own.
     Raises DigitError for fewer patches than codes and past `max_bad_fraction`.
     """
     tokens = math.prod(encoder.grid)
     indices = choose_images(len(source), tokens, kmeans_cfg.num_clusters, subset=subset, seed=seed)
-    bad: list[tuple[str, str]] = []
+    shares, bad = Shares(across_ranks), []
+    mine = indices[shares.rank :: shares.num_ranks]
 
     def features() -> Iterator[Tensor]:
         loader = CropLoader(
-            source, preprocess, indices=indices, seed=seed, batch_size=batch_size, num_workers=num_workers,
+            source, preprocess, indices=mine, seed=seed, batch_size=batch_size, num_workers=num_workers,
             max_bad_fraction=max_bad_fraction,
         )  # fmt: skip
         with loader.sharing_cores():
-            for batch in loader:
-                if batch.ok.any():
-                    yield encoder.features(batch.images[batch.ok]).flatten(0, 1)  # (b N, D)
+            for batch in on_device(loader, getattr(encoder, "device", "cpu")):
+                images = batch.images if batch.ok.all() else batch.images[batch.ok]
+                if len(images):
+                    yield encoder.features(images).flatten(0, 1)  # (b N, D)
         bad[:] = loader.bad
 
-    kmeans = KMeans(kmeans_cfg).fit(features)
+    kmeans = KMeans(kmeans_cfg).fit(features, across_ranks=across_ranks)
+    bad = shares.join(bad)
     return Codebook(
         kmeans.centroids_.cpu(),
         {

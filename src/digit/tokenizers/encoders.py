@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
 FORMAT = 1
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
 
@@ -51,6 +52,9 @@ class EncoderConfig:
     """Weights file as released by the encoder's authors; None takes the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the products. bfloat16 is several times as fast where the hardware has it, and gives a few percent
+    of the patches another token; codebook and tokens must be made with the same."""
 
 
 class FrozenEncoder(nn.Module):
@@ -66,20 +70,35 @@ class FrozenEncoder(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         about: Mapping[str, Any],
+        precision: str = "float32",
     ):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
         self.name, self.layer, self.input_size = name, layer, input_size
         self.about = dict(about)
+        self.with_precision(precision)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._numbers = {"mean": list(mean), "std": list(std)}
-        self._fingerprint: str | None = None
+        self._fast: list[nn.Module] = []  # the net for bfloat16, once needed; in a list, so that it is no submodule
 
     @property
     def dim(self) -> int:
         """Channels D of a feature."""
         return self.net.dim
+
+    def with_precision(self, precision: str) -> Self:
+        """Multiply in float32 or bfloat16 from now on; returns self. Raises DigitError for another name."""
+        if precision not in PRECISIONS:
+            raise DigitError(f"encoder precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        self.precision = precision
+        self._fingerprint: str | None = None
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.mean.device
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -98,7 +117,12 @@ class FrozenEncoder(nn.Module):
     def _settings(self) -> dict[str, Any]:
         kind = next(kind for kind, (_, net_class) in NETS.items() if isinstance(self.net, net_class))
         settings = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._numbers
-        return settings | {"net": kind, "config": asdict(self.net.config), "about": self.about}
+        settings |= {"net": kind, "config": asdict(self.net.config), "about": self.about}
+        return settings | self._named_precision()
+
+    def _named_precision(self) -> dict[str, str]:
+        """Nothing for float32: descriptions and fingerprints are then those from before there was a choice."""
+        return {} if self.precision == "float32" else {"precision": self.precision}
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: it is frozen."""
@@ -109,7 +133,7 @@ class FrozenEncoder(nn.Module):
         side = images.shape[-1]
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != side:
             raise DigitError(f"encoder {self.name} takes square RGB images (B, 3, S, S), got {tuple(images.shape)}")
-        images = images.to(self.mean.device)
+        images = images.to(self.device)
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # (B, 3, S, S) in 0..1
         x = (x - self.mean) / self.std
         if side == self.input_size:
@@ -119,13 +143,13 @@ class FrozenEncoder(nn.Module):
         return F.interpolate(x, mode="bicubic", align_corners=False, antialias=False, **size)
 
     def features(
-        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype = torch.float32
+        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype | None = None
     ) -> 'Float32[Tensor, "B N D"]':
-        """Features of square images (uint8 0..255 or float 0..1) in raster order; bfloat16 runs under autocast."""
-        return self._run(self.net, images, dtype)
+        """Features of square images (uint8 0..255 or float 0..1) in raster order; dtype instead of `precision`."""
+        return self._run(lambda net, x: net(x), images, dtype)
 
     def pooled(
-        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype = torch.float32
+        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype | None = None
     ) -> 'Float32[Tensor, "B D"]':
         """One vector per image: the mean of an EfficientNet's 1280 head channels, a ViT's class token after its norm.
 
@@ -133,23 +157,34 @@ class FrozenEncoder(nn.Module):
         """
         if self.layer != "pooled":
             raise DigitError(f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled")
-        return self._run(self.net.pooled, images, dtype)
+        return self._run(lambda net, x: net.pooled(x), images, dtype)
 
     @torch.no_grad()
-    def _run(self, call: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype) -> Tensor:
-        device = self.mean.device.type
+    def _run(self, call: Callable[[nn.Module, Tensor], Tensor], images: Tensor, dtype: torch.dtype | None) -> Tensor:
+        device, dtype = self.device.type, dtype or PRECISIONS[self.precision]
         if device == "cpu" and len(images) > CPU_CHUNK:
             return torch.cat([self._run(call, part, dtype) for part in images.split(CPU_CHUNK)])
         with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
             x = self.prepare(images)
+            if dtype == torch.bfloat16 and isinstance(self.net, ViT):
+                return call(self._fast_net(), x).float()
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
-            return call(x).float()
+            return call(self.net, x).float()
+
+    def _fast_net(self) -> ViT:
+        if not self._fast:
+            self._fast.append(self.net.with_bfloat16_products())
+        return self._fast[0]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._fast.clear()  # the net moves to another device
+        return super()._apply(*args, **kwargs)
 
     forward = features
 
     def describe(self) -> dict[str, Any]:
         """For manifests: name, layer, sizes, what it was trained on, weights file, fingerprint."""
-        kept = {"name": self.name, "layer": self.layer, "input_size": self.input_size}
+        kept = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._named_precision()
         return kept | {"grid": list(self.grid), "dim": self.dim} | self.about | {"fingerprint": self.fingerprint}
 
     def save(self, folder: str | Path) -> None:
@@ -170,7 +205,7 @@ class FrozenEncoder(nn.Module):
                 raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
             net = build(net_class, config_class(**saved["config"]), load_tensors(folder / "encoder.safetensors"))
             keys = ("name", "layer", "input_size", "mean", "std", "about")
-            encoder = cls(net, **{key: saved[key] for key in keys})
+            encoder = cls(net, **{key: saved[key] for key in keys}, precision=saved.get("precision", "float32"))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
         if encoder.fingerprint != saved.get("fingerprint"):
@@ -313,6 +348,10 @@ LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
 
 def load_encoder(config: EncoderConfig) -> FrozenEncoder:
     """The encoder that `config` names, on CPU. DigitError on unknown names, missing packages and unfit weights."""
+    return _load(config).with_precision(config.precision)
+
+
+def _load(config: EncoderConfig) -> FrozenEncoder:
     if config.input_size < 1:
         raise DigitError(f"encoder input_size is {config.input_size}: it is a side in pixels, 224 for example")
     if config.name.startswith("hf:"):

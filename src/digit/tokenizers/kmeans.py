@@ -5,7 +5,7 @@ Legend: N points, D features, K clusters, n rows of one chunk.
 Each Lloyd iteration is one matrix product per chunk, argmin_k ||x - c_k||^2, then sums per cluster. The points of a
 streamed source are kept only where they fit the memory budget; otherwise every iteration streams them again. The
 iterations may round distances to bfloat16 (hardware with bfloat16 products runs them several times faster); sums, the
-inertia and the last assignment never do.
+inertia and the last assignment never do. Nothing on the way waits for the device but the end of a pass.
 """
 
 import heapq
@@ -21,15 +21,19 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.machine import multiplies_bf16
+from digit.models.products import linear
 from digit.progress import Progress
-from digit.tokenizers.nearest import FastNearest, full_precision, nearest, nearest_chunk
-from digit.tokenizers.points import Points, open_points
+from digit.tokenizers.nearest import ExactNearest, FastNearest, argmin_rows, full_precision, nearest
+from digit.tokenizers.points import UNUSABLE, Points, open_points
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
 START_CHUNK_ROWS = 4096
 BFLOAT16_FROM_FLOP = 1e10  # "auto": below this an iteration is a blink in float32 too
+FLUSH_POINTS_PER_CENTROID = 16  # float32 adds so few points a centroid before float64 takes over
+Finder = Callable[[Tensor, Tensor], Tensor]  # (n, D) points and (n,) their squared norms -> (n,) int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +83,20 @@ class KMeans:
         self.config = config
 
     @torch.no_grad()
-    def fit(self, features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]') -> Self:
+    def fit(
+        self,
+        features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]',
+        *,
+        across_ranks: bool = False,
+    ) -> Self:
         """Cluster `features`: a Tensor (N, D), or a callable whose every call iterates the same Tensors (n, D).
 
+        across_ranks: every process of torch.distributed's group calls this, each with its own share of the points. All
+        get the fit of all points, from the start that one process holding every share in turn would have drawn.
         Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids.
         """
-        cfg = self.config
-        points = open_points(features, cfg)
+        cfg, self._shares = self.config, Shares(across_ranks)
+        points = open_points(features, cfg, self._shares)
         if cfg.num_clusters > points.num_rows:
             raise DigitError(
                 f"k-means wants {cfg.num_clusters} clusters but got {points.num_rows} points: give more images or a "
@@ -97,7 +108,7 @@ class KMeans:
         del start
         self.history_: list[dict[str, Any]] = []
         self.streamed_ = points.streamed
-        total = (cfg.num_iterations + 1) * points.num_rows
+        total = (cfg.num_iterations + 1) * points.num_here
         with full_precision(shift.device), Progress(f"k-means K={cfg.num_clusters}", total) as bar:
             self._iterate(points, centroids, shift, bar)
         return self
@@ -115,7 +126,7 @@ class KMeans:
         for iteration in range(cfg.num_iterations):
             began = time.perf_counter()
             find = _finder(centroids, cfg, points, distance)
-            sums = _accumulate(points, find, centroids, shift, bar)
+            sums = _accumulate(points, find, centroids, shift, self._shares, bar)
             inertia, distance = sums.inertia, sums.inertia / sums.num_points
             num_empty = int((sums.counts == 0).sum())
             centroids = sums.means(centroids)
@@ -128,34 +139,31 @@ class KMeans:
         began = time.perf_counter()
         self.centroids_ = (centroids.double() + shift.double()).float()
         centred = self.centroids_ - shift
-        sums = _accumulate(points, lambda x: nearest_chunk(x, centred), centred, shift, bar)
+        sums = _count(points, centred, shift, self._shares, bar)
         self._log(len(self.history_), sums, 0, time.perf_counter() - began)
         self.inertia_, self.num_points_, self.counts_ = sums.inertia, sums.num_points, sums.counts.cpu()
         self.usage_, self.entropy_ = sums.usage, sums.entropy
         self.dead_codes_ = int((self.counts_ == 0).sum())
 
-    def _log(self, iteration: int, sums: "_Sums", reseeded: int, seconds: float) -> None:
+    def _log(self, iteration: int, sums: "_Counts", reseeded: int, seconds: float) -> None:
         entry = {"iteration": iteration, "inertia": sums.inertia, "points": sums.num_points, "usage": sums.usage}
         self.history_.append(entry | {"entropy": sums.entropy, "reseeded": reseeded, "seconds": round(seconds, 4)})
 
 
-def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float) -> Callable[[Tensor], Tensor]:
+def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float) -> Finder:
     """The assignment of an iteration; `offset` is the mean squared distance of the one before."""
     heavy = 2.0 * points.num_rows * centroids.numel() > BFLOAT16_FROM_FLOP
     if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and heavy and multiplies_bf16(centroids.device)):
         return FastNearest(centroids, offset)
-    half, table = centroids.square().sum(1) / 2, centroids.T
-    return lambda x: torch.addmm(half, x, table, alpha=-1).min(1).indices
+    half, table = centroids.square().sum(1) / 2, -centroids
+    return lambda x, _: argmin_rows(linear(x, table, half))
 
 
-@dataclass
-class _Sums:
-    """What one pass over the (centred) points leaves: enough for the means, the inertia and each cluster's error."""
+class _Counts:
+    """How many points each cluster has, and the sum of their squared distances."""
 
-    total: Tensor  # (K, D) float64 sum of the points
-    squares: Tensor  # (K,) float64 sum of ||x||^2
-    counts: Tensor  # (K,) int64
-    inertia: float = 0.0
+    def __init__(self, counts: Tensor, inertia: float):
+        self.counts, self.inertia = counts, inertia  # (K,) int64
 
     @property
     def num_points(self) -> int:
@@ -170,39 +178,83 @@ class _Sums:
         """-sum p log2 p of the code frequencies, in bits; log2 K at most."""
         return abs(float(torch.special.entr(self.counts / self.counts.sum()).sum() / math.log(2)))
 
+
+class _Sums(_Counts):
+    """What one pass over the (centred) points leaves: enough for the means, the inertia and each cluster's error.
+
+    One row a cluster, (K, D + 2) float64: the sum of its points, of their ||x||^2, and their number. float32 adds up a
+    few points a cluster and float64 those sums, so that the number of points costs no precision.
+    """
+
+    def __init__(self, num: int, dim: int, device: torch.device):
+        self.table = torch.zeros(num, dim + 2, dtype=torch.float64, device=device)
+        self.total, self.squares = self.table[:, :dim], self.table[:, dim]  # (K, D), (K,)
+        self._recent = torch.zeros_like(self.table, dtype=torch.float32)
+        self._num_recent = 0
+
+    def add(self, rows: Tensor, index: Tensor) -> None:
+        """(n, D + 2) points, squared norms, ones; (n,) their clusters."""
+        if self._num_recent + len(rows) > FLUSH_POINTS_PER_CENTROID * len(self.table):
+            self._flush()
+        if rows.is_cuda:  # sorts first, so it is deterministic; index_add_ there adds in any order
+            self._recent.index_put_((index,), rows, accumulate=True)
+        else:
+            self._recent.index_add_(0, index, rows)
+        self._num_recent += len(rows)
+
+    def _flush(self) -> None:
+        self.table += self._recent
+        self._recent.zero_()
+        self._num_recent = 0
+
+    def close(self, centroids: Tensor, shares: Shares) -> None:
+        """Add up over the ranks, once all points are in. Raises DigitError for NaN or Inf."""
+        self._flush()
+        del self._recent
+        shares.add_up(self.table)
+        self.counts = self.table[:, -1].long()
+        # sum_i ||x_i - c_i||^2 = sum ||x||^2 - 2 sum_k s_k.c_k + sum_k n_k ||c_k||^2
+        c64 = centroids.double()
+        terms = self.squares - 2 * (self.total * c64).sum(1) + self.counts * c64.square().sum(1)
+        self.inertia = float(terms.sum().clamp(min=0))
+        if not math.isfinite(self.inertia):
+            raise DigitError(UNUSABLE)
+
     def means(self, fallback: Tensor) -> Tensor:
         """(K, D) float32 means; an empty cluster keeps its old centroid."""
         means = (self.total / self.counts.clamp(min=1)[:, None]).float()
         return torch.where(self.counts[:, None] > 0, means, fallback)
 
 
-def _accumulate(
-    points: Points, find: Callable[[Tensor], Tensor], centroids: Tensor, shift: Tensor, bar: Progress
-) -> _Sums:
-    """Assign every point and sum up in float64, so that the number of points costs no precision."""
-    num, device = len(centroids), centroids.device
-    total = torch.zeros(num, centroids.shape[1], dtype=torch.float64, device=device)
-    sums = _Sums(total, total.new_zeros(num), torch.zeros(num, dtype=torch.int64, device=device))
+def _accumulate(points: Points, find: Finder, centroids: Tensor, shift: Tensor, shares: Shares, bar: Progress) -> _Sums:
+    """Assign every point and sum up."""
+    sums, dim = _Sums(*centroids.shape, centroids.device), centroids.shape[1]
+    buffer = shift.new_empty(0, dim + 2)
     for chunk in points.chunks():
-        x = chunk - shift  # (n, D)
-        index, x64 = find(x), x.double()
-        _add_rows(sums.total, index, x64)
-        _add_rows(sums.squares, index, x64.square().sum(1))
-        sums.counts += torch.bincount(index, minlength=num)
-        bar.update(len(x))
-    # sum_i ||x_i - c_i||^2 = sum ||x||^2 - 2 sum_k s_k.c_k + sum_k n_k ||c_k||^2
-    c64 = centroids.double()
-    terms = sums.squares - 2 * (sums.total * c64).sum(1) + sums.counts * c64.square().sum(1)
-    sums.inertia = float(terms.sum().clamp(min=0))
+        if len(chunk) > len(buffer):  # allocated once; the last column stays 1
+            buffer = shift.new_ones(len(chunk), dim + 2)
+        rows = buffer[: len(chunk)]  # (n, D + 2)
+        x = torch.sub(chunk, shift, out=rows[:, :dim])
+        rows[:, dim] = torch.linalg.vector_norm(x, dim=1).square()
+        sums.add(rows, find(x, rows[:, dim]))
+        bar.update(len(chunk))
+    sums.close(centroids, shares)
     bar.update(0, mean_distance=sums.inertia / max(1, sums.num_points), usage=sums.usage)
     return sums
 
 
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    if total.is_cuda:  # sorts first, so it is deterministic; index_add_ there adds in any order
-        total.index_put_((index,), rows, accumulate=True)
-    else:
-        total.index_add_(0, index, rows)
+def _count(points: Points, centroids: Tensor, shift: Tensor, shares: Shares, bar: Progress) -> _Counts:
+    """Assign every point exactly and add up each squared distance, which no cancellation can spoil."""
+    find, last = ExactNearest(centroids), len(centroids)
+    table = torch.zeros(last + 1, dtype=torch.float64, device=shift.device)  # points a cluster, then the inertia
+    for chunk in points.chunks():
+        x = chunk - shift  # (n, D)
+        index = find(x)
+        table[:last] += torch.bincount(index, minlength=last)
+        table[last] += x.sub_(centroids[index]).square_().sum(dtype=torch.float64)
+        bar.update(len(chunk))
+    *_, inertia = shares.add_up(table).tolist()
+    return _Counts(table[:last].long(), inertia)
 
 
 def _split_largest(centroids: Tensor, sums: _Sums, rng: np.random.Generator) -> int:
@@ -215,7 +267,7 @@ def _split_largest(centroids: Tensor, sums: _Sums, rng: np.random.Generator) -> 
     if not empty:
         return 0
     error = sums.squares - sums.total.square().sum(1) / sums.counts.clamp(min=1)  # sum ||x||^2 - ||s||^2 / n
-    noise = 1e-12 * sums.squares
+    noise = 1e-6 * sums.squares  # float32 rounds each ||x||^2
     splittable = ((sums.counts > 1) & (error > noise)).nonzero()[:, 0].tolist()
     errors, counts = error.tolist(), sums.counts.tolist()
     heap = [(-errors[k], k, float(counts[k])) for k in splittable]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
+from digit.models.products import arranged, linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CPU_CHUNK_ROWS = 1024  # at K = 8192, 256 rows cost a third of the product's speed and 4096 win none
 GPU_CHUNK_ROWS = 8192
 SLACK = 2.0**-20  # 16 units of float32's rounding
+LANES = 64  # neighbouring columns whose minima are taken together
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -43,8 +45,9 @@ def nearest(features: 'Float[Tensor, "... dim"]', centroids: 'Float[Tensor, "cod
     index = torch.zeros(len(flat), dtype=torch.int64, device=features.device)
     rows = chunk_rows(flat.device)
     with full_precision(flat.device):
+        find = ExactNearest(centroids)
         for start in range(0, len(flat), rows):
-            index[start : start + rows] = nearest_chunk(flat[start : start + rows], centroids)
+            index[start : start + rows] = find(flat[start : start + rows])
     return index.reshape(features.shape[:-1])
 
 
@@ -65,72 +68,97 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def nearest_chunk(x: Tensor, centroids: Tensor) -> Tensor:
-    """(n, D), (K, D) float32 -> (n,) int64."""
-    half = centroids.square().sum(1) / 2  # (K,)
-    scores = torch.addmm(half, x, centroids.T, alpha=-1)  # (n, K), ||c||^2 / 2 - x.c
-    low, index = scores.min(1)
-    if not torch.isfinite(low).all():
-        raise DigitError("features hold NaN or Inf: check the encoder's weights and its precision")
-    if len(centroids) > 1:
-        scores.scatter_(1, index[:, None], torch.inf)
-        longest = (2 * half.max()).sqrt()
-        slack = SLACK * longest * (x.norm(dim=1) + longest)  # relative to the largest terms of a score
-        close = (scores.amin(1) - low <= slack).nonzero()[:, 0]
-        if len(close):
-            index[close] = _nearest_float64(x[close], centroids)
-    return index
+def argmin_rows(scores: Tensor) -> Tensor:
+    """(n, K) -> (n,) int64, a column of each row's minimum; of equal ones any, but always the same.
+
+    The minimum of each column over its like in every 64 first, which vectorises, then the row of 64, then the column:
+    on CPU half the time of `min(1)` in bfloat16 and a third in float32 (measured at K = 1024 and 4096).
+    """
+    n, num = scores.shape
+    if num % LANES:
+        return scores.min(1).indices
+    blocks = scores.view(n, num // LANES, LANES)
+    lane = blocks.amin(1).min(1).indices  # (n,)
+    column = blocks.gather(2, lane[:, None, None].expand(-1, num // LANES, 1))[:, :, 0]  # (n, K / 64)
+    return column.min(1).indices * LANES + lane
 
 
-def _nearest_float64(x: Tensor, centroids: Tensor) -> Tensor:
-    """The same in float64; of centroids that are equal to its rounding, the first."""
-    table = centroids.double()
-    half = table.square().sum(1) / 2
-    longest, parts = (2 * half.max()).sqrt(), []
-    for rows in x.double().split(256):
-        scores = torch.addmm(half, rows, table.T, alpha=-1)  # (n, K)
-        slack = 2.0**-49 * longest * (rows.norm(dim=1) + longest)
-        parts.append((scores <= (scores.amin(1) + slack)[:, None]).byte().argmax(1))
-    return torch.cat(parts)
+class ExactNearest:
+    """The argmin in float32, near ties decided in float64; call it within `full_precision`."""
+
+    def __init__(self, centroids: Tensor):
+        self.centroids, self.table = centroids, arranged(-centroids)  # (K, D)
+        self.half = centroids.square().sum(1) / 2  # (K,)
+        self.longest = (2 * self.half.max()).sqrt()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(n, D) float32 -> (n,) int64. Raises DigitError for NaN or Inf."""
+        scores = linear(x, self.table, self.half)  # (n, K), ||c||^2 / 2 - x.c
+        index = argmin_rows(scores)
+        low = scores.gather(1, index[:, None])[:, 0]
+        if not torch.isfinite(low).all():
+            raise DigitError("features hold NaN or Inf: check the encoder's weights and its precision")
+        if len(self.centroids) > 1:
+            scores.scatter_(1, index[:, None], torch.inf)
+            slack = SLACK * self.longest * (x.norm(dim=1) + self.longest)  # relative to the largest terms of a score
+            close = (scores.amin(1) - low <= slack).nonzero()[:, 0]
+            if len(close):
+                index[close] = self._in_float64(x[close])
+        return index
+
+    def _in_float64(self, x: Tensor) -> Tensor:
+        """The same in float64; of centroids that are equal to its rounding, the first."""
+        table = self.centroids.double()
+        half = table.square().sum(1) / 2
+        longest, parts = (2 * half.max()).sqrt(), []
+        for rows in x.double().split(256):
+            scores = torch.addmm(half, rows, table.T, alpha=-1)  # (n, K)
+            slack = 2.0**-49 * longest * (rows.norm(dim=1) + longest)
+            parts.append((scores <= (scores.amin(1) + slack)[:, None]).byte().argmax(1))
+        return torch.cat(parts)
 
 
 class FastNearest:
     """The same argmin from one bfloat16 product with float32 accumulation, for k-means iterations.
 
     The result of a bfloat16 product is rounded to 8 bits, so the product yields (||x - c||^2 - offset) / 2 as a whole:
-    both norms enter as extra columns, each split in three bfloat16 parts. With `offset` near the usual squared distance
-    the smallest scores lie near zero, where the rounding is finest; rounding ||c||^2 / 2 - x.c would lose the
-    difference between near centroids. Not thread-safe: it reuses its buffers.
+    both norms enter as extra columns, split in bfloat16 parts. With `offset` near the usual squared distance the
+    smallest scores lie near zero, where the rounding is finest; rounding ||c||^2 / 2 - x.c would lose the difference
+    between near centroids. Not thread-safe: it reuses its buffers.
     """
 
     def __init__(self, centroids: Tensor, offset: float = 0.0):
         rounded = centroids.bfloat16()  # (K, D)
-        self.offset, self.dim = offset / 2, centroids.shape[1]
-        width = math.ceil((self.dim + 6) / 32) * 32  # full tiles of the matrix units
-        self.table = rounded.new_zeros(len(rounded), width)
-        self.table[:, : self.dim] = -rounded
-        self.table[:, self.dim : self.dim + 3] = _split3(rounded.float().square().sum(1) / 2)
-        self.table[:, self.dim + 3 : self.dim + 6] = 1
+        num, self.dim = centroids.shape
+        self.offset = offset / 2
+        width = math.ceil((self.dim + 5) / 8) * 8
+        self.table = rounded.new_zeros(math.ceil(num / LANES) * LANES, width)
+        self.table[:num, : self.dim] = -rounded
+        self.table[:num, self.dim : self.dim + 3] = _split(rounded.float().square().sum(1) / 2, 3)
+        self.table[num:, self.dim] = torch.finfo(torch.bfloat16).max  # nobody's nearest
+        self.table[:, self.dim + 3 : self.dim + 5] = 1
         self.rows = self.scores = self.table[:0]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, D) float32 -> (n,) int64."""
+    @torch.no_grad()
+    def __call__(self, x: Tensor, norms: Tensor | None = None) -> Tensor:
+        """(n, D) float32, and their squared norms (n,) where known -> (n,) int64."""
         if len(self.rows) < len(x):  # allocated once: fresh pages for every chunk cost as much as the argmin
             self.rows = self.table.new_zeros(len(x), self.table.shape[1])
             self.rows[:, self.dim : self.dim + 3] = 1
             self.scores = self.table.new_empty(len(x), len(self.table))
         rows, scores = self.rows[: len(x)], self.scores[: len(x)]
         rows[:, : self.dim] = x
-        norms = rows[:, : self.dim].float().square().sum(1) / 2
-        rows[:, self.dim + 3 : self.dim + 6] = _split3(norms - self.offset)
+        norms = torch.linalg.vector_norm(x, dim=1).square() if norms is None else norms
+        # the same for every centroid, so that two parts are enough: only what is near zero depends on it
+        rows[:, self.dim + 3 : self.dim + 5] = _split(norms / 2 - self.offset, 2)
         torch.mm(rows, self.table.T, out=scores)  # (n, K)
-        return scores.min(1).indices
+        return argmin_rows(scores)
 
 
-def _split3(values: Tensor) -> Tensor:
-    """(n,) float32 -> (n, 3) bfloat16 whose sum is the value to 24 bits."""
+def _split(values: Tensor, num_parts: int) -> Tensor:
+    """(n,) float32 -> (n, parts) bfloat16 whose sum is the value to 8 bits a part."""
     parts = []
-    for _ in range(3):
+    for _ in range(num_parts):
         parts.append(values.bfloat16())
         values = values - parts[-1].float()
     return torch.stack(parts, 1)

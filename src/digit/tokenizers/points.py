@@ -14,6 +14,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.progress import Progress
 from digit.tokenizers.nearest import chunk_rows
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,40 +23,50 @@ if TYPE_CHECKING:
 
 START_POINTS_PER_CENTROID = 32  # k-means++ looks at a sample of this many points a centroid
 MIN_CHUNK_ROWS = 16
-BYTES_PER_CENTROID_VALUE = 40  # centroids, float64 sums and their products, start points: all of size (K, D)
+BYTES_PER_CENTROID_VALUE = 48  # centroids, sums in both precisions, products, start points: all of size (K, D)
+UNUSABLE = "k-means features hold NaN, Inf or values too large for float32: check the encoder's weights and precision"
 
 
 @dataclass
 class Points:
-    """The points that take part, as chunks (n, D) float32 on the device that computes, the same in every pass."""
+    """The points that take part, as chunks (n, D) float32 on the device that computes, the same in every pass.
 
-    num_rows: int
+    Chunks are not searched for NaN, which would wait for the device each time; the sums of a pass tell as well.
+    """
+
+    num_rows: int  # of all ranks
+    num_here: int
     streamed: bool
     chunks: Callable[[], Iterator[Tensor]]
-    take_start: Callable[[], Tensor]  # a copy of some points in random order; called once
+    take_start: Callable[[], Tensor]  # a copy of some points of all ranks in random order; called once
 
 
 def open_points(
-    features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]', cfg: "KMeansConfig"
+    features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]',
+    cfg: "KMeansConfig",
+    shares: Shares | None = None,
 ) -> Points:
     """Points of a tensor (N, D), or of a callable whose every call iterates the same tensors (n, D).
 
     Raises DigitError for NaN or Inf, another shape, or a budget too small for the centroids alone.
     """
+    shares = shares or Shares()
     if isinstance(features, Tensor):
-        return _tensor_points(features, cfg)
-    return _stream_points(lambda: (_checked(part, cfg) for part in features()), cfg)
+        return _tensor_points(features, cfg, shares)
+    return _stream_points(lambda: (_moved(part, cfg) for part in features()), cfg, shares)
 
 
-def _checked(part: Tensor, cfg: "KMeansConfig") -> Tensor:
+def _moved(part: Tensor, cfg: "KMeansConfig") -> Tensor:
     """float32 on the device that computes."""
     if part.ndim != 2 or part.shape[1] == 0:
         raise DigitError(f"k-means wants features of shape (N, D), got {tuple(part.shape)}")
-    part = part.detach().to(cfg.device or part.device, torch.float32)
+    return part.detach().to(cfg.device or part.device, torch.float32)
+
+
+def _checked(part: Tensor) -> Tensor:
+    """`part`, if squared distances between its rows stay finite."""
     if not torch.isfinite(part.square().sum(1)).all():
-        raise DigitError(
-            "k-means features hold NaN, Inf or values too large for float32: check the encoder's weights and precision"
-        )
+        raise DigitError(UNUSABLE)
     return part
 
 
@@ -72,8 +83,8 @@ def _start_rows(cfg: "KMeansConfig", fit: int) -> int:
 
 
 def _row_bytes(cfg: "KMeansConfig", dim: int) -> int:
-    """What one row of a chunk costs: its scores, and its features in float32, float64 and squared."""
-    return 4 * cfg.num_clusters + 32 * dim
+    """What one row of a chunk costs: its scores, and its features as they come, centred, rounded and squared."""
+    return 4 * cfg.num_clusters + 16 * dim
 
 
 def _chunk_size(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
@@ -81,61 +92,91 @@ def _chunk_size(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
     return max(MIN_CHUNK_ROWS, min(chunk_rows(device), cfg.memory_budget_bytes // 8 // _row_bytes(cfg, dim)))
 
 
-def _tensor_points(features: Tensor, cfg: "KMeansConfig") -> Points:
+def _tensor_points(features: Tensor, cfg: "KMeansConfig", shares: Shares) -> Points:
     """Chunks of a tensor that the caller holds in memory anyway; the subsample is never copied as a whole."""
     if features.ndim != 2:
         raise DigitError(f"k-means wants features of shape (N, D), got {tuple(features.shape)}")
-    num, most = len(features), _most_points(cfg, len(features))
-    order = torch.from_numpy(np.random.default_rng([cfg.seed, 0]).permutation(num)).to(features.device)
-    rows = order[:most].sort().values if most < num else None
+    ends = np.cumsum(shares.gather(len(features)))
+    num, first_row = int(ends[-1]), int(ends[shares.rank]) - len(features)
+    most = _most_points(cfg, num)
+    order = np.random.default_rng([cfg.seed, 0]).permutation(num)[:most] - first_row  # the same on every rank
+    here = np.flatnonzero((order >= 0) & (order < len(features)))
+    rows = torch.from_numpy(np.sort(order[here])).to(features.device) if most < num else None
     size = _chunk_size(cfg, features.shape[1], torch.device(cfg.device or features.device))
 
     def chunks() -> Iterator[Tensor]:
         for part in features.split(size) if rows is None else (features[some] for some in rows.split(size)):
-            yield _checked(part, cfg)
+            yield _moved(part, cfg)
 
-    start = min(most, _start_rows(cfg, 4 * most))
-    return Points(most, False, chunks, lambda: _checked(features[order[:start]], cfg).clone())
+    def start() -> Tensor:
+        total = min(most, _start_rows(cfg, 4 * most))
+        places = here[here < total]
+        found = _moved(features[torch.from_numpy(order[places]).to(features.device)], cfg)
+        return _checked(shares.place(found, places, total))
+
+    return Points(most, len(here), False, chunks, start)
 
 
-def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig") -> Points:
+def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", shares: Shares) -> Points:
     """Read the stream once: count it, keep a random sample; stay in memory where that sample is all that is wanted."""
-    sample, order, num_rows = _sample_stream(stream, cfg)
-    wanted = _most_points(cfg, num_rows)
+    sample, keys, seen = _sample_stream(stream, cfg, shares.rank)
     size = _chunk_size(cfg, sample.shape[1], sample.device)
-    first = torch.from_numpy(order[: _start_rows(cfg, len(order))]).to(sample.device)
-    if len(sample) == wanted:
-        return Points(wanted, False, lambda: iter(sample.split(size)), lambda: sample[first])
-    start = [sample[first]]  # popped once used: the iterations hold no sample
+    everyones = shares.gather(keys)
+    num_rows = sum(shares.gather(seen))
+    wanted = _most_points(cfg, num_rows)
+    drawn = np.concatenate(everyones)
+    order = np.argsort(drawn, kind="stable")
+
+    total = min(len(drawn), _start_rows(cfg, max(map(len, everyones))))
+    first = order[:total] - sum(map(len, everyones[: shares.rank]))
+    places = np.flatnonzero((first >= 0) & (first < len(keys)))
+    first_here = torch.from_numpy(first[places]).to(sample.device)
+    last = drawn[order[wanted - 1]] if len(drawn) >= wanted else np.inf  # the largest key that takes part
+    whole = len(keys) == seen or keys.max() >= last  # nothing that takes part was left out of the sample here
+    if all(shares.gather(bool(whole))):
+        mine = torch.from_numpy(np.flatnonzero(keys <= last)).to(sample.device)
+        parts = sample.split(size) if len(mine) == len(sample) else None
+        return Points(
+            wanted, len(mine), False, lambda: iter(parts or (sample[some] for some in mine.split(size))),
+            lambda: shares.place(sample[first_here], places, total),
+        )  # fmt: skip
+    start = [shares.place(sample[first_here], places, total)]  # popped once used: the iterations hold no sample
     fraction = wanted / num_rows
 
     def chunks() -> Iterator[Tensor]:
-        rng = np.random.default_rng([cfg.seed, 0])
+        rng = _keys(cfg, shares.rank)
         for part in stream():
             kept = part[torch.from_numpy(rng.random(len(part)) < fraction).to(part.device)] if fraction < 1 else part
             yield from kept.split(size)
 
-    return Points(wanted, True, chunks, start.pop)
+    return Points(wanted, round(fraction * seen), True, chunks, start.pop)
 
 
-def _sample_stream(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig") -> tuple[Tensor, np.ndarray, int]:
-    """Reservoir: the (s, D) rows with the smallest of N seeded random keys, their order by key, and N.
+def _keys(cfg: "KMeansConfig", rank: int) -> np.random.Generator:
+    """A stream's random numbers, one a row."""
+    return np.random.default_rng([cfg.seed, 0] + [rank] * (rank > 0))
+
+
+def _sample_stream(
+    stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", rank: int
+) -> tuple[Tensor, np.ndarray, int]:
+    """Reservoir: the (s, D) rows with the smallest of N seeded random keys, those keys, and N.
 
     A row's key depends on its number alone, so the sample is the same however the stream is cut into tensors.
     """
-    rng, keys, sample, seen = np.random.default_rng([cfg.seed, 0]), np.zeros(0), None, 0
+    rng, keys, sample, seen = _keys(cfg, rank), np.zeros(0), None, 0
     with Progress("features for k-means") as bar:
         for part in stream():
             if sample is None:  # pages are taken as they are written
                 sample = part.new_empty(_capacity(cfg, part.shape[1], part.device), part.shape[1])
             if part.shape[1] != sample.shape[1]:
                 raise DigitError(f"k-means features change from {sample.shape[1]} to {part.shape[1]} columns midway")
-            keys = _merge(sample, keys, part, rng.random(len(part)))
+            keys = _merge(sample, keys, _checked(part), rng.random(len(part)))
             seen += len(part)
             bar.update(len(part))
     if sample is None:
         raise DigitError("k-means got no features at all: the source gave no readable image")
-    return sample[: len(keys)], np.argsort(keys, kind="stable"), seen
+    return sample[: len(keys)], keys, seen
 
 
 def _merge(sample: Tensor, keys: np.ndarray, part: Tensor, new: np.ndarray) -> np.ndarray:

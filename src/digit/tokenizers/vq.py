@@ -18,7 +18,7 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")
-DECODED_TOGETHER = 8  # images that go through the decoder at a time, always exactly so many
+DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images through the decoder at a time, always exactly so many
 
 
 class VQTokenizer:
@@ -68,8 +68,14 @@ class VQTokenizer:
         self.vqgan.to(device)
         return self
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+    def autocast(self, bf16: bool | None = None) -> AbstractContextManager:
+        on = self.bf16 if bf16 is None else bf16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if on else nullcontext()
+
+    @property
+    def decoded_together(self) -> int:
+        """Images that go through the decoder at a time."""
+        return DECODED_TOGETHER if self.device.type == "cpu" else DECODED_TOGETHER_ON_GPU
 
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
         return (part.to(self.device) for part in tensor.split(self.chunk_size))
@@ -107,8 +113,11 @@ class VQTokenizer:
             yield self.vqgan.encode(part.float() / 255)
 
     @torch.no_grad()
-    def decode(self, tokens: Int64[Tensor, "b m"]) -> UInt8[Tensor, "b 3 s s"]:
-        """Tokens (B, M) to RGB images in 0..255, on the tokens' device. Raises DigitError at wrong lengths or codes."""
+    def decode(self, tokens: Int64[Tensor, "b m"], bf16: bool | None = None) -> UInt8[Tensor, "b 3 s s"]:
+        """Tokens (B, M) to RGB images in 0..255, on the tokens' device; `bf16` overrules the tokenizer's own setting.
+
+        Raises DigitError at wrong lengths or codes.
+        """
         if tokens.ndim != 2 or tokens.shape[1] != self.vqgan.config.num_tokens:
             raise MismatchError(
                 f"the VQGAN's images have {self.vqgan.config.num_tokens} tokens, got shape {tuple(tokens.shape)}: "
@@ -121,14 +130,11 @@ class VQTokenizer:
                 f"the VQGAN has codes 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}: "
                 "these tokens are of another VQGAN"
             )
-        with self.autocast():
-            images = [
-                self.to_pixels(self.vqgan.decode_tokens(filled(part)))[: len(part)] for part in self.parts(tokens)
-            ]
+        images, size = [], self.decoded_together
+        with self.autocast(bf16):
+            for part in tokens.to(self.device).split(size):
+                images.append(self.to_pixels(self.vqgan.decode_tokens(filled(part, size)))[: len(part)])
         return torch.cat(images).to(tokens.device)
-
-    def parts(self, tokens: Tensor) -> Iterator[Tensor]:
-        return (part.to(self.device) for part in tokens.split(DECODED_TOGETHER))
 
     def to_pixels(self, images: Tensor) -> Tensor:
         images = images.float().clamp(0, 1) * 255
@@ -162,9 +168,9 @@ class VQTokenizer:
         return cls(vqgan, **{"rounding": read_json(folder / "vqgan.json").get("rounding", "nearest")} | options)
 
 
-def filled(part: Tensor) -> Tensor:
-    """Rows repeated up to DECODED_TOGETHER: kernels round by the number of rows, pictures must not."""
-    return part[torch.arange(DECODED_TOGETHER).clamp(max=len(part) - 1)]
+def filled(part: Tensor, size: int) -> Tensor:
+    """The last row repeated up to `size` rows: kernels round by the number of rows, pictures must not."""
+    return torch.cat([part, part[-1:].expand(size - len(part), -1)])
 
 
 def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 # These may change between two halves of one run (num_steps too, where the schedule does not end there).
-FREE_FIELDS = {"accumulate", "log_every", "save_every", "keep_checkpoints", "tensorboard"}
+FREE_FIELDS = {
+    "accumulate", "checkpoint_activations", "compile", "log_every", "save_every", "keep_checkpoints", "tensorboard"
+}  # fmt: skip
 
 
 class DamagedError(DigitError):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,25 @@ from digit.errors import DigitError
 from digit.machine import multiplies_bf16
 from digit.training import distributed
 from digit.training.ema import EMA
+from digit.training.forward import TransformerForward
 from digit.training.log import Figures
 from digit.training.loop import Precision, Stateful, TrainConfig, TrainState, step_seed, train
 from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
+from digit.training.peak import peak_flops
 
 Batch = dict[str, Tensor | None]
 
 
 class LossModule(nn.Module):
-    """Calls `model.loss` as its forward, so that DistributedDataParallel sees it."""
+    """Calls `model.loss` as its forward, so that DistributedDataParallel sees it; `how` is entered meanwhile."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, how: AbstractContextManager | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.how = model, how or nullcontext()
 
     def forward(self, batch: Batch, **options: Any) -> tuple[Tensor, dict[str, Any]]:
-        return self.model.loss(**batch, **options)
+        with self.how:
+            return self.model.loss(**batch, **options)
 
 
 def autocast(precision: Precision, device: torch.device) -> Any:
@@ -36,6 +39,13 @@ def autocast(precision: Precision, device: torch.device) -> Any:
     if precision == "fp32" or (precision == "auto" and not multiplies_bf16(device)):
         return nullcontext()
     return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy to a GPU goes on while the CPU does other things."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()  # from other memory the copy would be waited for
+    return value.to(device, non_blocking=True)
 
 
 class LikelihoodUpdate:
@@ -54,7 +64,7 @@ class LikelihoodUpdate:
             pieces = f"{self.pieces} equal pieces (processes x accumulate)"
             raise DigitError(f"batch_size {cfg.batch_size} cannot be cut into {pieces}")
         self.model, self.batches, self.cfg = model, batches, cfg
-        self.objective = distributed.wrap(LossModule(model))
+        self.objective = distributed.wrap(LossModule(model, TransformerForward(model, cfg)))
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(model, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
@@ -90,7 +100,7 @@ class LikelihoodUpdate:
         totals: Figures = {}
         for i, piece in enumerate(mine):
             self.seed(step, first + i)
-            piece = {k: v if v is None else v.to(self.device, non_blocking=True) for k, v in piece.items()}
+            piece = {name: None if value is None else moved(value, self.device) for name, value in piece.items()}
             waiting = i + 1 < accumulate and isinstance(self.objective, nn.parallel.DistributedDataParallel)
             with self.objective.no_sync() if waiting else nullcontext():  # ranks meet once per step, in the last piece
                 with autocast(self.cfg.precision, self.device):
@@ -132,6 +142,7 @@ def train_likelihood(
     *,
     about: dict[str, Any] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
+    flops_per_image: float | None = None,
     description: str = "train",
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a SequenceModel in place; run again with the same `out` to go on where it stopped.
@@ -140,6 +151,8 @@ def train_likelihood(
     them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch, label_smoothing=...,
     generator=...)` returns the mean loss, (), and a dict of figures. Put the model on its device first.
     `validate(step)` sees the model in eval mode with the averaged weights in it, if there is an average.
+    `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) puts the share of the
+    hardware's peak, `mfu`, into the log.
 
     Returns the model and the last logged figures. The model is then in eval mode and holds the average of its weights
     if `cfg.ema_decay` is set, else the last weights. Raises what `digit.training.loop.train` raises.
@@ -155,7 +168,11 @@ def train_likelihood(
         return figures
 
     checked = validate_average if validate is not None else None
-    figures = train(update, update.state(), cfg, out, about=about, validate=checked, description=description)
+    peak = None if flops_per_image is None else peak_flops(update.device) * distributed.world_size() / flops_per_image
+    figures = train(
+        update, update.state(), cfg, out,
+        about=about, validate=checked, peak_images_per_second=peak, description=description,
+    )  # fmt: skip
     if update.ema is not None:
         update.ema.copy_to_model()
     return model.eval(), figures

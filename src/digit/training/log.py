@@ -47,7 +47,11 @@ def cut_log(path: Path, step: int) -> None:
 class RunLog:
     """Collects figures without waiting for the device; reads them in one transfer when a line is due."""
 
-    def __init__(self, out: Path, step: int, num_steps: int, *, description: str = "train", tensorboard: bool = True):
+    def __init__(
+        self, out: Path, step: int, num_steps: int, *,
+        description: str = "train", tensorboard: bool = True, peak_images_per_second: float | None = None,
+    ):  # fmt: skip
+        self.peak_images_per_second = peak_images_per_second
         self.path, self.step, self.pending = out / "log.jsonl", step, []
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
         self.bar = Progress(description, total=num_steps, done=step) if distributed.is_main() else None
@@ -107,8 +111,9 @@ class RunLog:
                 )
 
     def write(self, images_per_step: int) -> None:
-        """Write one line with the mean of each figure since the last one (over the ranks too), speed, data wait
-        (the fraction of the time that went into waiting for batches) and the seconds since step 0."""
+        """Write one line: the mean of each figure since the last one (over the ranks too), speed, its share of the
+        hardware's peak (mfu, where that is known), data wait (the fraction of the time that went into waiting for
+        batches) and the seconds since step 0."""
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         names = list(dict.fromkeys(name for _, figures in self.pending for name in figures))
@@ -117,6 +122,8 @@ class RunLog:
         if "lr" in line:
             line["lr"] = columns[names.index("lr")][-1]
         line["images_per_second"] = images_per_step * len(self.pending) / elapsed
+        if self.peak_images_per_second is not None:
+            line["mfu"] = line["images_per_second"] / self.peak_images_per_second
         line["data_wait"] = self.waited / elapsed
         line["seconds"] = self.seconds = self.seconds + elapsed
         self.pending.clear()
@@ -128,7 +135,7 @@ class RunLog:
         if self._file is None:
             return
         self._line({"step": self.step, **figures})
-        shown = ("loss", "lr", "images_per_second", "data_wait")
+        shown = ("loss", "lr", "images_per_second", "mfu", "data_wait")
         self.bar.update(0, **{name: value for name, value in figures.items() if name in shown})
         if self._board is not None:
             for name, value in figures.items():

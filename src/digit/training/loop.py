@@ -64,6 +64,12 @@ class TrainConfig(LoopConfig):
     precision: Precision = "fp32"
     """Arithmetic of the forward pass: fp32, bf16, fp16 with loss scaling (GPU only), or auto: bf16 where the hardware
     multiplies it, else fp32. Weights stay fp32."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each transformer block and compute the rest again in the backward pass: far less memory
+    for about a third more time. Losses and gradients stay the same."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the transformer with torch.compile; auto: on a GPU, in runs of at least 1000 updates. Dropout then draws
+    other random numbers."""
     optimizer: Optimizer = "adamw"
     """adamw (the paper's Adam), or muon: AdamW but for the matrices inside the blocks; for short training."""
     learning_rate: float = 3e-4
@@ -90,6 +96,7 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
+        self.require(self.compile in (True, False, "auto"), "compile", "true, false or auto")
         self.require(self.schedule in get_args(Schedule), "schedule", " or ".join(get_args(Schedule)))
         self.require(self.optimizer in get_args(Optimizer), "optimizer", " or ".join(get_args(Optimizer)))
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
@@ -156,6 +163,7 @@ def train(
     *,
     about: dict[str, Any] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
+    peak_images_per_second: float | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Call `update(step)` for every step up to `cfg.num_steps`, from the newest good checkpoint in `out` on.
@@ -163,7 +171,8 @@ def train(
     `update` does all of one step (learning rate, forward and backward, clipping, optimizer, EMA) as a function of
     `step` alone and returns figures, floats or 0-d tensors that need not be ready; `data_seconds` among them is the
     time it waited for data. `validate(step)` is called before each save and its figures are logged. `about` (JSON) says
-    what else makes this run this run: it is kept in config.json and compared on resume. Returns the last figures.
+    what else makes this run this run: it is kept in config.json and compared on resume. With `peak_images_per_second`,
+    what the hardware could do at most, the log tells the share reached, `mfu`. Returns the last figures.
 
     Raises DigitError at a NaN or Inf figure (naming the step), at a full disk, and after SIGTERM; KeyboardInterrupt
     after SIGINT; both signals only once the step is finished and saved. Raises MismatchError where `out` holds another
@@ -172,7 +181,10 @@ def train(
     out, folder = Path(out), Path(out) / "checkpoints"
     resume(state, cfg, folder, about)
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    log = RunLog(out, state.step, cfg.num_steps, description=description, tensorboard=cfg.tensorboard)
+    log = RunLog(
+        out, state.step, cfg.num_steps,
+        description=description, tensorboard=cfg.tensorboard, peak_images_per_second=peak_images_per_second,
+    )  # fmt: skip
     with log, StopSignals() as signals, torch.random.fork_rng(devices):
         while state.step < cfg.num_steps:
             figures = update(state.step)

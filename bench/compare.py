@@ -1,0 +1,325 @@
+"""Ours beside its peers, in turn in one run: faiss, scikit-learn, transformers, Pillow.
+
+    make env-bench && .venv/bin/python bench/compare.py            # all, about ten minutes on two cores
+    .venv/bin/python bench/compare.py --only gpt2,dinov2 --json compare.json
+
+Same work on both sides: the same points, start and iterations; the same depth, width, vocabulary, length and batch; the
+same blocks and types; the same files. A peer that is not installed is named and left out. Peers run in this process, so
+with the same threads and the same allocator settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from digit.data.decode import decode_image
+from digit.data.preprocess import PreprocessConfig, crop_image
+from digit.errors import DigitError
+from digit.files import write_json
+from digit.machine import describe_machine, keep_freed_memory, multiplies_bf16
+from digit.pipeline import choose_device
+from digit.progress import quiet
+from digit.sampling.config import StageSampling
+from digit.speed import encode, kmeans
+from digit.speed.clock import Timing, alternate
+from digit.speed.data import read_files
+from digit.speed.sample import sampler
+from digit.speed.sizes import PRECISIONS, Points, Size, get_size
+from digit.speed.table import number, versions
+from digit.tokenizers.kmeans import KMeans
+from digit.tokenizers.nearest import nearest
+from digit.tokenizers.points import open_points
+
+TOP_K = 200  # the paper's prior
+NO_TARGET = 0.0
+INERTIA_SLACK = 1.001  # within 0.1% of faiss
+MINIBATCH_PASSES, MINIBATCH_SIZE = 2, 4096  # scikit-learn: passes over the points, points of a batch
+# tokens/s of the released code's incremental decoding and of GPT-2 beside it, small shapes, on one machine (issue's)
+RELEASED = {"fp32": (823, 610), "bf16": (1589, 690)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row: ours over the peer's, and what it should be at least."""
+
+    case: str
+    peer: str
+    unit: str
+    count: float
+    ours: Timing
+    theirs: Timing
+    target: float = NO_TARGET
+    note: str = ""
+    holds: bool = True  # what else the target asks for
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast ours is."""
+        return self.theirs.over(self.ours)
+
+    @property
+    def verdict(self) -> str:
+        """yes or NO; nothing without a target."""
+        return "" if not self.target else ("yes" if self.ratio >= self.target and self.holds else "NO")
+
+    def cells(self) -> tuple[str, ...]:
+        """For the table."""
+        rates = (f"{number(self.count / t.median)} {self.unit}/s" for t in (self.ours, self.theirs))
+        wanted = f">= {self.target:g}" if self.target else ""
+        return (self.case, *rates, self.peer, f"{self.ratio:.2f}x", wanted, self.verdict, self.note)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        more = {"ratio": self.ratio, "verdict": self.verdict, "ours": self.ours.seconds, "theirs": self.theirs.seconds}
+        return {k: v for k, v in asdict(self).items() if k not in ("ours", "theirs", "holds")} | more
+
+
+Rows = Iterator[Comparison]
+
+
+def compare_faiss(size: Size, device: torch.device, repeats: int) -> Rows:
+    """Lloyd's iterations from the same points, as many on both sides."""
+    for points in size.points:
+        yield faiss_row(points, device, min(repeats, kmeans.MAX_REPEATS))
+
+
+def faiss_row(points: Points, device: torch.device, repeats: int) -> Comparison:
+    import faiss
+
+    x, fits = kmeans.random_points(points, device), {}
+    start = open_points(x, kmeans.config(points)).take_start()[: points.clusters].cpu().numpy()
+    table = x.cpu().numpy()
+
+    def theirs() -> None:
+        fit = faiss.Kmeans(
+            points.dim,
+            points.clusters,
+            niter=points.iterations,
+            max_points_per_centroid=points.num,
+            min_points_per_centroid=1,
+        )
+        fit.train(table, init_centroids=start)
+        fits["theirs"] = torch.from_numpy(fit.centroids).to(device)
+
+    times = run(partial(fit_ours, points, x, fits), theirs, repeats, device, warm_up=False)
+    inertia = {name: total_distance(x, centroids) for name, centroids in fits.items()}
+    share = inertia["ours"] / inertia["theirs"]
+    return Comparison(
+        case=f"K-means {points.name}",
+        peer=f"faiss {faiss.__version__}",
+        unit="points",
+        count=points.num * points.iterations,
+        **times,
+        target=2.0,
+        note=f"inertia {share - 1:+.3%} of faiss's",
+        holds=share <= INERTIA_SLACK,
+    )
+
+
+def fit_ours(points: Points, x: Tensor, fits: dict[str, Tensor]) -> None:
+    fits["ours"] = KMeans(kmeans.config(points)).fit(x).centroids_
+
+
+def total_distance(x: Tensor, centroids: Tensor) -> float:
+    """Sum of ||x - c||^2 to the nearest centroid."""
+    return sum(float((p - centroids[nearest(p, centroids)]).double().square().sum()) for p in x.split(65536))
+
+
+def compare_sklearn(size: Size, device: torch.device, repeats: int) -> Rows:
+    """MiniBatchKMeans makes fewer and cheaper updates: points a second, with the inertia that they end at."""
+    import sklearn
+    from sklearn.cluster import MiniBatchKMeans
+
+    points = replace(size.points[0], iterations=MINIBATCH_PASSES)
+    x, fits = kmeans.random_points(points, device), {}
+    table = x.cpu().numpy()
+    start = open_points(x, kmeans.config(points)).take_start()[: points.clusters].cpu().numpy()
+    cfg = dict(n_clusters=points.clusters, init=start, n_init=1, batch_size=min(MINIBATCH_SIZE, points.num))
+    cfg |= dict(max_iter=MINIBATCH_PASSES, max_no_improvement=None, tol=0.0, compute_labels=False)
+
+    def theirs() -> None:
+        fits["theirs"] = torch.from_numpy(MiniBatchKMeans(**cfg).fit(table).cluster_centers_).float().to(device)
+
+    times = run(partial(fit_ours, points, x, fits), theirs, min(repeats, 2), device, warm_up=False)
+    share = total_distance(x, fits["ours"]) / total_distance(x, fits["theirs"])
+    named = dict(case=f"K-means {points.name}, {MINIBATCH_PASSES} passes", unit="points")
+    peer, note = f"MiniBatchKMeans {sklearn.__version__}", f"inertia {share - 1:+.3%} of its"
+    yield Comparison(**named, peer=peer, count=points.num * points.iterations, **times, note=note)
+
+
+def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
+    """The prior's decoding against GPT-2's `generate` with its cache, both drawing among the 200 likeliest."""
+    import transformers
+
+    cfg, targets = size.config("prior"), {"fp32": 1.5, "bf16": 2.5}
+    for precision in size.precisions:
+        dtype = PRECISIONS[precision]
+        draw = sampler(size.model("prior", device), size.batch, StageSampling(top_k=TOP_K), dtype)
+        times = run(partial(draw, range(size.batch)), gpt2(size, device, dtype), repeats, device)
+        count = size.batch * cfg.target_len
+        ours, (released, beside) = count / times["ours"].median, RELEASED[precision]
+        scaled = ours / (count / times["theirs"].median * released / beside)
+        yield Comparison(
+            case=f"prior {precision}",
+            peer=f"transformers {transformers.__version__} GPT-2",
+            unit="tokens",
+            count=count,
+            **times,
+            target=targets[precision],
+            note=f"{scaled:.2f}x the released code, by its lead over GPT-2 elsewhere (>= 1.5)",
+            holds=scaled >= 1.5,
+        )
+
+
+def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """GPT-2 in the prior's shape, drawing as many tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    cfg = size.config("prior")
+    shape = dict(n_layer=cfg.depth, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_positions=cfg.target_len + 1)
+    config = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    model = GPT2LMHeadModel(config).to(device, dtype).eval()
+    start = torch.zeros(size.batch, 1, dtype=torch.int64, device=device)
+    num = dict(max_new_tokens=cfg.target_len, min_new_tokens=cfg.target_len)
+    how = dict(attention_mask=torch.ones_like(start), do_sample=True, top_k=min(TOP_K, cfg.vocab_size), use_cache=True)
+    return partial(model.generate, start, **num, **how)
+
+
+def compare_dinov2(size: Size, device: torch.device, repeats: int) -> Rows:
+    """The same kept blocks in the same type, on the same images."""
+    import transformers
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    vit, ours = size.vit, encode.cases(size, device)
+    shape = dict(hidden_size=vit.embed_dim, num_hidden_layers=vit.kept_blocks, num_attention_heads=vit.num_heads)
+    shape |= dict(patch_size=vit.patch_size, image_size=vit.patch_size * vit.table_side)
+    config = Dinov2WithRegistersConfig(**shape, num_register_tokens=vit.num_registers)
+    chunk = encode.chunk_size(size, device)
+    for precision in size.precisions:
+        model = Dinov2WithRegistersModel(config).to(device, PRECISIONS[precision]).eval()
+        images = torch.randn(size.encode_batch, 3, size.vit_side, size.vit_side, device=device)
+        images = images.to(PRECISIONS[precision])
+
+        @torch.no_grad()
+        def theirs(model: Any = model, images: Tensor = images) -> None:
+            for part in images.split(chunk):
+                model(pixel_values=part)
+
+        times = run(ours[precision], theirs, repeats, device)
+        named = dict(case=f"ViT {size.vit_side} px {precision}", unit="images", count=size.encode_batch)
+        yield Comparison(**named, peer=f"transformers {transformers.__version__} Dinov2", **times, target=1.15)
+
+
+def compare_pillow(size: Size, device: torch.device, repeats: int) -> Rows:
+    """JPEG files to crops: ours with its checks and a seeded crop, Pillow with the fewest calls that give as much."""
+    files, cfg = read_files(None, size.num_images), PreprocessConfig()
+
+    def ours() -> None:
+        for index, data in enumerate(files):
+            crop_image(decode_image(data), cfg, seed=0, index=index, crop=0)
+
+    def theirs() -> None:
+        for data in files:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            scale = cfg.image_size / min(image.size)
+            resized = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+            np.asarray(resized.crop((0, 0, cfg.image_size, cfg.image_size)))
+
+    times = run(ours, theirs, repeats, torch.device("cpu"))
+    yield Comparison(case="JPEG to crop", peer="Pillow", unit="images", count=len(files), **times)
+
+
+def run(
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    repeats: int,
+    device: torch.device,
+    warm_up: bool = True,
+) -> dict[str, Timing]:
+    """Both in turn."""
+    return alternate({"ours": ours, "theirs": theirs}, repeats, device, warm_up=warm_up)[0]
+
+
+PEERS = {
+    "kmeans": ("faiss", compare_faiss),
+    "sklearn": ("sklearn", compare_sklearn),
+    "gpt2": ("transformers", compare_gpt2),
+    "dinov2": ("transformers", compare_dinov2),
+    "pillow": ("PIL", compare_pillow),
+}
+HEAD = ("case", "ours", "peer's", "peer", "ours / peer", "target", "", "")
+
+
+def main() -> int:
+    """Print a row as soon as it is there; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
+    parser.add_argument("--size", default=None, help="small (default on a CPU), base (default on a GPU) or micro")
+    parser.add_argument("--precision", default=None, help="fp32 or bf16 alone")
+    parser.add_argument("--device", default=None, help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=None, help="timed rounds after the warm-up")
+    parser.add_argument("--json", default=None, help="file for all figures")
+    args = parser.parse_args()
+    try:
+        compare(args)
+    except DigitError as error:
+        sys.stderr.write(f"compare: {error}\n")
+        return 2
+    return 0
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Every chosen comparison whose peer is installed."""
+    chosen = args.only.split(",")
+    if unknown := [name for name in chosen if name not in PEERS]:
+        raise DigitError(f"no comparison named {unknown[0]}: choose some of {','.join(PEERS)}")
+    keep_freed_memory()
+    quiet()
+    with suppress(ImportError):
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+    device = choose_device(args.device)
+    size = get_size(args.size, device, args.precision)
+    if not args.precision and not multiplies_bf16(device):
+        sys.stdout.write("this machine emulates bf16: expect nothing of it\n")
+    rows: list[Comparison] = []
+    say_row(HEAD)
+    for name in chosen:
+        package, compared = PEERS[name]
+        if find_spec(package) is None:
+            sys.stdout.write(f"{name}: {package} is not installed (make env-bench); left out\n")
+            continue
+        for row in compared(size, device, args.repeats or size.repeats):
+            rows.append(row)
+            say_row(row.cells())
+    if args.json:
+        arguments = {k: v for k, v in vars(args).items() if k != "json"}
+        about = {"machine": describe_machine(), "versions": versions(), "arguments": arguments}
+        write_json(args.json, about | {"results": [row.to_dict() for row in rows]})
+
+
+WIDTHS = (32, 20, 20, 28, 11, 8, 4, 0)
+
+
+def say_row(cells: tuple[str, ...]) -> None:
+    padded = [c.rjust(w) if i in (1, 2, 4) else c.ljust(w) for i, (c, w) in enumerate(zip(cells, WIDTHS, strict=True))]
+    sys.stdout.write("  ".join(padded).rstrip() + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

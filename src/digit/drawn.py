@@ -1,0 +1,55 @@
+"""A batch of drawn images on its way to host memory."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+IMAGES = "images"
+
+
+class Drawn:
+    """Images `first` .. `first + B - 1` of a stream.
+
+    On a GPU the copies to host memory go on while the next batch is drawn; whoever looks at them, in any thread, waits
+    until they are whole.
+
+    Attributes:
+        first: number of the first image; image i has seed `seed + i`.
+        labels: (B,) int64, -1 for none.
+        images: (B, 3, H, W) uint8.
+        tokens: {"disc": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
+    """
+
+    def __init__(self, first: int, labels: Tensor, tensors: Mapping[str, Tensor]):
+        self.first, self.labels = first, labels
+        self._host, self._arrived = to_host(tensors)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def images(self) -> Tensor:
+        return self._whole()[IMAGES]
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._whole().items() if name != IMAGES}
+
+    def _whole(self) -> dict[str, Tensor]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+    """CPU tensors, and for a GPU the event after which they are whole: pinned memory is filled without waiting."""
+    device = next(iter(tensors.values())).device
+    if device.type != "cuda":
+        return {name: tensor.cpu() for name, tensor in tensors.items()}, None
+    host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        host[name].copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(device))
+    return host, arrived

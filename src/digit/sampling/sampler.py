@@ -1,0 +1,101 @@
+"""What every sampler does: make the model ready once, check each request, cut it into passes of equal size, draw."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from digit.errors import DigitError
+from digit.models.packed import pack_linears
+from digit.models.sequence import SequenceModel
+from digit.sampling.filters import check_filters, draw, guide, image_uniforms
+from digit.sampling.requests import PASS_SIZE, Request, check_guidance, make_request, passes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+
+class Sampler(ABC):
+    """A model made ready to draw, once for many batches. Calls are as `generate`'s, and so are the settings.
+
+    Later changes of the model's weights may not be seen: make another one. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        cfg_scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+        pass_size: int | None = None,
+        stage: str | None = None,
+    ) -> None:
+        check_filters(temperature, top_k, top_p)
+        check_guidance(model, cfg_scale)
+        self.pass_size = PASS_SIZE if pass_size is None else pass_size
+        if self.pass_size < 1:
+            raise DigitError(f"pass_size is {pass_size}: at least 1")
+        self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
+        self.model = ready(model, dtype, self.pass_size * (2 if self.guided else 1))
+        self.stage = stage or ("renderer" if model.cfg.prefix_len else "prior")
+        self.pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        seeds: Sequence[int],
+        *,
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        given: Int64[Tensor, "B m"] | None = None,
+        on_token: Callable[[int], None] | None = None,
+    ) -> Int64[Tensor, "B M"]:
+        """Draw the target tokens of B images. Raises DigitError for conditions that do not fit the model."""
+        request = make_request(self.model, seeds, prefix, labels, given)
+        drawn = [request.given.new_empty(0, self.model.cfg.target_len)]
+        for rows, count in passes(request, self.pass_size):
+            u = image_uniforms(rows.seeds, self.stage, self.uniform_shape).to(request.given.device)
+            drawn.append(self.draw_pass(rows, u, partial(report, on_token, count))[:count])
+        return torch.cat(drawn)
+
+    @property
+    @abstractmethod
+    def uniform_shape(self) -> tuple[int, ...]:
+        """Shape of the uniform random numbers that one image takes."""
+
+    @abstractmethod
+    def draw_pass(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+        """Tokens (C, M) of one pass of C rows with the uniforms u; reports how many tokens it decided, a row or all."""
+
+    def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
+        """Float32 logits of the images from those of all rows, R = 2C under guidance."""
+        return guide(logits, self.cfg_scale) if self.guided else logits.float()
+
+
+def ready(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:
+    """A copy in `dtype`, cast once, where autocast would cast for every token; its matrices packed on a CPU.
+
+    In the model's own type it shares all parameters that are not packed.
+    """
+    cast = {id(p): nn.Parameter(p.detach().to(dtype or p.dtype), requires_grad=False) for p in model.parameters()}
+    return pack_linears(copy.deepcopy(model, cast).eval(), num_rows)
+
+
+def report(on_token: Callable[[int], None] | None, count: int, decided: Tensor | int) -> None:
+    """Tell of the tokens decided in the first `count` rows; the others only fill the pass."""
+    if on_token:
+        on_token(decided * count if isinstance(decided, int) else int(decided[:count].sum()))
+
+
+def twice(x: Tensor, guided: bool) -> Tensor:
+    """The rows stacked on themselves for guidance."""
+    return torch.cat([x, x]) if guided else x

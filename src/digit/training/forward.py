@@ -1,0 +1,81 @@
+"""How training runs a transformer: activations kept or computed again, operations as they stand or compiled."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from digit.errors import DigitError
+
+if TYPE_CHECKING:
+    from digit.training.loop import TrainConfig
+
+log = logging.getLogger(__name__)
+COMPILE_FROM_STEPS = 1000  # compiling takes a minute or two, which a shorter run does not earn back
+
+
+class TransformerForward:
+    """Within the context `model.transformer` runs as the config says; outside it is as ever (validation, sampling).
+
+    Raises DigitError where the config asks for what this model or device cannot do.
+    """
+
+    def __init__(self, model: nn.Module, cfg: "TrainConfig"):
+        self.replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
+        transformer = getattr(model, "transformer", None)
+        if transformer is None and (cfg.checkpoint_activations or cfg.compile is True):
+            name = "checkpoint_activations" if cfg.checkpoint_activations else "compile"
+            raise DigitError(f"{name} is for transformers, {type(model).__name__} is none: leave it out")
+        if cfg.checkpoint_activations:
+            for block in transformer.blocks:
+                self.replacements.append((block, partial(checkpoint, block.forward, use_reentrant=False)))
+        if transformer is not None and compiles(cfg, next(model.parameters()).device):
+            self.replacements.append((transformer, Compiled(transformer.forward)))
+
+    def __enter__(self) -> Self:
+        for module, forward in self.replacements:
+            module.forward = forward
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for module, _ in self.replacements:
+            del module.forward  # the class's own comes to light again
+
+
+def compiles(cfg: "TrainConfig", device: torch.device) -> bool:
+    """Whether to compile: as set, or under auto on a GPU that Triton serves, in runs long enough to earn it back."""
+    if cfg.compile != "auto":
+        return cfg.compile
+    return device.type == "cuda" and cfg.num_steps >= COMPILE_FROM_STEPS and has_triton()
+
+
+def has_triton() -> bool:
+    """Whether torch can compile for this GPU."""
+    from torch.utils._triton import has_triton as works
+
+    return works()
+
+
+class Compiled:
+    """A function compiled at its first call, for the shapes of that call; where that fails, the function itself.
+
+    One graph over all blocks: compiled block by block, torch would make one for every block number, and stop at 8.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.run, self.function = torch.compile(function, dynamic=False), function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.run is self.function:
+            return self.function(*args, **kwargs)
+        try:
+            return self.run(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            log.warning("the transformer cannot be compiled (%s): it runs as it is; compile=false says so", reason)
+            self.run = self.function
+        return self.function(*args, **kwargs)
