@@ -8,7 +8,7 @@ import torch
 
 from digit.errors import DigitError, MismatchError
 from digit.tokenizers.kmeans import KMeans, KMeansConfig
-from digit.tokenizers.nearest import FastNearest, argmin_rows, nearest
+from digit.tokenizers.nearest import FastNearest, argmin_rows, nearest, two_least
 from digit.tokenizers.points import open_points
 
 
@@ -335,3 +335,13 @@ BAD_VALUES = [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("dt
 def test_config_is_checked(field, value):
     with pytest.raises(DigitError, match=field):
         KMeansConfig(**{field: value})
+
+
+@pytest.mark.parametrize("num", [1, 5, 64, 128, 200])
+def test_the_two_least_of_each_row(num):
+    scores = torch.randn(50, num, generator=torch.Generator().manual_seed(0)).mul(4).round()  # with ties
+    index, low, second = two_least(scores.clone())
+    ordered = scores.sort(1).values
+    assert low.equal(ordered[:, 0]) and scores.gather(1, index[:, None])[:, 0].equal(low)
+    assert second.equal(ordered[:, 1] if num > 1 else torch.full((50,), torch.inf))
+    assert argmin_rows(scores).equal(index)

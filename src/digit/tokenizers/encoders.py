@@ -53,7 +53,7 @@ class EncoderConfig:
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the products. bfloat16 is several times as fast where the hardware has it, and gives a few percent
+    """Precision of the products. bfloat16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
 
 
