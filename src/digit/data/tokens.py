@@ -178,7 +178,7 @@ def write_tokens(
         MismatchError: the folder holds tokens of another request; names the first setting that differs, both values.
         DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (make room and run again).
     """
-    from digit.data.loader import CropLoader
+    from digit.data.loader import CropLoader, on_device
 
     writer = _Writer(Path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
     if writer.finished:
@@ -189,7 +189,8 @@ def write_tokens(
         num_workers=num_workers, max_bad_fraction=max_bad_fraction, start_row=writer.done,
     )  # fmt: skip
     with writer, loader.sharing_cores(), Progress("tokens", writer.num_rows, done=writer.done) as bar:
-        for batch in loader:
+        device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
+        for batch in on_device(loader, device):
             ok, reasons = batch.ok.numpy(), dict(loader.bad)
             keys = {index: source.key(index) for index in batch.indices[~batch.ok].tolist()}
             writer.check_bad(bad := {index: (key, reasons[key]) for index, key in keys.items()}, max_bad_fraction)

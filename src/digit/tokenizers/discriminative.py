@@ -225,6 +225,11 @@ class DiscriminativeTokenizer:
         self.encoder, self.codebook = encoder, codebook
 
     @property
+    def device(self) -> torch.device:
+        """Where the encoder computes."""
+        return getattr(self.encoder, "device", torch.device("cpu"))
+
+    @property
     def vocab_size(self) -> int:
         """Number K of codes."""
         return len(self.codebook)
