@@ -43,16 +43,14 @@ def pieces(draws: NextTokenSampler, prefix: Tensor | None) -> dict[str, Callable
     token = torch.zeros(batch, dtype=torch.int64, device=device)
     logits = torch.randn(batch, cfg.vocab_size, device=device)
     u = torch.rand(batch, dtype=torch.float64, device=device)
-    cache = draws.new_cache()
-    draws.model.eval()
 
     @torch.no_grad()
     def prefill() -> None:
-        cache.begin = 0
-        draws.first_logits(rows, cache)
+        draws.first_logits(rows, draws.new_cache())
 
     @torch.no_grad()
     def steps() -> None:
+        cache = draws.new_cache()  # it grows along the way, as in a real pass
         cache.begin = cfg.prefix_len + 1
         for i in range(cfg.target_len - 1):
             draws.next_logits(token, i, cache)
