@@ -36,12 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     return F.gelu(y) if gelu else y
 
 
-def arranged(weight: Tensor) -> Tensor:
-    """`weight` (O, I) as the kernels of `linear` read it, for many products; it is good for nothing else.
-
-    The weight itself where `linear` would not take those kernels.
+def arranged(weight: Tensor, num_rows: int | None = None) -> Tensor:
+    """`weight` (O, I) as the kernels of `linear` read it, for many products of about `num_rows` rows; it is good for
+    nothing else. The weight itself where `linear` would not take those kernels.
     """
     with torch.no_grad():
         if takes_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-            return torch.ops.mkldnn._reorder_linear_weight(weight)
+            return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
     return weight

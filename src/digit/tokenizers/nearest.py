@@ -157,6 +157,7 @@ class FastNearest:
         self.table[:num, self.dim : self.dim + 3] = _split(rounded.float().square().sum(1) / 2, 3)
         self.table[num:, self.dim] = torch.finfo(torch.bfloat16).max  # nobody's nearest
         self.table[:, self.dim + 3 : self.dim + 5] = 1
+        self.packed = arranged(self.table)
         self.rows = self.scores = self.table[:0]
 
     @torch.no_grad()
@@ -165,14 +166,16 @@ class FastNearest:
         if len(self.rows) < len(x):  # allocated once: fresh pages for every chunk cost as much as the argmin
             self.rows = self.table.new_zeros(len(x), self.table.shape[1])
             self.rows[:, self.dim : self.dim + 3] = 1
-            self.scores = self.table.new_empty(len(x), len(self.table))
-        rows, scores = self.rows[: len(x)], self.scores[: len(x)]
+            if not self.packed.is_mkldnn:
+                self.scores = self.table.new_empty(len(x), len(self.table))
+        rows = self.rows[: len(x)]
         rows[:, : self.dim] = x
         norms = torch.linalg.vector_norm(x, dim=1).square() if norms is None else norms
         # the same for every centroid, so that two parts are enough: only what is near zero depends on it
         rows[:, self.dim + 3 : self.dim + 5] = _split(norms / 2 - self.offset, 2)
-        torch.mm(rows, self.table.T, out=scores)  # (n, K)
-        return argmin_rows(scores)
+        if self.packed.is_mkldnn:
+            return argmin_rows(linear(rows, self.packed))
+        return argmin_rows(torch.mm(rows, self.table.T, out=self.scores[: len(x)]))  # of (n, K)
 
 
 def _split(values: Tensor, num_parts: int) -> Tensor:
