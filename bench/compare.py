@@ -47,7 +47,7 @@ TOP_K = 200  # the paper's prior
 NO_TARGET = 0.0
 INERTIA_SLACK = 1.001  # within 0.1% of faiss
 MINIBATCH_PASSES, MINIBATCH_SIZE = 2, 4096  # scikit-learn: passes over the points, points of a batch
-# tokens/s of the released code's incremental decoding and of GPT-2 beside it at the small shape, on one machine of this kind
+# tokens/s of the released incremental decoding and of GPT-2 beside it, at the small shape, on a machine of this kind
 RELEASED = {"fp32": (823, 610), "bf16": (1589, 690)}
 
 
