@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.models.products import arranged, linear
+from digit.models.transformer import Seen, attend
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -101,25 +102,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = project(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
-        return project(attend(q, k, v).transpose(1, 2).flatten(2), self.proj)  # (B, L, D)
+        return project(attend(q, Seen(k, v)).transpose(1, 2).flatten(2), self.proj)  # (B, L, D)
 
 
 def project(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
     """The layer on x in the weights' precision, by the CPU's fastest kernels where no gradient is wanted."""
     return linear(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu=gelu)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, all (B, H, L, d).
-
-    torch's fused kernel; in bfloat16 on CPU two batched products instead, which take half its time (261 positions).
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v)
-    shape, scale = q.shape[:2], q.shape[-1] ** -0.5
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B * H, L, d)
-    scores = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=scale)  # (B * H, L, L)
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, shape)
 
 
 class MLP(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.models.packed import pack_linears
+from digit.models.products import arranged
 from digit.models.products import linear as onednn_linear
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import TransformerConfig
@@ -58,7 +58,7 @@ class Operands:
         if x.device.type == "cpu":
             kernels.append(partial(onednn_linear, x, weight))
             if may_pack:
-                kernels.append(partial(packed(weight, len(x)), x))
+                kernels.append(partial(onednn_linear, x, arranged(weight, len(x))))
         key = (*x.shape, *x.stride(), *weight.shape, *weight.stride())
         if key not in self.best:
             self.best[key] = min(range(len(kernels)), key=lambda i: trial(kernels[i])) if len(kernels) > 1 else 0
@@ -67,13 +67,6 @@ class Operands:
     def products(self, rows: int, kept: int, weights: Sequence[Tensor]) -> list[Run]:
         """A block's: the first on all rows, the others on those that are kept behind the attention."""
         return [self.product(rows, weights[0]), *(self.product(kept, weight) for weight in weights[1:])]
-
-
-def packed(weight: Tensor, rows: int) -> nn.Module:
-    """x W^T with the weight packed for so many rows, where this build of torch packs it."""
-    holder = nn.Linear(*weight.T.shape, bias=False, device="meta")
-    holder.weight = nn.Parameter(weight, requires_grad=False)
-    return pack_linears(nn.Sequential(holder), rows)[0]
 
 
 def trial(run: Run) -> float:
