@@ -1,12 +1,13 @@
 # make demo   environment, then the whole pipeline on rendered shapes: about eight minutes on two CPU cores
 # make test   environment, style, architecture contracts, tests
+# make chaos  kills, full disks and read-only disks under every long command: about half an hour on two CPU cores
 # make nightly  every table and figure of the paper at tiny scale on rendered shapes
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test nightly lint env env-test env-bench clean help
+.PHONY: demo test chaos nightly lint env env-test env-bench clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -16,6 +17,11 @@ demo: env
 
 test: env-test lint
 	$(BIN)/python -m pytest --durations=15
+
+chaos: env
+	$(BIN)/python bench/chaos.py --out runs/chaos
+	$(BIN)/python bench/disk_faults.py --out runs/disk_faults
+	$(BIN)/python bench/memory.py --out runs/memory
 
 TARGETS := table1 table2 table3 table4 fig3a fig3b fig4a fig4b fig5 fig6 claims
 nightly: env

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
@@ -39,6 +40,31 @@ def test_fit_is_repeatable(codebook):
     torch.testing.assert_close(codebook.centroids, again.centroids)
     other = fit_codebook(NoiseSource(), SMALL, PatchEncoder(), KMeansConfig(num_clusters=8), subset=0.5, seed=1)
     assert other.fingerprint != codebook.fingerprint
+
+
+def test_the_same_fit_gives_the_same_files(codebook, tmp_path):
+    again = fit_codebook(NoiseSource(), SMALL, PatchEncoder(), KMeansConfig(num_clusters=8), subset=0.5)
+    for name, book in (("first", codebook), ("second", again)):
+        book.save(tmp_path / name)
+    for name in ("codebook.json", "codebook.safetensors"):  # no times, no dates
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
+def test_many_dead_codes_are_told(caplog):
+    flat = FlatSource()
+    fit_codebook(flat, SMALL, PatchEncoder(), KMeansConfig(num_clusters=16), subset=1)
+    assert len(caplog.records) == 1 and "13 of 16 codes (81 percent) stand for no patch" in caplog.text
+    assert "smaller kmeans.num_clusters" in caplog.text
+    caplog.clear()
+    fit_codebook(flat, SMALL, PatchEncoder(), KMeansConfig(num_clusters=3), subset=1)
+    assert not caplog.records
+
+
+class FlatSource(NoiseSource):
+    """Pictures of one of three colours."""
+
+    def read(self, index: int):
+        return Image.new("RGB", (20, 18), (100 * (index % 3), 0, 50)), 0
 
 
 def test_features_are_computed_once_where_they_fit():

@@ -1,15 +1,21 @@
 """K-means: against scikit-learn and brute force, in memory and streamed, start, empty clusters, errors."""
 
+import math
+import os
+import signal
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.tokenizers import unfinished
 from digit.tokenizers.kmeans import KMeans, KMeansConfig
 from digit.tokenizers.nearest import FastNearest, argmin_rows, nearest, two_least
 from digit.tokenizers.points import open_points
+from digit.tokenizers.unfinished import UnfinishedFit
 
 
 def blobs(num: int = 600, clusters: int = 8, dim: int = 5, seed: int = 0, spread: float = 0.05) -> torch.Tensor:
@@ -202,7 +208,12 @@ def across_ranks(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-SHARED = ("all", "k-means++", "subsample", "stream", "stream again")
+SHARED = ("all", "k-means++", "subsample", "stream", "stream again")  # a stream without and with numbers
+
+
+def numbered(x: torch.Tensor, first: int):
+    """A stream over the rows of x, with their numbers from `first` on."""
+    return lambda: ((part, first + 50 * i + np.arange(len(part))) for i, part in enumerate(x.split(50)))
 
 
 def fit_share(name: str, x: torch.Tensor) -> dict:
@@ -211,7 +222,7 @@ def fit_share(name: str, x: torch.Tensor) -> dict:
     if name == "stream again":
         cfg["memory_budget_bytes"] = budget(KMeansConfig(**cfg), 5, 100)
     several = torch.distributed.is_initialized()
-    features = pieces(x, 50) if name.startswith("stream") else x
+    features = {"stream": pieces(x, 50), "stream again": numbered(x, 170 if len(x) == 430 else 0)}.get(name, x)
     fit = KMeans(KMeansConfig(**cfg)).fit(features, across_ranks=several)
     fields = ("centroids_", "inertia_", "num_points_", "counts_", "streamed_")
     return {field: getattr(fit, field) for field in fields}
@@ -225,7 +236,7 @@ def test_two_ranks_fit_what_one_does(tmp_path):
         assert torch.equal(first[name]["centroids_"], second[name]["centroids_"]), name
         assert first[name]["streamed_"] == (name == "stream again") == alone["streamed_"]
         assert first[name]["num_points_"] == alone["num_points_"]
-        if name.startswith("stream"):  # drawn by each rank for itself, so from another start
+        if name == "stream":  # drawn by each rank for itself, so from another start
             assert first[name]["inertia_"] == pytest.approx(alone["inertia_"], rel=0.15)
         else:
             torch.testing.assert_close(first[name]["centroids_"], alone["centroids_"])
@@ -236,6 +247,123 @@ def test_one_rank_needs_no_group():
     x = blobs()
     fits = [KMeans(KMeansConfig(num_clusters=8)).fit(x, across_ranks=several).centroids_ for several in (False, True)]
     assert torch.equal(*fits)
+
+
+# ---- cut short
+
+
+@pytest.fixture
+def every_iteration(monkeypatch):
+    monkeypatch.setattr(unfinished, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(unfinished, "SAVING_SHARE", math.inf)
+
+
+class Kill(Exception):
+    """The end of a process that nothing was prepared for."""
+
+
+def killed_in(iteration: int, x: torch.Tensor, cfg: KMeansConfig, kept: UnfinishedFit) -> None:
+    """A fit of a stream that is read anew in every iteration, and breaks in that one."""
+    stream = pieces(x, 70)
+
+    def breaking():
+        if stream.passes == iteration + 1:
+            raise Kill
+        return stream()
+
+    with pytest.raises(Kill):
+        KMeans(cfg).fit(breaking, unfinished=kept)
+
+
+def streamed_cfg(**changes) -> KMeansConfig:
+    cfg = KMeansConfig(num_clusters=11, num_iterations=9, max_points_per_centroid=None, **changes)
+    return replace(cfg, memory_budget_bytes=budget(cfg, 3, 100))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bfloat16", 1e-4)])
+def test_a_killed_fit_goes_on_to_the_same_centroids(tmp_path, every_iteration, dtype, tolerance):
+    x = torch.cat([torch.zeros(900, 3), blobs(90, clusters=10, dim=3) + 10])  # some clusters are re-seeded at first
+    cfg, path = streamed_cfg(dtype=dtype, tolerance=tolerance), tmp_path / "k.safetensors"
+    whole = KMeans(cfg).fit(pieces(x, 70))
+    assert sum(entry["reseeded"] for entry in whole.history_) > 1
+    for iteration in (1, 4, len(whole.history_) - 1):  # the last one is the pass over the finished centroids
+        path.unlink(missing_ok=True)
+        killed_in(iteration, x, cfg, UnfinishedFit(path, {}))
+        stream = pieces(x, 70)
+        again = KMeans(cfg).fit(stream, unfinished=UnfinishedFit(path, {}))
+        assert stream.passes == len(whole.history_) + 1 - iteration
+        assert torch.equal(again.centroids_, whole.centroids_) and torch.equal(again.counts_, whole.counts_)
+        figures = [[{k: v for k, v in e.items() if k != "seconds"} for e in fit.history_] for fit in (again, whole)]
+        assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(("in_pass", "said"), [(1, "no iteration is"), (2, "0 of"), (5, "3 of"), (8, "6 of")])
+def test_a_signal_ends_a_fit_within_the_pass(tmp_path, in_pass, said):
+    x, path, before = blobs(spread=2.0, dim=3), tmp_path / "k", signal.getsignal(signal.SIGTERM)
+    cfg = replace(streamed_cfg(tolerance=0), num_iterations=6)
+    stream = pieces(x, 70)
+
+    def signalled():
+        for part in stream():
+            if stream.passes == in_pass:
+                parts.append(part)
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield part
+
+    parts = []
+    with pytest.raises(Stopped, match=f"k-means: {said}"):
+        KMeans(cfg).fit(signalled, unfinished=UnfinishedFit(path, {"data": "x"}))
+    assert len(parts) == 1 and signal.getsignal(signal.SIGTERM) == before
+    again = KMeans(cfg).fit(pieces(x, 70), unfinished=UnfinishedFit(path, {"data": "x"}))
+    assert len(again.history_) == 7 and torch.equal(again.centroids_, KMeans(cfg).fit(pieces(x, 70)).centroids_)
+
+
+def test_small_fits_write_no_state(tmp_path):
+    KMeans(KMeansConfig(num_clusters=8)).fit(blobs(), unfinished=UnfinishedFit(tmp_path / "k", {}))
+    assert not list(tmp_path.iterdir())
+
+
+def cut(data: bytes) -> bytes:
+    return data[:-40]
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 64]) + data[-8:]
+
+
+def another_number(data: bytes) -> bytes:
+    return data.replace(b'\\"reseeded\\": 0', b'\\"reseeded\\": 7', 1)
+
+
+@pytest.mark.parametrize("damage", [cut, flipped, another_number, lambda data: b"", lambda data: b"\xff" * 50])
+def test_a_damaged_state_is_told_once_and_left(tmp_path, every_iteration, caplog, damage):
+    x, cfg, path = blobs(spread=2.0, dim=3), streamed_cfg(tolerance=0), tmp_path / "k.safetensors"
+    killed_in(4, x, cfg, UnfinishedFit(path, {}))
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    again = KMeans(cfg).fit(pieces(x, 70), unfinished=UnfinishedFit(path, {}))
+    assert len(caplog.records) == 1 and "k.safetensors is damaged" in caplog.text
+    assert torch.equal(again.centroids_, KMeans(cfg).fit(pieces(x, 70)).centroids_)
+
+
+def test_the_state_of_another_fit_is_told_and_left(tmp_path, every_iteration, caplog):
+    x, cfg, path = blobs(spread=2.0, dim=3), streamed_cfg(tolerance=0), tmp_path / "k.safetensors"
+    killed_in(4, x, cfg, UnfinishedFit(path, {"data": "here"}))
+    before = path.read_bytes()
+    for other, request, told in (
+        (cfg, "there", "data was here, is there"),
+        (replace(cfg, seed=1), "here", "kmeans.seed was 0, is 1"),
+    ):
+        path.write_bytes(before)
+        caplog.clear()
+        again = KMeans(other).fit(pieces(x, 70), unfinished=UnfinishedFit(path, {"data": request}))
+        assert len(caplog.records) == 1 and told in caplog.text
+        assert torch.equal(again.centroids_, KMeans(other).fit(pieces(x, 70)).centroids_)
+    caplog.clear()
+    path.write_bytes(before)
+    fewer = KMeans(cfg).fit(pieces(x[:-1], 70), unfinished=UnfinishedFit(path, {"data": "here"}))
+    assert "kmeans.points was 600, is 599" in caplog.text and fewer.num_points_ == 599
 
 
 # ---- nearest

@@ -1,33 +1,23 @@
-"""Folders of drawn images: what a kill, a full disk and another request leave; and the stream that fills them."""
+"""Folders of drawn images: what they hold, which requests they refuse; and the stream that fills them."""
 
-import errno
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from digit import pictures, samples
+from digit import pictures, sample_journal, samples
 from digit.drawn import Drawn
 from digit.errors import DigitError, MismatchError
 from digit.manifest import read_sampling, write_manifest
 from digit.pipeline import DigitPipeline, SamplingConfig
-from digit.samples import sample
 from digit.tokenizers.vq import VQTokenizer
 from toy_pipeline import toy_pipeline
-
-NUM, SIZE = 13, 4  # three batches and one image
-ROOT = Path(__file__).parents[1]
+from toy_samples import NUM, SIZE, contents, draw
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +31,6 @@ def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole") / "samples"
     draw(pipe, folder)
     return contents(folder)
-
-
-def draw(pipe: DigitPipeline, folder: Path, **changes) -> list[Path]:
-    return sample(pipe, folder, **{"num": NUM, "seed": 3, "batch_size": SIZE} | changes)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # -------------------------------------------------------------------- stream
@@ -73,12 +55,16 @@ def test_a_stream_begins_at_any_batch(changes):
     assert later[0].first == 8 and torch.equal(torch.cat([b.images for b in later]), images[8:])
     assert "disc" in later[0].tokens or "prior" in str(changes)
     assert not list(pipe.stream(NUM, seed=3, start=16, batch_size=SIZE))
+    parts = [pipe.stream(NUM, seed=3, start=a, end=b, batch_size=SIZE) for a, b in ((0, 4), (4, 12), (12, NUM))]
+    assert torch.equal(torch.cat([b.images for part in parts for b in part]), images)
 
 
 def test_a_stream_that_cannot_be_is_refused_at_the_call(pipe):
     for start in (3, -4):
         with pytest.raises(DigitError, match=f"start is {start}: give a multiple of the batch size 4"):
             pipe.stream(NUM, start=start, batch_size=SIZE)
+    with pytest.raises(DigitError, match="end is 6: give a multiple of the batch size 4"):
+        pipe.stream(NUM, end=6, batch_size=SIZE)
     with pytest.raises(DigitError, match="label 3 is out of range"):
         pipe.stream(NUM, labels=[3])
 
@@ -116,7 +102,7 @@ def test_names_sort_as_numbers(tmp_path):
     request = {"num": 200_000, "batch_size": 1}
     folder = samples.SampleFolder(tmp_path, request, {}, torch.zeros(0), [])
     names = [folder.picture(i).name for i in (99_999, 100_000)]
-    assert names == sorted(names) and all(samples.OURS.fullmatch(name) for name in names)
+    assert names == sorted(names) and all(sample_journal.OURS.fullmatch(name) for name in names)
 
 
 def test_images_are_not_kept(pipe, tmp_path, monkeypatch):
@@ -160,120 +146,6 @@ def test_copies_from_a_gpu_are_whole_when_looked_at():
     batch = Drawn(0, torch.zeros(64), {"images": images.cuda(), "vq": images.flatten(1).long().cuda()})
     assert torch.equal(batch.images, images) and batch.images.is_pinned()
     assert torch.equal(batch.tokens["vq"], images.flatten(1).long())
-
-
-# -------------------------------------------------------------------- interruptions
-
-
-@pytest.mark.parametrize("at", [0, 5, 11, 12])
-def test_a_stopped_drawing_goes_on(pipe, whole, tmp_path, monkeypatch, at):
-    """The writer of image `at` is interrupted."""
-    save, drawn, draw_all = pictures.save_png, [], DigitPipeline._draw
-
-    def stopped(path, image):
-        if Path(path).name == f"{at:05d}.png":
-            raise KeyboardInterrupt
-        save(path, image)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "save_png", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            draw(pipe, tmp_path / "s")
-    assert not (tmp_path / "s" / "samples.json").exists()
-    assert not at or json.loads((tmp_path / "s" / "journal.json").read_text())["done"] == at // SIZE * SIZE
-    monkeypatch.setattr(
-        DigitPipeline, "_draw", lambda self, w, cfg, start, **k: drawn.append(start) or draw_all(self, w, cfg, start)
-    )
-    draw(pipe, tmp_path / "s")
-    assert drawn == [at // SIZE * SIZE] and contents(tmp_path / "s") == whole
-
-
-@pytest.mark.parametrize("place", ["save_png", "savez_compressed", "write_json"])
-def test_a_drawing_stopped_at_the_end_goes_on(pipe, whole, tmp_path, monkeypatch, place):
-    """While grid.png, tokens.npz or samples.json is written."""
-    owner = {"save_png": pictures, "savez_compressed": np, "write_json": samples}[place]
-    real, names = getattr(owner, place), ("grid.png", "samples.json")
-
-    def stopped(target, *args, **how):
-        if place == "savez_compressed" or Path(target).name in names:
-            raise KeyboardInterrupt
-        return real(target, *args, **how)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, place, stopped)
-        with pytest.raises(KeyboardInterrupt):
-            draw(pipe, tmp_path / "s")
-    monkeypatch.setattr(DigitPipeline, "stream", None)  # nothing is drawn again
-    draw(pipe, tmp_path / "s")
-    assert contents(tmp_path / "s") == whole
-
-
-def test_a_killed_process_goes_on(pipe, tmp_path):
-    """SIGKILL at some moment, three times over: the files are those of one go."""
-    script = (
-        "import sys, time; from pathlib import Path\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from digit import pictures, progress, samples; from toy_pipeline import toy_pipeline\n"
-        "progress.quiet(); save = pictures.save_png\n"
-        "pictures.save_png = lambda path, image: (time.sleep(0.05), save(path, image))\n"
-        "samples.sample(toy_pipeline(), sys.argv[1], 40, seed=3, batch_size=4)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    folder = tmp_path / "killed"
-    for least in (5, 17):
-        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], env=environment, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while len(list(folder.glob("0*.png"))) < least:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and (folder / "journal.json").exists()
-    (folder / ".00007.png.abcd1234.png").write_bytes(b"half")  # as a kill may leave it
-    (folder / "notes.txt").write_text("mine")
-    sample(pipe, folder, 40, seed=3, batch_size=4)
-    sample(pipe, tmp_path / "whole", 40, seed=3, batch_size=4)
-    assert contents(folder) == contents(tmp_path / "whole") | {"notes.txt": b"mine"}
-
-
-def test_a_full_disk_says_so_and_goes_on(pipe, whole, tmp_path, monkeypatch):
-    save = pictures.save_png
-
-    def full(path, image):
-        if Path(path).name >= "00006.png":
-            with samples.disk_errors(path):
-                raise OSError(errno.ENOSPC, "No space left on device")
-        save(path, image)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "save_png", full)
-        with pytest.raises(DigitError, match=r"disk full while writing .*0000\d.png: free some space and run again"):
-            draw(pipe, tmp_path / "s")
-    draw(pipe, tmp_path / "s")
-    assert contents(tmp_path / "s") == whole
-
-
-def test_a_disk_too_full_for_the_tokens_leaves_nothing(pipe, tmp_path, monkeypatch):
-    def full(self):
-        self.path.write_bytes(b"some")
-        raise DigitError("disk full")
-
-    monkeypatch.setattr(samples.ArrayFile, "allocate", full)
-    with pytest.raises(DigitError, match="disk full"):
-        draw(pipe, tmp_path / "s")
-    assert contents(tmp_path / "s") == {}
-
-
-def test_deleted_images_are_drawn_again(pipe, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(samples.SampleFolder, "finish", lambda self: None)
-    draw(pipe, tmp_path / "s")
-    (tmp_path / "s" / "00006.png").unlink()
-    monkeypatch.undo()
-    draw(pipe, tmp_path / "s")
-    assert contents(tmp_path / "s") == whole
-    (tmp_path / "s" / "00003.png").unlink()  # from a folder that was whole
-    draw(pipe, tmp_path / "s")
-    assert contents(tmp_path / "s") == whole
 
 
 # -------------------------------------------------------------------- requests

@@ -97,7 +97,8 @@ def test_loss_is_the_cross_entropy_of_forward():
 
 def test_masked_loss_counts_hidden_tokens_alone():
     model, target, prefix = with_prefix(masked=True), torch.randint(11, (5, 6)), torch.randint(7, (5, 4))
-    loss, _ = model.loss(target, prefix=prefix, generator=torch.Generator().manual_seed(3))
+    noise = model.noise({"target": target}, torch.Generator().manual_seed(3))
+    loss, _ = model.loss(target, prefix=prefix, **noise)
     hide = cosine_mask(5, 6, generator=torch.Generator().manual_seed(3))
     logits = model(target.masked_fill(hide, model.cfg.mask_token), prefix=prefix)
     torch.testing.assert_close(loss, F.cross_entropy(logits[hide], target[hide]))
@@ -111,19 +112,30 @@ def test_cosine_mask_schedule():
 
 
 def test_dropped_labels_follow_the_generator_and_the_rate():
-    model, target = make(num_classes=5, label_dropout=0.3), torch.zeros(4000, 6, dtype=torch.int64)
-    labels = torch.randint(5, (4000,))
-    kept, _ = model._drop_conditions(target, labels, torch.Generator().manual_seed(0))
-    again, _ = model._drop_conditions(target, labels, torch.Generator().manual_seed(0))
-    assert kept.equal(again) and kept[kept >= 0].equal(labels[kept >= 0])
-    assert (kept < 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
+    model = make(num_classes=5, label_dropout=0.3)
+    batch = {"target": torch.zeros(4000, 6, dtype=torch.int64), "labels": torch.randint(5, (4000,))}
+    dropped, again = (model.noise(batch, torch.Generator().manual_seed(0))["drop_labels"] for _ in range(2))
+    assert dropped.equal(again)
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    labels = batch["labels"].masked_fill(dropped, -1)
+    few = slice(0, 8)
+    lost, _ = model.loss(batch["target"][few], labels=batch["labels"][few], drop_labels=dropped[few])
+    assert torch.equal(lost, model.loss(batch["target"][few], labels=labels[few])[0])
+
+
+def test_noise_is_what_the_model_draws():
+    target, labels = torch.zeros(4, 6, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    assert make(num_classes=5).noise({"target": target, "labels": labels}, None) == {}
+    assert make(num_classes=5, label_dropout=0.3).noise({"target": target, "labels": None}, None) == {}
+    assert with_prefix(masked=True, prefix_dropout=0.5).noise({"target": target}, None).keys() == {"hide", "drop_prefix"}
 
 
 def test_every_parameter_learns():
     for masked in (False, True):
         model = with_prefix(masked=masked, num_classes=2, label_dropout=0.5, prefix_dropout=0.5).train()
-        target, prefix = torch.randint(11, (64, 6)), torch.randint(7, (64, 4))
-        loss, _ = model.loss(target, prefix, torch.randint(2, (64,)), label_smoothing=0.1)
+        batch = {"target": torch.randint(11, (64, 6)), "prefix": torch.randint(7, (64, 4))}
+        batch["labels"] = torch.randint(2, (64,))
+        loss, _ = model.loss(**batch, **model.noise(batch, None), label_smoothing=0.1)
         loss.backward()
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 

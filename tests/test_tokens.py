@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from digit.data import tokens as store_module
 from digit.data.preprocess import PreprocessConfig
 from digit.data.rows import ArrayFile
 from digit.data.tokens import TokenStore, write_tokens
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError, MismatchError, Stopped
 from toy_images import NoiseSource, PatchEncoder
 
 SMALL = PreprocessConfig(image_size=8, encoder_size=8)
@@ -148,6 +149,39 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
         rest = ToyTokenizer()
         write(folder, source=NoiseSource(broken=(7,)), disc=rest)
         assert contents(folder) == contents(tmp_path / "straight") and rest.calls == calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_batch(tmp_path, number):
+    write(tmp_path / "straight")
+    before = signal.getsignal(number)
+    asked = ToyTokenizer(stop_at=3, stop=lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="tokens: 12 of 36 rows are done"):
+        write(tmp_path / "stopped", disc=asked)
+    assert asked.calls == 3 and signal.getsignal(number) == before
+    rest = ToyTokenizer()
+    write(tmp_path / "stopped", disc=rest)
+    assert rest.calls == 6 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "t", disc=ToyTokenizer(stop_at=3, stop=twice))
+    rest = ToyTokenizer()
+    assert len(write(tmp_path / "t", disc=rest)) == 36 and rest.calls == 7
+
+
+def test_another_batch_size_makes_every_row(tmp_path):
+    write(tmp_path / "straight")
+    with pytest.raises(Stop):
+        write(tmp_path / "stopped", disc=ToyTokenizer(stop_at=4))  # 12 rows are done
+    rest = ToyTokenizer()
+    write(tmp_path / "stopped", disc=rest, batch_size=7)
+    assert rest.calls == 5 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("broken", [(), (2,)], ids=["whole", "broken"])

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from digit.errors import DigitError
+from digit.errors import DigitError, Stopped
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.training import distributed, peak
+from digit.training import checkpoint, parallel, peak
 from digit.training import forward as forward_module
 from digit.training import likelihood as likelihood_module
 from digit.training.checkpoint import list_checkpoints
@@ -85,17 +85,47 @@ def test_nan_is_never_saved(tmp_path):
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, DigitError)])
-def test_a_signal_saves_at_the_end_of_the_step(tmp_path, number, error):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_end_of_the_step(tmp_path, number):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stopper = Counter(lambda step: (os.kill(os.getpid(), number) if step == 5 else None) or {"loss": 1.0})
-    with pytest.raises(error, match="stopped at step 6, run again to go on"):
+    with pytest.raises(Stopped, match=r"train stopped at step 6 of 10, saved in .*step_00000006"):
         run(stopper, tmp_path)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     update = Counter()
     run(update, tmp_path)
     assert update.steps == list(range(10))
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3, 6, 9, 10]
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def impatient(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"loss": 1.0}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Counter(impatient), tmp_path)
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 5, 7])
+def test_a_stop_leaves_no_trace_in_the_log(tmp_path, stop_after):
+    """A line covers the steps since the line before it, even where the run was stopped between them."""
+    losses = Counter(lambda step: {"loss": float(step**2)})
+    run(losses, tmp_path / "whole")
+    stopper = Counter(
+        lambda step: (os.kill(os.getpid(), signal.SIGTERM) if step + 1 == stop_after else None)
+        or {"loss": float(step**2)}
+    )
+    with pytest.raises(Stopped):
+        run(stopper, tmp_path / "cut")
+    run(losses, tmp_path / "cut")
+    wanted, got = (
+        [(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")
+    )
+    assert got == wanted
 
 
 def test_a_resumed_log_has_each_line_once(tmp_path):
@@ -171,7 +201,7 @@ def test_seeds_differ_by_step_and_piece():
 
 def test_slices_are_equal_and_in_order():
     batch = {"target": torch.arange(6), "labels": None}
-    pieces = distributed.slices(batch, 3)
+    pieces = parallel.slices(batch, 3)
     assert [p["target"].tolist() for p in pieces] == [[0, 1], [2, 3], [4, 5]]
     assert all(p["labels"] is None for p in pieces)
 
@@ -229,7 +259,7 @@ def test_a_batch_of_another_size_is_refused(tmp_path):
 def test_validation_sees_the_average_in_eval_mode(tmp_path):
     model, seen = ToyModel(), []
 
-    def validate(step):
+    def validate(model):
         seen.append((model.training, model.head.weight.clone()))
         return {"validation_loss": 1.0}
 
@@ -237,7 +267,7 @@ def test_validation_sees_the_average_in_eval_mode(tmp_path):
     training, weight = seen[-1]
     assert not training
     assert torch.equal(weight, model.head.weight)  # the result is the average too
-    last = torch.load(tmp_path / "checkpoints" / "step_00000004.pt", weights_only=True)["objects"]
+    last = checkpoint.load(tmp_path / "checkpoints" / "step_00000004", {})
     assert torch.equal(last["ema"]["head.weight"], weight)
     assert not torch.equal(last["model"]["head.weight"], weight)
 
@@ -245,15 +275,15 @@ def test_validation_sees_the_average_in_eval_mode(tmp_path):
 def test_loss_scaling_skips_an_overflow_and_is_otherwise_without_effect():
     scaled, plain = (LikelihoodUpdate(ToyModel(), toy_batches(), toy_config()) for _ in range(2))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    assert scaled.state().objects.keys() == {"model", "optimizer", "scaler"}
+    assert scaled.state().objects.keys() == {"model", "optimizer", "scaler", "skipped"}
     figures = [update(0) for update in (scaled, plain)]
     torch.testing.assert_close(figures[0]["grad_norm"], figures[1]["grad_norm"])
     for a, b in zip(scaled.parameters, plain.parameters, strict=True):
         torch.testing.assert_close(a, b)
     before = [p.detach().clone() for p in scaled.parameters]
-    scaled.forward_backward(scaled.batches(1), 1)
+    figures = scaled.forward_backward(scaled.batches(1), 1)
     scaled.parameters[0].grad[0, 0] = math.inf
-    outcome = scaled.optimizer_step()
+    outcome = scaled.optimizer_step(1, figures)
     assert outcome["skipped"] == 1 and outcome["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(scaled.parameters, before, strict=True))
     assert scaled.scaler.get_scale() == 2.0**9

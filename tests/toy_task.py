@@ -1,4 +1,4 @@
-"""A tiny sequence task for the training tests; as a script, one run of it: toy_task.py OUT '{"num_steps": 8}'."""
+"""A tiny sequence task for the training tests; as a script, runs of it: toy_task.py OUT '{"num_steps": 8}' [OUT ...]."""
 
 import json
 import sys
@@ -21,16 +21,20 @@ class ToyModel(nn.Module):
             self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCAB)
         self.dropout, self.mask_rate = nn.Dropout(dropout), mask_rate
 
+    def noise(self, batch: dict[str, Tensor | None], generator: torch.Generator) -> dict[str, Tensor]:
+        shape = batch["target"].shape
+        return {"hidden": torch.rand(shape, generator=generator, device=generator.device) < self.mask_rate}
+
     def loss(
         self,
         target: Tensor,
         prefix: Tensor | None = None,
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
-        generator: torch.Generator | None = None,
+        hidden: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         seen = nn.functional.pad(target[:, :-1], (1, 0), value=VOCAB)  # (B, M)
-        hidden = torch.rand(seen.shape, generator=generator, device=seen.device) < self.mask_rate
+        hidden = torch.zeros_like(seen, dtype=torch.bool) if hidden is None else hidden
         x = self.embed(seen.masked_fill(hidden, VOCAB))  # (B, M, D)
         x = x if labels is None else x + self.label(labels)[:, None]
         logits = self.head(self.dropout(self.norm(x)))  # (B, M, V)
@@ -70,18 +74,75 @@ def run_toy(out: Path, *, labelled: bool = True, step_seconds: float = 0.0, **ch
     return model
 
 
+def run_sequence(out: Path, *, masked: bool = False, step_seconds: float = 0.0, **changes) -> nn.Module:
+    """Train a real sequence model, small and without dropout, into `out` and return it."""
+    import time
+
+    from digit.models.sequence import SequenceConfig, SequenceModel
+    from digit.training.likelihood import train_likelihood
+
+    shape = {"depth": 2, "embed_dim": 16, "num_heads": 2, "norm": "pre", "dropout": 0.0}
+    torch.manual_seed(7)
+    tokens = {"vocab_size": VOCAB, "target_len": LENGTH, "num_classes": CLASSES, "label_dropout": 0.2}
+    model = SequenceModel(SequenceConfig(masked=masked, **tokens, **shape))
+    cfg = toy_config(**changes)
+    batches = toy_batches(cfg.batch_size)
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        batch = toy_batches(16)(10_000)
+        noise = model.noise(batch, torch.Generator().manual_seed(0))
+        return {"val_nll": float(model.loss(**batch, **noise)[1]["nll"])}
+
+    slow = lambda step: (time.sleep(step_seconds), batches(step))[1]  # noqa: E731
+    return train_likelihood(model, slow, cfg, out, validate=validate)[0]
+
+
+def run_gan(out: Path, **changes) -> nn.Module:
+    """Train a tiny VQGAN into `out` and return it."""
+    from digit.models.vqgan import VQGAN, VQGANConfig
+    from digit.training.gan import GANConfig, train_vqgan
+
+    sizes = {"resolution": 16, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 2}
+    run = {"num_steps": 8, "batch_size": 4, "warmup_steps": 2, "codebook_start": 2, "adversarial_start": 4}
+    run |= {"adversarial_ramp": 2, "restart_every": 2, "perceptual": "none", "discriminator_channels": 4}
+    run |= {"bf16": False, "log_every": 1, "save_every": 4, "tensorboard": False}
+    torch.manual_seed(0)
+    vqgan = VQGAN(VQGANConfig(z_channels=4, vocab_size=16, **sizes))
+
+    def batches(step: int) -> Tensor:
+        colours = torch.randint(0, 200, (4, 3, 1, 1), generator=torch.Generator().manual_seed(step))
+        images = colours.expand(4, 3, 16, 16).clone()
+        images[:, :, 4:10, 6:12] = 255 - images[:, :, 4:10, 6:12]
+        return images.to(torch.uint8)
+
+    train_vqgan(vqgan, batches, GANConfig(**run | changes), out)
+    return vqgan
+
+
+TASKS = {"toy": run_toy, "sequence": run_sequence, "gan": run_gan}
+
+
+def run_task(out: Path, changes: dict) -> nn.Module:
+    """The task that `changes` name, the toy by default, with the other changes."""
+    changes = dict(changes)
+    return TASKS[changes.pop("task", "toy")](out, **changes)
+
+
 if __name__ == "__main__":
-    from digit.errors import DigitError
-    from digit.training import distributed
+    from digit import ranks
+    from digit.errors import DigitError, Stopped
 
     torch.set_num_threads(1)
-    distributed.start("cpu")
+    ranks.start("cpu")
     try:
-        trained = run_toy(Path(sys.argv[1]), **json.loads(sys.argv[2]))
-        if distributed.is_main():
-            torch.save(trained.state_dict(), Path(sys.argv[1]) / "weights.pt")
-        distributed.stop(together=True)
+        for out, changes in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            trained = run_task(Path(out), json.loads(changes))
+            if ranks.is_main():
+                torch.save(trained.state_dict(), Path(out) / "weights.pt")
+        ranks.stop(together=True)
     except DigitError as error:
         sys.exit(f"DigitError: {error}")
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
     finally:
-        distributed.stop()
+        ranks.stop()

@@ -1,8 +1,23 @@
 """Errors that are the user's to mend: one line that says what, got, wanted and the next step. The CLI exits with 2."""
 
 
+MAX_CHARACTERS = 1500
+
+
 class DigitError(Exception):
-    """A mistake or a fault outside the program; its text is one line meant for a person."""
+    """A mistake or a fault outside the program; its text is one line meant for a person.
+
+    Names and values that it quotes may come from a stranger's file: characters that would end the line or steer a
+    terminal are spelled out, and the middle of an endless one is left out.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > MAX_CHARACTERS:
+            text = f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class BadImageError(DigitError):
@@ -11,3 +26,7 @@ class BadImageError(DigitError):
 
 class MismatchError(DigitError):
     """Two artefacts do not belong together; the text names both values."""
+
+
+class Stopped(Exception):
+    """The work was asked to stop (SIGINT, SIGTERM) and everything is saved: no mistake. The CLI exits with 0."""

@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,7 @@ def cache_folder() -> Path:
 
 
 REFUSALS = (
-    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
+    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
 )  # fmt: skip
 
 
@@ -52,9 +54,41 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DigitError(f"disk full while writing {path}: free some space and run again, work goes on") from error
+        if error.errno == errno.EROFS:
+            hint = "make it writable and run again, work goes on, or choose another --out"
+            raise DigitError(f"cannot write {path}: {error.strerror}; {hint}") from error
         if error.errno in REFUSALS:
             raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
         raise
+
+
+def require_space(folder: str | Path, needed: int, what: str) -> None:
+    """Raise DigitError now where the file system of `folder` has less than `needed` bytes free for `what`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DigitError(
+            f"disk full: {what} takes {format_bytes(needed)} and {folder} has {format_bytes(free)} free: "
+            "free some space and run again, work goes on"
+        )
+
+
+def format_bytes(count: float) -> str:
+    """3_400_000 -> '3.2 MiB'."""
+    units = ("B", "KiB", "MiB", "GiB")
+    power = min(len(units) - 1, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.{1 if power else 0}f} {units[power]}"
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Bring the names in a folder to the disk, where the system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -66,7 +100,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".aside{path.suffix}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -77,6 +111,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.aside(\.[^.]+)?")  # what `atomic_path` has not renamed yet
+
+
+def remove_leftovers(*folders: str | Path) -> None:
+    """Remove what killed writers left of files they had begun; call it where nobody else writes (`lock_folder`)."""
+    for folder in map(Path, folders):
+        for path in folder.glob(".*.aside*"):  # nothing where the folder is missing
+            if ASIDE.fullmatch(path.name):
+                with suppress(OSError):  # a disk that cannot be written shows where the work writes
+                    path.unlink()
 
 
 def _umask() -> int:
@@ -110,11 +156,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises DigitError where the file is missing or is no JSON."""
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a folder, a pipe, an endless device
+            raise ValueError("it is no ordinary file")
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DigitError(f"cannot read {path} as JSON ({error}): delete it and make it again") from error
 
 
@@ -200,10 +249,12 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
     from safetensors.torch import load_file
 
     try:
+        if (path := Path(path)).exists() and not path.is_file():
+            raise ValueError("it is no ordinary file")
         return load_file(path)
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError, AttributeError, RuntimeError) as error:
         raise DigitError(f"{path} is no readable safetensors file ({error}): delete it and make it again") from error
 
 

@@ -6,23 +6,28 @@ OUT/vqgan/        stage vqgan         trained, or the carried asset
 OUT/tokens/       stage tokens        discriminative and VQ tokens of the same crops
 OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
 OUT/pipeline/     what DigitPipeline.from_pretrained reads
+
+Several ranks (torchrun) make a stage together, in a folder that all of them see. Whether a stage is there is for rank 0
+to say, and what all of them made is for rank 0 to write: a shared file system may show a file late.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from digit import ranks
 from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
-from digit.data.tokens import TokenStore, write_tokens
+from digit.data.tokens import TokenBatches, TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
 from digit.files import differences, plain, read_json, write_json
+from digit.lock import lock_folder
 from digit.manifest import load_sequence_model, save_sequence_model
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceModel, training_flops
@@ -44,7 +49,8 @@ RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manife
 # settings that change no result, or only what is drawn afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
-    r"|.*\.(log_every|save_every|keep_checkpoints|tensorboard|accumulate|checkpoint_activations|compile))"
+    r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
+    r"|parallel|max_skipped))"
 )
 
 
@@ -80,7 +86,7 @@ class Run:
         if len(self.source) < MIN_IMAGES:
             raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
         self._check_sizes()
-        self._claim_folder()
+        ranks.on_main(self._claim_folder)
 
     def _check_sizes(self) -> None:
         """Refuse now what would only show after hours."""
@@ -112,11 +118,12 @@ class Run:
         return len(self.source.classes) if self.recipe.class_conditional else 0
 
     def _claim_folder(self) -> None:
-        """Write config.json, or compare with the one that is there as far as results exist that it made."""
+        """Lock the folder; write config.json, or compare with what is there as far as results exist that it made."""
         wanted = {
             "recipe": asdict(self.recipe),
             "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }
+        lock_folder(self.out)
         path = self.out / "config.json"
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
         if path.exists() and any((self.out / result).exists() for result in made):
@@ -143,7 +150,7 @@ class Run:
     def codebook(self) -> Codebook:
         """Stage codebook."""
         folder = self.reuse.get("codebook", self.out / "codebook")
-        if not (folder / "codebook.json").exists():
+        if not ranks.on_main((folder / "codebook.json").exists):
             codebook = fit_codebook(
                 self.source,
                 replace(self.recipe.preprocess, path=self.recipe.codebook_path),
@@ -152,8 +159,10 @@ class Run:
                 subset=self.recipe.codebook_subset,
                 seed=self.recipe.seed,
                 max_bad_fraction=self.recipe.max_bad_fraction,
+                across_ranks=True,
+                folder=folder,
             )
-            codebook.save(folder)
+            ranks.on_main(lambda: codebook.save(folder))
         return Codebook.load(folder).to(self.device)
 
     @cached_property
@@ -165,7 +174,7 @@ class Run:
     def vq(self) -> VQTokenizer:
         """Stage vqgan."""
         folder = self.reuse.get("vqgan", self.out / "vqgan")
-        if not (folder / "vqgan.json").exists():
+        if not ranks.on_main((folder / "vqgan.json").exists):
             self._train_vqgan(folder)
         vq = VQTokenizer.load(folder)
         vq.vqgan.to(self.device)
@@ -188,7 +197,7 @@ class Run:
                 folder,
                 perceptual=self._encoder_distance() if recipe.vqgan_training.perceptual == "encoder" else None,
             )
-        VQTokenizer(vqgan).save(folder)
+        ranks.on_main(lambda: VQTokenizer(vqgan).save(folder))
 
     def _encoder_distance(self) -> EncoderDistance:
         """The perceptual distance in EfficientNet-Lite0's features; the judge is another network, Lite2."""
@@ -224,26 +233,30 @@ class Run:
         """Stage prior, renderer, renderer_masked, vq_ar or vq_masked: trained, or read where it is done."""
         folder = self.out / name
         tokens = {"tokenizer": self.tokenizer.fingerprint, "vqgan": self.vq.fingerprint}
-        if not (folder / "model.json").exists():
+        if not ranks.on_main((folder / "model.json").exists):
             torch.manual_seed(self.recipe.seed)
             model = SequenceModel(self.sequence_config(name)).to(self.device)
             if self.recipe.informed_start:
                 self._inform(name, model)
             cfg = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
-            validate = self.validation(name, model) if self.recipe.validation_fraction else None
+            validate = self.validation(name) if self.recipe.validation_fraction else None
             train_likelihood(
                 model, self.batches(name, cfg), cfg, folder,
                 about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
             )  # fmt: skip
-            write_json(folder / "metrics.json", last_figures(folder))
-            write_json(folder / "tokens.json", tokens)
-            save_sequence_model(model, folder, "model")
+            ranks.on_main(lambda: self._save_model(model, folder, tokens))
         for part, here, asked in differences(read_json(folder / "tokens.json"), tokens):
             raise MismatchError(
                 f"{folder} learnt tokens of {part} {here[:12]}, now {asked[:12]}: give that one, or delete {folder}"
             )
         return load_sequence_model(folder, "model").to(self.device)
+
+    @staticmethod
+    def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str]) -> None:
+        write_json(folder / "metrics.json", last_figures(folder))
+        write_json(folder / "tokens.json", tokens)
+        save_sequence_model(model, folder, "model")
 
     def _inform(self, name: str, model: SequenceModel) -> None:
         """Start a model's tables from what its tokens stand for."""
@@ -280,13 +293,13 @@ class Run:
         num_steps = round(total / (cost[name] * recipe.renderer_training.batch_size))
         return replace(recipe.renderer_training, num_steps=num_steps)
 
-    def batches(self, name: str, cfg: TrainConfig) -> Callable[[int], dict[str, Any]]:
+    def batches(self, name: str, cfg: TrainConfig) -> "ModelBatches":
         """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
         labelled = bool(self.sequence_config(name).num_classes)
         wanted = {"disc": not name.startswith("vq"), "vq": name != "prior", "labels": labelled}
         rows, names = np.flatnonzero(~self.held_out_rows()), [n for n, is_wanted in wanted.items() if is_wanted]
         read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
-        return lambda step: self._arguments(name, read(step), labelled)
+        return ModelBatches(read, partial(self._arguments, name, labelled=labelled))
 
     def _arguments(self, name: str, rows: dict[str, torch.Tensor], labelled: bool) -> dict[str, Any]:
         """Rows of the token store as keywords of `SequenceModel.loss`, not yet on the device."""
@@ -301,16 +314,16 @@ class Run:
             return np.zeros(len(images), dtype=bool)
         return images % max(2, round(1 / self.recipe.validation_fraction)) == 0
 
-    def validation(self, name: str, model: SequenceModel) -> Callable[[int], dict[str, float]]:
-        """step -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
+    def validation(self, name: str) -> Callable[[SequenceModel], dict[str, float]]:
+        """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
         rows = np.flatnonzero(self.held_out_rows())
         chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
-        batch = self._arguments(name, self.tokens.batch(chosen), bool(model.cfg.num_classes))
+        batch = self._arguments(name, self.tokens.batch(chosen), bool(self.sequence_config(name).num_classes))
         batch = {name: None if value is None else value.to(self.device) for name, value in batch.items()}
 
-        def validate(step: int) -> dict[str, float]:
-            generator = torch.Generator(self.device).manual_seed(0)
-            return {"val_nll": float(model.loss(**batch, generator=generator)[1]["nll"])}
+        def validate(model: SequenceModel) -> dict[str, float]:
+            noise = model.noise(batch, torch.Generator(self.device).manual_seed(0))
+            return {"val_nll": float(model.loss(**batch, **noise)[1]["nll"])}
 
         return validate
 
@@ -343,12 +356,26 @@ class Run:
         ]
 
 
+@dataclass(frozen=True)
+class ModelBatches:
+    """`batches(step)` -> keywords of a model's loss; `batches.rows(step)` -> the rows of the token store in it."""
+
+    read: TokenBatches
+    arguments: Callable[[dict[str, torch.Tensor]], dict[str, Any]]
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.arguments(self.read(step))
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.read.rows(step)
+
+
 def fit(run: Run) -> DigitPipeline:
     """Run every stage that is not done and write OUT/pipeline; returns the pipeline."""
     for _, make in run.stages():
         make()
     pipe = run.pipeline()
-    pipe.save_pretrained(run.out / "pipeline")
+    ranks.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
 
 

@@ -1,6 +1,6 @@
 """The folder of a pipeline: pipeline.json beside encoder/, codebook/, vqgan/, prior.* and renderer.*."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,14 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.files import load_tensors, read_json, save_tensors, write_json
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.config import SamplingConfig
+from digit.settings import from_json
 
 FORMAT_VERSION = 1
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_WEIGHT = 1e6  # trained ones stay below 100; a flipped bit of an exponent makes 1e38, and NaN of all that follows
 MANIFEST = "pipeline.json"
+CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
 
 
 def find_pipeline(folder: str | Path) -> Path:
@@ -28,7 +32,7 @@ def find_pipeline(folder: str | Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """pipeline.json of a pipeline folder. Raises DigitError where it is of another version or no object."""
+    """pipeline.json of a pipeline folder. Raises DigitError where it is of another version, or damaged."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict):
         raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object): make the pipeline again")
@@ -36,6 +40,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DigitError(
             f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
         )
+    odd = [name for name, kind in CONTENT.items() if not isinstance(manifest.get(name), kind)]
+    odd += [name for name in ("parts", "classes") if name not in odd and not all(isinstance(n, str) for n in manifest[name])]
+    if odd:
+        raise DigitError(f"{folder / MANIFEST} is damaged ({', '.join(odd)}): make the pipeline again")
+    from_json(PreprocessConfig, manifest["preprocess"], f"{folder / MANIFEST}: preprocess")
+    from_json(SamplingConfig, manifest["sampling"], f"{folder / MANIFEST}: sampling")
     return manifest
 
 
@@ -55,7 +65,7 @@ def write_manifest(
 
 def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
     """The SamplingConfig of a manifest."""
-    return SamplingConfig(**saved | {stage: StageSampling(**saved[stage]) for stage in ("prior", "renderer")})
+    return from_json(SamplingConfig, saved, f"sampling in {MANIFEST}")
 
 
 def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
@@ -65,13 +75,24 @@ def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
 
 
 def load_sequence_model(folder: Path, name: str) -> SequenceModel:
-    """Read what `save_sequence_model` wrote; weights are mapped, not copied."""
-    with torch.device("meta"):
-        model = SequenceModel(SequenceConfig(**read_json(folder / f"{name}.json")))
+    """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError where they do not fit."""
+    about, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
+    cfg, state = from_json(SequenceConfig, read_json(about), str(about)), load_tensors(weights)
+    require_weights(state, str(weights))
     try:
-        model.load_state_dict(load_tensors(folder / f"{name}.safetensors"), strict=True, assign=True)
-    except RuntimeError as error:
-        raise DigitError(
-            f"{folder / name}.safetensors does not fit {name}.json: {' '.join(str(error).split())}"
-        ) from error
+        with torch.device("meta"):
+            model = SequenceModel(cfg)
+        model.load_state_dict(state, strict=True, assign=True)
+    except (RuntimeError, ValueError, OverflowError) as error:  # sizes beyond any tensor, other names or shapes
+        raise DigitError(f"{weights} does not fit {about.name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
+
+
+def require_weights(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise DigitError for what is no floating-point number, NaN, or far from any weight: it would draw no token."""
+    for name, tensor in state.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, no floating point: make it again")
+        low, high = (float(edge) for edge in torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
+        if not -MAX_WEIGHT <= low <= high <= MAX_WEIGHT:  # false for NaN too
+            raise DigitError(f"{source} is damaged: {name} holds {low:g} to {high:g}: make it again")

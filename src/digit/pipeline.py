@@ -175,6 +175,7 @@ class DigitPipeline:
         labels: Sequence[int] | int | None = None,
         seed: int = 0,
         start: int = 0,
+        end: int | None = None,
         **sampling: Any,
     ) -> Iterator[Drawn]:
         """Draw batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
@@ -183,16 +184,18 @@ class DigitPipeline:
             num: how many; by default one a label.
             labels: class numbers, repeated in turn up to `num`; None draws all classes evenly.
             seed: of image 0.
-            start: image to begin with, a multiple of the batch size: the batches from there on are those of a stream
-                from 0, bit for bit.
+            start, end: draw images `start` .. `end - 1` of these, by default all. Both are multiples of the batch size,
+                or end is `num`: the batches are those of the whole stream, bit for bit, so that machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
         wanted, cfg = Wanted(seed=seed, labels=self.labels(num, labels)), self.sized(self.settings(**sampling))
-        if start % cfg.batch_size or start < 0:
-            raise DigitError(f"start is {start}: give a multiple of the batch size {cfg.batch_size}")
-        return self._draw(wanted, cfg, start)
+        last = len(wanted.labels) if end is None else min(end, len(wanted.labels))
+        for name, place in (("start", start), ("end", end or 0)):
+            if place < 0 or (place % cfg.batch_size and place < len(wanted.labels)):
+                raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
+        return self._draw(wanted, cfg, start, last)
 
     def generate(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
@@ -286,9 +289,11 @@ class DigitPipeline:
         nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
-    def _draw(self, wanted: Wanted, cfg: SamplingConfig, start: int = 0, *, pixels: bool = True) -> Iterator[Drawn]:
-        """The batches from image `start` on; everything stays on the device until a batch is done."""
-        num, prefix_len = len(wanted.labels), self.renderer.cfg.prefix_len
+    def _draw(
+        self, wanted: Wanted, cfg: SamplingConfig, start: int = 0, end: int | None = None, *, pixels: bool = True
+    ) -> Iterator[Drawn]:
+        """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
+        num, prefix_len = len(wanted.labels) if end is None else end, self.renderer.cfg.prefix_len
         draw_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
         draw_vq = self._stage(self.renderer, cfg.renderer, cfg)
         with Progress("sample", num, done=start) as bar:

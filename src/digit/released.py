@@ -24,8 +24,8 @@ from digit.convert.vit_checkpoints import FORMATS, convert_vit, guess_family, in
 from digit.convert.vqgan import convert_state, find_state
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
-from digit.files import disk_errors, read_json, sha256_tensors
-from digit.manifest import MANIFEST, read_sampling, write_manifest
+from digit.files import disk_errors, sha256_tensors
+from digit.manifest import MANIFEST, read_manifest, read_sampling, write_manifest
 from digit.models.vit import SIZES, ViTConfig
 from digit.pipeline import PARTS, DigitPipeline, SamplingConfig, StageSampling
 from digit.progress import Progress
@@ -93,11 +93,10 @@ class Folder:
             raise DigitError(f"{out} is the folder of a `digit fit` run: choose another --out")
         self.out, self.manifest = out, {}
         if (out / MANIFEST).exists():
-            self.manifest = read_json(out / MANIFEST)
-        parts = self.manifest.get("parts", []) if isinstance(self.manifest, dict) else None
-        if not isinstance(parts, list) or not set(map(str, parts)) <= set(ORDER):
+            self.manifest = read_manifest(out)
+        self.parts: list[str] = self.manifest.get("parts", [])
+        if not set(self.parts) <= set(ORDER):
             raise DigitError(f"{out / MANIFEST} is damaged: delete it, or choose another --out")
-        self.parts: list[str] = parts
 
     def read(self, name: str) -> Any:
         """Encoder, codebook or VQGAN of the folder, or None."""

@@ -4,10 +4,13 @@
     FOLDER/grid.png         the first 256
     FOLDER/tokens.npz       disc (num, N) where there is a prior, vq (num, M), labels (num,), int32
     FOLDER/samples.json     labels, classes and the request that fixes every byte; written last: the folder is whole
-    FOLDER/journal.json     while drawing: the request, and how many images are done (beside NAME.partial.npy)
+    FOLDER/journal.json     while drawing: the request, and which images are done (beside NAME.partial.npy)
+    FOLDER/journal.R.json   which ones rank R has added since
 
-Threads write the PNGs of a batch while the next one is drawn; no more than three batches are in memory. The files end
-byte-identical to those of a drawing that was never killed, on the same kind of device.
+Threads write the PNGs of a batch while the next one is drawn; no more than three batches are in memory. Several
+processes (ranks) draw a share each of the batches that are missing, into one folder that all of them see. The files end
+byte-identical to those of one process that was never killed, on the same kind of device: batches begin at multiples of
+the batch size, whoever draws them.
 """
 
 import os
@@ -25,21 +28,33 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from digit import __version__, pictures
+from digit import __version__, pictures, ranks
 from digit.data.rows import ArrayFile
 from digit.drawn import Drawn
-from digit.errors import DigitError, MismatchError
-from digit.files import atomic_path, differences, disk_errors, plain, read_json, sha256_tensors, write_json
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.files import atomic_path, differences, plain, sha256_tensors, write_json
+from digit.ledger import Ledger, Spans
+from digit.lock import lock_folder
 from digit.pipeline import DigitPipeline, SamplingConfig
+from digit.sample_journal import (
+    GRID,
+    JOURNAL,
+    NEEDLESS,
+    OTHER_FOLDER,
+    SAMPLES,
+    TOKENS,
+    clear,
+    listed,
+    read_ledger,
+    recorded,
+    void,
+)
+from digit.stop import StopSignals
 
 GRID_IMAGES = 256  # the first so many go into grid.png
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
 WAITING = 1  # batches that may be in the writers' hands while another is drawn
-GRID, TOKENS, SAMPLES, JOURNAL = "grid.png", "tokens.npz", "samples.json", "journal.json"
-OURS = re.compile(r"\d{5,}\.png|grid\.png|tokens\.npz|samples\.json|journal\.json|(disc|vq)\.partial\.npy")
-LEFT_BY_A_KILL = re.compile(rf"\.({OURS.pattern})\..+")  # what `atomic_path` had not renamed yet
 SHOWN_DIGITS, SHOWN_LETTERS = 12, 60  # of a hash, of any other value in a message
-OTHER_FOLDER = "choose another --out"
 
 
 def sample(
@@ -59,49 +74,90 @@ def sample(
             that it began with.
         overwrite: replace the images of another request; otherwise they are refused.
 
+    Several ranks call it together; rank 0 decides on the batch size and writes what all of them made.
+
     Raises:
         MismatchError: the folder holds images of another request; names the setting and both values.
         DigitError: a setting out of range, other images in the folder, a full disk (make room and run again).
+        Stopped: SIGINT or SIGTERM came; the batches at hand are written, and the same call goes on.
     """
     folder, classes = Path(folder), pipe.labels(num, labels)
-    cfg = pipe.settings(**sampling)
-    try:
-        there = recorded(folder)
-        if there is not None and cfg.batch_size is None:
-            cfg = replace(cfg, batch_size=there.get("batch_size"))
-        cfg = pipe.sized(cfg)
-        request = describe_request(pipe, len(classes), labels, seed, cfg)
-        if there is not None:
-            refuse_other(folder, there, request)
-    except DigitError:
-        if not overwrite:
-            raise
-        void(folder)
-        cfg = pipe.sized(pipe.settings(**sampling))
-        request = describe_request(pipe, len(classes), labels, seed, cfg)
+
+    def settle() -> tuple[SamplingConfig, dict[str, Any]]:
+        return settle_request(pipe, folder, len(classes), labels, seed, pipe.settings(**sampling), overwrite)
+
+    cfg, request = ranks.on_main(settle)
     lengths = {"vq": pipe.renderer.cfg.target_len}
     if pipe.renderer.cfg.prefix_len:
         lengths["disc"] = pipe.renderer.cfg.prefix_len
     names = [pipe.classes[k] if 0 <= k < len(pipe.classes) else None for k in classes.tolist()]
     whole = SampleFolder(folder, request, lengths, classes, names)
-    write_samples(whole, lambda start: pipe.stream(num, labels, seed, start, **vars(cfg)))
+    write_samples(whole, lambda start, end: pipe.stream(num, labels, seed, start, end, **vars(cfg)))
     return [whole.picture(i) for i in range(whole.num)]
 
 
-def write_samples(whole: "SampleFolder", draw: Callable[[int], Iterator[Drawn]]) -> None:
-    """Write what is missing of a folder; `draw(start)` gives the batches from image `start` on."""
-    if whole.finished:
+def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Drawn]]) -> None:
+    """Write what is missing of a folder, this rank its share; `draw(start, end)` gives the batches of these images.
+
+    Raises Stopped where a signal came before all was drawn, on any rank.
+    """
+    if ranks.on_main(lambda: whole.finished):
         return
     whole.begin()
+    with StopSignals() as signals:
+        if left := whole.share():
+            with whole, closing(each(left, draw)) as batches:
+                for batch in batches:
+                    whole.append(batch)
+                    if signals.asked:
+                        break
+                whole.settle(0)
+        whole.gather()
     if whole.done < whole.num:
-        with whole, closing(draw(whole.done)) as batches:
-            for batch in batches:
-                whole.append(batch)
-            whole.settle(0)
-    whole.finish()
+        raise Stopped(f"{whole.done} of {whole.num} images are drawn")
+    ranks.on_main(whole.finish)
+
+
+def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[Drawn]]) -> Iterator[Drawn]:
+    """The batches of several spans of images."""
+    for start, end in left:
+        yield from draw(start, end)
 
 
 # -------------------------------------------------------------------- request
+
+
+def settle_request(
+    pipe: DigitPipeline,
+    folder: Path,
+    num: int,
+    labels: Sequence[int] | int | None,
+    seed: int,
+    asked: SamplingConfig,
+    overwrite: bool,
+) -> tuple[SamplingConfig, dict[str, Any]]:
+    """How to draw, with a batch size, and the request it makes; what lies in the folder fits it, or is declared void.
+
+    Raises as `sample` does.
+    """
+    if (folder / JOURNAL).exists():
+        lock_folder(folder)  # before anything is made of journals that others may be writing
+    try:
+        there, cfg = recorded(folder), asked
+        if there is not None and cfg.batch_size is None and isinstance(size := there.get("batch_size"), int):
+            cfg = replace(cfg, batch_size=size)
+        cfg = pipe.sized(cfg)
+        request = describe_request(pipe, num, labels, seed, cfg)
+        if there is not None:
+            refuse_other(folder, there, request)
+    except DigitError:
+        if not overwrite:
+            raise
+        lock_folder(folder)
+        void(folder)
+        cfg = pipe.sized(asked)
+        request = describe_request(pipe, num, labels, seed, cfg)
+    return cfg, request
 
 
 def describe_request(
@@ -127,21 +183,6 @@ def describe_request(
     )
 
 
-def recorded(folder: Path) -> dict[str, Any] | None:
-    """The request whose images lie in a folder; None where there are none. Raises DigitError for foreign images."""
-    for name in (SAMPLES, JOURNAL):
-        if not (folder / name).exists():
-            continue
-        about = read_json(folder / name)
-        if not isinstance(about, dict) or not isinstance(about.get("request"), dict):
-            raise DigitError(f"{folder / name} names no request (an older version wrote it): {OTHER_FOLDER}")
-        return about["request"] if about.get("done") != 0 else None  # nothing done yet: another request may begin
-    foreign = [name for name in listed(folder) if OURS.fullmatch(name)]
-    if foreign:
-        raise DigitError(f"{folder} holds {min(foreign)} but no {SAMPLES}: {OTHER_FOLDER}")
-    return None
-
-
 def refuse_other(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise MismatchError that names a setting with both values where two requests differ."""
     for name, here, wanted in differences(there, asked):
@@ -159,35 +200,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ..."
 
 
-def listed(folder: Path) -> list[str]:
-    """Names in a folder; none where it does not exist."""
-    return os.listdir(folder) if folder.is_dir() else []
-
-
-def void(folder: Path) -> None:
-    """Declare that a folder holds nothing that counts: whatever comes in between, the next drawing may begin."""
-    write_json(folder / JOURNAL, {"request": {}, "done": 0})
-    (folder / SAMPLES).unlink(missing_ok=True)
-
-
-def clear(folder: Path) -> None:
-    """Remove what a drawing wrote, the journal last."""
-    void(folder)
-    for name in listed(folder):
-        if name != JOURNAL and (OURS.fullmatch(name) or LEFT_BY_A_KILL.fullmatch(name)):
-            (folder / name).unlink(missing_ok=True)
-    (folder / JOURNAL).unlink(missing_ok=True)
-
-
 # -------------------------------------------------------------------- files
 
 
 class SampleFolder:
-    """Files and journal of one drawing. The journal only ever names images whose files are on the disk.
-
-    Attributes:
-        done: images that are on the disk, a multiple of the batch size, or all.
-    """
+    """Files and journals of one drawing. A journal only ever names images whose files are on the disk."""
 
     def __init__(
         self,
@@ -200,7 +217,8 @@ class SampleFolder:
         """`request` has num, seed, batch_size and rounding at least; `lengths` are tokens an image by kind; `labels`
         (num,) and their `names` go into samples.json."""
         self.folder, self.request, self.labels, self.names = folder, request, labels, names
-        self.num, self.done = request["num"], 0
+        self.num, self.size = request["num"], request["batch_size"]
+        self.ledger = Ledger(request, self.num)
         paths = {name: folder / f"{name}.partial.npy" for name in lengths}
         self.arrays = {name: ArrayFile(path, (self.num, lengths[name]), "<i4") for name, path in paths.items()}
         self.opened: list[ArrayFile] = []
@@ -209,6 +227,11 @@ class SampleFolder:
     def picture(self, index: int) -> Path:
         """The file of an image; names sort as numbers do."""
         return self.folder / f"{index:0{max(5, len(str(self.num - 1)))}d}.png"
+
+    @property
+    def done(self) -> int:
+        """How many images are on the disk, as far as this rank knows."""
+        return len(self.ledger.done)
 
     @property
     def finished(self) -> bool:
@@ -222,24 +245,41 @@ class SampleFolder:
         return True
 
     def begin(self) -> None:
-        """Go on with the journal that is there, or begin one; raises DigitError now where the disk is too full."""
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        journal = self.folder / JOURNAL
-        if journal.exists() and (done := read_json(journal).get("done")):
-            names = set(listed(self.folder))
-            missing = (i for i in range(done) if self.picture(i).name not in names)
-            first, size = next(missing, done), self.request["batch_size"]
-            self.done = first if first == self.num else first // size * size
-            return
+        """Go on with the journals that are there, or begin one; raises DigitError now where the disk is too full."""
+        self.ledger = ranks.on_main(self._begin)
+
+    def _begin(self) -> Ledger:
+        lock_folder(self.folder)
+        if (self.folder / JOURNAL).exists() and len((there := read_ledger(self.folder)).done):
+            names, done = set(listed(self.folder)), Spans()
+            for first in range(0, self.num, self.size):
+                end = min(first + self.size, self.num)
+                if there.done.covers(first, end) and all(self.picture(i).name in names for i in range(first, end)):
+                    done.add(first, end)  # of the others some were deleted since: they are drawn again
+            ledger = Ledger(self.request, self.num, done)
+            ledger.save(self.folder / JOURNAL)
+            return ledger
         clear(self.folder)
-        self._save()
+        ledger = Ledger(self.request, self.num)
+        ledger.save(self.folder / JOURNAL)
         try:
             for array in self.arrays.values():
                 array.allocate()
         except DigitError:
             self._give_back()
             raise
+        return ledger
+
+    def share(self) -> list[tuple[int, int]]:
+        """This rank's share of the batches that are missing, as spans of images."""
+        missing = self.ledger.done.missing_blocks(self.num, self.size)
+        mine = [missing[place] for place in ranks.share(len(missing))]
+        return Spans((first, min(first + self.size, self.num)) for first in mine).spans
+
+    def gather(self) -> None:
+        """Learn what the other ranks have done; waits for them."""
+        for ledger in ranks.gather(self.ledger):
+            self.ledger.join(ledger)
 
     def __enter__(self) -> "SampleFolder":
         try:
@@ -265,23 +305,18 @@ class SampleFolder:
         """Enter a batch into the journal as soon as it is on the disk; one after another, in a thread of its own."""
         for future in writing:
             future.result()
-        if batch.first != self.done:
-            return  # the batch before failed
         for name, array in self.arrays.items():
             array.write(batch.first, batch.tokens[name].numpy())
             array.sync()
-        self.done = batch.first + len(batch)
-        self._save()
-
-    def _save(self) -> None:
-        write_json(self.folder / JOURNAL, {"request": self.request, "done": self.done})
+        self.ledger.done.add(batch.first, batch.first + len(batch))
+        self.ledger.save(self.folder / JOURNAL)
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         for pool in (self.writers, self.keeper):
             pool.shutdown(wait=True, cancel_futures=kind is not None)
         for array in self.opened:
             array.__exit__()
-        if kind is not None and not self.done:
+        if kind is not None and not self.done and ranks.world_size() == 1:
             self._give_back()
 
     def finish(self) -> None:
@@ -308,9 +343,8 @@ class SampleFolder:
 
     def _clean(self) -> None:
         """Remove what only an unfinished folder needs, and what a kill left half written."""
-        for name in listed(self.folder):
-            if name == JOURNAL or name.endswith(".partial.npy") or LEFT_BY_A_KILL.fullmatch(name):
-                (self.folder / name).unlink(missing_ok=True)
+        for name in filter(NEEDLESS.fullmatch, listed(self.folder)):
+            (self.folder / name).unlink(missing_ok=True)
 
 
 def write_picture(path: Path, batch: Drawn, row: int) -> None:

@@ -1,14 +1,21 @@
 """argv -> one call. A user's mistake ends in one line on stderr and exit code 2; only this package prints."""
 
+import json
 import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from digit import __version__
+from digit import __version__, ranks
 from digit.cli import measures, pictures, plans, runs, speed
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
-from digit.errors import DigitError
+from digit.errors import DigitError, Stopped
+from digit.lock import set_command
 from digit.machine import keep_freed_memory
+from digit.progress import quiet
 
 # each module registers its commands
 SECTIONS = {runs: "train", pictures: "look and draw", measures: "measure", speed: "speed", plans: "plan"}
@@ -35,7 +42,8 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, or stopped on request and saved; 2 a user's mistake, 130
+    interrupted before anything could be saved. Of several processes (torchrun, srun) one speaks for all."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         say(usage())
@@ -43,25 +51,91 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         say(__version__)
         return 0
+    keep_freed_memory()
+    set_command(same_command(argv))
     try:
-        command, rest = argv[0], argv[1:]
-        if command not in COMMANDS:
-            raise DigitError(f"no command named {command}: choose one of {', '.join(COMMANDS)}")
-        keep_freed_memory()
-        COMMANDS[command].run(make_parser(command), rest)
+        run_command(argv[0], argv[1:])
+    except Stopped as stopped:
+        say(f"{stopped}; go on with:\n  {same_command(argv)}")
     except DigitError as error:
-        sys.stderr.write(f"digit: {error}\n")
-        return 2
+        return fail(str(error), 2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        sys.stderr.write(f"digit: {error}\n")
-        return 2
+        return fail(str(error), 2)
     except KeyboardInterrupt:
-        sys.stderr.write("digit: interrupted; run the same command again to go on\n")
-        return 130
+        return fail("interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        if (lost := ranks.lost_peer(error)) is None:
+            if ranks.first_to_speak():
+                raise
+            return 1
+        return fail(f"{lost}: what was saved is whole, run the same command again to go on", 2)
     return 0
+
+
+def run_command(name: str, argv: list[str]) -> None:
+    """Run a command in this process, as one of several where several were started."""
+    if name not in COMMANDS:
+        raise DigitError(f"no command named {name}: choose one of {', '.join(COMMANDS)}")
+    asks_for_help = "-h" in argv or "--help" in argv
+    if ranks.launched_size() == 1 or asks_for_help:
+        return COMMANDS[name].run(make_parser(name), argv)
+    if not COMMANDS[name].ranks:
+        shared = ", ".join(other for other, c in COMMANDS.items() if c.ranks)
+        raise DigitError(
+            f"digit {name} runs as one process, {ranks.launched_size()} were started: these may be {shared}"
+        )
+    quiet(ranks.launched_rank() > 0)
+    ranks.start(given_device(argv))
+    COMMANDS[name].run(make_parser(name), argv)
+    ranks.stop(together=True)
+
+
+def given_device(argv: Sequence[str]) -> str | None:
+    """Value of --device, before there is a parser: the processes must meet first."""
+    for i, word in enumerate(argv):
+        if word.startswith("--device="):
+            return word.partition("=")[2]
+        if word == "--device" and i + 1 < len(argv):
+            return argv[i + 1]
+    return None
+
+
+def same_command(argv: Sequence[str]) -> str:
+    """What to type for the same work again."""
+    size = ranks.launched_size()
+    if size == 1:
+        return shlex.join(["digit", *argv])
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join(["srun", f"--ntasks={size}", "digit", *argv])
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = [f"--nnodes={size // local}"] if size > local else ["--standalone"]
+    return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "digit", *argv])
+
+
+def fail(text: str, code: int) -> int:
+    """Say what went wrong, if no other process has, and return the exit code."""
+    if first_message():
+        sys.stderr.write(f"digit: {text}\n")
+        report_to_launcher(text)
+    return code
+
+
+def first_message() -> bool:
+    """Whether this process is the one to say it: before they meet rank 0 speaks, later whoever fails first."""
+    if ranks.launched_size() == 1:
+        return True
+    return ranks.first_to_speak() if ranks.world_size() > 1 else ranks.launched_rank() == 0
+
+
+def report_to_launcher(text: str) -> None:
+    """Leave the message where torchrun looks for the first failure, for the summary that it prints."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 
 __all__ = ["COMMANDS", "main", "parse_labels"]

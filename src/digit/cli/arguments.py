@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.errors import DigitError
+from digit.ranks import launched_rank
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -31,6 +32,7 @@ class Command:
 
     run: Callable[["ArgumentParser", list[str]], None]
     example: str
+    ranks: bool = False  # whether several processes may share its work (torchrun, srun)
 
     @property
     def summary(self) -> str:
@@ -42,14 +44,17 @@ LISTS: set[str] = set()  # options that take several values
 COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`
 
 
-def command(name: str, example: str) -> Callable[[Callable], Callable]:
-    """Register `run(parser, argv)` under a name."""
+def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callable], Callable]:
+    """Register `run(parser, argv)` under a name; `ranks` where several processes may share its work."""
 
     def register(run: Callable) -> Callable:
-        COMMANDS[name] = Command(run, example)
+        COMMANDS[name] = Command(run, example, ranks)
         return run
 
     return register
+
+
+SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit {name} ..."
 
 
 def make_parser(name: str) -> "ArgumentParser":
@@ -59,10 +64,11 @@ def make_parser(name: str) -> "ArgumentParser":
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    several = SEVERAL.format(name=name) if COMMANDS[name].ranks else ""
     return ArgumentParser(
         prog=f"digit {name}",
         description=COMMANDS[name].summary,
-        epilog=f"example:\n  {COMMANDS[name].example}",
+        epilog=f"example:\n  {COMMANDS[name].example}{several}",
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=_help_formatter(argparse.RawDescriptionHelpFormatter),
@@ -93,14 +99,33 @@ def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
     try:
-        return parser.instantiate(parser.parse_args(bracketed(argv)))
+        args = parser.parse_args(bracketed(argv))
+        refuse_nulls(parser, args)
+        return parser.instantiate(args)
+    except UnicodeDecodeError as error:
+        raise DigitError(f"the settings file is no UTF-8 text ({error.reason}): save it as UTF-8") from error
+    except RecursionError as error:
+        raise DigitError("the settings are nested too deeply: give each as --NAME.FIELD, see --help") from error
     except ArgumentError as error:
         raise DigitError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+    except (TypeError, ValueError, OverflowError) as error:  # odd values in a settings file
+        reason = " ".join(str(error).split())[:200]
+        raise DigitError(f"a setting cannot be used ({reason}): see {parser.prog} --help") from error
+
+
+def refuse_nulls(parser: "ArgumentParser", args: Any) -> None:
+    """Raise DigitError for null where a setting needs a value: the parser lets it through in a nested group."""
+    for option in parser._actions:
+        optional = option.default is None or "None" in str(getattr(option, "_typehint", "")) or option.dest == "help"
+        if not optional and option.option_strings and args.get(option.dest, option.default) is None:
+            raise DigitError(f"{option.dest} is null: give it a value, or leave it out (see {parser.prog} --help)")
 
 
 def say(text: str) -> None:
-    """Print a result."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    """Print a result; one of several processes speaks for all."""
+    if launched_rank() == 0:
+        sys.stdout.write(text.rstrip("\n") + "\n")
+        sys.stdout.flush()
 
 
 def add_config(parser: "ArgumentParser", config: type) -> None:

@@ -28,6 +28,7 @@ DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
     "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and its kin\n"
     "  digit evaluate samples/ imagenet/val --inception pt_inception-2015-12-05-6726825d.pth\n"
     "  digit evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm --inception pt_inception-....pth",
+    ranks=True,
 )
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     """Score samples against a reference: Frechet distance (FID), inception score, KID, sFID, precision and recall.
@@ -53,7 +54,9 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     say(to_table(result))
 
 
-@command("statistics", "digit statistics photos/val --out val.npz      # then: digit evaluate samples/ val.npz")
+@command(
+    "statistics", "digit statistics photos/val --out val.npz      # then: digit evaluate samples/ val.npz", ranks=True
+)
 def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     """Keep a reference's statistics (mu, sigma, mu_s, sigma_s) as .npz, for `digit evaluate`."""
     from digit.measures.samples import EvaluateConfig
@@ -111,6 +114,7 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     "probe",
     "digit probe photos/train --test photos/val --from runs/photos --out probe/\n"
     "  digit probe DATA --split train --test_split test --from runs/cifar --out probe/",
+    ranks=True,
 )
 def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     """Probe the prior, the encoder and a trained VQ-only baseline with linear classifiers, layer by layer (Table 2)."""

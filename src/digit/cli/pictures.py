@@ -93,6 +93,7 @@ def sampling_changes(args: Any) -> dict[str, Any]:
     "sample",
     "digit sample --from runs/demo --num 64 --labels 0,3 --seed 0 --out samples/\n"
     "  digit sample --from DAMO-NLP-SG/DiGIT --variant large --num 8 --out samples/",
+    ranks=True,
 )
 def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     """Draw new images from a trained pipeline. Killed at any moment and run again, it goes on where it was."""
@@ -135,7 +136,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("info", "digit info                       # recipes\n  digit info runs/demo             # a pipeline")
 def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
-    """List recipes, or say what a run or pipeline folder holds."""
+    """List recipes, or say how far a run is and what to type next, or what a pipeline folder holds."""
     parser.add_argument("folder", nargs="?", default=None, help="run or pipeline folder; leave out to list the recipes")
     args = parse(parser, argv)
     if args.folder is None:
@@ -146,5 +147,10 @@ def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
         return
     from digit.pipeline import DigitPipeline
     from digit.report import describe
+    from digit.status import describe_run, is_run
 
-    say(describe(DigitPipeline.from_pretrained(args.folder)))
+    started = is_run(args.folder)
+    if started:
+        say(describe_run(args.folder))
+    if not started or (Path(args.folder) / "pipeline").is_dir():
+        say(describe(DigitPipeline.from_pretrained(args.folder)))

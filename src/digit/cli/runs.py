@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
+from digit import ranks
 from digit.cli.arguments import DATA_HELP, add_config, command, parse, read_config, say
 from digit.errors import DigitError
 
@@ -69,6 +70,7 @@ def make_run(args: Any, base: str) -> Any:
     "fit",
     "digit fit shapes --recipe demo --out runs/demo\n"
     "  digit fit photos/ --recipe small --out runs/photos --prior.depth 8",
+    ranks=True,
 )
 def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     """Images -> codebook, VQGAN, tokens, prior, renderer, pipeline, samples and report."""
@@ -78,11 +80,11 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.report import write_report
 
     pipe = fit(run)
-    page = write_report(run, pipe)
+    page = ranks.on_main(lambda: write_report(run, pipe))
     say(f"done: open {page}; draw more with: digit sample --from {run.out} --num 64 --out samples")
 
 
-@command("codebook", "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048")
+@command("codebook", "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048", ranks=True)
 def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
     base = add_run_arguments(parser, argv)
@@ -91,7 +93,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
 
-@command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos")
+@command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos", ranks=True)
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image (makes codebook and VQGAN first where they are missing)."""
     base = add_run_arguments(parser, argv)
@@ -107,6 +109,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     "train",
     "digit train prior photos/ --recipe small --out runs/photos\n"
     "  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
+    ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""

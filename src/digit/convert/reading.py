@@ -18,6 +18,9 @@ from digit.errors import DigitError
 from digit.files import Stacked
 
 MAX_LISTED = 8  # names per error line
+MAX_NAME = 100  # characters of one of them
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_INFLATION = 20  # times its size that a compressed archive may unpack to; weights hardly shrink
 NUMPY_NUMBERS = [  # fairseq's meters may hold some; none of these builds anything but a number
     np.dtype,
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
@@ -57,7 +60,11 @@ def is_stored(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        entries = archive.infolist()
+    size = path.stat().st_size
+    if (unpacked := sum(entry.file_size for entry in entries)) > MAX_INFLATION * size:
+        raise ValueError(f"{size} bytes that unpack to {unpacked}: a decompression bomb?")
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def blocked_global(message: str) -> str | None:
@@ -78,13 +85,24 @@ def require_state(state: Any, source: str) -> dict[str, Tensor]:
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise DigitError(f"{source}: {listed(odd)} should be tensors and are something else: is it the right file?")
+    if hollow := [name for name, tensor in state.items() if not is_backed(tensor)]:
+        raise DigitError(f"{source}: the file does not hold the numbers of {listed(hollow)}: download it again")
     return dict(state)
 
 
+def is_backed(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, in memory, and has a number in the file for each of its elements.
+
+    A view that repeats one number (stride 0) takes no room in a file, and terabytes once something is computed from it.
+    """
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
 def check_tensors(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise DigitError unless all are dense floating-point tensors without NaN and Inf; lists those that are not."""
-    odd = [f"{n} ({t.dtype})" for n, t in state.items() if not t.is_floating_point() or t.layout != torch.strided]
-    if odd:
+    """Raise DigitError unless all are floating-point tensors without NaN and Inf; lists those that are not."""
+    if odd := [f"{name} ({tensor.dtype})" for name, tensor in state.items() if tensor.dtype not in WEIGHT_DTYPES]:
         raise DigitError(f"{source}: weights should be floating point, these are not: {listed(odd)}")
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise DigitError(f"{source}: NaN or Inf in {listed(broken)}: download it again")
@@ -125,7 +143,7 @@ def check_state(state: "Mapping[str, Tensor | Stacked]", model: nn.Module, sourc
 
 def listed(names: list[str]) -> str:
     """'a, b, ... (12 in all)'."""
-    shown = ", ".join(names[:MAX_LISTED])
+    shown = ", ".join(name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names[:MAX_LISTED])
     return shown if len(names) <= MAX_LISTED else f"{shown}, ... ({len(names)} in all)"
 
 

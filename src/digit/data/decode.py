@@ -5,6 +5,7 @@ Colour profiles (ICC) are ignored, as in the released code (PIL convert).
 
 import io
 import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -64,7 +65,11 @@ def _formats() -> tuple[str, ...]:
 
 
 def _stream(data: bytes | str | Path) -> IO[bytes]:
-    return io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb")
+    if isinstance(data, bytes):
+        return io.BytesIO(data)
+    if not stat.S_ISREG(os.stat(data).st_mode):
+        raise OSError("no ordinary file")  # a pipe would be waited for, a device never ends
+    return open(data, "rb")
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from digit.data.decode import EXTENSIONS, decode_image
-from digit.data.source import ImageSource, SubsetSource, file_digest, index_classes
+from digit.data.source import ImageSource, SubsetSource, file_digest, index_classes, readable
 from digit.errors import DigitError
 
 __all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
@@ -63,7 +63,11 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
 
 
 def _open_path(path: Path, split: str | None) -> ImageSource:
-    if not path.exists():
+    try:
+        found = path.exists()
+    except (OSError, ValueError) as error:  # a name too long, a zero byte
+        raise DigitError(f"{path} cannot be opened ({error}); wanted {WANTED}") from error
+    if not found:
         raise DigitError(f"no such path: {path}; wanted {WANTED}")
     if path.is_dir():
         return _open_folder(path, split)
@@ -155,17 +159,15 @@ def walk_files(root: Path) -> Iterator[tuple[str, int]]:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                pending.append(name)
-            elif entry.is_file():
-                yield name, entry.stat().st_size
-            elif entry.is_symlink():
-                yield name, 0  # points nowhere: found bad, with its name, when it is read
-
-
-def readable(path: str | Path) -> str:
-    """A path as text that JSON can hold: bytes that are no UTF-8 are spelled out."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+            try:
+                if entry.is_dir():
+                    pending.append(name)
+                elif entry.is_file():
+                    yield name, entry.stat().st_size
+                elif entry.is_symlink():
+                    yield name, 0  # points nowhere: found bad, with its name, when it is read
+            except OSError:  # a link that leads back to itself, a folder that may not be entered
+                yield name, 0
 
 
 class FolderSource(ImageSource):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.source import ImageSource, file_digest, index_classes
+from digit.data.source import ImageSource, file_digest, index_classes, readable
 from digit.errors import BadImageError, DigitError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "class", "cls")
 CACHE_BYTES = 2**28  # row groups kept in memory, per process
+BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a column chunk this large that unpacks to so many times its size is a bomb
 
 
 class ParquetSource(ImageSource):
@@ -28,11 +29,13 @@ class ParquetSource(ImageSource):
     """
 
     def __init__(self, root: Path, files: list[Path]):
-        self.name, self.files = str(root), files
+        self.name, self.files = readable(root), files
         self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
         metas = [_open(file) for file in files]
         schema = metas[0].schema_arrow
         self.image_column = _find_image(files[0], schema)
+        for file, meta in zip(files, metas, strict=True):
+            _refuse_bomb(file, meta.metadata, self.image_column)
         self.label_column, names = _find_label(schema)
         groups = [(f, g, meta.metadata.row_group(g).num_rows) for f, meta in enumerate(metas)
                   for g in range(meta.num_row_groups)]  # fmt: skip
@@ -51,20 +54,25 @@ class ParquetSource(ImageSource):
             return [], np.full(len(self), -1, dtype=np.int64)
         values: list[Any] = []
         for file, meta in zip(self.files, metas, strict=True):
-            values += _guard(file, lambda meta=meta: meta.read(columns=[self.label_column])).column(0).to_pylist()
+            _refuse_bomb(file, meta.metadata, self.label_column)
+            found = _guard(file, lambda meta=meta: meta.read(columns=[self.label_column], use_threads=False))
+            values += _only_column(file, found, self.label_column, meta.metadata.num_rows).to_pylist()
+        if odd := next((v for v in values if v is not None and not isinstance(v, int | str)), None):
+            raise DigitError(f"{self.name}: column {self.label_column} holds {odd!r}, wanted a whole number or a name")
         if names is None:
             return index_classes(values)
-        labels = np.array([-1 if value is None else value for value in values], dtype=np.int64)
-        if labels.max() >= len(names) or labels.min() < -1:
-            raise DigitError(f"{self.name}: labels {labels.min()}..{labels.max()}, but {len(names)} class names")
-        return names, labels
+        numbers = [-1 if value is None else value for value in values]
+        odd = next((n for n in numbers if isinstance(n, str) or not -1 <= n < len(names)), None)
+        if odd is not None:
+            raise DigitError(f"{self.name}: column {self.label_column} holds {odd!r}, but {len(names)} class names")
+        return names, np.array(numbers, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def key(self, index: int) -> str:
         file = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return f"{self.short_names[file]} row {index - int(self.starts[file])}"
+        return readable(f"{self.short_names[file]} row {index - int(self.starts[file])}")
 
     def labels(self) -> np.ndarray:
         return self._labels
@@ -73,10 +81,10 @@ class ParquetSource(ImageSource):
         group = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[group - 1]) if group else 0)
         try:
-            data = self._column(group)[row].as_py()
+            data = _guard(self.files[self.groups[group][0]], lambda: self._column(group)[row].as_py())
         except DigitError as error:
             raise BadImageError(str(error)) from error
-        if data is None:
+        if not isinstance(data, bytes):  # never a path: decode_image would open it
             raise BadImageError(f"{self.key(index)}: no image bytes (only a path?)")
         return data
 
@@ -96,11 +104,12 @@ class ParquetSource(ImageSource):
 
     def _load(self, group: int) -> "pa.Array":
         file, number = self.groups[group]
+        path = self.files[file]
         if file not in self._handles:
-            self._handles[file] = _open(self.files[file])
+            self._handles[file] = _open(path)
         handle, name = self._handles[file], self.image_column
-        table = _guard(self.files[file], lambda: handle.read_row_group(number, columns=[name], use_threads=False))
-        column = table.column(0).combine_chunks()
+        table = _guard(path, lambda: handle.read_row_group(number, columns=[name], use_threads=False))
+        column = _only_column(path, table, name, handle.metadata.row_group(number).num_rows).combine_chunks()
         column = column.chunk(0) if hasattr(column, "chunk") else column
         return column.field(0) if column.type.num_fields else column
 
@@ -122,7 +131,7 @@ def _guard(file: Path, action: Any) -> Any:
 
     try:
         return action()
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:200]
         raise DigitError(f"{file} cannot be read as Parquet ({text}): fetch it again") from error
 
@@ -130,15 +139,39 @@ def _guard(file: Path, action: Any) -> Any:
 def _open(file: Path) -> Any:
     import pyarrow.parquet as pq
 
-    return _guard(file, lambda: pq.ParquetFile(file))
+    handle = _guard(file, lambda: pq.ParquetFile(file))
+    _guard(file, lambda: handle.schema_arrow)
+    return handle
+
+
+def _only_column(file: Path, table: "pa.Table", name: str, rows: int) -> "pa.ChunkedArray":
+    """The one column that was asked for. Raises DigitError where the file has none of that name, two, or other rows."""
+    if table.num_columns != 1 or len(table) != rows:
+        got = f"{table.num_columns} columns {name} of {len(table)} rows"
+        raise DigitError(f"{file} has {got}, wanted one of {rows}: its parts differ, or it is damaged")
+    return table.column(0)
+
+
+def _refuse_bomb(file: Path, metadata: Any, column: str) -> None:
+    """Raise DigitError where a column would unpack to far more than labels or encoded images ever do."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            chunk = group.column(place)
+            packed, whole = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if chunk.path_in_schema == column and whole > max(BOMB_BYTES, BOMB_RATIO * packed):
+                raise DigitError(
+                    f"{file}: {column} unpacks from {packed} to {whole} bytes (a decompression bomb?): refused"
+                )
 
 
 def _find_image(file: Path, schema: "pa.Schema") -> str:
     """The column of encoded images, to be read as 'name.bytes': by type, usual names first."""
     import pyarrow as pa
 
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    binary = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
+               and _is_binary(f.type.field("bytes").type)]  # fmt: skip
+    binary = [f.name for f in schema if _is_binary(f.type)]
     for name in sorted(structs, key=lambda name: name.lower() not in IMAGE_NAMES):
         return f"{name}.bytes"
     for name in binary:
@@ -146,6 +179,12 @@ def _find_image(file: Path, schema: "pa.Schema") -> str:
             return name
     have = ", ".join(f"{field.name}: {field.type}" for field in schema)
     raise DigitError(f"{file} has no image column {{bytes, path}}; its columns are {have}")
+
+
+def _is_binary(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _find_label(schema: "pa.Schema") -> tuple[str | None, list[str] | None]:
@@ -160,8 +199,8 @@ def _find_label(schema: "pa.Schema") -> tuple[str | None, list[str] | None]:
     usable = [field.name for field in schema if any(test(field.type) for test in simple)]
     for name in (*LABEL_NAMES, *named):
         if name in usable:
-            integers = pa.types.is_integer(schema.field(name).type)
-            return name, [str(text) for text in named[name]] if name in named and integers else None
+            integers = pa.types.is_integer(schema.field(schema.names.index(name)).type)
+            return name, [readable(str(text)) for text in named[name]] if name in named and integers else None
     return None, None
 
 
@@ -169,6 +208,6 @@ def _features(schema: "pa.Schema") -> dict[str, Any]:
     """The 'features' of the metadata that the datasets library writes; {} where there is none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         return {}
     return features if isinstance(features, dict) else {}

@@ -13,6 +13,8 @@ from PIL import Image
 from digit.data.decode import decode_image
 from digit.errors import DigitError
 
+MAX_DIGITS = 18  # of a label that counts as a number; int() refuses thousands of them
+
 
 @runtime_checkable
 class ImageSource(Protocol):
@@ -121,6 +123,14 @@ def digest(parts: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
+def readable(name: str | Path) -> str:
+    """A path or name as text that JSON can hold: bytes, and halves of characters, that are no UTF-8 are spelled out."""
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:
+        return str(name).encode("utf-8", "backslashreplace").decode()
+
+
 def file_digest(files: Iterable[tuple[str, int]]) -> str:
     """SHA-256 over (path relative to the root, size in bytes) of files; where the root lies does not matter."""
     return digest(part for name, size in files for part in (os.fsencode(name), str(size).encode()))
@@ -137,8 +147,8 @@ def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> t
     order = sorted(set(meaning.values()))
     place = {name: index for index, name in enumerate(order)}
     look_up = {value: place[meaning[value]] for value in known}
-    return [str(name) for name in order], np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
+    return [readable(str(name)) for name in order], np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
 
 
 def _is_integer(value: int | str) -> bool:
-    return isinstance(value, int) or value.removeprefix("-").isdecimal()
+    return isinstance(value, int) or (len(value) <= MAX_DIGITS and value.removeprefix("-").isdecimal())

@@ -6,29 +6,38 @@
     FOLDER/manifest.json  what made them; written last, so a folder with a manifest is whole
     FOLDER/journal.json   while writing: the request, the rows that are done, the rows to drop (beside NAME.partial.npy)
 
-A run that is killed at any moment goes on at the last journal entry, and its files end byte-identical to those of a run
-that was never killed (same batch size). Row r is crop r % crops_per_image of image r // crops_per_image, less the rows
-of images that could not be read.
+Several ranks (torchrun) write their rows into the same files, on a file system that all of them see. A run that is
+killed at any moment goes on at the last journal entries, on any number of ranks, and its files end byte-identical to
+those of one rank that was never killed (same batch size, same kind of device). Row r is crop r % crops_per_image of
+image r // crops_per_image, less the rows of images that could not be read.
 """
 
 import hashlib
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from digit.data.rows import AGAIN, ArrayFile, copy_rows, open_array
-from digit.errors import DigitError, MismatchError
+from digit import ranks
+from digit.data.rows import AGAIN, ArrayFile, check_range, copy_rows, crc32_file, open_array
+from digit.errors import DigitError, MismatchError, Stopped
 from digit.files import disk_errors, plain, read_json, write_json
+from digit.ledger import Ledger, Spans, collect, discard
 from digit.progress import Progress
+from digit.settings import from_json
+from digit.stop import StopSignals
 
 if TYPE_CHECKING:
     import torch
 
+    from digit.data.loader import CropBatch, CropLoader
     from digit.data.preprocess import PreprocessConfig
     from digit.data.source import ImageSource
 
@@ -47,6 +56,60 @@ class Tokenizer(Protocol):
     def encode(self, images: "torch.Tensor") -> "torch.Tensor": ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """What a manifest says of one kind of tokens."""
+
+    grid: tuple[int, int]
+    length: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if math.prod(self.grid) != self.length or min(self.grid) < 1 or not 1 <= self.vocab_size <= MAX_VOCAB:
+            raise DigitError(f"{self.length} tokens of {self.vocab_size} on a grid of {self.grid} cannot be: {AGAIN}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a manifest says of the images."""
+
+    name: str
+    fingerprint: str
+    num_images: int
+    subset: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Contents:
+    """What of a manifest says how the arrays look."""
+
+    rows: int
+    disc: _Layout | None
+    vq: _Layout | None
+    classes: list
+    source: _Source
+    crc32: dict | None = None
+    """CRC-32 of each array's file; stores from before there was one have none."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or not all(isinstance(name, str) for name in self.classes):
+            raise DigitError(f"{self.rows} rows and {len(self.classes)} classes cannot be: {AGAIN}")
+
+    def open(self, folder: Path) -> dict[str, np.ndarray | None]:
+        """The arrays, mapped and verified. Raises DigitError naming the file that is damaged."""
+        layouts = {"disc": self.disc, "vq": self.vq}
+        arrays: dict[str, np.ndarray | None] = dict.fromkeys(layouts)
+        expected = {n: ((self.rows, of.length), "<u2", 0, of.vocab_size - 1, "tokens") for n, of in layouts.items() if of}
+        expected["labels"] = ((self.rows,), "<i4", -1, len(self.classes) - 1, "labels")
+        for name, (shape, dtype, low, high, what) in expected.items():
+            path = folder / f"{name}.npy"
+            arrays[name] = open_array(path, shape, np.dtype(dtype))
+            check_range(path, arrays[name], low, high, what)
+            if self.crc32 is not None and self.crc32.get(name) != (found := crc32_file(path)):
+                raise DigitError(f"{path} has CRC-32 {found}, its manifest {self.crc32.get(name)}: bits flipped; {AGAIN}")
+        return arrays
+
+
 @dataclass
 class TokenStore:
     """Finished tokens, memory-mapped: `disc` (R, N) and `vq` (R, M) uint16, `labels` (R,) int32, `manifest`."""
@@ -59,7 +122,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
-        """Raises DigitError where the folder is missing, unfinished, of another version or holds a file cut short."""
+        """Reads every file once, to see that it is whole and that every token is in its vocabulary.
+
+        Raises DigitError where the folder is missing, unfinished, of another version, or a file is damaged.
+        """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
             if (folder / "journal.json").exists():
@@ -69,13 +135,9 @@ class TokenStore:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             got = manifest.get("format") if isinstance(manifest, dict) else manifest
             raise DigitError(f"tokens in {folder} have format {got}, this version reads {FORMAT}: {AGAIN}")
-        try:
-            shapes = {name: (manifest["rows"], manifest[name]["length"]) for name in ("disc", "vq") if manifest[name]}
-            labels = open_array(folder / "labels.npy", (manifest["rows"],), np.dtype("<i4"))
-        except (KeyError, TypeError) as error:
-            raise DigitError(f"{folder / 'manifest.json'} is damaged ({error!r}): {AGAIN}") from error
-        arrays = {name: open_array(folder / f"{name}.npy", shape, np.dtype("<u2")) for name, shape in shapes.items()}
-        return cls(folder, manifest, arrays.get("disc"), arrays.get("vq"), labels)
+        names = [field.name for field in fields(_Contents)]
+        stated = {name: manifest[name] for name in names if name in manifest}
+        return cls(folder, manifest, **from_json(_Contents, stated, str(folder / "manifest.json")).open(folder))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,7 +168,7 @@ class TokenStore:
         seed: int,
         rows: Sequence[int] | np.ndarray | None = None,
         names: Sequence[str] = ("disc", "vq", "labels"),
-    ) -> Callable[[int], dict[str, "torch.Tensor"]]:
+    ) -> "TokenBatches":
         """`step -> batch(...)`, a pure function of (seed, step): every epoch is a new permutation of the rows.
 
         The arrays in `names` are read into RAM, 2 bytes a token; absent tokens are left out. `rows` restricts it to
@@ -117,8 +179,22 @@ class TokenStore:
             raise DigitError(f"batches of {batch_size} from {len(chosen)} token rows: both must be at least 1")
         held = {name: getattr(self, name) for name in names}
         arrays = {name: np.array(array) for name, array in held.items() if array is not None}
-        order = _EpochOrder(len(chosen), seed)
-        return lambda step: _gather(arrays, chosen[order.take(step * batch_size, batch_size)])
+        return TokenBatches(arrays, chosen, batch_size, seed)
+
+
+class TokenBatches:
+    """`batches(step)` -> tokens and labels of one batch; `batches.rows(step)` -> the rows of the store it holds."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], chosen: np.ndarray, batch_size: int, seed: int):
+        self.arrays, self.chosen, self.batch_size = arrays, chosen, batch_size
+        self.order = _EpochOrder(len(chosen), seed)
+
+    def __call__(self, step: int) -> dict[str, "torch.Tensor"]:
+        return _gather(self.arrays, self.rows(step))
+
+    def rows(self, step: int) -> np.ndarray:
+        """(batch_size,) int64."""
+        return self.chosen[self.order.take(step * self.batch_size, self.batch_size)]
 
 
 class _EpochOrder:
@@ -169,6 +245,8 @@ def write_tokens(
 ) -> TokenStore:
     """One pass over the images: both kinds of tokens of the same crops. Goes on where an interrupted run stopped.
 
+    Every rank of a job calls this alike and makes its share of the batches.
+
     Args:
         tokenizer, vq: discriminative and VQ tokenizer; one of them may be None.
         crops_per_image: random crops (with flips) of each image.
@@ -177,31 +255,61 @@ def write_tokens(
     Raises:
         MismatchError: the folder holds tokens of another request; names the first setting that differs, both values.
         DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (make room and run again).
+        Stopped: a signal asked for it; what is done is saved.
     """
-    from digit.data.loader import CropLoader, on_device
+    from digit.data.loader import CropLoader
 
     writer = _Writer(Path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
-    if writer.finished:
+    if not writer.begin():
         return TokenStore.open(folder)
-    writer.begin()
-    loader = CropLoader(
-        source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed, batch_size=batch_size,
-        num_workers=num_workers, max_bad_fraction=max_bad_fraction, start_row=writer.done,
+    blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
+    mine = [blocks[place] for place in ranks.share(len(blocks))]
+    crops = partial(
+        CropLoader, source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed,
+        batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
-    with writer, loader.sharing_cores(), Progress("tokens", writer.num_rows, done=writer.done) as bar:
-        device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
-        for batch in on_device(loader, device):
-            ok, reasons = batch.ok.numpy(), dict(loader.bad)
-            keys = {index: source.key(index) for index in batch.indices[~batch.ok].tolist()}
-            writer.check_bad(bad := {index: (key, reasons[key]) for index, key in keys.items()}, max_bad_fraction)
+    device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
+    done = len(writer.ledger.done)
+    left = sum(min(batch_size, writer.num_rows - row) for row in mine)
+    with StopSignals() as signals, writer, Progress("tokens", done + left, done) as bar:
+        for row, batch, reasons in _batches(crops, mine, batch_size, device):
+            ok = batch.ok.numpy()
+            bad: dict[str, Any] = {}
+            for place in np.flatnonzero(~ok).tolist():
+                key = source.key(index := int(batch.indices[place]))
+                bad.setdefault(str(index), [row + place, key, reasons[key]])
+            writer.check_bad(bad, max_bad_fraction)
             values = {"labels": batch.labels.numpy()}
             for name, encoder in (("disc", tokenizer), ("vq", vq)):
                 if encoder is not None:
                     values[name] = _encode(encoder, batch.images, ok)
-            writer.append(values, ~ok, bad)
-            bar.update(len(ok), bad=len(writer.bad))
-    writer.finish()
+            writer.write(row, values, ~ok, bad)
+            bar.update(len(ok), bad=len(writer.ledger.notes))
+            if signals.asked:
+                break
+    writer.finish(signals.asked, max_bad_fraction)
     return TokenStore.open(folder)
+
+
+def _batches(
+    crops: "Callable[..., CropLoader]", starts: list[int], batch_size: int, device: "str | torch.device"
+) -> "Iterator[tuple[int, CropBatch, dict[str, str]]]":
+    """(first row, batch, {key: reason} of the bad images so far) for each of the batches that begin at `starts`."""
+    from digit.data.loader import on_device
+
+    for first, count in _stretches(starts, batch_size):
+        loader = crops(start_row=first)
+        with loader.sharing_cores():
+            rows = itertools.count(first, batch_size)
+            for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
+                yield row, batch, dict(loader.bad)
+
+
+def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """[0, 4, 8, 20, 24] in steps of 4 -> (0, 3), (20, 2)."""
+    for _, group in itertools.groupby(enumerate(starts), lambda entry: entry[1] - entry[0] * size):
+        members = [start for _, start in group]
+        yield members[0], len(members)
 
 
 def _encode(tokenizer: Tokenizer, images: "torch.Tensor", ok: np.ndarray) -> np.ndarray:
@@ -263,21 +371,19 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-@dataclass
 class _Writer:
-    """The files and the journal of one unfinished store. The journal only ever names rows that are on the disk."""
+    """The files of one unfinished store and what is known of them. A journal only ever names rows that are on the disk.
 
-    folder: Path
-    request: dict[str, Any]
-    done: int = 0
-    dropped: list[int] = field(default_factory=list)  # rows of unreadable images
-    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # image -> (key, reason)
+    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes.
+    """
 
-    def __post_init__(self) -> None:
-        self.num_images = self.request["source"]["num_images"]
-        self.num_rows = self.num_images * self.request["crops_per_image"]
-        self.journal, self.manifest = self.folder / "journal.json", self.folder / "manifest.json"
-        lengths = {name: self.request[name]["length"] for name in ("disc", "vq") if self.request[name]}
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.folder, self.request = folder, request
+        self.num_images = request["source"]["num_images"]
+        self.num_rows = self.num_images * request["crops_per_image"]
+        self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
+        self.ledger = Ledger(request, self.num_rows)  # notes: image -> [row, key, reason] of those that are unreadable
+        lengths = {name: request[name]["length"] for name in ("disc", "vq") if request[name]}
         shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
         shapes["labels"] = ((self.num_rows,), "<i4")
         self.opened: list[ArrayFile] = []
@@ -287,37 +393,30 @@ class _Writer:
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial.npy"
 
-    @property
-    def finished(self) -> bool:
-        """Whether the store is whole already. Raises MismatchError where it answers another request."""
-        if not self.manifest.exists():
+    def begin(self) -> bool:
+        """Whether anything is left to do. Raises MismatchError where the folder, or another rank, has another request.
+
+        Only rank 0 looks: a shared file system may remember for a while that a file was not there.
+        """
+        there = ranks.on_main(self._open_or_allocate)
+        if there is None:
             return False
-        self._compare(read_json(self.manifest))
-        self._clean()
+        self._compare(there.request)
+        self.ledger = Ledger(self.request, self.num_rows, there.done, there.dropped, there.notes)
         return True
 
-    def _compare(self, here: Any) -> None:
-        known, asked = dict(_leaves(here)), dict(_leaves(self.request))
-        for name in asked:
-            if name != "source.name" and known.get(name) != asked[name]:  # a path as typed; the fingerprint decides
-                raise MismatchError(
-                    f"tokens in {self.folder} were made with {name} = {known.get(name)}, now asked for {asked[name]}: "
-                    "choose another folder, or the old setting"
-                )
-
-    def begin(self) -> None:
-        """Go on with the journal that is there, or allocate the files and begin one."""
-        if self.journal.exists():
-            journal = read_json(self.journal)
-            try:
-                if not isinstance(journal["request"], dict):
-                    raise TypeError("request")
-                self._compare(journal["request"])
-                self.done, self.dropped = journal["done"], journal["dropped"]
-                self.bad = {index: (key, reason) for index, key, reason in journal["bad"]}
-            except (KeyError, TypeError, ValueError) as error:
-                raise DigitError(f"{self.journal} is damaged ({error!r}): {AGAIN}") from error
-            return
+    def _open_or_allocate(self) -> Ledger | None:
+        """What is done so far; None where the store is whole already."""
+        if self.manifest.exists():
+            self._compare(read_json(self.manifest))
+            self._clean()
+            return None
+        try:
+            ledger = collect(self.journal, self.num_rows)
+        except (TypeError, ValueError) as error:
+            raise DigitError(f"{self.journal} is damaged ({error!r}): {AGAIN}") from error
+        if ledger is not None:
+            return ledger
         foreign = [f"{name}.npy" for name in self.arrays if (self.folder / f"{name}.npy").exists()]
         if foreign:
             raise DigitError(f"{self.folder} holds {foreign[0]} but no manifest.json: choose another folder")
@@ -329,40 +428,54 @@ class _Writer:
         except DigitError:
             self._clean()  # give the disk back what could not be used
             raise
-        self._save()
+        self.ledger.save(self.journal)
+        return self.ledger
+
+    def _compare(self, here: Any) -> None:
+        known, asked = dict(_leaves(here)), dict(_leaves(self.request))
+        for name in asked:
+            if name != "source.name" and known.get(name) != asked[name]:  # a path as typed; the fingerprint decides
+                raise MismatchError(
+                    f"tokens in {self.folder} were made with {name} = {known.get(name)}, now asked for {asked[name]}: "
+                    "choose another folder, or the old setting"
+                )
 
     def __enter__(self) -> "_Writer":
-        if self.done < self.num_rows:
+        if not self.ledger.complete:
             try:
                 self.opened = [array.__enter__() for array in self.arrays.values()]
             except (OSError, ValueError) as error:
-                raise DigitError(f"tokens in {self.folder} cannot be continued ({error}): {AGAIN}") from error
+                where = "" if ranks.is_main() else f" on rank {ranks.rank()}, which has to see the folder of rank 0"
+                raise DigitError(f"tokens in {self.folder} cannot be continued{where} ({error}): {AGAIN}") from error
         return self
 
-    def __exit__(self, *_: object) -> None:
-        with suppress(DigitError, OSError):  # what ended the run matters more; the older journal is valid too
-            self._save()
-        for array in self.opened:
-            array.__exit__()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            # what ended the run matters more than a journal that cannot be saved: the older one is valid too
+            with suppress(*(() if kind is None else (DigitError, OSError))):
+                self._save()
+        finally:
+            for array in self.opened:
+                array.__exit__()
 
-    def check_bad(self, more: dict[int, tuple[str, str]], max_bad_fraction: float) -> None:
+    def check_bad(self, more: dict[str, Any], max_bad_fraction: float) -> None:
         """Raises DigitError where too many images are unreadable, over every run that wrote to this store."""
-        bad = self.bad | more
+        bad = self.ledger.notes | more
         if bad and len(bad) > max_bad_fraction * self.num_images:
-            key, reason = next(iter(bad.values()))
+            _, key, reason = min(bad.values())
             raise DigitError(
                 f"{len(bad)} of {self.num_images} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "
                 f"see digit inspect; the first: {key} ({reason})"
             )
 
-    def append(self, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[int, tuple[str, str]]) -> None:
-        """Write the next rows of every array; `dropped` (bool, a row each) are of the unreadable images `bad`."""
+    def write(self, row: int, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[str, Any]) -> None:
+        """Write rows from `row` on of every array; `dropped` (bool, a row each) are of the unreadable images `bad`."""
         for name, array in self.arrays.items():
-            array.write(self.done, values[name])
-        self.dropped += (self.done + np.flatnonzero(dropped)).tolist()
-        self.bad |= bad
-        self.done += len(dropped)
-        if time.monotonic() - self.saved >= JOURNAL_EVERY_SECONDS or self.done == self.num_rows:
+            array.write(row, values[name])
+        dropped_rows = Spans((row + int(place), row + int(place) + 1) for place in np.flatnonzero(dropped))
+        rows = Spans([(row, row + len(dropped))])
+        self.ledger.join(Ledger(self.request, self.num_rows, rows, dropped_rows, bad))
+        if time.monotonic() - self.saved >= JOURNAL_EVERY_SECONDS:
             self._save()
 
     def _save(self) -> None:
@@ -370,24 +483,35 @@ class _Writer:
         for array in self.opened:
             array.sync()
         self.saved = time.monotonic()
-        bad = [[index, key, reason] for index, (key, reason) in self.bad.items()]
-        write_json(self.journal, {"request": self.request, "done": self.done, "dropped": self.dropped, "bad": bad})
+        self.ledger.save(self.journal)
 
-    def finish(self) -> None:
+    def finish(self, asked_to_stop: bool, max_bad_fraction: float) -> None:
+        """What every rank does once its rows are on the disk. Raises Stopped where any of them was asked to stop."""
+        everyone = ranks.gather((self.ledger, asked_to_stop))
+        for ledger, _ in everyone:
+            self.ledger.join(ledger)
+        if any(asked for _, asked in everyone):
+            raise Stopped(f"tokens: {len(self.ledger.done)} of {self.num_rows} rows are done")
+        self.check_bad({}, max_bad_fraction)
+        ranks.on_main(self._finish)
+
+    def _finish(self) -> None:
         """Drop the unreadable rows, give the files their names, write the manifest. Can be cut short and repeated."""
-        assert self.done == self.num_rows, "every row is written before the store is finished"
+        assert self.ledger.complete, "every row is written before the store is finished"
         keep = np.ones(self.num_rows, dtype=bool)
-        keep[self.dropped] = False
+        keep[list(self.ledger.dropped)] = False
         if not keep.any():
             raise DigitError(f"none of the {self.num_images} images can be read: see digit inspect")
         for name, array in self.arrays.items():
             if not (self.folder / f"{name}.npy").exists():
                 copy_rows(self._partial(name), self.folder / f"{name}.npy", keep, array)
-        bad = [list(entry) for entry in self.bad.values()]
-        write_json(self.manifest, self.request | {"rows": int(keep.sum()), "bad": bad})
+        bad = [[key, reason] for _, key, reason in sorted(self.ledger.notes.values())]
+        crc32 = {name: crc32_file(self.folder / f"{name}.npy") for name in self.arrays}
+        write_json(self.manifest, self.request | {"rows": int(keep.sum()), "bad": bad, "crc32": crc32})
         self._clean()
 
     def _clean(self) -> None:
         """Remove what only an unfinished store needs."""
-        for path in (self.journal, *map(self._partial, self.arrays)):
+        for path in map(self._partial, self.arrays):
             path.unlink(missing_ok=True)
+        discard(self.journal)

@@ -1,5 +1,6 @@
 """WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
 
+import io
 import json
 import os
 import tarfile
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from digit.data.decode import EXTENSIONS
-from digit.data.source import ImageSource, file_digest, index_classes
+from digit.data.source import ImageSource, file_digest, index_classes, readable
 from digit.errors import BadImageError, DigitError
 from digit.progress import track
 
 LABEL_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # links and devices lead elsewhere
 MANY_SHARDS = 8  # from here on the indexing shows its progress
 
 
@@ -26,7 +28,7 @@ class TarSource(ImageSource):
     """
 
     def __init__(self, root: Path, files: list[Path]):
-        self.name, self.files = str(root), files
+        self.name, self.files = readable(root), files
         self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
         self.samples: list[tuple[int, str, int, int]] = []  # (shard, name, offset, size)
         values: list[int | str | None] = []
@@ -46,7 +48,7 @@ class TarSource(ImageSource):
 
     def key(self, index: int) -> str:
         shard, name, _, _ = self.samples[index]
-        return f"{self.short_names[shard]}:{name}"
+        return readable(f"{self.short_names[shard]}:{name}")
 
     def labels(self) -> np.ndarray:
         return self._labels
@@ -67,14 +69,36 @@ def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with open(file, "rb") as raw:
             _refuse_packed(file, raw.read(2))
-        with tarfile.open(file, "r:") as tar:
+        with _BoundedReader(file) as reader, tarfile.open(fileobj=reader, mode="r:") as tar:
+            place = -1
             for member in tar:
-                if member.isfile():
+                if member.offset <= place or member.size < 0 or member.offset_data > reader.size:
+                    raise ValueError(f"{member.name!r} has a size that leads backwards")
+                place = member.offset
+                if member.type in PLAIN_FILES and not member.sparse:
+                    if member.offset_data + member.size > reader.size:
+                        raise ValueError(f"{member.name!r} reaches past the end")
                     _add_member(samples, tar, member)
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+    except DigitError:
+        raise
+    except Exception as error:  # damaged headers raise nearly any type
         read = f"after {len(samples)} samples" if samples else "from its start"
-        raise DigitError(f"{file} is damaged or cut short {read} ({error}): fetch it again") from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DigitError(f"{file} is damaged or cut short {read} ({reason}): fetch it again") from error
     return samples
+
+
+class _BoundedReader(io.BufferedReader):
+    """A file that is asked for no more than it holds: tarfile asks for whatever a header claims, at one stroke."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise ValueError("a header claims a negative size")
+        return super().read(max(0, min(size, self.size - self.tell())))
 
 
 def _refuse_packed(file: Path, magic: bytes) -> None:

@@ -1,19 +1,25 @@
-"""Features of an image set in one pass, kept on disk by content, so that no image goes through a network twice."""
+"""Features of an image set in one pass, kept on disk by content, so that no image goes through a network twice.
+
+Several ranks take turns with its parts; rank 0 gets all of them, in order.
+"""
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from digit import ranks
 from digit.data.source import digest
 from digit.errors import DigitError
 from digit.evaluation.frechet import FeatureStats
 from digit.evaluation.judge import JudgeNetwork
 from digit.files import load_tensors, save_tensors
 from digit.measures.image_set import ImageSet
+from digit.measures.sharing import together
 from digit.progress import Progress
 
 SHARD = 1000  # images of one file of the cache; what a killed run has to do again at most
@@ -58,22 +64,35 @@ def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
 
 def collect(
     parts: list[Shard], network: JudgeNetwork, *, batch_size: int, cache: Path | None, description: str
-) -> Features:
-    """Features of every part; what the cache holds is not computed again, and what is computed goes there at once."""
+) -> Features | None:
+    """Features of every part; what the cache holds is not computed again, and what is computed goes there at once.
+
+    None on ranks other than 0.
+    """
     kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": []}
-    spatial, who = FeatureStats(), fingerprint(network).encode()
+    spatial, who, several = FeatureStats(), fingerprint(network).encode(), ranks.world_size()
+
+    def turn(part: Shard) -> dict[str, Tensor]:
+        path = cache and cache / f"{digest([FORMAT, who, part.key.encode()])}.safetensors"
+        judged = _read(path, part.num) if path else None
+        if judged is None:
+            judged = judge(part.make(), network, batch_size)
+            if path:
+                save_tensors(path, judged)
+        # a mapped tensor would be sent with the whole file
+        return {name: values.clone() for name, values in judged.items()} if several > 1 else judged
+
     with Progress(description, sum(part.num for part in parts)) as bar:
-        for part in parts:
-            path = cache and cache / f"{digest([FORMAT, who, part.key.encode()])}.safetensors"
-            judged = _read(path, part.num) if path else None
-            if judged is None:
-                judged = judge(part.make(), network, batch_size)
-                if path:
-                    save_tensors(path, judged)
-            spatial.update(judged["spatial"])
-            for name, values in kept.items():
-                values.append(judged[name])
-            bar.update(part.num)
+        for first in range(0, len(parts), several):
+            mine = parts[first + ranks.rank() :][:1]
+            for judged in chain.from_iterable(together(lambda mine=mine: [turn(part) for part in mine])):
+                bar.update(len(judged["grey"]))
+                if ranks.is_main():
+                    spatial.update(judged["spatial"])
+                    for name, values in kept.items():
+                        values.append(judged[name])
+    if not ranks.is_main():
+        return None
     return Features(**{name: torch.cat(values) for name, values in kept.items()}, spatial=spatial)
 
 

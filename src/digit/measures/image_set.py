@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from digit import ranks
 from digit.data.decode import probe_image
 from digit.data.images import FolderSource, open_source
 from digit.data.preprocess import centre_crop
@@ -23,7 +24,8 @@ from digit.data.source import ImageSource, digest
 from digit.errors import BadImageError, DigitError
 from digit.files import read_json
 from digit.measures.npz import read_npz_images
-from digit.samples import GRID, JOURNAL, SAMPLES
+from digit.measures.sharing import together
+from digit.sample_journal import GRID, JOURNAL, SAMPLES
 
 PIXELS = "pixels"  # the kind of an image that was never in a file of its own
 READERS = 4  # threads that read and decode
@@ -77,9 +79,12 @@ class ImageSet:
 
     @cached_property
     def survey(self) -> Survey:
-        """Formats, sizes and content hashes; reads every file once. Raises BadImageError naming a broken one."""
-        looked = self._read_all(self._look, range(len(self)))
-        digests, sizes, kinds, modes = zip(*looked, strict=True)
+        """Formats, sizes and content hashes; reads every file once. Raises BadImageError naming the first broken one.
+
+        Several ranks read a share each, so that all of them have to ask for it.
+        """
+        parts = together(lambda: self._read_all(self._look, ranks.share(len(self))))
+        digests, sizes, kinds, modes = zip(*chain.from_iterable(parts), strict=True)
         return Survey(tuple(digests), Counter(sizes), Counter(kinds), Counter(modes))
 
     def _look(self, index: int) -> tuple[bytes, tuple[int, int], str, str]:

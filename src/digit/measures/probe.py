@@ -8,28 +8,32 @@ features of every layer.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict
-from itertools import combinations
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from digit import ranks
 from digit.batch_size import pass_size
-from digit.data.crops import centre_crops
+from digit.data.loader import CropLoader
+from digit.data.preprocess import PreprocessConfig
 from digit.data.source import ImageSource
 from digit.errors import DigitError
 from digit.evaluation.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
 from digit.files import plain, write_json
 from digit.measures.curves import Curve, curves_png
 from digit.measures.paper import FIG4A, TABLE2
+from digit.measures.sharing import rows_to_main
 from digit.models.sequence import SequenceModel
 from digit.pipeline import DigitPipeline
 from digit.progress import Progress
 from digit.tokenizers.encoders import FrozenEncoder
 
+LABELS = "labels"
 Precision = Literal["fp32", "bf16"]
 
 
@@ -94,31 +98,52 @@ def collect(
     """Everything of a pipeline that can be probed, from centre crops of the labelled images of a source.
 
     Returns ({"prior", "vq_only", "encoder": (N, L, D) float32}, as far as the pipeline has them, labels (N,) int64).
-    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix.
+    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix. Several ranks
+    take a share each; rank 0 gets all features and labels, the others none.
     Raises DigitError where the source has no labels or the pipeline nothing to probe.
     """
     vq_only = pipe.renderer if pipe.renderer is not None and not pipe.renderer.cfg.prefix_len else None
     if pipe.tokenizer is None and vq_only is None:
         raise DigitError("nothing to probe: the pipeline holds neither a discriminative tokenizer nor a VQ-only model")
-    parts, known = defaultdict(list), []
-    with Progress(description, len(source) if num is None else min(num, len(source))) as bar:
-        for images, labels in centre_crops(source, pipe.preprocess, num=num, batch_size=batch_size):
-            bar.update(len(images))
-            images, labels = images[labels >= 0], labels[labels >= 0]
-            if not len(images):
-                continue
-            known.append(labels)
-            how = dict(batch_size=batch_size, precision=precision)
-            if pipe.tokenizer is not None:
-                tokens, features = pipe.tokenizer.encode_features(images)
-                parts["encoder"].append(features.mean(1, keepdim=True).cpu())
-                if pipe.prior is not None:
-                    parts["prior"].append(prior_features(pipe.prior, tokens, **how))
-            if vq_only is not None:
-                parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **how))
-    if not known:
+    chosen, how, read = source.limit(num), dict(batch_size=batch_size, precision=precision), 0
+
+    def share() -> dict[str, Tensor]:
+        nonlocal read
+        parts = defaultdict(list)
+        with Progress(description, len(ranks.share(len(chosen), batch_size))) as bar:
+            for images, labels in _shared_crops(chosen, pipe.preprocess, batch_size):
+                read += len(images)
+                bar.update(len(images))
+                images, labels = images[labels >= 0], labels[labels >= 0]
+                if not len(images):
+                    continue
+                parts[LABELS].append(labels)
+                if pipe.tokenizer is not None:
+                    tokens, features = pipe.tokenizer.encode_features(images)
+                    parts["encoder"].append(features.mean(1, keepdim=True).cpu())
+                    if pipe.prior is not None:
+                        parts["prior"].append(prior_features(pipe.prior, tokens, **how))
+                if vq_only is not None:
+                    parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **how))
+        return {name: torch.cat(part) for name, part in parts.items()}
+
+    features = rows_to_main(share)
+    if not sum(ranks.gather(read)):
+        raise DigitError(f"{source.name} holds no image that can be read")
+    if not ranks.any_rank(LABELS in features):
         raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
-    return {name: torch.cat(part) for name, part in parts.items()}, torch.cat(known)
+    labels = features.pop(LABELS, torch.zeros(0, dtype=torch.int64))
+    return features, labels
+
+
+def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the batches of `centre_crops`, cut as one rank cuts them."""
+    share = ranks.share(len(source), batch_size)
+    how = dict(batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start)
+    loader = CropLoader(source, replace(cfg, random_crop=False, flip=False), **how)
+    with loader.sharing_cores():
+        for batch in islice(loader, -(-len(share) // batch_size)):
+            yield batch.images[batch.ok], batch.labels[batch.ok]
 
 
 # ---------------------------------------------------------------- measurement
@@ -130,6 +155,8 @@ def run_probe(
     batch_size: int = 64, precision: Precision = "fp32",
 ) -> dict[str, Any]:  # fmt: skip
     """Probe what pipelines hold, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
+
+    Several ranks call it together: they share the images, rank 0 trains the classifiers, every one gets the result.
 
     Args:
         pipes: one pipeline, or several by name ("K = 1024"), whose curves share the plot; an encoder that several
@@ -161,7 +188,8 @@ def run_probe(
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
     if unknown:
         about["left_out"] = f"{unknown} of {len(test)} test images have no class that the training images have"
-    return probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
+    how = dict(out=out, notes=notes, about=about)
+    return ranks.on_main(lambda: probe_features(features, labels, test_labels, cfg, **how))
 
 
 def probe_features(

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from digit import __version__
+from digit import __version__, ranks
 from digit.data.source import digest
 from digit.errors import DigitError
 from digit.evaluation.frechet import FeatureStats, frechet_distance
@@ -109,6 +109,8 @@ def evaluate(
         device: cpu or cuda; None takes cuda where there is one.
         network: judges instead of the one that cfg names.
 
+    Several ranks call it together and judge a share each; every one gets the result, rank 0 writes it.
+
     Returns {"protocol", "samples", "reference", "figures", "left_out", "warnings", "versions"}.
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
@@ -124,8 +126,16 @@ def evaluate(
             ("reference", truth, sizes[1], statistics),
         )
     ]
-    if statistics is not None:
-        statistics.check(fingerprint(network), sides[0].features.pooled.shape[1])
+    return ranks.on_main(lambda: _compare(*sides, network, cfg, out))
+
+
+def _compare(
+    samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None
+) -> dict[str, Any]:
+    """What `evaluate` returns, once the features are there."""
+    sides = (samples, reference)
+    if reference.statistics is not None:
+        reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
     figures, left_out = scores(*sides, network, cfg)
     result = {
         "protocol": describe_protocol(network, cfg),
@@ -158,7 +168,9 @@ def fitted_sizes(samples: ImageSet, reference: ImageSet | None, cfg: EvaluateCon
     return tuple(wanted if side is None or (asked and side != wanted) else None for side in (own, other))
 
 
-def _features(images: ImageSet, size: int | None, network: JudgeNetwork, cfg: EvaluateConfig, role: str) -> Features:
+def _features(
+    images: ImageSet, size: int | None, network: JudgeNetwork, cfg: EvaluateConfig, role: str
+) -> Features | None:
     parts = list(shards(images, size))
     return collect(parts, network, batch_size=cfg.batch_size, cache=cfg.cache_folder, description=f"judge {role}")
 
@@ -263,16 +275,21 @@ def statistics_npz(
 
     The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
     and of other programs that read mu and sigma. cfg as for `evaluate`; of its numbers `num_reference` counts.
+    Several ranks call it together, as they do `evaluate`.
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference)
     network = network or cfg.load_network(device)
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
-    pooled, spatial = FeatureStats.of(features.pooled), features.spatial
-    kept = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
-    kept.save(path)
-    return kept
+
+    def keep() -> Statistics:
+        pooled, spatial = FeatureStats.of(features.pooled), features.spatial
+        kept = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
+        kept.save(path)
+        return kept
+
+    return ranks.on_main(keep)
 
 
 def to_table(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from digit import ranks
 from digit.data.source import digest
 from digit.evaluation.judge import JudgeNetwork
 from digit.files import sha256_tensors, write_json
@@ -64,7 +65,7 @@ def validation_rows(
             left_out[row] = "the pipeline has no tokenizer, or no renderer that takes its tokens"
             continue
         side = features(list(_through(truth, make, _identity(pipe, row, cfg.seed))), row)
-        rows[row], missing = scores(replace(side, role="samples"), real, network, cfg)
+        rows[row], missing = ranks.on_main(lambda side=side: scores(replace(side, role="samples"), real, network, cfg))
         left_out |= {f"{row}: {name}": reason for name, reason in missing.items()}
     result = {
         "protocol": describe_protocol(network, cfg),
@@ -75,7 +76,7 @@ def validation_rows(
         "versions": versions(),
     }
     if out is not None:
-        write_json(out, result)
+        ranks.on_main(lambda: write_json(out, result))
     return result
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digit.errors import DigitError
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -31,6 +33,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280  # the Lite family scales neither
+MAX_MULTIPLIER = 32  # past all use: a larger number in a file is a fault
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,13 @@ class EfficientNetConfig:
     """Blocks kept; None keeps all."""
     head: bool = True
     """Keep the 1x1 convolution to 1280 channels behind the last block (needs all blocks)."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth"):
+            if not 0 < getattr(self, name) <= MAX_MULTIPLIER:
+                raise DigitError(f"EfficientNet: {name} is {getattr(self, name)}: above 0, up to {MAX_MULTIPLIER}")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise DigitError(f"EfficientNet: {self.num_blocks} blocks are kept: at least 1")
 
     @property
     def blocks(self) -> list["BlockShape"]:

@@ -52,6 +52,8 @@ class SequenceConfig(TransformerConfig):
         super().__post_init__()
         if min(self.vocab_size, self.target_len) < 1:
             raise DigitError(f"vocab_size {self.vocab_size} and target_len {self.target_len} must both be at least 1")
+        if (least := min(self.prefix_len, self.prefix_vocab_size, self.num_classes)) < 0:
+            raise DigitError(f"prefix_len, prefix_vocab_size and num_classes cannot be below 0, one is {least}")
         if (self.prefix_len > 0) != (self.prefix_vocab_size > 0):
             raise DigitError(
                 f"prefix_len is {self.prefix_len} and prefix_vocab_size {self.prefix_vocab_size}: set both, or neither"
@@ -73,6 +75,8 @@ class SequenceConfig(TransformerConfig):
 
 class SequenceModel(nn.Module):
     """Transformer over [prefix | start | target] with logits over the target's codes."""
+
+    uses_every_parameter = True  # by the loss of every batch, labelled or not
 
     def __init__(self, cfg: SequenceConfig) -> None:
         super().__init__()
@@ -242,38 +246,45 @@ class SequenceModel(nn.Module):
 
     # ---------------------------------------------------------------- training
 
+    def noise(self, batch: dict[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """What the loss of a batch draws, row by row: hide (B, M), drop_labels (B,), drop_prefix (B,), keywords of `loss`.
+
+        Those that this model has, bool, on the generator's device. Drawn for a whole batch before it is cut into
+        pieces, they make the pieces' losses those of the whole (dropout aside).
+        """
+        cfg, target, drawn = self.cfg, batch["target"], {}
+        device = target.device if generator is None else generator.device  # where the pieces will go
+        for name, rate in (("drop_labels", cfg.label_dropout), ("drop_prefix", cfg.prefix_dropout)):
+            if rate and (name == "drop_prefix" or batch.get("labels") is not None):
+                drawn[name] = uniform((len(target),), generator, device) < rate
+        if cfg.masked:
+            drawn["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
+        return drawn
+
     def loss(
         self,
         target: Int64[Tensor, "B M"],
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
         label_smoothing: float = 0.0,
-        generator: torch.Generator | None = None,
+        hide: Bool[Tensor, "B M"] | None = None,
+        drop_labels: Bool[Tensor, " B"] | None = None,
+        drop_prefix: Bool[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean cross-entropy over the target (masked models: over the hidden tokens), and figures.
 
-        `generator` draws the masks and the dropped conditions; dropout draws from torch's global one. Figures are
-        detached scalars: nll (nats per token, without smoothing), perplexity, accuracy.
+        `hide`, `drop_labels` and `drop_prefix` are what `noise` draws: tokens to predict (a masked model must have
+        them), rows that lose their label or prefix. Dropout draws from torch's global generator. Figures are detached
+        scalars: nll (nats per token, without smoothing), perplexity, accuracy.
         """
-        labels, drop_prefix = self._drop_conditions(target, labels, generator)
+        if drop_labels is not None and labels is not None:
+            labels = labels.masked_fill(drop_labels, -1)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
             return projected_likelihood(features, self.head.weight, target.flatten(), label_smoothing)
-        hide = cosine_mask(*target.shape, generator=generator, device=target.device)  # (B, M)
+        assert hide is not None, "a masked model predicts hidden tokens: pass what noise() draws"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
         return projected_likelihood(features[hide], self.head.weight, target[hide], label_smoothing)
-
-    def _drop_conditions(
-        self, target: Tensor, labels: Tensor | None, generator: torch.Generator | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Labels with some replaced by -1, and which rows lose their prefix; None where the rate is 0."""
-        batch, drop_prefix = len(target), None
-        if self.cfg.label_dropout and labels is not None:
-            hidden = uniform((batch,), generator, target.device) < self.cfg.label_dropout
-            labels = labels.masked_fill(hidden, -1)
-        if self.cfg.prefix_dropout:
-            drop_prefix = uniform((batch,), generator, target.device) < self.cfg.prefix_dropout
-        return labels, drop_prefix
 
 
 def training_flops(cfg: SequenceConfig) -> float:

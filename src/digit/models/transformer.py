@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 CACHE_SPAN = 32  # positions
+MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # past all use: a larger number in a file is a fault, and would build for hours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,13 @@ class TransformerConfig:
     """Dropout on the embeddings and on each residual branch; attention weights and activations get none."""
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads"):
+            if getattr(self, name) < 1:
+                raise DigitError(f"{name} is {getattr(self, name)}: at least 1")
+        if not 1 <= self.depth <= MAX_DEPTH:
+            raise DigitError(f"depth is {self.depth}: choose 1 to {MAX_DEPTH} blocks")
+        if not 0 < self.mlp_ratio <= MAX_MLP_RATIO or self.mlp_dim < 1:
+            raise DigitError(f"mlp_ratio is {self.mlp_ratio}: choose above 0, up to {MAX_MLP_RATIO}")
         if self.embed_dim % self.num_heads:
             raise DigitError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}: change one")
         if self.norm not in ("post", "pre"):

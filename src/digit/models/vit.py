@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digit.errors import DigitError
 from digit.models.products import arranged, linear
-from digit.models.transformer import Seen, attend
+from digit.models.transformer import MAX_DEPTH, MAX_MLP_RATIO, Seen, attend
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -51,6 +52,17 @@ class ViTConfig:
     """Antialias where the table is resized."""
     num_blocks: int | None = None
     """Blocks kept; None keeps all."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_heads", "patch_size", "table_side"):
+            if getattr(self, name) < 1:
+                raise DigitError(f"ViT: {name} is {getattr(self, name)}: at least 1")
+        if not 1 <= self.depth <= MAX_DEPTH or not 1 <= self.kept_blocks <= self.depth:
+            raise DigitError(f"ViT: {self.kept_blocks} of {self.depth} blocks: wanted 1 to {MAX_DEPTH}")
+        if self.num_registers < 0 or not 0 < self.mlp_ratio <= MAX_MLP_RATIO or self.hidden_dim < 1:
+            raise DigitError(f"ViT: {self.num_registers} registers and mlp_ratio {self.mlp_ratio} make no ViT")
+        if self.embed_dim % self.num_heads:
+            raise DigitError(f"ViT: embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
     @property
     def kept_blocks(self) -> int:

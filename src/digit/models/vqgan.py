@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 
 
+MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # past all use: a larger number in a file is a fault
+
+
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
     """Sizes of a VQGAN. The defaults are MAGE's 256 px, f16 tokenizer (54 M parameters)."""
@@ -42,6 +45,13 @@ class VQGANConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        for name in ("resolution", "channels", "num_res_blocks", "z_channels", "vocab_size", "num_groups"):
+            if getattr(self, name) < 1:
+                raise DigitError(f"VQGAN: {name} is {getattr(self, name)}: at least 1")
+        if not 1 <= len(self.channel_mult) <= MAX_LEVELS or min(self.channel_mult) < 1:
+            raise DigitError(f"channel_mult is {self.channel_mult}: wanted 1 to {MAX_LEVELS} numbers of at least 1")
+        if self.num_res_blocks > MAX_RES_BLOCKS:
+            raise DigitError(f"num_res_blocks is {self.num_res_blocks}: choose 1 to {MAX_RES_BLOCKS}")
         if self.resolution % self.reduction:
             raise DigitError(
                 f"resolution {self.resolution} is not a multiple of {self.reduction}, the reduction of "

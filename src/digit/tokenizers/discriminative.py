@@ -4,6 +4,8 @@ Legend: B images, N tokens an image (the encoder's grid in raster order), D feat
 """
 
 import hashlib
+import itertools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,7 @@ from digit.errors import DigitError, MismatchError
 from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.tokenizers.kmeans import KMeans, KMeansConfig, nearest
 from digit.tokenizers.shares import Shares
+from digit.tokenizers.unfinished import UnfinishedFit
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
     from digit.data.images import ImageSource
     from digit.data.preprocess import PreprocessConfig
 
+log = logging.getLogger(__name__)
 FORMAT = 1
+UNFINISHED = "kmeans.partial.safetensors"  # in a codebook's folder, while it is fitted
+MANY_DEAD_CODES = 0.05  # of all; more is worth a warning
 MIN_POINTS_PER_CODE = 8  # below this a centroid is the mean of a handful of patches; the subset grows to avoid it
 SUMMARY_KEYS = ("num_codes", "dim", "num_images", "num_points", "inertia", "usage", "entropy", "dead_codes")
 
@@ -93,10 +99,11 @@ class Codebook:
         return {key: known[key] for key in SUMMARY_KEYS if key in known} | {"encoder": self.encoder_name}
 
     def save(self, folder: str | Path) -> None:
-        """Write codebook.safetensors and, last, codebook.json into `folder`."""
+        """Write codebook.safetensors and, last, codebook.json into `folder`; a fit kept there is done with."""
         folder = Path(folder)
         save_tensors(folder / "codebook.safetensors", {"centroids": self.centroids})
         write_json(folder / "codebook.json", {"format": FORMAT, "fingerprint": self.fingerprint} | self.meta)
+        (folder / UNFINISHED).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -106,6 +113,8 @@ class Codebook:
         tensors = load_tensors(folder / "codebook.safetensors")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT or "centroids" not in tensors:
             raise DigitError(f"{folder} holds no codebook of format {FORMAT}: make it again (digit codebook ...)")
+        if not isinstance(meta.get("encoder", {}), dict) or not tensors["centroids"].is_floating_point():
+            raise DigitError(f"{folder} is damaged (encoder or centroids): make it again (digit codebook ...)")
         about = {key: value for key, value in meta.items() if key not in ("format", "fingerprint")}
         codebook = cls(tensors["centroids"].clone(), about)
         if meta.get("fingerprint") != codebook.fingerprint:
@@ -151,44 +160,60 @@ def fit_codebook(
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
     across_ranks: bool = False,
+    folder: str | Path | None = None,
 ) -> Codebook:
     """K-means on the patch features of a random subset of the images, one crop each (section 4.1: 10% of ImageNet).
 
     The subset grows beyond `subset` where it would give fewer than 8 points a code. Features that exceed
     `kmeans_cfg.memory_budget_bytes` are computed anew in every iteration, which costs time, not memory.
-    across_ranks: every process of torch.distributed's group calls this alike, takes its share of the images, and gets
-    the codebook of all of them; the budget is each one's own.
-    Raises DigitError for fewer patches than codes and past `max_bad_fraction`.
+    across_ranks: every rank of the job calls this alike, takes its share of the images, and gets the codebook of all of
+    them; the budget is each one's own.
+    folder: where the codebook will be saved. The state of k-means is kept there meanwhile, so that a fit which is cut
+    short computes the features again but goes on at its last iteration, to the same codebook.
+    Raises DigitError for fewer patches than codes and past `max_bad_fraction`; Stopped where a signal asked for it.
     """
     tokens = math.prod(encoder.grid)
     indices = choose_images(len(source), tokens, kmeans_cfg.num_clusters, subset=subset, seed=seed)
     shares, bad = Shares(across_ranks), []
-    mine = indices[shares.rank :: shares.num_ranks]
+    mine = shares.part(len(indices), batch_size)  # whole batches, so that they are those of one rank
 
-    def features() -> Iterator[Tensor]:
+    def features() -> Iterator[tuple[Tensor, np.ndarray]]:
         loader = CropLoader(
-            source, preprocess, indices=mine, seed=seed, batch_size=batch_size, num_workers=num_workers,
-            max_bad_fraction=max_bad_fraction,
+            source, preprocess, indices=indices, seed=seed, batch_size=batch_size, num_workers=num_workers,
+            max_bad_fraction=max_bad_fraction, start_row=mine.start,
         )  # fmt: skip
         with loader.sharing_cores():
-            for batch in on_device(loader, getattr(encoder, "device", "cpu")):
+            batches = itertools.islice(loader, -(-len(mine) // batch_size))
+            rows = itertools.count(mine.start, batch_size)
+            for row, batch in zip(rows, on_device(batches, getattr(encoder, "device", "cpu")), strict=False):
                 images = batch.images if batch.ok.all() else batch.images[batch.ok]
                 if len(images):
-                    yield encoder.features(images).flatten(0, 1)  # (b N, D)
+                    numbers = (row + np.flatnonzero(batch.ok.numpy()))[:, None] * tokens + np.arange(tokens)  # (b, N)
+                    yield encoder.features(images).flatten(0, 1), numbers.ravel()  # (b N, D), (b N,)
         bad[:] = loader.bad
 
-    kmeans = KMeans(kmeans_cfg).fit(features, across_ranks=across_ranks)
+    about = {
+        "encoder": encoder.describe() | {"fingerprint": encoder.fingerprint},
+        "layer": encoder.describe().get("layer"),
+        "preprocessing": asdict(preprocess),
+        "kmeans": asdict(kmeans_cfg),
+        "source": {"name": source.name, "fingerprint": source.fingerprint},
+        "subset": subset,
+        "seed": seed,
+    }
+    unfinished = None if folder is None else UnfinishedFit(Path(folder) / UNFINISHED, _request(about))
+    kmeans = KMeans(kmeans_cfg).fit(features, across_ranks=across_ranks, unfinished=unfinished)
     bad = shares.join(bad)
+    if len(bad) > max_bad_fraction * len(indices):
+        raise DigitError(
+            f"{len(bad)} of {len(indices)} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "
+            f"see digit inspect; the first: {bad[0][0]} ({bad[0][1]})"
+        )
+    if shares.rank == 0:
+        warn_of_dead_codes(kmeans.dead_codes_, kmeans_cfg.num_clusters)
     return Codebook(
         kmeans.centroids_.cpu(),
-        {
-            "encoder": encoder.describe() | {"fingerprint": encoder.fingerprint},
-            "layer": encoder.describe().get("layer"),
-            "preprocessing": asdict(preprocess),
-            "kmeans": asdict(kmeans_cfg),
-            "source": {"name": source.name, "fingerprint": source.fingerprint},
-            "subset": subset,
-            "seed": seed,
+        about | {
             "num_images": len(indices) - len(bad),
             "bad": [list(entry) for entry in bad],
             "num_points": kmeans.num_points_,
@@ -198,9 +223,25 @@ def fit_codebook(
             "entropy": kmeans.entropy_,
             "dead_codes": kmeans.dead_codes_,
             "counts": kmeans.counts_.tolist(),
-            "history": kmeans.history_,
+            # less the seconds: the same fit gives the same file
+            "history": [{k: v for k, v in entry.items() if k != "seconds"} for entry in kmeans.history_],
         },
-    )
+    )  # fmt: skip
+
+
+def _request(about: dict[str, Any]) -> dict[str, Any]:
+    """What decides a fit, of what is recorded about it."""
+    free = {"source": {"fingerprint": about["source"]["fingerprint"]}, "kmeans": None}  # KMeans adds its own settings
+    return about | free
+
+
+def warn_of_dead_codes(dead: int, num_codes: int) -> None:
+    """Log a warning where many codes stand for no patch at all."""
+    if dead > MANY_DEAD_CODES * num_codes:
+        log.warning(
+            "%d of %d codes (%.0f percent) stand for no patch: give more or more varied images (codebook_subset), or a "
+            "smaller kmeans.num_clusters", dead, num_codes, 100 * dead / num_codes,
+        )  # fmt: skip
 
 
 class DiscriminativeTokenizer:

@@ -6,6 +6,7 @@ layer is neither kept nor run. An encoder is a net, the numbers that normalise i
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
+from digit.settings import from_json
 from digit.tokenizers.hub import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
 FORMAT = 1
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_INPUT_SIZE = 4096  # px, as data.preprocess
 CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
 
@@ -55,6 +58,22 @@ class EncoderConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the products. bfloat16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedEncoder:
+    """What encoder.json says beside the net."""
+
+    name: str
+    layer: int | Literal["pooled"]
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    about: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.input_size <= MAX_INPUT_SIZE:
+            raise DigitError(f"input_size is {self.input_size}: wanted 1 to {MAX_INPUT_SIZE} pixels")
 
 
 class FrozenEncoder(nn.Module):
@@ -200,13 +219,17 @@ class FrozenEncoder(nn.Module):
         saved = read_json(folder / "encoder.json")
         try:
             config_class, net_class = NETS[saved["net"]]
-            known = {field.name for field in fields(config_class)}
-            if saved["format"] != FORMAT or saved["config"].keys() - known:
+            if saved["format"] != FORMAT:
                 raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
-            net = build(net_class, config_class(**saved["config"]), load_tensors(folder / "encoder.safetensors"))
-            keys = ("name", "layer", "input_size", "mean", "std", "about")
-            encoder = cls(net, **{key: saved[key] for key in keys}, precision=saved.get("precision", "float32"))
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            config = from_json(config_class, saved["config"], f"{folder / 'encoder.json'}: config")
+            about = from_json(SavedEncoder, {f.name: saved[f.name] for f in fields(SavedEncoder)}, "encoder.json")
+            net = build(net_class, config, load_tensors(folder / "encoder.safetensors"))
+            encoder = cls(net, **vars(about), precision=saved.get("precision", "float32"))
+            if math.prod(encoder.grid) < 1:
+                raise ValueError(f"input_size {encoder.input_size} holds no patch")
+            if odd := [name for name, t in net.state_dict().items() if not (t.is_floating_point() or t.dtype == torch.int64)]:
+                raise ValueError(f"{odd[0]} is of no type of weights")
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
         if encoder.fingerprint != saved.get("fingerprint"):
             raise MismatchError(

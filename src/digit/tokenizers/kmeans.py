@@ -11,24 +11,29 @@ inertia and the last assignment never do. Nothing on the way waits for the devic
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from digit.errors import DigitError
+from digit.errors import DigitError, Stopped
 from digit.machine import multiplies_bf16
 from digit.models.products import linear
 from digit.progress import Progress
+from digit.stop import StopSignals
 from digit.tokenizers.nearest import ExactNearest, FastNearest, argmin_rows, full_precision, nearest
 from digit.tokenizers.points import UNUSABLE, Points, open_points
 from digit.tokenizers.shares import Shares
+from digit.tokenizers.unfinished import State, UnfinishedFit
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
+
+    from digit.tokenizers.points import Features
 
 START_CHUNK_ROWS = 4096
 BFLOAT16_FROM_FLOP = 1e10  # "auto": below this an iteration is a blink in float32 too
@@ -85,33 +90,49 @@ class KMeans:
     @torch.no_grad()
     def fit(
         self,
-        features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]',
+        features: "Features",
         *,
         across_ranks: bool = False,
+        unfinished: UnfinishedFit | None = None,
     ) -> Self:
         """Cluster `features`: a Tensor (N, D), or a callable whose every call iterates the same Tensors (n, D).
 
-        across_ranks: every process of torch.distributed's group calls this, each with its own share of the points. All
-        get the fit of all points, from the start that one process holding every share in turn would have drawn.
-        Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids.
+        across_ranks: every rank of the job calls this, each with its own share of the points. All get the fit of all
+        points, from the start that one process holding every share in turn would have drawn. Ranks that stream say
+        which points they have: each item is a Tensor and its points' numbers (n,) int64 among those of all ranks.
+        unfinished: keeps the state on the disk, and holds that of a fit which was cut short: this one goes on there.
+        Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids;
+        Stopped where a signal asked for it and the state is saved.
         """
-        cfg, self._shares = self.config, Shares(across_ranks)
-        points = open_points(features, cfg, self._shares)
+        with StopSignals() if unfinished else nullcontext() as signals:
+            self._shares = Shares(across_ranks, signals)
+            self._fit(open_points(features, self.config, self._shares), unfinished)
+        return self
+
+    def _fit(self, points: Points, unfinished: UnfinishedFit | None) -> None:
+        cfg = self.config
         if cfg.num_clusters > points.num_rows:
             raise DigitError(
                 f"k-means wants {cfg.num_clusters} clusters but got {points.num_rows} points: give more images or a "
                 "smaller kmeans.num_clusters"
             )
-        start = points.take_start()  # (s, D)
-        shift = start.mean(0, dtype=torch.float64).float()  # (D,); centred features round less in bfloat16
-        centroids = _start_centroids(start.sub_(shift), cfg)  # (K, D)
-        del start
-        self.history_: list[dict[str, Any]] = []
+        state = self._start(points, unfinished)
+        self.history_ = state.history
         self.streamed_ = points.streamed
-        total = (cfg.num_iterations + 1) * points.num_here
-        with full_precision(shift.device), Progress(f"k-means K={cfg.num_clusters}", total) as bar:
-            self._iterate(points, centroids, shift, bar)
-        return self
+        total = (cfg.num_iterations + 1 - len(state.history)) * points.num_here
+        with full_precision(state.shift.device), Progress(f"k-means K={cfg.num_clusters}", total) as bar:
+            try:
+                while not state.settled and len(state.history) < cfg.num_iterations:
+                    self._iterate(points, state, bar)
+                    if unfinished and self._shares.rank == 0:
+                        unfinished.keep(state)
+                self._close(points, state, bar)
+            except Stopped:  # in the middle of a pass, which leaves the state as it was before
+                if self._shares.rank == 0:
+                    unfinished.save(state)
+                raise Stopped(
+                    f"k-means: {len(state.history)} of at most {cfg.num_iterations} iterations are done"
+                ) from None
 
     def predict(self, features: 'Float[Tensor, "... dim"]') -> 'Int64[Tensor, "..."]':
         """Nearest centroid of each feature. Raises DigitError before fit, MismatchError for another D."""
@@ -119,27 +140,36 @@ class KMeans:
             raise DigitError("this KMeans is not fitted: call fit(features) before predict")
         return nearest(features, self.centroids_)
 
-    def _iterate(self, points: Points, centroids: Tensor, shift: Tensor, bar: Progress) -> None:
-        """Lloyd's iterations, then one pass in float32 over the centroids as they are returned."""
-        cfg, rng, previous = self.config, np.random.default_rng([self.config.seed, 2]), math.inf
-        distance = 0.0
-        for iteration in range(cfg.num_iterations):
-            began = time.perf_counter()
-            find = _finder(centroids, cfg, points, distance)
-            sums = _accumulate(points, find, centroids, shift, self._shares, bar)
-            inertia, distance = sums.inertia, sums.inertia / sums.num_points
-            num_empty = int((sums.counts == 0).sum())
-            centroids = sums.means(centroids)
-            reseeded = _split_largest(centroids, sums, rng)
-            self._log(iteration, sums, reseeded, time.perf_counter() - began)
-            settled = cfg.tolerance > 0 and iteration > 0 and previous - inertia <= cfg.tolerance * previous
-            if not num_empty and (inertia == 0 or settled):
-                break
-            previous = inertia
+    def _start(self, points: Points, unfinished: UnfinishedFit | None) -> State:
+        """Where the fit was cut short, or its beginning."""
+        sample = points.take_start()  # (s, D)
+        if unfinished:
+            request = asdict(self.config) | {"device": None, "points": points.num_rows, "dim": sample.shape[1]}
+            if found := unfinished.load({"kmeans": request}, self._shares):
+                return replace(found, centroids=found.centroids.to(sample), shift=found.shift.to(sample))
+        shift = sample.mean(0, dtype=torch.float64).float()  # (D,); centred features round less in bfloat16
+        centroids = _start_centroids(sample.sub_(shift), self.config)  # (K, D)
+        return State(centroids, shift, np.random.default_rng([self.config.seed, 2]))
+
+    def _iterate(self, points: Points, state: State, bar: Progress) -> None:
+        """One of Lloyd's iterations."""
+        cfg, began, centroids, history = self.config, time.perf_counter(), state.centroids, state.history
+        previous, distance = math.inf, 0.0
+        if history:
+            previous, distance = history[-1]["inertia"], history[-1]["inertia"] / history[-1]["points"]
+        find = _finder(centroids, cfg, points, distance)
+        sums = _accumulate(points, find, centroids, state.shift, self._shares, bar)
+        state.centroids = sums.means(centroids)
+        reseeded = _split_largest(state.centroids, sums, state.rng)
+        settled = cfg.tolerance > 0 and bool(history) and previous - sums.inertia <= cfg.tolerance * previous
+        state.settled = bool((sums.counts > 0).all()) and (sums.inertia == 0 or settled)
+        self._log(len(history), sums, reseeded, time.perf_counter() - began)
+
+    def _close(self, points: Points, state: State, bar: Progress) -> None:
+        """One pass in float32 over the centroids as they are returned."""
         began = time.perf_counter()
-        self.centroids_ = (centroids.double() + shift.double()).float()
-        centred = self.centroids_ - shift
-        sums = _count(points, centred, shift, self._shares, bar)
+        self.centroids_ = (state.centroids.double() + state.shift.double()).float()
+        sums = _count(points, self.centroids_ - state.shift, state.shift, self._shares, bar)
         self._log(len(self.history_), sums, 0, time.perf_counter() - began)
         self.inertia_, self.num_points_, self.counts_ = sums.inertia, sums.num_points, sums.counts.cpu()
         self.usage_, self.entropy_ = sums.usage, sums.entropy
@@ -238,6 +268,9 @@ def _accumulate(points: Points, find: Finder, centroids: Tensor, shift: Tensor, 
         rows[:, dim] = torch.linalg.vector_norm(x, dim=1).square()
         sums.add(rows, find(x, rows[:, dim]))
         bar.update(len(chunk))
+        if shares.asked_to_stop:
+            break
+    shares.agree_to_go_on()
     sums.close(centroids, shares)
     bar.update(0, mean_distance=sums.inertia / max(1, sums.num_points), usage=sums.usage)
     return sums
@@ -253,6 +286,9 @@ def _count(points: Points, centroids: Tensor, shift: Tensor, shares: Shares, bar
         table[:last] += torch.bincount(index, minlength=last)
         table[last] += x.sub_(centroids[index]).square_().sum(dtype=torch.float64)
         bar.update(len(chunk))
+        if shares.asked_to_stop:
+            break
+    shares.agree_to_go_on()
     *_, inertia = shares.add_up(table).tolist()
     return _Counts(table[:last].long(), inertia)
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from digit.tokenizers.kmeans import KMeansConfig
 
+    Part = Float[Tensor, "n dim"] | tuple[Float[Tensor, "n dim"], np.ndarray]
+    Features = Float[Tensor, "n dim"] | Callable[[], Iterable[Part]]
+
+Stream = Callable[[], Iterator[tuple[Tensor, np.ndarray]]]  # (n, D) points with (n,) keys
 START_POINTS_PER_CENTROID = 32  # k-means++ looks at a sample of this many points a centroid
 MIN_CHUNK_ROWS = 16
 BYTES_PER_CENTROID_VALUE = 48  # centroids, sums in both precisions, products, start points: all of size (K, D)
@@ -42,18 +46,37 @@ class Points:
 
 
 def open_points(
-    features: 'Float[Tensor, "n dim"] | Callable[[], Iterable[Float[Tensor, "n dim"]]]',
+    features: "Features",
     cfg: "KMeansConfig",
     shares: Shares | None = None,
 ) -> Points:
-    """Points of a tensor (N, D), or of a callable whose every call iterates the same tensors (n, D).
+    """Points of a tensor (N, D), or of a callable whose every call iterates the same tensors (n, D), or such tensors
+    each with the numbers (n,) of its points.
 
     Raises DigitError for NaN or Inf, another shape, or a budget too small for the centroids alone.
     """
     shares = shares or Shares()
     if isinstance(features, Tensor):
         return _tensor_points(features, cfg, shares)
-    return _stream_points(lambda: (_moved(part, cfg) for part in features()), cfg, shares)
+    return _stream_points(lambda: _keyed(features(), cfg, shares.rank), cfg, shares)
+
+
+def _keyed(parts: "Iterable[Part]", cfg: "KMeansConfig", rank: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """(n, D) points, and for each of them a random number in 0 .. 1 that is the same in every pass.
+
+    It depends on the point's number alone, so a sample is the same however the stream is cut, into tensors or among
+    ranks. Without numbers the points of a rank are counted from 0, and the rank decides too.
+    """
+    seen = 0
+    for part in parts:
+        points, numbers = (part, np.arange(seen, seen + len(part))) if isinstance(part, Tensor) else part
+        bits = np.random.PCG64([cfg.seed, 0] + [rank] * (rank > 0 and isinstance(part, Tensor)))
+        seen += len(points)
+        if not len(points):
+            continue
+        first = int(numbers.min())
+        drawn = np.random.Generator(bits.advance(first)).random(int(numbers.max()) - first + 1)
+        yield _moved(points, cfg), drawn[numbers - first]
 
 
 def _moved(part: Tensor, cfg: "KMeansConfig") -> Tensor:
@@ -117,9 +140,11 @@ def _tensor_points(features: Tensor, cfg: "KMeansConfig", shares: Shares) -> Poi
     return Points(most, len(here), False, chunks, start)
 
 
-def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", shares: Shares) -> Points:
+def _stream_points(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> Points:
     """Read the stream once: count it, keep a random sample; stay in memory where that sample is all that is wanted."""
-    sample, keys, seen = _sample_stream(stream, cfg, shares.rank)
+    sample, keys, seen = _sample_stream(stream, cfg, shares)
+    shares.agree_to_go_on()
+    sample = _sample_of_some(sample, cfg, shares)
     size = _chunk_size(cfg, sample.shape[1], sample.device)
     everyones = shares.gather(keys)
     num_rows = sum(shares.gather(seen))
@@ -127,7 +152,8 @@ def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", 
     drawn = np.concatenate(everyones)
     order = np.argsort(drawn, kind="stable")
 
-    total = min(len(drawn), _start_rows(cfg, max(map(len, everyones))))
+    room = _capacity(cfg, sample.shape[1], sample.device)
+    total = min(len(drawn), _start_rows(cfg, min(len(drawn), wanted, room)))
     first = order[:total] - sum(map(len, everyones[: shares.rank]))
     places = np.flatnonzero((first >= 0) & (first < len(keys)))
     first_here = torch.from_numpy(first[places]).to(sample.device)
@@ -135,48 +161,47 @@ def _stream_points(stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", 
     whole = len(keys) == seen or keys.max() >= last  # nothing that takes part was left out of the sample here
     if all(shares.gather(bool(whole))):
         mine = torch.from_numpy(np.flatnonzero(keys <= last)).to(sample.device)
-        parts = sample.split(size) if len(mine) == len(sample) else None
+        parts = [part for part in sample.split(size) if len(part)] if len(mine) == len(sample) else None
         return Points(
-            wanted, len(mine), False, lambda: iter(parts or (sample[some] for some in mine.split(size))),
+            wanted, len(mine), False,
+            lambda: iter(parts) if parts is not None else (sample[some] for some in mine.split(size) if len(some)),
             lambda: shares.place(sample[first_here], places, total),
         )  # fmt: skip
     start = [shares.place(sample[first_here], places, total)]  # popped once used: the iterations hold no sample
     fraction = wanted / num_rows
 
     def chunks() -> Iterator[Tensor]:
-        rng = _keys(cfg, shares.rank)
-        for part in stream():
-            kept = part[torch.from_numpy(rng.random(len(part)) < fraction).to(part.device)] if fraction < 1 else part
-            yield from kept.split(size)
+        for part, keys in stream():
+            kept = part[torch.from_numpy(keys < fraction).to(part.device)] if fraction < 1 else part
+            yield from (chunk for chunk in kept.split(size) if len(chunk))
 
     return Points(wanted, round(fraction * seen), True, chunks, start.pop)
 
 
-def _keys(cfg: "KMeansConfig", rank: int) -> np.random.Generator:
-    """A stream's random numbers, one a row."""
-    return np.random.default_rng([cfg.seed, 0] + [rank] * (rank > 0))
-
-
-def _sample_stream(
-    stream: Callable[[], Iterator[Tensor]], cfg: "KMeansConfig", rank: int
-) -> tuple[Tensor, np.ndarray, int]:
-    """Reservoir: the (s, D) rows with the smallest of N seeded random keys, those keys, and N.
-
-    A row's key depends on its number alone, so the sample is the same however the stream is cut into tensors.
-    """
-    rng, keys, sample, seen = _keys(cfg, rank), np.zeros(0), None, 0
+def _sample_stream(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> tuple[Tensor | None, np.ndarray, int]:
+    """Reservoir: the (s, D) rows with the smallest keys, those keys, and the number of all; None for no rows at all."""
+    keys, sample, seen = np.zeros(0), None, 0
     with Progress("features for k-means") as bar:
-        for part in stream():
+        for part, new in stream():
             if sample is None:  # pages are taken as they are written
                 sample = part.new_empty(_capacity(cfg, part.shape[1], part.device), part.shape[1])
             if part.shape[1] != sample.shape[1]:
                 raise DigitError(f"k-means features change from {sample.shape[1]} to {part.shape[1]} columns midway")
-            keys = _merge(sample, keys, _checked(part), rng.random(len(part)))
+            keys = _merge(sample, keys, _checked(part), new)
             seen += len(part)
             bar.update(len(part))
-    if sample is None:
+            if shares.asked_to_stop:
+                break
+    return None if sample is None else sample[: len(keys)], keys, seen
+
+
+def _sample_of_some(sample: Tensor | None, cfg: "KMeansConfig", shares: Shares) -> Tensor:
+    """The sample; no rows of the others' shape, on the same kind of device, where this rank has none."""
+    kinds = shares.gather(None if sample is None else (sample.shape[1], sample.device.type))
+    known = [kind for kind in kinds if kind is not None]
+    if not known:
         raise DigitError("k-means got no features at all: the source gave no readable image")
-    return sample[: len(keys)], keys, seen
+    return torch.empty(0, known[0][0], device=known[0][1]) if sample is None else sample
 
 
 def _merge(sample: Tensor, keys: np.ndarray, part: Tensor, new: np.ndarray) -> np.ndarray:

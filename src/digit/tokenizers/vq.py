@@ -15,6 +15,7 @@ from torch import Tensor
 from digit.errors import DigitError, MismatchError
 from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.settings import from_json
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")
@@ -176,21 +177,23 @@ def filled(part: Tensor, size: int) -> Tensor:
 def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
     """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
     about = read_json(about_path)
+    if not isinstance(about, dict) or "config" not in about:
+        raise DigitError(f"{about_path} describes no VQGAN: make it again (digit train vqgan ...)")
+    config = from_json(VQGANConfig, about["config"], f"{about_path}: config")
     try:
-        config = VQGANConfig(**about["config"])
-    except (KeyError, TypeError) as error:
-        raise DigitError(f"{about_path} describes no VQGAN ({error}): make it again (digit train vqgan ...)") from error
-    weights = unpack_int8(load_tensors(weights_path))
+        weights = unpack_int8(load_tensors(weights_path))
+    except (KeyError, RuntimeError) as error:  # a matrix in 8 bits without its scale, or with another's
+        raise MismatchError(f"{weights_path} is damaged ({error}): make it again (digit train vqgan ...)") from error
     if about.get("fingerprint") != (found := sha256_tensors(weights)):
         raise MismatchError(
             f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
             "so the files are of two models: make them again (digit train vqgan ...)"
         )
-    with torch.device("meta"):
-        vqgan = VQGAN(config)
     try:
+        with torch.device("meta"):
+            vqgan = VQGAN(config)
         vqgan.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MismatchError(f"{weights_path} does not fit {about_path}: {reason}") from error
     return vqgan.eval()

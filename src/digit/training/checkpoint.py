@@ -1,10 +1,23 @@
-"""Checkpoints that are whole or not there: out/checkpoints/step_00001000.pt and the run's config.json beside them."""
+"""Checkpoints that are whole or not there, whatever the number of processes that write or read them.
 
-import errno
+    OUT/checkpoints/config.json                 the run's config, compared when it goes on
+    OUT/checkpoints/step_00001000/shard-*.safetensors   tensors, a file (or several) a process
+    OUT/checkpoints/step_00001000/state.json    everything else: numbers, strings, and which tensor stands where
+    OUT/checkpoints/step_00001000/manifest.json SHA-256 and size of each file, the step, validation figures
+
+A folder is written aside, synced and renamed, so that one without the leading dot is whole; its hashes are compared
+before it is used. torch.distributed.checkpoint writes and reads the tensors: replicated ones are shared out over the
+processes, sharded ones (fully_shard) are written where they lie, and both can be read by any number of processes. All
+files are safetensors or JSON: reading a stranger's checkpoint runs no code.
+"""
+
+import hashlib
 import json
 import logging
+import os
 import re
-import zipfile
+import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,17 +25,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from digit import __version__, ranks
 from digit.errors import DigitError, MismatchError
-from digit.files import atomic_path, read_json, write_json
+from digit.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
 
 if TYPE_CHECKING:
     from digit.training.loop import LoopConfig
 
 log = logging.getLogger(__name__)
+FORMAT = 1
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.json"
+TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # what JSON lacks, in state.json
+HEADER_BYTES = 400  # of a tensor, in the header of its file
 # These may change between two halves of one run (num_steps too, where the schedule does not end there).
 FREE_FIELDS = {
-    "accumulate", "checkpoint_activations", "compile", "log_every", "save_every", "keep_checkpoints", "tensorboard"
+    "accumulate", "checkpoint_activations", "compile", "keep_best", "keep_checkpoints", "log_every", "max_skipped",
+    "parallel", "save_every", "tensorboard",
 }  # fmt: skip
 
 
@@ -30,67 +53,276 @@ class DamagedError(DigitError):
     """A checkpoint is torn or has flipped bits."""
 
 
+def step_folder(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(folder) / f"step_{step:08d}"
+
+
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of each checkpoint file in `folder`, oldest first."""
-    found = [(re.fullmatch(r"step_(\d+)\.pt", path.name), path) for path in Path(folder).glob("step_*.pt")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    """(step, path) of each checkpoint in `folder`, oldest first. Raises DigitError for those of an older version."""
+    found = []
+    for path in Path(folder).glob("step_*"):
+        if path.suffix == ".pt":
+            raise DigitError(f"{path} was written by an older version, which this one cannot go on from: move it away")
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) is not None:
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
-def save(folder: str | Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Write `content` (tensors, numbers, strings, lists and dicts of them) as step `step`; keep the newest `keep`.
+# -------------------------------------------------------------------- writing
 
-    Checkpoints past `step` are removed: they are damaged ones that the run fell back from.
+
+def save(
+    folder: str | Path,
+    step: int,
+    content: dict[str, Any],
+    keep: int,
+    *,
+    figures: dict[str, float] | None = None,
+    keep_best: bool = False,
+) -> Path:
+    """Write `content` (tensors, numbers, strings, lists, tuples and dicts of them) as step `step`. All ranks call this.
+
+    Keeps the newest `keep` checkpoints, and with `keep_best` the one whose validation figure (`val_...` in `figures`)
+    is lowest. Checkpoints past `step` are removed: they are damaged ones that the run fell back from.
+
+    Raises DigitError, before anything is written, where the disk has too little room.
     """
-    path = Path(folder) / f"step_{step:08d}.pt"
-    with atomic_path(path) as temporary, _full_disk_is_an_os_error(), open(temporary, "wb") as out:
-        torch.save(content, out)
-    older = [p for s, p in list_checkpoints(folder) if s <= step]
-    for stale in set(p for _, p in list_checkpoints(folder)) - set(older[-max(1, keep) :]):
-        stale.unlink(missing_ok=True)
+    path, tensors = step_folder(folder, step), {}
+    aside = path.with_name(f".{path.name}.partial")
+    skeleton = _take_apart(content, (), tensors)
+    ranks.on_main(lambda: _prepare(aside, tensors))
+    with _full_disk_is_an_os_error(path):
+        _write_tensors(aside, tensors)
+    ranks.on_main(lambda: _seal(aside, path, step, skeleton, figures or {}))
+    ranks.on_main(lambda: _prune(Path(folder), step, keep, keep_best))
     return path
 
 
+def _prepare(aside: Path, tensors: dict[str, Tensor]) -> None:
+    size = sum(t.numel() * t.element_size() + HEADER_BYTES for t in tensors.values())
+    with disk_errors(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    require_space(aside, size, "a checkpoint")
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """One file a process, synced."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _torch_is_quiet():
+        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.control(), no_dist=ranks.world_size() == 1)
+
+
+def _seal(aside: Path, path: Path, step: int, skeleton: Any, figures: dict[str, float]) -> None:
+    """Write the manifest over what is there, sync, and give the folder its name."""
+    write_json(aside / STATE, skeleton)
+    files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
+    manifest = {"format": FORMAT, "version": __version__, "step": step, "processes": ranks.world_size()}
+    manifest |= {"figures": figures, "files": files}
+    write_json(aside / MANIFEST, manifest | {"digest": _digest(manifest)})
+    with disk_errors(path):
+        sync_folder(aside)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():  # a damaged one, else the run would not be at this step again
+            os.replace(path, old)
+        os.replace(aside, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
+    there = list_checkpoints(folder)
+    wanted = {path for s, path in there if s <= step}
+    wanted = set(sorted(wanted)[-max(1, keep) :])
+    if keep_best and (found := best(folder)) is not None:
+        wanted.add(found[0])
+    leftovers = [p for p in folder.glob(".step_*") if p.suffix in (".partial", ".old", ".stale")]
+    with disk_errors(folder):
+        for path in {p for _, p in there} - wanted:
+            stale = path.with_name(f".{path.name}.stale")
+            os.replace(path, stale)  # at one stroke: a kill midway leaves no half of a checkpoint
+            leftovers.append(stale)
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def best(folder: str | Path) -> tuple[Path, float] | None:
+    """(path, value) of the checkpoint with the lowest validation figure; None where none has one."""
+    scored = []
+    for _, path in list_checkpoints(folder):
+        try:
+            figures = read_manifest(path)["figures"]
+        except DigitError:
+            continue
+        value = next((v for name, v in sorted(figures.items()) if name.startswith("val_")), None)
+        scored += [(value, path)] if value is not None else []
+    return min(scored)[::-1] if scored else None
+
+
 @contextmanager
-def _full_disk_is_an_os_error() -> Iterator[None]:
+def _full_disk_is_an_os_error(path: Path) -> Iterator[None]:
+    """torch wraps what went wrong in the ranks' writers; a full disk is a user's to mend."""
     try:
         yield
-    except RuntimeError as error:  # torch's writer hides the OSError of a failed write behind its own error
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError):
-                raise cause from error
-            cause = cause.__context__
-        raise
+    except CheckpointException as error:  # no Exception, so that it is not overlooked
+        with disk_errors(path):
+            for cause in _causes(error):
+                if isinstance(cause, OSError):
+                    raise cause from error
+        raise RuntimeError(f"checkpoint {path} could not be written") from error
 
 
-def load(path: str | Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU; no code in it runs. Raises DamagedError where it is torn or bits flipped."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the CRCs
-            if (name := archive.testzip()) is not None:
-                raise ValueError(f"checksum of {name} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can raise nearly anything, EINVAL for a bad offset among it
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise DigitError(f"cannot read checkpoint {path}: {error.strerror}") from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedError(f"checkpoint {path} is damaged ({reason}): delete it and run again") from error
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        if isinstance(error, CheckpointException):
+            for failure, _ in error.failures.values():
+                yield from _causes(failure)
+        error = error.__cause__ or error.__context__
 
 
-def newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, or None where there is none at all.
+# -------------------------------------------------------------------- reading
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The newest checkpoint that is whole, its hashes compared, or None where there is none at all. All ranks call it.
 
     A damaged one is passed over with a warning line; raises DigitError where all of them are.
     """
+    return ranks.on_main(lambda: _newest(Path(folder)))
+
+
+def _newest(folder: Path) -> Path | None:
     checkpoints = list_checkpoints(folder)
     for _, path in reversed(checkpoints):
         try:
-            return path, load(path)
+            verify(path)
+            return path
         except DamagedError as error:
             log.warning("%s; falling back to the checkpoint before it", error)
     if checkpoints:
         raise DigitError(f"no checkpoint in {folder} can be read, {len(checkpoints)} tried: delete it to begin again")
     return None
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, once every file is the one that was written. Raises DamagedError where one is not."""
+    manifest = read_manifest(path)
+    for name, wanted in manifest["files"].items():
+        try:
+            got = sha256_file(path / name)
+        except FileNotFoundError as error:
+            raise _damaged(path, f"{name} is missing") from error
+        except OSError as error:
+            raise DigitError(f"cannot read checkpoint {path / name}: {error.strerror}") from error
+        if got != wanted["sha256"]:
+            raise _damaged(path, f"the hash of {name} is wrong")
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What is known of a checkpoint without reading its tensors: step, figures, files. Raises DamagedError."""
+    if not path.is_dir():
+        raise _damaged(path, "no folder")
+    try:
+        manifest = read_json(path / MANIFEST)
+    except DigitError as error:
+        raise _damaged(path, f"{MANIFEST} cannot be read") from error
+    if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
+        raise _damaged(path, f"the hash of {MANIFEST} is wrong")
+    if manifest["format"] != FORMAT:
+        raise DigitError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
+    return manifest
+
+
+def _damaged(path: Path, reason: str) -> DamagedError:
+    return DamagedError(f"checkpoint {path} is damaged ({reason}): delete it and run again")
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def load(
+    path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]] | None = None
+) -> dict[str, Any]:
+    """The content of a verified checkpoint, its tensors in those of `templates` (the same content, as it is now).
+
+    A tensor without a template is made on the CPU; one of an optimizer in `parameters`, which has no state before its
+    first step, like the parameter it belongs to. All ranks call this. Raises MismatchError for another shape.
+    """
+    here: dict[str, Tensor] = {}
+    _take_apart(templates, (), here)
+    reader = HuggingFaceStorageReader(str(path))
+    try:
+        sizes = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")}
+        skeleton = read_json(path / STATE)
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, ranks.first_line(error)) from error
+    tensors = {}
+    for name, found in sizes.items():
+        like = here.get(name, _parameter_of(name, parameters or {}, tuple(found.size)))
+        if like is not None and tuple(like.shape) != tuple(found.size):
+            raise MismatchError(f"{name} in {path} is {tuple(found.size)}, here {tuple(like.shape)}")
+        dtype = found.properties.dtype
+        tensors[name] = torch.empty(found.size, dtype=dtype) if like is None else like
+    with _torch_is_quiet():
+        dcp.load(tensors, storage_reader=reader, process_group=ranks.control(), no_dist=ranks.world_size() == 1)
+    return _put_together(skeleton, tensors)
+
+
+def _parameter_of(name: str, parameters: dict[str, list[Tensor]], size: tuple[int, ...]) -> Tensor | None:
+    """An empty tensor for 'optimizer/state/3/exp_avg': cut up among the ranks as parameter 3 is."""
+    thing, *place = name.split("/")
+    if thing not in parameters or len(place) != 3 or place[0] != "state":
+        return None
+    parameter = parameters[thing][int(place[1])]
+    return torch.empty_like(parameter) if tuple(parameter.shape) == size else None
+
+
+@contextmanager
+def _torch_is_quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+# -------------------------------------------------------------------- tensors apart from the rest
+
+
+def _take_apart(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go into `tensors` by name."""
+    if isinstance(value, Tensor):
+        name = "/".join(path)
+        tensors[name] = value.detach().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        parts = {key: _take_apart(entry, (*path, str(key)), tensors) for key, entry in value.items()}
+        return parts if all(isinstance(key, str) for key in parts) else {PAIRS: [[k, v] for k, v in parts.items()]}
+    if isinstance(value, list | tuple):
+        parts = [_take_apart(entry, (*path, str(i)), tensors) for i, entry in enumerate(value)]
+        return {TUPLE: parts} if isinstance(value, tuple) else parts
+    assert value is None or isinstance(value, bool | int | float | str), f"{'/'.join(path)} is {type(value).__name__}"
+    return value
+
+
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(entry, tensors) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if PAIRS in value:
+        return {key: _put_together(entry, tensors) for key, entry in value[PAIRS]}
+    if TUPLE in value:
+        return tuple(_put_together(entry, tensors) for entry in value[TUPLE])
+    return {key: _put_together(entry, tensors) for key, entry in value.items()}
+
+
+# -------------------------------------------------------------------- the run's config
 
 
 def describe_run(cfg: "LoopConfig", about: dict[str, Any] | None) -> dict[str, Any]:
@@ -100,12 +332,12 @@ def describe_run(cfg: "LoopConfig", about: dict[str, Any] | None) -> dict[str, A
 
 def save_config(folder: str | Path, cfg: "LoopConfig", about: dict[str, Any] | None) -> None:
     """Write config.json beside the checkpoints."""
-    write_json(Path(folder) / "config.json", describe_run(cfg, about))
+    write_json(Path(folder) / CONFIG, describe_run(cfg, about))
 
 
 def check_config(folder: str | Path, cfg: "LoopConfig", about: dict[str, Any] | None) -> None:
     """Raise MismatchError where the run in `folder` was begun with another config that matters; names both values."""
-    if not (path := Path(folder) / "config.json").exists():
+    if not (path := Path(folder) / CONFIG).exists():
         return
     then, now = read_json(path), describe_run(cfg, about)
     then["train"] = describe_run(type(cfg)(), None)["train"] | then.get("train", {})  # settings younger than the run

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from digit import ranks
 from digit.models.vqgan import nearest_code
-from digit.training import distributed
 
 KEPT_BATCHES = 8  # batches of features that k-means starts from
 KMEANS_ITERATIONS = 10
@@ -37,28 +37,29 @@ class LivingCodebook:
         """Set the codes by k-means on what was collected; nothing collected (fine-tuning, already begun): keep them."""
         if not self.reservoir:
             return
-        features, self.reservoir = torch.cat(self.reservoir), []
+        features = torch.cat([over_ranks(collected) for collected in self.reservoir])
+        num_batches, self.reservoir = len(self.reservoir), []
         codes = draw_rows(features, len(self.weight), generator)
-        for _ in range(KMEANS_ITERATIONS):
+        for _ in range(KMEANS_ITERATIONS):  # every rank for itself: there are few features
             counts, sums = self.assign(features, nearest_code(features, codes))
             empty = counts == 0
             codes = sums / counts.clamp(min=1)[:, None]
             codes[empty] = draw_rows(features, int(empty.sum()), generator)
         self.weight.copy_(codes)
-        self.counts.fill_(len(features) * distributed.world_size() / len(self.weight) / KEPT_BATCHES)  # of one batch
+        self.counts.fill_(len(features) / len(self.weight) / num_batches)  # of one batch
         self.sums.copy_(codes * self.counts[:, None])
 
     def assign(self, features: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """How many features (n, C) of all ranks chose each code (K,), and their sums (K, C)."""
+        """How many features (n, C) chose each code (K,), and their sums (K, C)."""
         counts = torch.bincount(indices, minlength=len(self.weight)).to(features)
         sums = torch.zeros_like(self.weight).index_add_(0, indices, features)
-        sum_over_ranks([counts, sums])
         return counts, sums
 
     @torch.no_grad()
     def update(self, features: Tensor, indices: Tensor) -> None:
         """Move the codes towards the features (n, C) that chose them by indices (n,)."""
         counts, sums = self.assign(features, indices)
+        sum_over_ranks([counts, sums])
         # N_k <- d N_k + (1 - d) n_k;  m_k <- d m_k + (1 - d) sum x;  c_k = m_k / N_k  (van den Oord 2017, Eq. 6 to 8)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
@@ -70,18 +71,20 @@ class LivingCodebook:
         average = self.counts.mean()
         dead = self.counts < self.restart_below * average
         number = int(dead.sum())
-        self.weight[dead] = draw_rows(features, number, generator)
+        self.weight[dead] = draw_rows(over_ranks(features), number, generator)
         self.counts[dead] = 0.5 * average  # time to prove themselves before the next look
         self.sums[dead] = self.weight[dead] * self.counts[dead, None]
         return number
 
     def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts, "sums": self.sums, "reservoir": self.reservoir}
+        reservoir = [over_ranks(features) for features in self.reservoir]  # for any number of ranks
+        return {"counts": self.counts, "sums": self.sums, "reservoir": reservoir}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts.copy_(state["counts"])
         self.sums.copy_(state["sums"])
-        self.reservoir = [features.to(self.sums.device) for features in state["reservoir"]]
+        mine = [features.chunk(ranks.world_size())[ranks.rank()] for features in state["reservoir"]]
+        self.reservoir = [features.to(self.sums.device) for features in mine]
 
 
 def flat_features(z: Tensor) -> Tensor:
@@ -90,23 +93,29 @@ def flat_features(z: Tensor) -> Tensor:
 
 
 def draw_rows(features: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """Random rows (number, C) of features (n, C), the first rank's on every rank; repeated only where n < number."""
+    """Random rows (number, C) of features (n, C); repeated only where n < number."""
     if number > len(features):
         rows = torch.randint(len(features), (number,), generator=generator)
     else:
         rows = torch.randperm(len(features), generator=generator)[:number]
-    drawn = features[rows.to(features.device)]
-    if distributed.world_size() > 1:
-        dist.broadcast(drawn, 0)
-    return drawn
+    return features[rows.to(features.device)]
+
+
+def over_ranks(features: Tensor) -> Tensor:
+    """The features (n, C) of every rank as one (n * world_size, C), in the order of the ranks."""
+    if ranks.world_size() == 1:
+        return features
+    parts = [torch.empty_like(features) for _ in range(ranks.world_size())]
+    dist.all_gather(parts, features.contiguous())
+    return torch.cat(parts)
 
 
 def sum_over_ranks(tensors: list[Tensor], divide: bool = False) -> None:
     """Add (or average) tensors over all ranks, in place, in one exchange."""
-    if distributed.world_size() == 1 or not tensors:
+    if ranks.world_size() == 1 or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    flat = flat / distributed.world_size() if divide else flat
+    flat = flat / ranks.world_size() if divide else flat
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from digit.training.parallel import local
+
 
 class EMA:
     """The running average of `model`'s parameters; make it after the model is on its device.
@@ -20,8 +22,9 @@ class EMA:
         assert 0 < decay < 1, decay
         self.decay = decay
         self.names = [name for name, _ in model.named_parameters()]
-        self.parameters = [p.detach() for p in model.parameters()]  # views: they follow the optimizer's in-place steps
-        self.averages = [p.clone() for p in self.parameters]
+        parameters = [p.detach() for p in model.parameters()]  # views: they follow the optimizer's in-place steps
+        self.whole_averages = [p.clone() for p in parameters]  # cut up among the ranks as the parameters are
+        self.parameters, self.averages = [local(p) for p in parameters], [local(a) for a in self.whole_averages]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -46,10 +49,10 @@ class EMA:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name: loads into the model with `load_state_dict(..., strict=False)`."""
-        return dict(zip(self.names, self.averages, strict=True))
+        return dict(zip(self.names, self.whole_averages, strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take averages saved by `state_dict`; raises RuntimeError where names or shapes differ."""
         if set(state) != set(self.names):
             raise RuntimeError(f"averages of other parameters: {sorted(set(state) ^ set(self.names))[:5]}")
-        torch._foreach_copy_(self.averages, [state[name].to(self.averages[0].device) for name in self.names])
+        torch._foreach_copy_(self.averages, [local(state[name]).to(self.averages[0].device) for name in self.names])

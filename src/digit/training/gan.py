@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from digit import ranks
 from digit.files import write_json
 from digit.machine import multiplies_bf16
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
-from digit.training import distributed
 from digit.training.codebook import LivingCodebook, flat_features, sum_over_ranks
 from digit.training.ema import EMA
 from digit.training.loop import LoopConfig, TrainState, step_seed, train
@@ -160,7 +160,7 @@ class VQGANTrainer:
         schedule = {"num_steps": cfg.num_steps, "warmup_steps": cfg.warmup_steps}
         set_lr(self.optimizer, cosine(step, cfg.learning_rate, **schedule))
         set_lr(self.discriminator_optimizer, cosine(step, cfg.discriminator_learning_rate, **schedule))
-        images = self.batches(step).chunk(distributed.world_size())[distributed.rank()].to(self.codebook.weight.device)
+        images = self.batches(step).chunk(ranks.world_size())[ranks.rank()].to(self.codebook.weight.device)
         images = images.contiguous(memory_format=torch.channels_last).float() / 255
         fakes, figures = self.update_vqgan(images, step, generator)
         if self.is_adversarial(step):
@@ -238,6 +238,7 @@ class VQGANTrainer:
         # the gradients at the last layer are one convolution's backward away from those at its output
         last = self.vqgan.decoder.conv_out.weight
         at_last = [torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0] for g in (gradient, fooled)]
+        sum_over_ranks(at_last, divide=True)
         balance = adaptive_weight(*at_last)
         ramp = min(1.0, (step - self.cfg.adversarial_start + 1) / max(1, self.cfg.adversarial_ramp))
         figures = {"adversarial": loss.detach(), "adaptive_weight": balance}
@@ -273,7 +274,7 @@ def train_vqgan(
     train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.config.to_dict(), description="vqgan")
     trainer.average.copy_to_model()
     metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
-    if distributed.is_main():
+    if ranks.is_main():
         write_json(Path(out) / "metrics.json", metrics)
     return metrics
 

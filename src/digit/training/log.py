@@ -1,7 +1,7 @@
 """What a run tells: a progress bar, out/log.jsonl (one JSON object per line), and TensorBoard where it is installed."""
 
 import json
-import math
+import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from digit.errors import DigitError
+from digit import ranks
 from digit.files import atomic_path, disk_errors
 from digit.progress import Progress
-from digit.training import distributed
+from digit.training.faults import NotFiniteError, SpikeWatch, find_not_finite
 
+logger = logging.getLogger(__name__)
 Figures = dict[str, float | Tensor]
 
 
@@ -37,32 +38,49 @@ def last_figures(out: Path) -> dict[str, float]:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines past `step`: the resumed run writes them again."""
+    """Drop the lines past `step`, all of them where nothing is kept of the run: it writes them again."""
     if path.exists():
-        kept = [json.dumps(line) + "\n" for line in read_log(path) if line.get("step", 0) <= step]
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if 0 < step >= line.get("step", 0)]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
 
 
 class RunLog:
-    """Collects figures without waiting for the device; reads them in one transfer when a line is due."""
+    """Collects figures without waiting for the device; reads them in one transfer when a line is due.
+
+    It is part of a checkpoint: figures whose line is not due yet when the run is cut short are not lost.
+    """
 
     def __init__(
         self, out: Path, step: int, num_steps: int, *,
         description: str = "train", tensorboard: bool = True, peak_images_per_second: float | None = None,
     ):  # fmt: skip
         self.peak_images_per_second = peak_images_per_second
-        self.path, self.step, self.pending = out / "log.jsonl", step, []
+        self.description, self.num_steps = description, num_steps
+        self.path, self.step = out / "log.jsonl", step
+        self.pending: list[tuple[int, Figures]] = []
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
-        self.bar = Progress(description, total=num_steps, done=step) if distributed.is_main() else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is pending, the mean over the ranks; they all call this."""
+        self._fetch()
+        means = [(step, dict(zip(f, ranks.mean(list(f.values())), strict=True))) for step, f in self.pending]
+        return {"pending": [list(entry) for entry in means]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.pending = [(step, dict(figures)) for step, figures in state["pending"]]
 
     def __enter__(self) -> Self:
         self._stack, self._file, self._board = ExitStack(), None, None
         self.seconds = 0.0  # of the whole run, over all its resumptions
+        self.spikes = SpikeWatch()
         self._restart_clock()
+        self.bar = Progress(self.description, total=self.num_steps, done=self.step) if ranks.is_main() else None
         if self.bar is not None:
             cut_log(self.path, self.step)
             self.seconds = last_figures(self.path.parent).get("seconds", 0.0)
+            lines = read_log(self.path) if self.path.exists() else []
+            self.spikes = SpikeWatch(line["loss"] for line in lines if "loss" in line)
             self._stack.enter_context(self.bar)
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +96,8 @@ class RunLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            self.note("tensorboard is not installed: this file is the only log")
+            if not self.step:  # once a run
+                self.note("tensorboard is not installed: this file is the only log")
             return
         self._board = SummaryWriter(str(self.tensorboard_folder), purge_step=self.step + 1)
         self._stack.callback(self._board.close)
@@ -96,19 +115,20 @@ class RunLog:
             self.bar.update(1)
 
     def check(self) -> None:
-        """Bring the pending figures to the CPU in one transfer. Raises DigitError at the first NaN or Inf."""
+        """Look at the pending figures. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
+        self._fetch()
+        found = find_not_finite(self.pending)
+        if ranks.any_rank(found is not None):
+            raise found or NotFiniteError(self.step, {}, moved=True)
+
+    def _fetch(self) -> None:
+        """Bring the pending figures to the CPU, in one transfer a device."""
         tensors = [(figures, k) for _, figures in self.pending for k, v in figures.items() if isinstance(v, Tensor)]
         for device in {figures[k].device for figures, k in tensors}:
             here = [(figures, k) for figures, k in tensors if figures[k].device == device]
             values = torch.stack([figures[k].double().reshape(()) for figures, k in here]).tolist()
             for (figures, k), value in zip(here, values, strict=True):
                 figures[k] = value
-        for step, figures in self.pending:
-            if not all(math.isfinite(v) for v in figures.values()):
-                raise DigitError(
-                    f"step {step} gave {', '.join(f'{k} {v:.4g}' for k, v in figures.items())}: lower learning_rate, "
-                    "lengthen warmup_steps or choose precision fp32; the last checkpoint is from before"
-                )
 
     def write(self, images_per_step: int) -> None:
         """Write one line: the mean of each figure since the last one (over the ranks too), speed, its share of the
@@ -118,7 +138,7 @@ class RunLog:
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         names = list(dict.fromkeys(name for _, figures in self.pending for name in figures))
         columns = [[figures[name] for _, figures in self.pending if name in figures] for name in names]
-        line = dict(zip(names, distributed.mean([sum(c) / len(c) for c in columns]), strict=True))
+        line = dict(zip(names, ranks.mean([sum(c) / len(c) for c in columns]), strict=True))
         if "lr" in line:
             line["lr"] = columns[names.index("lr")][-1]
         line["images_per_second"] = images_per_step * len(self.pending) / elapsed
@@ -129,6 +149,9 @@ class RunLog:
         self.pending.clear()
         self._restart_clock()
         self.put(line)
+        if "loss" in line and (remark := self.spikes.look(line["loss"])) and self._file is not None:
+            logger.warning("step %d: %s", self.step, remark)
+            self.note(remark)
 
     def put(self, figures: dict[str, float]) -> None:
         """Write `figures` of the present step to the file, the bar and TensorBoard (rank 0)."""

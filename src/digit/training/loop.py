@@ -1,20 +1,21 @@
 """The training loop. Everything in it is a function of the step: so a resumed run equals an uninterrupted one."""
 
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 
-from digit.errors import DigitError, MismatchError
-from digit.training import checkpoint, distributed
+from digit import ranks
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.stop import StopSignals
+from digit.training import checkpoint
+from digit.training.faults import NotFiniteError, explain
 from digit.training.log import Figures, RunLog, last_figures
 from digit.training.optim import Optimizer, Schedule
+from digit.training.parallel import Parallel
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -35,6 +36,8 @@ class LoopConfig:
     """Updates between two checkpoints; the last update always saves."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the second is what a damaged newest one falls back to."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest validation loss too, where there is a validation."""
     tensorboard: bool = True
     """Write TensorBoard events to OUT/tensorboard where tensorboard is installed."""
 
@@ -92,6 +95,12 @@ class TrainConfig(LoopConfig):
     """Gradients are scaled down to this joint L2 norm; 0 = no clipping."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights; 0 = no average. With one, the average is the run's result."""
+    parallel: Parallel = "ddp"
+    """With several processes (torchrun): ddp, a replica of the model in each, or fsdp, weights, gradients and optimizer
+    state cut up among them (fully_shard), for models that fill a GPU. Checkpoints of both go on with either."""
+    max_skipped: int = 0
+    """Updates that may be left out in the whole run because their loss or gradient is not finite; 0 stops at the
+    first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +112,9 @@ class TrainConfig(LoopConfig):
         self.require(self.muon_learning_rate > 0, "muon_learning_rate", "above 0")
         self.require(0 <= self.ema_decay < 1, "ema_decay", "0 (off) or below 1, such as 0.9999")
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
+        self.require(self.parallel in get_args(Parallel), "parallel", " or ".join(get_args(Parallel)))
+        self.require(self.max_skipped >= 0, "max_skipped", "at least 0")
+        self.require(self.optimizer != "muon" or self.parallel == "ddp", "parallel", "ddp under optimizer muon")
         multiple = self.batch_size % self.accumulate == 0
         self.require(multiple, "batch_size", f"a multiple of accumulate {self.accumulate}")
 
@@ -125,24 +137,31 @@ class TrainState:
     step: int
     objects: dict[str, Stateful]
 
-    def save(self, folder: Path, keep: int) -> None:
-        """Write a checkpoint (rank 0 only)."""
-        if distributed.is_main():
-            content = {name: thing.state_dict() for name, thing in self.objects.items()}
-            checkpoint.save(folder, self.step, {"step": self.step, "objects": content}, keep)
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint holds; all ranks call this."""
+        return {name: thing.state_dict() for name, thing in self.objects.items()}
 
-    def load(self, path: Path, saved: dict[str, Any]) -> None:
+    def save(self, folder: Path, keep: int, figures: dict[str, float] | None = None, keep_best: bool = False) -> Path:
+        """Write a checkpoint; all ranks call this."""
+        return checkpoint.save(folder, self.step, self.content(), keep, figures=figures, keep_best=keep_best)
+
+    def load(self, path: Path) -> None:
         """Take over a checkpoint's content. Raises MismatchError where it holds other objects or other shapes."""
-        if set(saved["objects"]) != set(self.objects):
-            holds, has = ", ".join(sorted(saved["objects"])), ", ".join(sorted(self.objects))
+        manifest, parameters = checkpoint.read_manifest(path), {}
+        for name, thing in self.objects.items():
+            if isinstance(thing, torch.optim.Optimizer):
+                parameters[name] = [p for group in thing.param_groups for p in group["params"]]
+        saved = checkpoint.load(path, self.content(), parameters)
+        if set(saved) != set(self.objects):
+            holds, has = ", ".join(sorted(saved)), ", ".join(sorted(self.objects))
             raise MismatchError(f"{path} holds {holds}, this run has {has}: choose another --out")
         for name, thing in self.objects.items():
             try:
-                thing.load_state_dict(saved["objects"][name])
-            except (RuntimeError, ValueError, KeyError) as error:
+                thing.load_state_dict(saved[name])
+            except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 reason = " ".join(str(error).split())[:300]  # torch gives a line per parameter
                 raise MismatchError(f"the {name} in {path} is another one ({reason}): choose another --out") from error
-        self.step = saved["step"]
+        self.step = manifest["step"]
 
 
 def step_seed(seed: int, step: int, piece: int = 0) -> int:
@@ -163,6 +182,7 @@ def train(
     *,
     about: dict[str, Any] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
+    batches: Callable[[int], Any] | None = None,
     peak_images_per_second: float | None = None,
     description: str = "train",
 ) -> dict[str, float]:
@@ -170,80 +190,54 @@ def train(
 
     `update` does all of one step (learning rate, forward and backward, clipping, optimizer, EMA) as a function of
     `step` alone and returns figures, floats or 0-d tensors that need not be ready; `data_seconds` among them is the
-    time it waited for data. `validate(step)` is called before each save and its figures are logged. `about` (JSON) says
-    what else makes this run this run: it is kept in config.json and compared on resume. With `peak_images_per_second`,
-    what the hardware could do at most, the log tells the share reached, `mfu`. Returns the last figures.
+    time it waited for data. `validate(step)` is called before each save that is due and its figures are logged. `about`
+    (JSON) says what else makes this run this run: it is kept in config.json and compared on resume. `batches(step)`, a
+    dict of tensors, goes into the crash dump of a step that fails. With `peak_images_per_second`, what the hardware
+    could do at most, the log tells the share reached, `mfu`. Returns the last figures.
 
-    Raises DigitError at a NaN or Inf figure (naming the step), at a full disk, and after SIGTERM; KeyboardInterrupt
-    after SIGINT; both signals only once the step is finished and saved. Raises MismatchError where `out` holds another
-    run.
+    Raises Stopped after SIGINT or SIGTERM, once the step is finished and saved (on every rank where one of them got
+    it); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf figure (naming step and dump)
+    and at a full disk, MismatchError where `out` holds another run.
     """
     out, folder = Path(out), Path(out) / "checkpoints"
-    resume(state, cfg, folder, about)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     log = RunLog(
-        out, state.step, cfg.num_steps,
+        out, 0, cfg.num_steps,
         description=description, tensorboard=cfg.tensorboard, peak_images_per_second=peak_images_per_second,
     )  # fmt: skip
-    with log, StopSignals() as signals, torch.random.fork_rng(devices):
-        while state.step < cfg.num_steps:
-            figures = update(state.step)
-            state.step += 1
-            log.add(state.step, figures)
-            last = state.step == cfg.num_steps
-            stopped = signals.agreed(ask=last or due(state.step, cfg.log_every))
-            if last or due(state.step, cfg.log_every):
-                log.write(cfg.batch_size)
-            if last or stopped or due(state.step, cfg.save_every):
-                log.check()
-                if validate is not None:
-                    log.put(validate(state.step))
-                state.save(folder, cfg.keep_checkpoints)
-            if stopped and not last:
-                raise signals.error(state.step)
+    state.objects["log"] = log
+    last_good = resume(state, cfg, folder, about)
+    log.step = state.step
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with log, StopSignals() as signals, torch.random.fork_rng(devices):
+            while state.step < cfg.num_steps:
+                figures = update(state.step)
+                state.step += 1
+                log.add(state.step, figures)
+                last, stopped = state.step == cfg.num_steps, ranks.any_rank(signals.asked)
+                if last or due(state.step, cfg.log_every):
+                    log.write(cfg.batch_size)
+                if last or stopped or due(state.step, cfg.save_every):
+                    log.check()
+                    found = validate(state.step) if validate and (last or due(state.step, cfg.save_every)) else {}
+                    if found:
+                        log.put(found)
+                    last_good = state.save(folder, cfg.keep_checkpoints, found, cfg.keep_best)
+                if stopped and not last:
+                    where = f"step {state.step} of {cfg.num_steps}"
+                    raise Stopped(f"{description} stopped at {where}, saved in {last_good}")
+    except NotFiniteError as error:
+        settings = checkpoint.describe_run(cfg, about)
+        raise explain(error, out, batches, settings, last_good, lambda path: state.save(path, 1)) from error
     return last_figures(out)
 
 
-def resume(state: TrainState, cfg: LoopConfig, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """Bring `state` to the newest good checkpoint in `folder`, if there is one, and write config.json."""
+def resume(state: TrainState, cfg: LoopConfig, folder: Path, about: dict[str, Any] | None = None) -> Path | None:
+    """Bring `state` to the newest good checkpoint in `folder` and return it, if there is one; write config.json."""
     if (found := checkpoint.newest(folder)) is not None:
         checkpoint.check_config(folder, cfg, about)
-        state.load(*found)
+        state.load(found)
         if state.step > cfg.num_steps:
-            raise MismatchError(f"{found[0]} is past num_steps {cfg.num_steps}: give more, or choose another --out")
-    if distributed.any_rank(state.step != round(distributed.mean([state.step])[0])):
-        raise DigitError(f"the processes found different checkpoints in {folder}: give a folder that all of them see")
-    if distributed.is_main():
-        checkpoint.save_config(folder, cfg, about)
-
-
-class StopSignals:
-    """Within the context SIGINT and SIGTERM ask for a stop after the step; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> Self:
-        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM) if main}
-        return self
-
-    def __exit__(self, *problem: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def agreed(self, ask: bool) -> bool:
-        """Whether to stop now: at once alone; among several ranks where `ask` lets them agree on one step."""
-        if distributed.world_size() == 1:
-            return self.received is not None
-        return ask and distributed.any_rank(self.received is not None)
-
-    def error(self, step: int) -> BaseException:
-        """The exception that ends the run."""
-        kind = KeyboardInterrupt if self.received == signal.SIGINT else DigitError
-        return kind(f"stopped at step {step}, run again to go on")
+            raise MismatchError(f"{found} is past num_steps {cfg.num_steps}: give more, or choose another --out")
+    ranks.on_main(lambda: checkpoint.save_config(folder, cfg, about))
+    return found

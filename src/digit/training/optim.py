@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.training.muon import Muon
+from digit.training.parallel import whole
 
 if TYPE_CHECKING:
     from digit.training.loop import TrainConfig
@@ -84,4 +85,4 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     The norm stays on its device: no synchronisation here.
     """
-    return nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True)
+    return whole(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf, foreach=True))

@@ -1,0 +1,103 @@
+"""One writer a folder: a lock that is held by a process and dies with it, however it ends."""
+
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from digit.errors import DigitError
+from digit.files import disk_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+NAME = ".lock"
+_held: dict[Path, int] = {}  # folder -> descriptor, open for as long as the process lives
+_about: dict[str, Any] = {}
+
+
+def set_command(command: str) -> None:
+    """What to type for this process's work again; goes into the locks that it takes from here on."""
+    _about["command"] = command
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Make this process the one that writes to `folder`, until it ends. A second call changes nothing.
+
+    A lock of the operating system on FOLDER/.lock: a process that is killed leaves nothing to clean up. Where the
+    system or the file system has no locks a warning says so. Raises DigitError that names the process which holds it.
+    """
+    folder = Path(folder).absolute()
+    if folder in _held or fcntl is None:
+        return
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would go on holding
+    except OSError as error:
+        who = describe(_read(descriptor))
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise DigitError(f"{folder} is in use by {who}: wait for it or stop it, or choose another --out") from None
+        log.warning("%s cannot be locked (%s): see to it that no other process writes there", folder, error.strerror)
+        return
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | _about
+    with disk_errors(folder):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+    _held[folder] = descriptor
+
+
+def holder(folder: str | Path) -> dict[str, Any] | None:
+    """What is known of the other process that writes to `folder` at this moment; None where there is none."""
+    path = Path(folder).absolute() / NAME
+    if fcntl is None or path.parent in _held or not path.exists():
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)  # gives the lock back too
+
+
+def last_writer(folder: str | Path) -> dict[str, Any]:
+    """{"pid", "host", "since", "command"} of the process that wrote to `folder` last, as far as they are known."""
+    path = Path(folder).absolute() / NAME
+    if path.parent in _held:  # to open the file again would give our lock away
+        return _read(_held[path.parent])
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return {}
+    try:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(about: dict[str, Any]) -> str:
+    """'process 12 on host since 2026-01-31 10:00:00'."""
+    known = all(name in about for name in ("pid", "host", "since"))
+    return f"process {about['pid']} on {about['host']} since {about['since']}" if known else "another process"
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        about = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -1,0 +1,86 @@
+"""How far a run folder is, and what to type next; read from its files, whatever state it is in."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from digit import lock
+from digit.errors import DigitError
+from digit.files import read_json
+from digit.ledger import progress
+from digit.recipes import MODEL_NAMES
+from digit.training import checkpoint
+from digit.training.log import last_figures
+
+STAGES = ("codebook", "vqgan", "tokens", *MODEL_NAMES)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether `digit fit` or one of its stages wrote to this folder."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and isinstance(read_json(path), dict) and "recipe" in read_json(path)
+
+
+def describe_run(folder: str | Path) -> str:
+    """A line a stage that was begun, who is at work there, and the command that goes on. Raises DigitError."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    data = config.get("data", {}).get("name", "?")
+    lines = [f"run        recipe {config['recipe'].get('name', '?')} on {data}"]
+    lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
+    return "\n".join([*lines, *describe_work(folder)])
+
+
+def describe_stage(folder: Path, stage: str) -> Iterator[str]:
+    """At most one line: done, how far, or nothing where it was not begun."""
+    place = folder / stage
+    results = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
+    if (place / results.get(stage, "model.json")).is_file():
+        yield f"done{figures_of(place)}"
+    elif stage == "tokens" and (place / "journal.json").is_file():
+        yield f"{progress(place / 'journal.json')} rows are done"
+    elif stage == "codebook" and list(place.glob("*.partial*")):
+        yield "k-means is under way"
+    elif (place / "checkpoints" / checkpoint.CONFIG).is_file():
+        yield describe_training(place)
+
+
+def describe_training(place: Path) -> str:
+    """'step 400 of 1000, saved 400, best val_nll 3.1 at step 300, loss 3.2'."""
+    folder = place / "checkpoints"
+    total = read_json(folder / checkpoint.CONFIG).get("train", {}).get("num_steps", "?")
+    saved = [step for step, _ in checkpoint.list_checkpoints(folder)]
+    figures = last_figures(place)
+    parts = [f"step {figures.get('step', saved[-1] if saved else 0)} of {total}"]
+    parts.append(f"saved at step {saved[-1]}" if saved else "nothing saved yet")
+    if (best := checkpoint.best(folder)) is not None:
+        parts.append(f"lowest validation loss {best[1]:.4g} in {best[0].name}")
+    if crashes := sorted(place.glob("crash/step_*")):
+        parts.append(f"a step failed: {crashes[-1]}")
+    return ", ".join(parts) + shown(figures)
+
+
+def figures_of(place: Path) -> str:
+    """The last figures of a trained model, in brackets."""
+    try:
+        return shown(last_figures(place))
+    except (DigitError, OSError):
+        return ""
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """' (loss 3.2, val_nll 3.1)', or nothing."""
+    told = [f"{name} {figures[name]:.4g}" for name in ("loss", "val_nll", "psnr") if name in figures]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def describe_work(folder: Path) -> Iterator[str]:
+    """Who is at work, or what to type next."""
+    if (holder := lock.holder(folder)) is not None:
+        yield f"at work    {lock.describe(holder)}: {holder.get('command', 'digit')}"
+    elif (folder / "pipeline").is_dir():
+        yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
+    else:
+        command = lock.last_writer(folder).get("command", "the command that began it, with the same --out")
+        yield f"next       nobody is at work here; go on with: {command}"

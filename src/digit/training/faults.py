@@ -1,0 +1,111 @@
+"""Numbers that go wrong: losses that are not finite, and losses that jump.
+
+A run that stops on such a number leaves OUT/crash/step_00067000/ with all that is needed to look into it:
+
+    report.json         step, figures, rows of the batch, settings, versions, the last good checkpoint
+    batch.safetensors   the batch itself
+    state/step_...      a checkpoint from just before the step, where the trainer looks before it moves the weights
+"""
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit import __version__, ranks
+from digit.errors import DigitError
+from digit.files import plain, save_tensors, write_json
+from digit.machine import describe_machine
+
+log = logging.getLogger(__name__)
+ROWS_SHOWN = 8  # in the message; report.json has them all
+REMEMBERED, LEAST = 50, 10  # losses that a new one is compared with
+SPIKE_DEVIATIONS, SPIKE_SHARE = 6.0, 0.1  # standard deviations, and fraction of the median, both exceeded
+
+
+class NotFiniteError(DigitError):
+    """A step whose figures are not finite: `step` counts from 1, `figures` are those of the step."""
+
+    def __init__(self, step: int, figures: dict[str, Any], moved: bool = False):
+        self.step, self.moved = step, moved
+        self.figures = {name: float(value) for name, value in figures.items()}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        super().__init__(f"step {step} gave {shown}")
+
+
+def find_not_finite(pending: Iterable[tuple[int, dict[str, float]]]) -> NotFiniteError | None:
+    """The first of several steps with a figure that is not finite; the weights have moved on since."""
+    for step, figures in pending:
+        if not all(math.isfinite(v) for v in figures.values()):
+            return NotFiniteError(step, figures, moved=True)
+    return None
+
+
+def explain(
+    error: NotFiniteError,
+    out: Path,
+    batches: Callable[[int], dict[str, Tensor | None]] | None,
+    settings: dict[str, Any],
+    last_good: Path | None,
+    save_state: Callable[[Path], Any],
+) -> DigitError:
+    """Write OUT/crash and return the error for the user; all ranks call this.
+
+    `save_state(folder)` writes the present state, which is that before the step unless the error says otherwise.
+    """
+    folder = out / "crash" / f"step_{error.step:08d}"
+    rows = batches.rows(error.step - 1).tolist() if hasattr(batches, "rows") else None
+    report = {
+        "step": error.step,
+        "figures": error.figures,
+        "rows": rows,
+        "settings": settings,
+        "processes": ranks.world_size(),
+        "last_good_checkpoint": None if last_good is None else str(last_good),
+        "state": None if error.moved else "state",
+        "version": __version__,
+        "torch": torch.__version__,
+        "machine": describe_machine(),
+    }
+    try:
+        if ranks.is_main():
+            write_json(folder / "report.json", plain(report))
+            if batches is not None:
+                batch = {k: v for k, v in batches(error.step - 1).items() if isinstance(v, Tensor)}
+                save_tensors(folder / "batch.safetensors", batch)
+        if not error.moved:
+            save_state(folder / "state")
+        dump = f"{folder} holds the batch{'' if error.moved else ' and the state before it'}"
+    except DigitError as fault:  # a full disk must not hide what happened
+        dump = f"no dump could be written ({fault})"
+    shown = "" if rows is None else f" (batch rows {', '.join(map(str, rows[:ROWS_SHOWN]))}, ...)"
+    good = "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is {last_good}"
+    return DigitError(
+        f"{error}{shown}: lower learning_rate, lengthen warmup_steps, choose precision fp32, or let max_skipped steps "
+        f"be left out; {good}, {dump}"
+    )
+
+
+class SpikeWatch:
+    """Tells a loss that jumps above those logged before it, as before a divergence."""
+
+    def __init__(self, losses: Iterable[float] = ()):
+        self.losses = deque(losses, maxlen=REMEMBERED)
+
+    def look(self, loss: float) -> str | None:
+        """A remark where `loss` stands out, else None; it is remembered in either case."""
+        before = list(self.losses)
+        self.losses.append(loss)
+        if len(before) < LEAST:
+            return None
+        median = statistics.median(before)
+        spread = 1.4826 * statistics.median(abs(x - median) for x in before)  # a normal distribution's deviation
+        if loss - median <= max(SPIKE_DEVIATIONS * spread, SPIKE_SHARE * abs(median)):
+            return None
+        return f"loss {loss:.4g} jumped above the usual {median:.4g}: a lower learning_rate is safer"

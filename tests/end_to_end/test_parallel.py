@@ -1,0 +1,109 @@
+"""Training on two processes (gloo): replicated or cut up, it is training on one; checkpoints go on with any number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from digit.training.checkpoint import list_checkpoints
+from digit.training.log import read_log
+from toy_task import run_task
+
+TOY = Path(__file__).parents[1] / "toy_task.py"
+SOURCE = str(Path(__file__).parents[2] / "src")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+PRIOR = {"task": "sequence", "num_steps": 8, "ema_decay": 0.9}
+WHOLE = {
+    "ddp": PRIOR,
+    "fsdp": PRIOR | {"parallel": "fsdp"},
+    "ddp masked": PRIOR | {"masked": True},
+    "fsdp masked": PRIOR | {"masked": True, "parallel": "fsdp", "accumulate": 2},
+    "fsdp checkpointed": PRIOR | {"parallel": "fsdp", "checkpoint_activations": True},
+    "gan": {"task": "gan"},
+}
+# 4 steps on two processes, 4 on one, 4 on two
+RESHARDED = {"ddp": PRIOR, "fsdp": PRIOR | {"parallel": "fsdp"}, "fsdp to ddp": PRIOR | {"parallel": "fsdp"}}
+
+
+def start(jobs: dict[Path, dict]) -> subprocess.Popen:
+    words = [word for out, changes in jobs.items() for word in (str(out), json.dumps(changes))]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*TORCHRUN, str(TOY), *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run_on_two(jobs: dict[Path, dict]) -> None:
+    process = start(jobs)
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, errors
+
+
+def figures(out: Path, name: str = "loss") -> dict[int, float]:
+    return {line["step"]: line[name] for line in read_log(out / "log.jsonl") if name in line}
+
+
+def assert_alike(first: Path, second: Path) -> None:
+    for name in ("loss", "val_nll", "l1"):
+        wanted, got = figures(first, name), figures(second, name)
+        assert got.keys() == wanted.keys()
+        assert all(abs(got[step] - wanted[step]) < 1e-5 for step in wanted), (name, wanted, got)
+    weights = [torch.load(out / "weights.pt", weights_only=True) for out in (first, second)]
+    for name, value in weights[0].items():
+        if name.endswith("qkv.bias"):  # the keys' has no gradient but rounding, which Adam blows up
+            continue
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def run_alone(out: Path, changes: dict) -> None:
+    torch.save(run_task(out, changes).state_dict(), out / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> Path:
+    """Everything that two processes are asked for, in as few starts as possible."""
+    folder = tmp_path_factory.mktemp("two")
+    halves = {folder / "resharded" / name: changes | {"num_steps": 4} for name, changes in RESHARDED.items()}
+    run_on_two({folder / "whole" / name: changes for name, changes in WHOLE.items()} | halves)
+    for name, changes in RESHARDED.items():
+        run_alone(folder / "resharded" / name, changes)
+    last = {name: changes | {"num_steps": 12} for name, changes in RESHARDED.items()}
+    last["fsdp to ddp"] = PRIOR | {"num_steps": 12}
+    run_on_two({folder / "resharded" / name: changes for name, changes in last.items()})
+    return folder
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_two_processes_are_one(on_two, tmp_path, name):
+    run_alone(tmp_path, WHOLE[name] | {"parallel": "ddp"} if "parallel" in WHOLE[name] else WHOLE[name])
+    assert_alike(tmp_path, on_two / "whole" / name)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_checkpoints_go_on_with_any_number_of_processes(on_two, tmp_path, name):
+    run_alone(tmp_path, PRIOR | {"num_steps": 12})
+    assert_alike(tmp_path, on_two / "resharded" / name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lost_process_ends_the_job_and_costs_nothing_that_was_saved(tmp_path, number):
+    """SIGKILL of one process ends the other; SIGTERM to one of them stops both at the same step, all saved."""
+    changes = PRIOR | {"num_steps": 60, "save_every": 3, "parallel": "fsdp", "log_every": 5}
+    job = start({tmp_path / "cut": changes | {"step_seconds": 0.05}})
+    deadline = time.monotonic() + 60
+    while not (saved := list_checkpoints(tmp_path / "cut" / "checkpoints")):
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[1]
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), number)
+    errors = job.communicate(timeout=60)[1]
+    assert (job.returncode == 0) == (number == signal.SIGTERM), errors
+    assert errors.count("stopped at step") == (2 if number == signal.SIGTERM else 0)
+    assert saved[0][0] < 60 and not (tmp_path / "cut" / "weights.pt").exists()
+    run_alone(tmp_path / "cut", changes)
+    run_alone(tmp_path / "whole", changes)
+    assert_alike(tmp_path / "whole", tmp_path / "cut")

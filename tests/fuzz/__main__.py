@@ -1,0 +1,75 @@
+"""python -m fuzz: damaged inputs through the loaders; see the package's docstring."""
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from digit.errors import DigitError
+from digit.progress import Progress
+
+from .loaders import LOADERS
+from .worker import build_input, judge_all
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser.add_argument("--loader", default="all", choices=["all", *LOADERS])
+    parser.add_argument("--num", type=int, default=10_000, help="inputs a loader")
+    parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int, default=None, help="load this one alone, here, and show what it raises")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the inputs that found something")
+    args = parser.parse_args()
+    names = list(LOADERS) if args.loader == "all" else [args.loader]
+    if args.only is not None:
+        return replay(names[0], args.only, args.seed, args.out)
+    found = 0
+    for name in names:
+        found += run(name, range(args.start, args.start + args.num), args.seed, args.out)
+    return 1 if found else 0
+
+
+def run(name: str, numbers: range, seed: int, out: Path | None) -> int:
+    """Judge the inputs of one loader, print its row and its findings; returns how many there are."""
+    loader, counts, found = LOADERS[name], Counter(), []
+    with Progress(name, len(numbers)) as bar:
+        for verdict in judge_all(loader, numbers, seed):
+            counts[verdict.kind] += 1
+            if verdict.is_finding:
+                found.append(verdict)
+            bar.update(1, findings=len(found))
+    row = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    sys.stdout.write(f"{name:<12} {len(numbers):>7} inputs: {row}\n")
+    for verdict in found:
+        sys.stdout.write(f"  {verdict.number:>6} {verdict.kind}: {verdict.detail}\n")
+        if out is not None:
+            folder = out / name / str(verdict.number)
+            folder.mkdir(parents=True, exist_ok=True)
+            build_input(loader, folder, verdict.number, seed)
+    sys.stdout.flush()
+    return len(found)
+
+
+def replay(name: str, number: int, seed: int, out: Path | None) -> int:
+    """Load one input in this process."""
+    folder = out or Path(tempfile.mkdtemp(prefix="fuzz"))
+    folder.mkdir(parents=True, exist_ok=True)
+    build_input(LOADERS[name], folder, number, seed)
+    sys.stdout.write(f"{name} {number} in {folder}\n")
+    try:
+        LOADERS[name].load(folder)
+    except DigitError as error:
+        sys.stdout.write(f"refused: {error}\n")
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 1
+    sys.stdout.write("accepted\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Command lines and YAML files through the real parsers, up to where the work would begin."""
+
+import contextlib
+import io
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from digit.cli import COMMANDS, main
+from digit.errors import DigitError
+
+from ..mutate import STRANGE, damage, strange_json
+
+WORDS = ("0", "-1", "1", "3", "x", "", "nan", "inf", "1e9", "99999999999999999999", "null", "[]", "[1,2]", "{}",
+         '{"a": 1}', "true", "../x", "0.5", "--", "-", "[", "{", "!!python/object/apply:os.system [touch executed]",
+         "&a [*a]", "a: b", "é", "\n", "\x00", "1_000", "0x10", "2020-01-01", "yes", "~", "@", "`", "%")  # fmt: skip
+COMMANDS_TRIED = ("fit", "codebook", "tokenize", "train", "plan", "pretrain", "evaluate", "stability", "probe", "sweep",
+                  "sample", "complete", "convert", "inspect", "info", "bench", "reproduce")  # fmt: skip
+DATA = "shapes:num=8,size=64"
+PARSERS: dict[tuple[str, str], dict[str, Any]] = {}  # (command, recipe): attributes of the parser
+RECIPES = ("demo", "small", "cifar", "digit_base", "digit_large", "nothing", "")
+
+
+class ConfigLoader:
+    """`digit COMMAND ...` with the work itself taken out; the files are argv.json and config.yaml."""
+
+    name = "config"
+
+    def build(self, folder: Path, rng: random.Random) -> None:
+        command = rng.choice(("fit", "fit", "fit", "pretrain", *COMMANDS_TRIED))
+        argv = [command, *(["prior"] if command == "train" else [])]
+        if command == "plan":
+            argv += ["small", "--images", "100"]
+        elif command in ("evaluate",):
+            argv += ["a", "b"]
+        elif command not in ("sample", "info", "bench", "convert", "reproduce"):
+            argv += [DATA]
+        if command in ("sample", "complete", "stability", "probe", "sweep"):
+            argv += ["--from", "nowhere"]
+        if command not in ("plan", "evaluate", "inspect", "info", "bench"):
+            argv += ["--out", "out"]
+        if command in ("fit", "codebook", "tokenize", "train"):
+            argv += ["--recipe", rng.choice(RECIPES[:2] if rng.random() < 0.9 else RECIPES)]
+        if command in ("fit", "codebook", "train", "plan", "pretrain") and rng.random() < 0.6:
+            (folder / "config.yaml").write_bytes(yaml_file(command, rng))
+            argv += ["--config", "config.yaml"]
+        for _ in range(rng.randrange(4)):
+            option = f"--{rng.choice(names(command) or ['x'])}"
+            value = rng.choice(WORDS) if rng.random() < 0.7 else str(rng.choice(STRANGE))[:200]
+            argv += rng.choice(([option, value], [f"{option}={value}"], [option], [option + "x", value]))
+        if rng.random() < 0.05:
+            argv.insert(rng.randrange(len(argv)), rng.choice(WORDS))
+        (folder / "argv.json").write_text(json.dumps(argv))
+
+    def load(self, folder: Path) -> None:
+        argv = json.loads((folder / "argv.json").read_text())
+        said, before = io.StringIO(), os.getcwd()
+        os.chdir(folder)
+        try:
+            with work_taken_out(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                code = main(argv)
+        except SystemExit as ended:
+            code = 0 if ended.code in (0, None) else 1
+        finally:
+            os.chdir(before)
+        assert not (folder / "executed").exists(), "code of a YAML file ran"
+        assert code in (0, 2), f"exit code {code}"
+        if code == 2:
+            lines = said.getvalue()
+            assert lines.startswith("digit: ") and lines.endswith("\n"), "no message"
+            raise DigitError(lines[7:-1])
+
+
+@contextlib.contextmanager
+def work_taken_out() -> Iterator[None]:
+    """Commands end where they would begin to compute."""
+    import digit.fit
+    import digit.measures.samples
+    import digit.plan.report
+    import digit.pretrain
+    import digit.report
+    import digit.reproduce
+    import digit.speed.bench
+
+    from digit.cli.runs import _value_of, add_run_arguments
+
+    def remembered(parser: Any, argv: list[str]) -> str:
+        """add_run_arguments, which is most of the time, once for each command and recipe."""
+        name = _value_of(argv, "--recipe") or "small"
+        if (parser.prog, name) in PARSERS:
+            vars(parser).update(PARSERS[parser.prog, name])
+        else:
+            add_run_arguments(parser, argv)
+            PARSERS[parser.prog, name] = dict(vars(parser))
+        return name
+
+    def used(run: Any) -> None:
+        run.recipe.sequence_config("prior", disc_vocab=8, disc_len=4, vq_vocab=8, vq_len=4, num_classes=2)
+
+    nothing = mock.MagicMock(name="nothing")
+    with contextlib.ExitStack() as stack:
+        for place, value in (
+            ("jsonargparse.set_parsing_settings", nothing),  # help texts, which are not looked at
+            ("digit.cli.runs.add_run_arguments", remembered),
+            ("digit.fit.fit", used),
+            ("digit.fit.Run.codebook", nothing),
+            ("digit.fit.Run.tokens", nothing),
+            ("digit.fit.Run.vq", nothing),
+            ("digit.fit.Run.model", lambda run, name: used(run)),
+            ("digit.report.write_report", nothing),
+            ("digit.pretrain.pretrain", nothing),
+            ("digit.speed.bench.run_bench", nothing),
+            ("digit.plan.report.to_text", lambda planner: "planned"),
+            ("digit.plan.report.as_json", lambda planner: {}),
+            ("digit.reproduce.reproduce", nothing),
+            ("digit.released.convert_release", lambda files, out: []),
+        ):
+            stack.enter_context(mock.patch(place, value))
+        yield
+
+
+@cache
+def settings(command: str) -> dict[str, Any]:
+    """Every setting of a command's YAML file, at its default."""
+    from digit.pretrain import PretrainConfig
+    from digit.recipes import get_recipe
+
+    return json.loads(json.dumps(asdict(PretrainConfig() if command == "pretrain" else get_recipe("demo"))))
+
+
+@cache
+def names(command: str) -> list[str]:
+    """Dotted options of a command, as its help lists them."""
+    import re
+
+    said = io.StringIO()
+    words = {"plan": ["small"], "train": ["prior"]}.get(command, [])
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit, DigitError):
+        main([command, *words, "--help"])
+    return sorted(set(re.findall(r"--([\w.]+)", said.getvalue())) - {"help"}) if command in COMMANDS else []
+
+
+def yaml_file(command: str, rng: random.Random) -> bytes:
+    """Settings with strange values; damaged text now and then, and the traps of YAML itself."""
+    whole = settings("pretrain" if command == "pretrain" else "fit")
+    kept = {key: whole[key] for key in rng.sample(sorted(whole), rng.randrange(1, 6))}
+    deed = rng.random()
+    if deed < 0.1:
+        return damage(yaml.safe_dump(kept).encode(), rng)
+    if deed < 0.2:
+        return rng.choice((laughs(), b"&a [*a]", b"prior: &a\n  depth: *a\n", b"!!python/object/apply:os.system ['touch executed']",
+                           b"- 1\n- 2\n", b"5", b"", b"\xff\xfe\x00", b"a: 1\na: 2\n", b"config: config.yaml\n", b"[" * 3000,
+                           b"prior: {depth: 1, depth: 2}\n", b"seed: 0o17\n", b"seed: 1:30\n", b"<<: {seed: 1}\n", b"null",
+                           b"? [a, b]\n: 1\n", b"1: 2\n", b"data: other\n", b"out: /x\n", b"---\nseed: 1\n---\nseed: 2\n"))  # fmt: skip
+    return yaml.safe_dump(strange_json(kept, rng), allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+
+
+def laughs() -> bytes:
+    """Nine levels of ten references each: 10^9 words, once written out."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    return "\n".join(lines).encode()

@@ -1,0 +1,57 @@
+"""A folder has one writer, and a lock dies with its process."""
+
+import subprocess
+import sys
+
+import pytest
+
+from digit import lock
+from digit.cli import main
+from digit.errors import DigitError
+
+HOLD = """
+import sys, time
+from digit import lock
+lock.set_command("digit train prior photos/")
+lock.lock_folder(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path, other):
+    with pytest.raises(DigitError, match=rf"is in use by process {other.pid} on .* since .*: wait for it or stop it"):
+        lock.lock_folder(tmp_path)
+    assert lock.holder(tmp_path)["command"] == "digit train prior photos/"
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path, other):
+    other.kill()
+    other.wait()
+    assert lock.holder(tmp_path) is None
+    assert lock.last_writer(tmp_path)["command"] == "digit train prior photos/"
+    lock.lock_folder(tmp_path)
+    lock.lock_folder(tmp_path)  # the same process may ask again
+    assert lock.holder(tmp_path) is None and lock.last_writer(tmp_path)["pid"] != other.pid
+
+
+def test_the_command_line_refuses_a_run_that_is_under_way(tmp_path, other, capsys):
+    assert main(["codebook", "shapes:num=8,size=64", "--recipe", "demo", "--out", str(tmp_path)]) == 2
+    assert f"is in use by process {other.pid}" in capsys.readouterr().err
+
+
+def test_an_empty_or_foreign_lock_file_is_no_trouble(tmp_path):
+    assert lock.last_writer(tmp_path) == {} and lock.holder(tmp_path) is None
+    (tmp_path / ".lock").write_text("not JSON")
+    assert lock.last_writer(tmp_path) == {} and lock.holder(tmp_path) is None
+    assert lock.describe({}) == "another process"

@@ -1,0 +1,100 @@
+"""Who a process is under torchrun and Slurm, and what one process makes of it all."""
+
+import pytest
+
+from digit import ranks
+from digit.cli import first_message, given_device, main, same_command
+from digit.errors import DigitError
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12],login1", "SLURM_NTASKS": "8",
+}  # fmt: skip
+
+
+def test_alone_everything_is_what_it_is():
+    assert ranks.environment({}) == {}
+    assert (ranks.world_size(), ranks.rank(), ranks.is_main()) == (1, 0, True)
+    assert ranks.gather("x") == ["x"] and ranks.mean([1.0]) == [1.0] and ranks.any_rank(True) is True
+    assert ranks.on_main(lambda: 7) == 7
+    assert list(ranks.share(5)) == list(range(5))
+    assert ranks.first_to_speak() and ranks.lost_peer(RuntimeError("Connection closed by peer")) is None
+
+
+def test_torchrun_says_who_a_process_is():
+    assert ranks.environment(TORCHRUN) == TORCHRUN
+    assert ranks.environment({name: value for name, value in TORCHRUN.items() if name != "MASTER_PORT"}) == {}
+
+
+def test_slurm_says_it_in_other_words():
+    found = ranks.environment(SLURM)
+    assert {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")} == {
+        "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07",
+    }  # fmt: skip
+    assert int(found["MASTER_PORT"]) in ranks.SLURM_PORTS
+    assert ranks.environment(SLURM | {"MASTER_ADDR": "a", "MASTER_PORT": "1"})["MASTER_ADDR"] == "a"
+    other = ranks.environment(SLURM | {"SLURM_STEP_ID": "1"})
+    assert other["MASTER_PORT"] != found["MASTER_PORT"]  # two steps of one job do not meet
+
+
+def test_a_batch_script_is_no_job_step():
+    script = {name: value for name, value in SLURM.items() if not name.startswith("SLURM_STEP")}
+    assert ranks.environment(script | {"SLURM_PROCID": "0"}) == {}
+    assert ranks.environment(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu1", "gpu1"), ("gpu[07-09,12],x", "gpu07"), ("a,b", "a"), ("n[3],m", "n3"), ("rack-2-node[1,4]", "rack-2-node1")],
+)
+def test_the_first_host_of_a_node_list(nodes, first):
+    assert ranks.first_host(nodes) == first
+
+
+@pytest.mark.parametrize(("total", "multiple", "size"), [(10, 1, 3), (10, 4, 3), (3, 4, 2), (0, 2, 2), (64, 8, 8)])
+def test_shares_are_a_partition_cut_at_multiples(monkeypatch, total, multiple, size):
+    monkeypatch.setattr(ranks, "world_size", lambda: size)
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        share = ranks.share(total, multiple)
+        assert share.start % multiple == 0 or share.start == total
+        found += share
+    assert found == list(range(total))
+
+
+def test_what_to_type_again(monkeypatch):
+    argv = ["train", "prior", "my photos/", "--out", "run"]
+    assert same_command(argv) == "digit train prior 'my photos/' --out run"
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert same_command(["sample"]) == "srun --ntasks=8 digit sample"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert same_command(["sample"]) == "torchrun --standalone --nproc-per-node=8 -m digit sample"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert same_command(["sample"]) == "torchrun --nnodes=2 --nproc-per-node=4 -m digit sample"
+
+
+def test_a_command_for_one_process_is_refused_by_one_message(monkeypatch, capsys):
+    for name, value in (TORCHRUN | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["inspect", "photos/"]) == 2
+    assert "digit inspect runs as one process, 8 were started: these may be " in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["inspect", "photos/"]) == 2 and not first_message()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_device_is_known_before_the_parser():
+    assert given_device(["a", "--device", "cpu"]) == given_device(["--device=cpu"]) == "cpu"
+    assert given_device(["--out", "x"]) is None
+
+
+def test_an_error_on_rank_0_is_everybodys():
+    def fail():
+        raise DigitError("no room")
+
+    with pytest.raises(DigitError, match="no room"):
+        ranks.on_main(fail)
