@@ -20,7 +20,7 @@ test: env-test lint
 
 chaos: env
 	$(BIN)/python bench/chaos.py --out runs/chaos
-	$(BIN)/python bench/disk_faults.py --out runs/disk_faults
+	$(BIN)/python bench/disk_faults.py --out runs/disk_faults || test $$? = 77  # skipped: nothing may be mounted here
 	$(BIN)/python bench/memory.py --out runs/memory
 
 TARGETS := table1 table2 table3 table4 fig3a fig3b fig4a fig4b fig5 fig6 claims

@@ -33,6 +33,7 @@ from tiny_runs import SHORT, Reference, Sizes, Started, Starter, Work
 LOOK_EVERY = 0.0005  # seconds between two looks at a folder
 ORPHAN_SECONDS = 5.0  # what a killed process had started must be gone by then
 STUCK_SECONDS = 300.0
+SHARE = 0.45  # of the uninterrupted run's length: a blow falls within it, or the first ones would take all the work
 MOMENTS = ("any", "work", "write")  # when blows fall, in turn
 COMMAND = re.compile(r"digit (?:train|tokenize|codebook|sample) .*")
 BEFORE, WORKING, WRITING, TOO_LATE = "before its work", "at work", "while writing", "after its end"
@@ -118,6 +119,8 @@ class Chaos:
                 words = continuing(process, words, run)
             elif where == TOO_LATE and process.wait():
                 run.faults.append(f"exit code {process.wait()} without a blow: {process.stderr[-300:]}")
+            if where == TOO_LATE:
+                break
         last = self.starter(words, folder.with_name(f"{folder.name}.told"))
         if code := last.wait():
             run.faults.append(f"exit code {code} at the end: {last.stderr[-300:]}")
@@ -139,7 +142,7 @@ def strike(
     before, progress = set(tiny_runs.temporaries(made)), work.progress(folder)
     first = 0.0 if moment == "any" else whole.ready
     span = whole.length - first
-    pause(process, rng.uniform(first, first + span * (0.95 if moment == "any" else 0.6)))
+    pause(process, rng.uniform(first, first + SHARE * span))
     while moment == "write" and process.poll() is None and not set(tiny_runs.temporaries(made)) - before:
         time.sleep(LOOK_EVERY)
     if process.poll() is not None:

@@ -1,28 +1,33 @@
-"""Fill the disk under a running command, or make it read-only, and see what the command says and leaves.
+"""Take the disk away from under a running command, in four ways, and see what the command says and leaves.
 
-    make chaos                                   # after bench/chaos.py; needs Linux and the right to mount
+    make chaos                                   # after bench/chaos.py; Linux, and the right to mount
     python bench/disk_faults.py --short          # what the tests run: seconds
 
-The runs lie on a tmpfs of their own in a mount namespace of their own (`unshare`), so that nothing else is touched and
-everything is gone at the end. At a random moment the disk fills up to the last byte (`full`), or a
-read-only view is mounted over it (`readonly`: whatever is opened from then on is refused; a file that is open can still
-be written, as a process cannot be made to lose it without a real device). The command must end with exit code 2 and one
-line that begins with `digit: `, and so must the same command once more while nothing has changed; every finished file
-must be as it was; and with room again the same command must end with what an undisturbed one leaves.
+full      the disk fills up to the last byte
+readonly  a read-only view is mounted over it: whatever is opened from then on is refused
+device    the file system meets an error and makes itself read-only: files that are open are refused too
+power     the power fails: whatever was not synced is lost, and the disk answers no more
+
+The runs lie on a disk of their own in a mount namespace of their own (`unshare`), a tmpfs or, for the last two, which
+only root may do, ext4 on a loop device; so nothing else is touched and everything is gone at the end. The fault comes
+at a random moment. The command must end with exit code 2 and one line that begins with `digit: `, and so must the same
+command once more while nothing has changed; every finished file must be as it was (device, power: as far as it was
+synced); and once the disk is well the same command must end with what an undisturbed one leaves.
 """
 
 import argparse
+import fcntl
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -32,7 +37,8 @@ from tiny_runs import SHORT, Reference, Sizes, Started, Starter, Work
 
 INSIDE = "DIGIT_BENCH_NAMESPACE"  # set within the namespace
 CANNOT = 77  # exit code where nothing may be mounted here; what test runners take for "skipped"
-VOLUME_BYTES = 48 * 2**20
+DISK_BYTES = 48 * 2**20
+EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2  # linux/fs/ext4/ext4.h
 SECONDS_TO_NOTICE = 120.0
 ATTEMPTS = 4
 GROWING = re.compile(r".*\.jsonl|.*\.partial\.npy|journal\.json|events\.out\..*|\..*")  # a run goes on writing them
@@ -51,7 +57,8 @@ def main() -> int:
     tiny_runs.make_base(out / "base", sizes)
     works = [work for name, work in tiny_runs.works(out / "base", sizes).items() if name in args.only.split(",")]
     bench = Trials(out, starter, args.seed)
-    every = [(work, fault, number) for work in works for fault in args.faults.split(",") for number in range(args.runs)]
+    faults = possible(args.faults.split(","), out)
+    every = [(work, fault, number) for work in works for fault in faults for number in range(args.runs)]
     trials = [bench.trial(*each) for each in every]
     for work, fault in dict.fromkeys((t.work, t.fault) for t in trials):
         mine = [t for t in trials if (t.work, t.fault) == (work, fault)]
@@ -63,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/disk_faults"), help="folder of the runs; emptied first")
     parser.add_argument("--only", default="train,tokenize,codebook,sample", help="commands, separated by commas")
-    parser.add_argument("--faults", default="full,readonly", help="full, readonly or both")
+    parser.add_argument("--faults", default="full,readonly,device,power", help="faults, separated by commas")
     parser.add_argument("--runs", type=int, default=3, help="runs of each command and fault")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--short", action="store_true", help="short commands, started as copies of this process")
@@ -81,7 +88,7 @@ def say(text: str) -> None:
 def enter_namespace() -> int:
     """Run this program again where it may mount; says so and returns CANNOT where there is no such place."""
     probe = f"mount -t tmpfs -o size=64k tmpfs {tempfile.gettempdir()}"
-    for unshare in (["unshare", "--map-root-user", "--mount"], ["unshare", "--mount"]):
+    for unshare in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         try:
             allowed = subprocess.run([*unshare, "sh", "-c", probe], capture_output=True, text=True)
         except FileNotFoundError:
@@ -94,61 +101,115 @@ def enter_namespace() -> int:
     return CANNOT
 
 
-def mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True)
+def system(*words: str | Path) -> str:
+    """Output of a system command. Raises CalledProcessError where it fails."""
+    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
 
 
-@contextmanager
-def volume(folder: Path) -> Iterator[Path]:
-    """A disk of VOLUME_BYTES."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mount("-t", "tmpfs", "-o", f"size={VOLUME_BYTES}", "tmpfs", str(folder))
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+class Fault:
+    """A disk at `folder` and what may happen to it: within `with fault:` the disk is mounted."""
 
+    synced_only = False  # what was not synced is lost
 
-class Full:
-    """Within the context not one more byte fits; `renew` takes what has been given back since."""
-
-    def __init__(self, disk: Path):
-        self.ballast = disk / "ballast"
+    def __init__(self, folder: Path):
+        self.folder = folder
 
     def __enter__(self) -> Self:
-        self.renew()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        system("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.folder)
         return self
 
+    def strike(self) -> None:
+        """Bring the fault about."""
+
     def renew(self) -> None:
-        with open(self.ballast, "ab", buffering=0) as file:
+        """See to it that it is as bad as before."""
+
+    def mend(self) -> None:
+        """Make the disk usable again."""
+
+    def __exit__(self, *_: object) -> None:
+        system("umount", self.folder)
+
+
+class Full(Fault):
+    """Not one more byte fits."""
+
+    def strike(self) -> None:
+        with open(self.folder / "ballast", "ab", buffering=0) as file:
             for size in (2**20, 2**12, 1):
                 with suppress(OSError):
                     while file.write(bytes(size)) == size:
                         pass
 
-    def __exit__(self, *_: object) -> None:
-        self.ballast.unlink()
+    renew = strike  # what has been given back since
+
+    def mend(self) -> None:
+        (self.folder / "ballast").unlink()
 
 
-class ReadOnly:
-    """Within the context nothing on the disk can be opened for writing, made, renamed or removed."""
+class ReadOnly(Fault):
+    """Nothing can be opened for writing, made, renamed or removed; the kernel leaves open files alone."""
 
-    def __init__(self, disk: Path):
-        self.disk = str(disk)
+    def strike(self) -> None:
+        system("mount", "--bind", self.folder, self.folder)
+        system("mount", "-o", "remount,bind,ro", self.folder)
+
+    def mend(self) -> None:
+        system("umount", self.folder)
+
+
+class Device(Fault):
+    """ext4 that meets an error and is set to become read-only then."""
+
+    synced_only = True
 
     def __enter__(self) -> Self:
-        mount("--bind", self.disk, self.disk)
-        mount("-o", "remount,bind,ro", self.disk)
+        self.image = self.folder.with_suffix(".img")
+        with open(self.image, "wb") as file:
+            file.truncate(DISK_BYTES)
+        system("mkfs.ext4", "-q", "-F", self.image)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._mount()
         return self
 
-    def renew(self) -> None:
-        """It stays as it is."""
+    def _mount(self) -> None:
+        system("mount", "-o", "loop,errors=remount-ro", self.image, self.folder)
 
-    def __exit__(self, *_: object) -> None:
-        subprocess.run(["umount", self.disk], check=True)
+    def strike(self) -> None:
+        device = Path(system("findmnt", "--noheadings", "--output", "SOURCE", self.folder).strip())
+        Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("bench")
+
+    def mend(self) -> None:
+        system("umount", self.folder)
+        subprocess.run(["e2fsck", "-f", "-y", str(self.image)], capture_output=True)  # its exit code tells of repairs
+        self._mount()
 
 
-FAULTS = {"full": Full, "readonly": ReadOnly}
+class Power(Device):
+    """ext4 that is shut down without writing what waits in memory."""
+
+    def strike(self) -> None:
+        handle = os.open(self.folder, os.O_RDONLY)
+        fcntl.ioctl(handle, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
+        os.close(handle)
+
+
+FAULTS: dict[str, type[Fault]] = {"full": Full, "readonly": ReadOnly, "device": Device, "power": Power}
+
+
+def possible(names: list[str], out: Path) -> list[str]:
+    """Those of the faults that this machine lets happen; says which it does not."""
+    kept = []
+    for name in names:
+        try:
+            with FAULTS[name](out / "probe") as fault:
+                fault.strike()
+                fault.mend()
+            kept.append(name)
+        except (OSError, subprocess.CalledProcessError) as error:
+            say(f"{name}: skipped, not permitted here ({' '.join(str(getattr(error, 'stderr', error)).split())})")
+    return kept
 
 
 # -------------------------------------------------------------------- one trial
@@ -181,30 +242,31 @@ class Trials:
         seconds = rng.uniform(0.3, 0.9) * whole.length
         for attempt in range(ATTEMPTS):
             done = Trial(work.name, fault, number)
-            with volume(self.out / "disk") as disk:
+            with FAULTS[fault](self.out / "disk") as disk:
                 self._disturb(done, work, disk, seconds / 2**attempt)
             if done.said:
                 break
         say(f"{work.name} {fault} {number}: {'; '.join(done.wrong) or 'stood it'} | {done.said or 'never hit'}")
         return done
 
-    def _disturb(self, done: Trial, work: Work, disk: Path, seconds: float) -> None:
-        run, told = disk / "run", self.out / f"{done.work}-{done.fault}-{done.number}"
+    def _disturb(self, done: Trial, work: Work, disk: Fault, seconds: float) -> None:
+        run, told = disk.folder / "run", self.out / f"{done.work}-{done.fault}-{done.number}"
         words = work.words(run)
         process = self.starter(words, told.with_suffix(".first"))
         time.sleep(seconds)
-        with FAULTS[done.fault](disk) as fault:
-            before = finished(run)
-            self._ends(process, done)
-            if process.wait() == 0:  # it was done already: nothing is learnt
-                done.said, done.wrong = "", []
-                return
-            fault.renew()
-            self._ends(self.starter(words, told.with_suffix(".again")), done)
-            done.wrong += touched(before, finished(run))
+        disk.strike()
+        before = {} if disk.synced_only else finished(run)
+        self._ends(process, done)
+        if process.wait() == 0:  # it was done already: nothing is learnt
+            done.said, done.wrong = "", []
+            return disk.mend()
+        disk.renew()
+        self._ends(self.starter(words, told.with_suffix(".again")), done)
+        done.wrong += touched(before, finished(run)) if before else []
+        disk.mend()
         last = self.starter(words, told.with_suffix(".last"))
         if code := last.wait():
-            done.wrong.append(f"exit code {code} with room again: {last.stderr[-300:]}")
+            done.wrong.append(f"exit code {code} once the disk is well: {last.stderr[-300:]}")
         elif (found := tiny_runs.difference(work.result(run), self.whole[work.name].result)) is not None:
             done.wrong.append(found)
 

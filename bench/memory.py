@@ -22,7 +22,7 @@ from tiny_runs import Sizes, Started, Work
 
 NUM = 10_000
 SAVE_EVERY = 500  # training steps
-WARM_UP = 2_000  # steps or images that are left out of the slope: caches fill, allocators settle
+WARM_UP = 2_000  # steps or images; the slope begins here, once caches are full and allocators settled
 FLAT = 0.5  # MiB per 1,000 steps or images; a run of 100,000 steps may grow by no more than 50 MiB
 LOOK_EVERY = 0.2  # seconds
 KINDS = {"train": "training steps", "sample": "drawn images"}
@@ -37,17 +37,21 @@ class Watched:
     mib: np.ndarray  # (n,)
 
     @property
+    def steady(self) -> np.ndarray:
+        """Which looks fell between the warm-up and the last step or image, after which the results are written."""
+        return (self.done >= WARM_UP) & (self.done < NUM)
+
+    @property
     def slope(self) -> float:
-        """MiB per 1,000 after the warm-up, by least squares."""
-        late = self.done >= WARM_UP
-        return float(np.polyfit(self.done[late], self.mib[late], 1)[0]) * 1000
+        """MiB per 1,000 while it is steady, by least squares."""
+        return float(np.polyfit(self.done[self.steady], self.mib[self.steady], 1)[0]) * 1000
 
     @property
     def text(self) -> str:
-        late = self.mib[self.done >= WARM_UP]
+        done, mib = self.done[self.steady], self.mib[self.steady]
         return (
-            f"{late[0]:.1f} MiB at {WARM_UP:,} {self.kind}, {late[-1]:.1f} at {NUM:,}: "
-            f"{self.slope:+.3f} MiB per 1,000 ({'flat' if self.slope < FLAT else 'GROWS'}: below {FLAT:g})"
+            f"{mib[0]:.1f} MiB at {done[0]:,.0f} {self.kind}, {mib[-1]:.1f} at {done[-1]:,.0f}, at most "
+            f"{self.mib.max():.1f}: {self.slope:+.3f} per 1,000 ({'flat' if self.slope < FLAT else 'GROWS')"
         )
 
 
@@ -98,11 +102,10 @@ def plot(path: Path, watched: list[Watched]) -> None:
 
     with panels(path, len(watched), size=(5.2, 3.4)) as axes:
         for panel, each in zip(axes[0], watched, strict=True):
-            late = each.done >= WARM_UP
             panel.plot(each.done, each.mib, linewidth=1.5)
             panel.axvline(WARM_UP, color="0.6", linewidth=0.9, linestyle="--")
             for place, align in ((0, "left"), (-1, "right")):
-                done, mib = each.done[late][place], each.mib[late][place]
+                done, mib = each.done[each.steady][place], each.mib[each.steady][place]
                 panel.annotate(f"{mib:.0f} MiB", (done, mib), (0, 8), textcoords="offset points", ha=align)
             panel.set(xlabel=each.kind, ylabel="resident memory (MiB)", ylim=(0, 1.25 * each.mib.max()))
             panel.set_title(f"{each.slope:+.2f} MiB per 1,000 after {WARM_UP:,}", fontsize=10)

@@ -148,18 +148,20 @@ class Sizes:
     """How long the commands run; images and steps."""
 
     images: int = 3000
-    """Tokenized; the codebook sees as many."""
+    """Tokenized."""
     steps: int = 1000
     save_every: int = 40
     samples: int = 1600
     sample_batch: int = 16
     start_images: int = 300
     """Images of the run that the others start from."""
-    kmeans_iterations: int = 150
-    clusters: int = 64
+    fitted: int = 500
+    """Images of the codebook, whose features are made anew in every iteration."""
+    kmeans_iterations: int = 40
 
 
-SHORT = Sizes(images=240, steps=160, save_every=20, samples=96, start_images=32, kmeans_iterations=20, clusters=12)
+SHORT = Sizes(images=240, steps=160, save_every=20, samples=96, start_images=32, fitted=64, kmeans_iterations=4)
+CLUSTERS, LITTLE_MEMORY = 64, 900_000  # bytes: too little for the features of Sizes.fitted images
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Work:
     words: Callable[[Path], list[str]]
     made: Callable[[Path], Path]  # the folder of its files
     result: Callable[[Path], dict[str, Any]]
-    progress: Callable[[Path], int]  # steps, rows or images that are safe or logged; 0 at the start
+    progress: Callable[[Path], int]  # steps, rows or images so far (codebook: when it was last saved); 0 at the start
 
 
 def tiny_recipe() -> "Recipe":
@@ -224,12 +226,15 @@ def _make_base(folder: Path, sizes: Sizes) -> None:
 
 def works(base: Path, sizes: Sizes) -> dict[str, Work]:
     """train, tokenize, codebook and sample, by name; `base` was made by `make_base`."""
-    start_data, data = (f"shapes:num={n},size=32" for n in (sizes.start_images, sizes.images))
+    start_data, data, fitted_data = (
+        f"shapes:num={num},size=32" for num in (sizes.start_images, sizes.images, sizes.fitted)
+    )
     run, settings = base / "run", ["--config", str(base / "tiny.yaml")]
     reuse = {part: [f"--reuse_{part}", str(run / part)] for part in ("codebook", "vqgan", "tokens")}
     parts = reuse["codebook"] + reuse["vqgan"]
     training = options("prior_training", num_steps=sizes.steps, save_every=sizes.save_every)
-    fitting = options("kmeans", num_clusters=sizes.clusters, num_iterations=sizes.kmeans_iterations)
+    fitting = options("kmeans", num_clusters=CLUSTERS, num_iterations=sizes.kmeans_iterations)
+    fitting += options("kmeans", memory_budget_bytes=LITTLE_MEMORY)
     train = Work(
         "train",
         lambda out: ["train", "prior", start_data, *settings, *training, *parts, *reuse["tokens"], "--out", str(out)],
@@ -246,10 +251,10 @@ def works(base: Path, sizes: Sizes) -> dict[str, Work]:
     )
     codebook = Work(
         "codebook",
-        lambda out: ["codebook", data, *settings, *fitting, "--out", str(out)],
+        lambda out: ["codebook", fitted_data, *settings, *fitting, "--out", str(out)],
         lambda out: out / "codebook",
         fitted,
-        lambda out: sum(path.stat().st_mtime_ns for path in files(out / "codebook")),
+        lambda out: max((path.stat().st_mtime_ns for path in files(out / "codebook")), default=0),
     )
     drawing = ["--num", str(sizes.samples), "--batch_size", str(sizes.sample_batch)]
     sample = Work(

@@ -28,7 +28,7 @@ from toy_images import NoiseSource, PatchEncoder
 from toy_judge import ToyJudge
 from toy_pipeline import toy_pipeline
 
-MANY = 60  # images of the slow drawing
+MANY = 120  # images of the slow drawing
 SECONDS = 0.1  # that the first image of each of its batches takes
 
 

@@ -39,7 +39,10 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(kept) and not left.exists()
 
 
-@pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "disk full"), (errno.EROFS, "make it writable")])
+FAULTS = [(errno.ENOSPC, "disk full"), (errno.EROFS, "make it writable"), (errno.EIO, "have the disk checked")]
+
+
+@pytest.mark.parametrize(("number", "says"), FAULTS)
 def test_a_fault_of_the_disk_says_that_the_work_goes_on(tmp_path, number, says):
     with pytest.raises(DigitError, match=f"{says}.*work goes on"), disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))

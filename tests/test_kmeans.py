@@ -289,8 +289,10 @@ def test_a_killed_fit_goes_on_to_the_same_centroids(tmp_path, every_iteration, d
     for iteration in (1, 4, len(whole.history_) - 1):  # the last one is the pass over the finished centroids
         path.unlink(missing_ok=True)
         killed_in(iteration, x, cfg, UnfinishedFit(path, {}))
+        (tmp_path / ".k.safetensors.ab0_9xyz.aside.safetensors").write_bytes(b"half")  # a kill while it was written
         stream = pieces(x, 70)
         again = KMeans(cfg).fit(stream, unfinished=UnfinishedFit(path, {}))
+        assert [left.name for left in tmp_path.iterdir()] == ["k.safetensors"]
         assert stream.passes == len(whole.history_) + 1 - iteration
         assert torch.equal(again.centroids_, whole.centroids_) and torch.equal(again.counts_, whole.counts_)
         figures = [[{k: v for k, v in e.items() if k != "seconds"} for e in fit.history_] for fit in (again, whole)]

@@ -1,5 +1,8 @@
 """CropLoader and CachedCrops: order, restart, workers, broken files, and batches that depend on (seed, step) alone."""
 
+import multiprocessing
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,16 @@ def test_batch_size_start_and_workers_change_nothing(tmp_path):
     assert len(later) == 4 and later.num_rows == 24
     assert_same({name: values[7:] for name, values in whole.items()}, everything(later))
     assert list(CropLoader(source, CFG, start_row=24, **options)) == []
+
+
+def test_signals_to_the_worker_processes_stop_nothing(tmp_path):
+    loader = CropLoader(make_folder(tmp_path), CFG, batch_size=1, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    for name in ("TERM", "INT", "USR1"):  # as a batch system sends them; from their parent they would be told apart
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    assert len(workers) == 2 and len(list(batches)) == 11
 
 
 def test_broken_files_are_marked_named_and_counted(tmp_path):

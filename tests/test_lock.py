@@ -50,6 +50,13 @@ def test_the_command_line_refuses_a_run_that_is_under_way(tmp_path, other, capsy
     assert f"is in use by process {other.pid}" in capsys.readouterr().err
 
 
+def test_a_released_folder_has_no_trace(tmp_path):
+    lock.lock_folder(tmp_path)
+    lock.release_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == [] and lock.holder(tmp_path) is None
+    lock.release_folder(tmp_path)
+
+
 def test_an_empty_or_foreign_lock_file_is_no_trouble(tmp_path):
     assert lock.last_writer(tmp_path) == {} and lock.holder(tmp_path) is None
     (tmp_path / ".lock").write_text("not JSON")

@@ -8,8 +8,8 @@ from digit.errors import DigitError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SLURM = {
-    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "gpu[07-09,12],login1", "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8",
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[07-09,12],login1",
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_a_batch_script_is_no_job_step():
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[07-09,12],x", "gpu07"), ("a,b", "a"), ("n[3],m", "n3"), ("rack-2-node[1,4]", "rack-2-node1")],
+    [("gpu1", "gpu1"), ("gpu[07-09,12],x", "gpu07"), ("a,b", "a"), ("n[3],m", "n3"), ("rack-2-n[1,4]", "rack-2-n1")],
 )
 def test_the_first_host_of_a_node_list(nodes, first):
     assert ranks.first_host(nodes) == first
@@ -72,9 +72,9 @@ def test_what_to_type_again(monkeypatch):
     assert same_command(["sample"]) == "srun --ntasks=8 digit sample"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert same_command(["sample"]) == "torchrun --standalone --nproc-per-node=8 -m digit sample"
+    assert same_command(["sample"]) == "torchrun --standalone --nproc-per-node=8 -m digit -- sample"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert same_command(["sample"]) == "torchrun --nnodes=2 --nproc-per-node=4 -m digit sample"
+    assert same_command(["sample"]) == "torchrun --nnodes=2 --nproc-per-node=4 -m digit -- sample"
 
 
 def test_a_command_for_one_process_is_refused_by_one_message(monkeypatch, capsys):
@@ -90,6 +90,16 @@ def test_a_command_for_one_process_is_refused_by_one_message(monkeypatch, capsys
 def test_the_device_is_known_before_the_parser():
     assert given_device(["a", "--device", "cpu"]) == given_device(["--device=cpu"]) == "cpu"
     assert given_device(["--out", "x"]) is None
+
+
+def test_processes_share_a_machine(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    assert ranks.local_size() == 1  # a batch script
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.local_size() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks.local_size() == 2
 
 
 def test_an_error_on_rank_0_is_everybodys():

@@ -127,7 +127,8 @@ def test_noise_is_what_the_model_draws():
     target, labels = torch.zeros(4, 6, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     assert make(num_classes=5).noise({"target": target, "labels": labels}, None) == {}
     assert make(num_classes=5, label_dropout=0.3).noise({"target": target, "labels": None}, None) == {}
-    assert with_prefix(masked=True, prefix_dropout=0.5).noise({"target": target}, None).keys() == {"hide", "drop_prefix"}
+    masked = with_prefix(masked=True, prefix_dropout=0.5)
+    assert masked.noise({"target": target}, None).keys() == {"hide", "drop_prefix"}
 
 
 def test_every_parameter_learns():

@@ -147,6 +147,7 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
         ended = subprocess.run([sys.executable, "-c", program, str(folder), every], env=env)
         assert ended.returncode == 9
         rest = ToyTokenizer()
+        (folder / ".journal.json.ab0_9xyz.aside.json").write_text("{")  # a kill while the journal was written
         write(folder, source=NoiseSource(broken=(7,)), disc=rest)
         assert contents(folder) == contents(tmp_path / "straight") and rest.calls == calls
 

@@ -1,4 +1,4 @@
-"""A tiny sequence task for the training tests; as a script, runs of it: toy_task.py OUT '{"num_steps": 8}' [OUT ...]."""
+"""Tiny training tasks for the tests; as a script, runs of them: toy_task.py OUT JSON [OUT JSON ...]."""
 
 import json
 import sys

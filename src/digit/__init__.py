@@ -9,10 +9,11 @@ After "Stabilize the Latent Space for Image Autoregressive Modeling: A Unified P
 
 from typing import TYPE_CHECKING, Any
 
+from digit.version import __version__
+
 if TYPE_CHECKING:
     from digit.pipeline import DigitPipeline
 
-__version__ = "0.1.0"
 __all__ = ["DigitPipeline", "__version__"]
 
 

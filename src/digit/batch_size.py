@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from digit import ranks
 from digit.models.sequence import SequenceModel
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.vq import VQTokenizer
@@ -95,12 +96,14 @@ def _element(cfg: SamplingConfig) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a GPU with what torch holds and does not use."""
+    """Memory that is free on a device; on a GPU with what torch holds and does not use, on a CPU this process's share.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))  # kB
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))  # kB
+        return free // ranks.local_size()
     except (OSError, StopIteration):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**32

@@ -32,6 +32,7 @@ def cache_folder() -> Path:
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
 )  # fmt: skip
+MENDED_OUTSIDE = {errno.EROFS: "make it writable", errno.EIO: "have the disk checked"}
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
@@ -54,8 +55,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DigitError(f"disk full while writing {path}: free some space and run again, work goes on") from error
-        if error.errno == errno.EROFS:
-            hint = "make it writable and run again, work goes on, or choose another --out"
+        if error.errno in MENDED_OUTSIDE:
+            hint = f"{MENDED_OUTSIDE[error.errno]} and run again, work goes on, or choose another --out"
             raise DigitError(f"cannot write {path}: {error.strerror}; {hint}") from error
         if error.errno in REFUSALS:
             raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error

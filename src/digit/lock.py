@@ -56,6 +56,14 @@ def lock_folder(folder: str | Path) -> None:
     _held[folder] = descriptor
 
 
+def release_folder(folder: str | Path) -> None:
+    """Let others write there, and leave no trace: for folders that are done and handed on."""
+    folder = Path(folder).absolute()
+    if (descriptor := _held.pop(folder, None)) is not None:
+        (folder / NAME).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def holder(folder: str | Path) -> dict[str, Any] | None:
     """What is known of the other process that writes to `folder` at this moment; None where there is none."""
     path = Path(folder).absolute() / NAME

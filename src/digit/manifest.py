@@ -41,7 +41,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
         )
     odd = [name for name, kind in CONTENT.items() if not isinstance(manifest.get(name), kind)]
-    odd += [name for name in ("parts", "classes") if name not in odd and not all(isinstance(n, str) for n in manifest[name])]
+    lists = [name for name in ("parts", "classes") if name not in odd]
+    odd += [name for name in lists if not all(isinstance(entry, str) for entry in manifest[name])]
     if odd:
         raise DigitError(f"{folder / MANIFEST} is damaged ({', '.join(odd)}): make the pipeline again")
     from_json(PreprocessConfig, manifest["preprocess"], f"{folder / MANIFEST}: preprocess")
@@ -75,7 +76,7 @@ def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
 
 
 def load_sequence_model(folder: Path, name: str) -> SequenceModel:
-    """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError where they do not fit."""
+    """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError for damaged ones."""
     about, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     cfg, state = from_json(SequenceConfig, read_json(about), str(about)), load_tensors(weights)
     require_weights(state, str(weights))

@@ -1,6 +1,7 @@
 """Several processes as one job, under torchrun or Slurm's srun. With one process all of it is a no-op.
 
     torchrun --nproc-per-node=8 -m digit train ...     # one process per GPU; NCCL between GPUs, gloo between CPUs
+    torchrun --nproc-per-node=8 -m digit -- sample --num 64 ...   # torchrun takes --num for an option of its own
     srun --ntasks-per-node=8 digit train ...
 
 A command calls `start` before its work and `stop` after it. Work is shared out by rank; only rank 0 writes what all
@@ -66,6 +67,12 @@ def launched_size() -> int:
 def launched_rank() -> int:
     """This process's number among them; known before `start`, without torch."""
     return int(environment().get("RANK", "0"))
+
+
+def local_size() -> int:
+    """The number of processes that share this machine, as far as the launcher tells."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
+    return int(told) if launched_size() > 1 else 1
 
 
 def start(device: "str | torch.device | None" = None) -> "torch.device":

@@ -34,7 +34,7 @@ from digit.drawn import Drawn
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.files import atomic_path, differences, plain, sha256_tensors, write_json
 from digit.ledger import Ledger, Spans
-from digit.lock import lock_folder
+from digit.lock import lock_folder, release_folder
 from digit.pipeline import DigitPipeline, SamplingConfig
 from digit.sample_journal import (
     GRID,
@@ -116,6 +116,7 @@ def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Dra
     if whole.done < whole.num:
         raise Stopped(f"{whole.done} of {whole.num} images are drawn")
     ranks.on_main(whole.finish)
+    release_folder(whole.folder)
 
 
 def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[Drawn]]) -> Iterator[Drawn]:

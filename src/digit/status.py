@@ -13,6 +13,7 @@ from digit.recipes import MODEL_NAMES
 from digit.training import checkpoint
 from digit.training.log import last_figures
 
+RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
 STAGES = ("codebook", "vqgan", "tokens", *MODEL_NAMES)
 
 
@@ -35,8 +36,7 @@ def describe_run(folder: str | Path) -> str:
 def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     """At most one line: done, how far, or nothing where it was not begun."""
     place = folder / stage
-    results = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
-    if (place / results.get(stage, "model.json")).is_file():
+    if (place / RESULTS.get(stage, "model.json")).is_file():
         yield f"done{figures_of(place)}"
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"

@@ -145,7 +145,9 @@ def test_a_stopped_drawing_goes_on_and_a_killed_one_too_on_any_number_of_ranks(w
     process.communicate(timeout=PATIENCE)
     texts = [folder.with_suffix(f".stopped{rank}").read_text() for rank in range(2)]
     stopped = entered(folder)
-    assert texts[0] == texts[1] == f"{stopped} of 60 images are drawn" and 8 <= stopped < 60
+    assert (
+        texts[0] == texts[1] == f"{stopped} of {ranked_work.MANY} images are drawn" and 8 <= stopped < ranked_work.MANY
+    )
     assert not (folder / "samples.json").exists()
 
     both = start_ranks(2, "draw", folder)
@@ -154,13 +156,13 @@ def test_a_stopped_drawing_goes_on_and_a_killed_one_too_on_any_number_of_ranks(w
         process.kill()
     for process in both:
         process.communicate()
-    assert stopped + 8 <= entered(folder) < 60 and not (folder / "samples.json").exists()
+    assert stopped + 8 <= entered(folder) < ranked_work.MANY and not (folder / "samples.json").exists()
 
     drawn, stream = [], DigitPipeline.stream
     pipe, done = toy_pipeline(), entered(folder)
     pipe.stream = lambda *args, **how: (drawn.append(len(b)) or b for b in stream(pipe, *args, **how))
     sample(pipe, folder, ranked_work.MANY, seed=3, batch_size=4)
-    assert sum(drawn) == 60 - done, "what the killed ranks had done is not drawn again"
+    assert sum(drawn) == ranked_work.MANY - done, "what the killed ranks had done is not drawn again"
     assert contents(folder) == whole
 
 
@@ -171,6 +173,6 @@ def test_two_cannot_draw_into_one_folder_and_an_interrupt_is_no_error(whole, tmp
         sample(toy_pipeline(), tmp_path / "s", ranked_work.MANY, seed=4, batch_size=4)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=PATIENCE)[1] and process.returncode == 0
-    assert (tmp_path / "s.stopped0").read_text() == f"{entered(tmp_path / 's')} of 60 images are drawn"
+    assert (tmp_path / "s.stopped0").read_text() == f"{entered(tmp_path / 's')} of {ranked_work.MANY} images are drawn"
     sample(toy_pipeline(), tmp_path / "s", ranked_work.MANY, seed=3, batch_size=4)
     assert contents(tmp_path / "s") == whole

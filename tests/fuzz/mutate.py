@@ -85,7 +85,7 @@ def strange_json(value: Any, rng: random.Random) -> Any:
         if deed < 0.12:
             del holder[key]
         elif deed < 0.2:
-            other = rng.choice(NAMES + ("format", "name", "vocab_size", "x"))
+            other = rng.choice((*NAMES, "format", "name", "vocab_size", "x"))
             if isinstance(holder, dict):
                 holder[other] = copy.deepcopy(holder[key])
             else:

@@ -31,6 +31,10 @@ class Loader(Protocol):
 
     name: str
 
+    def prepare(self) -> None:
+        """Optional: make once, before workers are forked, what every input starts from."""
+        ...
+
     def build(self, folder: Path, rng: random.Random) -> None:
         """Write one damaged input into an empty folder."""
         ...
@@ -98,6 +102,7 @@ def _memory_cause(error: BaseException | None) -> str:
 
 def judge_all(loader: Loader, numbers: Sequence[int], seed: int = 0) -> Iterator[Verdict]:
     """A verdict for each number, in order."""
+    getattr(loader, "prepare", int)()
     waiting = list(numbers)
     while waiting:
         done = 0

@@ -32,7 +32,9 @@ def test_an_input_is_a_function_of_its_number(name, tmp_path):
         for number in range(3):
             (place := tmp_path / folder / str(number)).mkdir()
             build_input(LOADERS[name], place, number)
-    a, b = ({p.relative_to(tmp_path / f): p.read_bytes() for p in (tmp_path / f).rglob("*") if p.is_file()} for f in "ab")
+    a, b = (
+        {p.relative_to(tmp_path / f): p.read_bytes() for p in (tmp_path / f).rglob("*") if p.is_file()} for f in "ab"
+    )
     assert a == b and a
 
 

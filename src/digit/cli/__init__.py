@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, or stopped on request and saved; 2 a user's mistake, 130
     interrupted before anything could be saved. Of several processes (torchrun, srun) one speaks for all."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = argv[argv[:1] == ["--"] :]  # behind it torchrun looks for no options of its own
     if not argv or argv[0] in ("-h", "--help", "help"):
         say(usage())
         return 0
@@ -112,7 +113,7 @@ def same_command(argv: Sequence[str]) -> str:
         return shlex.join(["srun", f"--ntasks={size}", "digit", *argv])
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     nodes = [f"--nnodes={size // local}"] if size > local else ["--standalone"]
-    return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "digit", *argv])
+    return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "digit", "--", *argv])
 
 
 def fail(text: str, code: int) -> int:

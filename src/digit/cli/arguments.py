@@ -54,7 +54,7 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
     return register
 
 
-SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit {name} ..."
+SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit -- {name} ..."
 
 
 def make_parser(name: str) -> "ArgumentParser":

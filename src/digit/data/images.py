@@ -64,9 +64,13 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
 
 def _open_path(path: Path, split: str | None) -> ImageSource:
     try:
-        found = path.exists()
-    except (OSError, ValueError) as error:  # a name too long, a zero byte
-        raise DigitError(f"{path} cannot be opened ({error}); wanted {WANTED}") from error
+        os.stat(path)
+        found = True
+    except FileNotFoundError:
+        found = False
+    except (OSError, ValueError) as error:  # a name too long, a zero byte, no permission
+        reason = getattr(error, "strerror", None) or error
+        raise DigitError(f"cannot open ({reason}): {path}; wanted {WANTED}") from error
     if not found:
         raise DigitError(f"no such path: {path}; wanted {WANTED}")
     if path.is_dir():

@@ -1,6 +1,7 @@
 """From a source to batches of crops: CropLoader goes through everything once, CachedCrops serves training for ever."""
 
 import multiprocessing
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, r
 from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
 from digit.progress import Progress
+from digit.stop import SIGNALS
 
 CHUNK = 256  # images decoded between two looks at the budget
 WORTH_A_PROCESS = 1000  # rows
@@ -174,13 +176,23 @@ class CropLoader:
 
             own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
             workers = min(self.num_workers, max(1, len(self)))
-            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own)
+            made = DataLoader(
+                batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own,
+                worker_init_fn=_leave_signals,
+            )  # fmt: skip
         for arrays, bad in made:
             yield CropBatch(*map(torch.from_numpy, arrays)), bad
 
 
 def _as_is(item: object) -> object:
     return item
+
+
+def _leave_signals(worker: int) -> None:
+    """In a worker process: batch systems and terminals signal every process of a job, and stopping is for the parent to
+    decide, which may still want the batch at hand. The worker ends with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Batches(torch.utils.data.Dataset):

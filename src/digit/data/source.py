@@ -124,7 +124,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def readable(name: str | Path) -> str:
-    """A path or name as text that JSON can hold: bytes, and halves of characters, that are no UTF-8 are spelled out."""
+    """A path or name as text that JSON can hold: what is no UTF-8 in it is spelled out."""
     try:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -147,7 +147,8 @@ def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> t
     order = sorted(set(meaning.values()))
     place = {name: index for index, name in enumerate(order)}
     look_up = {value: place[meaning[value]] for value in known}
-    return [readable(str(name)) for name in order], np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
+    labels = np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
+    return [readable(str(name)) for name in order], labels
 
 
 def _is_integer(value: int | str) -> bool:

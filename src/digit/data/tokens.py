@@ -28,7 +28,7 @@ import numpy as np
 from digit import ranks
 from digit.data.rows import AGAIN, ArrayFile, check_range, copy_rows, crc32_file, open_array
 from digit.errors import DigitError, MismatchError, Stopped
-from digit.files import disk_errors, plain, read_json, write_json
+from digit.files import disk_errors, plain, read_json, remove_leftovers, write_json
 from digit.ledger import Ledger, Spans, collect, discard
 from digit.progress import Progress
 from digit.settings import from_json
@@ -99,14 +99,18 @@ class _Contents:
         """The arrays, mapped and verified. Raises DigitError naming the file that is damaged."""
         layouts = {"disc": self.disc, "vq": self.vq}
         arrays: dict[str, np.ndarray | None] = dict.fromkeys(layouts)
-        expected = {n: ((self.rows, of.length), "<u2", 0, of.vocab_size - 1, "tokens") for n, of in layouts.items() if of}
+        expected = {
+            n: ((self.rows, of.length), "<u2", 0, of.vocab_size - 1, "tokens") for n, of in layouts.items() if of
+        }
         expected["labels"] = ((self.rows,), "<i4", -1, len(self.classes) - 1, "labels")
         for name, (shape, dtype, low, high, what) in expected.items():
             path = folder / f"{name}.npy"
             arrays[name] = open_array(path, shape, np.dtype(dtype))
             check_range(path, arrays[name], low, high, what)
             if self.crc32 is not None and self.crc32.get(name) != (found := crc32_file(path)):
-                raise DigitError(f"{path} has CRC-32 {found}, its manifest {self.crc32.get(name)}: bits flipped; {AGAIN}")
+                raise DigitError(
+                    f"{path} has CRC-32 {found}, its manifest {self.crc32.get(name)}: bits flipped; {AGAIN}"
+                )
         return arrays
 
 
@@ -407,6 +411,7 @@ class _Writer:
 
     def _open_or_allocate(self) -> Ledger | None:
         """What is done so far; None where the store is whole already."""
+        remove_leftovers(self.folder)
         if self.manifest.exists():
             self._compare(read_json(self.manifest))
             self._clean()

@@ -79,6 +79,9 @@ def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
                     if member.offset_data + member.size > reader.size:
                         raise ValueError(f"{member.name!r} reaches past the end")
                     _add_member(samples, tar, member)
+            reader.seek(tar.offset)
+            if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                raise ValueError(f"no header at byte {tar.offset}")
     except DigitError:
         raise
     except Exception as error:  # damaged headers raise nearly any type

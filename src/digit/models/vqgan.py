@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 
-
 MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # past all use: a larger number in a file is a fault
 
 

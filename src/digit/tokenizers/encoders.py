@@ -227,8 +227,9 @@ class FrozenEncoder(nn.Module):
             encoder = cls(net, **vars(about), precision=saved.get("precision", "float32"))
             if math.prod(encoder.grid) < 1:
                 raise ValueError(f"input_size {encoder.input_size} holds no patch")
-            if odd := [name for name, t in net.state_dict().items() if not (t.is_floating_point() or t.dtype == torch.int64)]:
-                raise ValueError(f"{odd[0]} is of no type of weights")
+            for name, tensor in net.state_dict().items():
+                if not tensor.is_floating_point() and tensor.dtype != torch.int64:
+                    raise ValueError(f"{name} is {tensor.dtype}, no type of weights")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
         if encoder.fingerprint != saved.get("fingerprint"):

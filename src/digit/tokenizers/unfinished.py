@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from digit.errors import DigitError
-from digit.files import differences, load_tensors, plain, save_tensors, sha256_tensors
+from digit.files import differences, load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
 from digit.tokenizers.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class UnfinishedFit:
         return shares.on_main(self._load)
 
     def _load(self) -> State | None:
+        remove_leftovers(self.path.parent)
         if not self.path.exists():
             return None
         try:

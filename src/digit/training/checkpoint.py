@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from digit import __version__, ranks
+from digit import ranks
 from digit.errors import DigitError, MismatchError
 from digit.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
+from digit.version import __version__
 
 if TYPE_CHECKING:
     from digit.training.loop import LoopConfig

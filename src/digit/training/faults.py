@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit import __version__, ranks
+from digit import ranks
 from digit.errors import DigitError
 from digit.files import plain, save_tensors, write_json
 from digit.machine import describe_machine
+from digit.version import __version__
 
 log = logging.getLogger(__name__)
 ROWS_SHOWN = 8  # in the message; report.json has them all

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
@@ -19,11 +20,63 @@ from digit.errors import DigitError
 
 from ..mutate import STRANGE, damage, strange_json
 
-WORDS = ("0", "-1", "1", "3", "x", "", "nan", "inf", "1e9", "99999999999999999999", "null", "[]", "[1,2]", "{}",
-         '{"a": 1}', "true", "../x", "0.5", "--", "-", "[", "{", "!!python/object/apply:os.system [touch executed]",
-         "&a [*a]", "a: b", "é", "\n", "\x00", "1_000", "0x10", "2020-01-01", "yes", "~", "@", "`", "%")  # fmt: skip
-COMMANDS_TRIED = ("fit", "codebook", "tokenize", "train", "plan", "pretrain", "evaluate", "stability", "probe", "sweep",
-                  "sample", "complete", "convert", "inspect", "info", "bench", "reproduce")  # fmt: skip
+WORDS = (
+    "0",
+    "-1",
+    "1",
+    "3",
+    "x",
+    "",
+    "nan",
+    "inf",
+    "1e9",
+    "99999999999999999999",
+    "null",
+    "[]",
+    "[1,2]",
+    "{}",
+    '{"a": 1}',
+    "true",
+    "../x",
+    "0.5",
+    "--",
+    "-",
+    "[",
+    "{",
+    "!!python/object/apply:os.system [touch executed]",
+    "&a [*a]",
+    "a: b",
+    "é",
+    "\n",
+    "\x00",
+    "1_000",
+    "0x10",
+    "2020-01-01",
+    "yes",
+    "~",
+    "@",
+    "`",
+    "%",
+)
+COMMANDS_TRIED = (
+    "fit",
+    "codebook",
+    "tokenize",
+    "train",
+    "plan",
+    "pretrain",
+    "evaluate",
+    "stability",
+    "probe",
+    "sweep",
+    "sample",
+    "complete",
+    "convert",
+    "inspect",
+    "info",
+    "bench",
+    "reproduce",
+)
 DATA = "shapes:num=8,size=64"
 PARSERS: dict[tuple[str, str], dict[str, Any]] = {}  # (command, recipe): attributes of the parser
 RECIPES = ("demo", "small", "cifar", "digit_base", "digit_large", "nothing", "")
@@ -33,6 +86,17 @@ class ConfigLoader:
     """`digit COMMAND ...` with the work itself taken out; the files are argv.json and config.yaml."""
 
     name = "config"
+
+    def prepare(self) -> None:
+        """The options of every command, and the slowest parsers."""
+        for command in COMMANDS_TRIED:
+            names(command)
+        with tempfile.TemporaryDirectory() as folder:
+            for command in (["fit"], ["codebook"], ["tokenize"], ["train", "prior"]):
+                for recipe in RECIPES[:2]:
+                    argv = [*command, DATA, "--recipe", recipe, "--out", folder, "--seed", "x"]
+                    with work_taken_out(), contextlib.redirect_stderr(io.StringIO()):
+                        main(argv)
 
     def build(self, folder: Path, rng: random.Random) -> None:
         command = rng.choice(("fit", "fit", "fit", "pretrain", *COMMANDS_TRIED))
@@ -82,14 +146,6 @@ class ConfigLoader:
 @contextlib.contextmanager
 def work_taken_out() -> Iterator[None]:
     """Commands end where they would begin to compute."""
-    import digit.fit
-    import digit.measures.samples
-    import digit.plan.report
-    import digit.pretrain
-    import digit.report
-    import digit.reproduce
-    import digit.speed.bench
-
     from digit.cli.runs import _value_of, add_run_arguments
 
     def remembered(parser: Any, argv: list[str]) -> str:
@@ -156,10 +212,31 @@ def yaml_file(command: str, rng: random.Random) -> bytes:
     if deed < 0.1:
         return damage(yaml.safe_dump(kept).encode(), rng)
     if deed < 0.2:
-        return rng.choice((laughs(), b"&a [*a]", b"prior: &a\n  depth: *a\n", b"!!python/object/apply:os.system ['touch executed']",
-                           b"- 1\n- 2\n", b"5", b"", b"\xff\xfe\x00", b"a: 1\na: 2\n", b"config: config.yaml\n", b"[" * 3000,
-                           b"prior: {depth: 1, depth: 2}\n", b"seed: 0o17\n", b"seed: 1:30\n", b"<<: {seed: 1}\n", b"null",
-                           b"? [a, b]\n: 1\n", b"1: 2\n", b"data: other\n", b"out: /x\n", b"---\nseed: 1\n---\nseed: 2\n"))  # fmt: skip
+        return rng.choice(
+            (
+                laughs(),
+                b"&a [*a]",
+                b"prior: &a\n  depth: *a\n",
+                b"!!python/object/apply:os.system ['touch executed']",
+                b"- 1\n- 2\n",
+                b"5",
+                b"",
+                b"\xff\xfe\x00",
+                b"a: 1\na: 2\n",
+                b"config: config.yaml\n",
+                b"[" * 3000,
+                b"prior: {depth: 1, depth: 2}\n",
+                b"seed: 0o17\n",
+                b"seed: 1:30\n",
+                b"<<: {seed: 1}\n",
+                b"null",
+                b"? [a, b]\n: 1\n",
+                b"1: 2\n",
+                b"data: other\n",
+                b"out: /x\n",
+                b"---\nseed: 1\n---\nseed: 2\n",
+            )
+        )
     return yaml.safe_dump(strange_json(kept, rng), allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
 

@@ -20,10 +20,18 @@ from digit.errors import BadImageError
 from ..mutate import EDGES, damage, number
 
 MODES = {
-    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "GIF": ("P", "L"),
-    "WEBP": ("RGB", "RGBA"), "TIFF": ("RGB", "I;16", "F", "1", "CMYK", "LAB", "RGBA"), "BMP": ("RGB", "P", "1"),
-    "PPM": ("RGB", "I;16", "1"), "TGA": ("RGBA", "L"), "JPEG2000": ("RGB", "L"), "AVIF": ("RGB",), "MPO": ("RGB",),
-}  # fmt: skip
+    "PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"),
+    "JPEG": ("RGB", "L", "CMYK"),
+    "GIF": ("P", "L"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("RGB", "I;16", "F", "1", "CMYK", "LAB", "RGBA"),
+    "BMP": ("RGB", "P", "1"),
+    "PPM": ("RGB", "I;16", "1"),
+    "TGA": ("RGBA", "L"),
+    "JPEG2000": ("RGB", "L"),
+    "AVIF": ("RGB",),
+    "MPO": ("RGB",),
+}
 CROP = PreprocessConfig(image_size=8)
 ODD_NAMES = (b"a\nb.png", b"\xff\xfe.png", b"x" * 240 + b".png", b" .png", b"-rf.png", b"*.png", b"\x1b[31m.png")
 
@@ -143,8 +151,14 @@ def png_bomb(rng: random.Random) -> bytes:
     side = rng.choice((9400, 20000, 60000, 2**31 - 1))
     depth, colour = rng.choice(((8, 0), (8, 2), (8, 6), (16, 6), (1, 3), (16, 0)))
     zeros = zlib.compress(bytes(rng.choice((10, 10**5, 3 * 10**7))))
-    extra = rng.choice((b"", chunk(b"zTXt", b"k\0\0" + zeros), chunk(b"iTXt", b"k\0\1\0\0\0" + zeros),
-                        chunk(b"iCCP", b"k\0\0" + zeros)))  # fmt: skip
+    extra = rng.choice(
+        (
+            b"",
+            chunk(b"zTXt", b"k\0\0" + zeros),
+            chunk(b"iTXt", b"k\0\1\0\0\0" + zeros),
+            chunk(b"iCCP", b"k\0\0" + zeros),
+        )
+    )
     header = struct.pack(">IIBBBBB", side, rng.choice((1, side)), depth, colour, 0, 0, rng.choice((0, 1)))
     palette = chunk(b"PLTE", bytes(6)) if colour == 3 else b""
     body = chunk(b"IHDR", header) + extra + palette + chunk(b"IDAT", zeros) + chunk(b"IEND", b"")

@@ -71,26 +71,56 @@ def _write(columns: dict[str, Any], compression: str, options: dict[str, Any], f
 def odd_table(rng: random.Random) -> bytes:
     """A well-formed file whose columns hold what nobody expects."""
     png, rows = samples()["PNG"][0], rng.choice((0, 1, 5, 9))
-    images = [[{"bytes": png, "path": None}] * rows, [{"bytes": None, "path": "../../etc/passwd"}] * rows,
-              [None] * rows, [{"bytes": "text", "path": "x"}] * rows, [{"bytes": 5}] * rows, [png] * rows,
-              [[png]] * rows, [{"bytes": {"bytes": png}}] * rows, [{"bytes": b"", "path": ""}] * rows,
-              [{"bytes": [1, 2]}] * rows, ["text"] * rows,
-              pa.array([png] * rows, pa.large_binary()), pa.array([png[:9]] * rows, pa.binary(9)),
-              pa.array([png] * rows, pa.binary_view()), pa.array([png] * rows).dictionary_encode()]  # fmt: skip
-    labels = [[0, 1, 2, 3, 4, 5, 6, 7, 8][:rows], [-1] * rows, [-(2**63)] * rows, [2**63 - 1] * rows, [0.5] * rows,
-              [float("nan")] * rows, [None] * rows, [[1]] * rows, ["a\nb"] * rows, ["", "1", "02", "²", "-", "x", "9",
-              "1" * 5000, "٣"][:rows], [{"a": 1}] * rows, [True] * rows, [b"\xff"] * rows, [b"cat"] * rows,
-              pa.array([2**64 - 1] * rows, pa.uint64()), pa.array([5] * rows, pa.int8()),
-              pa.array(["a"] * rows).dictionary_encode(), pa.array([7] * rows).dictionary_encode(),
-              pa.array([1] * rows, pa.timestamp("s")), pa.array([b"\xff"] * rows, pa.binary()),
-              pa.array(["a"] * rows, pa.string_view()), pa.array(["a"] * rows, pa.large_string()),
-              pa.nulls(rows)]  # fmt: skip
+    images = [
+        [{"bytes": png, "path": None}] * rows,
+        [{"bytes": None, "path": "../../etc/passwd"}] * rows,
+        [None] * rows,
+        [{"bytes": "text", "path": "x"}] * rows,
+        [{"bytes": 5}] * rows,
+        [png] * rows,
+        [[png]] * rows,
+        [{"bytes": {"bytes": png}}] * rows,
+        [{"bytes": b"", "path": ""}] * rows,
+        [{"bytes": [1, 2]}] * rows,
+        ["text"] * rows,
+        pa.array([png] * rows, pa.large_binary()),
+        pa.array([png[:9]] * rows, pa.binary(9)),
+        pa.array([png] * rows, pa.binary_view()),
+        pa.array([png] * rows).dictionary_encode(),
+    ]
+    labels = [
+        [0, 1, 2, 3, 4, 5, 6, 7, 8][:rows],
+        [-1] * rows,
+        [-(2**63)] * rows,
+        [2**63 - 1] * rows,
+        [0.5] * rows,
+        [float("nan")] * rows,
+        [None] * rows,
+        [[1]] * rows,
+        ["a\nb"] * rows,
+        ["", "1", "02", "²", "-", "x", "9", "1" * 5000, "٣"][:rows],
+        [{"a": 1}] * rows,
+        [True] * rows,
+        [b"\xff"] * rows,
+        [b"cat"] * rows,
+        pa.array([2**64 - 1] * rows, pa.uint64()),
+        pa.array([5] * rows, pa.int8()),
+        pa.array(["a"] * rows).dictionary_encode(),
+        pa.array([7] * rows).dictionary_encode(),
+        pa.array([1] * rows, pa.timestamp("s")),
+        pa.array([b"\xff"] * rows, pa.binary()),
+        pa.array(["a"] * rows, pa.string_view()),
+        pa.array(["a"] * rows, pa.large_string()),
+        pa.nulls(rows),
+    ]
     columns = {rng.choice(("image", "img", "jpg", "picture", "a\nb")): rng.choice(images)}
     if rng.random() < 0.85:
         columns[rng.choice(("label", "label", "label", "cls", "image.bytes", "fine_label"))] = rng.choice(labels)
     if rng.random() < 0.2:
         columns["other"] = rng.choice(labels)
-    features = strange_json({"info": {"features": FEATURES}}, rng) if rng.random() < 0.5 else {"info": {"features": FEATURES}}
+    features = (
+        strange_json({"info": {"features": FEATURES}}, rng) if rng.random() < 0.5 else {"info": {"features": FEATURES}}
+    )
     text = damage(b'{"info": {}}', rng) if rng.random() < 0.1 else json_bytes(features, rng)
     try:
         return _write(columns, rng.choice(("snappy", "none", "zstd")), {}, text)

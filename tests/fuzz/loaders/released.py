@@ -9,7 +9,6 @@ import struct
 import tempfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,15 @@ class ReleasedLoader:
 
     name = "released"
 
+    def prepare(self) -> None:
+        """The whole files."""
+        seeds()
+
     def build(self, folder: Path, rng: random.Random) -> None:
         parts = rng.sample(sorted(seeds()), rng.choice((1, 1, 2, 3)))
         for place, part in enumerate(parts):
             content = seeds()[part]
-            if place == 0 or rng.random() < 0.2:
-                data = changed(part, content, rng)
-            else:
-                data = packed(content)
+            data = changed(part, content, rng) if place == 0 or rng.random() < 0.2 else packed(content)
             name = "renderer.pt" if part == "baseline" else f"{part}{'.npy' if part == 'codebook' else '.pt'}"
             if part == "encoder" and rng.random() < 0.1:
                 name = "encoder.safetensors"
@@ -100,7 +100,14 @@ def changed(part: str, content: Any, rng: random.Random) -> bytes:
     if isinstance(content, bytes | np.ndarray) or deed < 0.2:
         data = packed(content, _use_new_zipfile_serialization=rng.random() < 0.7)
         if isinstance(content, np.ndarray) and deed < 0.3:
-            odd = (content.astype("f2"), content.astype("O"), content.ravel(), content * np.nan, content[:0], content.astype("i8"))
+            odd = (
+                content.astype("f2"),
+                content.astype("O"),
+                content.ravel(),
+                content * np.nan,
+                content[:0],
+                content.astype("i8"),
+            )
             return packed(rng.choice(odd))
         return damage(data, rng, where=slice(0, rng.choice((200, 3000, len(data)))))
     if deed < 0.25:
@@ -124,7 +131,9 @@ def strange_tree(content: Any, rng: random.Random) -> Any:
         if deed < 0.1:
             del holder[name]
         elif deed < 0.2:
-            holder[rng.choice((*NAMES, f"{name}.x", "decoder.layers.999999.fc1.weight", 5, None, (1, 2), True))] = holder[name]
+            holder[rng.choice((*NAMES, f"{name}.x", "decoder.layers.999999.fc1.weight", 5, None, (1, 2), True))] = (
+                holder[name]
+            )
         elif isinstance(holder[name], Tensor) and deed < 0.85:
             holder[name] = strange_tensor(holder[name], rng)
         else:
@@ -136,17 +145,40 @@ def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
     """A tensor of another shape, type or layout."""
     one = torch.zeros(1)
     makers = (
-        lambda: tensor.flatten(), lambda: tensor[None], lambda: tensor[:0], lambda: tensor.T.contiguous() if tensor.ndim == 2 else tensor[:1],
-        lambda: torch.tensor(1.0), lambda: torch.empty(0), lambda: tensor.half(), lambda: tensor.double(), lambda: tensor.bfloat16(),
-        lambda: tensor.long(), lambda: tensor.bool(), lambda: tensor.to(torch.complex64), lambda: tensor.to(torch.float8_e4m3fn),
-        lambda: tensor * float("nan"), lambda: tensor.clone().fill_(float("inf")), lambda: tensor.to_sparse(),
-        lambda: tensor.to_sparse_csr() if tensor.ndim == 2 else tensor.to_sparse(), lambda: torch.nn.Parameter(tensor),
-        lambda: tensor.to("meta"), lambda: one.expand(tensor.shape), lambda: one.expand(10**5, 10**5), lambda: one.expand(10**9),
-        lambda: one.expand(2**31, 2**31), lambda: tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor,
-        lambda: one.expand(2**14, *tensor.shape[1:]), lambda: one.expand(*tensor.shape[:1], 2**24) ,
-        lambda: torch.zeros(3, 0), lambda: torch.zeros([1] * 30), lambda: tensor.numpy(), lambda: [tensor], lambda: torch.Size([1]),
-        lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8), lambda: tensor.conj().imag if tensor.is_complex() else tensor,
-    )  # fmt: skip
+        lambda: tensor.flatten(),
+        lambda: tensor[None],
+        lambda: tensor[:0],
+        lambda: tensor.T.contiguous() if tensor.ndim == 2 else tensor[:1],
+        lambda: torch.tensor(1.0),
+        lambda: torch.empty(0),
+        lambda: tensor.half(),
+        lambda: tensor.double(),
+        lambda: tensor.bfloat16(),
+        lambda: tensor.long(),
+        lambda: tensor.bool(),
+        lambda: tensor.to(torch.complex64),
+        lambda: tensor.to(torch.float8_e4m3fn),
+        lambda: tensor * float("nan"),
+        lambda: tensor.clone().fill_(float("inf")),
+        lambda: tensor.to_sparse(),
+        lambda: tensor.to_sparse_csr() if tensor.ndim == 2 else tensor.to_sparse(),
+        lambda: torch.nn.Parameter(tensor),
+        lambda: tensor.to("meta"),
+        lambda: one.expand(tensor.shape),
+        lambda: one.expand(10**5, 10**5),
+        lambda: one.expand(10**9),
+        lambda: one.expand(2**31, 2**31),
+        lambda: tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor,
+        lambda: one.expand(2**14, *tensor.shape[1:]),
+        lambda: one.expand(*tensor.shape[:1], 2**24),
+        lambda: torch.zeros(3, 0),
+        lambda: torch.zeros([1] * 30),
+        lambda: tensor.numpy(),
+        lambda: [tensor],
+        lambda: torch.Size([1]),
+        lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.qint8),
+        lambda: tensor.conj().imag if tensor.is_complex() else tensor,
+    )
     return rng.choice(makers)()
 
 
@@ -198,13 +230,17 @@ def changed_pickle(data: bytes, rng: random.Random) -> bytes:
 def seeds() -> dict[str, Any]:
     """The whole small files by part: what torch.save takes, a NumPy array, or bytes."""
     torch.manual_seed(0)
-    vit = ViT(ViTConfig(embed_dim=WIDTH, depth=2, num_heads=2, patch_size=4, table_side=2, num_registers=1)).state_dict()
+    vit = ViT(
+        ViTConfig(embed_dim=WIDTH, depth=2, num_heads=2, patch_size=4, table_side=2, num_registers=1)
+    ).state_dict()
     randomise(vit)
     encoder = {name: tensor.clone() for name, tensor in vit.items()} | {"mask_token": torch.zeros(1, WIDTH)}
     centroids = torch.randn(WIDTH, CODES)
     shared = {f"pretrained_encoder.{n}": t for n, t in encoder.items()} | {"centroids": centroids}
     shared["centroid_norm"] = centroids.square().sum(0, keepdim=True)
-    net = VQGAN(VQGANConfig(resolution=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, vocab_size=11))
+    net = VQGAN(
+        VQGANConfig(resolution=16, channels=32, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, vocab_size=11)
+    )
     vqgan = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     shape = {"depth": 1, "embed_dim": WIDTH, "num_heads": 2}
     prior = SequenceConfig(vocab_size=CODES, target_len=4, num_classes=2, **shape)
@@ -235,9 +271,11 @@ def decoder(cfg: SequenceConfig) -> dict[str, Tensor]:
     rows = symbols + (cfg.prefix_vocab_size + NUM_SPECIAL if cfg.prefix_len else cfg.num_classes)
     positions = max(POSITIONS, cfg.target_len + 5)
     shapes: dict[str, tuple[int, ...]] = {
-        "version": (1,), "embed_tokens.weight": (rows, width), "embed_positions.weight": (positions, width),
+        "version": (1,),
+        "embed_tokens.weight": (rows, width),
+        "embed_positions.weight": (positions, width),
         "output_projection.weight": (symbols, width),
-    }  # fmt: skip
+    }
     if cfg.prefix_len:
         shapes["embed_positions_1.weight"] = (positions, width)
     if cfg.norm == "pre":
@@ -253,6 +291,7 @@ def decoder(cfg: SequenceConfig) -> dict[str, Tensor]:
 
 def onnx() -> bytes:
     """A graph of two initialisers and a node."""
+
     def field(number: int, content: bytes) -> bytes:
         return bytes([number << 3 | 2, len(content)]) + content
 

@@ -33,6 +33,10 @@ class SafetensorsLoader:
 
     name = "safetensors"
 
+    def prepare(self) -> None:
+        """The whole files."""
+        pipeline()
+
     def whole(self) -> dict[str, bytes]:
         """The files of an input without damage."""
         return pipeline()
@@ -88,7 +92,9 @@ class SafetensorsLoader:
 def draw(folder: Path) -> None:
     """Open a pipeline and draw with it: what was let in must work."""
     pipe = DigitPipeline.from_pretrained(folder)
-    if {"tokenizer", "vq", "prior", "renderer"} <= {n for n in ("tokenizer", "vq", "prior", "renderer") if getattr(pipe, n)}:
+    if {"tokenizer", "vq", "prior", "renderer"} <= {
+        n for n in ("tokenizer", "vq", "prior", "renderer") if getattr(pipe, n)
+    }:
         sizes = (pipe.image_size, pipe.preprocess.encoder_size, pipe.tokenizer.encoder.input_size)
         if max(sizes) <= 64 and max(pipe.sampling.prior.num_steps, pipe.sampling.renderer.num_steps) < 100:
             pipe.generate(1, seed=0)

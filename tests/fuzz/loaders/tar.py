@@ -11,17 +11,69 @@ from digit.data.images import open_source
 from ..mutate import EDGES, damage, json_bytes, strange_json
 from .images import read_all, samples
 
-NAMES = ("../../0001.jpg", "/etc/passwd", "/abs/0001.jpg", "a/../../0001.png", "./0001.png", "0001", ".png", "0001.",
-         "a\nb.png", "x" * 300 + ".png", "\udcff\udcfe.png", "0001.PNG", "0001.tar.png", "0001.seg.png", "0001/0001.png",
-         "", "..", "0001.png/", "\x1b[2J.png")  # fmt: skip
-TYPES = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE,
-         tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
-         tarfile.XGLTYPE, b"V", b"\0", b"Z")  # fmt: skip
-FIELDS = {"name": (0, 100), "size": (124, 12), "mtime": (136, 12), "checksum": (148, 8), "type": (156, 1),
-          "link": (157, 100), "magic": (257, 8), "sparse": (386, 97), "prefix": (345, 155)}  # fmt: skip
+NAMES = (
+    "../../0001.jpg",
+    "/etc/passwd",
+    "/abs/0001.jpg",
+    "a/../../0001.png",
+    "./0001.png",
+    "0001",
+    ".png",
+    "0001.",
+    "a\nb.png",
+    "x" * 300 + ".png",
+    "\udcff\udcfe.png",
+    "0001.PNG",
+    "0001.tar.png",
+    "0001.seg.png",
+    "0001/0001.png",
+    "",
+    "..",
+    "0001.png/",
+    "\x1b[2J.png",
+)
+TYPES = (
+    tarfile.SYMTYPE,
+    tarfile.LNKTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.FIFOTYPE,
+    tarfile.DIRTYPE,
+    tarfile.CONTTYPE,
+    tarfile.GNUTYPE_SPARSE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    b"V",
+    b"\0",
+    b"Z",
+)
+FIELDS = {
+    "name": (0, 100),
+    "size": (124, 12),
+    "mtime": (136, 12),
+    "checksum": (148, 8),
+    "type": (156, 1),
+    "link": (157, 100),
+    "magic": (257, 8),
+    "sparse": (386, 97),
+    "prefix": (345, 155),
+}
 BLOCK = 512
-PAX = (b"size", b"path", b"linkpath", b"GNU.sparse.major", b"GNU.sparse.minor", b"GNU.sparse.map", b"GNU.sparse.size",
-       b"GNU.sparse.realsize", b"GNU.sparse.name", b"mtime", b"hdrcharset")  # fmt: skip
+PAX = (
+    b"size",
+    b"path",
+    b"linkpath",
+    b"GNU.sparse.major",
+    b"GNU.sparse.minor",
+    b"GNU.sparse.map",
+    b"GNU.sparse.size",
+    b"GNU.sparse.realsize",
+    b"GNU.sparse.name",
+    b"mtime",
+    b"hdrcharset",
+)
 
 
 class TarLoader:
@@ -46,10 +98,15 @@ class TarLoader:
 @cache
 def seeds() -> tuple[bytes, ...]:
     """Whole shards in every format of tar."""
-    members = [(f"{n:04d}.{kind}", data) for n in range(4)
-               for kind, data in (("png", samples()["PNG"][0]), ("cls", b"%d" % (n % 2)), ("json", b'{"label": "a"}'))]  # fmt: skip
-    return tuple(_pack([(tarfile.TarInfo(name), data) for name, data in members], form)
-                 for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))  # fmt: skip
+    members = [
+        (f"{n:04d}.{kind}", data)
+        for n in range(4)
+        for kind, data in (("png", samples()["PNG"][0]), ("cls", b"%d" % (n % 2)), ("json", b'{"label": "a"}'))
+    ]
+    return tuple(
+        _pack([(tarfile.TarInfo(name), data) for name, data in members], form)
+        for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    )
 
 
 def _pack(members: list[tuple[tarfile.TarInfo, bytes]], form: int) -> bytes:

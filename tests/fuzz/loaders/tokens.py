@@ -41,9 +41,9 @@ class TokensLoader:
             manifest = json.loads(store(rng.random() < 0.2)["manifest.json"])
             files["manifest.json"] = json_bytes(strange_json(manifest, rng), rng)
         elif deed < 0.5:
-            files["manifest.json"] = damage(files["manifest.json"] or b"", rng)
+            files["manifest.json"] = damage(files.get("manifest.json") or b"", rng)
         elif deed < 0.75:
-            files[array] = damage(files[array] or b"", rng, where=slice(0, rng.choice((128, 5000))))
+            files[array] = damage(files.get(array) or b"", rng, where=slice(0, rng.choice((128, 5000))))
         elif deed < 0.85:
             files[array] = _odd_array(rng)
         elif deed < 0.9:
@@ -64,9 +64,9 @@ class TokensLoader:
             for batch in batches if layout else ():
                 tokens = batch[name]
                 assert tokens.shape[1] == layout["length"], f"{name} rows of another length"
-                assert 0 <= tokens.min() and tokens.max() < layout["vocab_size"], f"a token of {name} outside its range"
+                assert tokens.min() >= 0 and tokens.max() < layout["vocab_size"], f"a token of {name} outside its range"
         labels, classes = batches[0]["labels"], opened.manifest["classes"]
-        assert -1 <= labels.min() and labels.max() < max(1, len(classes)), "a label outside its range"
+        assert labels.min() >= -1 and labels.max() < max(1, len(classes)), "a label outside its range"
         whole = {f"{name}.npy": getattr(opened, name) for name in ("disc", "vq") if opened.manifest[name]}
         for name, stated in (opened.manifest.get("crc32") or {}).items():
             assert f"{name}.npy" not in whole or zlib.crc32((folder / f"{name}.npy").read_bytes()) == stated, "flipped"
@@ -76,15 +76,27 @@ class TokensLoader:
 def store(hashed: bool) -> dict[str, bytes | None]:
     """The files of a small whole store; with `hashed` the manifest holds a checksum of each array."""
     numbers = np.random.default_rng(0)
-    arrays = {name: numbers.integers(0, vocab, (ROWS, length)).astype("<u2") for name, (length, vocab) in LENGTHS.items()}
+    arrays = {
+        name: numbers.integers(0, vocab, (ROWS, length)).astype("<u2") for name, (length, vocab) in LENGTHS.items()
+    }
     arrays["labels"] = numbers.integers(-1, len(CLASSES), ROWS).astype("<i4")
     files: dict[str, bytes | None] = {f"{name}.npy": _npy(array) for name, array in arrays.items()}
     manifest: dict[str, Any] = {
-        "format": 1, "rows": ROWS, "crops_per_image": 1, "seed": 0, "classes": CLASSES, "bad": [],
-        "encoder": {"name": "e"}, "encoder_hash": "e", "layer": None, "codebook_hash": "c" * 64, "tokenizer_hash": "t",
-        "vqgan_hash": "v" * 64, "preprocessing": {"image_size": 8},
+        "format": 1,
+        "rows": ROWS,
+        "crops_per_image": 1,
+        "seed": 0,
+        "classes": CLASSES,
+        "bad": [],
+        "encoder": {"name": "e"},
+        "encoder_hash": "e",
+        "layer": None,
+        "codebook_hash": "c" * 64,
+        "tokenizer_hash": "t",
+        "vqgan_hash": "v" * 64,
+        "preprocessing": {"image_size": 8},
         "source": {"name": "s", "fingerprint": "f" * 64, "num_images": ROWS, "subset": None},
-    }  # fmt: skip
+    }
     for name, (length, vocab) in LENGTHS.items():
         manifest[name] = {"grid": [1, length], "length": length, "vocab_size": vocab}
     if hashed:
@@ -103,7 +115,9 @@ def _odd_array(rng: random.Random) -> bytes:
     if rng.random() < 0.5:
         shape = rng.choice(((ROWS, 4), (ROWS, 9), (ROWS,), (), (0, 4), (4, ROWS), (1, ROWS, 4), (5, 9)))
         return _npy(np.zeros(shape, dtype=np.dtype(rng.choice(DTYPES))))
-    shape = rng.choice(((10**12, 4), (-1, 4), (ROWS, "4"), (2**63, 2), (0,) * 40, rng.choice(STRANGE[:20]), (ROWS, 4.0)))
+    shape = rng.choice(
+        ((10**12, 4), (-1, 4), (ROWS, "4"), (2**63, 2), (0,) * 40, rng.choice(STRANGE[:20]), (ROWS, 4.0))
+    )
     header = {"descr": rng.choice(DTYPES), "fortran_order": rng.choice((False, True, 0, None)), "shape": shape}
     text = (repr(header) + "\n").encode("latin1", "replace")
     version = rng.choice((b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x00"))
