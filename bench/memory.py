@@ -51,7 +51,7 @@ class Watched:
         done, mib = self.done[self.steady], self.mib[self.steady]
         return (
             f"{mib[0]:.1f} MiB at {done[0]:,.0f} {self.kind}, {mib[-1]:.1f} at {done[-1]:,.0f}, at most "
-            f"{self.mib.max():.1f}: {self.slope:+.3f} per 1,000 ({'flat' if self.slope < FLAT else 'GROWS')"
+            f"{self.mib.max():.1f}: {self.slope:+.3f} per 1,000 ({'flat' if self.slope < FLAT else 'GROWS'})"
         )
 
 

@@ -217,3 +217,14 @@ def test_two_processes_do_what_one_does(tmp_path):
         assert torch.equal(first[name], second[name]), name
         # Adam divides by the root of tiny squared gradients: a changed order of summation shows more than elsewhere
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_a_codebook_that_collapses_is_told_once(caplog):
+    caplog.set_level("WARNING")
+    trainer = VQGANTrainer(model(), batches, replace(QUICK, restart_every=1, codebook_start=0))
+    generator = torch.Generator().manual_seed(0)
+    same = torch.zeros(64, TINY.z_channels)
+    for step in range(60):
+        trainer.codebook.counts.zero_()[0] = 64.0  # one code takes all
+        assert trainer.restart_dead(same, step, generator) == TINY.vocab_size - 1
+    assert [r.getMessage()[:48] for r in caplog.records] == ["step 21: 15 of 16 codes are dead in spite of res"]

@@ -128,6 +128,13 @@ def test_a_stop_leaves_no_trace_in_the_log(tmp_path, stop_after):
     assert got == wanted
 
 
+def test_deterministic_algorithms_within_the_run_alone(tmp_path):
+    seen = []
+    update = Counter(lambda step: seen.append(torch.are_deterministic_algorithms_enabled()) or {})
+    run(update, tmp_path, deterministic=True)
+    assert all(seen) and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_resumed_log_has_each_line_once(tmp_path):
     def crash(step):
         if step == 7:

@@ -50,7 +50,7 @@ RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manife
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
-    r"|parallel|max_skipped))"
+    r"|parallel|max_skipped|deterministic))"
 )
 
 

@@ -20,6 +20,7 @@ from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
+from digit.lock import lock_folder
 from digit.models.vit import ViT, ViTConfig
 from digit.pipeline import choose_device
 from digit.tokenizers.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, FrozenEncoder, load_encoder
@@ -116,6 +117,7 @@ def pretrain(
     Raises DigitError where the data cannot be read, MismatchError where `out` holds a run with other settings.
     """
     out, place = Path(out), choose_device(device)
+    lock_folder(out)
     source = open_source(data, split=split) if isinstance(data, str) else data
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: pretraining needs at least 2 and wants thousands")

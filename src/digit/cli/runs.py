@@ -130,6 +130,17 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'taken as it is'}")
 
 
+@command("replay", "digit replay runs/photos/prior/crash/step_00067000")
+def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Run a training step that failed (NaN, Inf) again from its crash dump, and say where it goes wrong first."""
+    parser.add_argument("dump", help="RUN/MODEL/crash/step_..., which a run that stopped at such a step leaves")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    args = parse(parser, argv)
+    from digit.training.replay import replay
+
+    say(str(replay(args.dump, args.device)))
+
+
 @command(
     "pretrain",
     "digit pretrain scans/ --method ibot --out runs/ibot\n"

@@ -247,7 +247,7 @@ class SequenceModel(nn.Module):
     # ---------------------------------------------------------------- training
 
     def noise(self, batch: dict[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
-        """What the loss of a batch draws, row by row, as keywords of `loss`: hide (B, M), drop_labels, drop_prefix (B,).
+        """What the loss of a batch draws, row by row, for its keywords hide (B, M), drop_labels and drop_prefix (B,).
 
         Those that this model has, bool, on the generator's device. Drawn for a whole batch before it is cut into
         pieces, they make the pieces' losses those of the whole (dropout aside).

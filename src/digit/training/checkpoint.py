@@ -45,8 +45,8 @@ TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # what JSON lacks, in stat
 HEADER_BYTES = 400  # of a tensor, in the header of its file
 # These may change between two halves of one run (num_steps too, where the schedule does not end there).
 FREE_FIELDS = {
-    "accumulate", "checkpoint_activations", "compile", "keep_best", "keep_checkpoints", "log_every", "max_skipped",
-    "parallel", "save_every", "tensorboard",
+    "accumulate", "checkpoint_activations", "compile", "deterministic", "keep_best", "keep_checkpoints", "log_every",
+    "max_skipped", "parallel", "save_every", "tensorboard",
 }  # fmt: skip
 
 

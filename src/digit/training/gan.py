@@ -10,6 +10,7 @@ Shapes: B images, S pixels a side, n = B * M features in a batch, C = z_channels
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from digit.training.loop import LoopConfig, TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
+log = logging.getLogger(__name__)
+DEAD_SHARE = 0.5  # of the codes: more than that, again and again, is a codebook that collapses
+SETTLED_RESTARTS = 20  # looks for dead codes before that is said
 NUM_EVALUATED = 8  # batches scored after training, drawn past the last step
 
 
@@ -140,6 +144,7 @@ class VQGANTrainer:
         judged = self.discriminator.parameters()
         self.discriminator_optimizer = torch.optim.Adam(judged, lr=cfg.discriminator_learning_rate, betas=(0.5, 0.9))
         self.average = EMA(vqgan, cfg.ema_decay)
+        self.warned = False
 
     def _place(self, network: nn.Module) -> nn.Module:
         return network.to(self.codebook.weight.device, memory_format=torch.channels_last)
@@ -208,9 +213,20 @@ class VQGANTrainer:
         codes = self.vqgan.quantize.lookup(tokens.view(len(z), *z.shape[-2:]))
         commitment = F.mse_loss(z.float(), codes.detach())
         self.codebook.update(flat_features(z), tokens.flatten())
+        figures = {"commitment": commitment.detach()}
         if step % self.cfg.restart_every == 0 and step < 0.9 * self.cfg.num_steps:
-            self.codebook.restart_dead(flat_features(z), generator)
-        return reconstruction.float(), commitment, {"commitment": commitment.detach()}
+            figures["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
+        return reconstruction.float(), commitment, figures
+
+    def restart_dead(self, features: Tensor, step: int, generator: torch.Generator) -> float:
+        """Put dead codes on features (n, C) and return their number; warns once where that does not help."""
+        number, total = self.codebook.restart_dead(features, generator), len(self.codebook.weight)
+        settled = step > self.cfg.codebook_start + SETTLED_RESTARTS * self.cfg.restart_every
+        if settled and number > DEAD_SHARE * total and not self.warned and ranks.is_main():
+            self.warned = True
+            advice = "a smaller vocab_size, more data or a lower learning_rate may help"
+            log.warning("step %d: %d of %d codes are dead in spite of restarts: %s", step, number, total, advice)
+        return float(number)
 
     def reconstruction_gradient(
         self, output: Tensor, images: Tensor, generator: torch.Generator

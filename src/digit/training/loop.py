@@ -1,6 +1,8 @@
 """The training loop. Everything in it is a function of the step: so a resumed run equals an uninterrupted one."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -40,6 +42,9 @@ class LoopConfig:
     """Keep the checkpoint with the lowest validation loss too, where there is a validation."""
     tensorboard: bool = True
     """Write TensorBoard events to OUT/tensorboard where tensorboard is installed."""
+    deterministic: bool = False
+    """On a GPU use deterministic algorithms alone, slower ones among them, so that a resumed run equals one that was
+    never interrupted bit for bit; on a CPU it does so anyway."""
 
     def __post_init__(self) -> None:
         for name, least in {"num_steps": 0, "batch_size": 1, "seed": 0}.items():
@@ -208,8 +213,9 @@ def train(
     last_good = resume(state, cfg, folder, about)
     log.step = state.step
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    exact = deterministic_algorithms() if cfg.deterministic else nullcontext()
     try:
-        with log, StopSignals() as signals, torch.random.fork_rng(devices):
+        with log, StopSignals() as signals, torch.random.fork_rng(devices), exact:
             while state.step < cfg.num_steps:
                 figures = update(state.step)
                 state.step += 1
@@ -230,6 +236,20 @@ def train(
         settings = checkpoint.describe_run(cfg, about)
         raise explain(error, out, batches, settings, last_good, lambda path: state.save(path, 1)) from error
     return last_figures(out)
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Within it an operation that has no deterministic algorithm raises, and cuBLAS keeps its workspaces."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def resume(state: TrainState, cfg: LoopConfig, folder: Path, about: dict[str, Any] | None = None) -> Path | None:
