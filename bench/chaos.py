@@ -1,6 +1,6 @@
 """Kill training, tokenizing, codebook fitting and drawing again and again: what they end with must not tell.
 
-    make chaos                                        # about twenty-five minutes on two cores
+    make chaos                                        # part of it; about half an hour on two cores
     python bench/chaos.py --only train --runs 5       # a part of it
     python bench/chaos.py --short                     # what the tests run: seconds
 
@@ -34,7 +34,7 @@ LOOK_EVERY = 0.0005  # seconds between two looks at a folder
 ORPHAN_SECONDS = 5.0  # what a killed process had started must be gone by then
 STUCK_SECONDS = 300.0
 SHARE = 0.45  # of the uninterrupted run's length: a blow falls within it, or the first ones would take all the work
-MOMENTS = ("any", "work", "write")  # when blows fall, in turn
+MOMENTS = ("work", "write", "any")  # when blows fall, in turn
 COMMAND = re.compile(r"digit (?:train|tokenize|codebook|sample) .*")
 BEFORE, WORKING, WRITING, TOO_LATE = "before its work", "at work", "while writing", "after its end"
 
@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="train,tokenize,codebook,sample", help="commands, separated by commas")
     parser.add_argument("--runs", type=int, default=20, help="runs of each command that get SIGKILL")
     parser.add_argument("--stops", type=int, default=5, help="runs of each command that get SIGTERM")
-    parser.add_argument("--kills", type=int, default=4, help="signals a run")
+    parser.add_argument("--kills", type=int, default=3, help="signals a run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, a core each")
     parser.add_argument("--short", action="store_true", help="short commands, started as copies of this process")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from digit.errors import DigitError, MismatchError
-from digit.training import checkpoint
+from digit.training import checkpoint, config
 from digit.training.loop import TrainState
 from toy_task import run_toy, toy_config
 
@@ -206,10 +206,10 @@ def test_a_cosine_run_cannot_be_lengthened(tmp_path):
 
 
 def test_what_the_run_is_about_is_compared(tmp_path):
-    checkpoint.save_config(tmp_path, toy_config(), {"codebook": "aa", "sizes": (1, 2)})
-    checkpoint.check_config(tmp_path, toy_config(), {"codebook": "aa", "sizes": (1, 2)})
+    config.save_config(tmp_path, toy_config(), {"codebook": "aa", "sizes": (1, 2)})
+    config.check_config(tmp_path, toy_config(), {"codebook": "aa", "sizes": (1, 2)})
     with pytest.raises(MismatchError, match=r"codebook was 'aa' .* is 'bb' now"):
-        checkpoint.check_config(tmp_path, toy_config(), {"codebook": "bb", "sizes": (1, 2)})
+        config.check_config(tmp_path, toy_config(), {"codebook": "bb", "sizes": (1, 2)})
 
 
 def test_other_objects_or_shapes_are_refused(tmp_path):

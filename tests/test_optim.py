@@ -11,8 +11,8 @@ from torch import nn
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import optim
+from digit.training.config import TrainConfig
 from digit.training.ema import EMA
-from digit.training.loop import TrainConfig
 from digit.training.muon import orthogonal
 from digit.training.optim import build_optimizer, clip_gradients, constant, cosine, inverse_sqrt, set_lr
 

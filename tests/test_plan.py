@@ -17,7 +17,7 @@ from digit.plan.memory import CPU_HOLES, LiveMemory, blank_batch, training_memor
 from digit.plan.stages import Order, Planner
 from digit.plan.work import Work
 from digit.recipes import get_recipe
-from digit.training.loop import TrainConfig
+from digit.training.config import TrainConfig
 from tiny import tiny_recipe
 
 PRIOR = SequenceConfig(vocab_size=512, target_len=64, depth=3, embed_dim=128, num_heads=4, norm="post")
@@ -35,7 +35,7 @@ from pathlib import Path
 from digit.plan.memory import blank_batch
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training.likelihood import LikelihoodUpdate
-from digit.training.loop import TrainConfig
+from digit.training.config import TrainConfig
 model, training = json.loads(sys.argv[1])
 def update(cfg, training):
     batch = blank_batch(cfg, training.batch_size, "cpu")

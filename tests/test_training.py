@@ -16,9 +16,10 @@ from digit.training import checkpoint, parallel, peak
 from digit.training import forward as forward_module
 from digit.training import likelihood as likelihood_module
 from digit.training.checkpoint import list_checkpoints
+from digit.training.config import LoopConfig, TrainConfig
 from digit.training.likelihood import LikelihoodUpdate, train_likelihood
 from digit.training.log import RunLog, read_log
-from digit.training.loop import LoopConfig, TrainConfig, TrainState, step_seed, train
+from digit.training.loop import TrainState, step_seed, train
 from toy_task import CLASSES, LENGTH, VOCAB, ToyModel, run_toy, toy_batches, toy_config
 
 

@@ -56,7 +56,7 @@ def toy_batches(batch_size: int = 8, labelled: bool = True):
 
 
 def toy_config(**changes):
-    from digit.training.loop import TrainConfig
+    from digit.training.config import TrainConfig
 
     run = {"num_steps": 8, "batch_size": 8, "log_every": 2, "save_every": 4, "tensorboard": False}
     return TrainConfig(**{**run, "learning_rate": 1e-2, "warmup_steps": 4, **changes})

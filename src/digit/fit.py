@@ -37,10 +37,10 @@ from digit.recipes import MODEL_NAMES, Recipe
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
+from digit.training.config import TrainConfig
 from digit.training.gan import train_vqgan
 from digit.training.likelihood import train_likelihood
 from digit.training.log import last_figures
-from digit.training.loop import TrainConfig
 
 MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256

@@ -14,9 +14,8 @@ from digit.models.vqgan import VQGANConfig
 from digit.pipeline import SamplingConfig, StageSampling
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans import KMeansConfig
+from digit.training.config import Optimizer, TrainConfig
 from digit.training.gan import GANConfig
-from digit.training.loop import TrainConfig
-from digit.training.optim import Optimizer
 
 RELEASED_TRAINING = TrainConfig(
     num_steps=125_000, batch_size=2048, precision="bf16"

@@ -11,6 +11,7 @@ from digit.files import read_json
 from digit.ledger import progress
 from digit.recipes import MODEL_NAMES
 from digit.training import checkpoint
+from digit.training.config import CONFIG
 from digit.training.log import last_figures
 
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
@@ -42,14 +43,14 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
         yield f"{progress(place / 'journal.json')} rows are done"
     elif stage == "codebook" and list(place.glob("*.partial*")):
         yield "k-means is under way"
-    elif (place / "checkpoints" / checkpoint.CONFIG).is_file():
+    elif (place / "checkpoints" / CONFIG).is_file():
         yield describe_training(place)
 
 
 def describe_training(place: Path) -> str:
     """'step 400 of 1000, saved 400, best val_nll 3.1 at step 300, loss 3.2'."""
     folder = place / "checkpoints"
-    total = read_json(folder / checkpoint.CONFIG).get("train", {}).get("num_steps", "?")
+    total = read_json(folder / CONFIG).get("train", {}).get("num_steps", "?")
     saved = [step for step, _ in checkpoint.list_checkpoints(folder)]
     figures = last_figures(place)
     parts = [f"step {figures.get('step', saved[-1] if saved else 0)} of {total}"]

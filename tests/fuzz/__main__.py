@@ -11,7 +11,7 @@ from digit.errors import DigitError
 from digit.progress import Progress
 
 from .loaders import LOADERS
-from .worker import build_input, judge_all
+from .worker import Verdict, build_input, judge_all
 
 
 def main() -> int:
@@ -33,24 +33,29 @@ def main() -> int:
 
 
 def run(name: str, numbers: range, seed: int, out: Path | None) -> int:
-    """Judge the inputs of one loader, print its row and its findings; returns how many there are."""
+    """Judge the inputs of one loader, print its findings and its row; returns how many there are."""
     loader, counts, found = LOADERS[name], Counter(), []
     with Progress(name, len(numbers)) as bar:
         for verdict in judge_all(loader, numbers, seed):
             counts[verdict.kind] += 1
             if verdict.is_finding:
                 found.append(verdict)
+                show(name, verdict, seed, out)
             bar.update(1, findings=len(found))
     row = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
     sys.stdout.write(f"{name:<12} {len(numbers):>7} inputs: {row}\n")
-    for verdict in found:
-        sys.stdout.write(f"  {verdict.number:>6} {verdict.kind}: {verdict.detail}\n")
-        if out is not None:
-            folder = out / name / str(verdict.number)
-            folder.mkdir(parents=True, exist_ok=True)
-            build_input(loader, folder, verdict.number, seed)
     sys.stdout.flush()
     return len(found)
+
+
+def show(name: str, verdict: Verdict, seed: int, out: Path | None) -> None:
+    """A line for a finding as soon as there is one; its input goes to `out`."""
+    sys.stdout.write(f"{name:<12} {verdict.number:>7} {verdict.kind}: {verdict.detail}\n")
+    sys.stdout.flush()
+    if out is not None:
+        folder = out / name / str(verdict.number)
+        folder.mkdir(parents=True, exist_ok=True)
+        build_input(LOADERS[name], folder, verdict.number, seed)
 
 
 def replay(name: str, number: int, seed: int, out: Path | None) -> int:

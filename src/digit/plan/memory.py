@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.forward import TransformerForward
 from digit.training.likelihood import LikelihoodUpdate
-from digit.training.loop import TrainConfig
 from digit.training.optim import build_optimizer
 from digit.training.parallel import LossModule
 

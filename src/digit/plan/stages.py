@@ -18,7 +18,7 @@ from digit.plan.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.recipes import Recipe
 from digit.sampling.config import StageSampling
 from digit.tokenizers.discriminative import MIN_POINTS_PER_CODE
-from digit.training.loop import TrainConfig
+from digit.training.config import TrainConfig
 
 IMAGENET_IMAGES = 1_281_167
 IMAGENET_BYTES = 110e3  # of one of its JPEGs

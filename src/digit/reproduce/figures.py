@@ -35,7 +35,7 @@ from digit.reproduce.tables import (
     training_step,
 )
 from digit.tokenizers.encoders import EncoderConfig
-from digit.training.loop import TrainConfig
+from digit.training.config import TrainConfig
 
 # -------------------------------------------------------------------- Figure 3a
 

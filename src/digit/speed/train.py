@@ -15,8 +15,8 @@ from digit.speed import floors
 from digit.speed.clock import alternate, synchronize
 from digit.speed.figures import Figure
 from digit.speed.sizes import PRECISIONS, Size
+from digit.training.config import TrainConfig
 from digit.training.likelihood import LikelihoodUpdate
-from digit.training.loop import TrainConfig
 from digit.training.peak import peak_flops
 
 MODEL = "prior"

@@ -20,9 +20,8 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -35,19 +34,11 @@ from digit.errors import DigitError, MismatchError
 from digit.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
 from digit.version import __version__
 
-if TYPE_CHECKING:
-    from digit.training.loop import LoopConfig
-
 log = logging.getLogger(__name__)
 FORMAT = 1
-MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # what JSON lacks, in state.json
 HEADER_BYTES = 400  # of a tensor, in the header of its file
-# These may change between two halves of one run (num_steps too, where the schedule does not end there).
-FREE_FIELDS = {
-    "accumulate", "checkpoint_activations", "compile", "deterministic", "keep_best", "keep_checkpoints", "log_every",
-    "max_skipped", "parallel", "save_every", "tensorboard",
-}  # fmt: skip
 
 
 class DamagedError(DigitError):
@@ -246,9 +237,7 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def load(
-    path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]] | None = None
-) -> dict[str, Any]:
+def load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]] | None = None) -> dict[str, Any]:
     """The content of a verified checkpoint, its tensors in those of `templates` (the same content, as it is now).
 
     A tensor without a template is made on the CPU; one of an optimizer in `parameters`, which has no state before its
@@ -321,33 +310,3 @@ def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
     if TUPLE in value:
         return tuple(_put_together(entry, tensors) for entry in value[TUPLE])
     return {key: _put_together(entry, tensors) for key, entry in value.items()}
-
-
-# -------------------------------------------------------------------- the run's config
-
-
-def describe_run(cfg: "LoopConfig", about: dict[str, Any] | None) -> dict[str, Any]:
-    """What config.json holds: every field of the config, and what the caller says the run is about."""
-    return json.loads(json.dumps({"train": asdict(cfg), "about": about or {}}))  # as it will be read: tuples are lists
-
-
-def save_config(folder: str | Path, cfg: "LoopConfig", about: dict[str, Any] | None) -> None:
-    """Write config.json beside the checkpoints."""
-    write_json(Path(folder) / CONFIG, describe_run(cfg, about))
-
-
-def check_config(folder: str | Path, cfg: "LoopConfig", about: dict[str, Any] | None) -> None:
-    """Raise MismatchError where the run in `folder` was begun with another config that matters; names both values."""
-    if not (path := Path(folder) / CONFIG).exists():
-        return
-    then, now = read_json(path), describe_run(cfg, about)
-    then["train"] = describe_run(type(cfg)(), None)["train"] | then.get("train", {})  # settings younger than the run
-    free = FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())
-    for room in ("train", "about"):
-        before, after = then.get(room, {}), now[room]
-        for name in sorted(set(before) | set(after)):
-            if before.get(name) != after.get(name) and not (room == "train" and name in free):
-                raise MismatchError(
-                    f"{name} was {before.get(name)!r} when the run in {Path(folder).parent} began and is "
-                    f"{after.get(name)!r} now: give the old value to go on, or choose another --out"
-                )

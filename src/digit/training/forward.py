@@ -3,16 +3,14 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from digit.training.loop import TrainConfig
+from digit.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 COMPILE_FROM_STEPS = 1000  # compiling takes a minute or two, which a shorter run does not earn back
@@ -24,7 +22,7 @@ class TransformerForward:
     Raises DigitError where the config asks for what this model or device cannot do.
     """
 
-    def __init__(self, model: nn.Module, cfg: "TrainConfig"):
+    def __init__(self, model: nn.Module, cfg: TrainConfig):
         self.replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
         transformer = getattr(model, "transformer", None)
         if transformer is None and (cfg.checkpoint_activations or cfg.compile is True):
@@ -46,7 +44,7 @@ class TransformerForward:
             del module.forward  # the class's own comes to light again
 
 
-def compiles(cfg: "TrainConfig", device: torch.device) -> bool:
+def compiles(cfg: TrainConfig, device: torch.device) -> bool:
     """Whether to compile: as set, or under auto on a GPU that Triton serves, in runs long enough to earn it back."""
     if cfg.compile != "auto":
         return cfg.compile

@@ -29,8 +29,9 @@ from digit.models.discriminator import PatchDiscriminator
 from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
 from digit.training.codebook import LivingCodebook, flat_features, sum_over_ranks
+from digit.training.config import LoopConfig
 from digit.training.ema import EMA
-from digit.training.loop import LoopConfig, TrainState, step_seed, train
+from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank

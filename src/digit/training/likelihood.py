@@ -15,11 +15,12 @@ from digit import ranks
 from digit.errors import DigitError
 from digit.machine import multiplies_bf16
 from digit.training import parallel
+from digit.training.config import Precision, TrainConfig
 from digit.training.ema import EMA
 from digit.training.faults import NotFiniteError
 from digit.training.forward import TransformerForward
 from digit.training.log import Figures
-from digit.training.loop import Precision, Stateful, TrainConfig, TrainState, step_seed, train
+from digit.training.loop import Stateful, TrainState, step_seed, train
 from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
 from digit.training.peak import peak_flops
 

@@ -2,20 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.training.config import TrainConfig
 from digit.training.muon import Muon
 from digit.training.parallel import whole
-
-if TYPE_CHECKING:
-    from digit.training.loop import TrainConfig
-
-Schedule = Literal["inverse_sqrt", "cosine", "constant"]
-Optimizer = Literal["adamw", "muon"]
 
 
 def warmup(step: int, peak: float, warmup_steps: int, warmup_from: float) -> float:
@@ -47,7 +41,7 @@ def constant(step: int, peak: float, warmup_steps: int = 0, warmup_from: float =
     return warmup(step, peak, warmup_steps, warmup_from) if step < warmup_steps else peak
 
 
-def learning_rate_at(step: int, cfg: "TrainConfig") -> float:
+def learning_rate_at(step: int, cfg: TrainConfig) -> float:
     """The learning rate of the update that follows `step` finished ones, by the config's schedule."""
     ramp = {"warmup_steps": cfg.warmup_steps, "warmup_from": cfg.warmup_from}
     if cfg.schedule == "cosine":
@@ -62,7 +56,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     return lr
 
 
-def build_optimizer(model: nn.Module, cfg: "TrainConfig") -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     """The config's optimizer over the model's parameters that want a gradient.
 
     adamw: fused, one group. As in fairseq (whose `adam` decays decoupled, like AdamW) the weight decay falls on every

@@ -5,7 +5,7 @@ slice of it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from digit import ranks
-
-Parallel = Literal["ddp", "fsdp"]
 
 
 class LossModule(nn.Module):

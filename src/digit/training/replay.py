@@ -12,8 +12,8 @@ from digit.files import load_tensors, read_json
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.settings import from_json
 from digit.training import checkpoint
+from digit.training.config import TrainConfig
 from digit.training.likelihood import LikelihoodUpdate
-from digit.training.loop import TrainConfig
 from digit.training.optim import clip_gradients
 
 
