@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tiny_runs
@@ -73,6 +73,7 @@ def main() -> int:
             runs.append(run)
             say(f"{run.name}: {'; '.join(run.faults) or 'equal'} ({', '.join(run.blows) or 'never hit'})")
     table(runs, references, time.monotonic() - started)
+    (out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
     return int(any(run.faults for run in runs))
 
 
@@ -82,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="train,tokenize,codebook,sample", help="commands, separated by commas")
     parser.add_argument("--runs", type=int, default=20, help="runs of each command that get SIGKILL")
     parser.add_argument("--stops", type=int, default=5, help="runs of each command that get SIGTERM")
-    parser.add_argument("--kills", type=int, default=3, help="signals a run")
+    parser.add_argument("--kills", type=int, default=4, help="SIGKILLs a run; half as many SIGTERMs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, a core each")
     parser.add_argument("--short", action="store_true", help="short commands, started as copies of this process")
@@ -108,7 +109,7 @@ class Chaos:
         run = Run(f"{work.name} {how.name} {number}")
         folder, rng = self.out / run.name.replace(" ", "-"), random.Random(f"{self.seed} {run.name}")
         words = work.words(folder)
-        for blow in range(self.kills):
+        for blow in range(self.kills if how == signal.SIGKILL else max(1, self.kills // 2)):
             process = self.starter(words, folder.with_name(f"{folder.name}.told{blow}"))
             moment = MOMENTS[(number + blow) % len(MOMENTS)]
             where = strike(process, work, folder, how, moment, whole, rng)
@@ -215,7 +216,6 @@ def table(runs: list[Run], references: dict[str, Reference], seconds: float) -> 
     for name, whole in references.items():
         say(f"{name}: {whole.length:.1f} s untouched, its first file after {whole.ready:.1f} s")
     say(f"{seconds / 60:.1f} minutes")
-    say(json.dumps({run.name: {"blows": run.blows, "progress": run.progress, "faults": run.faults} for run in runs}))
 
 
 if __name__ == "__main__":

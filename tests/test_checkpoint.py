@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, damaged ones passed over, other runs refused."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from digit.errors import DigitError, MismatchError
 from digit.training import checkpoint, config
+from digit.training.log import read_log
 from digit.training.loop import TrainState
 from toy_task import run_toy, toy_config
 
@@ -220,3 +222,81 @@ def test_other_objects_or_shapes_are_refused(tmp_path):
         TrainState(0, {"model": nn.Linear(3, 2)}).load(path)
     with pytest.raises(MismatchError, match=r"the model in .* is another one"):
         TrainState(0, {"model": nn.Linear(2, 2, bias=False)}).load(path)
+
+
+# ---- a checkpoint from a stranger, its hashes in order
+
+
+def forge(path: Path, state: object = None, **manifest) -> None:
+    """Write what a stranger likes into a checkpoint and make the hashes fit."""
+    if state is not None:
+        (path / checkpoint.STATE).write_text(json.dumps(state))
+    known = checkpoint.read_manifest(path)
+    for name in known["files"]:
+        known["files"][name]["sha256"] = checkpoint.sha256_file(path / name)
+    known |= manifest
+    (path / checkpoint.MANIFEST).write_text(json.dumps(known | {"digest": checkpoint._digest(known)}))
+
+
+TENSOR = {"$tensor": "model/weight"}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        3,
+        [],
+        {"model": {"weight": {"$tensor": "elsewhere"}}},
+        {"model": {"weight": {"$tensor": [1]}}},
+        {"model": {"$pairs": 3}},
+        {"model": 3, "optimizer": 4},
+        {"model": {"weight": TENSOR, "bias": TENSOR}, "optimizer": {"state": {"$pairs": [[99, 1]]}, "param_groups": 3}},
+    ],
+    ids=str,
+)
+def test_a_strange_state_is_one_line(tmp_path, state):
+    linear = nn.Linear(2, 2)
+    objects = {"model": linear, "optimizer": torch.optim.AdamW(linear.parameters())}
+    path = TrainState(1, objects).save(tmp_path, keep=1)
+    forge(path, state)
+    with pytest.raises(DigitError):
+        TrainState(0, objects).load(checkpoint.newest(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "manifest", [{"step": "4"}, {"step": -4}, {"files": []}, {"files": {}}, {"figures": {"val": "x"}}], ids=str
+)
+def test_a_strange_manifest_is_damage(tmp_path, manifest):
+    path = checkpoint.save(tmp_path, 1, content(1), keep=1)
+    forge(path, **manifest)
+    with pytest.raises(checkpoint.DamagedError, match="is none of ours"):
+        checkpoint.verify(path)
+
+
+def test_files_that_the_manifest_does_not_name_are_not_read(tmp_path):
+    path = checkpoint.save(tmp_path, 1, content(1), keep=1)
+    (shard,) = path.glob("*.safetensors")
+    shutil.copy(shard, path / "other.safetensors")
+    with pytest.raises(checkpoint.DamagedError, match=r"other.safetensors is not in manifest.json"):
+        checkpoint.verify(path)
+
+
+def test_a_best_one_past_the_step_is_not_kept(tmp_path):
+    for step, loss in ((2, 2.0), (4, 1.0)):
+        checkpoint.save(tmp_path, step, content(step), keep=2, figures={"val_nll": loss}, keep_best=True)
+    checkpoint.save(tmp_path, 3, content(3), keep=2, keep_best=True)  # it fell back from step 4
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_what_a_kill_left_does_not_take_the_room(tmp_path, monkeypatch):
+    left = tmp_path / ".step_00000001.partial"
+    left.mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0 if left.exists() else 10**9))
+    checkpoint.save(tmp_path, 2, content(2), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_another_log_is_no_trouble(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'3\n{"loss": 1}\n{"step": "a"}\n{"step": 2, "loss": 1.5}\n\xff\xfe\n[[[[')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 2, "loss": 1.5}]

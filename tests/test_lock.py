@@ -1,7 +1,9 @@
 """A folder has one writer, and a lock dies with its process."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,26 @@ def test_an_empty_or_foreign_lock_file_is_no_trouble(tmp_path):
     (tmp_path / ".lock").write_text("not JSON")
     assert lock.last_writer(tmp_path) == {} and lock.holder(tmp_path) is None
     assert lock.describe({}) == "another process"
+
+
+def test_a_lock_that_is_a_trap_is_not_opened(tmp_path):
+    """A folder from a stranger: a link to another file, to itself, a pipe, a folder, text that paints the terminal."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for number, make in enumerate(
+        [
+            lambda path: path.symlink_to(victim),
+            lambda path: path.symlink_to(path),
+            os.mkfifo,
+            Path.mkdir,
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder / ".lock")
+        assert lock.holder(folder) is None and lock.last_writer(folder) == {}
+        with pytest.raises(DigitError, match=r"cannot write .*\.lock"):
+            lock.lock_folder(folder)
+    assert victim.read_text() == "precious"
+    (tmp_path / ".lock").write_text('{"pid": 3, "command": "\\u001b[31mrm -rf"}')
+    assert lock.last_writer(tmp_path) == {"pid": 3}

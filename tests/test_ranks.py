@@ -78,11 +78,12 @@ def test_what_to_type_again(monkeypatch):
 
 
 def test_a_command_for_one_process_is_refused_by_one_message(monkeypatch, capsys):
-    for name, value in (TORCHRUN | {"RANK": "0"}).items():
+    for name, value in (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     assert main(["inspect", "photos/"]) == 2
     assert "digit inspect runs as one process, 8 were started: these may be " in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["inspect", "photos/"]) == 2 and not first_message()
     assert capsys.readouterr().err == ""
 
@@ -93,13 +94,48 @@ def test_the_device_is_known_before_the_parser():
 
 
 def test_processes_share_a_machine(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "4")
     assert ranks.local_size() == 1  # a batch script
-    for name, value in SLURM.items():
+    for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2", "SLURM_NODEID": "1"}).items():
         monkeypatch.setenv(name, value)
-    assert ranks.local_size() == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert ranks.local_size() == 3
+    monkeypatch.setenv("SLURM_NODEID", "2")
     assert ranks.local_size() == 2
+
+
+def test_each_process_finds_its_gpu(monkeypatch):
+    for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}).items():
+        monkeypatch.setenv(name, value)
+    assert ranks.own_gpu(4) == 1
+    assert ranks.own_gpu(1) == 0  # --gpus-per-task shows each task its own alone
+    with pytest.raises(DigitError, match="4 processes on this machine share 2 GPUs: start one a GPU"):
+        ranks.own_gpu(2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(DigitError, match="4 processes on this machine share 1 GPUs"):
+        ranks.own_gpu(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:3", True),
+        ("NCCL error: remote process exited or there was a network error", True),
+        ("a genuine bug: value cannot be restored", False),
+        ("Tensors stored on different devices", False),
+        ("CUDA error: peer mapping resources exhausted", False),
+        ("[enforce fail at allreduce.cc] op.preamble.length <= op.nbytes, gloo", False),
+    ],
+)
+def test_a_lost_peer_is_told_from_a_bug(monkeypatch, text, lost):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    assert (ranks.lost_peer(RuntimeError(text)) is not None) == lost
+    assert ranks.lost_peer(ValueError(text)) is None
+
+
+def test_an_unknown_device_is_one_line():
+    with pytest.raises(DigitError, match="no device named 'gpu': choose cpu or cuda"):
+        ranks.start("gpu")
 
 
 def test_an_error_on_rank_0_is_everybodys():

@@ -99,6 +99,15 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, number):
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [3, 6, 9, 10]
 
 
+def test_a_signal_during_the_last_save_stops_too(tmp_path):
+    """Else the stage after this one would begin, and be killed."""
+    cfg = LoopConfig(num_steps=4, batch_size=4, log_every=3, save_every=4, tensorboard=False)
+    update, validate = Counter(), lambda step: os.kill(os.getpid(), signal.SIGTERM) or {"val_nll": 1.0}
+    with pytest.raises(Stopped, match="stopped at step 4 of 4"):
+        train(update, TrainState(0, {"counter": update}), cfg, tmp_path, validate=validate)
+    assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path):
     def impatient(step):
         if step == 5:
@@ -166,7 +175,7 @@ def test_tensorboard_is_written_or_noted(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     run(Counter(), tmp_path / "with", tensorboard=True)
     assert list((tmp_path / "with" / "tensorboard").glob("events*"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     run(Counter(), tmp_path / "without", tensorboard=True)
     notes = [line["note"] for line in read_log(tmp_path / "without" / "log.jsonl") if "note" in line]
     assert len(notes) == 1 and "not installed" in notes[0]

@@ -74,8 +74,12 @@ def run_toy(out: Path, *, labelled: bool = True, step_seconds: float = 0.0, **ch
     return model
 
 
-def run_sequence(out: Path, *, masked: bool = False, step_seconds: float = 0.0, **changes) -> nn.Module:
-    """Train a real sequence model, small and without dropout, into `out` and return it."""
+def run_sequence(
+    out: Path, *, masked: bool = False, step_seconds: float = 0.0, stop_at: int | None = None, **changes
+) -> nn.Module:
+    """Train a real sequence model, small and without dropout, into `out` and return it; SIGTERM comes in a step."""
+    import os
+    import signal
     import time
 
     from digit.models.sequence import SequenceConfig, SequenceModel
@@ -93,8 +97,13 @@ def run_sequence(out: Path, *, masked: bool = False, step_seconds: float = 0.0, 
         noise = model.noise(batch, torch.Generator().manual_seed(0))
         return {"val_nll": float(model.loss(**batch, **noise)[1]["nll"])}
 
-    slow = lambda step: (time.sleep(step_seconds), batches(step))[1]  # noqa: E731
-    return train_likelihood(model, slow, cfg, out, validate=validate)[0]
+    def disturbed(step: int) -> dict[str, Tensor | None]:
+        time.sleep(step_seconds)
+        if step + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(step)
+
+    return train_likelihood(model, disturbed, cfg, out, validate=validate)[0]
 
 
 def run_gan(out: Path, **changes) -> nn.Module:
@@ -136,13 +145,15 @@ if __name__ == "__main__":
     ranks.start("cpu")
     try:
         for out, changes in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-            trained = run_task(Path(out), json.loads(changes))
+            try:
+                trained = run_task(Path(out), json.loads(changes))
+            except Stopped as stopped:
+                sys.stderr.write(f"{stopped}\n")
+                continue
             if ranks.is_main():
                 torch.save(trained.state_dict(), Path(out) / "weights.pt")
         ranks.stop(together=True)
     except DigitError as error:
         sys.exit(f"DigitError: {error}")
-    except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
     finally:
         ranks.stop()

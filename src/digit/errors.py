@@ -12,12 +12,15 @@ class DigitError(Exception):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        if len(text) > MAX_CHARACTERS:
-            text = f"{text[: MAX_CHARACTERS // 2]} ... {text[-MAX_CHARACTERS // 2 :]}"
+        text = _without_middle(super().__str__())
         if text.isprintable():
             return text
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return _without_middle("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _without_middle(text: str) -> str:
+    half = MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 class BadImageError(DigitError):
@@ -29,4 +32,12 @@ class MismatchError(DigitError):
 
 
 class Stopped(Exception):
-    """The work was asked to stop (SIGINT, SIGTERM) and everything is saved: no mistake. The CLI exits with 0."""
+    """The work was asked to stop (SIGINT, SIGTERM) and everything is saved: no mistake. The CLI exits with 0.
+
+    Attributes:
+        together: whether all of several processes stop at this point.
+    """
+
+    def __init__(self, text: str, together: bool = True):
+        super().__init__(text)
+        self.together = together

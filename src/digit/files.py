@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 REFUSALS = (
-    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG
+    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP
 )  # fmt: skip
 MENDED_OUTSIDE = {errno.EROFS: "make it writable", errno.EIO: "have the disk checked"}
 

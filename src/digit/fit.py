@@ -26,7 +26,7 @@ from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.tokens import TokenBatches, TokenStore, write_tokens
 from digit.errors import DigitError, MismatchError
-from digit.files import differences, plain, read_json, write_json
+from digit.files import differences, plain, read_json, remove_leftovers, write_json
 from digit.lock import lock_folder
 from digit.manifest import load_sequence_model, save_sequence_model
 from digit.models.perceptual import EncoderDistance
@@ -102,6 +102,17 @@ class Run:
             raise DigitError(
                 "vqgan_start is scratch and vqgan_training.num_steps 0: an untrained VQGAN renders nothing"
             )
+        processes = ranks.world_size()
+        sizes = {name: getattr(recipe, f"{name}_training") for name in ("prior", "renderer")}
+        pieces = {name: (cfg.batch_size, processes * cfg.accumulate) for name, cfg in sizes.items()}
+        if recipe.vqgan_training.num_steps and "vqgan" not in self.reuse:
+            pieces["vqgan"] = recipe.vqgan_training.batch_size, processes
+        for name, (batch_size, number) in pieces.items():
+            if batch_size % number:
+                raise DigitError(
+                    f"{name}_training.batch_size {batch_size} cannot be cut into {number} equal pieces "
+                    f"({processes} processes x accumulate): give a multiple"
+                )
         for name in MODEL_NAMES:  # heads, dropouts, vocabularies
             recipe.sequence_config(
                 name,
@@ -124,6 +135,8 @@ class Run:
             "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }
         lock_folder(self.out)
+        places = [self.out / name for name in (*RESULTS, *MODEL_NAMES)]
+        remove_leftovers(self.out, *places, *(place / "checkpoints" for place in places))
         path = self.out / "config.json"
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
         if path.exists() and any((self.out / result).exists() for result in made):

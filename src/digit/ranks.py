@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from digit.errors import DigitError
+from digit.errors import DigitError, Stopped
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 PATIENCE = timedelta(hours=12)  # for messages of this module; gradients have torch's own limits
-SLURM_PORTS = range(20_000, 40_000)
-PEER_LOST = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|timed ?out|nccl|gloo|process group|peer|store", re.IGNORECASE
+SLURM_PORTS = range(15_000, 32_000)  # below those that Linux gives out
+PEER_LOST = re.compile(  # as gloo and NCCL say it
+    r"gloo.*(closed by peer|reset by peer|refused|broken pipe|timed ?out)|nccl.*(remote|timed ?out|abort)", re.I | re.S
 )
 _state: dict[str, Any] = {"control": None, "alone": False}
 
@@ -40,7 +40,7 @@ def environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
     itself is no such step.
     """
     if all(name in given for name in LAUNCHED):
-        return {name: given[name] for name in (*LAUNCHED, "LOCAL_RANK") if name in given}
+        return {name: given[name] for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in given}
     if int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in given:
         return {}
     job, step = int(given.get("SLURM_JOB_ID", "0")), int(given.get("SLURM_STEP_ID", "0"))
@@ -48,9 +48,20 @@ def environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
         "RANK": given["SLURM_PROCID"],
         "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": given.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(tasks_here(given)),
         "MASTER_ADDR": given.get("MASTER_ADDR") or first_host(given.get("SLURM_STEP_NODELIST", "localhost")),
         "MASTER_PORT": given.get("MASTER_PORT") or str(SLURM_PORTS[(31 * job + step) % len(SLURM_PORTS)]),
     }
+
+
+def tasks_here(given: Mapping[str, str]) -> int:
+    """Tasks of the job step on this node, from '8(x3),4' and the node's number."""
+    counts: list[int] = []
+    for part in given.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(found[1])] * int(found[2] or 1)
+    node = int(given.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
 
 
 def first_host(nodes: str) -> str:
@@ -71,8 +82,7 @@ def launched_rank() -> int:
 
 def local_size() -> int:
     """The number of processes that share this machine, as far as the launcher tells."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1"
-    return int(told) if launched_size() > 1 else 1
+    return int(environment().get("LOCAL_WORLD_SIZE", "1"))
 
 
 def start(device: "str | torch.device | None" = None) -> "torch.device":
@@ -83,18 +93,16 @@ def start(device: "str | torch.device | None" = None) -> "torch.device":
     import torch
     import torch.distributed as dist
 
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise DigitError(f"no device named {device!r}: choose cpu or cuda") from error
     if not (variables := environment()):
         return kind
-    os.environ.update(variables)
     if kind.type == "cuda":
-        kind = torch.device("cuda", int(variables.get("LOCAL_RANK", "0")))
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", kind.index + 1)), torch.cuda.device_count()
-        if here > gpus:
-            raise DigitError(
-                f"{here} processes on this machine share {gpus} GPUs: start one a GPU, or add --device cpu"
-            )
+        kind = torch.device("cuda", own_gpu(torch.cuda.device_count()))
         torch.cuda.set_device(kind)
+    os.environ.update(variables)
     if not dist.is_initialized():
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo")
@@ -102,7 +110,25 @@ def start(device: "str | torch.device | None" = None) -> "torch.device":
             where = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
             raise DigitError(f"the other processes cannot be reached through {where} ({first_line(error)})") from error
         _state["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if kind.type == "cuda":
+        gpus = gather(str(torch.cuda.get_device_properties(kind).uuid))
+        if len(set(gpus)) < len(gpus):
+            raise DigitError("several processes share one GPU: start one a GPU, or add --device cpu")
     return kind
+
+
+def own_gpu(visible: int) -> int:
+    """Number of this process's GPU among the visible ones; Slurm may show each task its own alone (--gpus-per-task).
+
+    Raises DigitError where the processes of this machine are more than its GPUs.
+    """
+    if visible == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    if local_size() > visible:
+        raise DigitError(
+            f"{local_size()} processes on this machine share {visible} GPUs: start one a GPU, or add --device cpu"
+        )
+    return int(environment().get("LOCAL_RANK", "0"))
 
 
 def stop(together: bool = False) -> None:
@@ -205,7 +231,7 @@ def on_main(work: Callable[[], T]) -> T:
         _state["alone"] = True
         try:
             outcome[0] = work()
-        except DigitError as error:
+        except (DigitError, Stopped) as error:
             outcome[1] = error
         finally:
             _state["alone"] = False
@@ -232,7 +258,11 @@ def first_to_speak() -> bool:
 
 def lost_peer(error: BaseException) -> str | None:
     """What to say where an exchange failed because another rank is gone; None for any other error."""
-    if world_size() == 1 or not isinstance(error, RuntimeError) or not PEER_LOST.search(str(error)):
+    import torch.distributed as dist
+
+    told_apart = (dist.DistNetworkError, dist.DistStoreError)
+    lost = isinstance(error, told_apart) or (isinstance(error, RuntimeError) and PEER_LOST.search(str(error)))
+    if world_size() == 1 or not lost:
         return None
     return f"rank {rank()} lost contact with another of the {world_size()} processes ({first_line(error)})"
 

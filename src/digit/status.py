@@ -28,8 +28,8 @@ def describe_run(folder: str | Path) -> str:
     """A line a stage that was begun, who is at work there, and the command that goes on. Raises DigitError."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    data = config.get("data", {}).get("name", "?")
-    lines = [f"run        recipe {config['recipe'].get('name', '?')} on {data}"]
+    recipe, data = (part if isinstance(part := config.get(name), dict) else {} for name in ("recipe", "data"))
+    lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
     return "\n".join([*lines, *describe_work(folder)])
 
@@ -50,7 +50,9 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
 def describe_training(place: Path) -> str:
     """'step 400 of 1000, saved 400, best val_nll 3.1 at step 300, loss 3.2'."""
     folder = place / "checkpoints"
-    total = read_json(folder / CONFIG).get("train", {}).get("num_steps", "?")
+    config = read_json(folder / CONFIG)
+    train = config.get("train") if isinstance(config, dict) else None
+    total = train.get("num_steps", "?") if isinstance(train, dict) else "?"
     saved = [step for step, _ in checkpoint.list_checkpoints(folder)]
     figures = last_figures(place)
     parts = [f"step {figures.get('step', saved[-1] if saved else 0)} of {total}"]
@@ -72,7 +74,8 @@ def figures_of(place: Path) -> str:
 
 def shown(figures: dict[str, Any]) -> str:
     """' (loss 3.2, val_nll 3.1)', or nothing."""
-    told = [f"{name} {figures[name]:.4g}" for name in ("loss", "val_nll", "psnr") if name in figures]
+    known = {name: figures[name] for name in ("loss", "val_nll", "psnr") if isinstance(figures.get(name), int | float)}
+    told = [f"{name} {value:.4g}" for name, value in known.items()]
     return f" ({', '.join(told)})" if told else ""
 
 
@@ -83,5 +86,7 @@ def describe_work(folder: Path) -> Iterator[str]:
     elif (folder / "pipeline").is_dir():
         yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
     else:
-        command = lock.last_writer(folder).get("command", "the command that began it, with the same --out")
-        yield f"next       nobody is at work here; go on with: {command}"
+        command = str(lock.last_writer(folder).get("command", ""))
+        known = command.split(" ")[0] in ("digit", "torchrun", "srun")  # no stranger's idea of what to type
+        again = command if known else "the command that began it, with the same --out"
+        yield f"next       nobody is at work here; go on with: {again}"

@@ -4,8 +4,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
+
+from digit.errors import Stopped
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 ECHO_SECONDS = 2.0  # a launcher passes on the Ctrl-C that its processes got from the terminal too
@@ -48,3 +52,20 @@ class StopSignals:
             raise KeyboardInterrupt
         if not self.asked:
             self.received, self.when = number, time.monotonic()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGTERM and SIGUSR1 raise Stopped where no StopSignals waits for them; there nothing is lost."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped", together=False)
+
+    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    numbers = [number for number in SIGNALS if number != signal.SIGINT and main]
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -17,7 +17,8 @@ from toy_task import run_task
 
 TOY = Path(__file__).parents[1] / "toy_task.py"
 SOURCE = str(Path(__file__).parents[2] / "src")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")
 PRIOR = {"task": "sequence", "num_steps": 8, "ema_decay": 0.9}
 WHOLE = {
     "ddp": PRIOR,
@@ -31,14 +32,15 @@ WHOLE = {
 RESHARDED = {"ddp": PRIOR, "fsdp": PRIOR | {"parallel": "fsdp"}, "fsdp to ddp": PRIOR | {"parallel": "fsdp"}}
 
 
-def start(jobs: dict[Path, dict]) -> subprocess.Popen:
+def start(jobs: dict[Path, dict], processes: int = 2) -> subprocess.Popen:
     words = [word for out, changes in jobs.items() for word in (str(out), json.dumps(changes))]
     environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*TORCHRUN, str(TOY), *words], env=environment, stderr=subprocess.PIPE, text=True)
+    line = [*TORCHRUN, f"--nproc-per-node={processes}", str(TOY), *words]
+    return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def run_on_two(jobs: dict[Path, dict]) -> None:
-    process = start(jobs)
+def run_on_several(jobs: dict[Path, dict], processes: int = 2) -> None:
+    process = start(jobs, processes)
     errors = process.communicate(timeout=240)[1]
     assert process.returncode == 0, errors
 
@@ -68,12 +70,12 @@ def on_two(tmp_path_factory) -> Path:
     """Everything that two processes are asked for, in as few starts as possible."""
     folder = tmp_path_factory.mktemp("two")
     halves = {folder / "resharded" / name: changes | {"num_steps": 4} for name, changes in RESHARDED.items()}
-    run_on_two({folder / "whole" / name: changes for name, changes in WHOLE.items()} | halves)
+    run_on_several({folder / "whole" / name: changes for name, changes in WHOLE.items()} | halves)
     for name, changes in RESHARDED.items():
         run_alone(folder / "resharded" / name, changes)
     last = {name: changes | {"num_steps": 12} for name, changes in RESHARDED.items()}
     last["fsdp to ddp"] = PRIOR | {"num_steps": 12}
-    run_on_two({folder / "resharded" / name: changes for name, changes in last.items()})
+    run_on_several({folder / "resharded" / name: changes for name, changes in last.items()})
     return folder
 
 
@@ -87,6 +89,21 @@ def test_two_processes_are_one(on_two, tmp_path, name):
 def test_checkpoints_go_on_with_any_number_of_processes(on_two, tmp_path, name):
     run_alone(tmp_path, PRIOR | {"num_steps": 12})
     assert_alike(tmp_path, on_two / "resharded" / name)
+
+
+def test_three_processes_resume_bit_for_bit(tmp_path):
+    """With three or more the order of a sum shows: DDP's buckets, and the means over ranks and steps in the log."""
+    changes = PRIOR | {"batch_size": 12, "log_every": 5, "num_steps": 11}
+    jobs = {"ddp": changes, "fsdp": changes | {"parallel": "fsdp", "accumulate": 2}}
+    run_on_several({tmp_path / "cut" / name: job | {"stop_at": 7} for name, job in jobs.items()}, processes=3)
+    assert not list(tmp_path.rglob("weights.pt"))
+    run_on_several({tmp_path / kind / n: job for kind in ("whole", "cut") for n, job in jobs.items()}, processes=3)
+    for name in jobs:
+        whole, cut = (torch.load(tmp_path / k / name / "weights.pt", weights_only=True) for k in ("whole", "cut"))
+        assert all(torch.equal(cut[key], value) for key, value in whole.items())
+        lines = [read_log(tmp_path / kind / name / "log.jsonl") for kind in ("whole", "cut")]
+        told = [[{k: v for k, v in line.items() if k not in CLOCK} for line in told] for told in lines]
+        assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

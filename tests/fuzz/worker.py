@@ -49,7 +49,7 @@ class Verdict:
     """What became of one input."""
 
     number: int
-    kind: str  # accepted, refused, or a finding: exception, not one line, memory, slow, hang, killed
+    kind: str  # accepted, refused, or a finding: exception, not one line, memory, slow, hang, killed, not built
     detail: str = ""
 
     @property
@@ -170,8 +170,12 @@ def _work(loader: Loader, numbers: Sequence[int], seed: int, scratch: Path, answ
     for number in numbers:
         folder = scratch / "input"
         folder.mkdir()
-        build_input(loader, folder, number, seed)
-        kind, detail = judge(loader.load, folder)
+        try:
+            build_input(loader, folder, number, seed)
+        except Exception as error:
+            kind, detail = "not built", f"{type(error).__name__}: {error}"  # a fault of ours
+        else:
+            kind, detail = judge(loader.load, folder)
         grown = _peak_bytes() - before
         if grown > MEMORY_BYTES:
             kind, detail = "memory", f"{grown / 2**20:.0f} MiB resident, {kind}: {detail}"

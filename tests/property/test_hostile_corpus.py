@@ -32,4 +32,4 @@ def complete(loader: object, folder: Path) -> None:
 
 def test_corpus_stays_small():
     sizes = [sum(file.stat().st_size for file in entry.rglob("*") if file.is_file()) for entry in ENTRIES]
-    assert max(sizes) < 20_000 and sum(sizes) < 300_000
+    assert max(sizes) < 20 * 1024 and sum(sizes) < 300_000

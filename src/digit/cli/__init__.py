@@ -16,6 +16,7 @@ from digit.errors import DigitError, Stopped
 from digit.lock import set_command
 from digit.machine import keep_freed_memory
 from digit.progress import quiet
+from digit.stop import stoppable
 
 # each module registers its commands
 SECTIONS = {runs: "train", pictures: "look and draw", measures: "measure", speed: "speed", plans: "plan"}
@@ -55,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     set_command(same_command(argv))
     try:
-        run_command(argv[0], argv[1:])
+        with stoppable():
+            run_command(argv[0], argv[1:])
     except Stopped as stopped:
         say(f"{stopped}; go on with:\n  {same_command(argv)}")
+        ranks.stop(together=stopped.together)
     except DigitError as error:
         return fail(str(error), 2)
     except OSError as error:
@@ -125,10 +128,10 @@ def fail(text: str, code: int) -> int:
 
 
 def first_message() -> bool:
-    """Whether this process is the one to say it: before they meet rank 0 speaks, later whoever fails first."""
+    """Whether this process is the one to say it: before they meet the first of each machine, later who fails first."""
     if ranks.launched_size() == 1:
         return True
-    return ranks.first_to_speak() if ranks.world_size() > 1 else ranks.launched_rank() == 0
+    return ranks.first_to_speak() if ranks.world_size() > 1 else ranks.environment().get("LOCAL_RANK", "0") == "0"
 
 
 def report_to_launcher(text: str) -> None:

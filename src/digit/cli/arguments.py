@@ -1,6 +1,8 @@
 """What the commands share: the register of commands, parsers that teach, and the arguments that several take."""
 
 import inspect
+import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +42,7 @@ class Command:
         return inspect.cleandoc(self.run.__doc__ or "")
 
 
+MAX_SETTINGS, MAX_SETTINGS_BYTES = 100_000, 2**22
 LISTS: set[str] = set()  # options that take several values
 COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`
 
@@ -99,6 +102,8 @@ def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
     try:
+        for path in settings_files(argv):
+            refuse_bomb(path)
         args = parser.parse_args(bracketed(argv))
         refuse_nulls(parser, args)
         return parser.instantiate(args)
@@ -108,13 +113,50 @@ def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
         raise DigitError("the settings are nested too deeply: give each as --NAME.FIELD, see --help") from error
     except ArgumentError as error:
         raise DigitError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
-    except (TypeError, ValueError, OverflowError) as error:  # odd values in a settings file
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:  # odd values in a settings file
         reason = " ".join(str(error).split())[:200]
         raise DigitError(f"a setting cannot be used ({reason}): see {parser.prog} --help") from error
 
 
+def settings_files(argv: Sequence[str]) -> list[Path]:
+    """The files that --config names, as far as they are there; of one that is not, the parser tells."""
+    words = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    words += [value for word, value in itertools.pairwise(argv) if word == "--config"]
+    return [path for word in words if "\0" not in word and os.path.isfile(path := Path(word))]
+
+
+def refuse_bomb(path: Path) -> None:
+    """Raise DigitError for a YAML file that is too large, or is once its references are written out."""
+    import yaml
+
+    if path.stat().st_size > MAX_SETTINGS_BYTES:
+        raise DigitError(f"{path} is larger than {MAX_SETTINGS_BYTES} bytes: that is no file of settings")
+    try:
+        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return  # the parser says what is wrong with it
+    sizes: dict[int, int | None] = {}  # by node; None while its own parts are counted
+
+    def count(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = None
+            entries = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
+            sizes[id(node)] = 1 + sum(map(count, parts))
+        if sizes[id(node)] is None or sizes[id(node)] > MAX_SETTINGS:
+            raise DigitError(f"{path} refers to itself, or grows past {MAX_SETTINGS} settings: write each one out")
+        return sizes[id(node)]
+
+    if root is not None:
+        count(root)
+
+
 def refuse_nulls(parser: "ArgumentParser", args: Any) -> None:
-    """Raise DigitError for null where a setting needs a value: the parser lets it through in a nested group."""
+    """Raise DigitError for null where a setting needs a value: the parser lets it through in a nested group. And for a
+    zero byte, which a settings file can hold, and which no path has.
+    """
+    if odd := [name for name, value in args.items() if isinstance(value, str) and "\0" in value]:
+        raise DigitError(f"{odd[0]} holds a zero byte: write it without (see {parser.prog} --help)")
     for option in parser._actions:
         optional = option.default is None or "None" in str(getattr(option, "_typehint", "")) or option.dest == "help"
         if not optional and option.option_strings and args.get(option.dest, option.default) is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, package_file, read_torch, require_state
+from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
 from digit.errors import DigitError
 from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
@@ -27,9 +27,11 @@ def find_weights(name: str) -> Path:
 def read_efficientnet(path: str | Path, config: EfficientNetConfig) -> dict[str, Tensor]:
     """Read a released .pth into the state dict of `EfficientNet(config)`, BatchNorm folded; config must be whole."""
     foreign = require_state(read_torch(path), str(path))
-    state = convert_efficientnet(foreign, config, str(path))
+    with unfit(str(path)):
+        state = convert_efficientnet(foreign, config, str(path))
     with torch.device("meta"):
         check_state(state, EfficientNet(replace(config, num_blocks=None, head=True)), str(path))
+    check_tensors(state, str(path))
     return state
 
 

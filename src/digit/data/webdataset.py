@@ -1,6 +1,5 @@
 """WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
 
-import io
 import json
 import os
 import tarfile
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from digit.bounded import BoundedReader
 from digit.data.decode import EXTENSIONS
 from digit.data.source import ImageSource, file_digest, index_classes, readable
 from digit.errors import BadImageError, DigitError
@@ -69,7 +69,7 @@ def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with open(file, "rb") as raw:
             _refuse_packed(file, raw.read(2))
-        with _BoundedReader(file) as reader, tarfile.open(fileobj=reader, mode="r:") as tar:
+        with BoundedReader(file) as reader, tarfile.open(fileobj=reader, mode="r:") as tar:
             place = -1
             for member in tar:
                 if member.offset <= place or member.size < 0 or member.offset_data > reader.size:
@@ -89,19 +89,6 @@ def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DigitError(f"{file} is damaged or cut short {read} ({reason}): fetch it again") from error
     return samples
-
-
-class _BoundedReader(io.BufferedReader):
-    """A file that is asked for no more than it holds: tarfile asks for whatever a header claims, at one stroke."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path))
-        self.size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            raise ValueError("a header claims a negative size")
-        return super().read(max(0, min(size, self.size - self.tell())))
 
 
 def _refuse_packed(file: Path, magic: bytes) -> None:

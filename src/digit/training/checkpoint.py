@@ -14,6 +14,7 @@ files are safetensors or JSON: reading a stranger's checkpoint runs no code.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,6 +40,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # what JSON lacks, in state.json
+STRANGE = (  # what reading the files of a stranger may raise
+    ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, RuntimeError,
+    SafetensorError, TypeError, ValueError,
+)  # fmt: skip
 HEADER_BYTES = 400  # of a tensor, in the header of its file
 
 
@@ -87,15 +93,16 @@ def save(
     with _full_disk_is_an_os_error(path):
         _write_tensors(aside, tensors)
     ranks.on_main(lambda: _seal(aside, path, step, skeleton, figures or {}))
-    ranks.on_main(lambda: _prune(Path(folder), step, keep, keep_best))
+    ranks.on_main(lambda: prune(Path(folder), step, keep, keep_best))
     return path
 
 
 def _prepare(aside: Path, tensors: dict[str, Tensor]) -> None:
     size = sum(t.numel() * t.element_size() + HEADER_BYTES for t in tensors.values())
     with disk_errors(aside):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(aside.parent)  # they may hold the room that is wanted now
+        aside.mkdir()
     require_space(aside, size, "a checkpoint")
 
 
@@ -124,26 +131,32 @@ def _seal(aside: Path, path: Path, step: int, skeleton: Any, figures: dict[str, 
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a kill left half written or half removed. For rank 0 alone."""
+    for path in folder.glob(".step_*"):
+        if path.suffix in (".partial", ".old", ".stale"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
+    """Leave the newest `keep` checkpoints up to `step`, and the best of them. For rank 0 alone."""
     there = list_checkpoints(folder)
     wanted = {path for s, path in there if s <= step}
     wanted = set(sorted(wanted)[-max(1, keep) :])
-    if keep_best and (found := best(folder)) is not None:
+    if keep_best and (found := best(folder, up_to=step)) is not None:
         wanted.add(found[0])
-    leftovers = [p for p in folder.glob(".step_*") if p.suffix in (".partial", ".old", ".stale")]
     with disk_errors(folder):
         for path in {p for _, p in there} - wanted:
-            stale = path.with_name(f".{path.name}.stale")
-            os.replace(path, stale)  # at one stroke: a kill midway leaves no half of a checkpoint
-            leftovers.append(stale)
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+            os.replace(path, path.with_name(f".{path.name}.stale"))  # at one stroke: a kill leaves no half of one
+    remove_leftovers(folder)
 
 
-def best(folder: str | Path) -> tuple[Path, float] | None:
-    """(path, value) of the checkpoint with the lowest validation figure; None where none has one."""
+def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | None:
+    """(path, value) of the checkpoint, up to a step, with the lowest validation figure; None where none has one."""
     scored = []
-    for _, path in list_checkpoints(folder):
+    for step, path in list_checkpoints(folder):
+        if up_to is not None and step > up_to:
+            continue
         try:
             figures = read_manifest(path)["figures"]
         except DigitError:
@@ -159,11 +172,19 @@ def _full_disk_is_an_os_error(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # no Exception, so that it is not overlooked
+        _raise_interrupt(error)
         with disk_errors(path):
             for cause in _causes(error):
                 if isinstance(cause, OSError):
                     raise cause from error
         raise RuntimeError(f"checkpoint {path} could not be written") from error
+
+
+def _raise_interrupt(error: CheckpointException) -> None:
+    """A second Ctrl-C, which torch catches too, ends the run as ever."""
+    for cause in _causes(error):
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -202,8 +223,12 @@ def _newest(folder: Path) -> Path | None:
 def verify(path: Path) -> dict[str, Any]:
     """The manifest, once every file is the one that was written. Raises DamagedError where one is not."""
     manifest = read_manifest(path)
+    if extra := {p.name for p in path.glob("*.safetensors")} - manifest["files"].keys():
+        raise _damaged(path, f"{min(extra)} is not in {MANIFEST}")
     for name, wanted in manifest["files"].items():
         try:
+            if (path / name).exists() and not (path / name).is_file():
+                raise _damaged(path, f"{name} is no file")
             got = sha256_file(path / name)
         except FileNotFoundError as error:
             raise _damaged(path, f"{name} is missing") from error
@@ -224,9 +249,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"{MANIFEST} cannot be read") from error
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
         raise _damaged(path, f"the hash of {MANIFEST} is wrong")
+    if not _well_formed(manifest):
+        raise _damaged(path, f"{MANIFEST} is none of ours")
     if manifest["format"] != FORMAT:
         raise DigitError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    step, figures, files = (manifest.get(name) for name in ("step", "figures", "files"))
+    return (
+        type(step) is int
+        and step >= 0
+        and "format" in manifest
+        and isinstance(figures, dict)
+        and all(type(value) in (int, float) for value in figures.values())
+        and isinstance(files, dict)
+        and STATE in files
+        and all("/" not in n and isinstance(f, dict) and isinstance(f.get("sha256"), str) for n, f in files.items())
+    )
 
 
 def _damaged(path: Path, reason: str) -> DamagedError:
@@ -241,19 +282,31 @@ def load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tenso
     """The content of a verified checkpoint, its tensors in those of `templates` (the same content, as it is now).
 
     A tensor without a template is made on the CPU; one of an optimizer in `parameters`, which has no state before its
-    first step, like the parameter it belongs to. All ranks call this. Raises MismatchError for another shape.
+    first step, like the parameter it belongs to. All ranks call this. Raises MismatchError for another shape,
+    DamagedError for what no run of ours can have written.
     """
+    try:
+        return _load(path, templates, parameters or {})
+    except CheckpointException as error:
+        _raise_interrupt(error)
+        raise DigitError(f"cannot read checkpoint {path}: {ranks.first_line([*_causes(error)][-1])}") from error
+    except STRANGE as error:
+        if ranks.lost_peer(error) is not None:
+            raise
+        raise _damaged(path, ranks.first_line(error)) from error
+
+
+def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]]) -> dict[str, Any]:
     here: dict[str, Tensor] = {}
     _take_apart(templates, (), here)
     reader = HuggingFaceStorageReader(str(path))
-    try:
-        sizes = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")}
-        skeleton = read_json(path / STATE)
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(path, ranks.first_line(error)) from error
-    tensors = {}
+    sizes = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")}
+    skeleton, tensors = read_json(path / STATE), {}
+    room = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if sum(math.prod(m.size) * m.properties.dtype.itemsize for m in sizes.values()) > room:
+        raise _damaged(path, "its tensors claim more than its files hold")
     for name, found in sizes.items():
-        like = here.get(name, _parameter_of(name, parameters or {}, tuple(found.size)))
+        like = here.get(name, _parameter_of(name, parameters, tuple(found.size)))
         if like is not None and tuple(like.shape) != tuple(found.size):
             raise MismatchError(f"{name} in {path} is {tuple(found.size)}, here {tuple(like.shape)}")
         dtype = found.properties.dtype
@@ -266,7 +319,8 @@ def load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tenso
 def _parameter_of(name: str, parameters: dict[str, list[Tensor]], size: tuple[int, ...]) -> Tensor | None:
     """An empty tensor for 'optimizer/state/3/exp_avg': cut up among the ranks as parameter 3 is."""
     thing, *place = name.split("/")
-    if thing not in parameters or len(place) != 3 or place[0] != "state":
+    known = thing in parameters and len(place) == 3 and place[0] == "state" and place[1].isdecimal()
+    if not known or int(place[1]) >= len(parameters[thing]):
         return None
     parameter = parameters[thing][int(place[1])]
     return torch.empty_like(parameter) if tuple(parameter.shape) == size else None

@@ -45,6 +45,8 @@ class LivingCodebook:
             empty = counts == 0
             codes = sums / counts.clamp(min=1)[:, None]
             codes[empty] = draw_rows(features, int(empty.sum()), generator)
+        if ranks.world_size() > 1:
+            dist.broadcast(codes, 0)  # a GPU adds in any order, so that the ranks' codes may differ in rounding
         self.weight.copy_(codes)
         self.counts.fill_(len(features) / len(self.weight) / num_batches)  # of one batch
         self.sums.copy_(codes * self.counts[:, None])

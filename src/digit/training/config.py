@@ -141,6 +141,8 @@ def check_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | No
     if not (path := Path(folder) / CONFIG).exists():
         return
     then, now = read_json(path), describe_run(cfg, about)
+    if not isinstance(then, dict) or not all(isinstance(then.get(room), dict) for room in ("train", "about")):
+        raise DigitError(f"{path} is no config of a run: delete {Path(folder).parent} to begin again")
     then["train"] = describe_run(type(cfg)(), None)["train"] | then.get("train", {})  # settings younger than the run
     free = FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())
     for room in ("train", "about"):

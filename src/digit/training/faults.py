@@ -83,7 +83,7 @@ def explain(
         if not error.moved:
             save_state(folder / "state")
         dump = f"{folder} holds the batch{'' if error.moved else ' and the state before it'}"
-    except DigitError as fault:  # a full disk must not hide what happened
+    except (DigitError, OSError, RuntimeError) as fault:  # a full disk must not hide what happened
         dump = f"no dump could be written ({fault})"
     shown = "" if rows is None else f" (batch rows {', '.join(map(str, rows[:ROWS_SHOWN]))}, ...)"
     good = "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is {last_good}"

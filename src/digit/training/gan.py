@@ -23,6 +23,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from digit import ranks
+from digit.errors import DigitError
 from digit.files import write_json
 from digit.machine import multiplies_bf16
 from digit.models.discriminator import PatchDiscriminator
@@ -129,6 +130,8 @@ class VQGANTrainer:
     """
 
     def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig, perceptual: nn.Module | None = None) -> None:
+        if cfg.batch_size % (processes := ranks.world_size()):
+            raise DigitError(f"the batch_size {cfg.batch_size} of a VQGAN cannot be cut into {processes} equal pieces")
         self.cfg, self.batches = cfg, batches
         self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
         self.codebook = LivingCodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)

@@ -73,7 +73,7 @@ class LikelihoodUpdate:
             raise DigitError(f"batch_size {cfg.batch_size} cannot be cut into {pieces}")
         self.model, self.batches, self.cfg = model, batches, cfg
         if cfg.parallel == "fsdp" and ranks.world_size() > 1:
-            self.model = parallel.shard(copy.deepcopy(model))
+            self.model = parallel.shard(copy.deepcopy(model.cpu()).to(self.device))  # the whole one waits on the CPU
         self.objective = parallel.objective(self.model, TransformerForward(self.model, cfg))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, cfg)
@@ -81,6 +81,7 @@ class LikelihoodUpdate:
         self.ema = EMA(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.generator = torch.Generator(self.device)
         self.skipped = Skipped()
+        self.settled = not isinstance(self.objective, nn.parallel.DistributedDataParallel)
         # on a GPU a look at the norm would wait for it: without leave to skip, the log finds what is not finite
         self.looks = self.device.type == "cpu" or cfg.max_skipped > 0
 
@@ -98,6 +99,10 @@ class LikelihoodUpdate:
         started = time.perf_counter()
         batch = self.batches(step)
         data_seconds = time.perf_counter() - started
+        if not self.settled:  # DDP settles its buckets after its first backward pass, and they order the sums
+            self.settled = True
+            self.forward_backward(batch, step)
+            self.optimizer.zero_grad(set_to_none=True)
         figures = self.forward_backward(batch, step)
         figures = self.optimizer_step(step, figures) | {"lr": lr, "data_seconds": data_seconds}
         if self.ema is not None:
@@ -183,6 +188,7 @@ class LikelihoodUpdate:
             self.ema.copy_to_model()
         if self.model is not model:
             parallel.copy_whole(self.model, model)
+            model.to(self.device)
 
 
 def train_likelihood(
@@ -217,6 +223,7 @@ def train_likelihood(
         update.model.eval()
         with torch.no_grad(), update.ema.applied() if update.ema else nullcontext():
             figures = validate(update.model)
+        parallel.cut_again(update.model)
         update.model.train()
         return figures
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 import time
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from digit import ranks
 from digit.files import atomic_path, disk_errors
 from digit.progress import Progress
+from digit.training.board import Board
 from digit.training.faults import NotFiniteError, SpikeWatch, find_not_finite
 
 logger = logging.getLogger(__name__)
@@ -20,13 +23,15 @@ Figures = dict[str, float | Tensor]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a torn last line is left out."""
+    """The lines of a log.jsonl; a torn last line is left out, and whatever else is no line of ours."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8").splitlines():
+    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
     return lines
 
 
@@ -59,19 +64,27 @@ class RunLog:
         self.description, self.num_steps = description, num_steps
         self.path, self.step = out / "log.jsonl", step
         self.pending: list[tuple[int, Figures]] = []
+        self.averaged = 0  # so many of the first are means over the ranks already: they came from a checkpoint
+        self._file: IO[bytes] | None = None
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
 
     def state_dict(self) -> dict[str, Any]:
         """What is pending, the mean over the ranks; they all call this."""
         self._fetch()
-        means = [(step, dict(zip(f, ranks.mean(list(f.values())), strict=True))) for step, f in self.pending]
-        return {"pending": [list(entry) for entry in means]}
+        return {"pending": [list(entry) for entry in self._means()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pending = [(step, dict(figures)) for step, figures in state["pending"]]
+        self.pending = [(int(step), {k: float(v) for k, v in f.items()}) for step, f in state["pending"]]
+        self.averaged = len(self.pending)
+
+    def _means(self) -> list[tuple[int, dict[str, float]]]:
+        """The pending figures, each the mean over the ranks, in one exchange."""
+        own = self.pending[self.averaged :]
+        means = iter(ranks.mean([value for _, figures in own for value in figures.values()]))
+        return self.pending[: self.averaged] + [(step, {k: next(means) for k in figures}) for step, figures in own]
 
     def __enter__(self) -> Self:
-        self._stack, self._file, self._board = ExitStack(), None, None
+        self._stack, self._board = ExitStack(), None
         self.seconds = 0.0  # of the whole run, over all its resumptions
         self.spikes = SpikeWatch()
         self._restart_clock()
@@ -84,23 +97,25 @@ class RunLog:
             self._stack.enter_context(self.bar)
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._stack.enter_context(open(self.path, "a", encoding="utf-8"))
+                # unbuffered: else what a full disk refused would be written again, and refused again, at the end
+                self._file = self._stack.enter_context(open(self.path, "ab", buffering=0))
             if self.tensorboard_folder is not None:
                 self._open_tensorboard()
         return self
 
     def __exit__(self, *problem: Any) -> None:
         self._stack.__exit__(*problem)
+        self._file = None
 
     def _open_tensorboard(self) -> None:
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            board = Board(self.tensorboard_folder, purge_step=self.step + 1)
         except ImportError:
             if not self.step:  # once a run
                 self.note("tensorboard is not installed: this file is the only log")
             return
-        self._board = SummaryWriter(str(self.tensorboard_folder), purge_step=self.step + 1)
-        self._stack.callback(self._board.close)
+        with disk_errors(self.tensorboard_folder):
+            self._board = self._stack.enter_context(board)
 
     def _restart_clock(self) -> None:
         self.since, self.waited = time.perf_counter(), 0.0
@@ -118,8 +133,9 @@ class RunLog:
         """Look at the pending figures. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
         self._fetch()
         found = find_not_finite(self.pending)
-        if ranks.any_rank(found is not None):
-            raise found or NotFiniteError(self.step, {}, moved=True)
+        everyones = ranks.gather(found and (found.step, found.figures))
+        if told := [each for each in everyones if each is not None]:
+            raise NotFiniteError(*min(told, key=itemgetter(0)), moved=True)
 
     def _fetch(self) -> None:
         """Bring the pending figures to the CPU, in one transfer a device."""
@@ -136,9 +152,10 @@ class RunLog:
         batches) and the seconds since step 0."""
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)
-        names = list(dict.fromkeys(name for _, figures in self.pending for name in figures))
-        columns = [[figures[name] for _, figures in self.pending if name in figures] for name in names]
-        line = dict(zip(names, ranks.mean([sum(c) / len(c) for c in columns]), strict=True))
+        pending = self._means()
+        names = list(dict.fromkeys(name for _, figures in pending for name in figures))
+        columns = [[figures[name] for _, figures in pending if name in figures] for name in names]
+        line = {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
         if "lr" in line:
             line["lr"] = columns[names.index("lr")][-1]
         line["images_per_second"] = images_per_step * len(self.pending) / elapsed
@@ -147,6 +164,7 @@ class RunLog:
         line["data_wait"] = self.waited / elapsed
         line["seconds"] = self.seconds = self.seconds + elapsed
         self.pending.clear()
+        self.averaged = 0
         self._restart_clock()
         self.put(line)
         if "loss" in line and (remark := self.spikes.look(line["loss"])) and self._file is not None:
@@ -161,8 +179,17 @@ class RunLog:
         shown = ("loss", "lr", "images_per_second", "mfu", "data_wait")
         self.bar.update(0, **{name: value for name, value in figures.items() if name in shown})
         if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, self.step)
+            with disk_errors(self.tensorboard_folder):
+                self._board.add(figures, self.step)
+
+    def sync(self) -> None:
+        """Bring the lines and curves so far to the disk: no checkpoint may outlive them in a power cut (rank 0)."""
+        if self._file is None:
+            return
+        with disk_errors(self.path):
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.sync()
 
     def note(self, text: str) -> None:
         """Write a remark to the file (rank 0)."""
@@ -171,5 +198,6 @@ class RunLog:
 
     def _line(self, line: dict[str, Any]) -> None:
         with disk_errors(self.path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            data = memoryview((json.dumps(line) + "\n").encode())
+            while data:
+                data = data[self._file.write(data) :]

@@ -48,13 +48,15 @@ class TrainState:
             if isinstance(thing, torch.optim.Optimizer):
                 parameters[name] = [p for group in thing.param_groups for p in group["params"]]
         saved = checkpoint.load(path, self.content(), parameters)
+        if not isinstance(saved, dict):
+            raise MismatchError(f"{path} holds {type(saved).__name__}, no run's objects: choose another --out")
         if set(saved) != set(self.objects):
             holds, has = ", ".join(sorted(saved)), ", ".join(sorted(self.objects))
             raise MismatchError(f"{path} holds {holds}, this run has {has}: choose another --out")
         for name, thing in self.objects.items():
             try:
                 thing.load_state_dict(saved[name])
-            except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:300]  # torch gives a line per parameter
                 raise MismatchError(f"the {name} in {path} is another one ({reason}): choose another --out") from error
         self.step = manifest["step"]
@@ -119,10 +121,13 @@ def train(
                     found = validate(state.step) if validate and (last or due(state.step, cfg.save_every)) else {}
                     if found:
                         log.put(found)
+                    log.sync()
                     last_good = state.save(folder, cfg.keep_checkpoints, found, cfg.keep_best)
                 if stopped and not last:
-                    where = f"step {state.step} of {cfg.num_steps}"
-                    raise Stopped(f"{description} stopped at {where}, saved in {last_good}")
+                    break
+            if ranks.any_rank(signals.asked):  # perhaps only during the last save: the stage after this must not begin
+                where = f"step {state.step} of {cfg.num_steps}"
+                raise Stopped(f"{description} stopped at {where}, saved in {last_good or out}")
     except NotFiniteError as error:
         settings = describe_run(cfg, about)
         raise explain(error, out, batches, settings, last_good, lambda path: state.save(path, 1)) from error
@@ -148,6 +153,7 @@ def resume(state: TrainState, cfg: LoopConfig, folder: Path, about: dict[str, An
     if (found := checkpoint.newest(folder)) is not None:
         check_config(folder, cfg, about)
         state.load(found)
+        ranks.on_main(lambda: checkpoint.prune(folder, state.step, cfg.keep_checkpoints, cfg.keep_best))
         if state.step > cfg.num_steps:
             raise MismatchError(f"{found} is past num_steps {cfg.num_steps}: give more, or choose another --out")
     ranks.on_main(lambda: save_config(folder, cfg, about))

@@ -30,7 +30,10 @@ class LossModule(nn.Module):
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Cut every parameter into a piece a rank, in place; each transformer block is put together only while it runs."""
+    """Cut every parameter into a piece a rank, in place; each transformer block is put together only while it runs.
+
+    Every rank gives the same weights, as those drawn from one seed are.
+    """
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (ranks.world_size(),))
     transformer = getattr(model, "transformer", None)
@@ -39,6 +42,12 @@ def shard(model: nn.Module) -> nn.Module:
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "loss")
     return model
+
+
+def cut_again(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass left together."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def objective(model: nn.Module, how: AbstractContextManager) -> nn.Module:

@@ -54,7 +54,7 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> Replay:
     """
     folder = Path(folder)
     report = read_json(folder / "report.json")
-    if not isinstance(report, dict) or "settings" not in report:
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict) or "step" not in report:
         raise DigitError(f"{folder / 'report.json'} is no report of a failed step: give RUN/MODEL/crash/step_...")
     states = [path for _, path in checkpoint.list_checkpoints(folder / "state")]
     if not states:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import pickle
 import random
+import re
 import struct
 import tempfile
 import zipfile
@@ -91,14 +92,30 @@ def packed(content: Any, **options: Any) -> bytes:
         np.save(out, content, allow_pickle=True)
     else:
         torch.save(content, out, **options)
-    return out.getvalue()
+    if options.get("_use_new_zipfile_serialization", True):
+        return out.getvalue()
+    # the format of torch before 1.6 names a storage by its address: another in every run
+    return re.sub(rb"X[\x0a-\x12]\0\0\0\d{10,18}", b"X\x03\0\0\x00123", out.getvalue())
+
+
+def in_one_storage(content: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a checkpoint whose tensors are views of one storage: the order of several follows their addresses."""
+    content = pickle.loads(pickle.dumps(content))
+    holders = [content, *(value for value in content.values() if isinstance(value, dict))]
+    places = [(holder, name) for holder in holders for name, value in holder.items() if isinstance(value, Tensor)]
+    whole, start = torch.cat([holder[name].reshape(-1) for holder, name in places]), 0
+    for holder, name in places:
+        shape = holder[name].shape
+        holder[name] = whole[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    return content
 
 
 def changed(part: str, content: Any, rng: random.Random) -> bytes:
     """One damaged file."""
     deed = rng.random()
     if isinstance(content, bytes | np.ndarray) or deed < 0.2:
-        data = packed(content, _use_new_zipfile_serialization=rng.random() < 0.7)
+        data = packed(content)
         if isinstance(content, np.ndarray) and deed < 0.3:
             odd = (
                 content.astype("f2"),
@@ -111,10 +128,13 @@ def changed(part: str, content: Any, rng: random.Random) -> bytes:
             return packed(rng.choice(odd))
         return damage(data, rng, where=slice(0, rng.choice((200, 3000, len(data)))))
     if deed < 0.25:
-        tree = dict(content) | {"trap": Trap(f"touch {MARKER}")}
-        return packed(tree, _use_new_zipfile_serialization=rng.random() < 0.5)
+        zipped = rng.random() < 0.5
+        tree = (content if zipped else in_one_storage(content)) | {"trap": Trap(f"touch {MARKER}")}
+        return packed(tree, _use_new_zipfile_serialization=zipped)
+    if deed < 0.3:
+        return damage(packed(in_one_storage(content), _use_new_zipfile_serialization=False), rng)
     tree = content if deed < 0.45 else strange_tree(content, rng)
-    data = packed(tree, _use_new_zipfile_serialization=rng.random() < 0.85)
+    data = packed(tree)
     return changed_zip(data, rng) if deed < 0.6 else data
 
 
@@ -135,10 +155,16 @@ def strange_tree(content: Any, rng: random.Random) -> Any:
                 holder[name]
             )
         elif isinstance(holder[name], Tensor) and deed < 0.85:
-            holder[name] = strange_tensor(holder[name], rng)
+            if not is_hollow(holder[name]):
+                holder[name] = strange_tensor(holder[name], rng)
         else:
             holder[name] = rng.choice((*STRANGE, argparse.Namespace(a=1), np.float64(3), OrderedDict(), {1, 2}, b"x"))
     return content
+
+
+def is_hollow(tensor: Tensor) -> bool:
+    """Whether an earlier change made it one that nothing can be computed from, or more than memory holds."""
+    return tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.numel() > 10**6
 
 
 def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
@@ -198,12 +224,12 @@ def changed_zip(data: bytes, rng: random.Random) -> bytes:
                     deed = rng.random()
                     if deed < 0.1:
                         continue
-                    if deed < 0.2 and packing == zipfile.ZIP_DEFLATED:
-                        content += bytes(3 * 10**8)
                     content = changed_pickle(content, rng) if name.endswith(".pkl") else damage(content, rng)
+                    if deed < 0.2 and packing == zipfile.ZIP_DEFLATED:
+                        content += bytes(3 * 10**7)
                 if rng.random() < 0.02:
                     name = rng.choice(("../up", "/abs", "x" * 300, name + "x"))
-                new.writestr(name, content)
+                new.writestr(zipfile.ZipInfo(name), content, compress_type=packing)  # of 1980, in every run
     return out.getvalue()
 
 

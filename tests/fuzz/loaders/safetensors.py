@@ -84,7 +84,8 @@ class SafetensorsLoader:
                 refusals.append(_refused(lambda name=name, read=read: read(folder / name)))
         for name in ("prior", "renderer"):
             refusals.append(_refused(lambda name=name: load_sequence_model(folder, name)))
-        refusals.append(_refused(lambda: draw(folder)))
+        if not any(refusals):
+            refusals.append(_refused(lambda: draw(folder)))
         if found := [refusal for refusal in refusals if refusal is not None]:
             raise found[0]
 
