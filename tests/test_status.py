@@ -37,7 +37,7 @@ def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
 
 def test_tokens_half_done(run, monkeypatch):
     _ = run.tokenizer, run.vq
-    monkeypatch.setattr("digit.data.tokens.StopSignals.asked", True)
+    monkeypatch.setattr("digit.data.token_writer.StopSignals.asked", True)
     with pytest.raises(Stopped):
         run.tokens  # noqa: B018
     assert "tokens     24 rows are done" in describe_run(run.out)

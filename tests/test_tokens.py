@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from digit import files
-from digit.data import tokens as store_module
+from digit.data import token_writer as store_module
 from digit.data.preprocess import PreprocessConfig
 from digit.data.rows import ArrayFile
-from digit.data.tokens import TokenStore, write_tokens
+from digit.data.token_writer import write_tokens
+from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError, Stopped
 from toy_images import NoiseSource, PatchEncoder
 

@@ -10,7 +10,7 @@ import torch
 
 from digit import progress, ranks
 from digit.data.preprocess import PreprocessConfig
-from digit.data.tokens import write_tokens
+from digit.data.token_writer import write_tokens
 from digit.errors import DigitError, Stopped
 from digit.files import write_json
 from digit.fit import Run

@@ -1,6 +1,5 @@
 """Errors that are the user's to mend: one line that says what, got, wanted and the next step. The CLI exits with 2."""
 
-
 MAX_CHARACTERS = 1500
 
 

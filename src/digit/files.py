@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from digit.errors import DigitError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line answers --help without either
+    import numpy as np
     import torch
 
 
@@ -138,6 +137,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
+    import numpy as np
+
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -168,8 +169,10 @@ def read_json(path: str | Path) -> Any:
         raise DigitError(f"cannot read {path} as JSON ({error}): delete it and make it again") from error
 
 
-def save_npy(path: str | Path, array: np.ndarray) -> None:
+def save_npy(path: str | Path, array: "np.ndarray") -> None:
     """Write one array as .npy without pickle, atomically."""
+    import numpy as np
+
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         np.save(out, array, allow_pickle=False)
 

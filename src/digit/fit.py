@@ -24,7 +24,8 @@ import torch
 from digit import ranks
 from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
-from digit.data.tokens import TokenBatches, TokenStore, write_tokens
+from digit.data.token_writer import write_tokens
+from digit.data.tokens import TokenBatches, TokenStore
 from digit.errors import DigitError, MismatchError
 from digit.files import differences, plain, read_json, remove_leftovers, write_json
 from digit.lock import lock_folder

@@ -34,8 +34,8 @@ def find_pipeline(folder: str | Path) -> Path:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """pipeline.json of a pipeline folder. Raises DigitError where it is of another version, or damaged."""
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object): make the pipeline again")
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): make the pipeline again")
     if manifest.get("format") != FORMAT_VERSION:
         raise DigitError(
             f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"

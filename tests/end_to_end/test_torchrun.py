@@ -114,7 +114,7 @@ def test_slurm_starts_the_same(folders, config):
     """A job step of two tasks, as srun would start them; the run is done, so that they only meet and agree."""
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **step}
-    words = ["tokenize", DATA, "--config", str(config), "--out", str(folders[0]), "--device", "cpu"]
+    words = ["tokenize", DATA, "--config", str(config), "--out", str(folders[1]), "--device", "cpu"]
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "digit", *words], env=environment | {"SLURM_PROCID": str(rank)},

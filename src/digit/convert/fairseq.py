@@ -192,6 +192,8 @@ def read_sizes(
     symbols = decoder["output_projection.weight"].shape[0]
     depth = len({name.split(".")[1] for name in decoder if name.startswith("layers.")})
     renderer = "embed_positions_1.weight" in decoder
+    if (least := symbols + NUM_SPECIAL * renderer) > rows:
+        raise ValueError(f"a table of {rows} rows for {least} symbols")
     return SequenceConfig(
         depth=depth,
         embed_dim=width,

@@ -176,10 +176,9 @@ class CropLoader:
 
             own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
             workers = min(self.num_workers, max(1, len(self)))
-            made = DataLoader(
-                batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own,
-                worker_init_fn=_leave_signals,
-            )  # fmt: skip
+            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own)
+            with _signals_held():
+                made = iter(made)
         for arrays, bad in made:
             yield CropBatch(*map(torch.from_numpy, arrays)), bad
 
@@ -188,11 +187,18 @@ def _as_is(item: object) -> object:
     return item
 
 
-def _leave_signals(worker: int) -> None:
-    """In a worker process: batch systems and terminals signal every process of a job, and stopping is for the parent to
-    decide, which may still want the batch at hand. The worker ends with it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes that begin within it never see a signal to stop; this one gets what came meanwhile afterwards.
+
+    Batch systems and terminals signal every process of a job, and stopping is for the parent to decide, which may still
+    want the batch at hand. The workers end with it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Batches(torch.utils.data.Dataset):

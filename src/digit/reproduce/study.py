@@ -17,7 +17,8 @@ from torch import Tensor
 
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, hold_out, open_source
-from digit.data.tokens import TokenStore, write_tokens
+from digit.data.token_writer import write_tokens
+from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.judge import Judged, collect_judged, fd
 from digit.evaluation.scores import inception_score, splits_of

@@ -1,0 +1,338 @@
+"""Writing a token store: images in, both kinds of tokens of the same crops out, by any number of ranks.
+
+    FOLDER/journal.json      while writing: the request, the rows that are done, the rows to drop
+    FOLDER/NAME.partial.npy  while writing: the arrays, in full length
+
+Several ranks (torchrun) write their rows into the same files, on a file system that all of them see. A run that is
+killed at any moment goes on at the last journal entries, on any number of ranks, and its files end byte-identical to
+those of one rank that was never killed (same batch size, same kind of device). Row r is crop r % crops_per_image of
+image r // crops_per_image, less the rows of images that could not be read.
+"""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from digit import ranks
+from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
+from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.files import disk_errors, plain, read_json, remove_leftovers, write_json
+from digit.ledger import Ledger, Spans, collect, discard
+from digit.progress import Progress
+from digit.stop import StopSignals
+
+if TYPE_CHECKING:
+    import torch
+
+    from digit.data.loader import CropBatch, CropLoader
+    from digit.data.preprocess import PreprocessConfig
+    from digit.data.source import ImageSource
+
+JOURNAL_EVERY_SECONDS = 5.0  # at most this much work is done twice after a kill
+
+
+class Tokenizer(Protocol):
+    """What of an ImageTokenizer is needed here; see digit.tokenizers.base."""
+
+    vocab_size: int
+    grid: tuple[int, int]
+    fingerprint: str
+
+    def encode(self, images: "torch.Tensor") -> "torch.Tensor": ...
+
+def write_tokens(
+    folder: str | Path,
+    source: "ImageSource",
+    preprocess: "PreprocessConfig",
+    tokenizer: Tokenizer | None,
+    vq: Tokenizer | None,
+    *,
+    crops_per_image: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    indices: Sequence[int] | np.ndarray | None = None,
+    num_workers: int | None = None,
+    max_bad_fraction: float = 0.01,
+) -> TokenStore:
+    """One pass over the images: both kinds of tokens of the same crops. Goes on where an interrupted run stopped.
+
+    Every rank of a job calls this alike and makes its share of the batches.
+
+    Args:
+        tokenizer, vq: discriminative and VQ tokenizer; one of them may be None.
+        crops_per_image: random crops (with flips) of each image.
+        indices: images of the source to take; all by default.
+
+    Raises:
+        MismatchError: the folder holds tokens of another request; names the first setting that differs, both values.
+        DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (make room and run again).
+        Stopped: a signal asked for it; what is done is saved.
+    """
+    from digit.data.loader import CropLoader
+
+    writer = _Writer(Path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
+    if not writer.begin():
+        return TokenStore.open(folder)
+    blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
+    mine = [blocks[place] for place in ranks.share(len(blocks))]
+    crops = partial(
+        CropLoader, source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed,
+        batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction,
+    )  # fmt: skip
+    device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
+    done = len(writer.ledger.done)
+    left = sum(min(batch_size, writer.num_rows - row) for row in mine)
+    with StopSignals() as signals, writer, Progress("tokens", done + left, done) as bar:
+        for row, batch, reasons in _batches(crops, mine, batch_size, device):
+            ok = batch.ok.numpy()
+            bad: dict[str, Any] = {}
+            for place in np.flatnonzero(~ok).tolist():
+                key = source.key(index := int(batch.indices[place]))
+                bad.setdefault(str(index), [row + place, key, reasons[key]])
+            writer.check_bad(bad, max_bad_fraction)
+            values = {"labels": batch.labels.numpy()}
+            for name, encoder in (("disc", tokenizer), ("vq", vq)):
+                if encoder is not None:
+                    values[name] = _encode(encoder, batch.images, ok)
+            writer.write(row, values, ~ok, bad)
+            bar.update(len(ok), bad=len(writer.ledger.notes))
+            if signals.asked:
+                break
+    writer.finish(signals.asked, max_bad_fraction)
+    return TokenStore.open(folder)
+
+
+def _batches(
+    crops: "Callable[..., CropLoader]", starts: list[int], batch_size: int, device: "str | torch.device"
+) -> "Iterator[tuple[int, CropBatch, dict[str, str]]]":
+    """(first row, batch, {key: reason} of the bad images so far) for each of the batches that begin at `starts`."""
+    from digit.data.loader import on_device
+
+    for first, count in _stretches(starts, batch_size):
+        loader = crops(start_row=first)
+        with loader.sharing_cores():
+            rows = itertools.count(first, batch_size)
+            for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
+                yield row, batch, dict(loader.bad)
+
+
+def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """[0, 4, 8, 20, 24] in steps of 4 -> (0, 3), (20, 2)."""
+    for _, group in itertools.groupby(enumerate(starts), lambda entry: entry[1] - entry[0] * size):
+        members = [start for _, start in group]
+        yield members[0], len(members)
+
+
+def _encode(tokenizer: Tokenizer, images: "torch.Tensor", ok: np.ndarray) -> np.ndarray:
+    """(B, N) int64; rows of unreadable images are 0."""
+    length = int(np.prod(tokenizer.grid))
+    tokens = np.zeros((len(ok), length), dtype=np.int64)
+    if ok.any():
+        tokens[ok] = tokenizer.encode(images if ok.all() else images[ok]).cpu().numpy().reshape(int(ok.sum()), -1)
+    assert tokens.min() >= 0 and tokens.max() < tokenizer.vocab_size, "a tokenizer gave a token outside its vocabulary"
+    return tokens
+
+
+def _request(
+    source: "ImageSource",
+    preprocess: "PreprocessConfig",
+    tokenizer: Tokenizer | None,
+    vq: Tokenizer | None,
+    crops_per_image: int,
+    seed: int,
+    indices: Sequence[int] | np.ndarray | None,
+) -> dict[str, Any]:
+    """Everything that decides the tokens: the manifest without its results. Two requests are the same if these are."""
+    if tokenizer is None and vq is None:
+        raise DigitError("no tokenizer was given: the store needs a discriminative tokenizer, a VQ tokenizer or both")
+    images = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
+    if not len(images) or crops_per_image < 1:
+        raise DigitError(f"{len(images)} images with {crops_per_image} crops each: both must be at least 1")
+    subset = None if indices is None else hashlib.sha256(images.astype("<i8").tobytes()).hexdigest()
+    described = {"encoder": None, "encoder_hash": None, "layer": None, "codebook_hash": None, "tokenizer_hash": None}
+    if tokenizer is not None:
+        own = tokenizer.describe() if hasattr(tokenizer, "describe") else {}
+        described |= {"codebook_hash": tokenizer.fingerprint, "tokenizer_hash": tokenizer.fingerprint} | own
+    request = {"format": FORMAT} | described | {
+        "vqgan_hash": None if vq is None else vq.fingerprint,
+        "preprocessing": asdict(preprocess),
+        "source": {"name": source.name, "fingerprint": source.fingerprint, "num_images": len(images), "subset": subset},
+        "crops_per_image": crops_per_image,
+        "seed": seed,
+        "disc": _layout(tokenizer),
+        "vq": _layout(vq),
+        "classes": list(source.classes),
+    }  # fmt: skip
+    return plain(request)
+
+
+def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+    if tokenizer is None:
+        return None
+    if tokenizer.vocab_size > MAX_VOCAB:
+        raise DigitError(f"a vocabulary of {tokenizer.vocab_size} does not fit the token store: {MAX_VOCAB} at most")
+    return {"grid": list(tokenizer.grid), "length": int(np.prod(tokenizer.grid)), "vocab_size": tokenizer.vocab_size}
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, entry in value.items():
+            yield from _leaves(entry, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+class _Writer:
+    """The files of one unfinished store and what is known of them. A journal only ever names rows that are on the disk.
+
+    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.folder, self.request = folder, request
+        self.num_images = request["source"]["num_images"]
+        self.num_rows = self.num_images * request["crops_per_image"]
+        self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
+        self.ledger = Ledger(request, self.num_rows)  # notes: image -> [row, key, reason] of those that are unreadable
+        lengths = {name: request[name]["length"] for name in ("disc", "vq") if request[name]}
+        shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
+        shapes["labels"] = ((self.num_rows,), "<i4")
+        self.opened: list[ArrayFile] = []
+        self.saved = time.monotonic()
+        self.arrays = {name: ArrayFile(self._partial(name), *shape) for name, shape in shapes.items()}
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f"{name}.partial.npy"
+
+    def begin(self) -> bool:
+        """Whether anything is left to do. Raises MismatchError where the folder, or another rank, has another request.
+
+        Only rank 0 looks: a shared file system may remember for a while that a file was not there.
+        """
+        there = ranks.on_main(self._open_or_allocate)
+        if there is None:
+            return False
+        self._compare(there.request)
+        self.ledger = Ledger(self.request, self.num_rows, there.done, there.dropped, there.notes)
+        return True
+
+    def _open_or_allocate(self) -> Ledger | None:
+        """What is done so far; None where the store is whole already."""
+        remove_leftovers(self.folder)
+        if self.manifest.exists():
+            self._compare(read_json(self.manifest))
+            self._clean()
+            return None
+        try:
+            ledger = collect(self.journal, self.num_rows)
+        except (TypeError, ValueError) as error:
+            raise DigitError(f"{self.journal} is damaged ({error!r}): {AGAIN}") from error
+        if ledger is not None:
+            return ledger
+        foreign = [f"{name}.npy" for name in self.arrays if (self.folder / f"{name}.npy").exists()]
+        if foreign:
+            raise DigitError(f"{self.folder} holds {foreign[0]} but no manifest.json: choose another folder")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for array in self.arrays.values():
+                array.allocate()
+        except DigitError:
+            self._clean()  # give the disk back what could not be used
+            raise
+        self.ledger.save(self.journal)
+        return self.ledger
+
+    def _compare(self, here: Any) -> None:
+        known, asked = dict(_leaves(here)), dict(_leaves(self.request))
+        for name in asked:
+            if name != "source.name" and known.get(name) != asked[name]:  # a path as typed; the fingerprint decides
+                raise MismatchError(
+                    f"tokens in {self.folder} were made with {name} = {known.get(name)}, now asked for {asked[name]}: "
+                    "choose another folder, or the old setting"
+                )
+
+    def __enter__(self) -> "_Writer":
+        if not self.ledger.complete:
+            try:
+                self.opened = [array.__enter__() for array in self.arrays.values()]
+            except (OSError, ValueError) as error:
+                where = "" if ranks.is_main() else f" on rank {ranks.rank()}, which has to see the folder of rank 0"
+                raise DigitError(f"tokens in {self.folder} cannot be continued{where} ({error}): {AGAIN}") from error
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            # what ended the run matters more than a journal that cannot be saved: the older one is valid too
+            with suppress(*(() if kind is None else (DigitError, OSError))):
+                self._save()
+        finally:
+            for array in self.opened:
+                array.__exit__()
+
+    def check_bad(self, more: dict[str, Any], max_bad_fraction: float) -> None:
+        """Raises DigitError where too many images are unreadable, over every run that wrote to this store."""
+        bad = self.ledger.notes | more
+        if bad and len(bad) > max_bad_fraction * self.num_images:
+            _, key, reason = min(bad.values())
+            raise DigitError(
+                f"{len(bad)} of {self.num_images} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "
+                f"see digit inspect; the first: {key} ({reason})"
+            )
+
+    def write(self, row: int, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[str, Any]) -> None:
+        """Write rows from `row` on of every array; `dropped` (bool, a row each) are of the unreadable images `bad`."""
+        for name, array in self.arrays.items():
+            array.write(row, values[name])
+        dropped_rows = Spans((row + int(place), row + int(place) + 1) for place in np.flatnonzero(dropped))
+        rows = Spans([(row, row + len(dropped))])
+        self.ledger.join(Ledger(self.request, self.num_rows, rows, dropped_rows, bad))
+        if time.monotonic() - self.saved >= JOURNAL_EVERY_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        """The journal, once the rows it names are on the disk."""
+        for array in self.opened:
+            array.sync()
+        self.saved = time.monotonic()
+        self.ledger.save(self.journal)
+
+    def finish(self, asked_to_stop: bool, max_bad_fraction: float) -> None:
+        """What every rank does once its rows are on the disk. Raises Stopped where any of them was asked to stop."""
+        everyone = ranks.gather((self.ledger, asked_to_stop))
+        for ledger, _ in everyone:
+            self.ledger.join(ledger)
+        if any(asked for _, asked in everyone):
+            raise Stopped(f"tokens: {len(self.ledger.done)} of {self.num_rows} rows are done")
+        self.check_bad({}, max_bad_fraction)
+        ranks.on_main(self._finish)
+
+    def _finish(self) -> None:
+        """Drop the unreadable rows, give the files their names, write the manifest. Can be cut short and repeated."""
+        assert self.ledger.complete, "every row is written before the store is finished"
+        keep = np.ones(self.num_rows, dtype=bool)
+        keep[list(self.ledger.dropped)] = False
+        if not keep.any():
+            raise DigitError(f"none of the {self.num_images} images can be read: see digit inspect")
+        for name, array in self.arrays.items():
+            if not (self.folder / f"{name}.npy").exists():
+                copy_rows(self._partial(name), self.folder / f"{name}.npy", keep, array)
+        bad = [[key, reason] for _, key, reason in sorted(self.ledger.notes.values())]
+        crc32 = {name: crc32_file(self.folder / f"{name}.npy") for name in self.arrays}
+        write_json(self.manifest, self.request | {"rows": int(keep.sum()), "bad": bad, "crc32": crc32})
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what only an unfinished store needs."""
+        for path in map(self._partial, self.arrays):
+            path.unlink(missing_ok=True)
+        discard(self.journal)
