@@ -49,6 +49,7 @@ class Tokenizer(Protocol):
 
     def encode(self, images: "torch.Tensor") -> "torch.Tensor": ...
 
+
 def write_tokens(
     folder: str | Path,
     source: "ImageSource",
