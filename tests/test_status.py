@@ -8,6 +8,7 @@ import pytest
 from digit.cli import main
 from digit.errors import Stopped
 from digit.fit import Run
+from digit.ledger import Ledger, Spans
 from digit.status import describe_run
 from digit.training import checkpoint
 from tiny import tiny_recipe
@@ -41,6 +42,15 @@ def test_tokens_half_done(run, monkeypatch):
     with pytest.raises(Stopped):
         run.tokens  # noqa: B018
     assert "tokens     24 rows are done" in describe_run(run.out)
+
+
+def test_a_drawing_half_done(tmp_path, capsys):
+    Ledger({"num": 50}, 50, Spans([(0, 16), (32, 48)])).save(tmp_path / "journal.json")
+    assert main(["info", str(tmp_path)]) == 0
+    assert "samples    32 of 50 images are drawn\nnext       nobody is at work" in capsys.readouterr().out
+    (tmp_path / "samples.json").write_text('{"request": {"num": 50}}')
+    assert main(["info", str(tmp_path)]) == 0
+    assert "samples    50 images, all drawn" in capsys.readouterr().out
 
 
 def test_who_is_at_work(run):

@@ -164,6 +164,10 @@ def progress(journal: Path) -> int:
     """Units that are done by what every rank's file says; for a look from outside, while the work may go on."""
     done = Spans()
     for path in [journal, *of_others(journal)]:
-        for start, stop in Ledger.load(path, 2**62).done.spans:
+        try:
+            spans = Ledger.load(path, 2**62).done.spans
+        except (DigitError, TypeError, ValueError):
+            continue  # damaged, or gone by now
+        for start, stop in spans:
             done.add(start, stop)
     return len(done)

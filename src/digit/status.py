@@ -10,6 +10,7 @@ from digit.errors import DigitError
 from digit.files import read_json
 from digit.ledger import progress
 from digit.recipes import MODEL_NAMES
+from digit.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.training import checkpoint
 from digit.training.config import CONFIG
 from digit.training.log import last_figures
@@ -77,6 +78,24 @@ def shown(figures: dict[str, Any]) -> str:
     known = {name: figures[name] for name in ("loss", "val_nll", "psnr") if isinstance(figures.get(name), int | float)}
     told = [f"{name} {value:.4g}" for name, value in known.items()]
     return f" ({', '.join(told)})" if told else ""
+
+
+def is_drawing(folder: str | Path) -> bool:
+    """Whether `digit sample` wrote to this folder."""
+    return any((Path(folder) / name).is_file() for name in (SAMPLES, JOURNAL))
+
+
+def describe_drawing(folder: str | Path) -> str:
+    """How many of the images are drawn, and what to type next; reads alone, the drawing may go on meanwhile."""
+    folder = Path(folder)
+    done = (folder / SAMPLES).is_file()
+    about = read_json(folder / (SAMPLES if done else JOURNAL))
+    request = about.get("request") if isinstance(about, dict) else None
+    num = request.get("num", "?") if isinstance(request, dict) else "?"
+    if done:
+        return f"samples    {num} images, all drawn: {folder / GRID}"
+    begun = f"samples    {progress(folder / JOURNAL)} of {num} images are drawn"
+    return "\n".join([begun, *describe_work(folder)])
 
 
 def describe_work(folder: Path) -> Iterator[str]:

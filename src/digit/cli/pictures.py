@@ -136,7 +136,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("info", "digit info                       # recipes\n  digit info runs/demo             # a pipeline")
 def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
-    """List recipes, or say how far a run is and what to type next, or what a pipeline folder holds."""
+    """List recipes, or say how far a run or a drawing is and what to type next, or what a pipeline folder holds."""
     parser.add_argument("folder", nargs="?", default=None, help="run or pipeline folder; leave out to list the recipes")
     args = parse(parser, argv)
     if args.folder is None:
@@ -147,8 +147,10 @@ def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
         return
     from digit.pipeline import DigitPipeline
     from digit.report import describe
-    from digit.status import describe_run, is_run
+    from digit.status import describe_drawing, describe_run, is_drawing, is_run
 
+    if is_drawing(args.folder):
+        return say(describe_drawing(args.folder))
     started = is_run(args.folder)
     if started:
         say(describe_run(args.folder))
