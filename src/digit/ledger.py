@@ -10,6 +10,7 @@ begins again, on however many ranks.
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -162,12 +163,8 @@ def discard(journal: Path, others_only: bool = False) -> None:
 
 def progress(journal: Path) -> int:
     """Units that are done by what every rank's file says; for a look from outside, while the work may go on."""
-    done = Spans()
+    whole = Ledger({}, 0)
     for path in [journal, *of_others(journal)]:
-        try:
-            spans = Ledger.load(path, 2**62).done.spans
-        except (DigitError, TypeError, ValueError):
-            continue  # damaged, or gone by now
-        for start, stop in spans:
-            done.add(start, stop)
-    return len(done)
+        with suppress(DigitError, TypeError, ValueError):  # damaged, or gone by now
+            whole.join(Ledger.load(path, 2**62))
+    return len(whole.done)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from digit.convert.reading import WEIGHT_DTYPES
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.files import load_tensors, read_json, save_tensors, write_json
@@ -15,7 +16,6 @@ from digit.sampling.config import SamplingConfig
 from digit.settings import from_json
 
 FORMAT_VERSION = 1
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WEIGHT = 1e6  # trained ones stay below 100; a flipped bit of an exponent makes 1e38, and NaN of all that follows
 MANIFEST = "pipeline.json"
 CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
