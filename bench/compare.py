@@ -25,23 +25,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from digit.benchmark import encode, kmeans
+from digit.benchmark.clock import Timing, alternate
+from digit.benchmark.data import read_files
+from digit.benchmark.sample import sampler
+from digit.benchmark.sizes import PRECISIONS, Points, Size, get_size
+from digit.benchmark.table import number, versions
 from digit.data.decode import decode_image
 from digit.data.preprocess import PreprocessConfig, crop_image
 from digit.errors import DigitError
-from digit.files import write_json
-from digit.machine import describe_machine, keep_freed_memory, multiplies_bf16
-from digit.pipeline import choose_device
-from digit.progress import quiet
+from digit.runtime.files import write_json
+from digit.runtime.hardware import choose_device, describe_machine, keep_freed_memory, multiplies_bf16
+from digit.runtime.progress import quiet
 from digit.sampling.config import StageSampling
-from digit.speed import encode, kmeans
-from digit.speed.clock import Timing, alternate
-from digit.speed.data import read_files
-from digit.speed.sample import sampler
-from digit.speed.sizes import PRECISIONS, Points, Size, get_size
-from digit.speed.table import number, versions
-from digit.tokenizers.kmeans import KMeans
-from digit.tokenizers.nearest import nearest
-from digit.tokenizers.points import open_points
+from digit.tokenizers.kmeans.kmeans import KMeans
+from digit.tokenizers.kmeans.nearest import nearest
+from digit.tokenizers.kmeans.points import open_points
 
 TOP_K = 200  # the paper's prior
 NO_TARGET = 0.0

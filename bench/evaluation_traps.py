@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from digit.measures.image_set import open_images
-from digit.measures.samples import EvaluateConfig, evaluate
+from digit.evaluation.image_set import open_images
+from digit.evaluation.samples import EvaluateConfig, evaluate
 
 NUM, SIDE = 1000, 64
 

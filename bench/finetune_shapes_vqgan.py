@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from digit import pictures, ranks
 from digit.data.shapes import ShapesSource
-from digit.files import write_json
 from digit.models.perceptual import EncoderDistance
+from digit.runtime import distributed, plots
+from digit.runtime.files import write_json
 from digit.tokenizers.encoders import EncoderConfig, load_encoder
 from digit.tokenizers.vq import load_asset_vqgan, save_asset
-from digit.training.gan import GANConfig, evaluate_vqgan, train_vqgan
+from digit.training.vqgan import GANConfig, evaluate_vqgan, train_vqgan
 
 NUM_SCENES = 6000
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--start", default="vqgan64", help="carried VQGAN to start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ranks.start("cpu")
+    distributed.start("cpu")
     cfg = GANConfig(
         num_steps=args.num_steps, batch_size=16, learning_rate=1e-3, codebook_start=0, perceptual="encoder",
         perceptual_weight=1.0, perceptual_crop=0, adversarial_weight=0.1, adversarial_start=args.num_steps * 2 // 3,
@@ -49,7 +49,7 @@ def main() -> None:
 
     vqgan = load_asset_vqgan(args.start).vqgan.train()
     train_vqgan(vqgan, batch, cfg, args.out, perceptual=EncoderDistance(lite0))
-    if ranks.is_main():
+    if distributed.is_main():
         figures = evaluate_vqgan(vqgan, held_out.split(64))
         about = {
             "command": f"torchrun --nproc-per-node 2 bench/finetune_shapes_vqgan.py --num-steps {args.num_steps}",
@@ -64,8 +64,8 @@ def main() -> None:
         shown = held_out[:40]
         output = vqgan.decode_tokens(vqgan.encode(shown.float() / 255)[1]).detach().clamp(0, 1).mul(255).round().byte()
         rows = [part for pair in zip(shown.split(10), output.split(10), strict=True) for part in pair]
-        pictures.save_png(args.out / "grid.png", pictures.grid(torch.cat(rows), 10, scale=2))
-    ranks.stop()
+        plots.save_png(args.out / "grid.png", plots.grid(torch.cat(rows), 10, scale=2))
+    distributed.stop()
 
 
 def read(source: ShapesSource) -> torch.Tensor:

@@ -30,7 +30,7 @@ speed() {
   local part=$1 size=$2 left=$((BUDGET - SECONDS))
   shift 2
   [ $left -gt 0 ] || { echo "out of time: $part at $size"; return 124; }
-  timeout $((left < LIMIT ? left : LIMIT)) "$PYTHON" -m digit.speed "$part" --size "$size" --device $device "$@"
+  timeout $((left < LIMIT ? left : LIMIT)) "$PYTHON" -m digit.benchmark "$part" --size "$size" --device $device "$@"
 }
 
 failed=0
@@ -44,8 +44,8 @@ for run in $runs; do
 done
 
 summary="$out/$name-summary.txt"
-"$PYTHON" -m digit.speed.targets "$out" --prefix "$name" | tee "$summary" || failed=1
-"$PYTHON" -m digit.speed.targets "$out" --prefix "$name" --missed | while read -r part size; do
+"$PYTHON" -m digit.benchmark.targets "$out" --prefix "$name" | tee "$summary" || failed=1
+"$PYTHON" -m digit.benchmark.targets "$out" --prefix "$name" --missed | while read -r part size; do
   speed "$part" "$size" --profile "$out/$name-$size-$part-profile.txt"
 done
 echo "results: $out"

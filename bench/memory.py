@@ -98,7 +98,7 @@ def resident(process: Started) -> float:
 
 def plot(path: Path, watched: list[Watched]) -> None:
     """A panel a command, its figures at the start of the slope and at the end written beside the line."""
-    from digit.pictures import panels
+    from digit.runtime.plots import panels
 
     with panels(path, len(watched), size=(5.2, 3.4)) as axes:
         for panel, each in zip(axes[0], watched, strict=True):

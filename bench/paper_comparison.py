@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from digit import pictures
 from digit.data.images import open_source
-from digit.evaluation.frechet import FeatureStats
-from digit.evaluation.judge import METRIC, collect_features, fd
-from digit.files import save_npy, write_json
-from digit.fit import Run
+from digit.metrics.frechet import FeatureStats
+from digit.metrics.judge import METRIC, collect_features, fd
 from digit.models.sequence import training_flops
-from digit.pipeline import DigitPipeline, StageSampling
-from digit.recipes import get_recipe
-from digit.report import load_judge, real_images, spread
-from digit.training.gan import image_psnr
+from digit.pipeline.pipeline import DigitPipeline, StageSampling
+from digit.runs.fit import Run
+from digit.runs.recipes import get_recipe
+from digit.runs.report import load_judge, real_images, spread
+from digit.runtime import plots
+from digit.runtime.files import save_npy, write_json
 from digit.training.log import last_figures
+from digit.training.vqgan import image_psnr
 
 METHODS = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),
@@ -145,7 +145,7 @@ def draw(pipe: DigitPipeline, num: int, seed: int, picture: Path) -> torch.Tenso
     images = pipe.generate(num, None, seed=1_000_000 * seed)
     classes = max(1, len(pipe.classes))
     shown = torch.cat([images[k::classes][:10] for k in range(classes)])
-    pictures.save_png(picture, pictures.grid(shown, 10, row_names=pipe.classes))
+    plots.save_png(picture, plots.grid(shown, 10, row_names=pipe.classes))
     return images
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from digit.recipes import Recipe
+    from digit.runs.recipes import Recipe
 
 LOG_EVERY = 7  # no divisor of the steps between two checkpoints
 CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")  # of a log line: differs from run to run
@@ -128,10 +128,6 @@ def preload() -> None:
     import torch
     import torch.distributed.checkpoint
 
-    import digit.cli
-    import digit.report
-    import digit.samples  # noqa: F401
-
     with suppress(ImportError), redirect_stderr(io.StringIO()):
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     torch.set_num_threads(1)
@@ -179,10 +175,10 @@ def tiny_recipe() -> "Recipe":
     """32 px images, 2 x 2 discriminative and 4 x 4 VQ tokens, models of one block with dropout and an average."""
     from digit.data.preprocess import PreprocessConfig
     from digit.models.vqgan import VQGANConfig
-    from digit.recipes import ModelSpec, Recipe, cpu_training
+    from digit.runs.recipes import ModelSpec, Recipe, cpu_training
     from digit.tokenizers.encoders import EncoderConfig
-    from digit.tokenizers.kmeans import KMeansConfig
-    from digit.training.gan import GANConfig
+    from digit.tokenizers.kmeans.config import KMeansConfig
+    from digit.training.vqgan import GANConfig
 
     size = ModelSpec(depth=1, embed_dim=32, num_heads=2, dropout=0.1, label_dropout=0.1)
     training = replace(cpu_training(4, batch_size=16), accumulate=2, log_every=LOG_EVERY)
@@ -217,7 +213,7 @@ def make_base(folder: Path, sizes: Sizes) -> None:
 def _make_base(folder: Path, sizes: Sizes) -> None:
     import yaml
 
-    from digit.fit import Run, fit
+    from digit.runs.fit import Run, fit
 
     recipe = tiny_recipe()
     (folder / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(recipe)))))

@@ -24,11 +24,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from digit import ranks
-from digit.files import save_tensors, sha256_tensors, write_json
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.training.gan import GANConfig, VQGANTrainer, evaluate_vqgan
+from digit.runtime import distributed
+from digit.runtime.files import save_tensors, sha256_tensors, write_json
 from digit.training.loop import TrainState, train
+from digit.training.vqgan import GANConfig, VQGANTrainer, evaluate_vqgan
 
 SIZE, NUM_SHAPES, HELD_OUT = 64, 6000, 256
 MODEL = VQGANConfig(
@@ -163,7 +163,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    ranks.start("cpu")
+    distributed.start("cpu")
     cfg = GANConfig(
         num_steps=arguments.num_steps, adversarial_start=arguments.num_steps // 2, save_every=arguments.save_every
     )
@@ -176,13 +176,13 @@ def main() -> None:
     trainer = VQGANTrainer(VQGAN(MODEL), mixture(sources, cfg.batch_size, cfg.seed), cfg)
 
     def validate(step: int) -> dict[str, float]:
-        if not ranks.is_main():
+        if not distributed.is_main():
             return {}
         with trainer.average.applied():
             return write_asset(trainer.vqgan, sets, cfg, arguments.out, step)
 
     train(trainer.update, TrainState(0, trainer.objects), cfg, arguments.out, validate=validate, description="vqgan64")
-    ranks.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from digit import progress
+from digit.runtime import progress
 
 torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
 

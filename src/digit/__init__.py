@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from digit.version import __version__
 
 if TYPE_CHECKING:
-    from digit.pipeline import DigitPipeline
+    from digit.pipeline.pipeline import DigitPipeline
 
 __all__ = ["DigitPipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "DigitPipeline":  # imported on first use: `import digit` and `digit --help` stay quick without torch
-        from digit.pipeline import DigitPipeline
+        from digit.pipeline.pipeline import DigitPipeline
 
         return DigitPipeline
     raise AttributeError(f"module 'digit' has no attribute {name!r}")

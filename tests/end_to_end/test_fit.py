@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import tiny_recipe
 
 from digit.errors import DigitError, MismatchError
-from digit.fit import MODEL_NAMES, Run, differences, fit
 from digit.models.sequence import training_flops
-from digit.pipeline import DigitPipeline, kept_tokens
-from tiny import tiny_recipe
+from digit.pipeline.pipeline import DigitPipeline, kept_tokens
+from digit.runs.fit import MODEL_NAMES, Run, differences, fit
 
 DATA = "shapes:num=24,size=32"
 
@@ -197,7 +197,7 @@ def test_a_reused_part_must_be_there(tmp_path):
 
 
 def test_unknown_and_missing_devices():
-    from digit.pipeline import choose_device
+    from digit.runtime.hardware import choose_device
 
     with pytest.raises(DigitError, match="no device named 'foo'"):
         choose_device("foo")

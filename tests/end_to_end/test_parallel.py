@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_task import run_task
 
 from digit.training.checkpoint import list_checkpoints
 from digit.training.log import read_log
-from toy_task import run_task
 
-TOY = Path(__file__).parents[1] / "toy_task.py"
+TOY = Path(__file__).parents[1] / "helpers/toy_task.py"
 SOURCE = str(Path(__file__).parents[2] / "src")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from tiny import tiny_recipe
 
 from digit.cli import main
-from tiny import tiny_recipe
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
@@ -43,7 +43,7 @@ def released(folder, golden) -> None:
 
 def test_the_commands(folder, released, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("digit.hub.released_pipeline", lambda repository, variant: folder / "runs/demo")
+    monkeypatch.setattr("digit.released.hub.released_pipeline", lambda repository, variant: folder / "runs/demo")
     lines = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"    digit \w", line)]
     assert {line.split()[1] for line in lines} >= {"inspect", "fit", "sample", "complete"}
     for line in lines:

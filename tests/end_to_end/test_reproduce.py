@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
+from tiny import tiny_recipe
 
 from digit.errors import DigitError, MismatchError
-from digit.evaluation.intervals import Interval
-from digit.measures.sweep import SweepConfig
-from digit.pretrain import PretrainConfig
-from digit.recipes import ModelSpec
+from digit.evaluation.sweep import SweepConfig
+from digit.metrics.intervals import Interval
 from digit.reproduce import TARGETS, Scale, Study, build, get_scale, plan, reproduce
 from digit.reproduce.claims import FAILS, HOLDS, UNDECIDED, seeds_claim, verdict
 from digit.reproduce.experiment import Experiment, Outcome, Step, perform
 from digit.reproduce.scales import SCALES, pretrained
 from digit.reproduce.study import open_splits
+from digit.runs.pretrain import PretrainConfig
+from digit.runs.recipes import ModelSpec
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.ssl.train import SSLConfig
-from tiny import tiny_recipe
 
 DATA = "shapes:num=60,size=32"
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_task import run_toy, toy_batches, toy_config
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.training.likelihood import train_likelihood
 from digit.training.log import read_log
-from toy_task import run_toy, toy_batches, toy_config
+from digit.training.sequence import train_likelihood
 
-TOY = Path(__file__).parents[1] / "toy_task.py"
+TOY = Path(__file__).parents[1] / "helpers/toy_task.py"
 
 
 def assert_same(first: dict, second: dict) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 import ranked_work
-from digit.errors import DigitError
-from digit.pipeline import DigitPipeline
-from digit.samples import sample
 from toy_pipeline import toy_pipeline
+
+from digit.errors import DigitError
+from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.sample_folder import sample
 
 TESTS = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -26,7 +26,7 @@ PATIENCE = 90  # seconds
 def start(launcher: list[str], *arguments: object, **variables: str) -> subprocess.Popen:
     paths = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | variables
-    line = [*launcher, str(TESTS / "ranked_work.py"), *map(str, arguments)]
+    line = [*launcher, str(TESTS / "helpers/ranked_work.py"), *map(str, arguments)]
     return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True)
 
 

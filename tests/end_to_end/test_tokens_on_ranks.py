@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from digit.files import load_tensors, read_json, write_json
-from digit.ledger import of_rank
 from toy_ranks import STREAMED, HookedEncoder, SumTokenizer, make_codebook, make_run, make_tokens
 
+from digit.runtime.files import load_tensors, read_json, write_json
+from digit.runtime.ledger import of_rank
+
 TESTS = Path(__file__).parents[1]
-TOY = TESTS / "toy_ranks.py"
+TOY = TESTS / "helpers/toy_ranks.py"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 STORE = ["disc.npy", "labels.npy", "manifest.json", "vq.npy"]
 CODEBOOK = ["codebook.json", "codebook.safetensors"]

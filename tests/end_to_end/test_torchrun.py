@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tiny import tiny_recipe
 
 from digit.cli import main
 from digit.data.tokens import TokenStore
-from digit.files import load_tensors
+from digit.runtime.files import load_tensors
 from digit.training.log import read_log
-from tiny import tiny_recipe
 
 DATA = "shapes:num=24,size=32"
 SOURCE = str(Path(__file__).parents[2] / "src")

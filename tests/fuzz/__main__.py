@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from digit.errors import DigitError
-from digit.progress import Progress
+from digit.runtime.progress import Progress
 
 from .loaders import LOADERS
 from .worker import Verdict, build_input, judge_all

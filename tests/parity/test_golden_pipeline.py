@@ -16,8 +16,8 @@ from digit.cli import main
 from digit.convert.fairseq import read_fairseq
 from digit.errors import DigitError
 from digit.models.vit import SIZES, ViT
-from digit.pipeline import DigitPipeline
-from digit.released import ORDER, ReleasedFiles, convert_release
+from digit.pipeline.pipeline import DigitPipeline
+from digit.released.convert import ORDER, ReleasedFiles, convert_release
 
 TOLERANCE = dict(rtol=0, atol=1e-4)
 HEADS = 3  # the golden encoder's; released ones have 64 channels a head
@@ -244,8 +244,8 @@ def test_the_hub_names_need_no_network_offline(golden, tmp_path, monkeypatch, ca
 def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    from digit import hub
-    from digit.files import sha256_file
+    from digit.released.convert import hub
+    from digit.runtime.files import sha256_file
 
     asked = []
 

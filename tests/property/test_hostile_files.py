@@ -24,10 +24,10 @@ from digit.data.decode import decode_image
 from digit.data.images import open_source
 from digit.data.tokens import TokenStore
 from digit.errors import MAX_CHARACTERS, BadImageError, DigitError
-from digit.files import load_tensors, read_json
-from digit.manifest import load_sequence_model, save_sequence_model
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.settings import from_json
+from digit.pipeline.manifest import load_sequence_model, save_sequence_model
+from digit.runtime.config_json import from_json
+from digit.runtime.files import load_tensors, read_json
 from fuzz.loaders.config import laughs
 from fuzz.loaders.tokens import store
 

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digit.tokenizers.kmeans import KMeans, KMeansConfig
-from digit.tokenizers.nearest import nearest
+from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.kmeans import KMeans
+from digit.tokenizers.kmeans.nearest import nearest
 
 QUICK = settings(max_examples=40, deadline=None)
 

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from digit import __version__, ranks
-from digit.cli import measures, pictures, plans, runs, speed
+from digit import __version__
+from digit.cli import benchmark, evaluation, pipelines, planning, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
 from digit.errors import DigitError, Stopped
-from digit.lock import set_command
-from digit.machine import keep_freed_memory
-from digit.progress import quiet
-from digit.stop import stoppable
+from digit.runtime import distributed
+from digit.runtime.hardware import keep_freed_memory
+from digit.runtime.lock import set_command
+from digit.runtime.progress import quiet
+from digit.runtime.signals import stoppable
 
 # each module registers its commands
-SECTIONS = {runs: "train", pictures: "look and draw", measures: "measure", speed: "speed", plans: "plan"}
+SECTIONS = {
+    runs: "train", pipelines: "look and draw", evaluation: "measure", benchmark: "speed", planning: "plan"
+}
 
 
 def usage() -> str:
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_command(argv[0], argv[1:])
     except Stopped as stopped:
         say(f"{stopped}; go on with:\n  {same_command(argv)}")
-        ranks.stop(together=stopped.together)
+        distributed.stop(together=stopped.together)
     except DigitError as error:
         return fail(str(error), 2)
     except OSError as error:
@@ -71,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; run the same command again to go on", 130)
     except Exception as error:
-        if (lost := ranks.lost_peer(error)) is None:
-            if ranks.first_to_speak():
+        if (lost := distributed.lost_peer(error)) is None:
+            if distributed.first_to_speak():
                 raise
             return 1
         return fail(f"{lost}: what was saved is whole, run the same command again to go on", 2)
@@ -84,17 +87,17 @@ def run_command(name: str, argv: list[str]) -> None:
     if name not in COMMANDS:
         raise DigitError(f"no command named {name}: choose one of {', '.join(COMMANDS)}")
     asks_for_help = "-h" in argv or "--help" in argv
-    if ranks.launched_size() == 1 or asks_for_help:
+    if distributed.launched_size() == 1 or asks_for_help:
         return COMMANDS[name].run(make_parser(name), argv)
     if not COMMANDS[name].ranks:
         shared = ", ".join(other for other, c in COMMANDS.items() if c.ranks)
         raise DigitError(
-            f"digit {name} runs as one process, {ranks.launched_size()} were started: these may be {shared}"
+            f"digit {name} runs as one process, {distributed.launched_size()} were started: these may be {shared}"
         )
-    quiet(ranks.launched_rank() > 0)
-    ranks.start(given_device(argv))
+    quiet(distributed.launched_rank() > 0)
+    distributed.start(given_device(argv))
     COMMANDS[name].run(make_parser(name), argv)
-    ranks.stop(together=True)
+    distributed.stop(together=True)
 
 
 def given_device(argv: Sequence[str]) -> str | None:
@@ -109,7 +112,7 @@ def given_device(argv: Sequence[str]) -> str | None:
 
 def same_command(argv: Sequence[str]) -> str:
     """What to type for the same work again."""
-    size = ranks.launched_size()
+    size = distributed.launched_size()
     if size == 1:
         return shlex.join(["digit", *argv])
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -129,9 +132,13 @@ def fail(text: str, code: int) -> int:
 
 def first_message() -> bool:
     """Whether this process is the one to say it: before they meet the first of each machine, later who fails first."""
-    if ranks.launched_size() == 1:
+    if distributed.launched_size() == 1:
         return True
-    return ranks.first_to_speak() if ranks.world_size() > 1 else ranks.environment().get("LOCAL_RANK", "0") == "0"
+    return (
+        distributed.first_to_speak()
+        if distributed.world_size() > 1
+        else distributed.environment().get("LOCAL_RANK", "0") == "0"
+    )
 
 
 def report_to_launcher(text: str) -> None:

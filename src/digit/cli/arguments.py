@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.errors import DigitError
-from digit.ranks import launched_rank
+from digit.runtime.distributed import launched_rank
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -183,11 +183,12 @@ def read_config(args: Any, config: type) -> Any:
 
 def load_pipeline(args: Any) -> Any:
     """The pipeline of --from on --device."""
-    from digit.pipeline import DigitPipeline, choose_device
+    from digit.pipeline.pipeline import DigitPipeline
+    from digit.runtime.hardware import choose_device
 
     source, device = Path(args.source), choose_device(args.device)
     if not source.exists() and HUB_NAME.fullmatch(args.source):
-        from digit.hub import released_pipeline
+        from digit.released.hub import released_pipeline
 
         source = released_pipeline(args.source, args.variant or "base")
     elif args.variant:

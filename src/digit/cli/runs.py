@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from digit import ranks
 from digit.cli.arguments import DATA_HELP, add_config, command, parse, read_config, say
 from digit.errors import DigitError
+from digit.runtime import distributed
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     """DATA, --recipe, --out and every field of the recipe as a dotted option; returns the recipe of the defaults."""
-    from digit.recipes import RECIPES, Recipe, get_recipe
+    from digit.runs.recipes import RECIPES, Recipe, get_recipe
 
     name = _value_of(argv, "--recipe") or "small"
     recipe = get_recipe(name)
@@ -55,8 +55,8 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
 def make_run(args: Any, base: str) -> Any:
     """The Run that parsed arguments describe; `base` is the recipe whose settings are the defaults."""
     from digit.data.images import open_source
-    from digit.fit import Run
-    from digit.recipes import Recipe
+    from digit.runs.fit import Run
+    from digit.runs.recipes import Recipe
 
     if args.recipe != base:
         raise DigitError(f"recipe {args.recipe} is not where the defaults came from: give it as --recipe")
@@ -76,11 +76,11 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     """Images -> codebook, VQGAN, tokens, prior, renderer, pipeline, samples and report."""
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
-    from digit.fit import fit
-    from digit.report import write_report
+    from digit.runs.fit import fit
+    from digit.runs.report import write_report
 
     pipe = fit(run)
-    page = ranks.on_main(lambda: write_report(run, pipe))
+    page = distributed.on_main(lambda: write_report(run, pipe))
     say(f"done: open {page}; draw more with: digit sample --from {run.out} --num 64 --out samples")
 
 
@@ -116,8 +116,8 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
-    from digit.files import read_json
-    from digit.fit import MODEL_NAMES
+    from digit.runs.fit import MODEL_NAMES
+    from digit.runtime.files import read_json
 
     if args.model not in ("vqgan", *MODEL_NAMES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(MODEL_NAMES)}")
@@ -148,7 +148,7 @@ def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
 )
 def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     """Train a small encoder without labels (MAE, MoCo v3, DINO, iBOT) on images that no released encoder knows."""
-    from digit.pretrain import PretrainConfig
+    from digit.runs.pretrain import PretrainConfig
 
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
@@ -159,7 +159,7 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, PretrainConfig)
     args = parse(parser, argv)
     from digit.data.images import open_source
-    from digit.pretrain import pretrain
+    from digit.runs.pretrain import pretrain
 
     source = open_source(args.data, split=args.split, limit=args.limit)
     encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)

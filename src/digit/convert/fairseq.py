@@ -19,8 +19,8 @@ from torch import Tensor
 
 from digit.convert.reading import check_state, check_tensors, listed, read_torch, require_state, unfit
 from digit.errors import DigitError
-from digit.files import Stacked, save_tensors, write_json
 from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.runtime.files import Stacked, save_tensors, write_json
 
 EOS, UNK, NUM_SPECIAL = 2, 3, 5
 FIRST_POSITION = 2  # padding_idx + 1: rows 0 and 1 of a position table are never read

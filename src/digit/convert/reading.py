@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from digit.bounded import BoundedReader
 from digit.errors import DigitError
-from digit.files import Stacked
+from digit.runtime.bounded_reader import BoundedReader
+from digit.runtime.files import Stacked
 
 MAX_LISTED = 8  # names per error line
 MAX_NAME = 100  # characters of one of them

@@ -17,8 +17,8 @@ from torch import Tensor
 from digit.convert.onnx_weights import Node, read_onnx
 from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
 from digit.errors import DigitError
-from digit.files import load_tensors
 from digit.models.vit import ViT, ViTConfig
+from digit.runtime.files import load_tensors
 
 
 @dataclass(frozen=True)

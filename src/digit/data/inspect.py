@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageOps
 from digit.data.decode import probe_image
 from digit.data.source import ImageSource
 from digit.errors import BadImageError
-from digit.files import atomic_path
-from digit.progress import track
+from digit.runtime.files import atomic_path
+from digit.runtime.progress import track
 
 SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # borders of the size histogram, pixels
 NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then pixels

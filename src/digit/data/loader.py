@@ -15,8 +15,8 @@ import torch
 from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
 from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
-from digit.progress import Progress
-from digit.stop import SIGNALS
+from digit.runtime.progress import Progress
+from digit.runtime.signals import SIGNALS
 
 CHUNK = 256  # images decoded between two looks at the budget
 WORTH_A_PROCESS = 1000  # rows

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from digit import ranks
 from digit.errors import DigitError
-from digit.files import atomic_path, disk_errors
+from digit.runtime import distributed
+from digit.runtime.files import atomic_path, disk_errors
 
 COPY_ROWS = 65536
 CRC_BYTES = 2**22
@@ -65,7 +65,7 @@ def _data_offset(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> int:
 def _opener(path: str, flags: int) -> int:
     """Open for writing. With several ranks, every write is synced: where their rows meet within one page of memory, a
     client of NFS would otherwise write back the whole page, and with it an old state of its neighbour's rows."""
-    return os.open(path, flags | (getattr(os, "O_DSYNC", 0) if ranks.world_size() > 1 else 0))
+    return os.open(path, flags | (getattr(os, "O_DSYNC", 0) if distributed.world_size() > 1 else 0))
 
 
 class ArrayFile:

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from digit import ranks
 from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore
 from digit.errors import DigitError, MismatchError, Stopped
-from digit.files import disk_errors, plain, read_json, remove_leftovers, write_json
-from digit.ledger import Ledger, Spans, collect, discard
-from digit.progress import Progress
-from digit.stop import StopSignals
+from digit.runtime import distributed
+from digit.runtime.files import disk_errors, plain, read_json, remove_leftovers, write_json
+from digit.runtime.ledger import Ledger, Spans, collect, discard
+from digit.runtime.progress import Progress
+from digit.runtime.signals import StopSignals
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def write_tokens(
     if not writer.begin():
         return TokenStore.open(folder)
     blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
-    mine = [blocks[place] for place in ranks.share(len(blocks))]
+    mine = [blocks[place] for place in distributed.share(len(blocks))]
     crops = partial(
         CropLoader, source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed,
         batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction,
@@ -219,7 +219,7 @@ class _Writer:
 
         Only rank 0 looks: a shared file system may remember for a while that a file was not there.
         """
-        there = ranks.on_main(self._open_or_allocate)
+        there = distributed.on_main(self._open_or_allocate)
         if there is None:
             return False
         self._compare(there.request)
@@ -267,7 +267,11 @@ class _Writer:
             try:
                 self.opened = [array.__enter__() for array in self.arrays.values()]
             except (OSError, ValueError) as error:
-                where = "" if ranks.is_main() else f" on rank {ranks.rank()}, which has to see the folder of rank 0"
+                where = (
+                    ""
+                    if distributed.is_main()
+                    else f" on rank {distributed.rank()}, which has to see the folder of rank 0"
+                )
                 raise DigitError(f"tokens in {self.folder} cannot be continued{where} ({error}): {AGAIN}") from error
         return self
 
@@ -309,13 +313,13 @@ class _Writer:
 
     def finish(self, asked_to_stop: bool, max_bad_fraction: float) -> None:
         """What every rank does once its rows are on the disk. Raises Stopped where any of them was asked to stop."""
-        everyone = ranks.gather((self.ledger, asked_to_stop))
+        everyone = distributed.gather((self.ledger, asked_to_stop))
         for ledger, _ in everyone:
             self.ledger.join(ledger)
         if any(asked for _, asked in everyone):
             raise Stopped(f"tokens: {len(self.ledger.done)} of {self.num_rows} rows are done")
         self.check_bad({}, max_bad_fraction)
-        ranks.on_main(self._finish)
+        distributed.on_main(self._finish)
 
     def _finish(self) -> None:
         """Drop the unreadable rows, give the files their names, write the manifest. Can be cut short and repeated."""

@@ -18,8 +18,8 @@ import numpy as np
 
 from digit.data.rows import AGAIN, check_range, crc32_file, open_array
 from digit.errors import DigitError, MismatchError
-from digit.files import read_json
-from digit.settings import from_json
+from digit.runtime.config_json import from_json
+from digit.runtime.files import read_json
 
 if TYPE_CHECKING:
     import torch

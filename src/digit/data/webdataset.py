@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from digit.bounded import BoundedReader
 from digit.data.decode import EXTENSIONS
 from digit.data.source import ImageSource, file_digest, index_classes, readable
 from digit.errors import BadImageError, DigitError
-from digit.progress import track
+from digit.runtime.bounded_reader import BoundedReader
+from digit.runtime.progress import track
 
 LABEL_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20

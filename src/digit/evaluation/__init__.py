@@ -1,1 +1,4 @@
-"""Protocols that score images, features or a callable, whoever made them; a leaf: nothing of the models is imported."""
+"""What the paper measures, of a pipeline and images; each collects, computes in `evaluation/`, writes and returns.
+
+A measure writes NAME.json (protocol, figures, intervals) and NAME.png into a folder, and returns what the JSON holds.
+"""

@@ -1,67 +1,215 @@
-"""Completion (paper, section 4.5 and Figure 4b): how far completed images lie from real ones, by the part kept of them.
+"""Figure 4b of the paper: distance of completed images against the kept prefix, a curve a pipeline.
 
-A model completes as a callable, features come as a callable, so that anybody's can be measured. The first rows of each
-picture are kept; the distance is the Fréchet distance of the completed images' features to a reference.
+Whole token rows are kept, of every grid of a pipeline. A fraction that one of its grids cannot keep exactly is left out
+for that pipeline: of 4 x 4 discriminative and 8 x 8 VQ tokens, "12.5 %" would keep a quarter of the ones and an eighth
+of the others, and give the curve an advantage that is not its own.
 """
 
-from collections.abc import Mapping
-from typing import Protocol
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
-from digit.evaluation.frechet import FeatureStats
-from digit.evaluation.influence import frechet_difference, frechet_interval
-from digit.evaluation.intervals import Interval
-from digit.evaluation.judge import Features
+from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.curves import Curve, curves_png
+from digit.evaluation.features import fingerprint
+from digit.metrics.completion import Complete, complete_and_judge, curve_difference, distance_curve
+from digit.metrics.frechet import FeatureStats
+from digit.metrics.intervals import Interval
+from digit.metrics.judge import JudgeNetwork
+from digit.pipeline.pipeline import DigitPipeline, kept_tokens
+from digit.runtime import plots
+from digit.runtime.files import plain, sha256_tensors, write_json
 
-KEEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # Figure 4b: 12.5 % to 75 %
+SHOWN = 8  # images of the grid pictures
+NOTE = "kept tokens are computed from whole pictures: a wide receptive field lets some of the hidden part through"
 
 
-class Complete(Protocol):
-    """A model that completes."""
+def run_completion(
+    pipes: Mapping[str, DigitPipeline],
+    images: Tensor,
+    reference: Tensor | FeatureStats,
+    network: JudgeNetwork,
+    keeps: Sequence[float],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    labels: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Complete images by every pipeline at every fraction; write completion.json, completion.png, completed_NAME.png.
 
-    def __call__(self, images: Tensor, keep: float, first: int) -> Tensor:
-        """Keep the first `keep` of the rows of uint8 (B, 3, S, S) and draw the rest; `first` numbers images[0]."""
+    Args:
+        pipes: by name; the first is set against each other one, usually "discriminative" against "VQ-only".
+        images: uint8 (N, 3, S, S), held out from training; cropped to the size of the pipelines.
+        reference: pooled features (M, D) of real images from `network`, or their statistics.
+        network: gives the features and the metric's name.
+        keeps: fractions of the rows (evaluation.completion.KEEPS are the paper's).
+        out: folder; OUT/cache holds features by pipeline and fraction, and what is there is not drawn again.
+        seed: of the first image.
+        labels: classes (N,) of the images; None lets a conditional pipeline guess each from its whole picture.
 
-
-@torch.no_grad()
-def complete_and_judge(
-    complete: Complete, images: Tensor, keep: float, features: Features, *, batch_size: int = 256, num_shown: int = 8
-) -> dict[str, Tensor]:
-    """{"features": (N, D) float32 of every completed image, "shown": the first of them, uint8 (n, 3, S, S)}.
-
-    Images are completed batch_size at a time, so that no more are in memory. Raises DigitError for other shapes.
+    Returns what the JSON holds: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
+    Raises DigitError where a pipeline can keep none of the fractions exactly, and before anything is drawn.
     """
-    judged, shown = [], []
-    for first in range(0, len(images), batch_size):
-        batch = images[first : first + batch_size]
-        done = complete(batch, keep, first)
-        if done.shape != batch.shape or done.dtype != torch.uint8:
-            got, wanted = (f"{tuple(x.shape)}" for x in (done, batch))
-            raise DigitError(f"completion of {wanted} gave {done.dtype} {got}, wanted uint8 {wanted}")
-        judged.append(features(done).float().cpu())
-        shown.append(done[: max(0, num_shown - first)].cpu())
-    if not judged:
-        raise DigitError("no images to complete: give at least 2")
-    return {"features": torch.cat(judged), "shown": torch.cat(shown)}
+    out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
+    exact = {name: exact_fractions(pipe, keeps) for name, pipe in pipes.items()}
+    found, features, curves = {}, {}, {}
+    for name, pipe in pipes.items():
+        found[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
+        draw_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
+        features[name] = {keep: held["features"] for keep, held in found[name].items()}
+        curves[name] = distance_curve(features[name], reference)
+    result = {
+        "metric": network.metric("fd"),
+        "network": network.describe(),
+        "num_images": len(images),
+        "reference_images": reference.count,
+        "seed": seed,
+        "note": NOTE,
+        "pipes": {name: describe(pipe, curves[name], keeps, labels) for name, pipe in pipes.items()},
+        "differences": differences(features, reference),
+    }
+    result = plain(result)
+    write_json(out / "completion.json", result)
+    draw_curves(out / "completion.png", result)
+    return result
 
 
-def distance_curve(
-    features: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
-) -> dict[float, Interval]:
-    """Kept fraction -> Fréchet distance of features (N, D) to the reference, with its interval over images."""
+def completions(
+    pipe: DigitPipeline,
+    images: Tensor,
+    keeps: Sequence[float],
+    network: JudgeNetwork,
+    cache: Path,
+    seed: int,
+    labels: Sequence[int] | None,
+) -> dict[float, Mapping[str, Tensor]]:
+    """Fraction -> {"features" (N, D), "shown"}, cached; 1 is among them: all kept, the VQGAN's reconstruction."""
+    ready, complete = fit_batch(images, pipe.image_size), completer(pipe, seed, labels)
+    request = {"pipe": pipeline_key(pipe), "sampling": asdict(pipe.sampling), "network": fingerprint(network)}
+    request |= {"images": sha256_tensors({"images": ready}), "seed": seed, "labels": labels and list(labels)}
+
+    def make(keep: float) -> dict[str, Tensor]:
+        return complete_and_judge(complete, ready, keep, lambda done: network.judge(done).pooled, num_shown=SHOWN)
+
+    paths = {keep: cache / f"{request_key(**request, keep=keep)}.safetensors" for keep in (*keeps, 1.0)}
+    return {keep: remember(path, partial(make, keep)) for keep, path in paths.items()}
+
+
+def describe(
+    pipe: DigitPipeline, curve: Mapping[float, Interval], keeps: Sequence[float], labels: Sequence[int] | None
+) -> dict[str, Any]:
+    """A pipeline's part of the JSON."""
+    skipped = sorted(set(keeps) - curve.keys())
+    points = {keep: distance for keep, distance in curve.items() if keep < 1}
     return {
-        keep: frechet_interval(rows, reference.mean, reference.cov, confidence=confidence)
-        for keep, rows in sorted(features.items())
+        "fingerprint": pipeline_key(pipe),
+        "sampling": asdict(pipe.sampling),
+        "labels": label_source(pipe, labels),
+        "grids": grids(pipe),
+        "curve": [{"keep": k, "kept": kept(pipe, k), "distance": d.to_dict()} for k, d in points.items()],
+        "skipped": [{"keep": keep, "kept": kept(pipe, keep)} for keep in skipped],
+        "reconstruction": curve[1.0].to_dict(),
     }
 
 
-def curve_difference(
-    first: Mapping[float, Tensor], second: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
-) -> dict[float, Interval]:
-    """Distance of `first` less that of `second` at every fraction both have, paired: both complete the same images."""
-    shared = sorted(first.keys() & second.keys())
-    target = (reference.mean, reference.cov)
-    return {keep: frechet_difference(first[keep], second[keep], *target, confidence=confidence) for keep in shared}
+def differences(features: Mapping[str, Mapping[float, Tensor]], reference: FeatureStats) -> list[dict[str, Any]]:
+    """The first curve less each other one, at the fractions that both have; below 0 the first completes better."""
+    (first, mine), *others = features.items()
+    return [
+        {"first": first, "second": name, "keep": keep, "difference": difference.to_dict()}
+        for name, theirs in others
+        for keep, difference in curve_difference(mine, theirs, reference).items()
+        if keep < 1
+    ]
+
+
+def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> Complete:
+    """A pipeline as `evaluation.completion.Complete`; image i draws with seed + i and its own label."""
+
+    def complete(images: Tensor, keep: float, first: int) -> Tensor:
+        known = labels is not None and bool(first_model(pipe).cfg.num_classes)
+        these = list(labels[first : first + len(images)]) if known else None
+        return pipe.complete(images, keep, seed + first, these)
+
+    return complete
+
+
+def first_model(pipe: DigitPipeline) -> Any:
+    """The model that draws first: it carries the classes."""
+    pipe.require("vq", "renderer")
+    return pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
+
+
+def label_source(pipe: DigitPipeline, labels: Sequence[int] | None) -> str:
+    """Where the classes of the images came from, in words."""
+    if not first_model(pipe).cfg.num_classes:
+        return "none: the pipeline is unconditional"
+    return "guessed from each whole picture, which tells of its hidden part" if labels is None else "given"
+
+
+# -------------------------------------------------------------------- what can be kept
+
+
+def grids(pipe: DigitPipeline) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of each kind of token that takes part in a completion."""
+    names = ("discriminative", "vq") if pipe.renderer.cfg.prefix_len else ("vq",)
+    return {name: pipe.tokenizers[name].grid for name in names}
+
+
+def kept(pipe: DigitPipeline, keep: float) -> dict[str, float]:
+    """The fraction of each kind of token that `keep` comes to in whole rows."""
+    return {name: kept_tokens(grid, keep) / math.prod(grid) for name, grid in grids(pipe).items()}
+
+
+def exact_fractions(pipe: DigitPipeline, keeps: Sequence[float]) -> list[float]:
+    """Those that every grid of the pipeline can keep exactly, sorted. Raises DigitError where there is none."""
+    if not all(0 < keep < 1 for keep in keeps):
+        raise DigitError(f"fractions to keep are {list(keeps)}: wanted numbers between 0 and 1, such as 0.5")
+    chosen = sorted(set(keeps))
+    exact = [keep for keep in chosen if all(math.isclose(got, keep) for got in kept(pipe, keep).values())]
+    if not exact:
+        rows = math.gcd(*(grid[0] for grid in grids(pipe).values()))
+        possible = ", ".join(f"{row / rows:g}" for row in range(1, rows)) or "none"
+        raise DigitError(f"token grids {grids(pipe)} keep none of {chosen} in whole rows: choose among {possible}")
+    return exact
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def draw_curves(path: Path, result: dict[str, Any]) -> None:
+    """Distance against prefix length in percent, as Figure 4b; dashed, what the VQGAN alone costs."""
+    curves, floors = [], {}
+    for colour, (name, pipe) in enumerate(result["pipes"].items()):
+        x = [100 * point["keep"] for point in pipe["curve"]]
+        curves.append(Curve.of([point["distance"] for point in pipe["curve"]], x, name=name, colour=colour))
+        floor = pipe["reconstruction"]["value"]
+        floors[floor] = Curve(name="all kept", x=[0, 100], y=[floor] * 2, colour=colour, reference=True)
+    curves += floors.values()  # one line where the pipelines share a VQGAN
+    curves_png(path, {result["metric"]: curves}, xlabel="prefix length / %")
+
+
+def draw_grid(path: Path, images: Tensor, found: Mapping[float, Mapping[str, Tensor]], size: int) -> None:
+    """The pictures, and below them a row a fraction; a pale line ends the kept part."""
+    rows, names = [fit_batch(images[:SHOWN].cpu(), size)], ["picture"]
+    for keep, held in sorted(found.items()):
+        rows.append(held["shown"] if keep == 1 else with_cut(held["shown"], keep))
+        names.append("all kept" if keep == 1 else f"{100 * keep:g}%")
+    scale = max(1, 96 // size)
+    plots.save_png(path, plots.grid(torch.cat(rows), len(rows[0]), scale=scale, row_names=names))
+
+
+def with_cut(images: Tensor, keep: float) -> Tensor:
+    """The last kept row of pixels half white."""
+    marked, row = images.clone(), round(images.shape[2] * keep) - 1
+    marked[:, :, row] = ((marked[:, :, row].int() + 255) // 2).to(torch.uint8)
+    return marked

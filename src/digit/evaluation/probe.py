@@ -1,285 +1,268 @@
-"""Linear probes: what a linear classifier reads out of frozen features, by layer (paper, 4.2, Table 2, Figure 3b).
+"""Table 2, Figure 3b and Acc@OL of Figure 4a: linear probes of priors, VQ-only models and encoders.
 
-Two solvers. SGD as released (momentum 0.9, cosine schedule, learning rate 0.4), which takes any number of images; all
-layers and all learning rates are trained at once, a head each. L-BFGS to the optimum, without a seed or a learning
-rate, for features that fit in memory. Whatever is swept is chosen on images held out of the training set; the test
-images are looked at once, at the end.
-
-Shapes: N training and M test images, L layers, D features, C classes, S settings of the sweep.
+Features of a sequence model are those of the released code but for the last position (`prior_features`): the mean over
+positions, the start symbol among them, of each layer n; n = 0 is the embedding, n = depth the last block (before a
+pre-norm model's final norm). The released code trains heads on n = 0 .. depth - 1; here n = depth is probed too. Unlike
+it, training images are cropped once, not at random anew in every epoch: one pass of the frozen networks gives the
+features of every layer.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from itertools import combinations, islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from digit.data.loader import CropLoader
+from digit.data.preprocess import PreprocessConfig
+from digit.data.source import ImageSource
 from digit.errors import DigitError
-from digit.evaluation.intervals import Interval, difference_interval, proportion_interval
-from digit.evaluation.judge import fit_linear_classifier
-from digit.progress import Progress
+from digit.evaluation.curves import Curve, curves_png
+from digit.evaluation.paper import FIG4A, TABLE2
+from digit.evaluation.sharing import rows_to_main
+from digit.metrics.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
+from digit.models.sequence import SequenceModel
+from digit.pipeline.batch_size import pass_size
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runtime import distributed
+from digit.runtime.files import plain, write_json
+from digit.runtime.progress import Progress
+from digit.tokenizers.encoders import FrozenEncoder
 
-MAX_ITERATIONS = 1000  # of L-BFGS
-READ_TOGETHER = 1024  # images whose features are copied at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """How the classifiers are trained and chosen."""
-
-    solver: Literal["lbfgs", "sgd"] = "lbfgs"
-    """lbfgs: multinomial logistic regression at its optimum, in float64; sgd: as released, for many images."""
-    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
-    """lbfgs: weights of ||W||^2 / 2 beside the mean cross-entropy, to choose from."""
-    tolerance: float = 1e-9
-    """lbfgs: stops where a step changes the loss by less."""
-    learning_rates: tuple[float, ...] = (0.01, 0.04, 0.1, 0.4, 1.0)
-    """sgd: learning rates to choose from (released: 0.4)."""
-    weight_decays: tuple[float, ...] = (0.0,)
-    """sgd: weight decays to choose from, each with every learning rate."""
-    num_epochs: int = 80
-    """sgd: passes over the training images (released: 100,000 updates of 1024 images, 80 passes over ImageNet)."""
-    batch_size: int = 1024
-    """sgd: images an update."""
-    momentum: float = 0.9
-    """sgd: momentum."""
-    standardise: bool = True
-    """sgd: features to mean 0 and deviation 1 over the training images; lbfgs always does, or its l2 would depend on
-    the features' scale."""
-    validation_fraction: float = 0.1
-    """Fraction of the training images held out to choose settings and the best layer; never the test images."""
-    seed: int = 0
-    """Seed of the split and of sgd's order."""
-    confidence: float = 0.95
-    """Confidence of the intervals (Wilson over test images; paired bootstrap for differences)."""
-
-    def __post_init__(self) -> None:
-        if self.solver not in ("lbfgs", "sgd"):
-            raise DigitError(f"solver is {self.solver!r}: choose lbfgs or sgd")
-        if not self.l2 or not self.learning_rates or not self.weight_decays:
-            raise DigitError("the probe's l2, learning_rates and weight_decays need at least one number each")
-        if not 0 < self.validation_fraction < 1:
-            raise DigitError(f"validation_fraction is {self.validation_fraction}: a fraction between 0 and 1")
-        if min(self.num_epochs, self.batch_size) < 1:
-            raise DigitError(f"num_epochs {self.num_epochs} and batch_size {self.batch_size} must both be at least 1")
-
-    @property
-    def settings(self) -> list[dict[str, float]]:
-        """What is swept, S entries."""
-        if self.solver == "lbfgs":
-            return [{"l2": l2} for l2 in self.l2]
-        pairs = product(self.learning_rates, self.weight_decays)
-        return [{"learning_rate": rate, "weight_decay": decay} for rate, decay in pairs]
+LABELS = "labels"
+Precision = Literal["fp32", "bf16"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerResult:
-    """One layer's probe."""
-
-    name: str
-    top1: Interval
-    """Share of test images whose class is recognised, 0..1."""
-    setting: dict[str, float]
-    """Chosen of the sweep."""
-    validation_top1: float
-    """The same on the held-out training images, with the chosen setting: what to choose a layer by."""
-    correct: Tensor
-    """(M,) bool, image by image, to compare two probes of the same test images."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but `correct`, for JSON."""
-        kept = {"name": self.name, "top1": self.top1.to_dict(), "setting": self.setting}
-        return kept | {"validation_top1": self.validation_top1}
-
-
-def best_layer(results: Sequence[LayerResult]) -> LayerResult:
-    """The layer with the best validation accuracy; choosing by the test images would flatter it."""
-    return max(results, key=lambda result: result.validation_top1)
-
-
-def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -> Interval:
-    """First minus second on the same test images, paired."""
-    return difference_interval(first.correct.double(), second.correct.double(), confidence=cfg.confidence)
-
-
-def probe_layers(
-    train: Tensor,
-    labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    cfg: ProbeConfig,
-    names: Sequence[str] = (),
-    groups: Tensor | None = None,
-) -> list[LayerResult]:
-    """Probe every layer: train (N, L, D) with labels (N,), test (M, L, D) with test_labels (M,), classes 0..C-1.
-
-    The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd computes where
-    the features are, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image: they are held out
-    together, or a setting that learns images by heart would win.
-
-    Raises DigitError for labels that are missing or do not fit, NaN, and too few images to hold any out.
-    """
-    labels, test_labels = labels.long().cpu(), test_labels.long().cpu()
-    num_classes = _check(train, labels, test, test_labels)
-    names = list(names) or [f"layer {n}" for n in range(train.shape[1])]
-    order, held = _split(torch.arange(len(train)) if groups is None else groups, cfg)
-    fit = fit_lbfgs if cfg.solver == "lbfgs" else fit_sgd
-    data, settings = ProbeData(train, labels, num_classes), cfg.settings
-    with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
-        heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar.update)
-        right = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
-        scores = right.double().mean(0)  # (L, S)
-        chosen = scores.argmax(1).tolist()  # the first of equals
-        heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
-    correct = _predict(heads, test, torch.arange(len(test)))[:, :, 0] == test_labels[:, None]  # (M, L)
-    return [
-        LayerResult(
-            name=names[n],
-            top1=proportion_interval(int(correct[:, n].sum()), len(correct), confidence=cfg.confidence),
-            setting=settings[s],
-            validation_top1=float(scores[n, s]),
-            correct=correct[:, n],
-        )
-        for n, s in enumerate(chosen)
-    ]
-
-
-def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
-    """(rows in random order, group by group, how many of the first are held out)."""
-    groups = torch.unique(groups, return_inverse=True)[1]
-    num = int(groups.max()) + 1
-    place = torch.randperm(num, generator=torch.Generator().manual_seed(cfg.seed % 2**63)).argsort()
-    held = max(1, round(cfg.validation_fraction * num))
-    if held >= num:
-        raise DigitError(f"{num} training images leave none to train on beside {held} held out: give more")
-    rank = place[groups]
-    return rank.argsort(stable=True), int((rank < held).sum())
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Linear classifiers, S for each of L layers, on features standardised by mean and scale (L, D)."""
-
-    weight: Tensor  # (L, D, S, C)
-    bias: Tensor  # (L, S, C)
-    mean: Tensor
-    scale: Tensor
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, S, C)."""
-        x = (features.to(self.weight.dtype) - self.mean) / self.scale
-        return torch.einsum("bld,ldsc->blsc", x, self.weight) + self.bias
-
-
-@dataclass(frozen=True)
-class ProbeData:
-    """What classifiers are trained on."""
-
-    features: Tensor  # (N, L, D)
-    labels: Tensor  # (N,) int64 on the CPU
-    num_classes: int
-
-
-Sweep = list[list[dict[str, float]]]  # (L, S) settings
-Advance = Callable[[int], object]  # told of every step
-
-
-def _ignore(advance: int) -> None:
-    pass
-
-
-def _num_updates(cfg: ProbeConfig, train: Tensor, kept: int) -> int:
-    """Of the progress bar: classifiers (lbfgs) or updates (sgd) of the sweep and of the final fit."""
-    if cfg.solver == "lbfgs":
-        return train.shape[1] * (len(cfg.settings) + 1)
-    return cfg.num_epochs * sum(-(-num // cfg.batch_size) for num in (kept, len(train)))
-
-
-def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of (N, L, D) -> classes (B, L, S) int64 on the CPU."""
-    parts = (features[part.to(features.device)].to(heads.weight.device) for part in rows.split(READ_TOGETHER))
-    return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
-
-
-def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
-    # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
-    """A classifier for every layer and setting on some rows of the data, each at its optimum."""
-    fitted = []
-    for layer, settings in enumerate(sweep):
-        features = data.features[rows.to(data.features.device), layer]  # (N, D)
-        for setting in settings:
-            how = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
-            fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **how))
-            advance(1)
-    shape = (len(sweep), len(sweep[0]))
-    weight = torch.stack([one.weight for one in fitted]).unflatten(0, shape)  # (L, S, C, D)
-    bias = torch.stack([one.bias for one in fitted]).unflatten(0, shape)  # (L, S, C)
-    mean, scale = (torch.stack([getattr(one, name) for one in fitted[:: shape[1]]]) for name in ("mean", "scale"))
-    return Heads(weight.permute(0, 3, 1, 2), bias, mean, scale)
+# ---------------------------------------------------------------- features
 
 
 @torch.no_grad()
-def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
-    # g = d/dW CE + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v, from zero
-    """A classifier for every layer and setting on some rows of the data, all at once and where the features are."""
-    device, (_, num_layers, dim) = data.features.device, data.features.shape
-    rates, decays = (
-        torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
-        for name in ("learning_rate", "weight_decay")
+def prior_features(
+    model: SequenceModel,
+    tokens: Tensor,
+    *,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    last_position: bool = False,
+) -> Tensor:
+    """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over positions of every layer.
+
+    Positions are the start symbol and the tokens; the last token is an input of no training step of ours, and its
+    position's row stays as it began, so it is left out unless `last_position` asks for it. Released models end in a
+    symbol of their own and were trained on it: there the released code's mean is over all.
+    A conditional model is shown the plain start symbol, not the class, which would give the answer away (`notes_on`
+    says where that symbol was never trained). Raises DigitError for a model with a prefix and for other lengths.
+    """
+    if model.cfg.prefix_len:
+        raise DigitError("a renderer reads the prefix too: probe the prior, or a VQ-only model")
+    if tokens.ndim != 2 or tokens.shape[1] != model.cfg.target_len:
+        raise DigitError(f"tokens are {tuple(tokens.shape)}, the model reads (N, {model.cfg.target_len})")
+    device, training = model.positions.device, model.training
+    model.eval()
+    parts = []
+    for chunk in tokens.split(pass_size(model, batch_size)):
+        hidden: list[Tensor] = []
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            model.features(chunk.long().to(device), hidden=hidden)  # as return_hidden=True, without the logits
+        kept = hidden if last_position or model.cfg.masked else [h[:, :-1] for h in hidden]
+        parts.append(torch.stack([h.float().mean(1) for h in kept], 1).cpu())  # (B, L, D)
+    model.train(training)
+    return torch.cat(parts)
+
+
+def encoder_features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) -> (N, 1, D) float32 on the CPU: the mean over patches at the layer the tokens are made of."""
+    return encoder.features(images).mean(1, keepdim=True).float().cpu()
+
+
+def notes_on(model: SequenceModel) -> list[str]:
+    """What a reader has to know about a model's features."""
+    if model.cfg.num_classes and not model.cfg.label_dropout:
+        return ["trained with a class at every sequence: the plain start symbol that it is shown here is untrained"]
+    return []
+
+
+def training_of(pipe: DigitPipeline) -> str:
+    """What the encoder was trained on, as far as known."""
+    return str(pipe.tokenizer.encoder.describe().get("training", "on what is not recorded"))
+
+
+def collect(
+    pipe: DigitPipeline, source: ImageSource, *, num: int | None = None, batch_size: int = 64,
+    precision: Precision = "fp32", description: str = "features",
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """Everything of a pipeline that can be probed, from centre crops of the labelled images of a source.
+
+    Returns ({"prior", "vq_only", "encoder": (N, L, D) float32}, as far as the pipeline has them, labels (N,) int64).
+    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix. Several ranks
+    take a share each; rank 0 gets all features and labels, the others none.
+    Raises DigitError where the source has no labels or the pipeline nothing to probe.
+    """
+    vq_only = pipe.renderer if pipe.renderer is not None and not pipe.renderer.cfg.prefix_len else None
+    if pipe.tokenizer is None and vq_only is None:
+        raise DigitError("nothing to probe: the pipeline holds neither a discriminative tokenizer nor a VQ-only model")
+    chosen, how, read = source.limit(num), dict(batch_size=batch_size, precision=precision), 0
+
+    def share() -> dict[str, Tensor]:
+        nonlocal read
+        parts = defaultdict(list)
+        with Progress(description, len(distributed.share(len(chosen), batch_size))) as bar:
+            for images, labels in _shared_crops(chosen, pipe.preprocess, batch_size):
+                read += len(images)
+                bar.update(len(images))
+                images, labels = images[labels >= 0], labels[labels >= 0]
+                if not len(images):
+                    continue
+                parts[LABELS].append(labels)
+                if pipe.tokenizer is not None:
+                    tokens, features = pipe.tokenizer.encode_features(images)
+                    parts["encoder"].append(features.mean(1, keepdim=True).cpu())
+                    if pipe.prior is not None:
+                        parts["prior"].append(prior_features(pipe.prior, tokens, **how))
+                if vq_only is not None:
+                    parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **how))
+        return {name: torch.cat(part) for name, part in parts.items()}
+
+    features = rows_to_main(share)
+    if not sum(distributed.gather(read)):
+        raise DigitError(f"{source.name} holds no image that can be read")
+    if not distributed.any_rank(LABELS in features):
+        raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
+    labels = features.pop(LABELS, torch.zeros(0, dtype=torch.int64))
+    return features, labels
+
+
+def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the batches of `centre_crops`, cut as one rank cuts them."""
+    share = distributed.share(len(source), batch_size)
+    how = dict(batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start)
+    loader = CropLoader(source, replace(cfg, random_crop=False, flip=False), **how)
+    with loader.sharing_cores():
+        for batch in islice(loader, -(-len(share) // batch_size)):
+            yield batch.images[batch.ok], batch.labels[batch.ok]
+
+
+# ---------------------------------------------------------------- measurement
+
+
+def run_probe(
+    pipes: DigitPipeline | Mapping[str, DigitPipeline], train: ImageSource, test: ImageSource,
+    cfg: ProbeConfig | None = None, *, out: str | Path, num_train: int | None = None, num_test: int | None = None,
+    batch_size: int = 64, precision: Precision = "fp32",
+) -> dict[str, Any]:  # fmt: skip
+    """Probe what pipelines hold, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
+
+    Several ranks call it together: they share the images, rank 0 trains the classifiers, every one gets the result.
+
+    Args:
+        pipes: one pipeline, or several by name ("K = 1024"), whose curves share the plot; an encoder that several
+            share is probed once.
+        train, test: labelled sources; the test images are numbered by the training source's classes.
+        num_train, num_test: at most so many images, spread evenly.
+    """
+    named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
+    if not named:
+        raise DigitError("no pipeline to probe: give at least one")
+    test = test.with_classes(train.classes)
+    known = test.labels()
+    unknown = 0 if known is None else int((known < 0).sum())
+    features: dict[str, tuple[Tensor, Tensor]] = {}
+    notes: dict[str, list[str]] = {}
+    how, seen = dict(batch_size=batch_size, precision=precision), set()
+    for name, pipe in named.items():
+        trained, labels = collect(pipe, train, num=num_train, description="training features", **how)
+        tested, test_labels = collect(pipe, test, num=num_test, description="test features", **how)
+        encoder = (pipe.tokenizer and pipe.tokenizer.encoder.fingerprint, pipe.preprocess)
+        if encoder in seen:
+            trained.pop("encoder", None)
+        seen.add(encoder)
+        for kind, values in trained.items():
+            label = f"{name} {kind}".strip()
+            features[label] = (values, tested[kind])
+            model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
+            notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
+    about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
+    if unknown:
+        about["left_out"] = f"{unknown} of {len(test)} test images have no class that the training images have"
+    how = dict(out=out, notes=notes, about=about)
+    return distributed.on_main(lambda: probe_features(features, labels, test_labels, cfg, **how))
+
+
+def probe_features(
+    features: Mapping[str, tuple[Tensor, Tensor]], labels: Tensor, test_labels: Tensor,
+    cfg: ProbeConfig | None = None, *, out: str | Path, notes: Mapping[str, list[str]] | None = None,
+    about: Mapping[str, Any] | None = None, groups: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As `run_probe`, from features by name: (train (N, L, D), test (M, L, D)), all of the same images.
+
+    groups (N,) says which training rows are crops of one image.
+    """
+    cfg, notes = cfg or ProbeConfig(), notes or {}
+    probed = {
+        name: probe_layers(train, labels, test, test_labels, cfg, layer_names(train.shape[1]), groups)
+        for name, (train, test) in features.items()
+    }
+    best = {name: best_layer(layers) for name, layers in probed.items()}
+    result = plain(
+        {
+            "protocol": dict(about or {}) | {
+                "about": "linear probe of the mean over positions (paper, Table 2); settings and best layer chosen on "
+                "held-out training images; intervals over test images",
+                "num_train": len(labels) if groups is None else len(groups.unique()), "train_rows": len(labels),
+                "num_test": len(test_labels), "num_classes": int(labels.max()) + 1,
+                "chance": float(torch.bincount(test_labels).max() / len(test_labels)),
+            } | asdict(cfg),
+            "probes": {name: describe(layers, best[name], notes.get(name, [])) for name, layers in probed.items()},
+            "differences": [
+                {"first": a, "second": b, "top1": top1_difference(best[a], best[b], cfg).to_dict()}
+                for a, b in combinations(best, 2)
+            ],
+        }
+    )  # fmt: skip
+    write_json(Path(out) / "probe.json", result)
+    plot(result, Path(out) / "probe.png")
+    return result
+
+
+def layer_names(num: int) -> list[str]:
+    """embedding, block 1, ...; a single one is an encoder's."""
+    return ["patches"] if num == 1 else ["embedding", *(f"block {n}" for n in range(1, num))]
+
+
+def describe(layers: list[LayerResult], best: LayerResult, notes: list[str]) -> dict[str, Any]:
+    """One model's entry in the JSON."""
+    return {"best": best.to_dict(), "layers": [layer.to_dict() for layer in layers], "notes": notes}
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Top-1 over layers, as Figure 3b; an encoder has one layer and lies across."""
+    curves, depth = [], max(len(entry["layers"]) for entry in result["probes"].values()) - 1
+    for colour, (name, entry) in enumerate(result["probes"].items()):
+        intervals = [layer["top1"] for layer in entry["layers"]]
+        flat = len(intervals) == 1
+        x, intervals = ((0, max(depth, 1)), intervals * 2) if flat else (range(len(intervals)), intervals)
+        curves.append(Curve.of(intervals, x, factor=100, name=name, colour=colour, line=":" if flat else "-"))
+    curves_png(path, {"top-1 accuracy (%)": curves}, xlabel="layer (0 is the embedding)")
+
+
+def to_table(result: Mapping[str, Any]) -> str:
+    """Markdown: the best layer of each probe, then the paper's figures."""
+    protocol, lines = result["protocol"], ["| features | best layer | top-1 (%) | setting |", "|---|---|---|---|"]
+    for name, entry in result["probes"].items():
+        best = entry["best"]
+        top1 = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**{end: 100 * v for end, v in best["top1"].items()})
+        setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best["setting"].items())
+        lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
+    lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
+    lines += [f"| *paper: encoder {name}* | | {figures[-1]} | |" for name, figures in FIG4A.items() if figures[-1]]
+    notes = [f"{protocol['left_out']}."] if "left_out" in protocol else []
+    notes += [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
+    return "\n".join(lines) + (
+        f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "
+        f"images; the most frequent class alone gives {100 * protocol['chance']:.1f} %. The paper: ImageNet, 1000 "
+        f"classes. {' '.join(notes)}\n"
     )
-    mean, scale = _moments(data.features, rows) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
-    weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
-    bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
-    heads, weight_speed, bias_speed = Heads(weight, bias, mean, scale), torch.zeros_like(weight), torch.zeros_like(bias)
-    generator = torch.Generator().manual_seed(cfg.seed % 2**63)
-    total, step = cfg.num_epochs * -(-len(rows) // cfg.batch_size), 0
-    for _ in range(cfg.num_epochs):
-        for batch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.batch_size):
-            x = (data.features[batch.to(device)].float() - mean) / scale  # (B, L, D)
-            error = (torch.einsum("bld,ldsc->blsc", x, weight) + bias).softmax(3)
-            error[torch.arange(len(batch)), :, :, data.labels[batch]] -= 1
-            error /= len(batch)  # (B, L, S, C), d CE / d logits
-            gradient = torch.einsum("bld,blsc->ldsc", x, error).addcmul_(weight, decays[:, None])
-            rate = rates * (0.5 * (1 + math.cos(math.pi * step / total)))  # (L, S, 1)
-            weight -= rate[:, None] * weight_speed.mul_(cfg.momentum).add_(gradient)
-            bias -= rate * bias_speed.mul_(cfg.momentum).add_(error.sum(0))
-            step += 1
-            advance(1)
-    return heads
-
-
-def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (L, D) float32 of some rows, without a copy of all; a constant feature keeps deviation 1."""
-    parts = rows.to(features.device).split(READ_TOGETHER)
-    mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
-    scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
-    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
-    return mean.float(), scale.float()
-
-
-def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
-    """Number of classes."""
-    for what, features, own in (("training", train, labels), ("test", test, test_labels)):
-        if features.ndim != 3 or len(features) != len(own) or not len(own):
-            raise DigitError(
-                f"{len(own)} labels for {what} features {tuple(features.shape)}, wanted one for each of (N, L, D)"
-            )
-        if own.min() < 0:
-            raise DigitError(f"{int((own < 0).sum())} {what} images have no label: leave them out")
-        if not torch.isfinite(features).all():
-            raise DigitError(f"{what} features hold NaN or infinity: check the images and the network's weights")
-    if train.shape[1:] != test.shape[1:]:
-        raise DigitError(f"training features are {tuple(train.shape[1:])}, test features {tuple(test.shape[1:])} "
-                         "(layers, features): take both from one model")  # fmt: skip
-    num_classes = int(labels.max()) + 1
-    if num_classes < 2 and len(labels) > 1:
-        raise DigitError("all training images are of one class: a probe tells at least 2 apart")
-    if test_labels.max() >= num_classes:
-        raise DigitError(
-            f"test labels run to {int(test_labels.max())}, training labels to {num_classes - 1}: "
-            "number both by one list of classes, or give training images of every class"
-        )
-    return num_classes

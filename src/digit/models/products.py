@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @cache
@@ -44,3 +44,34 @@ def arranged(weight: Tensor, num_rows: int | None = None) -> Tensor:
         if takes_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
     return weight
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b, W packed for inputs of about `num_rows` rows."""
+
+    def __init__(self, layer: nn.Linear, num_rows: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = arranged(layer.weight.detach(), num_rows)
+        self.bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features), in the weight's type."""
+        return linear(x, self.weight, self.bias)
+
+
+@torch.no_grad()
+def packs(layer: nn.Linear) -> bool:
+    """Whether this torch build packs this layer, and its processor gains by it."""
+    gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
+    return gains and takes_onednn(layer.weight, layer.weight) and arranged(layer.weight[:1]).is_mkldnn
+
+
+def pack_linears(module: nn.Module, num_rows: int) -> nn.Module:
+    """Replace every nn.Linear inside `module` that can be packed, in place; returns the module."""
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and packs(child):
+            setattr(module, name, PackedLinear(child, num_rows))
+        else:
+            pack_linears(child, num_rows)
+    return module

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.models.likelihood import projected_likelihood
+from digit.models.losses import projected_likelihood
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@
 from pathlib import Path
 from typing import Any
 
-from digit import pictures
-from digit.evaluation.intervals import Interval, seeds_interval
+from digit.metrics.intervals import Interval, seeds_interval
 from digit.reproduce.experiment import Experiment, Outcome
 from digit.reproduce.study import Study
 from digit.reproduce.tables import (
@@ -26,6 +25,7 @@ from digit.reproduce.tables import (
     training_step,
     whiskers,
 )
+from digit.runtime import plots
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
@@ -145,7 +145,7 @@ def draw(study: Study, found: dict[str, Any], distance: str, out: Path) -> list[
     shots = [study.out / "stability" / "stability.png"]
     for claim, label in (("generation", distance), ("probe", "top-1 accuracy, %")):
         path = out / f"{claim}.png"
-        pictures.bars_png(
+        plots.bars_png(
             path, {"DiGIT": whiskers(found[claim]["digit"]), "VQ-only": whiskers(found[claim]["vq_only"])}, xlabel=label
         )
         shots.append(path)

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import torch
 
-from digit.plan.machines import Machine, this_machine
-from digit.plan.stages import Order, Planner
-from digit.recipes import Recipe
+from digit.planning.machines import Machine, this_machine
+from digit.planning.stages import Order, Planner
+from digit.runs.recipes import Recipe
 
 REFERENCE_FLOPS = 4e11  # bf16 products a second of the machine of the rates: two cores of an AMD EPYC with AVX-512
 PER_SECOND = {"judge": 250.0, "probe": 2500.0, "pretrain": 100.0}  # images of 64 px; they grow with the pixels

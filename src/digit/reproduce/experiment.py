@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from digit import __version__
-from digit.files import atomic_path, plain, read_json, write_json
-from digit.machine import describe_machine
-from digit.progress import format_duration
+from digit.runtime.files import atomic_path, plain, read_json, write_json
+from digit.runtime.hardware import describe_machine
+from digit.runtime.progress import format_duration
 
 DAY = 86_400.0  # seconds
 

@@ -7,19 +7,13 @@ from typing import Any
 
 import torch
 
-from digit import pictures
 from digit.data.crops import centre_crops
 from digit.errors import DigitError
-from digit.fit import Run
-from digit.measures import paper
-from digit.measures.completion import run_completion
-from digit.measures.probe import encoder_features, probe_features
-from digit.measures.sweep import run_sweep
-from digit.measures.theory import run_theory
+from digit.evaluation import paper
+from digit.evaluation.completion import run_completion
+from digit.evaluation.probe import encoder_features, probe_features
+from digit.evaluation.sweep import run_sweep
 from digit.models.vit import SIZES as VITS
-from digit.pretrain import PretrainConfig, pretrain
-from digit.progress import track
-from digit.recipes import ModelSpec
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.study import Study
 from digit.reproduce.tables import (
@@ -34,6 +28,12 @@ from digit.reproduce.tables import (
     trained,
     training_step,
 )
+from digit.reproduce.theory import run_theory
+from digit.runs.fit import Run
+from digit.runs.pretrain import PretrainConfig, pretrain
+from digit.runs.recipes import ModelSpec
+from digit.runtime import plots
+from digit.runtime.progress import track
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.config import TrainConfig
 
@@ -99,7 +99,7 @@ def fig3b(study: Study) -> Experiment:
             curves[f"K = {k}"] = (range(len(top1)), top1)
             lines.append(f"| {k} | {result['best']['name']} | {best_top1(result):.1f} |")
         picture = out / "fig3b.png"
-        pictures.curve_png(picture, curves, xlabel="layer (0: embedding)", ylabel="top-1 accuracy, %")
+        plots.curve_png(picture, curves, xlabel="layer (0: embedding)", ylabel="top-1 accuracy, %")
         lines += ["", "Paper: 1024 < 4096 < 8192 codes at every layer, the peak at the middle layers."]
         return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
 
@@ -174,7 +174,7 @@ def fig4a(study: Study) -> Experiment:
         )
         lines += ["", f"{protocol(study)} One seed. P patch, G global, D discriminative, R reconstructive."]
         picture = out / "fig4a.png"
-        pictures.bars_png(picture, bars, xlabel=distance)
+        plots.bars_png(picture, bars, xlabel=distance)
         return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
 
     return Experiment(title="Figure 4a: tokens of other encoders", steps=steps, summarise=summarise)

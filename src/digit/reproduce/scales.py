@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from digit.errors import DigitError
-from digit.evaluation.probe import ProbeConfig
-from digit.measures.sweep import SweepConfig
-from digit.pipeline import SamplingConfig, StageSampling
-from digit.pretrain import PretrainConfig
-from digit.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, digit_base, digit_large
+from digit.evaluation.sweep import SweepConfig
+from digit.metrics.probe import ProbeConfig
+from digit.pipeline.pipeline import SamplingConfig, StageSampling
+from digit.runs.pretrain import PretrainConfig
+from digit.runs.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, digit_base, digit_large
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.ssl.train import SSLConfig
 

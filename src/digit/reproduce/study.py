@@ -20,17 +20,18 @@ from digit.data.images import ImageSource, hold_out, open_source
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError
-from digit.evaluation.judge import Judged, collect_judged, fd
-from digit.evaluation.scores import inception_score, splits_of
-from digit.files import plain, read_json, write_json
-from digit.fit import RESULTS, Run, differences, merged
-from digit.measures.cache import pipeline_key, remember, request_key
-from digit.measures.features import fingerprint
-from digit.measures.networks import load_judge_network
-from digit.pipeline import DigitPipeline, choose_device
-from digit.recipes import Recipe
+from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.features import fingerprint
+from digit.evaluation.networks import load_judge_network
+from digit.metrics.judge import Judged, collect_judged, fd
+from digit.metrics.scores import inception_score, splits_of
+from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
+from digit.runs.fit import RESULTS, Run, differences, merged
+from digit.runs.recipes import Recipe
+from digit.runtime.files import plain, read_json, write_json
+from digit.runtime.hardware import choose_device
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
@@ -273,10 +274,10 @@ class Study:
 
     def show(self, name: str, images: Tensor) -> None:
         """OUT/pictures/NAME.png: a grid, ten a row."""
-        from digit import pictures
+        from digit.runtime import plots
 
-        picture = pictures.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
-        pictures.save_png(self.out / "pictures" / f"{name}.png", picture)
+        picture = plots.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
+        plots.save_png(self.out / "pictures" / f"{name}.png", picture)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

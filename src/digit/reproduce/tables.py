@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
-from digit import pictures
 from digit.errors import DigitError
-from digit.evaluation.intervals import Interval, seeds_interval
-from digit.evaluation.stability import StabilityConfig
-from digit.fit import Run
-from digit.measures import paper, stability
-from digit.measures import probe as probing
+from digit.evaluation import paper, stability
+from digit.evaluation import probe as probing
+from digit.metrics.intervals import Interval, seeds_interval
+from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.study import DRAWN_TOGETHER, Study, as_tensor
+from digit.runs.fit import Run
+from digit.runtime import plots
 from digit.training.log import last_figures
 
 METHODS = {  # name -> (prior, renderer)
@@ -161,7 +161,7 @@ def table2(study: Study) -> Experiment:
         for method, values in top1.items():
             lines.append(f"| {method} | {over_seeds(values)} | {listed(values)} | {reported[method]} |")
         picture = out / "table2.png"
-        pictures.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
+        plots.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
         return Outcome(table="\n".join(lines), figures={"top1": top1, "paper": paper.TABLE2}, pictures=[picture])
 
     return Experiment(title="Table 2: linear probe of the autoregressive models", steps=steps, summarise=summarise)
@@ -232,7 +232,7 @@ def generation_outcome(
         values = [over_seeds([row[name] for row in found]) for name in (distance, score)]
         lines.append(f"| {method} | {values[0]} | {values[1]} | {found[0]['images']} | {cost} | {fid} | {inception} |")
     picture = out / "distances.png"
-    pictures.bars_png(
+    plots.bars_png(
         picture, {m: whiskers([row[distance] for row in found]) for m, found in rows.items()}, xlabel=distance
     )
     seeds = max(len(found) for found in rows.values())

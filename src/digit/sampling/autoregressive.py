@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from digit.models.decoding import StepTransformer
 from digit.models.sequence import SequenceModel
-from digit.models.steps import StepTransformer
 from digit.models.transformer import KVCache, SteppedCache
 from digit.sampling.requests import Request, conditions
 from digit.sampling.sampler import Sampler, twice

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.models.packed import pack_linears
+from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
 from digit.sampling.filters import check_filters, draw, guide, image_uniforms
 from digit.sampling.requests import PASS_SIZE, Request, check_guidance, make_request, passes

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from digit.data.loader import CropLoader, on_device
 from digit.errors import DigitError, MismatchError
-from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
-from digit.tokenizers.kmeans import KMeans, KMeansConfig, nearest
-from digit.tokenizers.shares import Shares
-from digit.tokenizers.unfinished import UnfinishedFit
+from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.kmeans import KMeans
+from digit.tokenizers.kmeans.nearest import nearest
+from digit.tokenizers.kmeans.shares import Shares
+from digit.tokenizers.kmeans.unfinished import UnfinishedFit
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8

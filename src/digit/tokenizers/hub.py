@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.files import read_json
+from digit.runtime.files import read_json
 
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")
 PROCESSOR = "preprocessor_config.json"

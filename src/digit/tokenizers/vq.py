@@ -13,9 +13,9 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
-from digit.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.settings import from_json
+from digit.runtime.config_json import from_json
+from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")

@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from digit import ranks
 from digit.errors import DigitError, MismatchError
-from digit.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
+from digit.runtime import distributed
+from digit.runtime.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
 from digit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ def save(
     path, tensors = step_folder(folder, step), {}
     aside = path.with_name(f".{path.name}.partial")
     skeleton = _take_apart(content, (), tensors)
-    ranks.on_main(lambda: _prepare(aside, tensors))
+    distributed.on_main(lambda: _prepare(aside, tensors))
     with _full_disk_is_an_os_error(path):
         _write_tensors(aside, tensors)
-    ranks.on_main(lambda: _seal(aside, path, step, skeleton, figures or {}))
-    ranks.on_main(lambda: prune(Path(folder), step, keep, keep_best))
+    distributed.on_main(lambda: _seal(aside, path, step, skeleton, figures or {}))
+    distributed.on_main(lambda: prune(Path(folder), step, keep, keep_best))
     return path
 
 
@@ -110,14 +110,19 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """One file a process, synced."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _torch_is_quiet():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.control(), no_dist=ranks.world_size() == 1)
+        dcp.save(
+            dict(tensors),
+            storage_writer=writer,
+            process_group=distributed.control(),
+            no_dist=distributed.world_size() == 1,
+        )
 
 
 def _seal(aside: Path, path: Path, step: int, skeleton: Any, figures: dict[str, float]) -> None:
     """Write the manifest over what is there, sync, and give the folder its name."""
     write_json(aside / STATE, skeleton)
     files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
-    manifest = {"format": FORMAT, "version": __version__, "step": step, "processes": ranks.world_size()}
+    manifest = {"format": FORMAT, "version": __version__, "step": step, "processes": distributed.world_size()}
     manifest |= {"figures": figures, "files": files}
     write_json(aside / MANIFEST, manifest | {"digest": _digest(manifest)})
     with disk_errors(path):
@@ -204,7 +209,7 @@ def newest(folder: str | Path) -> Path | None:
 
     A damaged one is passed over with a warning line; raises DigitError where all of them are.
     """
-    return ranks.on_main(lambda: _newest(Path(folder)))
+    return distributed.on_main(lambda: _newest(Path(folder)))
 
 
 def _newest(folder: Path) -> Path | None:
@@ -289,11 +294,11 @@ def load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tenso
         return _load(path, templates, parameters or {})
     except CheckpointException as error:
         _raise_interrupt(error)
-        raise DigitError(f"cannot read checkpoint {path}: {ranks.first_line([*_causes(error)][-1])}") from error
+        raise DigitError(f"cannot read checkpoint {path}: {distributed.first_line([*_causes(error)][-1])}") from error
     except STRANGE as error:
-        if ranks.lost_peer(error) is not None:
+        if distributed.lost_peer(error) is not None:
             raise
-        raise _damaged(path, ranks.first_line(error)) from error
+        raise _damaged(path, distributed.first_line(error)) from error
 
 
 def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]]) -> dict[str, Any]:
@@ -312,7 +317,9 @@ def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tens
         dtype = found.properties.dtype
         tensors[name] = torch.empty(found.size, dtype=dtype) if like is None else like
     with _torch_is_quiet():
-        dcp.load(tensors, storage_reader=reader, process_group=ranks.control(), no_dist=ranks.world_size() == 1)
+        dcp.load(
+            tensors, storage_reader=reader, process_group=distributed.control(), no_dist=distributed.world_size() == 1
+        )
     return _put_together(skeleton, tensors)
 
 

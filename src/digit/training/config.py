@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from digit.errors import DigitError, MismatchError
-from digit.files import read_json, write_json
+from digit.runtime.files import read_json, write_json
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
 Optimizer = Literal["adamw", "muon"]

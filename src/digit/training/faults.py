@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit import ranks
 from digit.errors import DigitError
-from digit.files import plain, save_tensors, write_json
-from digit.machine import describe_machine
+from digit.runtime import distributed
+from digit.runtime.files import plain, save_tensors, write_json
+from digit.runtime.hardware import describe_machine
 from digit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def explain(
         "figures": error.figures,
         "rows": rows,
         "settings": settings,
-        "processes": ranks.world_size(),
+        "processes": distributed.world_size(),
         "last_good_checkpoint": None if last_good is None else str(last_good),
         "state": None if error.moved else "state",
         "version": __version__,
@@ -75,7 +75,7 @@ def explain(
         "machine": describe_machine(),
     }
     try:
-        if ranks.is_main():
+        if distributed.is_main():
             write_json(folder / "report.json", plain(report))
             if batches is not None:
                 batch = {k: v for k, v in batches(error.step - 1).items() if isinstance(v, Tensor)}

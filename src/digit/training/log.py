@@ -12,11 +12,11 @@ from typing import IO, Any, Self
 import torch
 from torch import Tensor
 
-from digit import ranks
-from digit.files import atomic_path, disk_errors
-from digit.progress import Progress
-from digit.training.board import Board
+from digit.runtime import distributed
+from digit.runtime.files import atomic_path, disk_errors
+from digit.runtime.progress import Progress
 from digit.training.faults import NotFiniteError, SpikeWatch, find_not_finite
+from digit.training.tensorboard import Board
 
 logger = logging.getLogger(__name__)
 Figures = dict[str, float | Tensor]
@@ -80,7 +80,7 @@ class RunLog:
     def _means(self) -> list[tuple[int, dict[str, float]]]:
         """The pending figures, each the mean over the ranks, in one exchange."""
         own = self.pending[self.averaged :]
-        means = iter(ranks.mean([value for _, figures in own for value in figures.values()]))
+        means = iter(distributed.mean([value for _, figures in own for value in figures.values()]))
         return self.pending[: self.averaged] + [(step, {k: next(means) for k in figures}) for step, figures in own]
 
     def __enter__(self) -> Self:
@@ -88,7 +88,7 @@ class RunLog:
         self.seconds = 0.0  # of the whole run, over all its resumptions
         self.spikes = SpikeWatch()
         self._restart_clock()
-        self.bar = Progress(self.description, total=self.num_steps, done=self.step) if ranks.is_main() else None
+        self.bar = Progress(self.description, total=self.num_steps, done=self.step) if distributed.is_main() else None
         if self.bar is not None:
             cut_log(self.path, self.step)
             self.seconds = last_figures(self.path.parent).get("seconds", 0.0)
@@ -133,7 +133,7 @@ class RunLog:
         """Look at the pending figures. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
         self._fetch()
         found = find_not_finite(self.pending)
-        everyones = ranks.gather(found and (found.step, found.figures))
+        everyones = distributed.gather(found and (found.step, found.figures))
         if told := [each for each in everyones if each is not None]:
             raise NotFiniteError(*min(told, key=itemgetter(0)), moved=True)
 

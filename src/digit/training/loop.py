@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from digit import ranks
 from digit.errors import MismatchError, Stopped
-from digit.stop import StopSignals
+from digit.runtime import distributed
+from digit.runtime.signals import StopSignals
 from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
 from digit.training.faults import NotFiniteError, explain
@@ -113,7 +113,7 @@ def train(
                 figures = update(state.step)
                 state.step += 1
                 log.add(state.step, figures)
-                last, stopped = state.step == cfg.num_steps, ranks.any_rank(signals.asked)
+                last, stopped = state.step == cfg.num_steps, distributed.any_rank(signals.asked)
                 if last or due(state.step, cfg.log_every):
                     log.write(cfg.batch_size)
                 if last or stopped or due(state.step, cfg.save_every):
@@ -125,7 +125,9 @@ def train(
                     last_good = state.save(folder, cfg.keep_checkpoints, found, cfg.keep_best)
                 if stopped and not last:
                     break
-            if ranks.any_rank(signals.asked):  # perhaps only during the last save: the stage after this must not begin
+            if distributed.any_rank(
+                signals.asked
+            ):  # perhaps only during the last save: the stage after this must not begin
                 where = f"step {state.step} of {cfg.num_steps}"
                 raise Stopped(f"{description} stopped at {where}, saved in {last_good or out}")
     except NotFiniteError as error:
@@ -153,8 +155,8 @@ def resume(state: TrainState, cfg: LoopConfig, folder: Path, about: dict[str, An
     if (found := checkpoint.newest(folder)) is not None:
         check_config(folder, cfg, about)
         state.load(found)
-        ranks.on_main(lambda: checkpoint.prune(folder, state.step, cfg.keep_checkpoints, cfg.keep_best))
+        distributed.on_main(lambda: checkpoint.prune(folder, state.step, cfg.keep_checkpoints, cfg.keep_best))
         if state.step > cfg.num_steps:
             raise MismatchError(f"{found} is past num_steps {cfg.num_steps}: give more, or choose another --out")
-    ranks.on_main(lambda: save_config(folder, cfg, about))
+    distributed.on_main(lambda: save_config(folder, cfg, about))
     return found

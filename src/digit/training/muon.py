@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from digit.machine import multiplies_bf16
+from digit.runtime.hardware import multiplies_bf16
 
 MOMENTUM = 0.95
 # p(x) = a x + b x^3 + c x^5, steep at 0; a few iterations bring every singular value near 1 (Jordan et al. 2024)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from digit import ranks
+from digit.runtime import distributed
 
 
 class LossModule(nn.Module):
@@ -35,7 +35,7 @@ def shard(model: nn.Module) -> nn.Module:
     Every rank gives the same weights, as those drawn from one seed are.
     """
     device = next(model.parameters()).device
-    mesh = init_device_mesh(device.type, (ranks.world_size(),))
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
     transformer = getattr(model, "transformer", None)
     for block in getattr(transformer, "blocks", ()):
         fully_shard(block, mesh=mesh)
@@ -57,7 +57,7 @@ def objective(model: nn.Module, how: AbstractContextManager) -> nn.Module:
     are looked for, unless the model says that there are none (`uses_every_parameter`).
     """
     loss = LossModule(model, how)
-    if ranks.world_size() == 1 or isinstance(model, FSDPModule):
+    if distributed.world_size() == 1 or isinstance(model, FSDPModule):
         return loss
     unused = not getattr(model, "uses_every_parameter", False)
     return DistributedDataParallel(loss, find_unused_parameters=unused, gradient_as_bucket_view=True)

@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from digit.machine import matmul_flops
+from digit.runtime.hardware import matmul_flops
 
 # Dense bf16 products, FLOPs a second, as the makers publish them; the first name that the device's name contains
 PUBLISHED = {

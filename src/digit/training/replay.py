@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.files import load_tensors, read_json
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.settings import from_json
+from digit.runtime.config_json import from_json
+from digit.runtime.files import load_tensors, read_json
 from digit.training import checkpoint
 from digit.training.config import TrainConfig
-from digit.training.likelihood import LikelihoodUpdate
 from digit.training.optim import clip_gradients
+from digit.training.sequence import LikelihoodUpdate
 
 
 @dataclass(frozen=True)

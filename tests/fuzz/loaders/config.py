@@ -166,18 +166,18 @@ def work_taken_out() -> Iterator[None]:
         for place, value in (
             ("jsonargparse.set_parsing_settings", nothing),  # help texts, which are not looked at
             ("digit.cli.runs.add_run_arguments", remembered),
-            ("digit.fit.fit", used),
-            ("digit.fit.Run.codebook", nothing),
-            ("digit.fit.Run.tokens", nothing),
-            ("digit.fit.Run.vq", nothing),
-            ("digit.fit.Run.model", lambda run, name: used(run)),
-            ("digit.report.write_report", nothing),
-            ("digit.pretrain.pretrain", nothing),
-            ("digit.speed.bench.run_bench", nothing),
-            ("digit.plan.report.to_text", lambda planner: "planned"),
-            ("digit.plan.report.as_json", lambda planner: {}),
+            ("digit.runs.fit.fit", used),
+            ("digit.runs.fit.Run.codebook", nothing),
+            ("digit.runs.fit.Run.tokens", nothing),
+            ("digit.runs.fit.Run.vq", nothing),
+            ("digit.runs.fit.Run.model", lambda run, name: used(run)),
+            ("digit.runs.report.write_report", nothing),
+            ("digit.runs.pretrain.pretrain", nothing),
+            ("digit.benchmark.bench.run_bench", nothing),
+            ("digit.planning.report.to_text", lambda planner: "planned"),
+            ("digit.planning.report.as_json", lambda planner: {}),
             ("digit.reproduce.reproduce", nothing),
-            ("digit.released.convert_release", lambda files, out: []),
+            ("digit.released.convert.convert_release", lambda files, out: []),
         ):
             stack.enter_context(mock.patch(place, value))
         yield
@@ -186,8 +186,8 @@ def work_taken_out() -> Iterator[None]:
 @cache
 def settings(command: str) -> dict[str, Any]:
     """Every setting of a command's YAML file, at its default."""
-    from digit.pretrain import PretrainConfig
-    from digit.recipes import get_recipe
+    from digit.runs.pretrain import PretrainConfig
+    from digit.runs.recipes import get_recipe
 
     return json.loads(json.dumps(asdict(PretrainConfig() if command == "pretrain" else get_recipe("demo"))))
 

@@ -24,7 +24,7 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig
 from digit.models.vit import ViT, ViTConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.released import ReleasedFiles, convert_release
+from digit.released.convert import ReleasedFiles, convert_release
 
 from ..mutate import EDGES, NAMES, STRANGE, damage
 from .safetensors import randomise

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from digit.data.preprocess import PreprocessConfig
-from digit.files import load_tensors
-from digit.manifest import load_sequence_model
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vit import ViT, ViTConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.pipeline import DigitPipeline
+from digit.pipeline.manifest import load_sequence_model
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runtime.files import load_tensors
 from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
 from digit.tokenizers.vq import VQTokenizer
@@ -116,7 +116,7 @@ def with_fingerprint(settings: Any) -> Any:
     """Encoder settings with the fingerprint that belongs to them, so that it is not what refuses them."""
     if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):
         return settings
-    from digit.files import sha256_tensors
+    from digit.runtime.files import sha256_tensors
 
     kept = {k: v for k, v in settings.items() if k not in ("format", "name", "about", "fingerprint")}
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:

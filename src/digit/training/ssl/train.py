@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from digit.models.vit import ViT
 from digit.training.config import LoopConfig
-from digit.training.likelihood import autocast
 from digit.training.log import Figures
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
+from digit.training.sequence import autocast
 from digit.training.ssl.dino import DINO, DINOConfig
 from digit.training.ssl.ibot import IBOT, IBOTConfig
 from digit.training.ssl.mae import MAE, MAEConfig

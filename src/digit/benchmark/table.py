@@ -1,0 +1,81 @@
+"""Figures as a table that is read, and as JSON that is kept."""
+
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from digit import __version__
+from digit.benchmark.figures import Figure
+from digit.runtime.hardware import describe_machine
+
+COLUMNS = ("part", "case", "", "rate", "slowest .. fastest", "floor", "of floor", "peak", "")
+RIGHT = {3, 4, 5, 6, 7}
+LEGEND = (
+    "floor: the same matrix products alone, by torch's fastest kernels here (a memory copy, JPEG decoding), timed in\n"
+    "turn with the case; of floor: its time / ours. peak: all that torch allocated at once on a GPU; on a CPU the\n"
+    "rise of what is resident in one round."
+)
+
+
+def header(arguments: dict[str, Any]) -> str:
+    """Which machine, which versions, which shapes."""
+    machine, made = describe_machine(), versions()
+    gpus = f" · {', '.join(machine['gpus'])}" if machine["gpus"] else ""
+    first = f"digit bench · {arguments['size']} · {arguments['device']} · {machine['processor']}, "
+    return f"{first}{machine['threads']} threads{gpus} · torch {made['torch']}"
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Aligned columns with a head."""
+    rows = [COLUMNS, *(_cells(figure) for figure in figures)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    low, high = figure.spread
+    floor = "" if figure.floor_rate is None else number(figure.floor_rate)
+    share = "" if figure.of_floor is None else f"{figure.of_floor:.0%}"
+    peak = "" if figure.peak is None else f"{figure.peak / 2**20:,.0f} MiB"
+    spread, notes = f"{number(low)} .. {number(high)}", "  ".join(note(k, v) for k, v in figure.extra.items())
+    rate = f"{number(figure.rate)} {figure.unit}/s"
+    return (figure.part, figure.case, figure.precision, rate, spread, floor, share, peak, notes)
+
+
+def number(value: float) -> str:
+    """Three digits or more: 0.512, 12.3, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def note(name: str, value: float) -> str:
+    """One of a figure's other numbers."""
+    known = {
+        "whole_over_parts": f"whole {value:.2f} x its parts:",
+        "data_wait": f"data wait {value:.2%}",
+        "mfu": f"MFU {value:.1%}",
+        "fit_seconds": f"{value:.3g} s",
+        "inertia": f"inertia {value:.5g}",
+    }
+    return known.get(name) or f"{name.removesuffix('_share').replace('_', ' ')} {value:.0%}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what decides the speed."""
+    import numpy
+    import PIL
+    import torch
+
+    own = {"digit": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return own | {"cuda": torch.version.cuda, "numpy": numpy.__version__, "pillow": PIL.__version__}
+
+
+def to_json(figures: Sequence[Figure], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Everything that makes the figures repeatable, and the figures."""
+    results = [figure.to_dict() for figure in figures]
+    return {"machine": describe_machine(), "versions": versions(), "arguments": arguments, "results": results}

@@ -1,0 +1,76 @@
+"""A training step of the prior: images a second, wait for data, share of the machine's peak, products alone."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from digit.benchmark import floors
+from digit.benchmark.clock import alternate, synchronize
+from digit.benchmark.figures import Figure
+from digit.benchmark.sizes import PRECISIONS, Size
+from digit.data.tokens import TokenStore
+from digit.models.sequence import training_flops
+from digit.runtime.hardware import multiplies_bf16
+from digit.training.config import TrainConfig
+from digit.training.peak import peak_flops
+from digit.training.sequence import LikelihoodUpdate
+
+MODEL = "prior"
+
+
+class Steps:
+    """Consecutive training steps from a store in memory; `wait` sums the seconds that they waited for data."""
+
+    def __init__(self, size: Size, precision: str, device: torch.device) -> None:
+        model = size.model(MODEL, device).train()
+        batches = token_store(size.store_rows, size.disc_len, model.cfg.vocab_size).batches(size.train_batch, seed=0)
+        cfg = train_config(size, precision)
+        self.update = LikelihoodUpdate(model, lambda step: {"target": batches(step)["disc"]}, cfg)
+        self.device, self.count, self.step, self.wait = device, size.train_steps, 0, 0.0
+
+    def __call__(self) -> None:
+        for _ in range(self.count):
+            self.wait += self.update(self.step)["data_seconds"]
+            self.step += 1
+        synchronize(self.device)
+
+
+def train_config(size: Size, precision: str) -> TrainConfig:
+    """The recipe's training at this batch."""
+    return replace(size.recipe.prior_training, batch_size=size.train_batch, precision=precision)
+
+
+def token_store(rows: int, length: int, vocab_size: int) -> TokenStore:
+    """Random discriminative tokens in memory."""
+    disc = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.uint16)
+    return TokenStore(Path("memory"), {}, disc, None, np.full(rows, -1, dtype=np.int32))
+
+
+def time_training(size: Size, device: torch.device, repeats: int) -> list[Figure]:
+    """The step in every precision, in turn with the others and with their floors."""
+    steps = {precision: Steps(size, precision, device) for precision in size.precisions}
+    cfg = size.config(MODEL)
+    cases: dict[str, Callable[[], Any]] = dict(steps)
+    for precision in size.precisions:
+        cases[f"{precision} floor"] = floors.training(cfg, size.train_batch, device, PRECISIONS[precision])
+    times, peaks = alternate(cases, repeats, device)
+    peak_rate, rows = peak_flops(device), []
+    for precision, run in steps.items():
+        images = size.train_batch * run.count
+        waited = run.wait * repeats / (repeats + 1)  # the warm-up's rounds waited too
+        extra = {"data_wait": waited / sum(times[precision].seconds)}
+        if precision == "bf16" or not multiplies_bf16(device):
+            extra["mfu"] = images / times[precision].median * training_flops(cfg) / peak_rate
+        floor = times[f"{precision} floor"].times(run.count)
+        named = dict(part="train", case="step", precision=precision, unit="images", count=images)
+        rows.append(Figure(**named, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))
+    return rows
+
+
+def profiled(size: Size, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Cases to look into."""
+    return {"step": Steps(size, size.precisions[-1], device)}

@@ -1,0 +1,36 @@
+"""What was drawn once is kept under a hash of all it depends on: a killed measure goes on, another starts afresh."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from digit.data.source import digest
+from digit.errors import DigitError
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runtime.files import load_tensors, plain, save_tensors, sha256_tensors
+
+
+def request_key(**request: Any) -> str:
+    """16 hex digits that change with any value of the request (JSON values)."""
+    return digest([json.dumps(plain(request), sort_keys=True).encode()])[:16]
+
+
+def remember(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The tensors of a file that `make` once gave; a missing or damaged file is made."""
+    try:
+        return load_tensors(path)
+    except DigitError:
+        made = make()
+        save_tensors(path, made)
+        return made
+
+
+def pipeline_key(pipe: DigitPipeline) -> str:
+    """SHA-256 over the parts of a pipeline that decide what it draws and completes, less its sampling."""
+    models = (pipe.prior, pipe.renderer)
+    parts = [model.fingerprint if model else "-" for model in (pipe.tokenizer, pipe.vq)]
+    parts += [sha256_tensors(model.state_dict()) if model else "-" for model in models]
+    return digest(part.encode() for part in (*parts, pipe.vq.rounding, str(pipe.image_size)))

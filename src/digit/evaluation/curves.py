@@ -1,0 +1,64 @@
+"""Line plots of measurements with their intervals, side by side, beside figures of the paper."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from digit.runtime.plots import panels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A named series, perhaps with the ends of its interval."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    colour: int = 0
+    """Place in the colour cycle; curves of equal colour belong together across panels."""
+    line: str = "-"
+    """matplotlib's line style."""
+    reference: bool = False
+    """Thin and dashed: a figure for orientation, not measured here."""
+
+    @classmethod
+    def of(cls, intervals: Sequence[Mapping[str, float]], x: Sequence[float], *, factor: float = 1, **look) -> Self:
+        """The curve of {"value", "low", "high"} at each x, multiplied by `factor` (100 for percent)."""
+        y, low, high = ([factor * interval[end] for interval in intervals] for end in ("value", "low", "high"))
+        return cls(x=x, y=y, low=low, high=high, **look)
+
+
+def curves_png(
+    path: str | Path,
+    shown: Mapping[str, Sequence[Curve]],
+    *,
+    xlabel: str,
+    falling: bool = False,
+    logarithmic: bool = False,
+) -> None:
+    """A panel for each label of a y axis, with shaded intervals and one legend below.
+
+    Args:
+        falling: x runs from large to small.
+        logarithmic: scale of x.
+    """
+    with panels(path, len(shown), size=(5.2, 4)) as axes:
+        for panel, (ylabel, curves) in zip(axes[0], shown.items(), strict=True):
+            for curve in curves:
+                measured = dict(linewidth=1.8, linestyle=curve.line, marker=".")
+                look = dict(linewidth=0.9, linestyle="--") if curve.reference else measured
+                panel.plot(curve.x, curve.y, label=curve.name, color=f"C{curve.colour}", **look)
+                if curve.low is not None:
+                    panel.fill_between(curve.x, curve.low, curve.high, color=f"C{curve.colour}", alpha=0.2, linewidth=0)
+            panel.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logarithmic else "linear")
+            if not logarithmic:
+                panel.locator_params(axis="x", integer=True)
+            panel.grid(alpha=0.3)
+            if falling:
+                panel.invert_xaxis()
+        lines = {line.get_label(): line for panel in axes[0] for line in panel.get_lines()}
+        columns = min(len(lines), 2 * len(shown))
+        axes[0, 0].figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=columns)

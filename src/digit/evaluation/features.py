@@ -1,0 +1,133 @@
+"""Features of an image set in one pass, kept on disk by content, so that no image goes through a network twice.
+
+Several ranks take turns with its parts; rank 0 gets all of them, in order.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from digit.data.source import digest
+from digit.errors import DigitError
+from digit.evaluation.image_set import ImageSet
+from digit.evaluation.sharing import together
+from digit.metrics.frechet import FeatureStats
+from digit.metrics.judge import JudgeNetwork
+from digit.runtime import distributed
+from digit.runtime.files import load_tensors, save_tensors
+from digit.runtime.progress import Progress
+
+SHARD = 1000  # images of one file of the cache; what a killed run has to do again at most
+FORMAT = b"judged 1"  # changes with what a shard holds
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the network said of N images, in order, on the CPU."""
+
+    pooled: Tensor  # (N, D) float32
+    logits: Tensor  # (N, C) float32
+    spatial: FeatureStats  # of (N, E); only its mean and covariance are ever needed
+    digests: Tensor  # (N, 32) uint8, SHA-256 of the pixels as the network got them
+    grey: Tensor  # (N,) bool, all three channels equal
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def pixel_keys(self) -> list[bytes]:
+        """Content hash of each image's pixels."""
+        return [row.tobytes() for row in self.digests.numpy()]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some images: what they are a function of, and how to get them."""
+
+    key: str
+    num: int
+    make: Callable[[], Tensor]  # -> uint8 (num, 3, H, W)
+
+
+def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
+    """An image set in parts of SHARD; `side` as for `ImageSet.pixels`. A part's key is of its bytes, not its place."""
+    digests = images.survey.digests
+    for start in range(0, len(images), SHARD):
+        rows = range(start, min(start + SHARD, len(images)))
+        key = digest([str(side).encode(), *(digests[row] for row in rows)])
+        yield Shard(key, len(rows), lambda rows=rows: images.pixels(rows, side))
+
+
+def collect(
+    parts: list[Shard], network: JudgeNetwork, *, batch_size: int, cache: Path | None, description: str
+) -> Features | None:
+    """Features of every part; what the cache holds is not computed again, and what is computed goes there at once.
+
+    None on ranks other than 0.
+    """
+    kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": []}
+    spatial, who, several = FeatureStats(), fingerprint(network).encode(), distributed.world_size()
+
+    def turn(part: Shard) -> dict[str, Tensor]:
+        path = cache and cache / f"{digest([FORMAT, who, part.key.encode()])}.safetensors"
+        judged = _read(path, part.num) if path else None
+        if judged is None:
+            judged = judge(part.make(), network, batch_size)
+            if path:
+                save_tensors(path, judged)
+        # a mapped tensor would be sent with the whole file
+        return {name: values.clone() for name, values in judged.items()} if several > 1 else judged
+
+    with Progress(description, sum(part.num for part in parts)) as bar:
+        for first in range(0, len(parts), several):
+            mine = parts[first + distributed.rank() :][:1]
+            for judged in chain.from_iterable(together(lambda mine=mine: [turn(part) for part in mine])):
+                bar.update(len(judged["grey"]))
+                if distributed.is_main():
+                    spatial.update(judged["spatial"])
+                    for name, values in kept.items():
+                        values.append(judged[name])
+    if not distributed.is_main():
+        return None
+    return Features(**{name: torch.cat(values) for name, values in kept.items()}, spatial=spatial)
+
+
+def fingerprint(network: JudgeNetwork) -> str:
+    """SHA-256 over what the network says of itself: weights, resize, input size; their file's name is left out."""
+    about = {name: value for name, value in network.describe().items() if name != "weights"}
+    return digest([json.dumps(about, sort_keys=True).encode()])
+
+
+def _read(path: Path, num: int) -> dict[str, Tensor] | None:
+    """A shard of the cache; None where it is missing or damaged, since it can be made again."""
+    try:
+        held = load_tensors(path)
+    except DigitError:
+        return None
+    whole = {"pooled", "spatial", "logits", "digests", "grey"} == set(held)
+    return held if whole and all(len(values) == num for values in held.values()) else None
+
+
+@torch.no_grad()
+def judge(images: Tensor, network: JudgeNetwork, batch_size: int) -> dict[str, Tensor]:
+    """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,)."""
+    batches = [network.judge(batch) for batch in images.split(batch_size)]
+    return {
+        **{name: torch.cat([getattr(batch, name).float().cpu() for batch in batches]) for name in NAMES},
+        "digests": torch.stack([_pixel_digest(image) for image in images]),
+        "grey": (images == images[:, :1]).flatten(1).all(1).cpu(),
+    }
+
+
+NAMES = ("pooled", "spatial", "logits")
+
+
+def _pixel_digest(image: Tensor) -> Tensor:
+    """SHA-256 (32,) uint8 of an image's shape and pixels."""
+    pixels = image.cpu().contiguous()
+    key = digest([str(tuple(pixels.shape)).encode(), pixels.numpy().tobytes()])
+    return torch.frombuffer(bytearray.fromhex(key), dtype=torch.uint8)

@@ -1,0 +1,189 @@
+"""Images to be measured, whatever they come in: a folder, .npz, a tensor or any source."""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from digit.data.decode import probe_image
+from digit.data.images import FolderSource, open_source
+from digit.data.preprocess import centre_crop
+from digit.data.source import ImageSource, digest
+from digit.errors import BadImageError, DigitError
+from digit.evaluation.npz import read_npz_images
+from digit.evaluation.sharing import together
+from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
+from digit.runtime import distributed
+from digit.runtime.files import read_json
+
+PIXELS = "pixels"  # the kind of an image that was never in a file of its own
+READERS = 4  # threads that read and decode
+FIRST = re.compile(r"0{5,}\.png")  # of `digit sample` and `digit complete`, whose grid.png is no image of the set
+Images = str | Path | Tensor | ImageSource
+
+
+class ArraySource(ImageSource):
+    """uint8 (N, H, W, 3) in memory or mapped from a file, as a source without labels."""
+
+    def __init__(self, images: np.ndarray, name: str):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+            raise DigitError(f"{name} holds {images.dtype} {images.shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
+        self.images, self.name, self.classes = images, name, []
+        self.fingerprint = digest([str(images.shape).encode()])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def key(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(np.ascontiguousarray(self.images[index])), -1
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the files of a set say before any of them is decoded."""
+
+    digests: tuple[bytes, ...]  # SHA-256 of each encoded image, in order
+    sizes: Counter[tuple[int, int]]  # (width, height) -> images
+    kinds: Counter[str]  # file format -> images
+    modes: Counter[str]  # Pillow's pixel type as stored -> images
+
+    @property
+    def side(self) -> int | None:
+        """Pixels of a side where all images are squares of one size, else None."""
+        (width, height), *others = self.sizes
+        return width if not others and width == height else None
+
+
+class ImageSet:
+    """Some images of a source; where known, the names of their classes and how they became uint8."""
+
+    def __init__(self, source: ImageSource, class_names: list[str] | None = None, rounding: str | None = None):
+        self.source, self.name, self.class_names, self.rounding = source, source.name, class_names, rounding
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def survey(self) -> Survey:
+        """Formats, sizes and content hashes; reads every file once. Raises BadImageError naming the first broken one.
+
+        Several ranks read a share each, so that all of them have to ask for it.
+        """
+        parts = together(lambda: self._read_all(self._look, distributed.share(len(self))))
+        digests, sizes, kinds, modes = zip(*chain.from_iterable(parts), strict=True)
+        return Survey(tuple(digests), Counter(sizes), Counter(kinds), Counter(modes))
+
+    def _look(self, index: int) -> tuple[bytes, tuple[int, int], str, str]:
+        data = self.source.raw(index)
+        if data is None:
+            picture = self.source.read(index)[0]
+            return hashlib.sha256(picture.tobytes()).digest(), picture.size, PIXELS, picture.mode
+        try:
+            data = data.read_bytes() if isinstance(data, Path) else data
+            kind, mode, size = probe_image(data)
+        except (BadImageError, OSError) as error:
+            raise BadImageError(f"{self.source.key(index)}: {error}; mend it or take it out") from error
+        return hashlib.sha256(data).digest(), size, kind, mode
+
+    def pixels(self, rows: Iterable[int], side: int | None) -> Tensor:
+        """uint8 (B, 3, H, W): as they are, or the short side resized to `side` (PIL bicubic) and the centre cut out."""
+
+        def read(index: int) -> np.ndarray:
+            picture = self.source.read(index)[0]
+            try:
+                return np.array(picture) if side is None else centre_crop(picture, side)
+            except BadImageError as error:
+                raise BadImageError(f"{self.source.key(index)}: {error}") from error
+
+        return torch.from_numpy(np.stack(self._read_all(read, rows)).transpose(0, 3, 1, 2).copy())
+
+    def _read_all(self, read: Callable[[int], Any], rows: Iterable[int]) -> list[Any]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(read, rows))
+
+
+def open_images(spec: Images, num: int | None = None) -> ImageSet:
+    """Open what is to be measured.
+
+    Args:
+        spec: uint8 tensor (N, 3, H, W), .npz with arr_0 uint8 (N, H, W, 3), an ImageSource, or what `open_source`
+            takes. The grid.png and samples.json of a `digit sample` folder are no samples; the latter gives labels.
+        num: keep the first so many; of a set that is sorted by class, so many spread evenly over it.
+
+    Raises DigitError where there are fewer than 2 images, or nothing to read.
+    """
+    if num is not None and num < 2:
+        raise DigitError(f"num is {num}: a covariance needs at least 2 images")
+    source = _open(spec)
+    about = _samples_json(source) if isinstance(source, FolderSource) else {}
+    source = _without_grid(source) if isinstance(source, FolderSource) else source
+    names = _class_names(source, about)
+    if len(source) < 2:
+        raise DigitError(f"{source.name} holds {len(source)} images: a covariance needs at least 2")
+    if num is not None and num < len(source):
+        rows = np.arange(num)
+        if names is not None and len(set(names)) > 1 and _in_runs(names):
+            rows = rows * len(source) // num
+        source, names = source.subset(rows), names and [names[row] for row in rows]
+    return ImageSet(source, names, about.get("rounding"))
+
+
+def _open(spec: Images) -> ImageSource:
+    if isinstance(spec, Tensor):
+        if spec.dtype != torch.uint8 or spec.ndim != 4 or spec.shape[1] != 3:
+            raise DigitError(f"images are {spec.dtype} {tuple(spec.shape)}, wanted uint8 (N, 3, H, W), RGB in 0..255")
+        return ArraySource(spec.permute(0, 2, 3, 1).cpu().numpy(), "tensor")
+    if isinstance(spec, str | Path) and Path(spec).suffix.lower() == ".npz":
+        return ArraySource(read_npz_images(spec), str(spec))
+    return spec if isinstance(spec, ImageSource) else open_source(spec)
+
+
+def _without_grid(source: FolderSource) -> ImageSource:
+    """Less the overview of a folder whose images are numbered as `digit sample` numbers them."""
+    if GRID not in source.files or not any(FIRST.fullmatch(name) for name in source.files):
+        return source
+    kept = source.subset([row for row, name in enumerate(source.files) if name != GRID])
+    kept.name = source.name
+    return kept
+
+
+def _samples_json(source: FolderSource) -> dict[str, Any]:
+    """What `digit sample` wrote beside the images; {} for other folders. Raises DigitError where it is not done."""
+    if (source.root / JOURNAL).is_file():
+        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again, it goes on")
+    path = source.root / SAMPLES
+    about = read_json(path) if path.is_file() else {}
+    return about if isinstance(about, dict) else {}
+
+
+def _class_names(source: ImageSource, about: dict[str, Any]) -> list[str] | None:
+    """Class of each image; None where some are unlabelled, or samples.json is of another number of images."""
+    labels, names = about.get("labels"), about.get("classes")
+    if labels is not None:
+        if not isinstance(labels, list) or len(labels) != len(source) or any(label in (None, -1) for label in labels):
+            return None
+        named = isinstance(names, list) and len(names) == len(labels) and all(isinstance(name, str) for name in names)
+        return names if named else [str(label) for label in labels]
+    known = source.labels()
+    if known is None or not source.classes or (known < 0).any():
+        return None
+    return [source.classes[label] for label in known]
+
+
+def _in_runs(names: list[str]) -> bool:
+    """Whether the images of each class follow each other."""
+    return sum(a != b for a, b in pairwise(names)) == len(set(names)) - 1

@@ -1,0 +1,116 @@
+"""The networks that judge: the InceptionV3 of FID where its weights are at hand, EfficientNet-Lite2 everywhere.
+
+Metrics carry FID's names on Inception alone; on Lite2 they are fd_efficientnet_lite2, kd_efficientnet_lite2, ...
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from digit.convert.efficientnet import find_weights, read_classifier
+from digit.convert.inception import RELEASED_SHA256, load_inception
+from digit.metrics.judge import JUDGE_INPUT_SIZE, Judged, JudgeNetwork, judge_input
+from digit.models.inception import INPUT_SIZE, InceptionV3, Resize, first_channels
+from digit.runtime.files import sha256_file
+from digit.runtime.hardware import choose_device
+from digit.tokenizers.encoders import CPU_CHUNK, EncoderConfig, FrozenEncoder, load_encoder
+
+LITE2 = "efficientnet_lite2"
+INCEPTION_METRICS = {
+    "fd": "fid",
+    "is": "inception_score",
+    "kd": "kid",
+    "sfd": "sfid",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def load_judge_network(
+    inception: str | Path | None = None, *, resize: Resize = "tensorflow", device: str | torch.device | None = None
+) -> JudgeNetwork:
+    """The InceptionV3 of FID from a released weights file, or EfficientNet-Lite2 where none is given.
+
+    resize is Inception's: tensorflow as torch-fidelity and ADM's evaluator have it, clean as clean-fid. device None
+    takes cuda where there is one. Raises DigitError for a missing or foreign file, saying how to get the weights.
+    """
+    device = choose_device(None if device is None else str(device))
+    if inception is None:
+        return Lite2Judge(device)
+    return InceptionJudge(load_inception(inception, resize).to(device), Path(inception))
+
+
+class Judge(ABC):
+    """Runs `_see` on pieces that suit the device."""
+
+    name: str
+    device: torch.device
+
+    def judge(self, images: Tensor) -> Judged:
+        """uint8 (B, 3, H, W) RGB -> what the network sees, on the CPU. On a CPU 16 images at a time, for speed."""
+        pieces = images.split(CPU_CHUNK if self.device.type == "cpu" else max(len(images), 1))
+        with torch.no_grad():
+            seen = [self._see(piece) for piece in pieces]
+        return Judged(*(torch.cat(part).float().cpu() for part in zip(*seen, strict=True)))
+
+    @abstractmethod
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features, spatial features and logits of one piece."""
+
+
+class InceptionJudge(Judge):
+    """Its logits are those without the bias, of which torch-fidelity and ADM's evaluator make the Inception Score."""
+
+    name = "inception"
+
+    def __init__(self, net: InceptionV3, path: Path):
+        self.net, self.device = net, net.fc.weight.device
+        self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.net(images)
+        return features.pooled, features.spatial, features.logits_unbiased
+
+    def metric(self, name: str) -> str:
+        """fd -> fid and so on, see INCEPTION_METRICS."""
+        return INCEPTION_METRICS[name]
+
+    def describe(self) -> dict[str, Any]:
+        """For a results file; weights_released says whether the file's hash is the one in the releases' names."""
+        released = self._file["weights_sha256"].startswith(RELEASED_SHA256)
+        resize = {"resize": self.net.resize, "input_size": INPUT_SIZE}
+        return {"network": self.name} | self._file | {"weights_released": released} | resize
+
+
+class Lite2Judge(Judge):
+    """The judge of `METRIC`: pooled features at 128 px, beside them the last map at stride 16 and ImageNet's logits."""
+
+    name = LITE2
+
+    def __init__(self, device: torch.device):
+        path = find_weights(LITE2)
+        config = EncoderConfig(name=LITE2, layer="pooled", input_size=JUDGE_INPUT_SIZE, weights=str(path))
+        self.encoder: FrozenEncoder = load_encoder(config).to(device)
+        self.device = device
+        self._classifier = tuple(part.to(device) for part in read_classifier(path))
+        self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
+
+    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        net, x = self.encoder.net, self.encoder.prepare(judge_input(images))
+        cells, inner = net.with_inner_map(x, net.config.default_layer)  # (B, 16, 1280), (B, 120, 8, 8)
+        pooled = cells.mean(1)
+        return pooled, first_channels(inner), F.linear(pooled, *self._classifier)
+
+    def metric(self, name: str) -> str:
+        """fd -> fd_efficientnet_lite2 and so on, for the names of INCEPTION_METRICS."""
+        assert name in INCEPTION_METRICS, name
+        return f"{name}_{LITE2}"
+
+    def describe(self) -> dict[str, Any]:
+        """For a results file."""
+        resize = {"resize": "antialiased bicubic, rounded to uint8", "input_size": JUDGE_INPUT_SIZE}
+        return {"network": self.name} | self._file | resize

@@ -1,0 +1,138 @@
+"""Images and statistics in .npz files, as ADM, pytorch-fid and other programs keep them; nothing in a file is run."""
+
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digit.errors import DigitError, MismatchError
+from digit.runtime.files import atomic_path
+
+
+def read_npz_images(path: str | Path) -> np.ndarray:
+    """arr_0 of an .npz, uint8 (N, H, W, 3); mapped where it is stored uncompressed (50,000 of 256 px are 9.8 GB).
+
+    Nothing in the file is run: pickled arrays are refused. Raises DigitError for a missing, damaged or foreign file.
+    """
+    with _Archive(path) as (archive, names):
+        if "arr_0" not in names:
+            raise DigitError(f"{path} holds {_listing(names)}, wanted arr_0 with images, uint8 (N, H, W, 3)")
+        entry = archive.getinfo("arr_0.npy")
+        with archive.open(entry) as file:
+            shape, fortran, dtype = _npy_header(file)
+            header = file.tell()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+            raise DigitError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
+        if entry.file_size != header + math.prod(shape):
+            raise DigitError(f"{path}: arr_0 says {shape} and holds {entry.file_size - header} bytes: it is damaged")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return _load(path, "arr_0")
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)  # lengths of name and extra field of the local header (PKWARE 4.3.7)
+        begin = file.tell() + 4 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=begin + header, shape=shape)
+
+
+def read_npz_names(path: str | Path) -> list[str]:
+    """Names of the arrays in an .npz. Raises DigitError for a missing or foreign file."""
+    with _Archive(path) as (_, names):
+        return names
+
+
+class _Archive:
+    """An .npz as (zip archive, names of its arrays); whatever is wrong with it becomes a DigitError."""
+
+    def __init__(self, path: str | Path):
+        self.path = path
+
+    def __enter__(self) -> tuple[zipfile.ZipFile, list[str]]:
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+        except FileNotFoundError as error:
+            raise DigitError(f"no such file: {self.path}") from error
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DigitError(f"{self.path} is no .npz file ({error})") from error
+        return self.archive, [name.removesuffix(".npy") for name in self.archive.namelist()]
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        self.archive.close()
+        if isinstance(error, ValueError | EOFError | OSError | zipfile.BadZipFile | NotImplementedError):
+            raise DigitError(f"{self.path} cannot be read ({error}): it is damaged or holds pickled arrays") from error
+
+
+def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _load(path: str | Path, name: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[name]
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:6]) or "nothing"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of a reference whose images are not at hand (or need not be read), float64."""
+
+    mu: np.ndarray  # (D,) pooled features
+    sigma: np.ndarray  # (D, D)
+    mu_s: np.ndarray | None = None  # (E,) spatial features, for sFID
+    sigma_s: np.ndarray | None = None  # (E, E)
+    num: int | None = None  # images behind them; other programs do not say
+    network: str | None = None  # fingerprint of the network; other programs do not say
+
+    def check(self, network: str, dim: int) -> None:
+        """Raise MismatchError where these are features of another network."""
+        if self.network not in (None, network):
+            raise MismatchError(
+                f"the reference statistics are of network {self.network[:12]}, this one is {network[:12]}: "
+                "make them again with this network, or give the images"
+            )
+        if len(self.mu) != dim:
+            raise MismatchError(
+                f"the reference statistics have {len(self.mu)} features, the network gives {dim}: statistics of "
+                "Inception (2048) need --inception FILE"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write .npz with mu, sigma and, where known, mu_s, sigma_s, num, network; others read the first two."""
+        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        with atomic_path(path) as temporary, open(temporary, "wb") as out:
+            np.savez(out, **arrays)
+
+
+def read_statistics(path: str | Path) -> Statistics | None:
+    """mu and sigma (mu_s, sigma_s) of an .npz as ADM, pytorch-fid or `Statistics.save` write it; None without them.
+
+    Raises DigitError for a damaged file, pickled arrays, shapes that do not fit, NaN, or one of a pair alone.
+    """
+    with _Archive(path) as (_, names):
+        if not {"mu", "sigma"} & set(names):
+            return None
+        held = {name: _load(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+        extra = {name: _load(path, name).item() for name in ("num", "network") if name in names}
+    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in held) != (cov in held):
+            raise DigitError(f"{path} holds {_listing(names)}, wanted both {mean} and {cov}")
+        if mean in held:
+            held[mean], held[cov] = _checked(path, mean, held[mean], cov, held[cov])
+    network = extra.get("network")
+    return Statistics(**held, num=extra.get("num"), network=None if network is None else str(network))
+
+
+def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if m.ndim != 1 or s.shape != (len(m), len(m)) or m.dtype.kind != "f" or s.dtype.kind != "f":
+        raise DigitError(f"{path}: {mean} is {m.dtype} {m.shape} and {cov} {s.dtype} {s.shape}, wanted (D,) and (D, D)")
+    if not (np.isfinite(m).all() and np.isfinite(s).all()):
+        raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: make the statistics again")
+    if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6 * abs(s).max()) or (np.diag(s) < 0).any():
+        raise DigitError(f"{path}: {cov} is no covariance (symmetric, no negative variance): make the statistics again")
+    return m.astype(np.float64), s.astype(np.float64)

@@ -1,0 +1,119 @@
+"""The last rows of Tables 3 and 4: what a perfect model of the tokens would score, by tokenizing the validation images.
+
+    VQ only      image -> VQ tokens -> VQGAN decoder
+    DiGIT + VQ   image -> discriminative tokens -> renderer -> VQ tokens -> VQGAN decoder
+
+Both against the images themselves: the first is the floor of every model over these VQ tokens, the second the floor of
+every prior before this renderer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit.data.source import digest
+from digit.evaluation.features import Shard, collect, shards
+from digit.evaluation.image_set import Images, open_images
+from digit.evaluation.samples import EvaluateConfig, describe_protocol, describe_side, scores, versions
+from digit.evaluation.traps import Side
+from digit.metrics.judge import JudgeNetwork
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runtime import distributed
+from digit.runtime.files import sha256_tensors, write_json
+
+VQ_ROW, DIGIT_ROW = "validation data: VQ only", "validation data: DiGIT + VQ"
+
+
+def validation_rows(
+    pipe: DigitPipeline,
+    source: Images,
+    num: int | None = None,
+    network: JudgeNetwork | None = None,
+    cfg: EvaluateConfig | None = None,
+    out: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> dict[str, Any]:
+    """Figures of validation images that went through the tokens, against the images themselves.
+
+    Args:
+        pipe: needs vq; with tokenizer and renderer the row "DiGIT + VQ" too, drawn as the pipeline is set to.
+        source: validation images; resized to the pipeline's size and cropped as everywhere.
+        num: use so many of them, spread evenly where they are sorted by class; all by default.
+        network, cfg, out, device: as for `evaluate`; cfg.seed is that of the first rendered image.
+
+    Returns {"protocol", "images", "rows": {row: figures}, "left_out", "rounding", "versions"}. Drawing is kept in the
+    cache of features, 1,000 images at a time.
+    """
+    pipe.require("vq")
+    cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size)
+    network = network or cfg.load_network(device)
+    images = open_images(source, num)
+    truth = list(shards(images, pipe.image_size))
+
+    def features(parts: list[Shard], name: str) -> Side:
+        judged = collect(parts, network, batch_size=cfg.batch_size, cache=cfg.cache_folder, description=name)
+        return Side("reference", images, pipe.image_size, judged)
+
+    real = features(truth, "judge validation images")
+    rows, left_out = {}, {}
+    for row, make in _routes(pipe, cfg.seed).items():
+        if make is None:
+            left_out[row] = "the pipeline has no tokenizer, or no renderer that takes its tokens"
+            continue
+        side = features(list(_through(truth, make, _identity(pipe, row, cfg.seed))), row)
+        rows[row], missing = distributed.on_main(
+            lambda side=side: scores(replace(side, role="samples"), real, network, cfg)
+        )
+        left_out |= {f"{row}: {name}": reason for name, reason in missing.items()}
+    result = {
+        "protocol": describe_protocol(network, cfg),
+        "images": describe_side(real),
+        "rows": rows,
+        "left_out": left_out,
+        "rounding": pipe.vq.rounding,
+        "versions": versions(),
+    }
+    if out is not None:
+        distributed.on_main(lambda: write_json(out, result))
+    return result
+
+
+Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the first) -> uint8 (B, 3, S, S)
+
+
+def _routes(pipe: DigitPipeline, seed: int) -> dict[str, Route | None]:
+    """How each row makes its images; image i is rendered with seed + i."""
+    renders = pipe.tokenizer is not None and pipe.renderer is not None and bool(pipe.renderer.cfg.prefix_len)
+    return {
+        VQ_ROW: lambda images, first: pipe.vq.decode(pipe.vq.encode(images)),
+        DIGIT_ROW: (lambda images, first: pipe.render(pipe.tokenizer.encode(images), seed + first))
+        if renders
+        else None,
+    }
+
+
+def _through(parts: list[Shard], make: Route, identity: bytes) -> Iterator[Shard]:
+    first = 0
+    for part in parts:
+        key = digest([identity, str(first).encode(), part.key.encode()])
+        yield Shard(key, part.num, lambda part=part, first=first: make(part.make(), first))
+        first += part.num
+
+
+def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
+    """What the images of a row depend on, beside the validation images."""
+    parts = [row, pipe.vq.fingerprint, pipe.vq.rounding]
+    if row == DIGIT_ROW:
+        renderer = sha256_tensors(pipe.renderer.state_dict())
+        parts += [
+            pipe.tokenizer.fingerprint,
+            renderer,
+            repr(pipe.sampling.renderer),
+            pipe.sampling.precision,
+            str(seed),
+        ]
+    return digest(part.encode() for part in parts).encode()

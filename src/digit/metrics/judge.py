@@ -1,0 +1,215 @@
+"""The judge: features of a network, a Fréchet distance in them, and a linear classifier on them.
+
+The encoder of the tokenizer is another network, so a model cannot please the judge by construction. The protocol is
+METRIC (on EfficientNet-Lite2), JUDGE_INPUT_SIZE and the number of images; its numbers compare with each other and never
+with an FID, which needs the Inception network. Networks come as a callable, so anybody's features can be judged.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from digit.errors import DigitError, MismatchError
+from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.runtime.files import load_tensors, save_tensors
+from digit.runtime.progress import Progress
+
+METRIC = "fd_efficientnet_lite2"
+JUDGE_INPUT_SIZE = 128  # px, part of the protocol; the smallest multiple of 32 without an error on 500 held-out shapes
+Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) RGB -> (B, D)
+
+
+def judge_input(images: Tensor, size: int = JUDGE_INPUT_SIZE) -> Tensor:
+    """Resize uint8 (B, 3, H, W) to uint8 (B, 3, size, size): bicubic with antialiasing, the same for real and sampled.
+
+    Without antialiasing a larger image would be judged by its moiré (Parmar et al. 2022).
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise DigitError(f"judge got {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, H, W) with 0..255 RGB")
+    if images.shape[-2:] == (size, size):
+        return images
+    resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def collect_features(
+    batches: Iterable[Tensor],
+    features: Features,
+    *,
+    input_size: int | None = JUDGE_INPUT_SIZE,
+    description: str = "judge",
+    total: int | None = None,
+) -> Tensor:
+    """Features of every image: batches of uint8 (B, 3, H, W) -> float32 (N, D) on the CPU, in order.
+
+    input_size None hands the images over as they are. total is the number of images, for the progress bar only.
+    """
+    parts = []
+    with Progress(description, total) as bar:
+        for images in batches:
+            ready = images if input_size is None else judge_input(images, input_size)
+            part = features(ready).float().cpu()
+            if part.ndim != 2 or len(part) != len(images):
+                raise DigitError(f"{len(images)} images gave features {tuple(part.shape)}, wanted (B, D): pool them")
+            parts.append(part)
+            bar.update(len(images))
+    if not parts:
+        raise DigitError("judge got no images: give at least 2")
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge sees in N images, float32 on the CPU, in their order; some 20 kB an image with Inception."""
+
+    pooled: Tensor  # (N, D)
+    spatial: Tensor  # (N, E), an inner map's first channels
+    logits: Tensor  # (N, C)
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+
+class JudgeNetwork(Protocol):
+    """A network that metrics stand on (measures/networks.py has ours)."""
+
+    name: str
+
+    def judge(self, images: Tensor) -> Judged:
+        """uint8 (B, 3, H, W) RGB of any size -> what it sees."""
+
+    def metric(self, name: str) -> str:
+        """The full name of "fd", "is", "kd", "sfd", "precision" or "recall" on this network."""
+
+    def describe(self) -> dict[str, Any]:
+        """The protocol for a results file: name, weights, resize."""
+
+
+def collect_judged(
+    batches: Iterable[Tensor], network: JudgeNetwork, total: int | None = None, description: str = "judge"
+) -> Judged:
+    """All that the metrics want from one pass over batches of uint8 (B, 3, H, W).
+
+    total is the number of images, for the progress bar only. Raises DigitError without images.
+    """
+    parts = []
+    with Progress(description, total) as bar:
+        for images in batches:
+            parts.append(network.judge(images))
+            bar.update(len(images))
+    if not parts:
+        raise DigitError("judge got no images: give at least 2")
+    return Judged(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Judged)))
+
+
+def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:
+    # ||mu1 - mu2||^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) in the judge's features
+    """METRIC between two sets of features (N, D), or their statistics where they are kept. 0 for equal sets."""
+    a, b = (x if isinstance(x, FeatureStats) else FeatureStats.of(x) for x in (first, second))
+    return frechet_distance(a.mean, a.cov, b.mean, b.cov)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearClassifier:
+    """Multinomial logistic regression on standardised features; all float32 on the CPU."""
+
+    weight: Tensor  # (C, D)
+    bias: Tensor  # (C,)
+    mean: Tensor  # (D,)
+    scale: Tensor  # (D,)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, C) float32. Raises MismatchError for another D."""
+        if features.ndim != 2 or features.shape[1] != len(self.mean):
+            raise MismatchError(f"features have shape {tuple(features.shape)}, classifier wants (N, {len(self.mean)})")
+        return F.linear((features.float().cpu() - self.mean) / self.scale, self.weight, self.bias)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(N, D) -> classes (N,) int64."""
+        return self.logits(features).argmax(1)
+
+    def accuracy(self, features: Tensor, labels: Tensor | np.ndarray) -> float:
+        # 1/N sum [argmax_c logits = label]
+        """Share of images (N, D) whose class is labels (N,), 0..1."""
+        labels = torch.as_tensor(labels)
+        if len(labels) != len(features):
+            raise DigitError(f"{len(labels)} labels for {len(features)} images")
+        return float((self.predict(features) == labels.cpu()).double().mean())
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        save_tensors(path, {"weight": self.weight, "bias": self.bias, "mean": self.mean, "scale": self.scale})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LinearClassifier":
+        """Read what `save` wrote. Raises DigitError for a missing or a foreign file."""
+        tensors = load_tensors(path)
+        if set(tensors) != {"weight", "bias", "mean", "scale"}:
+            held = ", ".join(sorted(tensors)[:4]) or "nothing"
+            raise DigitError(f"{path} is no linear classifier, it holds {held}: fit it again")
+        return cls(**tensors)
+
+
+def fit_linear_classifier(
+    features: Tensor,
+    labels: Tensor | np.ndarray,
+    *,
+    num_classes: int | None = None,
+    l2: float = 1e-2,
+    max_iterations: int = 200,
+    tolerance: float = 1e-9,
+) -> LinearClassifier:
+    # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
+    """Fit by L-BFGS in float64 from zero, hence without a seed: features (N, D), labels (N,) in 0..C-1.
+
+    It stops where a step changes the loss by less than `tolerance`; 1e-14 brings weights to 1e-6 of the optimum's.
+    Raises DigitError for labels that are missing (-1), too large or not as many as the images.
+    """
+    labels = torch.as_tensor(labels).long().cpu()
+    num_classes = _check_labels(features, labels, num_classes)
+    with torch.inference_mode(False), torch.enable_grad():
+        x, labels = features.detach().cpu().double().clone(), labels.clone()  # (N, D); the caller may be in inference
+        mean, scale = x.mean(0), x.std(0, unbiased=False)
+        scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0  # constant features stay constant
+        x = (x - mean) / scale
+        weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+        bias = torch.zeros(num_classes, dtype=x.dtype, requires_grad=True)
+
+        def loss() -> Tensor:
+            return F.cross_entropy(F.linear(x, weight, bias), labels) + 0.5 * l2 * weight.square().sum()
+
+        _minimise(loss, [weight, bias], max_iterations, tolerance)
+    weight, bias = weight.detach(), bias.detach()
+    return LinearClassifier(weight=weight.float(), bias=bias.float(), mean=mean.float(), scale=scale.float())
+
+
+def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int, tolerance: float) -> None:
+    ends = dict(tolerance_grad=1e-6 if tolerance >= 1e-9 else 1e-9, tolerance_change=tolerance)
+    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe", **ends)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def _check_labels(features: Tensor, labels: Tensor, num_classes: int | None) -> int:
+    if features.ndim != 2 or len(features) != len(labels) or not len(labels):
+        raise DigitError(f"{len(labels)} labels for features {tuple(features.shape)}, wanted one for each of (N, D)")
+    if not torch.isfinite(features).all():
+        raise DigitError("features hold NaN or infinity: check the images and the network's weights")
+    least, most = int(labels.min()), int(labels.max())
+    num_classes = most + 1 if num_classes is None else num_classes
+    if least < 0 or most >= num_classes:
+        raise DigitError(f"labels run from {least} to {most}, wanted 0 to {num_classes - 1}: leave out the unlabelled")
+    return num_classes

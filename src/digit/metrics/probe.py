@@ -1,0 +1,285 @@
+"""Linear probes: what a linear classifier reads out of frozen features, by layer (paper, 4.2, Table 2, Figure 3b).
+
+Two solvers. SGD as released (momentum 0.9, cosine schedule, learning rate 0.4), which takes any number of images; all
+layers and all learning rates are trained at once, a head each. L-BFGS to the optimum, without a seed or a learning
+rate, for features that fit in memory. Whatever is swept is chosen on images held out of the training set; the test
+images are looked at once, at the end.
+
+Shapes: N training and M test images, L layers, D features, C classes, S settings of the sweep.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError
+from digit.metrics.intervals import Interval, difference_interval, proportion_interval
+from digit.metrics.judge import fit_linear_classifier
+from digit.runtime.progress import Progress
+
+MAX_ITERATIONS = 1000  # of L-BFGS
+READ_TOGETHER = 1024  # images whose features are copied at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """How the classifiers are trained and chosen."""
+
+    solver: Literal["lbfgs", "sgd"] = "lbfgs"
+    """lbfgs: multinomial logistic regression at its optimum, in float64; sgd: as released, for many images."""
+    l2: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """lbfgs: weights of ||W||^2 / 2 beside the mean cross-entropy, to choose from."""
+    tolerance: float = 1e-9
+    """lbfgs: stops where a step changes the loss by less."""
+    learning_rates: tuple[float, ...] = (0.01, 0.04, 0.1, 0.4, 1.0)
+    """sgd: learning rates to choose from (released: 0.4)."""
+    weight_decays: tuple[float, ...] = (0.0,)
+    """sgd: weight decays to choose from, each with every learning rate."""
+    num_epochs: int = 80
+    """sgd: passes over the training images (released: 100,000 updates of 1024 images, 80 passes over ImageNet)."""
+    batch_size: int = 1024
+    """sgd: images an update."""
+    momentum: float = 0.9
+    """sgd: momentum."""
+    standardise: bool = True
+    """sgd: features to mean 0 and deviation 1 over the training images; lbfgs always does, or its l2 would depend on
+    the features' scale."""
+    validation_fraction: float = 0.1
+    """Fraction of the training images held out to choose settings and the best layer; never the test images."""
+    seed: int = 0
+    """Seed of the split and of sgd's order."""
+    confidence: float = 0.95
+    """Confidence of the intervals (Wilson over test images; paired bootstrap for differences)."""
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("lbfgs", "sgd"):
+            raise DigitError(f"solver is {self.solver!r}: choose lbfgs or sgd")
+        if not self.l2 or not self.learning_rates or not self.weight_decays:
+            raise DigitError("the probe's l2, learning_rates and weight_decays need at least one number each")
+        if not 0 < self.validation_fraction < 1:
+            raise DigitError(f"validation_fraction is {self.validation_fraction}: a fraction between 0 and 1")
+        if min(self.num_epochs, self.batch_size) < 1:
+            raise DigitError(f"num_epochs {self.num_epochs} and batch_size {self.batch_size} must both be at least 1")
+
+    @property
+    def settings(self) -> list[dict[str, float]]:
+        """What is swept, S entries."""
+        if self.solver == "lbfgs":
+            return [{"l2": l2} for l2 in self.l2]
+        pairs = product(self.learning_rates, self.weight_decays)
+        return [{"learning_rate": rate, "weight_decay": decay} for rate, decay in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerResult:
+    """One layer's probe."""
+
+    name: str
+    top1: Interval
+    """Share of test images whose class is recognised, 0..1."""
+    setting: dict[str, float]
+    """Chosen of the sweep."""
+    validation_top1: float
+    """The same on the held-out training images, with the chosen setting: what to choose a layer by."""
+    correct: Tensor
+    """(M,) bool, image by image, to compare two probes of the same test images."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but `correct`, for JSON."""
+        kept = {"name": self.name, "top1": self.top1.to_dict(), "setting": self.setting}
+        return kept | {"validation_top1": self.validation_top1}
+
+
+def best_layer(results: Sequence[LayerResult]) -> LayerResult:
+    """The layer with the best validation accuracy; choosing by the test images would flatter it."""
+    return max(results, key=lambda result: result.validation_top1)
+
+
+def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -> Interval:
+    """First minus second on the same test images, paired."""
+    return difference_interval(first.correct.double(), second.correct.double(), confidence=cfg.confidence)
+
+
+def probe_layers(
+    train: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    cfg: ProbeConfig,
+    names: Sequence[str] = (),
+    groups: Tensor | None = None,
+) -> list[LayerResult]:
+    """Probe every layer: train (N, L, D) with labels (N,), test (M, L, D) with test_labels (M,), classes 0..C-1.
+
+    The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd computes where
+    the features are, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image: they are held out
+    together, or a setting that learns images by heart would win.
+
+    Raises DigitError for labels that are missing or do not fit, NaN, and too few images to hold any out.
+    """
+    labels, test_labels = labels.long().cpu(), test_labels.long().cpu()
+    num_classes = _check(train, labels, test, test_labels)
+    names = list(names) or [f"layer {n}" for n in range(train.shape[1])]
+    order, held = _split(torch.arange(len(train)) if groups is None else groups, cfg)
+    fit = fit_lbfgs if cfg.solver == "lbfgs" else fit_sgd
+    data, settings = ProbeData(train, labels, num_classes), cfg.settings
+    with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
+        heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar.update)
+        right = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
+        scores = right.double().mean(0)  # (L, S)
+        chosen = scores.argmax(1).tolist()  # the first of equals
+        heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
+    correct = _predict(heads, test, torch.arange(len(test)))[:, :, 0] == test_labels[:, None]  # (M, L)
+    return [
+        LayerResult(
+            name=names[n],
+            top1=proportion_interval(int(correct[:, n].sum()), len(correct), confidence=cfg.confidence),
+            setting=settings[s],
+            validation_top1=float(scores[n, s]),
+            correct=correct[:, n],
+        )
+        for n, s in enumerate(chosen)
+    ]
+
+
+def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
+    """(rows in random order, group by group, how many of the first are held out)."""
+    groups = torch.unique(groups, return_inverse=True)[1]
+    num = int(groups.max()) + 1
+    place = torch.randperm(num, generator=torch.Generator().manual_seed(cfg.seed % 2**63)).argsort()
+    held = max(1, round(cfg.validation_fraction * num))
+    if held >= num:
+        raise DigitError(f"{num} training images leave none to train on beside {held} held out: give more")
+    rank = place[groups]
+    return rank.argsort(stable=True), int((rank < held).sum())
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Linear classifiers, S for each of L layers, on features standardised by mean and scale (L, D)."""
+
+    weight: Tensor  # (L, D, S, C)
+    bias: Tensor  # (L, S, C)
+    mean: Tensor
+    scale: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, S, C)."""
+        x = (features.to(self.weight.dtype) - self.mean) / self.scale
+        return torch.einsum("bld,ldsc->blsc", x, self.weight) + self.bias
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """What classifiers are trained on."""
+
+    features: Tensor  # (N, L, D)
+    labels: Tensor  # (N,) int64 on the CPU
+    num_classes: int
+
+
+Sweep = list[list[dict[str, float]]]  # (L, S) settings
+Advance = Callable[[int], object]  # told of every step
+
+
+def _ignore(advance: int) -> None:
+    pass
+
+
+def _num_updates(cfg: ProbeConfig, train: Tensor, kept: int) -> int:
+    """Of the progress bar: classifiers (lbfgs) or updates (sgd) of the sweep and of the final fit."""
+    if cfg.solver == "lbfgs":
+        return train.shape[1] * (len(cfg.settings) + 1)
+    return cfg.num_epochs * sum(-(-num // cfg.batch_size) for num in (kept, len(train)))
+
+
+def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of (N, L, D) -> classes (B, L, S) int64 on the CPU."""
+    parts = (features[part.to(features.device)].to(heads.weight.device) for part in rows.split(READ_TOGETHER))
+    return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
+
+
+def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
+    # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
+    """A classifier for every layer and setting on some rows of the data, each at its optimum."""
+    fitted = []
+    for layer, settings in enumerate(sweep):
+        features = data.features[rows.to(data.features.device), layer]  # (N, D)
+        for setting in settings:
+            how = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
+            fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **how))
+            advance(1)
+    shape = (len(sweep), len(sweep[0]))
+    weight = torch.stack([one.weight for one in fitted]).unflatten(0, shape)  # (L, S, C, D)
+    bias = torch.stack([one.bias for one in fitted]).unflatten(0, shape)  # (L, S, C)
+    mean, scale = (torch.stack([getattr(one, name) for one in fitted[:: shape[1]]]) for name in ("mean", "scale"))
+    return Heads(weight.permute(0, 3, 1, 2), bias, mean, scale)
+
+
+@torch.no_grad()
+def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
+    # g = d/dW CE + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v, from zero
+    """A classifier for every layer and setting on some rows of the data, all at once and where the features are."""
+    device, (_, num_layers, dim) = data.features.device, data.features.shape
+    rates, decays = (
+        torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
+        for name in ("learning_rate", "weight_decay")
+    )
+    mean, scale = _moments(data.features, rows) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
+    weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
+    bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
+    heads, weight_speed, bias_speed = Heads(weight, bias, mean, scale), torch.zeros_like(weight), torch.zeros_like(bias)
+    generator = torch.Generator().manual_seed(cfg.seed % 2**63)
+    total, step = cfg.num_epochs * -(-len(rows) // cfg.batch_size), 0
+    for _ in range(cfg.num_epochs):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.batch_size):
+            x = (data.features[batch.to(device)].float() - mean) / scale  # (B, L, D)
+            error = (torch.einsum("bld,ldsc->blsc", x, weight) + bias).softmax(3)
+            error[torch.arange(len(batch)), :, :, data.labels[batch]] -= 1
+            error /= len(batch)  # (B, L, S, C), d CE / d logits
+            gradient = torch.einsum("bld,blsc->ldsc", x, error).addcmul_(weight, decays[:, None])
+            rate = rates * (0.5 * (1 + math.cos(math.pi * step / total)))  # (L, S, 1)
+            weight -= rate[:, None] * weight_speed.mul_(cfg.momentum).add_(gradient)
+            bias -= rate * bias_speed.mul_(cfg.momentum).add_(error.sum(0))
+            step += 1
+            advance(1)
+    return heads
+
+
+def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (L, D) float32 of some rows, without a copy of all; a constant feature keeps deviation 1."""
+    parts = rows.to(features.device).split(READ_TOGETHER)
+    mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
+    scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
+    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
+    return mean.float(), scale.float()
+
+
+def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
+    """Number of classes."""
+    for what, features, own in (("training", train, labels), ("test", test, test_labels)):
+        if features.ndim != 3 or len(features) != len(own) or not len(own):
+            raise DigitError(
+                f"{len(own)} labels for {what} features {tuple(features.shape)}, wanted one for each of (N, L, D)"
+            )
+        if own.min() < 0:
+            raise DigitError(f"{int((own < 0).sum())} {what} images have no label: leave them out")
+        if not torch.isfinite(features).all():
+            raise DigitError(f"{what} features hold NaN or infinity: check the images and the network's weights")
+    if train.shape[1:] != test.shape[1:]:
+        raise DigitError(f"training features are {tuple(train.shape[1:])}, test features {tuple(test.shape[1:])} "
+                         "(layers, features): take both from one model")  # fmt: skip
+    num_classes = int(labels.max()) + 1
+    if num_classes < 2 and len(labels) > 1:
+        raise DigitError("all training images are of one class: a probe tells at least 2 apart")
+    if test_labels.max() >= num_classes:
+        raise DigitError(
+            f"test labels run to {int(test_labels.max())}, training labels to {num_classes - 1}: "
+            "number both by one list of classes, or give training images of every class"
+        )
+    return num_classes

@@ -1,0 +1,88 @@
+"""The backbone for decoding: one position a row against a cache, as flat products instead of modules.
+
+A step of a small model takes as long to call as to compute, so the residual sums and, for few rows, the GELU go into
+the products. The same arithmetic as `Transformer.forward`, up to rounding.
+
+Shapes: R rows, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.models.products import PackedLinear
+from digit.models.transformer import Block, KVCache, SteppedCache, Transformer, attend
+
+FUSED_GELU_ROWS = 16  # from about here on oneDNN's own GELU is slower than torch's (measured at 8 and 64 rows)
+Product = Callable[..., Tensor]
+
+
+class StepTransformer:
+    """`transformer(x[:, None], causal=True, cache=cache)[:, 0]` for one position, without its modules."""
+
+    def __init__(self, transformer: Transformer, num_rows: int) -> None:
+        self.blocks = [StepBlock(block, num_rows) for block in transformer.blocks]
+        self.final_norm = normaliser(transformer.final_norm)
+
+    def __call__(self, x: Tensor, cache: KVCache | SteppedCache) -> Tensor:
+        """(R, D) to (R, D), the features after the final norm; the cache is extended by one position."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, cache)
+        cache.advance(1)
+        return self.final_norm(x)
+
+
+class StepBlock:
+    """One block."""
+
+    def __init__(self, block: Block, num_rows: int) -> None:
+        attention, mlp = block.attention, block.mlp
+        self.pre, self.num_heads = block.pre, attention.num_heads
+        self.qkv, self.out = product(attention.qkv), product_and_sum(attention.out)
+        self.fc1, self.fc2 = product(mlp.fc1, gelu=True, num_rows=num_rows), product_and_sum(mlp.fc2)
+        self.norm1, self.norm2 = normaliser(block.norm1), normaliser(block.norm2)
+
+    def __call__(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
+        """(R, D) to (R, D)."""
+        if self.pre:
+            x = self.out(self.attend(self.norm1(x), layer, cache), x)
+            return self.fc2(self.fc1(self.norm2(x)), x)
+        x = self.norm1(self.out(self.attend(x, layer, cache), x))
+        return self.norm2(self.fc2(self.fc1(x), x))
+
+    def attend(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
+        """Attention before its output projection."""
+        rows, width = x.shape
+        q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)
+        return attend(q, cache.extend(layer, k, v)).reshape(rows, width)
+
+
+def product(linear: nn.Linear | PackedLinear, *, gelu: bool = False, num_rows: int = 0) -> Product:
+    """x (R, in) to x W^T + b (R, out), with `gelu` the exact GELU of it."""
+    weight, bias = linear.weight, linear.bias
+    if isinstance(linear, PackedLinear) and (not gelu or num_rows <= FUSED_GELU_ROWS):
+        call, function = torch.ops.mkldnn._linear_pointwise.default, "gelu" if gelu else "none"
+        return lambda x: call(x, weight, bias, function, [], "none")
+    plain: Product = linear if isinstance(linear, PackedLinear) else partial(F.linear, weight=weight, bias=bias)
+    return (lambda x: F.gelu(plain(x))) if gelu else plain
+
+
+def product_and_sum(linear: nn.Linear | PackedLinear) -> Product:
+    """x (R, in) and y (R, out) to y + x W^T + b."""
+    weight, bias = linear.weight, linear.bias
+    if isinstance(linear, PackedLinear):
+        call = torch.ops.mkldnn._linear_pointwise.binary
+        return lambda x, y: call(x, y, weight, bias, "add")
+    return lambda x, y: y + F.linear(x, weight, bias)
+
+
+def normaliser(norm: nn.LayerNorm | nn.Identity) -> Product:
+    """The norm as a plain function."""
+    if isinstance(norm, nn.Identity):
+        return lambda x: x
+    return lambda x: F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)

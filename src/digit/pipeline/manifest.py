@@ -1,0 +1,99 @@
+"""The folder of a pipeline: pipeline.json beside encoder/, codebook/, vqgan/, prior.* and renderer.*."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from digit.convert.reading import WEIGHT_DTYPES
+from digit.data.preprocess import PreprocessConfig
+from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.runtime.config_json import from_json
+from digit.runtime.files import load_tensors, read_json, save_tensors, write_json
+from digit.sampling.config import SamplingConfig
+
+FORMAT_VERSION = 1
+MAX_WEIGHT = 1e6  # trained ones stay below 100; a flipped bit of an exponent makes 1e38, and NaN of all that follows
+MANIFEST = "pipeline.json"
+CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
+
+
+def find_pipeline(folder: str | Path) -> Path:
+    """The pipeline folder at `folder` or in its sub-folder `pipeline`. Raises DigitError where there is none."""
+    folder = Path(folder)
+    for candidate in (folder, folder / "pipeline"):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    what = "does not exist" if not folder.exists() else f"holds no {MANIFEST}"
+    raise DigitError(f"{folder} {what}: give the --out folder of a finished `digit fit`")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """pipeline.json of a pipeline folder. Raises DigitError where it is of another version, or damaged."""
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): make the pipeline again")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise DigitError(
+            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
+        )
+    odd = [name for name, kind in CONTENT.items() if not isinstance(manifest.get(name), kind)]
+    lists = [name for name in ("parts", "classes") if name not in odd]
+    odd += [name for name in lists if not all(isinstance(entry, str) for entry in manifest[name])]
+    if odd:
+        raise DigitError(f"{folder / MANIFEST} is damaged ({', '.join(odd)}): make the pipeline again")
+    from_json(PreprocessConfig, manifest["preprocess"], f"{folder / MANIFEST}: preprocess")
+    from_json(SamplingConfig, manifest["sampling"], f"{folder / MANIFEST}: sampling")
+    return manifest
+
+
+def write_manifest(
+    folder: Path,
+    parts: Sequence[str],
+    preprocess: PreprocessConfig,
+    classes: Sequence[str],
+    sampling: SamplingConfig,
+    info: dict[str, Any],
+) -> None:
+    """Write pipeline.json, last: a folder with a manifest is whole."""
+    content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
+    content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
+    write_json(folder / MANIFEST, content)
+
+
+def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
+    """The SamplingConfig of a manifest."""
+    return from_json(SamplingConfig, saved, f"sampling in {MANIFEST}")
+
+
+def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
+    """Write NAME.safetensors and NAME.json (the SequenceConfig)."""
+    save_tensors(folder / f"{name}.safetensors", model.state_dict())
+    write_json(folder / f"{name}.json", asdict(model.cfg))
+
+
+def load_sequence_model(folder: Path, name: str) -> SequenceModel:
+    """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError for damaged ones."""
+    about, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
+    cfg, state = from_json(SequenceConfig, read_json(about), str(about)), load_tensors(weights)
+    require_weights(state, str(weights))
+    try:
+        with torch.device("meta"):
+            model = SequenceModel(cfg)
+        model.load_state_dict(state, strict=True, assign=True)
+    except (RuntimeError, ValueError, OverflowError) as error:  # sizes beyond any tensor, other names or shapes
+        raise DigitError(f"{weights} does not fit {about.name}: {' '.join(str(error).split())[:300]}") from error
+    return model.eval()
+
+
+def require_weights(state: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise DigitError for what is no floating-point number, NaN, or far from any weight: it would draw no token."""
+    for name, tensor in state.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, no floating point: make it again")
+        low, high = (float(edge) for edge in torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
+        if not -MAX_WEIGHT <= low <= high <= MAX_WEIGHT:  # false for NaN too
+            raise DigitError(f"{source} is damaged: {name} holds {low:g} to {high:g}: make it again")

@@ -1,0 +1,428 @@
+"""DigitPipeline: label or picture -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
+
+    stage 1   [label or start] -> prior -> discriminative tokens (B, N)
+    stage 2   [discriminative tokens | start] -> renderer -> VQ tokens (B, M) -> VQGAN decoder -> pixels
+
+A pipeline without prior is a baseline of the paper: its renderer models VQ tokens alone ("VQ only").
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from digit.data.preprocess import PreprocessConfig, fit_batch
+from digit.errors import DigitError
+from digit.models.sequence import SequenceModel
+from digit.pipeline.batch import IMAGES, Drawn
+from digit.pipeline.batch_size import choose_batch_size, free_bytes, pass_size
+from digit.pipeline.manifest import (
+    MANIFEST,
+    find_pipeline,
+    load_sequence_model,
+    read_manifest,
+    read_sampling,
+    save_sequence_model,
+    write_manifest,
+)
+from digit.runtime.progress import Progress
+from digit.sampling.autoregressive import NextTokenSampler
+from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.masked import MaskedSampler
+from digit.sampling.sampler import Sampler
+from digit.tokenizers.base import ImageTokenizer
+from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.encoders import FrozenEncoder
+from digit.tokenizers.vq import VQTokenizer
+
+PARTS = ("tokenizer", "vq", "prior", "renderer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Images to draw: the seed of the first, their classes, and tokens that are given (completion)."""
+
+    seed: int
+    labels: Tensor
+    """(num,) int64, -1 for none."""
+    disc: Tensor | None = None
+    """(num, n) the first discriminative tokens."""
+    vq: Tensor | None = None
+    """(num, m) the first VQ tokens."""
+
+    def rows(self, first: int, count: int) -> tuple[list[int], Tensor, Tensor | None, Tensor | None]:
+        """(seeds, labels, disc, vq) of at most `count` images from `first` on."""
+        picked = [None if x is None else x[first : first + count] for x in (self.labels, self.disc, self.vq)]
+        return [self.seed + first + i for i in range(len(picked[0]))], *picked
+
+
+Stage = Callable[[list[int], Tensor | None, Tensor, Tensor | None], Tensor]  # seeds, prefix, labels, given -> (B, M)
+
+
+class DigitPipeline:
+    """Tokenizer, prior, renderer and VQGAN of one image space. Parts may be missing; what needs them says so.
+
+    Attributes:
+        tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
+        vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`.
+        prior: stage 1, `prior(tokens (B, N), labels=None) -> (B, N, K)` next-token logits; None in a VQ-only baseline.
+        renderer: stage 2, `renderer(vq_tokens (B, M), prefix=tokens) -> (B, M, V)`.
+        classes: class names; empty where the pipeline is unconditional or the classes have no names.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: DiscriminativeTokenizer | None = None,
+        vq: VQTokenizer | None = None,
+        prior: SequenceModel | None = None,
+        renderer: SequenceModel | None = None,
+        preprocess: PreprocessConfig,
+        classes: Sequence[str] = (),
+        sampling: SamplingConfig | None = None,
+        info: dict[str, Any] | None = None,
+    ):
+        self.tokenizer, self.vq, self.prior, self.renderer = tokenizer, vq, prior, renderer
+        self.preprocess, self.classes, self.info = preprocess, list(classes), dict(info or {})
+        self.sampling = sampling or SamplingConfig()
+        for model in (prior, renderer):
+            if model is not None:
+                model.eval().requires_grad_(False)
+        self._check()
+
+    def _check(self) -> None:
+        prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
+        prefix = renderer.prefix_vocab_size if renderer else 0
+        codes = self.tokenizer and self.tokenizer.vocab_size
+        pairs = [
+            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", self.vq and self.vq.vocab_size),
+            ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
+            ("renderer prefix vocabulary", prefix, "codebook entries", codes),
+            ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
+        ]
+        tokens = self.tokenizer and math.prod(self.tokenizer.grid)
+        prefix_len = renderer.prefix_len if renderer else 0
+        pairs += [
+            ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
+            ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
+            ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
+            ("renderer length", renderer and renderer.target_len, "VQ tokens", self.vq and math.prod(self.vq.grid)),
+        ]
+        for left, got, right, wanted in pairs:
+            if got and wanted and got != wanted:
+                raise DigitError(f"{left} is {got}, {right} {wanted}: these parts were not trained together")
+
+    def require(self, *names: str) -> None:
+        """Raise DigitError unless the named parts are there (tokenizer, vq, prior, renderer)."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            there = [name for name in PARTS if getattr(self, name) is not None]
+            raise DigitError(
+                f"this needs {' and '.join(missing)}, and the pipeline holds {', '.join(there) or 'nothing'} alone: "
+                "add what is missing (digit convert, digit fit)"
+            )
+
+    def _require_drawing(self) -> SequenceModel:
+        """Whatever drawing needs; returns the model that draws first."""
+        self.require("vq", "renderer")
+        if not self.renderer.cfg.prefix_len:
+            return self.renderer
+        self.require("prior")
+        return self.prior
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        for model in (self.renderer, self.prior):
+            if model is not None:
+                return next(model.parameters()).device
+        return self.vq.device if self.vq else self.tokenizer.codebook.centroids.device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.preprocess.image_size
+
+    @property
+    def tokenizers(self) -> dict[str, ImageTokenizer]:
+        """Every image tokenizer of the pipeline by name."""
+        named = {"discriminative": self.tokenizer, "vq": self.vq}
+        return {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move every part to a device."""
+        for part in (
+            self.tokenizer and self.tokenizer.encoder,
+            self.tokenizer and self.tokenizer.codebook,
+            self.vq and self.vq.vqgan,
+            self.prior,
+            self.renderer,
+        ):
+            if part is not None:
+                part.to(device)
+        return self
+
+    # ---------------------------------------------------------------- drawing
+
+    def stream(
+        self,
+        num: int | None = None,
+        labels: Sequence[int] | int | None = None,
+        seed: int = 0,
+        start: int = 0,
+        end: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Drawn]:
+        """Draw batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
+
+        Args:
+            num: how many; by default one a label.
+            labels: class numbers, repeated in turn up to `num`; None draws all classes evenly.
+            seed: of image 0.
+            start, end: draw images `start` .. `end - 1` of these, by default all. Both are multiples of the batch size,
+                or end is `num`: the batches are those of the whole stream, bit for bit, so that machines can share it.
+            sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
+
+        Raises DigitError for a label out of range, or labels given to an unconditional model.
+        """
+        wanted, cfg = Wanted(seed=seed, labels=self.labels(num, labels)), self.sized(self.settings(**sampling))
+        last = len(wanted.labels) if end is None else min(end, len(wanted.labels))
+        for name, place in (("start", start), ("end", end or 0)):
+            if place < 0 or (place % cfg.batch_size and place < len(wanted.labels)):
+                raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
+        return self._draw(wanted, cfg, start, last)
+
+    def generate(
+        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+    ) -> Tensor:
+        """As `stream`, all at once: (num, 3, H, W) uint8."""
+        return self._pixels(self.stream(num, labels, seed, **sampling))
+
+    def generate_tokens(
+        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+    ) -> dict[str, Tensor]:
+        """As `generate`, before pixels: {"disc": (num, N) (with a prior), "vq": (num, M), "labels": (num,)} int64."""
+        wanted = Wanted(seed=seed, labels=self.labels(num, labels))
+        batches = [batch.tokens for batch in self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)]
+        return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": wanted.labels}
+
+    def complete(
+        self,
+        images: Tensor,
+        keep: float = 0.5,
+        seed: int = 0,
+        labels: Sequence[int] | int | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """Keep the first rows of each picture and draw the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+
+        Args:
+            images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
+            keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
+            seed: of the first image.
+            labels: class numbers; None takes for each picture the class under which its tokens are likeliest.
+
+        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
+        of view lets some of the hidden part through.
+        """
+        if self._require_drawing() is self.prior:
+            self.require("tokenizer")
+        if not 0 < keep <= 1:
+            raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
+        images = fit_batch(images, self.image_size)
+        classes = self.labels(len(images), labels) if labels is not None else self.guess_labels(images)
+        given = {
+            name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
+            for name, tokenizer in self.tokenizers.items()
+        }
+        wanted = Wanted(seed=seed, labels=classes, disc=given.get("discriminative"), vq=given["vq"])
+        return self._pixels(self._draw(wanted, self.sized(self.settings(**sampling))))
+
+    @torch.inference_mode()
+    def guess_labels(self, images: Tensor) -> Tensor:
+        """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
+
+        A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
+        without a class would start from noise.
+        """
+        first = self._require_drawing()
+        if not first.cfg.num_classes:
+            return torch.full((len(images),), -1)
+        if first.cfg.masked:
+            raise DigitError("a masked model gives no likelihood to tell classes by: give labels")
+        if first is self.prior:
+            self.require("tokenizer")
+        tokens = (self.tokenizer if first is self.prior else self.vq).encode(images).to(self.device)  # (B, N)
+        scores, size = torch.empty(len(tokens), first.cfg.num_classes), self.sized(self.sampling).batch_size
+        for label in range(first.cfg.num_classes):
+            for rows in torch.arange(len(tokens)).split(size):
+                logits = first(tokens[rows], labels=torch.full((len(rows),), label, device=self.device))
+                nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[rows], reduction="none")
+                scores[rows, label] = -nll.sum(1).cpu()
+        return scores.argmax(1)
+
+    def decode(self, vq_tokens: Tensor) -> Tensor:
+        """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
+        self.require("vq")
+        return self.vq.decode(vq_tokens)
+
+    def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+        """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+        return self.decode(self.render_tokens(tokens, seed, **sampling))
+
+    def render_tokens(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+        """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
+        self.require("vq", "renderer")
+        if not self.renderer.cfg.prefix_len:
+            raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
+        wanted = Wanted(seed=seed, labels=torch.full((len(tokens),), -1), disc=tokens)
+        drawn = self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)
+        nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
+        return torch.cat([nothing, *(batch.tokens["vq"] for batch in drawn)])
+
+    def _pixels(self, batches: Iterable[Drawn]) -> Tensor:
+        nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
+        return torch.cat([nothing, *(batch.images for batch in batches)])
+
+    def _draw(
+        self, wanted: Wanted, cfg: SamplingConfig, start: int = 0, end: int | None = None, *, pixels: bool = True
+    ) -> Iterator[Drawn]:
+        """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
+        num, prefix_len = len(wanted.labels) if end is None else end, self.renderer.cfg.prefix_len
+        draw_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
+        draw_vq = self._stage(self.renderer, cfg.renderer, cfg)
+        with Progress("sample", num, done=start) as bar:
+            for first in range(start, num, cfg.batch_size):
+                seeds, labels, disc, vq = wanted.rows(first, cfg.batch_size)
+                done: dict[str, Tensor] = {}
+                if prefix_len and disc is not None and disc.shape[1] == prefix_len:
+                    done["disc"] = disc.to(self.device)
+                elif prefix_len:
+                    done["disc"] = draw_prefix(seeds, None, labels, disc)
+                done["vq"] = draw_vq(seeds, done.get("disc"), labels, vq)
+                if pixels:
+                    done[IMAGES] = self.vq.decode(done["vq"], bf16=cfg.precision == "bf16" or None)
+                batch = Drawn(first, labels, done)
+                bar.update(len(batch))
+                yield batch
+
+    def _stage(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Stage:
+        """What draws the tokens of one stage, batch after batch: (seeds, prefix, labels, given) -> (B, M) int64."""
+        common: dict[str, Any] = dict(
+            temperature=how.temperature,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            cfg_scale=how.cfg_scale,
+            dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
+            pass_size=pass_size(model, cfg.batch_size),
+        )
+        sampler: Sampler
+        if model.cfg.masked:
+            steps = dict(num_steps=how.num_steps, choice_temperature=how.choice_temperature)
+            sampler = MaskedSampler(model, **steps, **common)
+        else:
+            sampler = NextTokenSampler(model, **common)
+
+        def stage(seeds: list[int], prefix: Tensor | None, labels: Tensor, given: Tensor | None) -> Tensor:
+            return sampler(seeds, prefix=prefix, labels=labels if model.cfg.num_classes else None, given=given)
+
+        return stage
+
+    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
+        """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
+        if num is None:
+            num = 1 if labels is None or isinstance(labels, int) else len(labels)
+        if num < 1:
+            raise DigitError(f"num is {num}: at least 1 image")
+        known = self._require_drawing().cfg.num_classes
+        if labels is None:
+            chosen = range(known) if known else [-1]
+        else:
+            chosen = [labels] if isinstance(labels, int) else list(labels)
+            if not known:
+                raise DigitError("labels were given, but this model is unconditional: leave them out")
+            if not chosen:
+                raise DigitError("labels is empty: give at least one class number")
+        for label in chosen:
+            if known and not 0 <= label < known:
+                raise DigitError(f"label {label} is out of range: this model knows classes 0 to {known - 1}")
+        return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
+
+    def settings(self, **changes: Any) -> SamplingConfig:
+        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for one out of range."""
+        for stage in ("prior", "renderer"):
+            if isinstance(changes.get(stage), dict):
+                changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
+        return replace(self.sampling, **changes)
+
+    def sized(self, cfg: SamplingConfig) -> SamplingConfig:
+        """`cfg` with a batch size: its own, else one that fits into the memory that is free now."""
+        if cfg.batch_size is not None:
+            return cfg
+        prior = self.prior if self.renderer.cfg.prefix_len else None
+        return replace(cfg, batch_size=choose_batch_size(prior, self.renderer, self.vq, cfg, free_bytes(self.device)))
+
+    # ---------------------------------------------------------------- folder
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write JSON and safetensors: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*."""
+        folder, parts = Path(folder), []
+        if self.tokenizer is not None:
+            self.tokenizer.encoder.save(folder / "encoder")
+            self.tokenizer.codebook.save(folder / "codebook")
+            parts += ["encoder", "codebook"]
+        if self.vq is not None:
+            self.vq.save(folder / "vqgan")
+            parts.append("vqgan")
+        for name, model in (("prior", self.prior), ("renderer", self.renderer)):
+            if model is not None:
+                save_sequence_model(model, folder, name)
+                parts.append(name)
+        write_manifest(folder, parts, self.preprocess, self.classes, self.sampling, self.info)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Read a pipeline folder, or a run folder of `digit fit`. Raises DigitError where it is missing or damaged."""
+        folder = find_pipeline(folder)
+        manifest = read_manifest(folder)
+        try:
+            return cls._read(folder, manifest).to(device)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DigitError(f"{folder / MANIFEST} is damaged ({error!r}): make the pipeline again") from error
+
+    @classmethod
+    def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
+        parts, tokenizer = manifest["parts"], None
+        if {"encoder", "codebook"} <= set(parts):
+            encoder, codebook = FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
+            tokenizer = DiscriminativeTokenizer(encoder, codebook)
+        return cls(
+            tokenizer=tokenizer,
+            vq=VQTokenizer.load(folder / "vqgan") if "vqgan" in parts else None,
+            prior=load_sequence_model(folder, "prior") if "prior" in parts else None,
+            renderer=load_sequence_model(folder, "renderer") if "renderer" in parts else None,
+            preprocess=PreprocessConfig(**manifest["preprocess"]),
+            classes=manifest["classes"],
+            sampling=read_sampling(manifest["sampling"]),
+            info=manifest["info"],
+        )
+
+
+def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
+    """The paper's VQ-only baseline of a run (`digit train vq_ar`), over the VQGAN of its pipeline; None without one."""
+    model = Path(folder) / "vq_ar"
+    if not (model / "model.json").is_file():
+        return None
+    renderer = load_sequence_model(model, "model").to(pipe.device)
+    return DigitPipeline(vq=pipe.vq, renderer=renderer, preprocess=pipe.preprocess, classes=pipe.classes)
+
+
+def kept_tokens(grid: tuple[int, int], keep: float) -> int:
+    """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
+    return max(1, round(keep * grid[0])) * grid[1]

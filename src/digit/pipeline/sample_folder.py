@@ -1,0 +1,363 @@
+"""A folder of drawn images. A drawing that is killed at any moment goes on at the first batch that is missing.
+
+    FOLDER/00000.png ...    image i, of seed + i
+    FOLDER/grid.png         the first 256
+    FOLDER/tokens.npz       disc (num, N) where there is a prior, vq (num, M), labels (num,), int32
+    FOLDER/samples.json     labels, classes and the request that fixes every byte; written last: the folder is whole
+    FOLDER/journal.json     while drawing: the request, and which images are done (beside NAME.partial.npy)
+    FOLDER/journal.R.json   which ones rank R has added since
+
+Threads write the PNGs of a batch while the next one is drawn; no more than three batches are in memory. Several
+processes (ranks) draw a share each of the batches that are missing, into one folder that all of them see. The files end
+byte-identical to those of one process that was never killed, on the same kind of device: batches begin at multiples of
+the batch size, whoever draws them.
+"""
+
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from digit import __version__
+from digit.data.rows import ArrayFile
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.pipeline.batch import Drawn
+from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
+from digit.pipeline.sample_journal import (
+    GRID,
+    JOURNAL,
+    NEEDLESS,
+    OTHER_FOLDER,
+    SAMPLES,
+    TOKENS,
+    clear,
+    listed,
+    read_ledger,
+    recorded,
+    void,
+)
+from digit.runtime import distributed, plots
+from digit.runtime.files import atomic_path, differences, plain, sha256_tensors, write_json
+from digit.runtime.ledger import Ledger, Spans
+from digit.runtime.lock import lock_folder, release_folder
+from digit.runtime.signals import StopSignals
+
+GRID_IMAGES = 256  # the first so many go into grid.png
+WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
+WAITING = 1  # batches that may be in the writers' hands while another is drawn
+SHOWN_DIGITS, SHOWN_LETTERS = 12, 60  # of a hash, of any other value in a message
+
+
+def sample(
+    pipe: DigitPipeline,
+    folder: str | Path,
+    num: int | None = None,
+    labels: Sequence[int] | int | None = None,
+    seed: int = 0,
+    *,
+    overwrite: bool = False,
+    **sampling: Any,
+) -> list[Path]:
+    """Draw images into a folder, or go on where the same drawing stopped; returns the files of the images.
+
+    Args:
+        num, labels, seed, sampling: as for `DigitPipeline.stream`. Without a batch size a drawing goes on with the one
+            that it began with.
+        overwrite: replace the images of another request; otherwise they are refused.
+
+    Several ranks call it together; rank 0 decides on the batch size and writes what all of them made.
+
+    Raises:
+        MismatchError: the folder holds images of another request; names the setting and both values.
+        DigitError: a setting out of range, other images in the folder, a full disk (make room and run again).
+        Stopped: SIGINT or SIGTERM came; the batches at hand are written, and the same call goes on.
+    """
+    folder, classes = Path(folder), pipe.labels(num, labels)
+
+    def settle() -> tuple[SamplingConfig, dict[str, Any]]:
+        return settle_request(pipe, folder, len(classes), labels, seed, pipe.settings(**sampling), overwrite)
+
+    cfg, request = distributed.on_main(settle)
+    lengths = {"vq": pipe.renderer.cfg.target_len}
+    if pipe.renderer.cfg.prefix_len:
+        lengths["disc"] = pipe.renderer.cfg.prefix_len
+    names = [pipe.classes[k] if 0 <= k < len(pipe.classes) else None for k in classes.tolist()]
+    whole = SampleFolder(folder, request, lengths, classes, names)
+    write_samples(whole, lambda start, end: pipe.stream(num, labels, seed, start, end, **vars(cfg)))
+    return [whole.picture(i) for i in range(whole.num)]
+
+
+def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Drawn]]) -> None:
+    """Write what is missing of a folder, this rank its share; `draw(start, end)` gives the batches of these images.
+
+    Raises Stopped where a signal came before all was drawn, on any rank.
+    """
+    if distributed.on_main(lambda: whole.finished):
+        return
+    whole.begin()
+    with StopSignals() as signals:
+        if left := whole.share():
+            with whole, closing(each(left, draw)) as batches:
+                for batch in batches:
+                    whole.append(batch)
+                    if signals.asked:
+                        break
+                whole.settle(0)
+        whole.gather()
+    if whole.done < whole.num:
+        raise Stopped(f"{whole.done} of {whole.num} images are drawn")
+    distributed.on_main(whole.finish)
+    release_folder(whole.folder)
+
+
+def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[Drawn]]) -> Iterator[Drawn]:
+    """The batches of several spans of images."""
+    for start, end in left:
+        yield from draw(start, end)
+
+
+# -------------------------------------------------------------------- request
+
+
+def settle_request(
+    pipe: DigitPipeline,
+    folder: Path,
+    num: int,
+    labels: Sequence[int] | int | None,
+    seed: int,
+    asked: SamplingConfig,
+    overwrite: bool,
+) -> tuple[SamplingConfig, dict[str, Any]]:
+    """How to draw, with a batch size, and the request it makes; what lies in the folder fits it, or is declared void.
+
+    Raises as `sample` does.
+    """
+    if (folder / JOURNAL).exists():
+        lock_folder(folder)  # before anything is made of journals that others may be writing
+    try:
+        there, cfg = recorded(folder), asked
+        if there is not None and cfg.batch_size is None and isinstance(size := there.get("batch_size"), int):
+            cfg = replace(cfg, batch_size=size)
+        cfg = pipe.sized(cfg)
+        request = describe_request(pipe, num, labels, seed, cfg)
+        if there is not None:
+            refuse_other(folder, there, request)
+    except DigitError:
+        if not overwrite:
+            raise
+        lock_folder(folder)
+        void(folder)
+        cfg = pipe.sized(asked)
+        request = describe_request(pipe, num, labels, seed, cfg)
+    return cfg, request
+
+
+def describe_request(
+    pipe: DigitPipeline, num: int, labels: Sequence[int] | int | None, seed: int, cfg: SamplingConfig
+) -> dict[str, Any]:
+    """Everything that decides the images, as JSON has it. Two requests are the same if these are."""
+    models = {"renderer": pipe.renderer} | ({"prior": pipe.prior} if pipe.renderer.cfg.prefix_len else {})
+    weights = {name: sha256_tensors(model.state_dict()) for name, model in models.items()}
+    if labels is not None:
+        labels = [labels] if isinstance(labels, int) else [int(k) for k in labels]
+    return plain(
+        {
+            "num": num,
+            "seed": seed,
+            "labels": "every class in turn" if labels is None else labels,
+            "batch_size": cfg.batch_size,
+            "precision": cfg.precision,
+            **{name: asdict(getattr(cfg, name)) for name in models},
+            "weights": weights | {"vqgan": pipe.vq.fingerprint},
+            "rounding": pipe.vq.rounding,
+            "device": pipe.device.type,
+        }
+    )
+
+
+def refuse_other(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise MismatchError that names a setting with both values where two requests differ."""
+    for name, here, wanted in differences(there, asked):
+        raise MismatchError(
+            f"{folder} holds images drawn with {name} = {shown(here)}, now asked for {shown(wanted)}: "
+            f"{OTHER_FOLDER}, or the old setting"
+        )
+
+
+def shown(value: Any) -> str:
+    """A value in a message: hashes and long lists cut short."""
+    text = str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:SHOWN_DIGITS]
+    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ..."
+
+
+# -------------------------------------------------------------------- files
+
+
+class SampleFolder:
+    """Files and journals of one drawing. A journal only ever names images whose files are on the disk."""
+
+    def __init__(
+        self,
+        folder: Path,
+        request: dict[str, Any],
+        lengths: dict[str, int],
+        labels: Tensor,
+        names: Sequence[str | None],
+    ):
+        """`request` has num, seed, batch_size and rounding at least; `lengths` are tokens an image by kind; `labels`
+        (num,) and their `names` go into samples.json."""
+        self.folder, self.request, self.labels, self.names = folder, request, labels, names
+        self.num, self.size = request["num"], request["batch_size"]
+        self.ledger = Ledger(request, self.num)
+        paths = {name: folder / f"{name}.partial.npy" for name in lengths}
+        self.arrays = {name: ArrayFile(path, (self.num, lengths[name]), "<i4") for name, path in paths.items()}
+        self.opened: list[ArrayFile] = []
+        self.waiting: deque[Future] = deque()  # one a batch in the writers' hands
+
+    def picture(self, index: int) -> Path:
+        """The file of an image; names sort as numbers do."""
+        return self.folder / f"{index:0{max(5, len(str(self.num - 1)))}d}.png"
+
+    @property
+    def done(self) -> int:
+        """How many images are on the disk, as far as this rank knows."""
+        return len(self.ledger.done)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every file is there already."""
+        if not (self.folder / SAMPLES).exists():
+            return False
+        wanted = {GRID, TOKENS, *(self.picture(i).name for i in range(self.num))}
+        if not wanted <= set(listed(self.folder)):
+            return False  # some were deleted since: they are drawn again
+        self._clean()
+        return True
+
+    def begin(self) -> None:
+        """Go on with the journals that are there, or begin one; raises DigitError now where the disk is too full."""
+        self.ledger = distributed.on_main(self._begin)
+
+    def _begin(self) -> Ledger:
+        lock_folder(self.folder)
+        if (self.folder / JOURNAL).exists() and len((there := read_ledger(self.folder)).done):
+            names, done = set(listed(self.folder)), Spans()
+            for first in range(0, self.num, self.size):
+                end = min(first + self.size, self.num)
+                if there.done.covers(first, end) and all(self.picture(i).name in names for i in range(first, end)):
+                    done.add(first, end)  # of the others some were deleted since: they are drawn again
+            ledger = Ledger(self.request, self.num, done)
+            ledger.save(self.folder / JOURNAL)
+            return ledger
+        clear(self.folder)
+        ledger = Ledger(self.request, self.num)
+        ledger.save(self.folder / JOURNAL)
+        try:
+            for array in self.arrays.values():
+                array.allocate()
+        except DigitError:
+            self._give_back()
+            raise
+        return ledger
+
+    def share(self) -> list[tuple[int, int]]:
+        """This rank's share of the batches that are missing, as spans of images."""
+        missing = self.ledger.done.missing_blocks(self.num, self.size)
+        mine = [missing[place] for place in distributed.share(len(missing))]
+        return Spans((first, min(first + self.size, self.num)) for first in mine).spans
+
+    def gather(self) -> None:
+        """Learn what the other ranks have done; waits for them."""
+        for ledger in distributed.gather(self.ledger):
+            self.ledger.join(ledger)
+
+    def __enter__(self) -> "SampleFolder":
+        try:
+            self.opened = [array.__enter__() for array in self.arrays.values()]
+        except (OSError, ValueError) as error:
+            raise DigitError(f"images in {self.folder} cannot be continued ({error}): delete the folder") from error
+        self.writers, self.keeper = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(1)
+        return self
+
+    def append(self, batch: Drawn) -> None:
+        """Hand a batch to the writers, and wait for the one before."""
+        paths = [self.picture(batch.first + i) for i in range(len(batch))]
+        writing = [self.writers.submit(write_picture, path, batch, i) for i, path in enumerate(paths)]
+        self.waiting.append(self.keeper.submit(self._keep, batch, writing))
+        self.settle(WAITING)
+
+    def settle(self, left: int) -> None:
+        """Wait until at most `left` batches are in the writers' hands. Raises what stopped a writer."""
+        while len(self.waiting) > left:
+            self.waiting.popleft().result()
+
+    def _keep(self, batch: Drawn, writing: list[Future]) -> None:
+        """Enter a batch into the journal as soon as it is on the disk; one after another, in a thread of its own."""
+        for future in writing:
+            future.result()
+        for name, array in self.arrays.items():
+            array.write(batch.first, batch.tokens[name].numpy())
+            array.sync()
+        self.ledger.done.add(batch.first, batch.first + len(batch))
+        self.ledger.save(self.folder / JOURNAL)
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        for pool in (self.writers, self.keeper):
+            pool.shutdown(wait=True, cancel_futures=kind is not None)
+        for array in self.opened:
+            array.__exit__()
+        if kind is not None and not self.done and distributed.world_size() == 1:
+            self._give_back()
+
+    def finish(self) -> None:
+        """Grid, tokens.npz and, last, samples.json. Can be cut short and repeated."""
+        assert self.done == self.num, "every image is written before the folder is finished"
+        labels = self.labels.numpy().astype(np.int32)
+        with atomic_path(self.folder / TOKENS) as temporary, open(temporary, "wb") as out:
+            # mapped, so that they are compressed from the disk piece by piece
+            tokens = {name: np.load(array.path, mmap_mode="r") for name, array in sorted(self.arrays.items())}
+            np.savez_compressed(out, **tokens, labels=labels)
+        images = read_pictures([self.picture(i) for i in range(min(self.num, GRID_IMAGES))])
+        columns = min(len(images), max(8, round(len(images) ** 0.5)))
+        scale = max(1, 128 // images.shape[-1])
+        plots.save_png(self.folder / GRID, plots.grid(images, columns, scale=scale))
+        about = {"version": __version__, "seed": self.request["seed"], "seeds": "image i: seed + i"}
+        about |= {"rounding": self.request["rounding"], "request": self.request}  # `digit evaluate` reads the rounding
+        write_json(self.folder / SAMPLES, about | {"labels": labels.tolist(), "classes": list(self.names)})
+        self._clean()
+
+    def _give_back(self) -> None:
+        """Leave nothing of a drawing that never got as far as one batch."""
+        with suppress(DigitError, OSError):  # what ended it matters more
+            clear(self.folder)
+
+    def _clean(self) -> None:
+        """Remove what only an unfinished folder needs, and what a kill left half written."""
+        for name in filter(NEEDLESS.fullmatch, listed(self.folder)):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def write_picture(path: Path, batch: Drawn, row: int) -> None:
+    """One PNG of a batch; waits for the batch where it is still on its way from a GPU."""
+    plots.save_png(path, batch.images[row])
+
+
+def read_pictures(paths: Sequence[Path]) -> Tensor:
+    """PNGs of one size -> (B, 3, H, W) uint8."""
+    arrays = []
+    for path in paths:
+        with Image.open(path) as image:
+            arrays.append(np.asarray(image.convert("RGB")))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)

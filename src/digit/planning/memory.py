@@ -1,0 +1,199 @@
+"""Memory of a training step, found by running the step on tensors without storage and counting what would be alive.
+
+On a CPU the step is `LikelihoodUpdate` itself on fake CPU tensors. For a GPU it is the same model, loss, clipping,
+optimizer and average on meta tensors, under `GPURules`: a build of torch without CUDA can neither fake CUDA tensors nor
+autocast them. Not counted: what kernels allocate for themselves, the CUDA context and the allocator's holes; machines
+keep a share of their memory back for those (`digit.planning.machines`).
+"""
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.training.compile import TransformerForward
+from digit.training.config import TrainConfig
+from digit.training.ema import EMA
+from digit.training.optim import build_optimizer
+from digit.training.parallel import LossModule
+from digit.training.sequence import LikelihoodUpdate
+
+# Resident over live memory of a CPU process, as glibc keeps freed blocks; chosen from 8 runs, of 1.09 to 1.30
+CPU_HOLES = 1.2
+HIDDEN_SHARE = 2 / math.pi  # mean of cos(u pi / 2), u ~ U(0, 1): tokens that a masked model's batch hides
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations inside the context made and that are still referenced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+class GPURules(TorchFunctionMode):
+    """What CUDA kernels and CUDA's autocast to half precision would keep, for meta tensors.
+
+    Products run in `dtype` on casts of their inputs, norms in float32 (torch's autocast op reference); attention is the
+    flash kernel, which keeps q, k, v, its output and a float32 logsumexp; dropout keeps a mask of one byte an element.
+    """
+
+    PRODUCTS = frozenset((F.linear, F.conv2d, torch.bmm, torch.baddbmm, torch.matmul, Tensor.__matmul__))
+    IN_FLOAT32 = frozenset((F.layer_norm, F.group_norm, F.softmax, Tensor.softmax, Tensor.log_softmax))
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.PRODUCTS:
+            return func(*cast(args, self.dtype), **cast(kwargs, self.dtype))
+        if func in self.IN_FLOAT32 and self.dtype != torch.float32:
+            return func(*cast(args, torch.float32), **cast(kwargs, torch.float32))
+        if func is F.scaled_dot_product_attention:
+            causal = kwargs.get("is_causal", False)
+            q, k, v = cast(args, self.dtype)
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[0]
+        if func is F.dropout:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        return func(*args, **kwargs)
+
+
+class HiddenRows(TorchFunctionMode):
+    """Rows picked by a mask whose values nobody knows: their expected number."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            rows = args[0].flatten(0, args[1].ndim - 1)
+            count = math.ceil(HIDDEN_SHARE * len(rows))
+            return rows.index_select(0, torch.zeros(count, dtype=torch.int64, device=rows.device))
+        return func(*args, **(kwargs or {}))
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of a tuple or a dictionary in `dtype`."""
+    if isinstance(values, dict):
+        return {name: one(value, dtype) for name, value in values.items()}
+    return tuple(one(value, dtype) for value in values)
+
+
+def one(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes on one device."""
+
+    peak: int
+    """The most that is alive at a time in a step."""
+    weights: int
+    """Of that, what stays between steps: weights, their average, the optimizer's moments."""
+
+
+def training_memory(
+    cfg: SequenceConfig, training: TrainConfig, *, num_devices: int = 1, gpu: bool = True
+) -> TrainingMemory:
+    """Memory of a step of one of `num_devices` devices, as `training` has it: pieces, precision, checkpointing.
+
+    torch.compile is left out: what it fuses needs less.
+    """
+    share = replace(training, batch_size=training.batch_size // num_devices, compile=False)
+    assert gpu or num_devices == 1, "a CPU trains in one process"
+    with torch.random.fork_rng(devices=[]):
+        return trace_gpu(cfg, share, num_devices) if gpu else trace_cpu(cfg, share)
+
+
+def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
+    """Two steps of LikelihoodUpdate: the first makes the optimizer's moments, the second has them all along."""
+    with FakeTensorMode(), LiveMemory() as memory, HiddenRows():
+        model = SequenceModel(cfg).train()
+        batch = blank_batch(cfg, training.batch_size, "cpu")
+        update = LikelihoodUpdate(model, lambda step: batch, training)
+        update.looks = False  # fake numbers are neither finite nor not
+        update(0)
+        stays = memory.live
+        update(1)
+        return TrainingMemory(peak=round(CPU_HOLES * memory.peak), weights=stays)
+
+
+def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int) -> TrainingMemory:
+    """The same two steps on meta tensors."""
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(training.precision, torch.bfloat16)
+    with LiveMemory() as memory, HiddenRows():
+        with torch.device("meta"):
+            model = SequenceModel(cfg).train()
+        if training.checkpoint_activations:  # the backward pass has none of the forward pass's modes
+            for block in model.transformer.blocks:
+                block.forward = under(GPURules(dtype), block.forward)
+        optimizer = build_optimizer(model, training)
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=False)  # the fused kernel refuses meta tensors; it needs no memory either
+        average = EMA(model, training.ema_decay) if training.ema_decay else None
+        if num_devices > 1:  # DistributedDataParallel holds the gradients in its buckets, for good
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        piece = blank_batch(cfg, training.batch_size // training.accumulate, "meta")
+        objective = LossModule(model, TransformerForward(model, training))
+        for step in range(2):
+            for _ in range(min(training.accumulate, 2)):  # the second finds gradients; later ones find no more
+                with GPURules(dtype):
+                    loss, figures = objective(
+                        piece | model.noise(piece, None), label_smoothing=training.label_smoothing
+                    )
+                    (loss / training.accumulate).backward()
+                del loss, figures
+            optimizer.step()  # clipping refuses meta tensors too, and works in place
+            optimizer.zero_grad(set_to_none=num_devices == 1)
+            if average:
+                average.update(step)
+        return TrainingMemory(peak=memory.peak, weights=memory.live)
+
+
+def under(rules: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, always called under `rules`."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with rules:
+            return function(*args, **kwargs)
+
+    return call
+
+
+def blank_batch(cfg: SequenceConfig, rows: int, device: str) -> dict[str, Tensor | None]:
+    """A batch of that shape, as keywords of `SequenceModel.loss`."""
+    lengths = {"target": cfg.target_len, "prefix": cfg.prefix_len}
+    batch = {k: torch.zeros(rows, n, dtype=torch.int64, device=device) if n else None for k, n in lengths.items()}
+    return batch | {"labels": torch.zeros(rows, dtype=torch.int64, device=device) if cfg.num_classes else None}

@@ -1,0 +1,187 @@
+"""Floating-point operations of one image in each stage of a recipe, counted on tensors without storage."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from digit.models.discriminator import PatchDiscriminator
+from digit.models.efficientnet import SIZES as EFFICIENTNETS
+from digit.models.efficientnet import EfficientNet
+from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
+from digit.models.vit import SIZES as VITS
+from digit.models.vit import ViT
+from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.planning.machines import Kind
+from digit.runs.recipes import Recipe
+from digit.tokenizers.encoders import load_encoder, resolve_layer
+from digit.tokenizers.vq import VQTokenizer
+
+VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # of each stage of VGG16, over its input's pixels
+LITE0_FLOPS_128 = 0.25e9  # EfficientNet-Lite0 at 128 px: the perceptual distance `encoder`
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network that turns one image into tokens, or tokens into an image."""
+
+    flops: float
+    """Of one image, forward."""
+    weights: int
+    """Parameters."""
+    kind: Kind
+    """Of work."""
+
+
+class Work:
+    """What one image costs in every stage of a recipe. Raises DigitError for an encoder whose shape is not known."""
+
+    def __init__(self, recipe: Recipe, num_classes: int = 0) -> None:
+        self.recipe, self.num_classes = recipe, num_classes
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def _count(
+        self, make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], kind: Kind, device: str = "cpu"
+    ) -> Network:
+        """FLOPs of `call` on a network without storage, fake on the CPU (autocast knows no meta tensors) or on meta."""
+        plainly = sdpa_kernel(SDPBackend.MATH)  # the counter knows products, not the CPU's fused attention
+        where = self.fake if device == "cpu" else torch.device(device)
+        with where, torch.no_grad(), plainly, FlopCounterMode(display=False) as counter:
+            net = make()
+            call(net)
+        return Network(counter.get_total_flops(), sum(p.numel() for p in net.parameters()), kind)
+
+    @cached_property
+    def _encoder_shape(self) -> tuple[Callable[[], nn.Module], Kind]:
+        """Makes the encoder up to its layer; its weights are not needed."""
+        cfg = self.recipe.encoder
+        if cfg.name in VITS:
+            shape = VITS[cfg.name]
+            layer = resolve_layer(cfg.name, cfg.layer, shape.depth, max(-3, -shape.depth))
+            return lambda: ViT(replace(shape, num_blocks=None if layer == "pooled" else layer + 1)), "transformer"
+        if cfg.name in EFFICIENTNETS:
+            whole = EFFICIENTNETS[cfg.name]
+            layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
+            kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
+            return lambda: EfficientNet(kept), "mobile net"
+        net = load_encoder(cfg).net.to("meta")
+        return lambda: net, "transformer"
+
+    @cached_property
+    def encoder(self) -> Network:
+        """The frozen encoder, up to its layer."""
+        make, kind = self._encoder_shape
+        side = self.recipe.encoder.input_size
+        return self._count(make, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
+
+    @cached_property
+    def _features(self) -> tuple[int, int]:
+        """(tokens an image, features a token) of the encoder."""
+        with torch.device("meta"):
+            net = self._encoder_shape[0]()
+        return math.prod(net.grid(self.recipe.encoder.input_size)), net.dim
+
+    @property
+    def num_tokens(self) -> int:
+        """Discriminative tokens of an image."""
+        return self._features[0]
+
+    @property
+    def dim(self) -> int:
+        """Features of a discriminative token."""
+        return self._features[1]
+
+    @cached_property
+    def vqgan(self) -> VQGANConfig:
+        """Sizes of the VQGAN that the recipe trains, or of the carried one that it starts from."""
+        if self.recipe.vqgan_start == "scratch":
+            return self.recipe.vqgan
+        about = (files("digit") / "assets" / f"{self.recipe.vqgan_start}.json").read_text(encoding="utf-8")
+        return VQGANConfig(**json.loads(about)["config"])
+
+    @cached_property
+    def vq_encoder(self) -> Network:
+        """The VQGAN's encoder."""
+        side = self.vqgan.resolution
+        return self._count(
+            lambda: VQGAN(self.vqgan).encoder, lambda e: e(torch.empty(1, 3, side, side)), "convolutions"
+        )
+
+    @cached_property
+    def vq_decoder(self) -> Network:
+        """The VQGAN's decoder."""
+        z = (1, self.vqgan.z_channels, *self.vqgan.grid)
+        return self._count(lambda: VQGAN(self.vqgan).decoder, lambda d: d(torch.empty(z)), "convolutions")
+
+    @cached_property
+    def nearest_flops(self) -> float:
+        """Distances of an image's features to all codes of the codebook."""
+        return 2.0 * self.num_tokens * self.dim * self.recipe.kmeans.num_clusters
+
+    @cached_property
+    def vqgan_training_flops(self) -> float:
+        """Of one training image: forward and backward (three forwards), perceptual distance and discriminator."""
+        cfg, side = self.recipe.vqgan_training, self.vqgan.resolution
+        total = 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops)
+        if cfg.perceptual == "encoder":
+            total += 3 * LITE0_FLOPS_128  # target, output, and back to the output
+        elif cfg.perceptual != "none":
+            window = min(cfg.perceptual_crop, side) or side
+            total += 3 * window**2 * sum(VGG_FLOPS_PER_PIXEL[: cfg.perceptual_stages])
+        if cfg.adversarial_weight and cfg.num_steps:
+            judge = self._count(
+                lambda: PatchDiscriminator(cfg.discriminator_channels),
+                lambda d: d(torch.empty(1, 3, side, side)),
+                "convolutions",
+            )
+            share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
+            total += 8 * judge.flops * share  # trained on two images (6), and 2 for the generator's gradient
+        return total
+
+    def sequence(self, name: str) -> SequenceConfig:
+        """The configuration of one of MODEL_NAMES."""
+        return self.recipe.sequence_config(
+            name,
+            disc_vocab=self.recipe.kmeans.num_clusters,
+            disc_len=self.num_tokens,
+            vq_vocab=self.vqgan.vocab_size,
+            vq_len=self.vqgan.num_tokens,
+            num_classes=self.num_classes,
+        )
+
+    def training_flops(self, name: str) -> float:
+        """Of one training image of one of MODEL_NAMES."""
+        return training_flops(self.sequence(name))
+
+
+class BlankVQ(VQTokenizer):
+    """A VQ tokenizer without storage that says it lies on `device`, which need not be there."""
+
+    def __init__(self, config: VQGANConfig, device: torch.device) -> None:
+        with torch.device("meta"):
+            super().__init__(VQGAN(config))
+        self._device = device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
+def blank_model(cfg: SequenceConfig) -> SequenceModel:
+    """A sequence model without storage."""
+    with torch.device("meta"):
+        return SequenceModel(cfg)
+
+
+def num_parameters(cfg: SequenceConfig) -> int:
+    """Parameters of a sequence model."""
+    return sum(p.numel() for p in blank_model(cfg).parameters())

@@ -1,0 +1,1 @@
+"""Other people's files, given or fetched, into a pipeline folder."""

@@ -1,0 +1,132 @@
+"""The authors' checkpoints on the Hugging Face Hub: fetched into its ordinary cache, verified, converted once.
+
+Which files there are, how large, and their SHA-256: the repository's own pages (huggingface.co/DAMO-NLP-SG/DiGIT,
+commits 0e4f60e, 0f79f06, 0e1109c). A prior carries encoder and codebook, a renderer those and the VQGAN.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from digit.errors import DigitError, MismatchError
+from digit.pipeline.manifest import MANIFEST
+from digit.released.convert import ReleasedFiles, convert_release
+from digit.runtime.files import cache_folder, sha256_file
+
+REPOSITORY = "DAMO-NLP-SG/DiGIT"
+TRUE_WORDS = ("1", "true", "yes", "on")
+TIMEOUT = 10  # seconds until the Hub counts as out of reach
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file of the repository."""
+
+    folder: str
+    size: int
+    sha256: str | None = None
+    """None where it is not known to us: the size below is then worked out from the parameters."""
+
+    @property
+    def path(self) -> str:
+        """Path in the repository."""
+        return f"outputs/{self.folder}/checkpoints/checkpoint_last.pt"
+
+    def __str__(self) -> str:
+        return f"{self.path} ({'' if self.sha256 else 'about '}{self.size / 1e9:.2f} GB)"
+
+
+BASE_RENDERER = HubFile(
+    "base_8k_stage2_400epoch", 1446434572, "e1b8a469037211deb89f62d69512673af852c83256cb157cff8b2a1f58192f73"
+)
+LARGE_RENDERER = HubFile("large_16k_stage2", 4_350_000_000)
+VARIANTS: dict[str, dict[str, HubFile]] = {
+    "base": {
+        "prior": HubFile(
+            "base_8k_stage1_400epoch", 1249237258, "bb5f0dc5c8a2b4bb921bb87cbf0209d31eb0b77d8e8e9c5474c9c40ea1717676"
+        ),
+        "renderer": BASE_RENDERER,
+    },
+    "base_200epoch": {
+        "prior": HubFile(
+            "base_8k_stage1", 1249237258, "3ddff6a599ccf0aac6f43c0e087cd13de278a9a61ee1e4554904b49c4788548b"
+        ),
+        "renderer": BASE_RENDERER,
+    },
+    "base_cls": {
+        "prior": HubFile(
+            "base_8k_stage1_cls", 1253333258, "6e17c6ee076933ecde2fa57e83046ec114f83b98ab812abcd3e6d73dcabffd8a"
+        ),
+        "renderer": BASE_RENDERER,
+    },
+    "base_cls_400epoch": {
+        "prior": HubFile(
+            "base_8k_stage1_cls_400epoch",
+            1253333322,
+            "7cbb1be22c5ccbb3216e2d84022cc8176caf845593351b824d06013d7b9c4700",
+        ),
+        "renderer": BASE_RENDERER,
+    },
+    "large": {"prior": HubFile("large_16k_stage1", 4_206_000_000), "renderer": LARGE_RENDERER},
+    "large_cls": {"prior": HubFile("large_16k_stage1_cls", 4_212_000_000), "renderer": LARGE_RENDERER},
+}
+
+
+def offline() -> bool:
+    """Whether the environment forbids every network call (DIGIT_OFFLINE, HF_HUB_OFFLINE)."""
+    return any(os.environ.get(name, "").strip().lower() in TRUE_WORDS for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE"))
+
+
+def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Path:
+    """The folder of a released pipeline, fetched, verified and converted where it is not there yet.
+
+    Raises DigitError for another repository or variant, and where a file cannot be had: the message then lists the
+    files, their sizes, and the command that uses local copies.
+    """
+    if repository != REPOSITORY:
+        raise DigitError(f"no released checkpoints known at {repository}: give {REPOSITORY}, or a folder")
+    if variant not in VARIANTS:
+        raise DigitError(f"no variant {variant} of {REPOSITORY}: choose one of {', '.join(VARIANTS)}")
+    out = cache_folder() / REPOSITORY / variant
+    if (out / MANIFEST).exists():
+        return out
+    paths = {name: str(fetch(file, variant)) for name, file in VARIANTS[variant].items()}
+    convert_release(ReleasedFiles(**paths, renderer_kind="ar"), out)
+    return out
+
+
+def fetch(file: HubFile, variant: str) -> Path:
+    """One file's path in huggingface_hub's cache; downloaded, unless offline, and verified."""
+    import huggingface_hub
+    from huggingface_hub.utils import logging
+
+    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, file.path)  # without the network
+    if not isinstance(found, str):
+        if offline():
+            raise DigitError(unreachable(variant, "offline, as the environment asks"))
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # one message, ours
+        try:
+            url = huggingface_hub.hf_hub_url(REPOSITORY, file.path)
+            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # asks once; a download would try for long
+            found = huggingface_hub.hf_hub_download(REPOSITORY, file.path, etag_timeout=TIMEOUT)
+        except Exception as error:  # huggingface_hub's own errors, and whatever its HTTP library raises behind a proxy
+            raise DigitError(unreachable(variant, type(error).__name__)) from error
+        finally:
+            logging.set_verbosity(verbosity)
+    path = Path(found)
+    if file.sha256 and (hashed := sha256_file(path)) != file.sha256:
+        raise MismatchError(
+            f"{path} has SHA-256 {hashed[:12]}, the released file {file.sha256[:12]}: delete it and fetch it again"
+        )
+    return path
+
+
+def unreachable(variant: str, why: str) -> str:
+    """What to do where the files cannot be fetched."""
+    files = VARIANTS[variant]
+    options = " ".join(f"--{name} {name.upper()}.pt" for name in files)
+    return (
+        f"cannot fetch {variant} of {REPOSITORY} ({why}). Needed: {'; '.join(map(str, files.values()))}. With copies "
+        f"from elsewhere: digit convert {options} --out FOLDER, then --from FOLDER"
+    )

@@ -1,0 +1,283 @@
+"""What a person looks at after a run: samples, reconstructions, token maps, completions, report.html, metrics.json."""
+
+import html
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.runtime import plots
+from digit.data.crops import gather_crops
+from digit.data.images import ImageSource, open_source
+from digit.data.preprocess import PreprocessConfig, centre_crop
+from digit.data.shapes import CLASSES, ShapesSource
+from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
+from digit.runtime.files import atomic_path, write_json
+from digit.runs.fit import Run
+from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.sample_folder import read_pictures, sample
+from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
+from digit.training.vqgan import image_psnr
+from digit.training.log import read_log
+
+SHOWN_CLASSES, PER_CLASS = 10, 10
+FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
+JUDGED_SAMPLES = 500
+JUDGE_TRAINING_SCENES = 2000
+RECONSTRUCTED = 300
+
+
+# -------------------------------------------------------------------- pictures
+
+
+def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -> None:
+    """Write one PNG a completion, and grid.png with original, kept part, completion."""
+    for i, image in enumerate(done):
+        plots.save_png(folder / f"{i:05d}.png", image)
+    sheet = plots.interleave(images, plots.dim_below(images, keep), done)
+    plots.save_png(
+        folder / "grid.png", plots.grid(sheet, 9 if len(images) > 2 else 3, scale=max(1, 128 // images.shape[-1]))
+    )
+
+
+def load_images(spec: str, preprocess: PreprocessConfig, num: int) -> Tensor:
+    """The first `num` images of a source, or one image file, centre-cropped -> (B, 3, S, S) uint8."""
+    path = Path(spec)
+    if path.is_file() and path.suffix.lower() not in (".parquet", ".tar"):
+        from digit.data.decode import decode_image
+
+        array = centre_crop(decode_image(path), preprocess.image_size)
+        return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
+    return real_images(open_source(spec), preprocess, range(num))[0]
+
+
+def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Centre crops of some images -> ((B, 3, S, S) uint8, labels (B,)); broken files are left out."""
+    return gather_crops(source.subset([i for i in indices if i < len(source)]), preprocess)
+
+
+def spread(total: int, num: int) -> list[int]:
+    """At most `num` of 0 .. total - 1, evenly apart, the ends among them."""
+    return np.unique(np.linspace(0, total - 1, min(num, total)).astype(int)).tolist() if total else []
+
+
+def describe(pipe: DigitPipeline) -> str:
+    """A pipeline in a few lines."""
+
+    def count(model: torch.nn.Module) -> str:
+        return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+
+    lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
+    if pipe.tokenizer is not None:
+        about = pipe.tokenizer.encoder.describe()
+        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {about}")
+    for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
+        if model is not None:
+            lines.append(f"{name:<11}{count(model)}, {model.cfg}")
+    if pipe.vq is not None:
+        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
+    lines.append(
+        f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"
+    )
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------- report
+
+
+def write_report(run: Run, pipe: DigitPipeline) -> Path:
+    """Pictures, metrics.json and report.html of a finished run; returns the page's path."""
+    out, metrics = run.out, {}
+    shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
+    labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
+    num = SHOWN_CLASSES * PER_CLASS if labels is None else len(labels)
+    images = read_pictures(sample(pipe, out / "samples", num, labels, run.recipe.seed, overwrite=True))
+    names = [pipe.classes[k] for k in shown] if shown else ()
+    scale = max(1, 96 // pipe.image_size)
+    plots.save_png(out / "samples.png", plots.grid(images, PER_CLASS, scale=scale, row_names=names))
+
+    real, truth = real_images(run.source, pipe.preprocess, spread(len(run.source), 16))
+    write_reconstructions(pipe, real, out, scale)
+    write_token_map(pipe, real[:8], out, scale)
+    known = truth[:8].tolist() if pipe.classes and bool((truth[:8] >= 0).all()) else None
+    done = pipe.complete(real[:8], keep=0.5, seed=run.recipe.seed, labels=known)
+    write_completions(out / "completions", real[:8], done, 0.5)
+    write_loss_curves(run)
+
+    metrics |= reconstruction_metrics(pipe, run)
+    metrics |= judge_metrics(run, pipe)
+    metrics["training"] = {p.parent.name: json.loads(p.read_text()) for p in sorted(out.glob("*/metrics.json"))}
+    metrics["codebook"] = run.codebook.summary()
+    metrics["machine"] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": str(run.device),
+    }
+    write_json(out / "metrics.json", metrics)
+    return write_page(run, pipe, metrics)
+
+
+def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:
+    """reconstructions.png: picture, VQGAN reconstruction, the same picture rendered from its discriminative tokens."""
+    rows = [real, pipe.vq.decode(pipe.vq.encode(real))]
+    if pipe.tokenizer is not None:
+        rows.append(pipe.render(pipe.tokenizer.encode(real)))
+    names = ["picture", "VQ tokens", "disc. tokens"][: len(rows)]
+    plots.save_png(
+        out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names)
+    )
+
+
+def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:
+    """token_map.png: pictures beside the maps of their tokens; near codes have near colours."""
+    rows, names = [real], ["picture"]
+    for name, tokenizer in pipe.tokenizers.items():
+        vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
+        rows.append(
+            plots.token_maps(
+                tokenizer.encode(real).cpu(), tokenizer.grid, plots.code_colours(vectors.cpu()), real.shape[-1]
+            )
+        )
+        names.append(f"{name}")
+    plots.save_png(out / "token_map.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
+
+
+def write_loss_curves(run: Run) -> None:
+    """loss.png from every log.jsonl of the run."""
+    curves = {}
+    for log in sorted(run.out.glob("*/log.jsonl")):
+        for figure, suffix in (("nll", ""), ("val_nll", " (held-out images)")):
+            lines = [line for line in read_log(log) if figure in line]
+            if lines:
+                curves[log.parent.name + suffix] = ([r["step"] for r in lines], [r[figure] for r in lines])
+    if curves:
+        plots.curve_png(run.out / "loss.png", curves, xlabel="step", ylabel="nats per token")
+
+
+def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dict[str, Any]:
+    """PSNR of the VQGAN and usage of both codebooks on training images."""
+    real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
+    vq_tokens = pipe.vq.encode(real)
+    figures = {
+        "psnr_db": float(image_psnr(pipe.vq.decode(vq_tokens) / 255, real / 255).mean()),
+        "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size,
+    }
+    if pipe.tokenizer is not None:
+        figures["disc_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
+    return figures
+
+
+# -------------------------------------------------------------------- judge
+
+
+def load_judge() -> FrozenEncoder:
+    """EfficientNet-Lite2: another network than the encoder of the tokens, so that the judge is no party."""
+    return load_encoder(EncoderConfig(name="efficientnet_lite2", layer="pooled", input_size=JUDGE_INPUT_SIZE))
+
+
+def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
+    """Frechet distance of samples to the run's images, and for shapes the recognised fraction of samples."""
+    judge = load_judge().to(run.device)
+    num = min(JUDGED_SAMPLES, max(64, len(run.source)))
+    tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
+    samples = pipe.decode(tokens["vq"])
+    drawn = collect_features(samples.split(64), judge.pooled)
+    real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
+    truth = collect_features(real.split(64), judge.pooled)
+    figures: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
+    if list(pipe.classes) == list(CLASSES):
+        figures |= recognised(judge, drawn, tokens["labels"], pipe)
+    return figures
+
+
+def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
+    """Fraction of samples that a linear classifier, trained on freshly rendered scenes, takes for their class.
+
+    The same for reconstructions of held-out scenes: samples made of the VQGAN's tokens can hardly do better.
+    """
+    size = pipe.image_size
+    fresh = ShapesSource(num=JUDGE_TRAINING_SCENES, size=size, seed=FRESH_SEED)
+    cfg = PreprocessConfig(image_size=size, encoder_size=size, random_crop=False, flip=False)
+    images, truth = real_images(fresh, cfg, range(len(fresh)))
+    features = collect_features(images.split(64), judge.pooled)
+    cut = len(features) * 3 // 4
+    classifier = fit_linear_classifier(features[:cut], truth[:cut])
+    right = classifier.predict(drawn) == labels
+    held_out = images[cut:][:RECONSTRUCTED]
+    decoded = collect_features(pipe.vq.decode(pipe.vq.encode(held_out)).split(64), judge.pooled)
+    return {
+        "recognised": float(right.float().mean()),
+        "recognised_by_class": {name: float(right[labels == k].float().mean()) for k, name in enumerate(CLASSES)},
+        "recognised_reconstructions": classifier.accuracy(decoded, truth[cut:][:RECONSTRUCTED]),
+        "classifier_accuracy_on_fresh_scenes": classifier.accuracy(features[cut:], truth[cut:]),
+        "recognised_images": len(drawn),
+    }
+
+
+# -------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; }
+img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; }
+table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
+td + td { font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; padding: .6rem; border-radius: 4px;
+  background: color-mix(in srgb, currentColor 8%, transparent); }
+p.note { opacity: .75; margin-top: .2rem; }
+"""
+
+
+def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
+    """report.html: self-contained but for the pictures beside it."""
+
+    def picture(name: str, title: str, note: str) -> str:
+        if not (run.out / name).exists():
+            return ""
+        return f'<h2>{title}</h2><p class="note">{note}</p><img src="{name}" alt="{title}">'
+
+    figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
+    rows = "".join(
+        f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>"
+        if isinstance(v, float)
+        else f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
+        for k, v in figures.items()
+    )
+    body = [
+        f"<h1>DiGIT: {html.escape(run.recipe.name)}</h1>",
+        f"<p class='note'>{html.escape(run.source.name)}, {len(run.source)} images</p>",
+        picture(
+            "samples.png",
+            "Samples",
+            "Drawn by the prior, rendered by the renderer, decoded by the VQGAN."
+            + (" A row a class." if pipe.classes else ""),
+        ),
+        f"<h2>Figures</h2><table>{rows}</table>",
+        f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",
+        picture(
+            "reconstructions.png",
+            "Reconstructions",
+            "Picture; through its VQ tokens; rendered anew from its discriminative tokens alone.",
+        ),
+        picture("token_map.png", "Tokens", "Near codes have near colours."),
+        picture("completions/grid.png", "Completions", "Original, the kept upper half, the completion."),
+        picture("loss.png", "Training", "Negative log-likelihood of the training tokens."),
+        f"<h2>Parts</h2><pre>{html.escape(describe(pipe))}</pre>",
+        f"<h2>Use it</h2><pre>digit sample --from {html.escape(str(run.out))} --num 64 --out samples\n\n"
+        "from digit import DigitPipeline\n"
+        f"pipe = DigitPipeline.from_pretrained({html.escape(repr(str(run.out)))})\n"
+        "images = pipe.generate(num=16, seed=0)</pre>",
+    ]
+    path = run.out / "report.html"
+    head = f"<!doctype html><html lang='en'><meta charset='utf-8'><title>DiGIT</title><style>{STYLE}</style>"
+    text = f"{head}<body>{''.join(body)}</body></html>"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path

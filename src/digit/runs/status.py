@@ -1,0 +1,111 @@
+"""How far a run folder is, and what to type next; read from its files, whatever state it is in."""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from digit.runtime import lock
+from digit.errors import DigitError
+from digit.runtime.files import read_json
+from digit.runtime.ledger import progress
+from digit.runs.recipes import MODEL_NAMES
+from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
+from digit.training import checkpoint
+from digit.training.config import CONFIG
+from digit.training.log import last_figures
+
+RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
+STAGES = ("codebook", "vqgan", "tokens", *MODEL_NAMES)
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether `digit fit` or one of its stages wrote to this folder."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and isinstance(read_json(path), dict) and "recipe" in read_json(path)
+
+
+def describe_run(folder: str | Path) -> str:
+    """A line a stage that was begun, who is at work there, and the command that goes on. Raises DigitError."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    recipe, data = (part if isinstance(part := config.get(name), dict) else {} for name in ("recipe", "data"))
+    lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
+    lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
+    return "\n".join([*lines, *describe_work(folder)])
+
+
+def describe_stage(folder: Path, stage: str) -> Iterator[str]:
+    """At most one line: done, how far, or nothing where it was not begun."""
+    place = folder / stage
+    if (place / RESULTS.get(stage, "model.json")).is_file():
+        yield f"done{figures_of(place)}"
+    elif stage == "tokens" and (place / "journal.json").is_file():
+        yield f"{progress(place / 'journal.json')} rows are done"
+    elif stage == "codebook" and list(place.glob("*.partial*")):
+        yield "k-means is under way"
+    elif (place / "checkpoints" / CONFIG).is_file():
+        yield describe_training(place)
+
+
+def describe_training(place: Path) -> str:
+    """'step 400 of 1000, saved 400, best val_nll 3.1 at step 300, loss 3.2'."""
+    folder = place / "checkpoints"
+    config = read_json(folder / CONFIG)
+    train = config.get("train") if isinstance(config, dict) else None
+    total = train.get("num_steps", "?") if isinstance(train, dict) else "?"
+    saved = [step for step, _ in checkpoint.list_checkpoints(folder)]
+    figures = last_figures(place)
+    parts = [f"step {figures.get('step', saved[-1] if saved else 0)} of {total}"]
+    parts.append(f"saved at step {saved[-1]}" if saved else "nothing saved yet")
+    if (best := checkpoint.best(folder)) is not None:
+        parts.append(f"lowest validation loss {best[1]:.4g} in {best[0].name}")
+    if crashes := sorted(place.glob("crash/step_*")):
+        parts.append(f"a step failed: {crashes[-1]}")
+    return ", ".join(parts) + shown(figures)
+
+
+def figures_of(place: Path) -> str:
+    """The last figures of a trained model, in brackets."""
+    try:
+        return shown(last_figures(place))
+    except (DigitError, OSError):
+        return ""
+
+
+def shown(figures: dict[str, Any]) -> str:
+    """' (loss 3.2, val_nll 3.1)', or nothing."""
+    known = {name: figures[name] for name in ("loss", "val_nll", "psnr") if isinstance(figures.get(name), int | float)}
+    told = [f"{name} {value:.4g}" for name, value in known.items()]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def is_drawing(folder: str | Path) -> bool:
+    """Whether `digit sample` wrote to this folder."""
+    return any((Path(folder) / name).is_file() for name in (SAMPLES, JOURNAL))
+
+
+def describe_drawing(folder: str | Path) -> str:
+    """How many of the images are drawn, and what to type next; reads alone, the drawing may go on meanwhile."""
+    folder = Path(folder)
+    done = (folder / SAMPLES).is_file()
+    about = read_json(folder / (SAMPLES if done else JOURNAL))
+    request = about.get("request") if isinstance(about, dict) else None
+    num = request.get("num", "?") if isinstance(request, dict) else "?"
+    if done:
+        return f"samples    {num} images, all drawn: {folder / GRID}"
+    begun = f"samples    {progress(folder / JOURNAL)} of {num} images are drawn"
+    return "\n".join([begun, *describe_work(folder)])
+
+
+def describe_work(folder: Path) -> Iterator[str]:
+    """Who is at work, or what to type next."""
+    if (holder := lock.holder(folder)) is not None:
+        yield f"at work    {lock.describe(holder)}: {holder.get('command', 'digit')}"
+    elif (folder / "pipeline").is_dir():
+        yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
+    else:
+        command = str(lock.last_writer(folder).get("command", ""))
+        known = command.split(" ")[0] in ("digit", "torchrun", "srun")  # no stranger's idea of what to type
+        again = command if known else "the command that began it, with the same --out"
+        yield f"next       nobody is at work here; go on with: {again}"

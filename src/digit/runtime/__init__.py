@@ -1,0 +1,1 @@
+"""What serves every room: files, locks, progress, ranks, signals, hardware, settings, plots."""

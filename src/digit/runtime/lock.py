@@ -1,0 +1,143 @@
+"""One writer a folder: a lock that is held by a process and dies with it, however it ends."""
+
+import errno
+import json
+import logging
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+from digit.errors import DigitError
+from digit.runtime.files import disk_errors
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+NAME = ".lock"
+ATTEMPTS, ATTEMPT_SECONDS = 3, 0.1
+_held: dict[Path, int] = {}  # folder -> descriptor, open for as long as the process lives
+_about: dict[str, Any] = {}
+
+
+def set_command(command: str) -> None:
+    """What to type for this process's work again; goes into the locks that it takes from here on."""
+    _about["command"] = command
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Make this process the one that writes to `folder`, until it ends. A second call changes nothing.
+
+    A lock of the operating system on FOLDER/.lock: a process that is killed leaves nothing to clean up. Where the
+    system or the file system has no locks a warning says so. Raises DigitError that names the process which holds it.
+    """
+    folder = Path(folder).resolve()
+    if folder in _held or fcntl is None:
+        return
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(ATTEMPTS):
+        with disk_errors(folder / NAME):
+            descriptor = _open(folder / NAME, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would hold on to
+        except OSError as error:
+            who = describe(_read(descriptor))
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                log.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
+                return
+            if attempt + 1 == ATTEMPTS:  # not somebody's glance at it either
+                raise DigitError(
+                    f"{folder} is in use by {who}: wait for it or stop it, or choose another --out"
+                ) from None
+        else:
+            if _is_still(folder / NAME, descriptor):
+                break
+            os.close(descriptor)  # its owner released the folder in between, and removed the file
+        time.sleep(ATTEMPT_SECONDS)
+    else:
+        raise DigitError(f"{folder} is taken and released again and again: choose another --out")
+    about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | _about
+    with disk_errors(folder / NAME):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+    _held[folder] = descriptor
+
+
+def _open(path: Path, flags: int) -> int:
+    """The lock itself: no link to a file elsewhere, no pipe that would be waited for."""
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EEXIST, "it is no ordinary file")
+    return descriptor
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether a file that was opened is the one that has the name now."""
+    try:
+        return os.stat(path, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def release_folder(folder: str | Path) -> None:
+    """Let others write there, and leave no trace: for folders that are done and handed on."""
+    folder = Path(folder).resolve()
+    if (descriptor := _held.pop(folder, None)) is not None:
+        (folder / NAME).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def holder(folder: str | Path) -> dict[str, Any] | None:
+    """What is known of the other process that writes to `folder` at this moment; None where there is none."""
+    path = Path(folder).resolve() / NAME
+    if fcntl is None or path.parent in _held:
+        return None
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)  # gives the lock back too
+
+
+def last_writer(folder: str | Path) -> dict[str, Any]:
+    """{"pid", "host", "since", "command"} of the process that wrote to `folder` last, as far as they are known."""
+    path = Path(folder).resolve() / NAME
+    if path.parent in _held:  # to open the file again would give our lock away
+        return _read(_held[path.parent])
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except OSError:
+        return {}
+    try:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(about: dict[str, Any]) -> str:
+    """'process 12 on host since 2026-01-31 10:00:00'."""
+    known = all(name in about for name in ("pid", "host", "since"))
+    return f"process {about['pid']} on {about['host']} since {about['since']}" if known else "another process"
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    try:
+        about = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    known = about.items() if isinstance(about, dict) else ()
+    return {name: value for name, value in known if isinstance(value, str | int) and str(value).isprintable()}

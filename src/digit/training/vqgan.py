@@ -1,0 +1,333 @@
+"""Training a VQGAN (Esser et al. 2021, section 3): reconstruction, perceptual and adversarial terms, a living codebook.
+
+Everything an update does is a function of the step: the learning rate, the batch, every random number. The
+quantiser's codes are moving averages of the features assigned to them (van den Oord et al. 2017, appendix A.1), are
+started by k-means on the first features, and are put back on a live feature when nothing chooses them any more.
+Under torchrun every rank takes its slice of the batch; gradients and code statistics are those of the whole batch.
+
+Shapes: B images, S pixels a side, n = B * M features in a batch, C = z_channels, K = vocab_size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from digit.errors import DigitError
+from digit.models.discriminator import PatchDiscriminator
+from digit.models.perceptual import load_perceptual
+from digit.models.vqgan import VQGAN
+from digit.runtime import distributed
+from digit.runtime.files import write_json
+from digit.runtime.hardware import multiplies_bf16
+from digit.training.config import LoopConfig
+from digit.training.ema import EMA
+from digit.training.ema_codebook import LivingCodebook, flat_features, sum_over_ranks
+from digit.training.loop import TrainState, step_seed, train
+from digit.training.optim import clip_gradients, cosine, set_lr
+
+Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
+log = logging.getLogger(__name__)
+DEAD_SHARE = 0.5  # of the codes: more than that, again and again, is a codebook that collapses
+SETTLED_RESTARTS = 20  # looks for dead codes before that is said
+NUM_EVALUATED = 8  # batches scored after training, drawn past the last step
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANConfig(LoopConfig):
+    """How a VQGAN is trained. The defaults suit 64 px on two CPU cores and trained the carried asset."""
+
+    num_steps: int = 6000
+    """Updates in all; the learning rates fall to zero at the last."""
+    batch_size: int = 16
+    """Images per update, over all processes together."""
+    learning_rate: float = 8e-4
+    """Peak learning rate of encoder and decoder."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up before the cosine."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of Adam's moments for encoder and decoder."""
+    l1_weight: float = 1.0
+    """Weight of mean |x - x_hat|, images in [0, 1]."""
+    l2_weight: float = 1.0
+    """Weight of mean (x - x_hat)^2."""
+    commitment_weight: float = 0.25
+    """Weight of mean (z - code)^2, which holds the encoder to its codes."""
+    perceptual: str = "vgg"
+    """Trunk of the perceptual term: vgg, alex, none, or encoder (the distance that the caller hands to `train_vqgan`;
+    `digit` hands over EfficientNet-Lite0's). Without its weights training goes on without the term."""
+    perceptual_weight: float = 0.5
+    """Weight of the perceptual distance."""
+    perceptual_stages: int = 3
+    """Trunk stages compared, 1 to 5."""
+    perceptual_crop: int = 32
+    """Side in pixels of the random window that the trunk sees each step; 0 = the whole image (4 times slower at 64)."""
+    adversarial_weight: float = 0.25
+    """Factor on the adaptive weight of the adversarial term; 0 trains without a discriminator."""
+    adversarial_start: int = 3000
+    """First update with the discriminator."""
+    adversarial_ramp: int = 200
+    """Updates over which the adversarial term grows to its full weight, while the discriminator learns."""
+    discriminator_channels: int = 48
+    """Channels of the discriminator's first layer."""
+    discriminator_learning_rate: float = 4e-4
+    """Peak learning rate of the discriminator."""
+    codebook_start: int = 200
+    """First update that quantises; features before it pass through, the latest start the codes by k-means. 0 keeps the
+    codes there are (fine-tuning)."""
+    codebook_decay: float = 0.99
+    """Decay of the codes' moving averages."""
+    restart_below: float = 0.05
+    """A code chosen less than this fraction of the average is put on a random feature of the batch."""
+    restart_every: int = 20
+    """Updates between two looks for dead codes; the last tenth of the run has none, so that the decoder can settle."""
+    ema_decay: float = 0.998
+    """Decay of the weights' moving average, which is the result."""
+    max_norm: float = 1.0
+    """Gradients of each network are scaled down to this L2 norm; 0 = no clipping."""
+    bf16: bool = True
+    """Run the networks under bfloat16 autocast where there is hardware for it; all else stays float32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.learning_rate > 0, "learning_rate", "above 0")
+        self.require(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, such as 0.998")
+        self.require(0 < self.codebook_decay < 1, "codebook_decay", "between 0 and 1, such as 0.99")
+        self.require(self.perceptual in ("vgg", "alex", "encoder", "none"), "perceptual", "vgg, alex, encoder or none")
+        self.require(1 <= self.perceptual_stages <= 5, "perceptual_stages", "1 to 5")
+        self.require(self.restart_every >= 1, "restart_every", "at least 1")
+
+    @property
+    def may_grow(self) -> bool:
+        return False  # the cosine ends at num_steps
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Discriminator loss on patch scores."""
+    # (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2  (Lim and Ye 2017; halved as in VQGAN's code)
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """Balance of the two terms, () >= 0, from their gradients at the decoder's last layer."""
+    # lambda = ||grad_L L_rec|| / (||grad_L L_gan|| + delta)  (Esser et al. 2021, Eq. 7; delta and the cap as released)
+    return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)
+
+
+class VQGANTrainer:
+    """One `update(step)` at a time; `objects` are what a checkpoint must hold for an exact resume.
+
+    `vqgan` is trained in place and holds the last weights; `average` holds their moving average.
+    """
+
+    def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig, perceptual: nn.Module | None = None) -> None:
+        if cfg.batch_size % (processes := distributed.world_size()):
+            raise DigitError(f"the batch_size {cfg.batch_size} of a VQGAN cannot be cut into {processes} equal pieces")
+        self.cfg, self.batches = cfg, batches
+        self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
+        self.codebook = LivingCodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.seed)
+            self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))
+        trunk = perceptual
+        assert trunk is not None or cfg.perceptual != "encoder", "perceptual is encoder: hand the distance over"
+        if trunk is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0:
+            trunk = load_perceptual(cfg.perceptual, cfg.perceptual_stages)
+        self.perceptual = None if trunk is None else self._place(trunk)
+        self.weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
+        self.optimizer = torch.optim.Adam(self.weights, lr=cfg.learning_rate, betas=cfg.betas)
+        judged = self.discriminator.parameters()
+        self.discriminator_optimizer = torch.optim.Adam(judged, lr=cfg.discriminator_learning_rate, betas=(0.5, 0.9))
+        self.average = EMA(vqgan, cfg.ema_decay)
+        self.warned = False
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        return network.to(self.codebook.weight.device, memory_format=torch.channels_last)
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        names = ("vqgan", "discriminator", "optimizer", "discriminator_optimizer", "codebook", "average")
+        return {name: getattr(self, name) for name in names}
+
+    def autocast(self) -> AbstractContextManager:
+        kind = self.codebook.weight.device.type
+        fast = self.cfg.bf16 and multiplies_bf16(self.codebook.weight.device)
+        return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """One update of everything; returns the step's figures, 0-d tensors."""
+        cfg, generator = self.cfg, torch.Generator().manual_seed(step_seed(self.cfg.seed, step))
+        schedule = {"num_steps": cfg.num_steps, "warmup_steps": cfg.warmup_steps}
+        set_lr(self.optimizer, cosine(step, cfg.learning_rate, **schedule))
+        set_lr(self.discriminator_optimizer, cosine(step, cfg.discriminator_learning_rate, **schedule))
+        images = self.batches(step).chunk(distributed.world_size())[distributed.rank()].to(self.codebook.weight.device)
+        images = images.contiguous(memory_format=torch.channels_last).float() / 255
+        fakes, figures = self.update_vqgan(images, step, generator)
+        if self.is_adversarial(step):
+            figures["discriminator_loss"] = self.update_discriminator(images, fakes)
+        self.average.update(step)
+        return figures
+
+    def is_adversarial(self, step: int) -> bool:
+        return self.cfg.adversarial_weight > 0 and step >= self.cfg.adversarial_start
+
+    def update_vqgan(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Encoder, codebook and decoder; returns the reconstruction without its graph, and figures."""
+        reconstruction, commitment, figures = self.reconstruct(images, step, generator)
+        output = reconstruction.detach().requires_grad_()  # the losses' graphs end here: each is walked once
+        gradient, values = self.reconstruction_gradient(output, images, generator)
+        figures |= values
+        if self.is_adversarial(step):
+            extra, values = self.adversarial_gradient(output, reconstruction, gradient, step)
+            gradient, figures = gradient + extra, figures | values
+        surrogate = (reconstruction * gradient).sum()  # its gradient at the reconstruction is `gradient`
+        (surrogate + self.cfg.commitment_weight * commitment).backward()
+        figures["grad_norm"] = self.apply(self.optimizer, self.weights)
+        return output.detach(), figures
+
+    def apply(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Average the gradients over the ranks, clip, step; returns the gradient norm."""
+        parameters = list(parameters)
+        sum_over_ranks([p.grad for p in parameters if p.grad is not None], divide=True)
+        norm = clip_gradients(parameters, self.cfg.max_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def reconstruct(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, dict]:
+        """Reconstruction (B, 3, S, S), commitment loss (0 before codebook_start) and figures."""
+        if step < self.cfg.codebook_start:
+            with self.autocast():
+                z = self.vqgan.encoder(images)
+                reconstruction = self.vqgan.decoder(z)
+            self.codebook.collect(flat_features(z))
+            return reconstruction.float(), z.new_zeros((), dtype=torch.float32), {}
+        self.codebook.start(generator)
+        with self.autocast():
+            reconstruction, z, tokens = self.vqgan(images)
+        codes = self.vqgan.quantize.lookup(tokens.view(len(z), *z.shape[-2:]))
+        commitment = F.mse_loss(z.float(), codes.detach())
+        self.codebook.update(flat_features(z), tokens.flatten())
+        figures = {"commitment": commitment.detach()}
+        if step % self.cfg.restart_every == 0 and step < 0.9 * self.cfg.num_steps:
+            figures["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
+        return reconstruction.float(), commitment, figures
+
+    def restart_dead(self, features: Tensor, step: int, generator: torch.Generator) -> float:
+        """Put dead codes on features (n, C) and return their number; warns once where that does not help."""
+        number, total = self.codebook.restart_dead(features, generator), len(self.codebook.weight)
+        settled = step > self.cfg.codebook_start + SETTLED_RESTARTS * self.cfg.restart_every
+        if settled and number > DEAD_SHARE * total and not self.warned and distributed.is_main():
+            self.warned = True
+            advice = "a smaller vocab_size, more data or a lower learning_rate may help"
+            log.warning("step %d: %d of %d codes are dead in spite of restarts: %s", step, number, total, advice)
+        return float(number)
+
+    def reconstruction_gradient(
+        self, output: Tensor, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient (B, 3, S, S) at the decoder's output of reconstruction and perceptual terms, and their values."""
+        l1, l2 = F.l1_loss(output, images), F.mse_loss(output, images)
+        loss, figures = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
+        if self.perceptual is not None:
+            window = random_window(output.shape[-1], self.cfg.perceptual_crop, generator)
+            with self.autocast():
+                distance = self.perceptual(output[..., *window], images[..., *window]).mean()
+            loss = loss + self.cfg.perceptual_weight * distance
+            figures["perceptual"] = distance.detach()
+        return torch.autograd.grad(loss, output)[0], figures
+
+    def adversarial_gradient(
+        self, output: Tensor, reconstruction: Tensor, gradient: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted gradient (B, 3, S, S) of the adversarial term at the decoder's output, and its figures."""
+        self.discriminator.requires_grad_(False)
+        with self.autocast():
+            loss = -self.discriminator(output).float().mean()  # hinge: the generator wants high scores
+        self.discriminator.requires_grad_(True)
+        fooled = torch.autograd.grad(loss, output)[0]
+        # the gradients at the last layer are one convolution's backward away from those at its output
+        last = self.vqgan.decoder.conv_out.weight
+        at_last = [torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0] for g in (gradient, fooled)]
+        sum_over_ranks(at_last, divide=True)
+        balance = adaptive_weight(*at_last)
+        ramp = min(1.0, (step - self.cfg.adversarial_start + 1) / max(1, self.cfg.adversarial_ramp))
+        figures = {"adversarial": loss.detach(), "adaptive_weight": balance}
+        return ramp * self.cfg.adversarial_weight * balance * fooled, figures
+
+    def update_discriminator(self, images: Tensor, fakes: Tensor) -> Tensor:
+        with self.autocast():
+            real, fake = self.discriminator(torch.cat([images, fakes])).float().chunk(2)
+        loss = hinge_loss(real, fake)
+        loss.backward()
+        self.apply(self.discriminator_optimizer, self.discriminator.parameters())
+        return loss.detach()
+
+
+def random_window(side: int, window: int, generator: torch.Generator) -> tuple[slice, slice]:
+    """A square window as two slices; the whole image for window 0."""
+    window = min(window, side) or side
+    top, left = torch.randint(side - window + 1, (2,), generator=generator).tolist()
+    return slice(top, top + window), slice(left, left + window)
+
+
+def train_vqgan(
+    vqgan: VQGAN, batches: Batches, cfg: GANConfig, out: str | Path, *, perceptual: nn.Module | None = None
+) -> dict[str, Any]:
+    """Train `vqgan` in place, resuming from OUT/checkpoints; it ends in eval mode holding the averaged weights.
+
+    `batches(step)` gives uint8 (B, 3, S, S), a function of the step alone. From existing weights (fine-tuning) set
+    codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` takes the place of the trunk that
+    `cfg` names; cfg.perceptual encoder needs it. Returns evaluate_vqgan's figures on batches past the last step, also
+    written to OUT/metrics.json.
+    """
+    trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
+    train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.config.to_dict(), description="vqgan")
+    trainer.average.copy_to_model()
+    metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
+    if distributed.is_main():
+        write_json(Path(out) / "metrics.json", metrics)
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "b 3 s s"]]) -> dict[str, Any]:
+    """Reconstruction figures over uint8 batches (B, 3, S, S).
+
+    psnr: mean over images, dB, of the output clamped and rounded to 8 bits; usage: fraction of codes chosen at least
+    once, dead_codes: how many were not (few images cannot choose all of them: 64 tokens an image); perplexity: exp of
+    the entropy of the chosen codes; num_images.
+    """
+    training, device = vqgan.training, vqgan.quantize.embedding.weight.device
+    vqgan.eval()
+    counts, psnr = torch.zeros(vqgan.config.vocab_size, dtype=torch.int64), []
+    for batch in batches:
+        images = batch.to(device).float() / 255
+        tokens = vqgan.encode(images)[1]
+        output = vqgan.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255
+        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+        psnr.append(image_psnr(output, images).cpu())
+    vqgan.train(training)
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "psnr": float(torch.cat(psnr).mean()),
+        "usage": float((counts > 0).float().mean()),
+        "dead_codes": int((counts == 0).sum()),
+        "perplexity": float(torch.exp(-(share * share.log()).sum())),
+        "num_images": sum(len(p) for p in psnr),
+    }
+
+
+def image_psnr(output: Float[Tensor, "b 3 s s"], images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio of each image in dB, images in [0, 1]; 100 for identical ones."""
+    # 10 log10(1 / MSE)
+    return -10 * (output - images).square().mean((1, 2, 3)).clamp(min=1e-10).log10()

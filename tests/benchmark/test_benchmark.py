@@ -1,0 +1,264 @@
+"""The benchmark: floors hold the work they claim, every part gives figures, the GPU script runs without a GPU."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from digit.benchmark import floors
+from digit.benchmark.bench import PARTS, BenchConfig, run_bench
+from digit.benchmark.clock import Timing, alternate, peak_memory
+from digit.benchmark.figures import Figure
+from digit.benchmark.sizes import SIZES, get_size, micro
+from digit.benchmark.table import number, table
+from digit.benchmark.targets import H100, summary
+from digit.cli import main
+from digit.errors import DigitError
+from digit.models.sequence import training_flops
+from digit.models.vqgan import VQGAN
+from digit.tokenizers.vq import VQTokenizer
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+NOT_THERE = ("jsonargparse", "pyarrow", "rich", "scipy", "matplotlib", "huggingface_hub", "tensorboard", "yaml")
+
+
+# -------------------------------------------------------------------- clock
+
+
+def test_ratios_are_of_one_round_each():
+    ours, floor = Timing((2.0, 4.0, 20.0)), Timing((1.0, 2.0, 10.0))  # the machine slows down: the ratio does not
+    assert floor.over(ours) == 0.5
+    assert (ours.median, ours.times(2).median, ours.plus(floor).seconds) == (4.0, 8.0, (3.0, 6.0, 30.0))
+
+
+def test_cases_run_in_turn_after_a_warm_up():
+    calls: list[str] = []
+    times, peaks = alternate({name: partial(calls.append, name) for name in "ab"}, 2, CPU)
+    assert calls == ["a", "b"] * 3
+    assert len(times["a"].seconds) == 2 and set(peaks) == {"a", "b"}
+    assert len(alternate({"c": calls.clear}, 2, CPU, warm_up=False)[0]["c"].seconds) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the high-water mark is Linux's")
+def test_peak_memory_is_what_was_held_at_once():
+    with peak_memory(CPU) as peak:
+        block = torch.ones(32 * 2**20, dtype=torch.uint8)
+        del block
+    if peak.size is None:
+        pytest.skip("this system does not let a process reset its high-water mark")
+    assert 31 * 2**20 <= peak.size < 64 * 2**20
+
+
+# -------------------------------------------------------------------- floors
+
+
+@pytest.fixture()
+def counted(monkeypatch):
+    """FLOPs of a floor; products by the one kernel that torch can count."""
+    plain = lambda self, x, weight, may_pack=False: partial(torch.nn.functional.linear, x, weight)  # noqa: E731
+    monkeypatch.setattr(floors.Operands, "fastest", plain)
+
+    def count(run) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    return count
+
+
+def test_training_floor_is_the_work_that_mfu_counts(counted):
+    for name in ("prior", "renderer"):
+        cfg = micro().config(name)
+        floor = counted(floors.training(cfg, 3, CPU, torch.float32))
+        skipped = 6 * 2 * 9 * cfg.embed_dim**2 * 3 * cfg.prefix_len  # last block: no rows of the prefix past attention
+        assert floor == 3 * training_flops(cfg) - (skipped / 2 if cfg.prefix_len else 0)
+
+
+def test_decoding_floor_grows_with_the_cache(counted):
+    cfg = micro().config("prior")
+    linears = 12 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
+    attention = 2 * cfg.depth * cfg.embed_dim * sum(range(1, cfg.target_len + 1))
+    assert counted(floors.decoding(cfg, 2, CPU, torch.float32)) == 2 * 2 * (cfg.target_len * linears + attention)
+
+
+def test_encoding_floor_counts_every_image(counted):
+    size = micro()
+    patches, length = 16, 16 + 5
+    vit = size.vit
+    linears = patches * 3 * 14 * 14 * vit.embed_dim + length * 12 * vit.kept_blocks * vit.embed_dim**2
+    attention = 2 * vit.kept_blocks * length**2 * vit.embed_dim
+    assert counted(floors.encoding(vit, 56, 8, 4, CPU, torch.float32)) == 8 * 2 * (linears + attention)
+
+
+def test_refining_and_distance_floors(counted):
+    cfg = micro().config("renderer_masked")
+    length = cfg.prefix_len + 1 + cfg.target_len
+    passes = counted(floors.refining(cfg, 2, 3, CPU, torch.float32))
+    assert passes == 3 * counted(floors.refining(cfg, 2, 1, CPU, torch.float32))
+    assert passes > 3 * 2 * 2 * 12 * (cfg.depth - 1) * length * cfg.embed_dim**2
+    assert counted(floors.distances(100, 8, 4, 32, CPU, torch.float32)) == 2 * 100 * 8 * 4
+
+
+def test_recorded_convolutions_are_the_decoders(counted):
+    vq = VQTokenizer(VQGAN(micro().recipe.vqgan))
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    with floors.recorded_convolutions(vq.vqgan.decoder, torch.bfloat16) as found:
+        vq.decode(tokens)
+    with torch.no_grad():
+        assert counted(lambda: [run() for run in found]) == counted(lambda: vq.decode(tokens)) > 0
+        assert found[0]().dtype == torch.bfloat16
+    assert not any(module._forward_hooks for module in vq.vqgan.modules())
+
+
+def test_the_fastest_kernel_gives_the_product():
+    made = floors.Operands(CPU, torch.float32)
+    weight = made.weight(6, 8)
+    torch.testing.assert_close(made.product(4, weight)(), made.input(4, 8) @ weight.T)
+
+
+# -------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[dict, str]:
+    """JSON and text of one run of all parts."""
+    path, said = tmp_path_factory.mktemp("bench") / "all.json", []
+    run_bench(BenchConfig(size="micro", device="cpu", json=str(path)), said.append)
+    return json.loads(path.read_text()), "\n".join(said)
+
+
+def test_every_part_has_figures_and_floors(run):
+    result, text = run
+    assert {row["part"] for row in result["results"]} == set(PARTS)
+    for row in result["results"]:
+        assert row["rate_low"] <= row["rate"] <= row["rate_high"] and row["floor_rate"] > 0 and row["of_floor"] > 0
+        assert row["case"] in text
+    assert {row["precision"] for row in result["results"] if row["part"] == "sample"} == {"fp32", "bf16"}
+    assert result["machine"]["cores"] and result["versions"]["torch"] and result["arguments"]["size"] == "micro"
+
+
+def test_wholes_parts_waits_and_shares(run):
+    rows = {(row["part"], row["case"], row["precision"]): row for row in run[0]["results"]}
+    prior, step = rows["sample", "prior", "fp32"], rows["train", "step", "bf16"]
+    assert prior["prefill_share"] + prior["steps_share"] + prior["drawing_share"] == pytest.approx(1, abs=0.2)
+    assert prior["whole_over_parts"] > 0 and 0 < step["data_wait"] < 1 and 0 < step["mfu"] < 1
+
+
+def test_tables_line_up():
+    common = dict(part="data", precision="-", unit="images", time=Timing((1.0,)), floor=Timing((0.5,)))
+    rows = [Figure(case=case, count=count, **common) for case, count in (("a", 3), ("a long name", 12345))]
+    lines = table(rows).splitlines()
+    assert [line.index("images/s") for line in lines[1:]] == [line.index("images/s") for line in lines[1:]][:1] * 2
+    assert "12,345 images/s" in lines[2] and "50%" in lines[2]
+    assert [number(v) for v in (1234.5, 12.34, 0.51234)] == ["1,234", "12.3", "0.512"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["draw"], "no part of the benchmark named draw: choose one of sample"),
+        (["--size", "huge"], "no benchmark size named huge: choose one of micro, small"),
+        (["--precision", "int8"], "no precision named int8: choose one of fp32, bf16"),
+        (["--repeats", "0"], "repeats is 0: at least 1"),
+        (["data", "--size", "micro", "--images", "/nonexistent"], "/nonexistent holds no .jpg or .jpeg"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capsys):
+    assert main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_reads_a_folder_of_images(tmp_path, capsys):
+    from digit.benchmark.data import generated_jpeg
+
+    (tmp_path / "a.jpg").write_bytes(generated_jpeg(0))
+    assert main(["bench", "data", "--size", "micro", "--repeats", "1", "--images", str(tmp_path)]) == 0
+    assert "JPEG to crop" in capsys.readouterr().out
+
+
+def test_profiles_name_operators(tmp_path):
+    path = tmp_path / "profile.txt"
+    run_bench(BenchConfig(part="encode", size="micro", device="cpu", profile=str(path)), lambda text: None)
+    assert "encode: fp32" in path.read_text() and "aten::" in path.read_text()
+
+
+# -------------------------------------------------------------------- sizes and targets
+
+
+def test_sizes_hold_the_shapes_that_are_asked_for():
+    base, small = SIZES["base"](), get_size(None, CPU)
+    assert (small.config("prior").depth, small.config("prior").embed_dim, small.batch) == (6, 384, 8)
+    assert [p.name for p in small.points] == ["200k x 768, K=1024", "1.28M x 64, K=4096"]
+    assert (base.batch, base.config("prior").vocab_size, base.config("renderer").prefix_len) == (128, 8192, 256)
+    assert base.vit.kept_blocks == 10 and base.points[0].name == "2.1M x 768, K=8192"
+    assert get_size("micro", CPU, "bf16").precisions == ("bf16",)
+    with pytest.raises(DigitError, match="no benchmark size"):
+        get_size("huge", CPU)
+
+
+def test_targets_find_their_figures():
+    cases = {(t.part, t.size): [] for t in H100}
+    for t in H100:
+        cases[t.part, t.size].append({"case": t.case, "precision": "bf16", t.field: t.wanted})
+    runs = {key: {"results": rows} for key, rows in cases.items()}
+    assert all(line.endswith("yes") for _, _, line in summary(runs))
+    runs["kmeans", "base"]["results"][0]["fit_seconds"] = 11
+    assert [t.part for t, value, line in summary(runs) if line.endswith("NO")] == ["kmeans"]
+    assert all(line.endswith("not measured") for _, _, line in summary({}))
+
+
+def test_target_cases_are_those_that_the_benchmark_names(run):
+    made = {row["case"] for row in run[0]["results"]} | {p.name for p in SIZES["base"]().points}
+    made |= {case.replace("56 px", "224 px") for case in made}
+    assert {t.case for t in H100} <= made
+    assert set(micro().precisions) >= set(replace(SIZES["base"]()).precisions)
+
+
+# -------------------------------------------------------------------- scripts, start-up
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a bash script")
+def test_gpu_script_needs_little_and_loses_one_part_alone(tmp_path):
+    for name in NOT_THERE:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')\n")
+    out = tmp_path / "out"
+    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": paths, "RUNS": "micro:train micro:no micro:sample"}
+    done = subprocess.run(["bash", str(ROOT / "bench/gpu.sh"), str(out)], env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "FAILED: no at micro (exit 2)" in done.stdout, done.stderr
+    assert {path.name.split("-", 1)[1] for path in out.iterdir()} == {
+        "micro-train.json", "micro-sample.json", "summary.txt"
+    }  # fmt: skip
+    assert "not measured" in next(out.glob("*-summary.txt")).read_text()
+
+
+@pytest.mark.parametrize("code", ["import digit", "from digit.cli import main; main(['--help'])"])
+def test_start_up_imports_nothing_heavy(code):
+    check = "sys.exit(', '.join({'torch', 'numpy', 'jsonargparse', 'PIL', 'scipy'} & set(sys.modules)) or 0)"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}; {check}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_comparison_says_what_is_not_installed(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "bench/compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", compare)
+    spec.loader.exec_module(compare)
+    monkeypatch.setattr(compare, "find_spec", lambda name: None if name == "transformers" else name)
+    path = tmp_path / "compare.json"
+    argv = ["compare.py", "--size", "micro", "--only", "gpt2,pillow,sklearn", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert compare.main() == 0
+    assert "gpt2: transformers is not installed (make env-bench); left out" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["results"]
+    assert [row["case"].split()[0] for row in rows] == ["JPEG", "K-means"] and rows[0]["ratio"] > 0

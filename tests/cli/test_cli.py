@@ -1,0 +1,251 @@
+"""The command line: one clear line and exit code 2 for every mistake, files where they were promised."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny import tiny_recipe
+
+from digit.cli import COMMANDS, main, parse_labels
+from digit.errors import DigitError
+
+DATA = "shapes:num=24,size=32"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """The tiny recipe as a YAML file."""
+    recipe = {k: v for k, v in asdict(tiny_recipe()).items()}
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["fit", DATA, "--config", str(config), "--out", str(out)]) == 0
+    return out
+
+
+def fails(capsys, *argv: str) -> str:
+    """Run, expect exit code 2 and exactly one line on stderr; returns it."""
+    assert main(list(argv)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("digit: "), lines
+    return lines[0]
+
+
+def test_fit_leaves_everything_a_person_looks_at(run_folder):
+    for name in (
+        "samples.png",
+        "reconstructions.png",
+        "token_map.png",
+        "completions/grid.png",
+        "report.html",
+        "metrics.json",
+        "samples/grid.png",
+        "samples/tokens.npz",
+        "pipeline/pipeline.json",
+        "prior/log.jsonl",
+        "loss.png",
+    ):
+        assert (run_folder / name).is_file(), name
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert {"psnr_db", "fd_efficientnet_lite2", "recognised", "training"} <= metrics.keys()
+    page = (run_folder / "report.html").read_text()
+    assert "samples.png" in page and str(run_folder.parent) not in page.replace(str(run_folder), "")
+
+
+def test_sample_twice_gives_the_same_files(run_folder, tmp_path):
+    for out in ("a", "b"):
+        assert (
+            main(
+                [
+                    "sample",
+                    "--from",
+                    str(run_folder),
+                    "--num",
+                    "4",
+                    "--labels",
+                    "0,3",
+                    "--seed",
+                    "5",
+                    "--out",
+                    str(tmp_path / out),
+                ]
+            )
+            == 0
+        )
+    for name in ("00000.png", "00003.png", "grid.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    tokens = np.load(tmp_path / "a" / "tokens.npz")
+    assert (
+        tokens["disc"].shape == (4, 4) and tokens["vq"].shape == (4, 16) and tokens["labels"].tolist() == [0, 3, 0, 3]
+    )
+
+
+def test_labels_may_be_names(run_folder, tmp_path):
+    assert main(["sample", "--from", str(run_folder), "--num", "2", "--labels", "cube", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "samples.json").read_text())["classes"] == ["cube", "cube"]
+
+
+def test_complete_takes_one_picture_or_a_folder(run_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((40, 50, 3), 60 * i, np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    for source, num in ((tmp_path / "in", 2), (tmp_path / "in" / "0.png", 1)):
+        out = tmp_path / f"out{num}"
+        assert main(["complete", str(source), "--from", str(run_folder), "--keep", "0.5", "--out", str(out)]) == 0
+        assert len(list(out.glob("0*.png"))) == num
+
+
+@pytest.mark.parametrize("command", ["codebook", "tokenize"])
+def test_single_stages(command, config, tmp_path, capsys):
+    assert main([command, DATA, "--config", str(config), "--out", str(tmp_path / "run")]) == 0
+    assert str(tmp_path / "run") in capsys.readouterr().out
+
+
+def test_train_one_baseline(config, run_folder, tmp_path):
+    reuse = [f"--reuse_{part}={run_folder / part}" for part in ("codebook", "vqgan", "tokens")]
+    assert main(["train", "vq_ar", DATA, "--config", str(config), "--out", str(tmp_path / "run"), *reuse]) == 0
+    assert (tmp_path / "run" / "vq_ar" / "model.safetensors").is_file()
+
+
+def test_info_and_inspect(run_folder, capsys, tmp_path):
+    assert main(["info"]) == 0 and "digit_base" in capsys.readouterr().out
+    assert main(["info", str(run_folder)]) == 0 and "prior" in capsys.readouterr().out
+    assert main(["inspect", DATA, "--sheet", str(tmp_path / "sheet.png")]) == 0
+    assert "24" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_teaches(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "example:" in out and f"digit {command}" in out
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = "import sys; from digit.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+# -------------------------------------------------------------------- mistakes
+
+
+def test_unknown_words(capsys):
+    assert "no command named fitt" in fails(capsys, "fitt")
+    assert "no recipe named huge" in fails(capsys, "fit", DATA, "--recipe", "huge", "--out", "x")
+    assert "--prior.dept" in fails(capsys, "fit", DATA, "--recipe", "demo", "--out", "x", "--prior.dept", "3")
+    assert "depth" in fails(capsys, "fit", DATA, "--recipe", "demo", "--out", "x", "--prior.depth", "deep")
+    assert "no model named decoder" in fails(capsys, "train", "decoder", DATA, "--recipe", "demo", "--out", "x")
+
+
+def test_missing_and_empty_data(capsys, tmp_path):
+    out = str(tmp_path / "out")
+    assert str(tmp_path / "nowhere") in fails(capsys, "fit", str(tmp_path / "nowhere"), "--out", out)
+    (tmp_path / "empty").mkdir()
+    assert "no images" in fails(capsys, "fit", str(tmp_path / "empty"), "--out", out)
+    assert str(tmp_path / "nowhere") in fails(capsys, "inspect", str(tmp_path / "nowhere"))
+    assert "does not exist" in fails(capsys, "sample", "--from", str(tmp_path / "nowhere"), "--out", out)
+    assert not Path(out).exists()
+
+
+def test_one_image_and_broken_images(capsys, tmp_path, config):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "one.png")
+    assert "1 image" in fails(capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "a"))
+    for i in range(3):
+        (folder / f"broken{i}.jpg").write_bytes(b"no picture")
+    (folder / "one.png").unlink()
+    assert "3 images unreadable" in fails(
+        capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "b")
+    )
+
+
+def test_label_out_of_range(capsys, run_folder, tmp_path):
+    line = fails(capsys, "sample", "--from", str(run_folder), "--labels", "12", "--out", str(tmp_path / "out"))
+    assert "label 12 is out of range" in line and not (tmp_path / "out").exists()
+    assert "no class named 'dog'" in fails(
+        capsys, "sample", "--from", str(run_folder), "--labels", "dog", "--out", str(tmp_path)
+    )
+
+
+def test_tokens_of_another_codebook(capsys, config, run_folder, tmp_path):
+    data = [DATA, "--config", str(config)]
+    assert main(["codebook", *data, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
+    line = fails(
+        capsys,
+        "train",
+        "prior",
+        *data,
+        "--out",
+        str(tmp_path / "run"),
+        f"--reuse_codebook={tmp_path / 'other' / 'codebook'}",
+        f"--reuse_vqgan={run_folder / 'vqgan'}",
+        f"--reuse_tokens={run_folder / 'tokens'}",
+    )
+    assert "were made with codebook" in line
+
+
+def test_a_store_cut_short(capsys, config, run_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(run_folder / "tokens", tmp_path / "tokens")
+    data = (tmp_path / "tokens" / "vq.npy").read_bytes()
+    (tmp_path / "tokens" / "vq.npy").write_bytes(data[:-7])
+    line = fails(
+        capsys,
+        "train",
+        "prior",
+        DATA,
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "run"),
+        *[f"--reuse_{p}={run_folder / p}" for p in ("codebook", "vqgan")],
+        f"--reuse_tokens={tmp_path / 'tokens'}",
+    )
+    assert "vq.npy" in line
+
+
+def test_a_full_disk_is_one_line_and_the_drawing_goes_on(capsys, run_folder, tmp_path, monkeypatch):
+    import errno
+
+    from digit.runtime import plots
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = ["sample", "--from", str(run_folder), "--num", "3", "--out", str(tmp_path / "out")]
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    (tmp_path / "old.png").write_bytes(b"the old one")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        assert "disk full" in fails(capsys, *command)
+        with pytest.raises(DigitError, match="disk full"):
+            plots.save_png(tmp_path / "old.png", picture)
+    assert (tmp_path / "old.png").read_bytes() == b"the old one" and os.listdir(tmp_path / "out") == [".lock"]
+    assert main(command) == 0 and (tmp_path / "out" / "samples.json").is_file()
+
+
+def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_path):
+    command = ["sample", "--from", str(run_folder), "--out", str(tmp_path), "--num"]
+    assert main([*command, "2"]) == 0 and main([*command, "2"]) == 0
+    assert "images drawn with num = 2, now asked for 3: choose another --out" in fails(capsys, *command, "3")
+
+
+def test_labels_are_numbers_or_names():
+    assert parse_labels("0, 2,cube", ["sphere", "cube", "cone"]) == [0, 2, 1] and parse_labels(None, []) is None

@@ -1,0 +1,426 @@
+"""The token store: aligned rows, exact resume, refused mismatches, broken images, files cut short, full disks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_images import NoiseSource, PatchEncoder
+
+from digit.data import token_writer as store_module
+from digit.data.preprocess import PreprocessConfig
+from digit.data.rows import ArrayFile
+from digit.data.token_writer import write_tokens
+from digit.data.tokens import TokenStore
+from digit.errors import DigitError, MismatchError, Stopped
+from digit.runtime import files
+
+SMALL = PreprocessConfig(image_size=8, encoder_size=8)
+FILES = ["disc.npy", "labels.npy", "manifest.json", "vq.npy"]
+
+
+class Stop(Exception):
+    """The kill."""
+
+
+class ToyTokenizer:
+    """A token is the sum of its cell's pixels; ends the run at call number `stop_at`."""
+
+    def __init__(self, side: int = 2, vocab_size: int = 1000, name: str = "toy", stop_at: int | None = None, stop=None):
+        self.grid, self.vocab_size, self.fingerprint = (side, side), vocab_size, f"{name}-{vocab_size}-{side}"
+        self.calls, self.stop_at, self.stop = 0, stop_at, stop
+
+    def encode(self, images):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            (self.stop or self._raise)()
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.double(), self.grid[0]).sum(1).flatten(1)
+        return (cells * 100).round().long() % self.vocab_size
+
+    def _raise(self):
+        raise Stop
+
+
+def write(folder: Path, *, source=None, disc=None, vq=None, **changes) -> TokenStore:
+    settings = dict(crops_per_image=3, seed=5, batch_size=4, max_bad_fraction=0.5) | changes
+    preprocess = settings.pop("preprocess", SMALL)
+    disc, vq = disc or ToyTokenizer(), vq or ToyTokenizer(4, 65536, "vq")
+    return write_tokens(folder, source or NoiseSource(), preprocess, disc, vq, **settings)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_rows_are_aligned_and_complete(tmp_path):
+    from digit.data.loader import CropLoader
+
+    store = write(tmp_path / "t")
+    assert sorted(contents(tmp_path / "t")) == FILES
+    assert (
+        store.disc.shape == (36, 4) and store.vq.shape == (36, 16) and store.labels.shape == (36,) and len(store) == 36
+    )
+    assert store.disc.dtype == store.vq.dtype == np.uint16 and store.labels.dtype == np.int32
+    (batch,) = CropLoader(NoiseSource(), SMALL, crops_per_image=3, seed=5, batch_size=36)
+    assert np.array_equal(store.disc, ToyTokenizer().encode(batch.images))
+    assert np.array_equal(store.vq, ToyTokenizer(4, 65536, "vq").encode(batch.images)) and store.vq.max() > 32767
+    assert np.array_equal(store.labels, batch.labels)
+    assert len(np.unique(np.asarray(store.disc), axis=0)) > 12  # the crops of an image differ
+
+
+def test_manifest_says_what_made_it(tmp_path):
+    manifest = write(tmp_path / "t").manifest
+    assert (
+        manifest["format"] == 1
+        and manifest["rows"] == 36
+        and manifest["crops_per_image"] == 3
+        and manifest["seed"] == 5
+    )
+    assert manifest["disc"] == {"grid": [2, 2], "length": 4, "vocab_size": 1000}
+    assert manifest["vq"] == {"grid": [4, 4], "length": 16, "vocab_size": 65536}
+    assert manifest["codebook_hash"] == ToyTokenizer().fingerprint and manifest["vqgan_hash"] == "vq-65536-4"
+    source = NoiseSource()
+    assert manifest["source"] == {"name": "noise", "fingerprint": source.fingerprint, "num_images": 12, "subset": None}
+    assert manifest["preprocessing"]["image_size"] == 8 and manifest["classes"] == ["a", "b"] and manifest["bad"] == []
+
+
+def test_one_tokenizer_alone(tmp_path):
+    store = write_tokens(tmp_path / "d", NoiseSource(), SMALL, ToyTokenizer(), None, batch_size=5)
+    assert store.vq is None and store.manifest["vq"] is None and set(store.batch([0])) == {"disc", "labels"}
+    store = write_tokens(tmp_path / "v", NoiseSource(), SMALL, None, ToyTokenizer(), batch_size=5)
+    assert (
+        store.disc is None
+        and store.manifest["codebook_hash"] is None
+        and set(store.batches(2, 0)(0)) == {"vq", "labels"}
+    )
+    with pytest.raises(DigitError, match="no tokenizer"):
+        write_tokens(tmp_path / "n", NoiseSource(), SMALL, None, None)
+
+
+def test_describe_of_the_tokenizer_enters_the_manifest(tmp_path):
+    from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+
+    tokenizer = DiscriminativeTokenizer(PatchEncoder(), Codebook(torch.rand(8, 3)))
+    store = write_tokens(tmp_path / "t", NoiseSource(), SMALL, tokenizer, None)
+    assert store.manifest["encoder"]["name"] == "patches" and store.manifest["layer"] == -3
+    assert store.manifest["codebook_hash"] == tokenizer.codebook.fingerprint
+    store.check(codebook_hash=tokenizer.codebook.fingerprint)
+    store.check(codebook_hash=tokenizer.fingerprint)
+
+
+# ---- interrupted runs
+
+
+@pytest.mark.parametrize("broken", [(), (0, 4, 5)], ids=["whole", "broken"])
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 9])
+def test_interrupted_run_goes_on_and_ends_byte_identical(tmp_path, stop_at, broken):
+    source = NoiseSource(broken=broken)
+    write(tmp_path / "straight", source=source)
+    last = ToyTokenizer(4, 65536, "vq", stop_at=min(stop_at, 7) if broken else stop_at)
+    with pytest.raises(Stop):
+        write(tmp_path / "stopped", source=source, vq=last)
+    with pytest.raises(DigitError, match="not finished"):
+        TokenStore.open(tmp_path / "stopped")
+    rest = ToyTokenizer()
+    write(tmp_path / "stopped", source=source, disc=rest)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert rest.calls + last.calls - 1 <= 9  # no batch is made twice
+
+
+def test_killed_process_goes_on_byte_identical(tmp_path):
+    """os._exit is a kill: no handler runs; without a journal since the start, everything is made again."""
+    write(tmp_path / "straight", source=NoiseSource(broken=(7,)))
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom test_tokens import *\n"
+        "store_module.JOURNAL_EVERY_SECONDS = float(sys.argv[2])\n"
+        "write(Path(sys.argv[1]), source=NoiseSource(broken=(7,)), "
+        "disc=ToyTokenizer(stop_at=6, stop=lambda: os._exit(9)))\n"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    for every, calls in (("0", 4), ("1e9", 9)):
+        folder = tmp_path / f"killed{every}"
+        ended = subprocess.run([sys.executable, "-c", program, str(folder), every], env=env)
+        assert ended.returncode == 9
+        rest = ToyTokenizer()
+        (folder / ".journal.json.ab0_9xyz.aside.json").write_text("{")  # a kill while the journal was written
+        write(folder, source=NoiseSource(broken=(7,)), disc=rest)
+        assert contents(folder) == contents(tmp_path / "straight") and rest.calls == calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_batch(tmp_path, number):
+    write(tmp_path / "straight")
+    before = signal.getsignal(number)
+    asked = ToyTokenizer(stop_at=3, stop=lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Stopped, match="tokens: 12 of 36 rows are done"):
+        write(tmp_path / "stopped", disc=asked)
+    assert asked.calls == 3 and signal.getsignal(number) == before
+    rest = ToyTokenizer()
+    write(tmp_path / "stopped", disc=rest)
+    assert rest.calls == 6 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "t", disc=ToyTokenizer(stop_at=3, stop=twice))
+    rest = ToyTokenizer()
+    assert len(write(tmp_path / "t", disc=rest)) == 36 and rest.calls == 7
+
+
+def test_another_batch_size_makes_every_row(tmp_path):
+    write(tmp_path / "straight")
+    with pytest.raises(Stop):
+        write(tmp_path / "stopped", disc=ToyTokenizer(stop_at=4))  # 12 rows are done
+    rest = ToyTokenizer()
+    write(tmp_path / "stopped", disc=rest, batch_size=7)
+    assert rest.calls == 5 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("broken", [(), (2,)], ids=["whole", "broken"])
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 3])
+def test_kill_while_finishing(tmp_path, monkeypatch, fail_at, broken):
+    """Between any two of: disc named, vq named, labels named, manifest written."""
+    source = NoiseSource(broken=broken)
+    write(tmp_path / "straight", source=source)
+    steps = []
+
+    def stop_before(real):
+        def step(*args):
+            if not str(args[0]).endswith("journal.json"):
+                if len(steps) == fail_at:
+                    raise Stop
+                steps.append(args)
+            return real(*args)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "copy_rows", stop_before(store_module.copy_rows))
+        patch.setattr(store_module, "write_json", stop_before(store_module.write_json))
+        with pytest.raises(Stop):
+            write(tmp_path / "stopped", source=source)
+    write(tmp_path / "stopped", source=source)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+
+
+def test_left_over_journal_of_a_finished_store_is_removed(tmp_path):
+    before = contents(write(tmp_path / "t").folder)
+    (tmp_path / "t" / "journal.json").write_text("{}")
+    (tmp_path / "t" / "disc.partial.npy").write_text("")
+    untouched = ToyTokenizer()
+    write(tmp_path / "t", disc=untouched)
+    assert contents(tmp_path / "t") == before and untouched.calls == 0
+
+
+# ---- mismatches
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "name", "here", "asked"),
+    [
+        (dict(seed=6), "seed", "5", "6"),
+        (dict(crops_per_image=2), "crops_per_image", "3", "2"),
+        (dict(disc=ToyTokenizer(name="other")), "codebook_hash", "toy-1000-2", "other-1000-2"),
+        (dict(vq=ToyTokenizer(4, 65536, "vq2")), "vqgan_hash", "vq-65536-4", "vq2-65536-4"),
+        (dict(source=NoiseSource(10)), "source.fingerprint", NoiseSource().fingerprint, NoiseSource(10).fingerprint),
+        (
+            dict(preprocess=PreprocessConfig(image_size=8, encoder_size=8, flip=False)),
+            "preprocessing.flip",
+            "True",
+            "False",
+        ),
+        (dict(indices=list(range(12))), "source.subset", "None", ""),
+    ],
+)
+def test_another_request_is_refused_with_both_values(tmp_path, finished, change, name, here, asked):
+    if finished:
+        write(tmp_path / "t")
+    else:
+        with pytest.raises(Stop):
+            write(tmp_path / "t", disc=ToyTokenizer(stop_at=3))
+    before = contents(tmp_path / "t")
+    with pytest.raises(MismatchError) as error:
+        write(tmp_path / "t", **change)
+    assert f"{name} = {here}, now asked for {asked}" in str(error.value) and "\n" not in str(error.value)
+    assert contents(tmp_path / "t") == before
+
+
+def test_check_names_both(tmp_path):
+    store = write(tmp_path / "t")
+    store.check()
+    store.check(codebook_hash=ToyTokenizer().fingerprint, vqgan_hash="vq-65536-4")
+    with pytest.raises(MismatchError, match=r"codebook toy-1000-2, asked for other"):
+        store.check(codebook_hash="other")
+    with pytest.raises(MismatchError, match=r"VQGAN vq-65536-4, asked for other"):
+        store.check(vqgan_hash="other")
+
+
+def test_vocabulary_must_fit_16_bits(tmp_path):
+    with pytest.raises(DigitError, match="65537"):
+        write(tmp_path / "t", disc=ToyTokenizer(2, 65537))
+    assert not (tmp_path / "t").exists()
+
+
+# ---- broken images
+
+
+def test_rows_of_broken_images_are_dropped_and_named(tmp_path):
+    store, whole = write(tmp_path / "b", source=NoiseSource(broken=(1, 11))), write(tmp_path / "w")
+    keep = [row for row in range(36) if row // 3 not in (1, 11)]
+    assert len(store) == 30 == store.manifest["rows"]
+    for name in ("disc", "vq", "labels"):
+        assert np.array_equal(getattr(store, name), getattr(whole, name)[keep])
+    assert [key for key, _ in store.manifest["bad"]] == ["noise/1.png", "noise/11.png"]
+    assert "broken on purpose" in store.manifest["bad"][0][1]
+
+
+def test_too_many_broken_images(tmp_path):
+    with pytest.raises(DigitError, match=r"max_bad_fraction 0.01.*noise/1.png"):
+        write(tmp_path / "t", source=NoiseSource(broken=(1,)), max_bad_fraction=0.01)
+    with pytest.raises(DigitError, match="none of the 3 images"):
+        write(tmp_path / "n", source=NoiseSource(3, broken=(0, 1, 2)), max_bad_fraction=1.0)
+
+
+def test_broken_images_count_over_all_sessions(tmp_path):
+    source = NoiseSource(broken=(0, 11))
+    with pytest.raises(Stop):
+        write(tmp_path / "t", source=source, disc=ToyTokenizer(stop_at=4), max_bad_fraction=0.1)
+    with pytest.raises(DigitError, match="2 of 12 images unreadable"):
+        write(tmp_path / "t", source=source, max_bad_fraction=0.1)
+    assert len(write(tmp_path / "t", source=source, max_bad_fraction=0.2)) == 30  # nothing was lost
+
+
+# ---- files
+
+
+def test_store_cut_short_or_damaged(tmp_path):
+    write(tmp_path / "t")
+    for name, size in (("disc.npy", 300), ("vq.npy", 40), ("labels.npy", 0)):
+        path = tmp_path / "t" / name
+        whole = path.read_bytes()
+        os.truncate(path, size)
+        with pytest.raises(DigitError, match=rf"{name}.*digit tokenize") as error:
+            TokenStore.open(tmp_path / "t")
+        assert "\n" not in str(error.value)
+        path.write_bytes(whole)
+    TokenStore.open(tmp_path / "t")
+    manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest | {"rows": 35}))
+    with pytest.raises(DigitError, match="manifest"):
+        TokenStore.open(tmp_path / "t")
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(DigitError, match="format 2"):
+        TokenStore.open(tmp_path / "t")
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(DigitError, match=r"manifest.json is damaged"):
+        TokenStore.open(tmp_path / "t")
+
+
+def test_folders_without_a_store(tmp_path):
+    with pytest.raises(DigitError, match="holds no tokens"):
+        TokenStore.open(tmp_path / "nowhere")
+    np.save(tmp_path / "disc.npy", np.zeros(3))
+    with pytest.raises(DigitError, match=r"disc.npy but no manifest"):
+        write(tmp_path)
+    assert sorted(contents(tmp_path)) == ["disc.npy"]
+
+
+def test_damaged_leftovers_are_told(tmp_path):
+    with pytest.raises(Stop):
+        write(tmp_path / "t", disc=ToyTokenizer(stop_at=3))
+    (tmp_path / "t" / "vq.partial.npy").unlink()
+    with pytest.raises(DigitError, match="cannot be continued"):
+        write(tmp_path / "t")
+    (tmp_path / "t" / "journal.json").write_text('{"request": 1}')
+    with pytest.raises(DigitError, match=r"journal.json is damaged"):
+        write(tmp_path / "t")
+
+
+def test_full_disk_while_writing_is_resumable(tmp_path, monkeypatch):
+    write(tmp_path / "straight")
+    real, rows = ArrayFile.write, []
+
+    def write_rows(self, row, values):
+        rows.append(row)
+        if len(rows) == 10:
+            with files.disk_errors(self.path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, row, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayFile, "write", write_rows)
+        with pytest.raises(DigitError, match="disk full") as error:
+            write(tmp_path / "full")
+    assert "\n" not in str(error.value)
+    write(tmp_path / "full")
+    assert contents(tmp_path / "full") == contents(tmp_path / "straight")
+
+
+def test_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def fsync(handle):
+        if os.fstat(handle).st_size > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(DigitError, match="disk full"):
+            write(tmp_path / "t")
+    assert contents(tmp_path / "t") == {}
+    assert len(write(tmp_path / "t")) == 36
+
+
+# ---- reading
+
+
+def test_batch(tmp_path):
+    store = write(tmp_path / "t")
+    batch = store.batch([3, 0, 35])
+    assert all(value.dtype == torch.int64 for value in batch.values())
+    assert np.array_equal(batch["disc"], store.disc[[3, 0, 35]]) and np.array_equal(batch["vq"], store.vq[[3, 0, 35]])
+    assert batch["labels"].tolist() == store.labels[[3, 0, 35]].tolist()
+    assert store.batch(slice(0, 2))["disc"].shape == (2, 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 36, 50])
+def test_batches_are_a_function_of_seed_and_step(tmp_path, batch_size):
+    store = write(tmp_path / "t")
+    batch = store.batches(batch_size, seed=1)
+    assert torch.equal(store.batches(batch_size, seed=1)(11)["vq"], batch(11)["vq"])
+    steps = -(-72 // batch_size)
+    seen = torch.cat([batch(step)["vq"] for step in range(steps)])[:72]
+    for epoch in seen.split(36):  # every row once an epoch
+        assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, store.vq.tolist()))
+    assert not torch.equal(seen[:36], seen[36:])
+    assert not torch.equal(seen[:36], torch.cat([store.batches(36, seed=2)(0)["vq"]]))
+
+
+def test_batches_of_some_rows(tmp_path):
+    store = write(tmp_path / "t")
+    batch = store.batches(4, 0, rows=[5, 6, 7, 8])(3)
+    assert sorted(map(tuple, batch["vq"].tolist())) == sorted(map(tuple, store.vq[5:9].tolist()))
+    with pytest.raises(DigitError, match="at least 1"):
+        store.batches(4, 0, rows=[])
+
+
+def test_batches_of_some_arrays_are_new_int64_tensors(tmp_path):
+    store = write(tmp_path / "t")
+    assert store.vq.max() > 32767  # past int16
+    read, whole = store.batches(7, 3, names=("vq", "labels")), store.batches(7, 3)
+    first = read(2)
+    assert set(first) == {"vq", "labels"} and all(value.dtype == torch.int64 for value in first.values())
+    first["vq"].zero_()
+    assert torch.equal(read(2)["vq"], whole(2)["vq"]) and torch.equal(read(2)["labels"], whole(2)["labels"])

@@ -1,0 +1,333 @@
+"""`digit evaluate`: figures on a stand-in network, the cache, kept statistics, hostile files, validation rows."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from toy_measure import SIZE, FakeNetwork, pictures, run, save_folder, warned
+
+from digit.errors import DigitError, MismatchError
+from digit.evaluation.image_set import open_images
+from digit.evaluation.npz import Statistics, read_npz_images, read_statistics
+from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.metrics.influence import frechet_error, frechet_interval
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return EvaluateConfig(cache=str(tmp_path / "cache"), kernel_subset_size=20, kernel_subsets=5)
+
+
+# -------------------------------------------------------------------- figures
+
+
+def test_equal_sets_have_distance_zero_and_cover_each_other(cfg):
+    figures = run(pictures(60), pictures(60), cfg)["figures"]
+    assert figures["fd_fake"]["value"] == pytest.approx(0, abs=1e-9)
+    assert figures["fd_fake"]["high"] == pytest.approx(0, abs=1e-7)
+    assert figures["sfd_fake"]["value"] == pytest.approx(0, abs=1e-9)
+    assert figures["precision_fake"]["value"] == figures["recall_fake"]["value"] == 1
+    assert figures["is_fake"]["value"] >= 1 and figures["is_fake"]["std"] >= 0
+
+
+def test_figures_are_those_of_the_formulas(cfg):
+    a, b = pictures(60), pictures(80, seed=1, shift=40)
+    figures = run(a, b, cfg)["figures"]
+    x, y = (FeatureStats.of(FakeNetwork().judge(images).pooled) for images in (a, b))
+    entry = figures["fd_fake"]
+    assert entry["value"] == pytest.approx(frechet_distance(x.mean, x.cov, y.mean, y.cov), rel=1e-6)
+    assert 0 < entry["low"] < entry["value"] < entry["high"]
+    assert not any(name in ("fid", "kid", "inception_score", "sfid") for name in figures)
+
+
+def test_folder_npz_tensor_and_source_give_the_same(cfg, tmp_path):
+    images, reference = pictures(40), pictures(40, seed=1)
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "plain.npz", arrays)
+    np.savez_compressed(tmp_path / "packed.npz", arrays)
+    folder = save_folder(tmp_path / "png", images)
+    forms = [images, tmp_path / "plain.npz", str(tmp_path / "packed.npz"), folder, open_images(folder).source]
+    figures = [run(form, reference, cfg)["figures"] for form in forms]
+    assert all(other == figures[0] for other in figures)
+    assert isinstance(read_npz_images(tmp_path / "plain.npz"), np.memmap), "not read into memory"
+
+
+def test_error_agrees_with_drawing_again():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(6, 6))
+    truth = FeatureStats.of(rng.normal(size=(20000, 6)) @ (mixing + 0.3))
+
+    def draw():
+        return rng.normal(size=(400, 6)) @ mixing + 0.2
+
+    stats = [FeatureStats.of(draw()) for _ in range(300)]
+    spread = np.std([frechet_distance(s.mean, s.cov, truth.mean, truth.cov) for s in stats], ddof=1)
+    errors = [frechet_error(draw(), truth.mean, truth.cov) for _ in range(20)]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+
+
+def test_error_holds_with_fewer_images_than_features_where_the_bootstrap_does_not():
+    rng = np.random.default_rng(0)
+    dim, num = 60, 50
+    scale = np.exp(-np.arange(dim) / 15)
+    mixing = rng.normal(size=(dim, dim)) * scale
+    other = mixing + 0.3 * rng.normal(size=(dim, dim)) * scale
+    truth = FeatureStats.of(rng.normal(size=(5000, dim)) @ other.T)
+
+    def draw():
+        return rng.normal(size=(num, dim)) @ mixing.T + 0.2
+
+    def distance(x):
+        stats = FeatureStats.of(x)
+        return frechet_distance(stats.mean, stats.cov, truth.mean, truth.cov)
+
+    spread = np.std([distance(draw()) for _ in range(100)], ddof=1)
+    errors = [frechet_error(draw(), truth.mean, truth.cov) for _ in range(10)]
+    x = draw()
+    rounds = [distance(x[rng.integers(num, size=num)]) for _ in range(30)]
+    assert spread < np.mean(errors) < 1.5 * spread < np.std(rounds, ddof=1)
+    assert min(rounds) > distance(x), "the interval of the rounds would not hold the distance itself"
+
+
+def test_error_is_the_derivative_by_the_weights_also_where_the_covariance_is_singular():
+    rng = np.random.default_rng(1)
+    x, truth = rng.normal(size=(8, 12)), FeatureStats.of(rng.normal(size=(50, 12)))
+
+    def distance(weights):
+        mean = weights @ x / weights.sum()
+        scatter = (x - mean).T @ ((x - mean) * weights[:, None]) / weights.sum() * 8 / 7
+        return frechet_distance(mean, scatter, truth.mean, truth.cov)
+
+    step = 1e-3  # smaller ones drown in the rounding of eigenvalues that are 0
+    influence = [(distance(1 + step * row) - distance(1 - step * row)) / (2 * step) for row in np.eye(8)]
+    assert frechet_error(x, truth.mean, truth.cov) == pytest.approx(np.linalg.norm(influence), rel=1e-4)
+    assert frechet_error(np.ones((5, 12)), truth.mean, truth.cov) == 0
+    interval = frechet_interval(torch.from_numpy(x), truth.mean, truth.cov)
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_json_names_the_protocol_and_the_table_shows_every_figure(cfg, tmp_path):
+    result = run(pictures(40), pictures(50, seed=1), cfg, out=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
+    assert result["protocol"]["name"] == "released" and "Inception's place" in result["protocol"]["about"]
+    assert result["protocol"]["network"]["weights_sha256"] == "1"
+    assert (result["samples"]["num"], result["reference"]["num"]) == (40, 50)
+    table = to_table(result)
+    assert all(f"| {name} |" in table for name in result["figures"])
+    assert all(f"warning: {line}" in table for line in result["warnings"])
+
+
+def test_num_takes_the_first_or_spreads_over_sorted_classes(tmp_path):
+    assert open_images(pictures(10), 4).survey.digests == open_images(pictures(10)).survey.digests[:4]
+    for name in "abc":
+        save_folder(tmp_path / name, pictures(4, seed=ord(name)))
+    chosen = open_images(tmp_path, 6)
+    assert chosen.class_names == ["a", "a", "b", "b", "c", "c"]
+
+
+# -------------------------------------------------------------------- cache
+
+
+def test_network_sees_each_image_once(cfg, tmp_path):
+    folder, reference, network = save_folder(tmp_path / "s", pictures(30)), pictures(20, seed=1), FakeNetwork()
+    first = run(folder, reference, cfg, network=network)
+    assert network.seen == 50
+    second = run(folder, reference, cfg, network=network)
+    assert network.seen == 50 and second == first
+    run(folder, reference, cfg, network=(other := FakeNetwork("2")))
+    assert other.seen == 50, "features of other weights are others"
+
+
+def test_a_changed_image_is_seen_anew_and_others_are_not(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr("digit.evaluation.features.SHARD", 10)
+    folder, reference, network = save_folder(tmp_path / "s", pictures(30)), pictures(20, seed=1), FakeNetwork()
+    before = run(folder, reference, cfg, network=network)["figures"]
+    save_folder(tmp_path / "t", pictures(1, seed=9))
+    (tmp_path / "t" / "00000.png").replace(folder / "00003.png")
+    after = run(folder, reference, cfg, network=network)["figures"]
+    assert network.seen == 60 and after != before
+
+
+def test_a_killed_run_goes_on_and_a_damaged_cache_is_made_again(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr("digit.evaluation.features.SHARD", 10)
+    images, reference, network = pictures(30), pictures(20, seed=1), FakeNetwork()
+
+    class Killed(FakeNetwork):
+        def judge(self, batch):
+            if self.seen >= 20:
+                raise KeyboardInterrupt
+            return super().judge(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(images, reference, cfg, network=Killed())
+    whole = run(images, reference, cfg, network=network)
+    assert network.seen == 30, "20 of 50 were done"
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert run(images, reference, cfg, network=network)["figures"] == whole["figures"]
+    assert network.seen == 80
+
+
+def test_cache_none_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "home"))
+    run(pictures(20), pictures(20, seed=1), EvaluateConfig(cache="none"))
+    assert not (tmp_path / "home").exists()
+    run(pictures(20), pictures(20, seed=1), EvaluateConfig())
+    assert list((tmp_path / "home" / "features").iterdir())
+
+
+# -------------------------------------------------------------------- statistics
+
+
+def test_kept_statistics_give_the_same_distances_and_say_what_they_cannot(cfg, tmp_path):
+    samples, reference = pictures(60), pictures(80, seed=1)
+    kept = statistics_npz(reference, tmp_path / "stats.npz", cfg, network=FakeNetwork())
+    assert kept.num == 80
+    full, short = (run(samples, spec, cfg) for spec in (reference, tmp_path / "stats.npz"))
+    for name in ("fd_fake", "sfd_fake", "is_fake"):
+        assert short["figures"][name]["value"] == pytest.approx(full["figures"][name]["value"], rel=1e-9)
+    assert set(short["left_out"]) == {"kd_fake", "precision_fake", "recall_fake"}
+    assert "give its images" in to_table(short)
+    assert short["reference"]["statistics"]["num"] == 80
+
+
+def test_reference_batch_with_statistics_and_images(cfg, tmp_path):
+    """As ADM's: distances from the statistics, neighbours from the images."""
+    samples, reference = pictures(60), pictures(80, seed=1)
+    stats = FeatureStats.of(FakeNetwork().judge(pictures(500, seed=2)).pooled)
+    arrays = reference.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "batch.npz", arr_0=arrays, mu=stats.mean, sigma=stats.cov)
+    result = run(samples, tmp_path / "batch.npz", cfg)
+    drawn = FeatureStats.of(FakeNetwork().judge(samples).pooled)
+    wanted = frechet_distance(drawn.mean, drawn.cov, stats.mean, stats.cov)
+    assert result["figures"]["fd_fake"]["value"] == pytest.approx(wanted, rel=1e-6)
+    assert result["figures"]["precision_fake"] == run(samples, reference, cfg)["figures"]["precision_fake"]
+    assert set(result["left_out"]) == {"sfd_fake"} and not warned(result, "against 80")
+
+
+def test_statistics_of_another_network_are_refused(cfg, tmp_path):
+    statistics_npz(pictures(30), tmp_path / "other.npz", cfg, network=FakeNetwork("2"))
+    with pytest.raises(MismatchError, match="of network"):
+        run(pictures(30), tmp_path / "other.npz", cfg)
+    Statistics(np.zeros(2048), np.eye(2048)).save(tmp_path / "inception.npz")
+    with pytest.raises(MismatchError, match="--inception"):
+        run(pictures(30), tmp_path / "inception.npz", cfg)
+
+
+# -------------------------------------------------------------------- hostile files
+
+
+class Trigger:
+    fired = False
+
+    def __reduce__(self):
+        return (setattr, (Trigger, "fired", True))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"arr_0": np.array([Trigger()], dtype=object)}, "wanted uint8"),
+        ({"mu": np.array([Trigger()], dtype=object), "sigma": np.eye(1)}, "pickled"),
+        ({"arr_0": np.zeros((4, 8, 8), np.uint8)}, "wanted uint8"),
+        ({"arr_0": np.zeros((4, 3, 8, 8), np.uint8)}, "wanted uint8"),
+        ({"arr_0": np.zeros((4, 8, 8, 3), np.float32)}, "wanted uint8"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "wanted uint8"),
+        ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "at least 2"),
+        ({"images": np.zeros((4, 8, 8, 3), np.uint8)}, "wanted arr_0"),
+        ({"mu": np.zeros(12)}, "wanted both mu and sigma"),
+        ({"mu": np.zeros(12), "sigma": np.eye(11)}, r"wanted \(D,\) and \(D, D\)"),
+        ({"mu": np.zeros(12), "sigma": np.eye(12) * np.nan}, "NaN"),
+        ({"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": np.zeros(6)}, "wanted both mu_s and sigma_s"),
+        ({"mu": np.zeros(12), "sigma": np.eye(12), "num": np.zeros(3)}, "cannot be read"),
+    ],
+)
+def test_hostile_npz_is_refused(cfg, tmp_path, arrays, reason):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DigitError, match=reason):
+        run(pictures(30), tmp_path / "x.npz", cfg)
+    assert not Trigger.fired
+
+
+def test_files_that_are_no_npz_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("not a zip")
+    np.savez(tmp_path / "whole.npz", np.zeros((9, 8, 8, 3), np.uint8))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:900])
+    for name in ("text.npz", "cut.npz", "missing.npz"):
+        for read in (read_npz_images, read_statistics):
+            with pytest.raises(DigitError, match=name):
+                read(tmp_path / name)
+
+
+def test_a_broken_image_is_named(cfg, tmp_path):
+    folder = save_folder(tmp_path / "s", pictures(20))
+    (folder / "00007.png").write_bytes(b"no picture")
+    with pytest.raises(DigitError, match="00007.png"):
+        run(folder, pictures(20), cfg)
+
+
+def test_misuse_says_what_to_do(cfg):
+    for options, reason in (
+        ({"protocol": "fid"}, "choose one of released, adm, clean"),
+        ({"image_size": 4}, "8 to 4096"),
+        ({"num_splits": 0}, "at least 1"),
+    ):
+        with pytest.raises(DigitError, match=reason):
+            EvaluateConfig(**options)
+    with pytest.raises(DigitError, match="wanted uint8"):
+        run(pictures(20).float(), pictures(20), cfg)
+    with pytest.raises(DigitError, match="at least 2"):
+        open_images(pictures(20), 1)
+    few = run(pictures(3), pictures(3, seed=1), cfg)
+    assert set(few["left_out"]) == {"is_fake", "precision_fake", "recall_fake"}
+
+
+# -------------------------------------------------------------------- validation rows
+
+
+class FakeTokenizers:
+    """A pipeline of which only the routes of validation_rows exist: VQ halves the colours, rendering shifts them."""
+
+    image_size = SIZE
+
+    class vq:
+        fingerprint, rounding = "vq", "nearest"
+        encode = staticmethod(lambda images: images)
+        decode = staticmethod(lambda tokens: tokens // 16 * 16)
+
+    class tokenizer:
+        fingerprint = "tokenizer"
+        encode = staticmethod(lambda images: images)
+
+    def __init__(self, prefix_len=4):
+        self.renderer = torch.nn.Linear(1, 1)
+        self.renderer.cfg = type("Cfg", (), {"prefix_len": prefix_len})
+        self.sampling = type("Sampling", (), {"renderer": "how", "precision": "fp32"})
+        self.seeds = []
+
+    def require(self, *names):
+        pass
+
+    def render(self, tokens, seed):
+        self.seeds.append(seed)
+        return tokens // 64 * 64
+
+
+def test_validation_rows(cfg, tmp_path, monkeypatch):
+    from digit.evaluation.validation import DIGIT_ROW, VQ_ROW, validation_rows
+
+    monkeypatch.setattr("digit.evaluation.features.SHARD", 16)
+    pipe, network, images = FakeTokenizers(), FakeNetwork(), pictures(40, size=24)
+    result = validation_rows(pipe, images, 40, network, cfg, out=tmp_path / "rows.json")
+    assert set(result["rows"]) == {VQ_ROW, DIGIT_ROW}
+    assert 0 < result["rows"][VQ_ROW]["fd_fake"]["value"] < result["rows"][DIGIT_ROW]["fd_fake"]["value"]
+    assert pipe.seeds == [0, 16, 32], "image i has seed + i"
+    assert result["images"]["image_size"] == SIZE and result["rounding"] == "nearest"
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == result["rows"]
+    assert network.seen == 120
+    assert validation_rows(pipe, images, 40, network, cfg) == result
+    assert network.seen == 120 and len(pipe.seeds) == 3, "neither drawn nor judged again"
+    alone = validation_rows(FakeTokenizers(prefix_len=0), images, 40, network, cfg)
+    assert set(alone["rows"]) == {VQ_ROW} and DIGIT_ROW in alone["left_out"]

@@ -1,0 +1,166 @@
+"""The sampling sweep: its settings, their figures, what is drawn and what is reused, and a sweep that is killed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_recipe
+from toy_judge import ToyJudge
+
+from digit.errors import DigitError
+from digit.evaluation import sweep as module
+from digit.evaluation.sweep import SweepConfig, run_sweep, varied
+from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.metrics.scores import inception_score
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runs.fit import Run, fit
+from digit.runtime.files import read_json
+
+DATA = "shapes:num=24,size=32"
+CFG = SweepConfig(top_k=(3, 100), top_p=(0.5, 1.0), joint=True)
+NUM = 6
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("run"))
+    fit(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def pipe(run) -> DigitPipeline:
+    return run.pipeline("prior", "renderer")
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.Tensor:
+    real = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return ToyJudge().judge(real).pooled
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[str]:
+    """What the pipeline is asked to draw, in order: "both" stages or the "renderer" alone."""
+    calls, both, renderer = [], DigitPipeline.generate_tokens, DigitPipeline.render_tokens
+    monkeypatch.setattr(DigitPipeline, "generate_tokens", lambda *a, **k: calls.append("both") or both(*a, **k))
+    monkeypatch.setattr(DigitPipeline, "render_tokens", lambda *a, **k: calls.append("renderer") or renderer(*a, **k))
+    return calls
+
+
+def test_one_filter_of_one_stage_varies(pipe):
+    own = pipe.sampling
+    assert varied(pipe, "prior", "top_p", 0.5) == replace(own, prior=replace(own.prior, top_k=0, top_p=0.5))
+    assert varied(pipe, "renderer", "top_k", 7) == replace(own, renderer=replace(own.renderer, top_k=7, top_p=1.0))
+
+
+def test_num_settings_bounds_what_is_drawn(pipe, reference, tmp_path, drawn):
+    run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
+    assert SweepConfig(top_k=(1, 2), top_p=(0.5,)).num_settings == 7
+    assert len(drawn) <= CFG.num_settings == 1 + 8 + 4
+
+
+def test_a_prior_setting_is_drawn_once(pipe, reference, tmp_path, drawn):
+    result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
+    # priors: the default (200 of 12 codes are all, as are 100 of them and probability 1), top-k 3, top-p 0.5
+    assert drawn.count("both") == 3
+    renderers = {str(entry["sampling"]["renderer"]) for entry in module._settings(result)}
+    pairs = {str(entry["sampling"]) for entry in module._settings(result)}
+    assert len(renderers) == 4 and len(drawn) == len(pairs)
+
+
+def test_figures_are_those_of_the_pipeline_itself(pipe, reference, tmp_path):
+    result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM, seed=5)
+    assert result == read_json(tmp_path / "sweep.json")
+    real = FeatureStats.of(reference)
+
+    def expected(**sampling):
+        judged = ToyJudge().judge(pipe.generate(NUM, seed=5, **sampling))
+        own = FeatureStats.of(judged.pooled)
+        distance = frechet_distance(own.mean, own.cov, real.mean, real.cov)
+        return pytest.approx((distance, inception_score(judged.logits, 1)[0]), rel=1e-6)
+
+    def got(entry):
+        return entry["fd_toy"]["value"], entry["is_toy"]["value"]
+
+    assert got(result["default"]) == expected()
+    sweeps, off = result["sweeps"], {"top_k": 0, "top_p": 1.0}
+    assert sweeps["prior"]["top_k"][0]["top_k"] == 3
+    assert got(sweeps["prior"]["top_k"][0]) == expected(prior=off | {"top_k": 3})
+    assert got(sweeps["renderer"]["top_p"][0]) == expected(renderer=off | {"top_p": 0.5})
+    assert got(result["joint"]["figures"][0][1]) == expected(prior=off | {"top_k": 3}, renderer=off)
+    values = [got(entry) for entry in module._settings(result)]
+    assert result["best"]["fd_toy"]["value"] == min(v[0] for v in values)
+    assert result["best"]["is_toy"]["value"] == max(v[1] for v in values)
+    for name in ("sweep.png", "joint.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+
+
+def test_what_is_done_is_not_drawn_or_judged_again(pipe, reference, tmp_path, drawn):
+    result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
+    count, judge = len(drawn), ToyJudge()
+    assert run_sweep(pipe, reference, judge, CFG, tmp_path, num=NUM) == result
+    assert len(drawn) == count and judge.seen == 0
+    run_sweep(pipe, reference, ToyJudge(num_classes=3), CFG, tmp_path, num=NUM)
+    assert len(drawn) == count, "another network judges the same tokens"
+
+
+@pytest.mark.parametrize("changes", [{"num": NUM + 1}, {"seed": 1}])
+def test_another_request_is_drawn_afresh(pipe, reference, tmp_path, drawn, changes):
+    cfg = SweepConfig(top_k=(3,), top_p=(0.5,))
+    run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, num=NUM)
+    count = len(drawn)
+    run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, **{"num": NUM} | changes)
+    assert len(drawn) == 2 * count
+
+
+def test_another_pipeline_is_drawn_afresh(run, pipe, reference, tmp_path, drawn):
+    cfg = SweepConfig(top_k=(3,), top_p=(0.5,))
+    run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, num=NUM)
+    count, other = len(drawn), run.pipeline("prior", "renderer")
+    other.renderer.positions.data += 0.1
+    run_sweep(other, reference, ToyJudge(), cfg, tmp_path, num=NUM)
+    assert len(drawn) == 2 * count
+
+
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_a_killed_sweep_goes_on_where_it_was(pipe, reference, tmp_path, monkeypatch, after):
+    whole = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "whole", num=NUM)
+    decoded, decode = [], DigitPipeline.decode
+
+    def killed(self, tokens):
+        decoded.append(len(tokens))
+        if len(decoded) == after:
+            raise KeyboardInterrupt
+        return decode(self, tokens)
+
+    monkeypatch.setattr(DigitPipeline, "decode", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "killed", num=NUM)
+    assert run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "killed", num=NUM) == whole
+    settings = len({str(entry["sampling"]) for entry in module._settings(whole)})
+    assert len(decoded) == settings + 1, "only the setting in the making was decoded twice"
+
+
+def test_vq_only_pipelines_sweep_their_renderer(run, reference, tmp_path):
+    pipe = run.pipeline(None, "vq_ar")
+    result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
+    assert list(result["sweeps"]) == ["renderer"] and result["joint"] is None and not (tmp_path / "joint.png").exists()
+
+
+def test_a_network_without_logits_gives_distances_alone(pipe, reference, tmp_path):
+    result = run_sweep(pipe, reference, ToyJudge(num_classes=0), CFG, tmp_path, num=NUM)
+    assert "is_toy" not in result["default"] and list(result["best"]) == ["fd_toy"]
+    assert (tmp_path / "sweep.png").exists() and (tmp_path / "joint.png").exists()
+
+
+def test_one_image_is_no_sample(pipe, reference, tmp_path):
+    with pytest.raises(DigitError, match="num is 1"):
+        run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=1)
+
+
+def test_stage_2_alone_draws_the_same_tokens(pipe):
+    tokens = pipe.generate_tokens(4, seed=9)
+    assert torch.equal(pipe.render_tokens(tokens["disc"], seed=9), tokens["vq"])
+    assert torch.equal(pipe.render(tokens["disc"], seed=9), pipe.decode(tokens["vq"]))

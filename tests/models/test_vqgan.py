@@ -1,0 +1,199 @@
+"""The VQGAN model, its converter and the VQ tokenizer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from digit.convert.vqgan import convert_state, convert_vqgan, infer_config
+from digit.errors import DigitError, MismatchError
+from digit.models.vqgan import VQGAN, VQGANConfig, nearest_code
+from digit.runtime.files import read_json, write_json
+from digit.tokenizers.base import ImageTokenizer
+from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
+
+TINY = VQGANConfig(
+    resolution=32, channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, num_groups=4, z_channels=6, vocab_size=20
+)
+
+
+@pytest.fixture
+def tokenizer():
+    vqgan = VQGAN(TINY)
+    vqgan.quantize.embedding.weight.data.normal_()
+    return VQTokenizer(vqgan)
+
+
+def pictures(number, size=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(("resolution", "mult"), [(64, (1, 1, 2, 2)), (256, (1, 1, 1, 2, 2))])
+def test_reduction_and_shapes(resolution, mult):
+    config = replace(TINY, resolution=resolution, channels=4, channel_mult=mult, z_channels=5)
+    side = resolution // 2 ** (len(mult) - 1)
+    assert config.grid == (side, side) and config.num_tokens == side * side
+    with torch.no_grad():
+        reconstruction, z, tokens = VQGAN(config)(torch.rand(1, 3, resolution, resolution))
+    assert z.shape == (1, 5, side, side) and tokens.shape == (1, side * side)
+    assert reconstruction.shape == (1, 3, resolution, resolution) and tokens.dtype == torch.int64
+
+
+def test_the_default_is_the_released_size():
+    with torch.device("meta"):
+        released = VQGAN(VQGANConfig())
+    names = released.state_dict()
+    assert names["quantize.embedding.weight"].shape == (1024, 256)
+    assert names["encoder.conv_out.weight"].shape == (256, 512, 1, 1)
+    assert not [name for name in names if "downsample" in name or "attn" in name or "quant_conv" in name]
+    assert VQGANConfig().grid == (16, 16)
+
+
+def test_config_errors():
+    with pytest.raises(DigitError, match="resolution 60"):
+        VQGANConfig(resolution=60)
+    with pytest.raises(DigitError, match="num_groups 32"):
+        VQGANConfig(channels=24)
+
+
+def test_nearest_code_is_brute_force():
+    points, codes = torch.randn(50, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    brute = (points[:, None] - codes).square().sum(2).argmin(1)
+    assert torch.equal(nearest_code(points, codes), brute)
+
+
+def test_straight_through_gradient_reaches_the_encoder():
+    vqgan = VQGAN(TINY)
+    reconstruction, _, tokens = vqgan(torch.rand(2, 3, 32, 32))
+    reconstruction.square().mean().backward()
+    assert vqgan.encoder.conv_in.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(reconstruction, vqgan.decode_tokens(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_in_raster_order(tokenizer):
+    vqgan, images = tokenizer.vqgan, pictures(1)
+    with torch.no_grad():
+        z, tokens = vqgan.encode(images.float() / 255)
+    row, column = 3, 5
+    distance = (vqgan.quantize.embedding.weight - z[0, :, row, column]).square().sum(1)
+    assert tokens[0, row * TINY.grid[1] + column] == distance.argmin()
+
+
+def test_tokenizer_protocol_and_round_trip(tokenizer):
+    assert isinstance(tokenizer, ImageTokenizer)
+    tokens = tokenizer.encode(pictures(3))
+    assert tokens.shape == (3, 64) and tokens.dtype == torch.int64
+    assert tokenizer.decode(tokens).shape == (3, 3, 32, 32) and tokenizer.decode(tokens).dtype == torch.uint8
+    assert torch.equal(tokenizer.embed(tokens), tokenizer.vqgan.quantize.embedding.weight[tokens])
+
+
+def test_the_result_does_not_depend_on_chunks(tokenizer):
+    whole, images = tokenizer.encode(pictures(5)), tokenizer.decode(tokenizer.encode(pictures(5)))
+    tokenizer.chunk_size = 2
+    assert torch.equal(tokenizer.encode(pictures(5)), whole)
+    assert (tokenizer.decode(whole).int() - images.int()).abs().max() <= 1
+
+
+def test_features_are_what_the_tokens_stand_for(tokenizer):
+    images = pictures(5)
+    tokens, features = tokenizer.encode_features(images)
+    assert torch.equal(tokens, tokenizer.encode(images)) and torch.equal(features, tokenizer.features(images))
+    assert features.shape == (5, 64, TINY.z_channels) and features.dtype == torch.float32
+    brute = (features[:, :, None] - tokenizer.vqgan.quantize.embedding.weight).square().sum(3).argmin(2)
+    assert (brute == tokens).float().mean() > 0.99, "the nearest code, but for ties of rounding"
+    tokenizer.chunk_size = 2
+    torch.testing.assert_close(tokenizer.features(images), features)
+    tokenizer.bf16 = True
+    assert tokenizer.features(images).dtype == torch.float32
+
+
+def test_no_images(tokenizer):
+    assert tokenizer.features(pictures(0)).shape == (0, 64, TINY.z_channels)
+    assert tokenizer.encode(pictures(0)).shape == (0, 64)
+    assert tokenizer.decode(torch.empty(0, 64, dtype=torch.int64)).shape == (0, 3, 32, 32)
+
+
+def test_bf16_agrees_on_nearly_all_tokens(tokenizer):
+    whole = tokenizer.encode(pictures(4))
+    tokenizer.bf16 = True
+    assert (tokenizer.encode(pictures(4)) == whole).float().mean() > 0.9
+
+
+def test_rounding(tokenizer):
+    values = torch.tensor([-0.2, 0.6 / 255, 1.2])
+    assert tokenizer.to_pixels(values).tolist() == [0, 1, 255]
+    assert VQTokenizer(tokenizer.vqgan, rounding="truncate").to_pixels(values).tolist() == [0, 0, 255]
+    with pytest.raises(DigitError, match="rounding"):
+        VQTokenizer(tokenizer.vqgan, rounding="up")
+
+
+@pytest.mark.parametrize(
+    "images", [pictures(1, size=64), torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)]
+)
+def test_wrong_images_are_refused(tokenizer, images):
+    with pytest.raises(MismatchError, match="takes uint8 images"):
+        tokenizer.encode(images)
+
+
+def test_wrong_tokens_are_refused(tokenizer):
+    with pytest.raises(MismatchError, match="64 tokens"):
+        tokenizer.decode(torch.zeros(1, 63, dtype=torch.int64))
+    with pytest.raises(MismatchError, match=r"codes 0\.\.19, got 0\.\.20"):
+        tokenizer.decode(torch.arange(64)[None] % 21)
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "vqgan")
+    again = VQTokenizer.load(tmp_path / "vqgan", chunk_size=2)
+    assert again.fingerprint == tokenizer.fingerprint and again.vqgan.config == TINY
+    assert torch.equal(again.encode(pictures(3)), tokenizer.encode(pictures(3)))
+    about = read_json(tmp_path / "vqgan" / "vqgan.json")
+    write_json(tmp_path / "vqgan" / "vqgan.json", about | {"fingerprint": "0" * 64})
+    with pytest.raises(MismatchError, match="fingerprint 000000000000"):
+        VQTokenizer.load(tmp_path / "vqgan")
+    write_json(tmp_path / "vqgan" / "vqgan.json", {})
+    with pytest.raises(DigitError, match="describes no VQGAN"):
+        VQTokenizer.load(tmp_path / "vqgan")
+
+
+def released_state():
+    config = VQGANConfig(resolution=32, channels=32, channel_mult=(1, 2), num_res_blocks=2, z_channels=6)
+    return VQGAN(config).state_dict()
+
+
+def test_conversion_reads_sizes_off_shapes():
+    config = infer_config(released_state(), 32)
+    assert (config.channels, config.channel_mult, config.num_res_blocks) == (32, (1, 2), 2)
+    assert (config.z_channels, config.vocab_size, config.num_groups) == (6, 1024, 32)
+
+
+def test_conversion_accounts_for_every_key(tmp_path):
+    state = released_state()
+    with pytest.raises(DigitError, match=r"unexpected .*quant_conv\.weight"):
+        convert_state(state | {"quant_conv.weight": torch.zeros(1)}, 32)
+    state.pop("decoder.norm_out.bias")
+    with pytest.raises(DigitError, match=r"missing .*decoder\.norm_out\.bias"):
+        convert_state(state, 32)
+    with pytest.raises(DigitError, match="no VQGAN in MAGE's layout"):
+        convert_state({"weight": torch.zeros(1)})
+
+
+def test_conversion_of_files(tmp_path):
+    path = tmp_path / "vqgan.ckpt"
+    torch.save({"state_dict": {f"vqgan.{name}": tensor.half() for name, tensor in released_state().items()}}, path)
+    assert convert_vqgan(path, 32).quantize.embedding.weight.dtype == torch.float32
+    torch.save([1, 2], path)
+    with pytest.raises(DigitError):
+        convert_vqgan(path)
+
+
+def test_the_carried_vqgan_reconstructs_a_scene():
+    """Held-out scenes (seed 1) at about the PSNR that assets/vqgan64.json states, 24.8 dB."""
+    from digit.data.shapes import render_scene
+
+    images = torch.stack([torch.from_numpy(render_scene(1, n, 64)[0]).permute(2, 0, 1) for n in range(6)])
+    tokenizer = load_asset_vqgan()
+    assert tokenizer.grid == (8, 8) and tokenizer.vocab_size == 1024
+    error = (tokenizer.decode(tokenizer.encode(images)).float() - images).square().mean((1, 2, 3)) / 255**2
+    assert (-10 * error.log10()).mean() > 24  # dB

@@ -1,0 +1,211 @@
+"""Plans: memory as the real step needs it, FLOPs as counted by hand, and a command that says what to change."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from digit.cli import main
+from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.planning.machines import GPUS, Machine, get_gpu
+from digit.planning.memory import CPU_HOLES, LiveMemory, blank_batch, training_memory
+from digit.planning.stages import Order, Planner
+from digit.planning.work import Work
+from digit.runs.recipes import get_recipe
+from digit.training.config import TrainConfig
+
+PRIOR = SequenceConfig(vocab_size=512, target_len=64, depth=3, embed_dim=128, num_heads=4, norm="post")
+RENDERER = SequenceConfig(
+    vocab_size=256, target_len=64, prefix_vocab_size=512, prefix_len=64, depth=3, embed_dim=128, num_heads=4, norm="pre"
+)
+MASKED = replace(RENDERER, masked=True)
+TRAINING = TrainConfig(num_steps=10, batch_size=16, precision="bf16")
+CPU = Machine(
+    name="a CPU", memory=2.0**34, peaks={"bf16": 4e11}, bandwidth=3e10, price=0.0, cores=2, gpu=False
+)  # fmt: skip
+REAL_STEP = """
+import json, sys
+from pathlib import Path
+from digit.planning.memory import blank_batch
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.training.sequence import LikelihoodUpdate
+from digit.training.config import TrainConfig
+model, training = json.loads(sys.argv[1])
+def update(cfg, training):
+    batch = blank_batch(cfg, training.batch_size, "cpu")
+    return LikelihoodUpdate(SequenceModel(cfg).train(), lambda step: batch, training)
+cfg, training = SequenceConfig(**model), TrainConfig(**training)
+update(SequenceConfig(**model | {"depth": 1}), TrainConfig(batch_size=2))(0)  # libraries
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+before = status("VmRSS")
+step = update(cfg, training)
+step(0), step(1)
+print(status("VmHWM") - before)
+"""
+
+
+def test_live_memory_counts_storages_once_and_forgets_them():
+    with LiveMemory() as memory:
+        x = torch.zeros(1000)
+        y = x.view(10, 100).t()  # the same storage
+        assert memory.live == 4000
+        z = x + 1
+        assert memory.live == memory.peak == 8000
+        del x
+        assert memory.live == 8000  # y is there
+        del y, z
+        assert memory.live == 0 and memory.peak == 8000
+
+
+@pytest.mark.parametrize("cfg", [PRIOR, RENDERER, MASKED], ids=["prior", "renderer", "masked"])
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_weights_moments_and_average_stay_between_steps(cfg, gpu):
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in SequenceModel(cfg).parameters())
+    plain = training_memory(cfg, TRAINING, gpu=gpu)
+    averaged = training_memory(cfg, replace(TRAINING, ema_decay=0.9), gpu=gpu)
+    assert plain.weights == pytest.approx(12 * parameters, rel=0.02)  # float32 weights and two moments
+    assert averaged.weights - plain.weights == pytest.approx(4 * parameters, rel=0.02)
+    assert plain.peak > plain.weights
+
+
+def test_pieces_checkpointing_and_half_precision_save_memory():
+    def peak(**changes):
+        return training_memory(RENDERER, replace(TRAINING, batch_size=64, **changes)).peak
+
+    whole = peak()
+    assert peak(accumulate=8) < 0.4 * whole and peak(checkpoint_activations=True) < 0.7 * whole
+    assert whole < peak(precision="fp32")
+
+
+def test_memory_grows_with_the_batch_in_proportion():
+    peaks = [training_memory(PRIOR, replace(TRAINING, batch_size=n)).peak for n in (32, 64, 96)]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.02)
+
+
+def test_gpu_keeps_what_cuda_autocast_keeps():
+    """One block by hand: what the backward pass of B x T positions of width D needs, in bytes a position."""
+    deep = [training_memory(replace(RENDERER, depth=n, dropout=0.1), replace(TRAINING, batch_size=64)) for n in (6, 10)]
+    positions = 64 * (RENDERER.prefix_len + RENDERER.target_len)
+    block = (deep[1].peak - deep[0].peak - (deep[1].weights - deep[0].weights)) / 4 / positions / RENDERER.embed_dim
+    # bf16: two norm outputs 4, q k v 6, attention's output 2, MLP's hidden layer before and after GELU 16; float32: two
+    # inputs of norms 8; dropout's masks 2; bf16 weights, gradients and the logsumexp are small here
+    assert 36 <= block <= 42
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and wants glibc")
+def test_predicted_memory_is_what_a_real_step_takes():
+    """Blocks of memory are given back at once, so that the process shows what is alive (no holes)."""
+    model = dict(vocab_size=4096, target_len=128, depth=3, embed_dim=256, num_heads=4, norm="post")
+    training = dict(batch_size=24, precision="auto")
+    script = [sys.executable, "-c", REAL_STEP, json.dumps([model, training])]
+    shown = subprocess.run(script, capture_output=True, text=True, check=True, env=environment())
+    predicted = training_memory(SequenceConfig(**model), TrainConfig(**training), gpu=False).peak / CPU_HOLES
+    assert predicted == pytest.approx(int(shown.stdout), rel=0.1)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": ":".join(sys.path)}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cfg", [PRIOR, RENDERER, MASKED], ids=["prior", "renderer", "masked"])
+def test_predicted_memory_is_what_a_gpu_allocates(cfg):
+    from digit.training.sequence import LikelihoodUpdate
+
+    cfg, training = replace(cfg, embed_dim=512, num_heads=8, depth=6), replace(TRAINING, batch_size=64)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    batch = blank_batch(cfg, training.batch_size, "cuda")
+    update = LikelihoodUpdate(SequenceModel(cfg).cuda().train(), lambda step: batch, training)
+    update(0), update(1)
+    measured = torch.cuda.max_memory_allocated() - before
+    assert training_memory(cfg, training).peak == pytest.approx(measured, rel=0.1)
+
+
+def test_work_of_the_paper_s_recipe():
+    work = Work(get_recipe("digit_base"))
+    assert (work.num_tokens, work.dim) == (256, 768)
+    tokens, dim = 261, 768  # patches, class and registers; ten of twelve blocks
+    by_hand = 10 * (2 * tokens * 12 * dim**2 + 4 * tokens**2 * dim) + 2 * 256 * 3 * 14**2 * dim
+    assert work.encoder.flops == pytest.approx(by_hand, rel=0.01)
+    assert work.vq_encoder.weights + work.vq_decoder.weights == pytest.approx(54e6, rel=0.05)
+
+
+def test_plan_of_the_paper_s_base_model():
+    planner = Planner(get_recipe("digit_base"), replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"])))
+    names = [stage.name for stage in planner.stages]
+    assert names == ["features", "k-means", "tokens", "prior", "renderer", "drawing"]
+    prior = planner.stages[3]
+    # 6 x 219 M x 256 positions x 256 M images at 40% of 8 x 989 TFLOP/s
+    assert prior.seconds == pytest.approx(6 * 219e6 * 256 * 125_000 * 2048 / (8 * 989e12 * 0.4), rel=0.1)
+    assert planner.store_bytes == (2 * (256 + 256) + 4) * 1_281_167
+    renderer = planner.stages[4]
+    assert renderer.memory > planner.machine.usable and "renderer_training.accumulate 2" in renderer.advice[0]
+    assert "checkpoint_activations" in renderer.advice[1]
+
+
+def test_advice_is_the_fewest_pieces_that_fit_and_following_it_fits():
+    recipe = tiny_recipe()
+    recipe = replace(recipe, prior_training=replace(recipe.prior_training, batch_size=64))
+    order = Order(images=1000)
+    least = Planner(recipe, GPUS["h100"], order)
+    whole, half = (least.memory("prior", replace(recipe.prior_training, accumulate=n)).peak for n in (1, 2))
+    machine = replace(GPUS["h100"], memory=(whole + half) / 2 / 0.92)
+    advice = Planner(recipe, machine, order).training("prior").advice
+    assert "--prior_training.accumulate 2" in advice[0]
+    followed = replace(recipe, prior_training=replace(recipe.prior_training, accumulate=2))
+    assert not Planner(followed, machine, order).training("prior").advice
+    hopeless = Planner(recipe, replace(machine, memory=1e5), order).training("prior")
+    assert "fits in no number of pieces" in hopeless.advice[0]
+
+
+def test_more_images_take_more_where_they_are_seen():
+    few, many = (Planner(tiny_recipe(), CPU, Order(images=n)) for n in (10_000, 1_000_000))
+    assert many.tokens().seconds == pytest.approx(100 * few.tokens().seconds)
+    assert many.store_bytes == 100 * few.store_bytes
+    assert many.training_seconds("prior") == few.training_seconds("prior")  # the recipe's steps
+    rows = Planner(tiny_recipe(), CPU, Order(images=1_000_000, epochs=2)).training_config("prior")
+    assert rows.num_steps * rows.batch_size == pytest.approx(2e6, rel=0.01)
+
+
+def test_batch_that_devices_cannot_share_is_refused():
+    machine = replace(GPUS["a100"], count=3)
+    with pytest.raises(DigitError, match="batch_size 8 cannot be cut into 3"):
+        Planner(tiny_recipe(), machine, Order()).training("prior")
+
+
+def fails(capsys, *argv: str) -> str:
+    assert main(["plan", *argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    options = ["--gpus", "2", "--gpu-memory", "40", "--price", "2", "--images", "1000000000", "--json", str(path)]
+    assert main(["plan", "demo", *options]) == 0
+    text = capsys.readouterr().out
+    for word in ("demo: 1 G images on 2 x H100", "bound by", "GPU-hours", "tokens", "drawing", "total", "token store"):
+        assert word in text, text
+    plan = json.loads(path.read_text())
+    assert plan["machine"]["count"] == 2 and all(stage["fits"] for stage in plan["stages"])
+    for stage in plan["stages"]:
+        assert stage["dollars"] == pytest.approx(2 * stage["gpu_hours"])
+        assert stage["seconds"] == pytest.approx(max(stage["seconds_by_cause"].values()))
+
+
+def test_command_names_mistakes(capsys):
+    assert "choose one of" in fails(capsys, "nosuch") and "digit_base" in fails(capsys, "nosuch")
+    assert "gpus is 0" in fails(capsys, "demo", "--gpus", "0")
+    assert "no GPU named tpu" in fails(capsys, "demo", "--gpu", "tpu")
+    assert "images is 0" in fails(capsys, "demo", "--gpus", "1", "--images", "0")
+    assert "reuse names prior" in fails(capsys, "demo", "--gpus", "1", "--reuse", "prior")
+    assert "gpu_memory is -1.0" in fails(capsys, "demo", "--gpu-memory=-1")

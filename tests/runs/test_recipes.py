@@ -1,0 +1,40 @@
+"""Every recipe builds; the paper's two have the paper's sizes."""
+
+import pytest
+import torch
+
+from digit.errors import DigitError
+from digit.models.sequence import SequenceModel
+from digit.runs.recipes import MODEL_NAMES, RECIPES, digit_base, digit_large, get_recipe
+
+
+@pytest.mark.parametrize(("recipe", "millions"), [(digit_base, 219), (digit_large, 732)])
+def test_sizes_of_the_paper(recipe, millions):
+    with torch.device("meta"):
+        model = recipe().build_prior()
+    count = sum(p.numel() for p in model.parameters())
+    assert abs(count / 1e6 - millions) <= 0.01 * millions
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_builds_every_model(name):
+    recipe = get_recipe(name)
+    assert recipe.name == name
+    for model in MODEL_NAMES:
+        cfg = recipe.sequence_config(
+            model, disc_vocab=recipe.kmeans.num_clusters, disc_len=64, vq_vocab=1024, vq_len=64, num_classes=10
+        )
+        with torch.device("meta"):
+            SequenceModel(cfg)
+
+
+def test_every_recipe_shows_its_command():
+    for name, recipe in RECIPES.items():
+        assert f"--recipe {name} --out" in recipe.__doc__
+
+
+def test_unknown_names_are_listed():
+    with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, demo"):
+        get_recipe("huge")
+    with pytest.raises(DigitError, match=r"no model named decoder"):
+        digit_base().sequence_config("decoder", disc_vocab=8, disc_len=4, vq_vocab=8, vq_len=4, num_classes=0)

@@ -1,0 +1,56 @@
+"""safetensors as we write them, against the library that defines the format; and freed memory."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from digit.errors import DigitError
+from digit.runtime.files import Stacked, check_writable, load_tensors, save_tensors
+from digit.runtime.hardware import keep_freed_memory
+
+
+def test_every_type_and_layout_comes_back(tmp_path):
+    tensors = {
+        "half": torch.randn(3, 5).half(),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "bf16": torch.randn(2, 2).bfloat16(),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 4),
+        "turned": torch.randn(4, 6).T,
+        "truth": torch.tensor([True, False, True]),
+        "codes": torch.arange(5),
+        "naïve name": torch.ones(1),
+        "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    save_tensors(tmp_path / "t.safetensors", tensors, metadata={"made by": "a test"})
+    read = load_file(tmp_path / "t.safetensors")
+    assert read.keys() == tensors.keys() == load_tensors(tmp_path / "t.safetensors").keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor), name
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        assert file.metadata() == {"made by": "a test"}
+
+
+def test_stacked_rows_are_written_as_one_float32_tensor(tmp_path):
+    parts = (torch.randn(2, 3).half(), torch.randn(4, 3), torch.randn(1, 3).double())
+    piece = Stacked(parts)
+    assert piece.shape == (7, 3)
+    save_tensors(tmp_path / "t.safetensors", {"w": piece, "b": Stacked((torch.ones(2),))})
+    read = load_file(tmp_path / "t.safetensors")
+    assert torch.equal(read["w"], torch.cat([part.float() for part in parts])) and torch.equal(read["b"], torch.ones(2))
+
+
+def test_keeping_freed_memory_does_no_harm():
+    assert isinstance(keep_freed_memory(), bool)
+    assert torch.randn(100, 100).sum().isfinite()
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "result.json")
+    check_writable(tmp_path / "folder", folder=True)
+    assert (tmp_path / "new").is_dir() and (tmp_path / "folder").is_dir()
+    for path, folder in ((tmp_path, False), (tmp_path / "file" / "x.json", False), (tmp_path / "file", True)):
+        with pytest.raises(DigitError, match="cannot write"):
+            check_writable(path, folder=folder)

@@ -1,0 +1,240 @@
+"""Filters and samplers: what is drawn, what is kept, what is refused."""
+
+import copy
+
+import pytest
+import torch
+
+from digit.errors import DigitError
+from digit.models.products import PackedLinear, pack_linears, packs
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.sampling.autoregressive import NextTokenSampler, generate
+from digit.sampling.filters import (
+    filter_logits,
+    guide,
+    image_uniforms,
+    sample_from_uniform,
+)
+from digit.sampling.masked import generate_masked, num_to_hide
+
+SMALL = dict(depth=2, embed_dim=32, num_heads=2, vocab_size=11, target_len=6)
+
+
+def make(**changes):
+    return SequenceModel(SequenceConfig(**(SMALL | changes))).eval()
+
+
+def renderer(**changes):
+    return make(prefix_vocab_size=7, prefix_len=4, norm="pre", **changes)
+
+
+PREFIX = torch.arange(20).view(5, 4) % 7
+
+
+# -------------------------------------------------------------------- filters
+
+
+def test_top_k_keeps_the_k_largest():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[False, True, False, True]]
+    assert filter_logits(logits, top_k=0).equal(logits) and filter_logits(logits, top_k=9).equal(logits)
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    logits = torch.tensor([[0.1, 0.5, 0.4]]).log()
+    for p, kept in ((0.49, [False, True, False]), (0.51, [False, True, True]), (1e-9, [False, True, False])):
+        assert filter_logits(logits, top_p=p).isfinite().tolist() == [kept], p
+    assert filter_logits(logits, top_p=1.0).equal(logits)
+
+
+def test_codes_as_likely_as_the_last_one_kept_stay():
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0, 1.0]])
+    assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, True, False, True]]
+    assert filter_logits(torch.zeros(1, 4), top_p=0.3).isfinite().all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (7, 1.0), (7, 0.6), (1, 1.0), (30, 0.05)])
+def test_filters_against_code_by_code(top_k, top_p):
+    logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)) * 3
+    for row, kept in zip(logits, filter_logits(logits, top_k=top_k, top_p=top_p).isfinite(), strict=True):
+        order = row.argsort(descending=True)[: top_k or None]
+        mass, wanted = 0.0, set()
+        for code, share in zip(order.tolist(), row[order].double().softmax(0).tolist(), strict=True):
+            if mass < top_p:
+                wanted.add(code)
+            mass += share
+        assert set(kept.nonzero()[:, 0].tolist()) == wanted
+
+
+def test_temperature_comes_before_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    assert filter_logits(logits, temperature=0.1, top_p=0.9).isfinite().sum() == 1
+    assert filter_logits(logits, temperature=10.0, top_p=0.9).isfinite().sum() == 3
+
+
+def test_inverse_cdf():
+    logits = torch.tensor([0.25, 0.0, 0.5, 0.25]).log().expand(5, 4)
+    u = torch.tensor([0.0, 0.2499, 0.2501, 0.7501, 1 - 2**-53], dtype=torch.float64)
+    assert sample_from_uniform(logits, u).tolist() == [0, 0, 2, 3, 3]
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    u = image_uniforms(range(20000), "x", (1,))[:, 0]
+    counts = sample_from_uniform(logits.expand(len(u), 4), u).bincount(minlength=4) / len(u)
+    torch.testing.assert_close(counts, logits.exp(), atol=0.015, rtol=0)
+
+
+def test_uniforms_depend_on_seed_and_stage():
+    a = image_uniforms([3, 2**32 + 3, 3], "prior", (4,))
+    assert a[0].equal(a[2]) and not a[0].equal(a[1])
+    assert not a[0].equal(image_uniforms([3], "renderer", (4,))[0])
+
+
+def test_guidance_formula():
+    c, u = torch.randn(2, 3, 5)
+    torch.testing.assert_close(guide(torch.cat([c, u]), 2.5), u + 2.5 * (c - u))
+
+
+# -------------------------------------------------------------------- next token
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_cached_equals_uncached(scale):
+    model = renderer(prefix_dropout=0.2)
+    how = dict(seeds=range(5), prefix=PREFIX, top_p=0.9, cfg_scale=scale)
+    assert generate(model, **how).equal(generate(model, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
+    monkeypatch.setattr("digit.sampling.autoregressive.SPAN", 4)
+    model = renderer(prefix_dropout=0.2, target_len=7)
+    how = dict(pass_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
+    fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))
+    for given in (None, torch.full((5, 3), 2), torch.full((5, 7), 1)):
+        told = []
+        drawn = fixed(range(5), prefix=PREFIX, given=given, on_token=told.append)
+        assert drawn.equal(free(range(5), prefix=PREFIX, given=given))
+        assert sum(told) == 5 * (7 - (0 if given is None else given.shape[1]))
+
+
+def test_a_sampler_serves_many_batches():
+    model = make()
+    sampler = NextTokenSampler(model, pass_size=2)
+    whole = generate(model, seeds=range(5), pass_size=2)
+    assert torch.cat([sampler([i]) for i in range(5)]).equal(whole)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_packed_products_are_the_same_products(dtype, atol):
+    model = renderer().to(dtype)
+    packed = pack_linears(copy.deepcopy(model), num_rows=5)
+    tokens = torch.randint(11, (5, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(tokens, PREFIX), model(tokens, PREFIX), atol=atol, rtol=atol)
+    kinds = {type(m) for m in packed.modules()}
+    assert (PackedLinear in kinds) == packs(model.head) == (torch.nn.Linear not in kinds)
+    assert model.head.weight.shape == (11, 32)  # the model itself stays as it was
+
+
+def test_greedy_takes_the_most_likely():
+    model = make()
+    drawn = generate(model, seeds=[1, 2], temperature=0)
+    assert drawn[0].equal(drawn[1])
+    assert model(drawn).argmax(-1).equal(drawn)
+    assert generate(model, seeds=[7, 8], top_k=1).equal(drawn)
+
+
+def test_given_tokens_are_kept_and_continue_the_same_way():
+    model = make()
+    whole = generate(model, seeds=[0, 1, 2])
+    for known in (0, 1, 4, 6):
+        assert generate(model, seeds=[0, 1, 2], given=whole[:, :known]).equal(whole)
+
+
+def test_guidance_by_label_moves_the_draw():
+    model = make(num_classes=3, label_dropout=0.1)
+    how = dict(seeds=range(20), labels=torch.full((20,), 2))
+    assert not generate(model, cfg_scale=5.0, **how).equal(generate(model, **how))
+    no_label = dict(seeds=range(20), labels=torch.full((20,), -1))
+    assert generate(model, cfg_scale=5.0, **no_label).equal(generate(model, **no_label))
+
+
+def test_model_is_left_as_it_was():
+    model = make().train()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    a, b = (generate(model, seeds=[0], dtype=d) for d in (None, torch.bfloat16))
+    assert model.training and a.shape == b.shape == (1, 6)
+    assert all(t.equal(before[n]) and t.dtype == torch.float32 for n, t in model.state_dict().items())
+    assert a.equal(generate(model, seeds=[0]))  # no dropout while drawing
+
+
+def test_on_token_counts_what_is_drawn():
+    told = []
+    generate(make(), seeds=range(5), given=torch.zeros(5, 2, dtype=torch.int64), pass_size=3, on_token=told.append)
+    assert told == [3] * 4 + [2] * 4
+    told.clear()
+    generate_masked(renderer(masked=True), seeds=range(5), prefix=PREFIX, pass_size=3, on_token=told.append)
+    assert sum(told) == 30 and len(told) == 16
+
+
+# -------------------------------------------------------------------- masked
+
+
+def test_masked_draws_codes_only_and_keeps_what_is_given():
+    model = renderer(masked=True)
+    given = torch.full((5, 6), model.cfg.mask_token)
+    given[:, :2], given[0] = 3, torch.arange(6)
+    for num_steps in (1, 3, 8, 20):
+        drawn = generate_masked(model, seeds=range(5), prefix=PREFIX, given=given, num_steps=num_steps)
+        assert drawn.max() < 11 and drawn[:, :2][1:].eq(3).all() and drawn[0].equal(given[0])
+    first_rows = generate_masked(model, seeds=range(5), prefix=PREFIX, given=given[:, :2])
+    assert first_rows.shape == (5, 6) and first_rows[:, :2].equal(given[:, :2])
+
+
+def test_released_schedule():
+    # 256 tokens, 8 steps: floor(256 cos(pi/2 (step + 1) / 8))
+    hidden, counts = torch.ones(1, 256, dtype=torch.bool), []
+    for step in range(7):
+        count = num_to_hide(torch.tensor([256]), hidden, (step + 1) / 8)
+        hidden = torch.arange(256)[None] < count
+        counts.append(int(count))
+    assert counts == [251, 236, 212, 181, 142, 97, 49]
+    assert num_to_hide(torch.tensor([6]), torch.zeros(1, 6, dtype=torch.bool), 0.5).tolist() == [0]
+
+
+def test_masked_guidance():
+    model = renderer(masked=True, prefix_dropout=0.1)
+    how = dict(seeds=range(5), prefix=PREFIX)
+    assert generate_masked(model, cfg_scale=1.0, **how).equal(generate_masked(model, **how))
+    assert not generate_masked(model, cfg_scale=20.0, **how).equal(generate_masked(model, **how))
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(temperature=-1), "temperature is -1"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(top_p=0.0), "top_p is 0.0"),
+        (dict(cfg_scale=2.0), "trained without label_dropout or prefix_dropout"),
+        (dict(labels=torch.tensor([0, 3])), "label 3 is out of range: this model knows -1 to 2"),
+        (dict(labels=torch.tensor([0])), "labels has 1 rows for 2 seeds"),
+        (dict(given=torch.full((2, 1), 11)), "given token 11 is out of range"),
+        (dict(given=torch.zeros(2, 7, dtype=torch.int64)), "7 tokens are given, an image has 6"),
+        (dict(pass_size=0), "pass_size is 0"),
+    ],
+)
+def test_refusals(settings, message):
+    with pytest.raises(DigitError, match=message):
+        generate(make(num_classes=3), seeds=[0, 1], **settings)
+
+
+def test_a_renderer_needs_its_prefix():
+    with pytest.raises(DigitError, match="needs a prefix of 4 tokens"):
+        generate(renderer(), seeds=[0])
+    with pytest.raises(DigitError, match="prefix token 7 is out of range"):
+        generate(renderer(), seeds=[0], prefix=torch.full((1, 4), 7))

@@ -1,0 +1,230 @@
+"""VQGAN training: losses, the living codebook, exact resume, and that it learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from digit.errors import DigitError, MismatchError
+from digit.models.discriminator import PatchDiscriminator
+from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.training.ema_codebook import LivingCodebook, draw_rows
+from digit.training.vqgan import (
+    GANConfig,
+    VQGANTrainer,
+    adaptive_weight,
+    evaluate_vqgan,
+    hinge_loss,
+    image_psnr,
+    random_window,
+    train_vqgan,
+)
+
+TINY = VQGANConfig(
+    resolution=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=2, z_channels=4, vocab_size=16
+)
+QUICK = GANConfig(
+    num_steps=8, batch_size=4, warmup_steps=2, codebook_start=2, adversarial_start=4, adversarial_ramp=2,
+    restart_every=2, perceptual="none", discriminator_channels=4, bf16=False, log_every=1, save_every=4,
+    tensorboard=False,
+)  # fmt: skip
+
+
+def batches(step):
+    """Flat coloured pictures with a bright square, a function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 200, (4, 3, 1, 1), generator=generator).expand(4, 3, 16, 16).clone()
+    images[:, :, 4:10, 6:12] = 255 - images[:, :, 4:10, 6:12]
+    return images.to(torch.uint8)
+
+
+def model():
+    torch.manual_seed(0)
+    return VQGAN(TINY)
+
+
+def test_hinge_loss():
+    assert hinge_loss(torch.tensor([2.0]), torch.tensor([-3.0])) == 0
+    assert hinge_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 1
+
+
+def test_adaptive_weight_is_the_ratio_of_norms_and_is_capped():
+    assert adaptive_weight(torch.full((4,), 3.0), torch.ones(4)).item() == pytest.approx(3, rel=1e-3)  # delta 1e-4
+    assert adaptive_weight(torch.full((4,), 1e9), torch.zeros(4)) == 1e4
+
+
+def test_adversarial_gradient_has_the_reconstruction_gradients_norm_at_the_last_layer():
+    trainer = VQGANTrainer(model(), batches, replace(QUICK, adversarial_weight=1.0, codebook_start=0))
+    images, generator = batches(0).float() / 255, torch.Generator().manual_seed(0)
+    reconstruction, _, _ = trainer.reconstruct(images, 1, generator)
+    output = reconstruction.detach().requires_grad_()
+    gradient, _ = trainer.reconstruction_gradient(output, images, generator)
+    extra, _ = trainer.adversarial_gradient(output, reconstruction, gradient, step=100)
+    last = trainer.vqgan.decoder.conv_out.weight
+    norms = [torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0].norm() for g in (gradient, extra)]
+    torch.testing.assert_close(*norms, rtol=0.02, atol=0)  # delta 1e-4 in the denominator
+    direct = (reconstruction - images).abs().mean() + (reconstruction - images).square().mean()
+    torch.testing.assert_close(torch.autograd.grad(direct, last)[0].norm(), norms[0])
+
+
+def test_codebook_starts_on_the_clusters_and_follows_them():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    points = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
+    embedding, generator = torch.nn.Embedding(12, 2), torch.Generator().manual_seed(0)
+    codebook = LivingCodebook(embedding, decay=0.5, restart_below=0.05)
+    codebook.collect(points)
+    codebook.start(generator)
+    assert torch.cdist(centres, codebook.weight).min(1)[0].max() < 0.5
+    for _ in range(20):
+        codebook.update(points + 1, torch.cdist(points + 1, codebook.weight).argmin(1))
+    assert torch.cdist(centres + 1, codebook.weight).min(1)[0].max() < 0.5
+    assert codebook.weight is embedding.weight and not embedding.weight.requires_grad
+
+
+def test_dead_codes_return():
+    embedding = torch.nn.Embedding(8, 3)
+    codebook = LivingCodebook(embedding, decay=0.5, restart_below=0.05)
+    features = torch.randn(64, 3) + 5
+    for _ in range(10):
+        codebook.update(features, torch.zeros(64, dtype=torch.int64))  # everything chooses code 0
+    assert codebook.restart_dead(features, torch.Generator().manual_seed(0)) == 7
+    assert (embedding.weight[1:, None] == features).all(2).any(1).all()  # each is one of the features
+    assert codebook.restart_dead(features, torch.Generator().manual_seed(0)) == 0
+
+
+def test_draw_rows_repeats_only_where_it_must():
+    rows, generator = torch.arange(6.0)[:, None], torch.Generator().manual_seed(0)
+    assert len(draw_rows(rows, 6, generator).unique()) == 6
+    assert draw_rows(rows, 9, generator).shape == (9, 1)
+
+
+def test_random_window():
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = random_window(64, 32, generator)
+    assert rows.stop - rows.start == columns.stop - columns.start == 32 and rows.stop <= 64
+    assert random_window(16, 32, generator) == random_window(16, 0, generator) == (slice(0, 16), slice(0, 16))
+
+
+def test_psnr():
+    black = torch.zeros(1, 3, 4, 4)
+    assert image_psnr(black + 0.1, black).item() == pytest.approx(20, abs=1e-4)
+    assert image_psnr(black, black).item() == pytest.approx(100)
+
+
+def test_training_learns(tmp_path):
+    vqgan = model()
+    cfg = replace(QUICK, num_steps=60, codebook_start=10, learning_rate=5e-3, adversarial_start=50, ema_decay=0.9)
+    before = evaluate_vqgan(vqgan, [batches(1000)])["psnr"]
+    metrics = train_vqgan(vqgan, batches, replace(cfg, save_every=60), tmp_path)
+    assert not vqgan.training and metrics["psnr"] > before + 5
+    assert metrics["usage"] * 16 + metrics["dead_codes"] == 16 and metrics["num_images"] == 32
+    assert metrics == evaluate_vqgan(vqgan, [batches(60 + n) for n in range(8)])
+
+
+def stop_after(step):
+    """Batches that fail at `step`, as a killed process would."""
+
+    def stopping(number):
+        if number == step:
+            raise KeyboardInterrupt
+        return batches(number)
+
+    return stopping
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    whole, resumed = model(), model()
+    train_vqgan(whole, batches, QUICK, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_vqgan(resumed, stop_after(6), QUICK, tmp_path / "resumed")
+    again = model()
+    train_vqgan(again, batches, QUICK, tmp_path / "resumed")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_resume_before_the_codebook_starts(tmp_path):
+    cfg = replace(QUICK, codebook_start=5, save_every=3, num_steps=6)
+    whole, again = model(), model()
+    train_vqgan(whole, batches, cfg, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_vqgan(model(), stop_after(4), cfg, tmp_path / "resumed")
+    train_vqgan(again, batches, cfg, tmp_path / "resumed")
+    assert torch.equal(whole.quantize.embedding.weight, again.quantize.embedding.weight)
+
+
+def test_another_model_is_refused(tmp_path):
+    train_vqgan(model(), batches, replace(QUICK, num_steps=2), tmp_path)
+    with pytest.raises(MismatchError, match="vocab_size"):
+        train_vqgan(VQGAN(replace(TINY, vocab_size=17)), batches, replace(QUICK, num_steps=2), tmp_path)
+
+
+def test_fine_tuning_starts_from_the_codes_there_are(tmp_path):
+    vqgan = model()
+    vqgan.quantize.embedding.weight.data.normal_()
+    codes = vqgan.quantize.embedding.weight.clone()
+    cfg = replace(QUICK, num_steps=1, codebook_start=0, learning_rate=1e-6, restart_below=0.0)
+    train_vqgan(vqgan, batches, cfg, tmp_path)
+    moved = (vqgan.quantize.embedding.weight - codes).norm(dim=1) / codes.norm(dim=1)
+    assert moved.median() < 0.2
+
+
+def test_bf16_trains(tmp_path):
+    metrics = train_vqgan(model(), batches, replace(QUICK, bf16=True), tmp_path)
+    assert metrics["psnr"] > 0
+
+
+def test_perceptual_term(tmp_path):
+    trainer = VQGANTrainer(model(), batches, replace(QUICK, perceptual="alex", perceptual_stages=1))
+    if trainer.perceptual is None:
+        pytest.skip("stlpips-pytorch is not installed (pip install --no-deps stlpips-pytorch)")
+    assert trainer.update(0)["perceptual"] > 0
+
+
+def test_config_errors():
+    with pytest.raises(DigitError, match="perceptual"):
+        GANConfig(perceptual="resnet")
+    with pytest.raises(DigitError, match="perceptual_stages"):
+        GANConfig(perceptual_stages=6)
+    with pytest.raises(DigitError, match="codebook_decay"):
+        GANConfig(codebook_decay=1.0)
+
+
+def test_discriminator_scores_patches():
+    assert PatchDiscriminator(channels=4)(torch.rand(2, 3, 64, 64)).shape == (2, 1, 7, 7)
+
+
+def weights_after_three_steps():
+    cfg = replace(QUICK, codebook_start=0, restart_below=0.0, adversarial_weight=0.0, max_norm=0.0)
+    trainer = VQGANTrainer(model(), batches, cfg)
+    for step in range(3):
+        trainer.update(step)
+    return trainer.vqgan.state_dict()
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    init = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
+    torch.save(weights_after_three_steps(), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    for name, tensor in weights_after_three_steps().items():
+        assert torch.equal(first[name], second[name]), name
+        # Adam divides by the root of tiny squared gradients: a changed order of summation shows more than elsewhere
+        torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_a_codebook_that_collapses_is_told_once(caplog):
+    caplog.set_level("WARNING")
+    trainer = VQGANTrainer(model(), batches, replace(QUICK, restart_every=1, codebook_start=0))
+    generator = torch.Generator().manual_seed(0)
+    same = torch.zeros(64, TINY.z_channels)
+    for step in range(60):
+        trainer.codebook.counts.zero_()[0] = 64.0  # one code takes all
+        assert trainer.restart_dead(same, step, generator) == TINY.vocab_size - 1
+    assert [r.getMessage()[:48] for r in caplog.records] == ["step 21: 15 of 16 codes are dead in spite of res"]
