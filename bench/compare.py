@@ -163,7 +163,7 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
     """The prior's decoding against GPT-2's `generate` with its cache, both drawing among the 200 likeliest."""
     import transformers
 
-    cfg, targets = size.config("prior"), {"fp32": 1.5, "bf16": 2.5}
+    cfg, targets = size.cfg("prior"), {"fp32": 1.5, "bf16": 2.5}
     for precision in size.precisions:
         dtype = PRECISIONS[precision]
         draw = sampler(size.model("prior", device), size.batch, StageSampling(top_k=TOP_K), dtype)
@@ -187,10 +187,10 @@ def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], T
     """GPT-2 in the prior's shape, drawing as many tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    cfg = size.config("prior")
+    cfg = size.cfg("prior")
     shape = dict(n_layer=cfg.depth, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_positions=cfg.target_len + 1)
-    config = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
-    model = GPT2LMHeadModel(config).to(device, dtype).eval()
+    cfg = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    model = GPT2LMHeadModel(cfg).to(device, dtype).eval()
     start = torch.zeros(size.batch, 1, dtype=torch.int64, device=device)
     num = dict(max_new_tokens=cfg.target_len, min_new_tokens=cfg.target_len)
     how = dict(attention_mask=torch.ones_like(start), do_sample=True, top_k=min(TOP_K, cfg.vocab_size), use_cache=True)
@@ -205,10 +205,10 @@ def compare_dinov2(size: Size, device: torch.device, repeats: int) -> Rows:
     vit, ours = size.vit, encode.cases(size, device)
     shape = dict(hidden_size=vit.embed_dim, num_hidden_layers=vit.kept_blocks, num_attention_heads=vit.num_heads)
     shape |= dict(patch_size=vit.patch_size, image_size=vit.patch_size * vit.table_side)
-    config = Dinov2WithRegistersConfig(**shape, num_register_tokens=vit.num_registers)
+    cfg = Dinov2WithRegistersConfig(**shape, num_register_tokens=vit.num_registers)
     chunk = encode.chunk_size(size, device)
     for precision in size.precisions:
-        model = Dinov2WithRegistersModel(config).to(device, PRECISIONS[precision]).eval()
+        model = Dinov2WithRegistersModel(cfg).to(device, PRECISIONS[precision]).eval()
         images = torch.randn(size.encode_batch, 3, size.vit_side, size.vit_side, device=device)
         images = images.to(PRECISIONS[precision])
 

@@ -37,7 +37,7 @@ def main() -> None:
         "samples 32 px, reference 64 px": (shrink(samples, mode="bicubic", antialias=True), reference),
     }
     for name, pair in rows.items():
-        fd = evaluate(*pair, cfg, network=network)["figures"][network.metric("fd")]
+        fd = evaluate(*pair, cfg, network=network)["metrics"][network.metric("fd")]
         sys.stdout.write(f"| {name} | {fd['value']:.0f} | {fd['low']:.0f} to {fd['high']:.0f} |\n")
         sys.stdout.flush()
 

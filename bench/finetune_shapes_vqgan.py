@@ -50,17 +50,17 @@ def main() -> None:
     vqgan = load_asset_vqgan(args.start).vqgan.train()
     train_vqgan(vqgan, batch, cfg, args.out, perceptual=EncoderDistance(lite0))
     if distributed.is_main():
-        figures = evaluate_vqgan(vqgan, held_out.split(64))
+        metrics = evaluate_vqgan(vqgan, held_out.split(64))
         about = {
             "command": f"torchrun --nproc-per-node 2 bench/finetune_shapes_vqgan.py --num-steps {args.num_steps}",
             "start": args.start,
             "perceptual": "EncoderDistance(efficientnet_lite0)",
             "data": f"shapes:num={NUM_SCENES},size=64,seed=0",
             "training": asdict(cfg),
-            "held_out": {"shapes": figures},
+            "held_out": {"shapes": metrics},
         }
         save_asset(vqgan, args.out / "vqgan64_shapes", about)
-        write_json(args.out / "figures.json", figures)
+        write_json(args.out / "figures.json", metrics)
         shown = held_out[:40]
         output = vqgan.decode_tokens(vqgan.encode(shown.float() / 255)[1]).detach().clamp(0, 1).mul(255).round().byte()
         rows = [part for pair in zip(shown.split(10), output.split(10), strict=True) for part in pair]

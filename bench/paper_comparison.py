@@ -27,7 +27,7 @@ from digit.runs.recipes import get_recipe
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
 from digit.runtime.files import save_npy, write_json
-from digit.training.log import last_figures
+from digit.training.log import last_metrics
 from digit.training.vqgan import image_psnr
 
 METHODS = {  # name -> (prior, renderer)
@@ -132,7 +132,7 @@ def row(
         METRIC: fd(drawn, truth),
         "training_pflops": flops / 1e15,
         "steps": {m: run.training_config(m).num_steps for m in models},
-        "training_seconds": sum(last_figures(run.out / m)["seconds"] for m in models),
+        "training_seconds": sum(last_metrics(run.out / m)["seconds"] for m in models),
     }
 
 

@@ -145,7 +145,7 @@ def write_asset(vqgan: VQGAN, sets: dict[str, Tensor], cfg: GANConfig, out: Path
         "held_out": metrics,
     }
     write_json(out / "vqgan64.json", about)
-    return {f"psnr_{name}": figures["psnr"] for name, figures in metrics.items()}
+    return {f"psnr_{name}": metrics["psnr"] for name, metrics in metrics.items()}
 
 
 def parse_arguments() -> argparse.Namespace:

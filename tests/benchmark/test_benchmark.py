@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from digit.benchmark import floors
 from digit.benchmark.bench import PARTS, BenchConfig, run_bench
 from digit.benchmark.clock import Timing, alternate, peak_memory
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import SIZES, get_size, micro
 from digit.benchmark.table import number, table
 from digit.benchmark.targets import H100, summary
@@ -78,14 +78,14 @@ def counted(monkeypatch):
 
 def test_training_floor_is_the_work_that_mfu_counts(counted):
     for name in ("prior", "renderer"):
-        cfg = micro().config(name)
+        cfg = micro().cfg(name)
         floor = counted(floors.training(cfg, 3, CPU, torch.float32))
         skipped = 6 * 2 * 9 * cfg.embed_dim**2 * 3 * cfg.prefix_len  # last block: no rows of the prefix past attention
         assert floor == 3 * training_flops(cfg) - (skipped / 2 if cfg.prefix_len else 0)
 
 
 def test_decoding_floor_grows_with_the_cache(counted):
-    cfg = micro().config("prior")
+    cfg = micro().cfg("prior")
     linears = 12 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
     attention = 2 * cfg.depth * cfg.embed_dim * sum(range(1, cfg.target_len + 1))
     assert counted(floors.decoding(cfg, 2, CPU, torch.float32)) == 2 * 2 * (cfg.target_len * linears + attention)
@@ -101,7 +101,7 @@ def test_encoding_floor_counts_every_image(counted):
 
 
 def test_refining_and_distance_floors(counted):
-    cfg = micro().config("renderer_masked")
+    cfg = micro().cfg("renderer_masked")
     length = cfg.prefix_len + 1 + cfg.target_len
     passes = counted(floors.refining(cfg, 2, 3, CPU, torch.float32))
     assert passes == 3 * counted(floors.refining(cfg, 2, 1, CPU, torch.float32))
@@ -156,7 +156,7 @@ def test_wholes_parts_waits_and_shares(run):
 
 def test_tables_line_up():
     common = dict(part="data", precision="-", unit="images", time=Timing((1.0,)), floor=Timing((0.5,)))
-    rows = [Figure(case=case, count=count, **common) for case, count in (("a", 3), ("a long name", 12345))]
+    rows = [Measurement(case=case, count=count, **common) for case, count in (("a", 3), ("a long name", 12345))]
     lines = table(rows).splitlines()
     assert [line.index("images/s") for line in lines[1:]] == [line.index("images/s") for line in lines[1:]][:1] * 2
     assert "12,345 images/s" in lines[2] and "50%" in lines[2]
@@ -197,9 +197,9 @@ def test_profiles_name_operators(tmp_path):
 
 def test_sizes_hold_the_shapes_that_are_asked_for():
     base, small = SIZES["base"](), get_size(None, CPU)
-    assert (small.config("prior").depth, small.config("prior").embed_dim, small.batch) == (6, 384, 8)
+    assert (small.cfg("prior").depth, small.cfg("prior").embed_dim, small.batch) == (6, 384, 8)
     assert [p.name for p in small.points] == ["200k x 768, K=1024", "1.28M x 64, K=4096"]
-    assert (base.batch, base.config("prior").vocab_size, base.config("renderer").prefix_len) == (128, 8192, 256)
+    assert (base.batch, base.cfg("prior").vocab_size, base.cfg("renderer").prefix_len) == (128, 8192, 256)
     assert base.vit.kept_blocks == 10 and base.points[0].name == "2.1M x 768, K=8192"
     assert get_size("micro", CPU, "bf16").precisions == ("bf16",)
     with pytest.raises(DigitError, match="no benchmark size"):

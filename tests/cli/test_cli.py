@@ -30,9 +30,9 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(config, tmp_path_factory) -> Path:
+def run_folder(cfg, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert main(["fit", DATA, "--config", str(config), "--out", str(out)]) == 0
+    assert main(["fit", DATA, "--config", str(cfg), "--out", str(out)]) == 0
     return out
 
 
@@ -89,7 +89,9 @@ def test_sample_twice_gives_the_same_files(run_folder, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     tokens = np.load(tmp_path / "a" / "tokens.npz")
     assert (
-        tokens["disc"].shape == (4, 4) and tokens["vq"].shape == (4, 16) and tokens["labels"].tolist() == [0, 3, 0, 3]
+        tokens["discriminative"].shape == (4, 4)
+        and tokens["vq"].shape == (4, 16)
+        and tokens["labels"].tolist() == [0, 3, 0, 3]
     )
 
 
@@ -109,14 +111,14 @@ def test_complete_takes_one_picture_or_a_folder(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["codebook", "tokenize"])
-def test_single_stages(command, config, tmp_path, capsys):
-    assert main([command, DATA, "--config", str(config), "--out", str(tmp_path / "run")]) == 0
+def test_single_stages(command, cfg, tmp_path, capsys):
+    assert main([command, DATA, "--config", str(cfg), "--out", str(tmp_path / "run")]) == 0
     assert str(tmp_path / "run") in capsys.readouterr().out
 
 
-def test_train_one_baseline(config, run_folder, tmp_path):
+def test_train_one_baseline(cfg, run_folder, tmp_path):
     reuse = [f"--reuse_{part}={run_folder / part}" for part in ("codebook", "vqgan", "tokens")]
-    assert main(["train", "vq_ar", DATA, "--config", str(config), "--out", str(tmp_path / "run"), *reuse]) == 0
+    assert main(["train", "vq_ar", DATA, "--config", str(cfg), "--out", str(tmp_path / "run"), *reuse]) == 0
     assert (tmp_path / "run" / "vq_ar" / "model.safetensors").is_file()
 
 
@@ -162,16 +164,16 @@ def test_missing_and_empty_data(capsys, tmp_path):
     assert not Path(out).exists()
 
 
-def test_one_image_and_broken_images(capsys, tmp_path, config):
+def test_one_image_and_broken_images(capsys, tmp_path, cfg):
     folder = tmp_path / "photos"
     folder.mkdir()
     Image.new("RGB", (40, 40)).save(folder / "one.png")
-    assert "1 image" in fails(capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "a"))
+    assert "1 image" in fails(capsys, "fit", str(folder), "--config", str(cfg), "--out", str(tmp_path / "a"))
     for i in range(3):
         (folder / f"broken{i}.jpg").write_bytes(b"no picture")
     (folder / "one.png").unlink()
     assert "3 images unreadable" in fails(
-        capsys, "fit", str(folder), "--config", str(config), "--out", str(tmp_path / "b")
+        capsys, "fit", str(folder), "--config", str(cfg), "--out", str(tmp_path / "b")
     )
 
 
@@ -183,8 +185,8 @@ def test_label_out_of_range(capsys, run_folder, tmp_path):
     )
 
 
-def test_tokens_of_another_codebook(capsys, config, run_folder, tmp_path):
-    data = [DATA, "--config", str(config)]
+def test_tokens_of_another_codebook(capsys, cfg, run_folder, tmp_path):
+    data = [DATA, "--config", str(cfg)]
     assert main(["codebook", *data, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
     line = fails(
         capsys,
@@ -200,7 +202,7 @@ def test_tokens_of_another_codebook(capsys, config, run_folder, tmp_path):
     assert "were made with codebook" in line
 
 
-def test_a_store_cut_short(capsys, config, run_folder, tmp_path):
+def test_a_store_cut_short(capsys, cfg, run_folder, tmp_path):
     import shutil
 
     shutil.copytree(run_folder / "tokens", tmp_path / "tokens")
@@ -212,7 +214,7 @@ def test_a_store_cut_short(capsys, config, run_folder, tmp_path):
         "prior",
         DATA,
         "--config",
-        str(config),
+        str(cfg),
         "--out",
         str(tmp_path / "run"),
         *[f"--reuse_{p}={run_folder / p}" for p in ("codebook", "vqgan")],

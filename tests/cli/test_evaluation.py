@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import fails
+from cli.test_cli import fails
 from tiny import tiny_recipe
 
 from digit.cli import main

@@ -22,7 +22,7 @@ from digit.errors import DigitError, MismatchError, Stopped
 from digit.runtime import files
 
 SMALL = PreprocessConfig(image_size=8, encoder_size=8)
-FILES = ["disc.npy", "labels.npy", "manifest.json", "vq.npy"]
+FILES = ["discriminative.npy", "labels.npy", "manifest.json", "vq.npy"]
 
 
 class Stop(Exception):
@@ -47,11 +47,11 @@ class ToyTokenizer:
         raise Stop
 
 
-def write(folder: Path, *, source=None, disc=None, vq=None, **changes) -> TokenStore:
+def write(folder: Path, *, source=None, discriminative=None, vq=None, **changes) -> TokenStore:
     settings = dict(crops_per_image=3, seed=5, batch_size=4, max_bad_fraction=0.5) | changes
     preprocess = settings.pop("preprocess", SMALL)
-    disc, vq = disc or ToyTokenizer(), vq or ToyTokenizer(4, 65536, "vq")
-    return write_tokens(folder, source or NoiseSource(), preprocess, disc, vq, **settings)
+    discriminative, vq = discriminative or ToyTokenizer(), vq or ToyTokenizer(4, 65536, "vq")
+    return write_tokens(folder, source or NoiseSource(), preprocess, discriminative, vq, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -64,14 +64,17 @@ def test_rows_are_aligned_and_complete(tmp_path):
     store = write(tmp_path / "t")
     assert sorted(contents(tmp_path / "t")) == FILES
     assert (
-        store.disc.shape == (36, 4) and store.vq.shape == (36, 16) and store.labels.shape == (36,) and len(store) == 36
+        store.discriminative.shape == (36, 4)
+        and store.vq.shape == (36, 16)
+        and store.labels.shape == (36,)
+        and len(store) == 36
     )
-    assert store.disc.dtype == store.vq.dtype == np.uint16 and store.labels.dtype == np.int32
+    assert store.discriminative.dtype == store.vq.dtype == np.uint16 and store.labels.dtype == np.int32
     (batch,) = CropLoader(NoiseSource(), SMALL, crops_per_image=3, seed=5, batch_size=36)
-    assert np.array_equal(store.disc, ToyTokenizer().encode(batch.images))
+    assert np.array_equal(store.discriminative, ToyTokenizer().encode(batch.images))
     assert np.array_equal(store.vq, ToyTokenizer(4, 65536, "vq").encode(batch.images)) and store.vq.max() > 32767
     assert np.array_equal(store.labels, batch.labels)
-    assert len(np.unique(np.asarray(store.disc), axis=0)) > 12  # the crops of an image differ
+    assert len(np.unique(np.asarray(store.discriminative), axis=0)) > 12  # the crops of an image differ
 
 
 def test_manifest_says_what_made_it(tmp_path):
@@ -82,7 +85,7 @@ def test_manifest_says_what_made_it(tmp_path):
         and manifest["crops_per_image"] == 3
         and manifest["seed"] == 5
     )
-    assert manifest["disc"] == {"grid": [2, 2], "length": 4, "vocab_size": 1000}
+    assert manifest["discriminative"] == {"grid": [2, 2], "length": 4, "vocab_size": 1000}
     assert manifest["vq"] == {"grid": [4, 4], "length": 16, "vocab_size": 65536}
     assert manifest["codebook_hash"] == ToyTokenizer().fingerprint and manifest["vqgan_hash"] == "vq-65536-4"
     source = NoiseSource()
@@ -92,10 +95,10 @@ def test_manifest_says_what_made_it(tmp_path):
 
 def test_one_tokenizer_alone(tmp_path):
     store = write_tokens(tmp_path / "d", NoiseSource(), SMALL, ToyTokenizer(), None, batch_size=5)
-    assert store.vq is None and store.manifest["vq"] is None and set(store.batch([0])) == {"disc", "labels"}
+    assert store.vq is None and store.manifest["vq"] is None and set(store.batch([0])) == {"discriminative", "labels"}
     store = write_tokens(tmp_path / "v", NoiseSource(), SMALL, None, ToyTokenizer(), batch_size=5)
     assert (
-        store.disc is None
+        store.discriminative is None
         and store.manifest["codebook_hash"] is None
         and set(store.batches(2, 0)(0)) == {"vq", "labels"}
     )
@@ -128,7 +131,7 @@ def test_interrupted_run_goes_on_and_ends_byte_identical(tmp_path, stop_at, brok
     with pytest.raises(DigitError, match="not finished"):
         TokenStore.open(tmp_path / "stopped")
     rest = ToyTokenizer()
-    write(tmp_path / "stopped", source=source, disc=rest)
+    write(tmp_path / "stopped", source=source, discriminative=rest)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
     assert rest.calls + last.calls - 1 <= 9  # no batch is made twice
 
@@ -137,7 +140,7 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
     """os._exit is a kill: no handler runs; without a journal since the start, everything is made again."""
     write(tmp_path / "straight", source=NoiseSource(broken=(7,)))
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom test_tokens import *\n"
+        "import os, sys\nfrom pathlib import Path\nfrom data.test_tokens import *\n"
         "store_module.JOURNAL_EVERY_SECONDS = float(sys.argv[2])\n"
         "write(Path(sys.argv[1]), source=NoiseSource(broken=(7,)), "
         "disc=ToyTokenizer(stop_at=6, stop=lambda: os._exit(9)))\n"
@@ -149,7 +152,7 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
         assert ended.returncode == 9
         rest = ToyTokenizer()
         (folder / ".journal.json.ab0_9xyz.aside.json").write_text("{")  # a kill while the journal was written
-        write(folder, source=NoiseSource(broken=(7,)), disc=rest)
+        write(folder, source=NoiseSource(broken=(7,)), discriminative=rest)
         assert contents(folder) == contents(tmp_path / "straight") and rest.calls == calls
 
 
@@ -159,10 +162,10 @@ def test_a_signal_ends_the_run_after_the_batch(tmp_path, number):
     before = signal.getsignal(number)
     asked = ToyTokenizer(stop_at=3, stop=lambda: os.kill(os.getpid(), number))
     with pytest.raises(Stopped, match="tokens: 12 of 36 rows are done"):
-        write(tmp_path / "stopped", disc=asked)
+        write(tmp_path / "stopped", discriminative=asked)
     assert asked.calls == 3 and signal.getsignal(number) == before
     rest = ToyTokenizer()
-    write(tmp_path / "stopped", disc=rest)
+    write(tmp_path / "stopped", discriminative=rest)
     assert rest.calls == 6 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
@@ -172,17 +175,17 @@ def test_a_second_interrupt_ends_the_run_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "t", disc=ToyTokenizer(stop_at=3, stop=twice))
+        write(tmp_path / "t", discriminative=ToyTokenizer(stop_at=3, stop=twice))
     rest = ToyTokenizer()
-    assert len(write(tmp_path / "t", disc=rest)) == 36 and rest.calls == 7
+    assert len(write(tmp_path / "t", discriminative=rest)) == 36 and rest.calls == 7
 
 
 def test_another_batch_size_makes_every_row(tmp_path):
     write(tmp_path / "straight")
     with pytest.raises(Stop):
-        write(tmp_path / "stopped", disc=ToyTokenizer(stop_at=4))  # 12 rows are done
+        write(tmp_path / "stopped", discriminative=ToyTokenizer(stop_at=4))  # 12 rows are done
     rest = ToyTokenizer()
-    write(tmp_path / "stopped", disc=rest, batch_size=7)
+    write(tmp_path / "stopped", discriminative=rest, batch_size=7)
     assert rest.calls == 5 and contents(tmp_path / "stopped") == contents(tmp_path / "straight")
 
 
@@ -218,7 +221,7 @@ def test_left_over_journal_of_a_finished_store_is_removed(tmp_path):
     (tmp_path / "t" / "journal.json").write_text("{}")
     (tmp_path / "t" / "disc.partial.npy").write_text("")
     untouched = ToyTokenizer()
-    write(tmp_path / "t", disc=untouched)
+    write(tmp_path / "t", discriminative=untouched)
     assert contents(tmp_path / "t") == before and untouched.calls == 0
 
 
@@ -231,7 +234,7 @@ def test_left_over_journal_of_a_finished_store_is_removed(tmp_path):
     [
         (dict(seed=6), "seed", "5", "6"),
         (dict(crops_per_image=2), "crops_per_image", "3", "2"),
-        (dict(disc=ToyTokenizer(name="other")), "codebook_hash", "toy-1000-2", "other-1000-2"),
+        (dict(discriminative=ToyTokenizer(name="other")), "codebook_hash", "toy-1000-2", "other-1000-2"),
         (dict(vq=ToyTokenizer(4, 65536, "vq2")), "vqgan_hash", "vq-65536-4", "vq2-65536-4"),
         (dict(source=NoiseSource(10)), "source.fingerprint", NoiseSource().fingerprint, NoiseSource(10).fingerprint),
         (
@@ -248,7 +251,7 @@ def test_another_request_is_refused_with_both_values(tmp_path, finished, change,
         write(tmp_path / "t")
     else:
         with pytest.raises(Stop):
-            write(tmp_path / "t", disc=ToyTokenizer(stop_at=3))
+            write(tmp_path / "t", discriminative=ToyTokenizer(stop_at=3))
     before = contents(tmp_path / "t")
     with pytest.raises(MismatchError) as error:
         write(tmp_path / "t", **change)
@@ -268,7 +271,7 @@ def test_check_names_both(tmp_path):
 
 def test_vocabulary_must_fit_16_bits(tmp_path):
     with pytest.raises(DigitError, match="65537"):
-        write(tmp_path / "t", disc=ToyTokenizer(2, 65537))
+        write(tmp_path / "t", discriminative=ToyTokenizer(2, 65537))
     assert not (tmp_path / "t").exists()
 
 
@@ -279,7 +282,7 @@ def test_rows_of_broken_images_are_dropped_and_named(tmp_path):
     store, whole = write(tmp_path / "b", source=NoiseSource(broken=(1, 11))), write(tmp_path / "w")
     keep = [row for row in range(36) if row // 3 not in (1, 11)]
     assert len(store) == 30 == store.manifest["rows"]
-    for name in ("disc", "vq", "labels"):
+    for name in ("discriminative", "vq", "labels"):
         assert np.array_equal(getattr(store, name), getattr(whole, name)[keep])
     assert [key for key, _ in store.manifest["bad"]] == ["noise/1.png", "noise/11.png"]
     assert "broken on purpose" in store.manifest["bad"][0][1]
@@ -295,7 +298,7 @@ def test_too_many_broken_images(tmp_path):
 def test_broken_images_count_over_all_sessions(tmp_path):
     source = NoiseSource(broken=(0, 11))
     with pytest.raises(Stop):
-        write(tmp_path / "t", source=source, disc=ToyTokenizer(stop_at=4), max_bad_fraction=0.1)
+        write(tmp_path / "t", source=source, discriminative=ToyTokenizer(stop_at=4), max_bad_fraction=0.1)
     with pytest.raises(DigitError, match="2 of 12 images unreadable"):
         write(tmp_path / "t", source=source, max_bad_fraction=0.1)
     assert len(write(tmp_path / "t", source=source, max_bad_fraction=0.2)) == 30  # nothing was lost
@@ -306,7 +309,7 @@ def test_broken_images_count_over_all_sessions(tmp_path):
 
 def test_store_cut_short_or_damaged(tmp_path):
     write(tmp_path / "t")
-    for name, size in (("disc.npy", 300), ("vq.npy", 40), ("labels.npy", 0)):
+    for name, size in (("discriminative.npy", 300), ("vq.npy", 40), ("labels.npy", 0)):
         path = tmp_path / "t" / name
         whole = path.read_bytes()
         os.truncate(path, size)
@@ -330,15 +333,15 @@ def test_store_cut_short_or_damaged(tmp_path):
 def test_folders_without_a_store(tmp_path):
     with pytest.raises(DigitError, match="holds no tokens"):
         TokenStore.open(tmp_path / "nowhere")
-    np.save(tmp_path / "disc.npy", np.zeros(3))
-    with pytest.raises(DigitError, match=r"disc.npy but no manifest"):
+    np.save(tmp_path / "discriminative.npy", np.zeros(3))
+    with pytest.raises(DigitError, match=r"discriminative.npy but no manifest"):
         write(tmp_path)
-    assert sorted(contents(tmp_path)) == ["disc.npy"]
+    assert sorted(contents(tmp_path)) == ["discriminative.npy"]
 
 
 def test_damaged_leftovers_are_told(tmp_path):
     with pytest.raises(Stop):
-        write(tmp_path / "t", disc=ToyTokenizer(stop_at=3))
+        write(tmp_path / "t", discriminative=ToyTokenizer(stop_at=3))
     (tmp_path / "t" / "vq.partial.npy").unlink()
     with pytest.raises(DigitError, match="cannot be continued"):
         write(tmp_path / "t")
@@ -390,9 +393,11 @@ def test_batch(tmp_path):
     store = write(tmp_path / "t")
     batch = store.batch([3, 0, 35])
     assert all(value.dtype == torch.int64 for value in batch.values())
-    assert np.array_equal(batch["disc"], store.disc[[3, 0, 35]]) and np.array_equal(batch["vq"], store.vq[[3, 0, 35]])
+    assert np.array_equal(batch["discriminative"], store.discriminative[[3, 0, 35]]) and np.array_equal(
+        batch["vq"], store.vq[[3, 0, 35]]
+    )
     assert batch["labels"].tolist() == store.labels[[3, 0, 35]].tolist()
-    assert store.batch(slice(0, 2))["disc"].shape == (2, 4)
+    assert store.batch(slice(0, 2))["discriminative"].shape == (2, 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 36, 50])

@@ -240,9 +240,9 @@ def test_settings_younger_than_a_run_are_its_defaults(run, tmp_path):
     import shutil
 
     shutil.copytree(run.out, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    del config["recipe"]["validation_fraction"]
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    cfg = json.loads((tmp_path / "run" / "config.json").read_text())
+    del cfg["recipe"]["validation_fraction"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(cfg))
     Run(tiny_recipe(), DATA, tmp_path / "run")
     with pytest.raises(MismatchError, match="validation_fraction = 0.0, now asked for 0.5"):
         Run(tiny_recipe(validation_fraction=0.5), DATA, tmp_path / "run")

@@ -45,13 +45,13 @@ def run_on_several(jobs: dict[Path, dict], processes: int = 2) -> None:
     assert process.returncode == 0, errors
 
 
-def figures(out: Path, name: str = "loss") -> dict[int, float]:
+def metrics(out: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in read_log(out / "log.jsonl") if name in line}
 
 
 def assert_alike(first: Path, second: Path) -> None:
     for name in ("loss", "val_nll", "l1"):
-        wanted, got = figures(first, name), figures(second, name)
+        wanted, got = metrics(first, name), metrics(second, name)
         assert got.keys() == wanted.keys()
         assert all(abs(got[step] - wanted[step]) < 1e-5 for step in wanted), (name, wanted, got)
     weights = [torch.load(out / "weights.pt", weights_only=True) for out in (first, second)]

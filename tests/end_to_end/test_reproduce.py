@@ -57,7 +57,7 @@ def study(tmp_path_factory) -> Study:
 def test_a_target_leaves_results_a_table_and_pictures(study, target):
     outcome, folder = reproduce(target, study)
     results = json.loads((folder / "results.json").read_text())
-    assert results["experiment"] == target and results["figures"]
+    assert results["experiment"] == target and results["metrics"]
     assert results["summarised_by"]["hardware"]["cores"] >= 1 and all(
         "revision" in s for s in results["steps"].values()
     )
@@ -79,10 +79,10 @@ def test_a_step_of_an_older_version_is_made_again(tmp_path):
     made = []
     for version in (1, 1, 2):
         step = Step(name="s", seconds=1, make=lambda: made.append(1) or len(made), version=version)
-        experiment = Experiment(title="t", steps=[step], summarise=lambda r, out: Outcome(table="|", figures=r))
+        experiment = Experiment(title="t", steps=[step], summarise=lambda r, out: Outcome(table="|", metrics=r))
         perform(experiment, tmp_path, "x", {})
     assert len(made) == 2
-    assert json.loads((tmp_path / "x" / "results.json").read_text())["figures"] == {"s": 2}
+    assert json.loads((tmp_path / "x" / "results.json").read_text())["metrics"] == {"s": 2}
 
 
 def test_a_test_split_without_labels_is_passed_over(tmp_path):

@@ -15,7 +15,7 @@ from toy_task import run_toy, toy_batches, toy_config
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training.log import read_log
-from digit.training.sequence import train_likelihood
+from digit.training.sequence import train_sequence_model
 
 TOY = Path(__file__).parents[1] / "helpers/toy_task.py"
 
@@ -57,7 +57,7 @@ def test_the_real_model_resumes_exactly(tmp_path, masked):
     def run(out: Path, num_steps: int) -> dict:
         torch.manual_seed(7)
         train = toy_config(num_steps=num_steps, ema_decay=0.9, accumulate=2)
-        return train_likelihood(SequenceModel(cfg), toy_batches(), train, out)[0].state_dict()
+        return train_sequence_model(SequenceModel(cfg), toy_batches(), train, out)[0].state_dict()
 
     whole = run(tmp_path / "whole", 8)
     run(tmp_path / "halves", 4)

@@ -17,7 +17,7 @@ from digit.runtime.ledger import of_rank
 TESTS = Path(__file__).parents[1]
 TOY = TESTS / "helpers/toy_ranks.py"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-STORE = ["disc.npy", "labels.npy", "manifest.json", "vq.npy"]
+STORE = ["discriminative.npy", "labels.npy", "manifest.json", "vq.npy"]
 CODEBOOK = ["codebook.json", "codebook.safetensors"]
 
 

@@ -53,12 +53,12 @@ def ours(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folders(config, tmp_path_factory) -> tuple[Path, Path]:
+def folders(cfg, tmp_path_factory) -> tuple[Path, Path]:
     """A run by one process and the same by two, the models cut up."""
     one, two = tmp_path_factory.mktemp("runs") / "one", tmp_path_factory.mktemp("runs") / "two"
     sharded = ["--prior_training.parallel", "fsdp", "--renderer_training.parallel", "fsdp"]
-    job = start("fit", DATA, "--config", str(config), "--out", str(two), *sharded, "--device", "cpu")
-    assert main(["fit", DATA, "--config", str(config), "--out", str(one), "--device", "cpu"]) == 0
+    job = start("fit", DATA, "--config", str(cfg), "--out", str(two), *sharded, "--device", "cpu")
+    assert main(["fit", DATA, "--config", str(cfg), "--out", str(one), "--device", "cpu"]) == 0
     out, errors = job.communicate(timeout=300)
     assert job.returncode == 0, errors
     assert out.count("done: open") == 1
@@ -74,7 +74,7 @@ def test_the_codebook_is_the_same(folders):
 
 def test_the_tokens_are_the_same(folders):
     one, two = (TokenStore.open(folder / "tokens") for folder in folders)
-    assert np.array_equal(one.disc, two.disc) and np.array_equal(one.vq, two.vq)
+    assert np.array_equal(one.discriminative, two.discriminative) and np.array_equal(one.vq, two.vq)
 
 
 @pytest.mark.parametrize("stage", ["vqgan", "prior", "renderer"])
@@ -110,11 +110,11 @@ def test_a_mistake_is_one_line(words, message, tmp_path):
     assert len(ours(errors)) == 1 and message in ours(errors)[0], errors
 
 
-def test_slurm_starts_the_same(folders, config):
+def test_slurm_starts_the_same(folders, cfg):
     """A job step of two tasks, as srun would start them; the run is done, so that they only meet and agree."""
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **step}
-    words = ["tokenize", DATA, "--config", str(config), "--out", str(folders[1]), "--device", "cpu"]
+    words = ["tokenize", DATA, "--config", str(cfg), "--out", str(folders[1]), "--device", "cpu"]
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "digit", *words], env=environment | {"SLURM_PROCID": str(rank)},
@@ -127,8 +127,8 @@ def test_slurm_starts_the_same(folders, config):
     assert "24 rows" in told[0][0] and told[1] == ("", "")
 
 
-def test_a_killed_process_ends_the_job_with_one_line(config, tmp_path):
-    words = ["--config", str(config), "--out", str(tmp_path), "--prior_training.num_steps", "20000"]
+def test_a_killed_process_ends_the_job_with_one_line(cfg, tmp_path):
+    words = ["--config", str(cfg), "--out", str(tmp_path), "--prior_training.num_steps", "20000"]
     job = start("train", "prior", DATA, *words, "--device", "cpu")
     deadline = time.monotonic() + 120
     while not (tmp_path / "prior" / "log.jsonl").exists():

@@ -106,10 +106,10 @@ def test_differences_are_paired_by_image():
 
 
 def test_only_exact_fractions_are_measured(pipes):
-    disc, vq = pipes["discriminative"], pipes["VQ-only"]  # 2 x 2 and 4 x 4 tokens; 4 x 4 tokens
-    assert exact_fractions(disc, KEEPS) == [0.5] and exact_fractions(vq, KEEPS) == [0.25, 0.5, 0.75]
-    assert kept(disc, 0.25) == {"discriminative": 0.5, "vq": 0.25} and kept(vq, 0.25) == {"vq": 0.25}
-    for pipe in (disc, vq):
+    discriminative, vq = pipes["discriminative"], pipes["VQ-only"]  # 2 x 2 and 4 x 4 tokens; 4 x 4 tokens
+    assert exact_fractions(discriminative, KEEPS) == [0.5] and exact_fractions(vq, KEEPS) == [0.25, 0.5, 0.75]
+    assert kept(discriminative, 0.25) == {"discriminative": 0.5, "vq": 0.25} and kept(vq, 0.25) == {"vq": 0.25}
+    for pipe in (discriminative, vq):
         for keep in exact_fractions(pipe, KEEPS):
             assert all(math.isclose(got, keep) for got in kept(pipe, keep).values())
 
@@ -128,13 +128,13 @@ def test_run_completion_writes_curve_differences_and_pictures(pipes, images, ref
     result = run_completion(pipes, images, reference, ToyJudge(), KEEPS, tmp_path, seed=3)
     assert result == read_json(tmp_path / "completion.json")
     assert result["metric"] == "fd_toy" and result["num_images"] == 9 and result["reference_images"] == 40
-    disc, vq = (result["pipes"][name] for name in pipes)
-    assert [point["keep"] for point in disc["curve"]] == [0.5]
+    discriminative, vq = (result["pipes"][name] for name in pipes)
+    assert [point["keep"] for point in discriminative["curve"]] == [0.5]
     assert [point["keep"] for point in vq["curve"]] == [0.25, 0.5, 0.75]
-    assert disc["skipped"][1] == {"keep": 0.25, "kept": {"discriminative": 0.5, "vq": 0.25}}
+    assert discriminative["skipped"][1] == {"keep": 0.25, "kept": {"discriminative": 0.5, "vq": 0.25}}
     assert [point["keep"] for point in vq["skipped"]] == [0.125, 0.375, 0.625]
     (difference,) = result["differences"]
-    expected = disc["curve"][0]["distance"]["value"] - vq["curve"][1]["distance"]["value"]
+    expected = discriminative["curve"][0]["distance"]["value"] - vq["curve"][1]["distance"]["value"]
     assert difference["keep"] == 0.5 and difference["difference"]["value"] == pytest.approx(expected)
     for name in ("completion.png", "completed_discriminative.png", "completed_VQ-only.png"):
         assert min(Image.open(tmp_path / name).size) > 100

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_efficientnet import LITE2, foreign_state, need_weights, released_network
-from test_inception import released_state
+from models.test_efficientnet import LITE2, foreign_state, need_weights, released_network
+from models.test_inception import released_state
 
 from digit.convert.efficientnet import read_classifier
 from digit.convert.inception import load_inception
@@ -44,7 +44,7 @@ def test_lite2_logits_and_inner_map_equal_the_package():
         cells = reference.extract_features((images.float() - 127) / 128)
         logits = reference._fc(cells.mean((2, 3)))
     encoder = load_encoder(EncoderConfig(name=LITE2, layer="pooled", input_size=260))
-    found, inner = encoder.net.with_inner_map(encoder.prepare(images), encoder.net.config.default_layer)
+    found, inner = encoder.net.with_inner_map(encoder.prepare(images), encoder.net.cfg.default_layer)
     torch.testing.assert_close(inner, seen[0], rtol=1e-3, atol=1e-4)
     weight, bias = read_classifier(need_weights(LITE2))
     torch.testing.assert_close(found.mean(1) @ weight.T + bias, logits, rtol=1e-3, atol=1e-3)

@@ -24,22 +24,22 @@ def cfg(tmp_path):
 
 
 def test_equal_sets_have_distance_zero_and_cover_each_other(cfg):
-    figures = run(pictures(60), pictures(60), cfg)["figures"]
-    assert figures["fd_fake"]["value"] == pytest.approx(0, abs=1e-9)
-    assert figures["fd_fake"]["high"] == pytest.approx(0, abs=1e-7)
-    assert figures["sfd_fake"]["value"] == pytest.approx(0, abs=1e-9)
-    assert figures["precision_fake"]["value"] == figures["recall_fake"]["value"] == 1
-    assert figures["is_fake"]["value"] >= 1 and figures["is_fake"]["std"] >= 0
+    metrics = run(pictures(60), pictures(60), cfg)["metrics"]
+    assert metrics["fd_fake"]["value"] == pytest.approx(0, abs=1e-9)
+    assert metrics["fd_fake"]["high"] == pytest.approx(0, abs=1e-7)
+    assert metrics["sfd_fake"]["value"] == pytest.approx(0, abs=1e-9)
+    assert metrics["precision_fake"]["value"] == metrics["recall_fake"]["value"] == 1
+    assert metrics["is_fake"]["value"] >= 1 and metrics["is_fake"]["std"] >= 0
 
 
 def test_figures_are_those_of_the_formulas(cfg):
     a, b = pictures(60), pictures(80, seed=1, shift=40)
-    figures = run(a, b, cfg)["figures"]
+    metrics = run(a, b, cfg)["metrics"]
     x, y = (FeatureStats.of(FakeNetwork().judge(images).pooled) for images in (a, b))
-    entry = figures["fd_fake"]
+    entry = metrics["fd_fake"]
     assert entry["value"] == pytest.approx(frechet_distance(x.mean, x.cov, y.mean, y.cov), rel=1e-6)
     assert 0 < entry["low"] < entry["value"] < entry["high"]
-    assert not any(name in ("fid", "kid", "inception_score", "sfid") for name in figures)
+    assert not any(name in ("fid", "kid", "inception_score", "sfid") for name in metrics)
 
 
 def test_folder_npz_tensor_and_source_give_the_same(cfg, tmp_path):
@@ -49,8 +49,8 @@ def test_folder_npz_tensor_and_source_give_the_same(cfg, tmp_path):
     np.savez_compressed(tmp_path / "packed.npz", arrays)
     folder = save_folder(tmp_path / "png", images)
     forms = [images, tmp_path / "plain.npz", str(tmp_path / "packed.npz"), folder, open_images(folder).source]
-    figures = [run(form, reference, cfg)["figures"] for form in forms]
-    assert all(other == figures[0] for other in figures)
+    metrics = [run(form, reference, cfg)["metrics"] for form in forms]
+    assert all(other == metrics[0] for other in metrics)
     assert isinstance(read_npz_images(tmp_path / "plain.npz"), np.memmap), "not read into memory"
 
 
@@ -115,7 +115,7 @@ def test_json_names_the_protocol_and_the_table_shows_every_figure(cfg, tmp_path)
     assert result["protocol"]["network"]["weights_sha256"] == "1"
     assert (result["samples"]["num"], result["reference"]["num"]) == (40, 50)
     table = to_table(result)
-    assert all(f"| {name} |" in table for name in result["figures"])
+    assert all(f"| {name} |" in table for name in result["metrics"])
     assert all(f"warning: {line}" in table for line in result["warnings"])
 
 
@@ -143,10 +143,10 @@ def test_network_sees_each_image_once(cfg, tmp_path):
 def test_a_changed_image_is_seen_anew_and_others_are_not(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr("digit.evaluation.features.SHARD", 10)
     folder, reference, network = save_folder(tmp_path / "s", pictures(30)), pictures(20, seed=1), FakeNetwork()
-    before = run(folder, reference, cfg, network=network)["figures"]
+    before = run(folder, reference, cfg, network=network)["metrics"]
     save_folder(tmp_path / "t", pictures(1, seed=9))
     (tmp_path / "t" / "00000.png").replace(folder / "00003.png")
-    after = run(folder, reference, cfg, network=network)["figures"]
+    after = run(folder, reference, cfg, network=network)["metrics"]
     assert network.seen == 60 and after != before
 
 
@@ -166,7 +166,7 @@ def test_a_killed_run_goes_on_and_a_damaged_cache_is_made_again(cfg, tmp_path, m
     assert network.seen == 30, "20 of 50 were done"
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:50])
-    assert run(images, reference, cfg, network=network)["figures"] == whole["figures"]
+    assert run(images, reference, cfg, network=network)["metrics"] == whole["metrics"]
     assert network.seen == 80
 
 
@@ -187,7 +187,7 @@ def test_kept_statistics_give_the_same_distances_and_say_what_they_cannot(cfg, t
     assert kept.num == 80
     full, short = (run(samples, spec, cfg) for spec in (reference, tmp_path / "stats.npz"))
     for name in ("fd_fake", "sfd_fake", "is_fake"):
-        assert short["figures"][name]["value"] == pytest.approx(full["figures"][name]["value"], rel=1e-9)
+        assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-9)
     assert set(short["left_out"]) == {"kd_fake", "precision_fake", "recall_fake"}
     assert "give its images" in to_table(short)
     assert short["reference"]["statistics"]["num"] == 80
@@ -202,8 +202,8 @@ def test_reference_batch_with_statistics_and_images(cfg, tmp_path):
     result = run(samples, tmp_path / "batch.npz", cfg)
     drawn = FeatureStats.of(FakeNetwork().judge(samples).pooled)
     wanted = frechet_distance(drawn.mean, drawn.cov, stats.mean, stats.cov)
-    assert result["figures"]["fd_fake"]["value"] == pytest.approx(wanted, rel=1e-6)
-    assert result["figures"]["precision_fake"] == run(samples, reference, cfg)["figures"]["precision_fake"]
+    assert result["metrics"]["fd_fake"]["value"] == pytest.approx(wanted, rel=1e-6)
+    assert result["metrics"]["precision_fake"] == run(samples, reference, cfg)["metrics"]["precision_fake"]
     assert set(result["left_out"]) == {"sfd_fake"} and not warned(result, "against 80")
 
 

@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_pipeline_itself(pipe, reference, tmp_path):
     assert sweeps["prior"]["top_k"][0]["top_k"] == 3
     assert got(sweeps["prior"]["top_k"][0]) == expected(prior=off | {"top_k": 3})
     assert got(sweeps["renderer"]["top_p"][0]) == expected(renderer=off | {"top_p": 0.5})
-    assert got(result["joint"]["figures"][0][1]) == expected(prior=off | {"top_k": 3}, renderer=off)
+    assert got(result["joint"]["rows"][0][1]) == expected(prior=off | {"top_k": 3}, renderer=off)
     values = [got(entry) for entry in module._settings(result)]
     assert result["best"]["fd_toy"]["value"] == min(v[0] for v in values)
     assert result["best"]["is_toy"]["value"] == max(v[1] for v in values)
@@ -162,5 +162,5 @@ def test_one_image_is_no_sample(pipe, reference, tmp_path):
 
 def test_stage_2_alone_draws_the_same_tokens(pipe):
     tokens = pipe.generate_tokens(4, seed=9)
-    assert torch.equal(pipe.render_tokens(tokens["disc"], seed=9), tokens["vq"])
-    assert torch.equal(pipe.render(tokens["disc"], seed=9), pipe.decode(tokens["vq"]))
+    assert torch.equal(pipe.render_tokens(tokens["discriminative"], seed=9), tokens["vq"])
+    assert torch.equal(pipe.render(tokens["discriminative"], seed=9), pipe.decode(tokens["vq"]))

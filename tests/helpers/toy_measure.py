@@ -6,7 +6,7 @@ from PIL import Image
 
 from digit.evaluation.samples import evaluate
 from digit.metrics.judge import Judged
-from digit.pipeline.batch import Drawn
+from digit.pipeline.batch import SampleBatch
 from digit.pipeline.sample_folder import SampleFolder, write_samples
 
 SIZE = 16
@@ -59,6 +59,6 @@ def sample_folder(folder, images, labels, classes=("cat", "dog")):
     names = [classes[k] if k >= 0 else None for k in labels]
     write_samples(
         SampleFolder(folder, request, {"vq": 4}, known, names),
-        lambda start, end: (batch for batch in [Drawn(start, known, {"images": images} | tokens)]),
+        lambda start, end: (batch for batch in [SampleBatch(start, known, {"images": images} | tokens)]),
     )
     return folder

@@ -66,11 +66,11 @@ def run_toy(out: Path, *, labelled: bool = True, step_seconds: float = 0.0, **ch
     """Train the toy into `out` and return it."""
     import time
 
-    from digit.training.sequence import train_likelihood
+    from digit.training.sequence import train_sequence_model
 
     cfg, model = toy_config(**changes), ToyModel()
     batches = toy_batches(cfg.batch_size, labelled)
-    train_likelihood(model, lambda step: (time.sleep(step_seconds), batches(step))[1], cfg, out)
+    train_sequence_model(model, lambda step: (time.sleep(step_seconds), batches(step))[1], cfg, out)
     return model
 
 
@@ -83,7 +83,7 @@ def run_sequence(
     import time
 
     from digit.models.sequence import SequenceConfig, SequenceModel
-    from digit.training.sequence import train_likelihood
+    from digit.training.sequence import train_sequence_model
 
     shape = {"depth": 2, "embed_dim": 16, "num_heads": 2, "norm": "pre", "dropout": 0.0}
     torch.manual_seed(7)
@@ -103,7 +103,7 @@ def run_sequence(
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(step)
 
-    return train_likelihood(model, disturbed, cfg, out, validate=validate)[0]
+    return train_sequence_model(model, disturbed, cfg, out, validate=validate)[0]
 
 
 def run_gan(out: Path, **changes) -> nn.Module:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from digit.models import likelihood as likelihood_module
-from digit.models.losses import projected_likelihood
+from digit.models import losses as losses_module
+from digit.models.losses import linear_cross_entropy
 
 
 def example(count: int = 37, vocab_size: int = 19, width: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -20,29 +20,29 @@ def example(count: int = 37, vocab_size: int = 19, width: int = 8) -> tuple[torc
 @pytest.mark.parametrize("chunk", [1, 5 * 19, 2**19])
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 def test_loss_figures_and_gradients_are_torchs(monkeypatch, chunk, eps):
-    monkeypatch.setattr(likelihood_module, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(losses_module, "CPU_CHUNK", chunk)
     features, weight, target = example()
-    loss, figures = projected_likelihood(features, weight, target, eps)
+    loss, metrics = linear_cross_entropy(features, weight, target, eps)
     logits = features @ weight.t()
     wanted = F.cross_entropy(logits, target, label_smoothing=eps)
     torch.testing.assert_close(loss, wanted)
     nll = F.cross_entropy(logits, target)
-    torch.testing.assert_close(figures["nll"], nll.detach())
-    torch.testing.assert_close(figures["perplexity"], nll.detach().exp())
-    assert figures["accuracy"].item() == pytest.approx((logits.argmax(1) == target).float().mean().item())
-    assert not any(value.requires_grad for value in figures.values())
+    torch.testing.assert_close(metrics["nll"], nll.detach())
+    torch.testing.assert_close(metrics["perplexity"], nll.detach().exp())
+    assert metrics["accuracy"].item() == pytest.approx((logits.argmax(1) == target).float().mean().item())
+    assert not any(value.requires_grad for value in metrics.values())
     gradients = torch.autograd.grad(loss / 4, (features, weight))  # as under accumulation
     for got, own in zip(gradients, torch.autograd.grad(wanted / 4, (features, weight)), strict=True):
         torch.testing.assert_close(got, own)
     with torch.no_grad():
-        torch.testing.assert_close(projected_likelihood(features, weight, target, eps)[0], loss)
+        torch.testing.assert_close(linear_cross_entropy(features, weight, target, eps)[0], loss)
 
 
 def test_in_bf16_it_is_as_near_to_float32_as_torchs_chain():
     features, weight, target = example(count=64, vocab_size=200, width=32)
     exact = torch.autograd.grad(F.cross_entropy(features @ weight.t(), target), (features, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = projected_likelihood(features, weight, target)[0]
+        ours = linear_cross_entropy(features, weight, target)[0]
         chain = F.cross_entropy(F.linear(features, weight).float(), target)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, chain)
@@ -55,7 +55,7 @@ def test_in_bf16_it_is_as_near_to_float32_as_torchs_chain():
 def test_certain_and_hopeless_logits_stay_finite():
     weight = torch.tensor([[200.0], [-200.0]], requires_grad=True)
     features = torch.ones(2, 1, requires_grad=True)
-    loss, figures = projected_likelihood(features, weight, torch.tensor([0, 1]))
-    assert loss.item() == 200.0 and figures["accuracy"].item() == 0.5 and math.isinf(figures["perplexity"].item())
+    loss, metrics = linear_cross_entropy(features, weight, torch.tensor([0, 1]))
+    assert loss.item() == 200.0 and metrics["accuracy"].item() == 0.5 and math.isinf(metrics["perplexity"].item())
     loss.backward()
     assert torch.equal(weight.grad, torch.tensor([[0.5], [-0.5]]))

@@ -14,8 +14,8 @@ from digit.models.perceptual import blur_downsample, load_perceptual, perceptual
 def scene():
     """A smooth picture with edges, (1, 3, 64, 64) in [0, 1]."""
     y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
-    disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).float()
-    return torch.stack([0.2 + 0.6 * disc, y, 0.5 * x + 0.5 * disc])[None]
+    discriminative = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).float()
+    return torch.stack([0.2 + 0.6 * discriminative, y, 0.5 * x + 0.5 * discriminative])[None]
 
 
 def require(name):

@@ -90,9 +90,9 @@ def test_null_prefix():
 
 def test_loss_is_the_cross_entropy_of_forward():
     model, target, prefix = with_prefix(), torch.randint(11, (3, 6)), torch.randint(7, (3, 4))
-    loss, figures = model.loss(target, prefix=prefix)
+    loss, metrics = model.loss(target, prefix=prefix)
     torch.testing.assert_close(loss, F.cross_entropy(model(target, prefix=prefix).flatten(0, 1), target.flatten()))
-    assert set(figures) == {"nll", "perplexity", "accuracy"} and not figures["nll"].requires_grad
+    assert set(metrics) == {"nll", "perplexity", "accuracy"} and not metrics["nll"].requires_grad
 
 
 def test_masked_loss_counts_hidden_tokens_alone():
@@ -148,11 +148,11 @@ def test_it_learns_a_sequence_in_bf16_autocast():
     target = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 2, 9, 4, 0, 6]]).repeat(8, 1)
     for _ in range(80):
         with torch.autocast("cpu", torch.bfloat16):
-            loss, figures = model.loss(target)
+            loss, metrics = model.loss(target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert figures["accuracy"] > 0.9  # the first token is a coin flip: 11 of 12 at best
+    assert metrics["accuracy"] > 0.9  # the first token is a coin flip: 11 of 12 at best
 
 
 def test_initialisation():

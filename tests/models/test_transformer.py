@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from digit.errors import DigitError
-from digit.models.transformer import Dropout, KVCache, Seen, Transformer, TransformerConfig, attend, size_config
+from digit.models.transformer import Dropout, KeysValues, KVCache, Transformer, TransformerConfig, attend, size_config
 
 CFG = dict(depth=3, embed_dim=32, num_heads=4, dropout=0.0)
 
@@ -23,7 +23,7 @@ def naive_attention(q, k, v, causal):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_its_definition(dtype, causal):
     q, k, v = torch.randn(3, 2, 4, 9, 8).to(dtype)
-    got = attend(q, Seen(k, v), causal=causal).double()
+    got = attend(q, KeysValues(k, v), causal=causal).double()
     tolerance = dict(rtol=1.6e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got, naive_attention(q, k, v, causal), **tolerance)
 
@@ -33,7 +33,7 @@ def test_half_precision_attention_has_the_gradient_of_the_fused_kernel():
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         leaf = x.clone().requires_grad_()
-        attend(leaf[0].to(dtype), Seen(*leaf[1:].to(dtype)), causal=True).float().square().sum().backward()
+        attend(leaf[0].to(dtype), KeysValues(*leaf[1:].to(dtype)), causal=True).float().square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=5e-2, atol=5e-2)  # 8 bits of mantissa, several steps
 
@@ -43,7 +43,7 @@ def test_one_query_sees_the_first_keys_alone():
     q, mask = torch.randn(2, 4, 1, 8), torch.zeros(1, 16)
     mask[:, 5:] = -math.inf
     wanted = naive_attention(q, k[:, :, :5], v[:, :, :5], False)
-    for seen in (Seen(k[:, :, :5], v[:, :, :5]), Seen(k, v, mask)):
+    for seen in (KeysValues(k[:, :, :5], v[:, :, :5]), KeysValues(k, v, mask)):
         torch.testing.assert_close(attend(q, seen).double(), wanted, rtol=1e-5, atol=1e-5)
 
 

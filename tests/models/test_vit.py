@@ -38,8 +38,8 @@ WRAPPERS = {
 }
 
 
-def random_net(config: ViTConfig) -> ViT:
-    net = ViT(config).eval()
+def random_net(cfg: ViTConfig) -> ViT:
+    net = ViT(cfg).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net
@@ -88,9 +88,9 @@ def test_bfloat16_products_are_near_and_leave_the_net_alone(swiglu: bool):
 
 
 def test_swiglu_is_silu_gate_times_value():
-    config = replace(TINY, swiglu=True)
-    mlp, x = SwiGLU(config), torch.randn(2, 24)
-    assert config.hidden_dim == 64 and SIZES["dinov2_vitg14"].hidden_dim == 4096
+    cfg = replace(TINY, swiglu=True)
+    mlp, x = SwiGLU(cfg), torch.randn(2, 24)
+    assert cfg.hidden_dim == 64 and SIZES["dinov2_vitg14"].hidden_dim == 4096
     w1, w2 = mlp.w12(x)[:, :64], mlp.w12(x)[:, 64:]
     torch.testing.assert_close(mlp(x), mlp.w3(w1 * torch.sigmoid(w1) * w2))
 
@@ -126,21 +126,21 @@ def test_positions_of_another_grid(offset: float, antialias: bool):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_fit_their_names(name: str):
-    config = SIZES[name]
+    cfg = SIZES[name]
     letter, patch = name.split("vit")[1][0], int(name.split("vit")[1][1:].split("_")[0])
     dim, depth = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}[letter]
-    assert (config.embed_dim, config.depth, config.patch_size) == (dim, depth, patch)
-    assert config.num_registers == (4 if "reg4" in name else 0)
-    assert config.table_side == (37 if patch == 14 else 224 // patch)
-    assert config.num_heads == (12 if name == "mocov3_vits16" else dim // 64)
+    assert (cfg.embed_dim, cfg.depth, cfg.patch_size) == (dim, depth, patch)
+    assert cfg.num_registers == (4 if "reg4" in name else 0)
+    assert cfg.table_side == (37 if patch == 14 else 224 // patch)
+    assert cfg.num_heads == (12 if name == "mocov3_vits16" else dim // 64)
 
 
 @pytest.mark.parametrize("family", FORMATS)
 def test_release_formats_load(family: str, tmp_path: Path):
-    config = TINY if family == "dinov2" else PLAIN
-    net = random_net(config)
+    cfg = TINY if family == "dinov2" else PLAIN
+    net = random_net(cfg)
     torch.save(WRAPPERS[family](net.state_dict()), tmp_path / "w.pth")
-    state = read_vit(tmp_path / "w.pth", family, config)
+    state = read_vit(tmp_path / "w.pth", family, cfg)
     assert state.keys() == net.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
 

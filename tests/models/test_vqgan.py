@@ -31,11 +31,11 @@ def pictures(number, size=32, seed=0):
 
 @pytest.mark.parametrize(("resolution", "mult"), [(64, (1, 1, 2, 2)), (256, (1, 1, 1, 2, 2))])
 def test_reduction_and_shapes(resolution, mult):
-    config = replace(TINY, resolution=resolution, channels=4, channel_mult=mult, z_channels=5)
+    cfg = replace(TINY, resolution=resolution, channels=4, channel_mult=mult, z_channels=5)
     side = resolution // 2 ** (len(mult) - 1)
-    assert config.grid == (side, side) and config.num_tokens == side * side
+    assert cfg.grid == (side, side) and cfg.num_tokens == side * side
     with torch.no_grad():
-        reconstruction, z, tokens = VQGAN(config)(torch.rand(1, 3, resolution, resolution))
+        reconstruction, z, tokens = VQGAN(cfg)(torch.rand(1, 3, resolution, resolution))
     assert z.shape == (1, 5, side, side) and tokens.shape == (1, side * side)
     assert reconstruction.shape == (1, 3, resolution, resolution) and tokens.dtype == torch.int64
 
@@ -146,7 +146,7 @@ def test_wrong_tokens_are_refused(tokenizer):
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "vqgan")
     again = VQTokenizer.load(tmp_path / "vqgan", chunk_size=2)
-    assert again.fingerprint == tokenizer.fingerprint and again.vqgan.config == TINY
+    assert again.fingerprint == tokenizer.fingerprint and again.vqgan.cfg == TINY
     assert torch.equal(again.encode(pictures(3)), tokenizer.encode(pictures(3)))
     about = read_json(tmp_path / "vqgan" / "vqgan.json")
     write_json(tmp_path / "vqgan" / "vqgan.json", about | {"fingerprint": "0" * 64})
@@ -158,14 +158,14 @@ def test_save_and_load(tokenizer, tmp_path):
 
 
 def released_state():
-    config = VQGANConfig(resolution=32, channels=32, channel_mult=(1, 2), num_res_blocks=2, z_channels=6)
-    return VQGAN(config).state_dict()
+    cfg = VQGANConfig(resolution=32, channels=32, channel_mult=(1, 2), num_res_blocks=2, z_channels=6)
+    return VQGAN(cfg).state_dict()
 
 
 def test_conversion_reads_sizes_off_shapes():
-    config = infer_config(released_state(), 32)
-    assert (config.channels, config.channel_mult, config.num_res_blocks) == (32, (1, 2), 2)
-    assert (config.z_channels, config.vocab_size, config.num_groups) == (6, 1024, 32)
+    cfg = infer_config(released_state(), 32)
+    assert (cfg.channels, cfg.channel_mult, cfg.num_res_blocks) == (32, (1, 2), 2)
+    assert (cfg.z_channels, cfg.vocab_size, cfg.num_groups) == (6, 1024, 32)
 
 
 def test_conversion_accounts_for_every_key(tmp_path):

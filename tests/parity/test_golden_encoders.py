@@ -31,8 +31,8 @@ def sizes(golden: Path) -> dict[str, int]:
 
 def dinov2(golden: Path, sizes: dict[str, int], **fields: object) -> FrozenEncoder:
     shape = ViTConfig(**sizes, patch_size=14, num_registers=4)
-    config = EncoderConfig(name="dinov2_vits14_reg4", weights=str(golden / "dinov2_reg4.pth"), **fields)
-    return load_vit(config, shape)
+    cfg = EncoderConfig(name="dinov2_vits14_reg4", weights=str(golden / "dinov2_reg4.pth"), **fields)
+    return load_vit(cfg, shape)
 
 
 def test_preparation_is_the_released_one(golden, expected, sizes):
@@ -62,6 +62,6 @@ def test_hub_positions_differ_from_the_released_ones(golden, expected, sizes):
 @pytest.mark.parametrize("family", ["ibot", "mae"])
 def test_ibot_and_mae_features(golden, expected, sizes, family):
     shape = ViTConfig(**sizes, patch_size=16, layer_scale=False, table_side=14)
-    config = EncoderConfig(name=f"{family}_vitb16", weights=str(golden / f"{family}_vit16.pth"))
-    features = load_vit(config, shape).features(expected["images_uint8"])
+    cfg = EncoderConfig(name=f"{family}_vitb16", weights=str(golden / f"{family}_vit16.pth"))
+    features = load_vit(cfg, shape).features(expected["images_uint8"])
     torch.testing.assert_close(features, expected[f"{family}_features_third_to_last"], **TOLERANCE)

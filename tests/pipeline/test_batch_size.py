@@ -14,9 +14,9 @@ from digit.pipeline.batch_size import (
     GPU_BATCH,
     SHARE,
     choose_batch_size,
-    drawing_bytes,
     free_bytes,
-    pass_size,
+    micro_batch_size,
+    sampling_bytes,
 )
 from digit.pipeline.pipeline import SamplingConfig, StageSampling
 from digit.tokenizers.vq import VQTokenizer
@@ -48,8 +48,8 @@ def test_a_gpu_is_filled_to_its_share(on_gpu):
         for free in (1 * GB, 4 * GB, 16 * GB, 40 * GB, 75 * GB):
             size = choose_batch_size(*parts, cfg, free)
             assert size & (size - 1) == 0 and 1 <= size <= GPU_BATCH
-            assert size == 1 or drawing_bytes(*parts, cfg, size) <= SHARE * free
-            assert size == GPU_BATCH or drawing_bytes(*parts, cfg, 2 * size) > SHARE * free
+            assert size == 1 or sampling_bytes(*parts, cfg, size) <= SHARE * free
+            assert size == GPU_BATCH or sampling_bytes(*parts, cfg, 2 * size) > SHARE * free
 
 
 def test_sizes_of_the_released_models(on_gpu):
@@ -64,26 +64,26 @@ def test_sizes_of_the_released_models(on_gpu):
 def test_the_cache_is_counted_to_the_byte(on_gpu):
     """Beyond what passes, a batch of one more costs both caches: 2 x depth x width x positions x bytes."""
     prior, renderer, vq = paper_parts(BASE, 8192)
-    grown = drawing_bytes(prior, renderer, vq, CFG, 2) - drawing_bytes(prior, renderer, vq, CFG, 1)
+    grown = sampling_bytes(prior, renderer, vq, CFG, 2) - sampling_bytes(prior, renderer, vq, CFG, 1)
     caches = 2 * 16 * 1024 * (256 + 512) * 4
     assert caches <= grown <= 2 * caches
-    alone = drawing_bytes(None, renderer, vq, CFG, 2) - drawing_bytes(None, renderer, vq, CFG, 1)
+    alone = sampling_bytes(None, renderer, vq, CFG, 2) - sampling_bytes(None, renderer, vq, CFG, 1)
     assert grown - alone == 2 * 16 * 1024 * 256 * 4  # the prior's
 
 
 def test_more_of_anything_takes_more():
     pipe = toy_pipeline()
     parts = pipe.prior, pipe.renderer, pipe.vq
-    least = drawing_bytes(*parts, CFG, 8)
+    least = sampling_bytes(*parts, CFG, 8)
     guided = replace(CFG, prior=StageSampling(cfg_scale=2.0), renderer=StageSampling(cfg_scale=2.0))
-    assert drawing_bytes(*parts, CFG, 16) > least < drawing_bytes(*parts, guided, 8)
-    assert drawing_bytes(None, *parts[1:], CFG, 8) < least
+    assert sampling_bytes(*parts, CFG, 16) > least < sampling_bytes(*parts, guided, 8)
+    assert sampling_bytes(None, *parts[1:], CFG, 8) < least
 
 
 def test_a_cpu_takes_its_own_size_unless_memory_is_short():
     pipe = toy_pipeline()
     parts = pipe.prior, pipe.renderer, pipe.vq
-    needed = drawing_bytes(*parts, CFG, CPU_BATCH)
+    needed = sampling_bytes(*parts, CFG, CPU_BATCH)
     assert choose_batch_size(*parts, CFG, 10 * needed) == CPU_BATCH
     assert choose_batch_size(*parts, CFG, needed) == CPU_BATCH // 2 and choose_batch_size(*parts, CFG, 0) == 1
     assert pipe.sized(CFG).batch_size == CPU_BATCH and pipe.sized(replace(CFG, batch_size=5)).batch_size == 5
@@ -91,11 +91,11 @@ def test_a_cpu_takes_its_own_size_unless_memory_is_short():
 
 def test_what_goes_through_a_model_at_a_time(monkeypatch):
     model = toy_pipeline().prior
-    assert pass_size(model, 5) == 5 and pass_size(model, 500) == CPU_BATCH
+    assert micro_batch_size(model, 5) == 5 and micro_batch_size(model, 500) == CPU_BATCH
     monkeypatch.setattr(module, "LARGE", 10)
-    assert pass_size(model, 500) == module.CPU_PASS_OF_LARGE
+    assert micro_batch_size(model, 500) == module.CPU_MICRO_BATCH_OF_LARGE
     monkeypatch.setattr(module, "is_gpu", lambda model: True)
-    assert pass_size(model, 500) == 500
+    assert micro_batch_size(model, 500) == 500
 
 
 def test_free_memory_is_known():

@@ -14,7 +14,7 @@ from toy_samples import NUM, SIZE, contents, draw
 
 from digit.errors import DigitError, MismatchError
 from digit.pipeline import sample_folder, sample_journal
-from digit.pipeline.batch import Drawn
+from digit.pipeline.batch import SampleBatch
 from digit.pipeline.manifest import read_sampling, write_manifest
 from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
 from digit.runtime import plots
@@ -42,7 +42,7 @@ def test_a_stream_is_generate_batch_by_batch(pipe):
     assert [(b.first, len(b)) for b in batches] == [(0, 4), (4, 4), (8, 4), (12, 1)]
     assert torch.equal(torch.cat([b.images for b in batches]), pipe.generate(NUM, seed=3, batch_size=SIZE))
     tokens = pipe.generate_tokens(NUM, seed=3, batch_size=SIZE)
-    for name in ("disc", "vq"):
+    for name in ("discriminative", "vq"):
         assert torch.equal(torch.cat([b.tokens[name] for b in batches]), tokens[name])
     assert torch.equal(torch.cat([b.labels for b in batches]), tokens["labels"])
     assert torch.equal(pipe.decode(tokens["vq"]), torch.cat([b.images for b in batches]))
@@ -54,7 +54,7 @@ def test_a_stream_begins_at_any_batch(changes):
     images = pipe.generate(NUM, seed=3, batch_size=SIZE)
     later = list(pipe.stream(NUM, seed=3, start=8, batch_size=SIZE))
     assert later[0].first == 8 and torch.equal(torch.cat([b.images for b in later]), images[8:])
-    assert "disc" in later[0].tokens or "prior" in str(changes)
+    assert "discriminative" in later[0].tokens or "prior" in str(changes)
     assert not list(pipe.stream(NUM, seed=3, start=16, batch_size=SIZE))
     parts = [pipe.stream(NUM, seed=3, start=a, end=b, batch_size=SIZE) for a, b in ((0, 4), (4, 12), (12, NUM))]
     assert torch.equal(torch.cat([b.images for part in parts for b in part]), images)
@@ -144,7 +144,7 @@ def test_writing_overlaps_with_drawing(pipe, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_copies_from_a_gpu_are_whole_when_looked_at():
     images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
-    batch = Drawn(0, torch.zeros(64), {"images": images.cuda(), "vq": images.flatten(1).long().cuda()})
+    batch = SampleBatch(0, torch.zeros(64), {"images": images.cuda(), "vq": images.flatten(1).long().cuda()})
     assert torch.equal(batch.images, images) and batch.images.is_pinned()
     assert torch.equal(batch.tokens["vq"], images.flatten(1).long())
 

@@ -34,12 +34,12 @@ import json, sys
 from pathlib import Path
 from digit.planning.memory import blank_batch
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.training.sequence import LikelihoodUpdate
+from digit.training.sequence import SequenceUpdate
 from digit.training.config import TrainConfig
 model, training = json.loads(sys.argv[1])
 def update(cfg, training):
     batch = blank_batch(cfg, training.batch_size, "cpu")
-    return LikelihoodUpdate(SequenceModel(cfg).train(), lambda step: batch, training)
+    return SequenceUpdate(SequenceModel(cfg).train(), lambda step: batch, training)
 cfg, training = SequenceConfig(**model), TrainConfig(**training)
 update(SequenceConfig(**model | {"depth": 1}), TrainConfig(batch_size=2))(0)  # libraries
 def status(name):
@@ -119,13 +119,13 @@ def environment() -> dict[str, str]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cfg", [PRIOR, RENDERER, MASKED], ids=["prior", "renderer", "masked"])
 def test_predicted_memory_is_what_a_gpu_allocates(cfg):
-    from digit.training.sequence import LikelihoodUpdate
+    from digit.training.sequence import SequenceUpdate
 
     cfg, training = replace(cfg, embed_dim=512, num_heads=8, depth=6), replace(TRAINING, batch_size=64)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     batch = blank_batch(cfg, training.batch_size, "cuda")
-    update = LikelihoodUpdate(SequenceModel(cfg).cuda().train(), lambda step: batch, training)
+    update = SequenceUpdate(SequenceModel(cfg).cuda().train(), lambda step: batch, training)
     update(0), update(1)
     measured = torch.cuda.max_memory_allocated() - before
     assert training_memory(cfg, training).peak == pytest.approx(measured, rel=0.1)

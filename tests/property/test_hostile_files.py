@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fuzz.loaders.cfg import laughs
 from PIL import Image
 
 from digit.convert.fairseq import load_fairseq
@@ -28,7 +29,6 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json
-from fuzz.loaders.config import laughs
 from fuzz.loaders.tokens import store
 
 
@@ -301,7 +301,7 @@ def test_tokens_with_and_without_checksums_open(tmp_path):
 
 
 def test_tokens_with_a_flipped_bit_are_refused_by_name(tmp_path):
-    for name in ("disc", "vq", "labels"):
+    for name in ("discriminative", "vq", "labels"):
         data = bytearray(store(True)[f"{name}.npy"])
         data[-2 if name != "labels" else -4] ^= 1
         refused(
@@ -313,13 +313,13 @@ def test_tokens_with_a_flipped_bit_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("name", "array", "said"),
     [
-        ("disc", np.full((6, 4), 50, "<u2"), "tokens 50..50"),
+        ("discriminative", np.full((6, 4), 50, "<u2"), "tokens 50..50"),
         ("vq", np.full((6, 9), 65535, "<u2"), "tokens 65535"),
         ("labels", np.full(6, 2, "<i4"), "labels 2..2"),
         ("labels", np.full(6, -2, "<i4"), "labels -2"),
-        ("disc", np.zeros((6, 4), "<i8"), "int64"),
-        ("disc", np.zeros((6, 4), ">u2"), ">u2"),
-        ("disc", np.zeros((6, 4), "<f4"), "float32"),
+        ("discriminative", np.zeros((6, 4), "<i8"), "int64"),
+        ("discriminative", np.zeros((6, 4), ">u2"), ">u2"),
+        ("discriminative", np.zeros((6, 4), "<f4"), "float32"),
         ("vq", np.zeros((5, 9), "<u2"), "(5, 9)"),
     ],
 )
@@ -328,11 +328,11 @@ def test_tokens_out_of_range_or_of_another_type_are_refused_before_training(tmp_
 
 
 def test_a_finished_store_holds_checksums(tmp_path):
-    from test_tokens import write
+    from data.test_tokens import write
 
     folder = write(tmp_path / "t").folder
     manifest = read_json(folder / "manifest.json")
-    assert set(manifest["crc32"]) == {"disc", "vq", "labels"}
+    assert set(manifest["crc32"]) == {"discriminative", "vq", "labels"}
     data = bytearray((folder / "vq.npy").read_bytes())
     data[-1] ^= 4  # still a token of the vocabulary
     (folder / "vq.npy").write_bytes(data)

@@ -18,7 +18,7 @@ POOL = 12
 PREFIX, LABELS = torch.randint(17, (POOL, 5)), torch.randint(-1, 4, (POOL,))
 
 
-def draw_rows(masked, rows, **how):
+def random_rows(masked, rows, **how):
     sampler = generate_masked if masked else generate
     return sampler(MODELS[masked], seeds=[100 + r for r in rows], prefix=PREFIX[rows], labels=LABELS[rows], **how)
 
@@ -29,19 +29,19 @@ def draw_rows(masked, rows, **how):
     rows=st.lists(st.integers(0, POOL - 1), min_size=1, max_size=20),
     scale=st.sampled_from([1.0, 1.5]),
     dtype=st.sampled_from([None, torch.bfloat16]),
-    pass_size=st.sampled_from([4, 16]),
+    micro_batch_size=st.sampled_from([4, 16]),
 )
-def test_an_image_does_not_depend_on_its_batch(masked, rows, scale, dtype, pass_size):
-    how = dict(cfg_scale=scale, dtype=dtype, pass_size=pass_size, top_p=0.95)
-    reference = draw_rows(masked, list(range(POOL)), **how)
-    assert draw_rows(masked, rows, **how).equal(reference[rows])
+def test_an_image_does_not_depend_on_its_batch(masked, rows, scale, dtype, micro_batch_size):
+    how = dict(cfg_scale=scale, dtype=dtype, micro_batch_size=micro_batch_size, top_p=0.95)
+    reference = random_rows(masked, list(range(POOL)), **how)
+    assert random_rows(masked, rows, **how).equal(reference[rows])
 
 
 @settings(max_examples=15, deadline=None)
 @given(seeds=st.lists(st.integers(0, 2**63), min_size=1, max_size=6), known=st.integers(0, 9), top_k=st.integers(0, 40))
 def test_cached_equals_uncached(seeds, known, top_k):
     size = len(seeds)
-    how = dict(seeds=seeds, prefix=PREFIX[:size], top_k=top_k, pass_size=8, given=torch.full((size, known), 3))
+    how = dict(seeds=seeds, prefix=PREFIX[:size], top_k=top_k, micro_batch_size=8, given=torch.full((size, known), 3))
     assert generate(MODELS[False], **how).equal(generate(MODELS[False], use_cache=False, **how))
 
 

@@ -14,8 +14,8 @@ from digit.runs.pretrain import PretrainConfig, pretrain
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.checkpoint import list_checkpoints, load
 from digit.training.ssl.dino import DINOConfig, used
-from digit.training.ssl.ibot import IBOTConfig, draw_masked
-from digit.training.ssl.mae import MAEConfig, draw_hidden, normalised_patches
+from digit.training.ssl.ibot import IBOTConfig, random_masked
+from digit.training.ssl.mae import MAEConfig, random_hidden, normalised_patches
 from digit.training.ssl.method import embed, encode, follow, momentum_at, sine_positions, twin
 from digit.training.ssl.moco import MoCoConfig, contrast
 from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method
@@ -153,7 +153,7 @@ def test_a_step_moves_the_twins_by_the_moving_average_alone(name, pairs):
     ("num_patches", "ratio", "num_visible"), [(16, 0.75, 4), (64, 0.75, 16), (9, 0.5, 4), (4, 0.9, 1)]
 )
 def test_visible_and_hidden_are_all_patches_once(num_patches, ratio, num_visible):
-    visible, hidden = draw_hidden(3, num_patches, ratio, seeded())
+    visible, hidden = random_hidden(3, num_patches, ratio, seeded())
     assert visible.shape == (3, num_visible)
     assert torch.equal(torch.cat((visible, hidden), 1).sort(1).values, torch.arange(num_patches).expand(3, -1))
     assert not torch.equal(visible[0].sort().values, visible[1].sort().values) or num_patches < 9
@@ -161,7 +161,7 @@ def test_visible_and_hidden_are_all_patches_once(num_patches, ratio, num_visible
 
 def test_mae_sees_no_hidden_pixel():
     mae, images = tiny_method("mae"), torch.rand(2, 3, 16, 16, requires_grad=True)
-    visible, hidden = draw_hidden(2, 16, 0.75, seeded())
+    visible, hidden = random_hidden(2, 16, 0.75, seeded())
     painted = mae.decode(mae.encode_visible(images, visible), visible, hidden)
     assert painted.shape == (2, 12, 48)
     painted.square().sum().backward()
@@ -172,7 +172,7 @@ def test_mae_sees_no_hidden_pixel():
 def test_mae_loss_is_that_of_the_hidden_patches():
     mae, images = tiny_method("mae"), torch.rand(2, 3, 16, 16)
     loss, _ = mae.loss([images], seeded(3), 0.0)
-    visible, hidden = draw_hidden(2, 16, 0.75, seeded(3))
+    visible, hidden = random_hidden(2, 16, 0.75, seeded(3))
     painted = mae.decode(mae.encode_visible(images, visible), visible, hidden)
     errors = []
     for b in range(2):
@@ -234,11 +234,11 @@ def test_small_views_are_half_as_large():
 
 def test_masks_have_exactly_the_drawn_number():
     cfg = IBOTConfig(mask_ratio=(0.25, 0.25), masked_views=0.5)
-    masked = draw_masked(10, 8, cfg, seeded())
+    masked = random_masked(10, 8, cfg, seeded())
     assert sorted(masked.sum(1).tolist()) == [0] * 5 + [16] * 5
-    counts = draw_masked(200, 8, IBOTConfig(masked_views=1.0), seeded()).sum(1)
+    counts = random_masked(200, 8, IBOTConfig(masked_views=1.0), seeded()).sum(1)
     assert counts.min() >= 6 and counts.max() <= 32 and len(counts.unique()) > 15  # 0.1 to 0.5 of 64
-    assert draw_masked(1, 2, IBOTConfig(mask_ratio=(0.1, 0.1)), seeded()).sum() == 1  # never none at all
+    assert random_masked(1, 2, IBOTConfig(mask_ratio=(0.1, 0.1)), seeded()).sum() == 1  # never none at all
 
 
 def test_ibot_student_sees_no_masked_patch_and_each_image_counts_the_same():

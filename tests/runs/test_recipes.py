@@ -22,7 +22,7 @@ def test_every_recipe_builds_every_model(name):
     assert recipe.name == name
     for model in MODEL_NAMES:
         cfg = recipe.sequence_config(
-            model, disc_vocab=recipe.kmeans.num_clusters, disc_len=64, vq_vocab=1024, vq_len=64, num_classes=10
+            model, discriminative_vocab_size=recipe.kmeans.num_clusters, discriminative_len=64, vq_vocab_size=1024, vq_len=64, num_classes=10
         )
         with torch.device("meta"):
             SequenceModel(cfg)
@@ -37,4 +37,4 @@ def test_unknown_names_are_listed():
     with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, demo"):
         get_recipe("huge")
     with pytest.raises(DigitError, match=r"no model named decoder"):
-        digit_base().sequence_config("decoder", disc_vocab=8, disc_len=4, vq_vocab=8, vq_len=4, num_classes=0)
+        digit_base().sequence_config("decoder", discriminative_vocab_size=8, discriminative_len=4, vq_vocab_size=8, vq_len=4, num_classes=0)

@@ -30,7 +30,7 @@ def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
     text = describe_run(run.out)
     assert "run        recipe tiny on shapes" in text and "codebook   done" in text and "tokens" not in text
     assert "prior      step 9 of 9, saved at step 9 (loss" in text
-    checkpoint.save(run.out / "prior" / "checkpoints", 10, {}, keep=3, figures={"val_nll": 2.5})
+    checkpoint.save(run.out / "prior" / "checkpoints", 10, {}, keep=3, metrics={"val_nll": 2.5})
     assert "lowest validation loss 2.5 in step_00000010" in describe_run(run.out)
     assert main(["info", str(run.out)]) == 0
     assert "next       nobody is at work here; go on with: " in capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from digit.errors import DigitError
-from digit.models.products import PackedLinear, pack_linears, packs
+from digit.models.products import PackedLinear, can_pack, pack_linears
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.sampling.autoregressive import NextTokenSampler, generate
 from digit.sampling.filters import (
@@ -110,7 +110,7 @@ def test_cached_equals_uncached(scale):
 def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
     monkeypatch.setattr("digit.sampling.autoregressive.SPAN", 4)
     model = renderer(prefix_dropout=0.2, target_len=7)
-    how = dict(pass_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
+    how = dict(micro_batch_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
     fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))
     for given in (None, torch.full((5, 3), 2), torch.full((5, 7), 1)):
         told = []
@@ -121,8 +121,8 @@ def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
 
 def test_a_sampler_serves_many_batches():
     model = make()
-    sampler = NextTokenSampler(model, pass_size=2)
-    whole = generate(model, seeds=range(5), pass_size=2)
+    sampler = NextTokenSampler(model, micro_batch_size=2)
+    whole = generate(model, seeds=range(5), micro_batch_size=2)
     assert torch.cat([sampler([i]) for i in range(5)]).equal(whole)
 
 
@@ -134,7 +134,7 @@ def test_packed_products_are_the_same_products(dtype, atol):
     with torch.no_grad():
         torch.testing.assert_close(packed(tokens, PREFIX), model(tokens, PREFIX), atol=atol, rtol=atol)
     kinds = {type(m) for m in packed.modules()}
-    assert (PackedLinear in kinds) == packs(model.head) == (torch.nn.Linear not in kinds)
+    assert (PackedLinear in kinds) == can_pack(model.head) == (torch.nn.Linear not in kinds)
     assert model.head.weight.shape == (11, 32)  # the model itself stays as it was
 
 
@@ -172,10 +172,12 @@ def test_model_is_left_as_it_was():
 
 def test_on_token_counts_what_is_drawn():
     told = []
-    generate(make(), seeds=range(5), given=torch.zeros(5, 2, dtype=torch.int64), pass_size=3, on_token=told.append)
+    generate(
+        make(), seeds=range(5), given=torch.zeros(5, 2, dtype=torch.int64), micro_batch_size=3, on_token=told.append
+    )
     assert told == [3] * 4 + [2] * 4
     told.clear()
-    generate_masked(renderer(masked=True), seeds=range(5), prefix=PREFIX, pass_size=3, on_token=told.append)
+    generate_masked(renderer(masked=True), seeds=range(5), prefix=PREFIX, micro_batch_size=3, on_token=told.append)
     assert sum(told) == 30 and len(told) == 16
 
 
@@ -225,7 +227,7 @@ def test_masked_guidance():
         (dict(labels=torch.tensor([0])), "labels has 1 rows for 2 seeds"),
         (dict(given=torch.full((2, 1), 11)), "given token 11 is out of range"),
         (dict(given=torch.zeros(2, 7, dtype=torch.int64)), "7 tokens are given, an image has 6"),
-        (dict(pass_size=0), "pass_size is 0"),
+        (dict(micro_batch_size=0), "micro_batch_size is 0"),
     ],
 )
 def test_refusals(settings, message):

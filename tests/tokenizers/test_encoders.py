@@ -31,8 +31,8 @@ def weights(tmp_path: Path) -> Path:
 
 
 def tiny(weights: Path, **fields: object) -> FrozenEncoder:
-    config = {"name": "mae_vitb16", "weights": str(weights), "input_size": 16} | fields
-    return load_vit(EncoderConfig(**config), TINY)
+    cfg = {"name": "mae_vitb16", "weights": str(weights), "input_size": 16} | fields
+    return load_vit(EncoderConfig(**cfg), TINY)
 
 
 def test_bytes_and_floats_are_the_same_image(weights):

@@ -68,8 +68,8 @@ def test_every_kind_of_tensor_comes_back(tmp_path, tensor):
 
 def test_the_best_is_kept_too(tmp_path):
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 4.0], start=1):
-        figures = {"val_nll": loss} if step != 4 else {}
-        checkpoint.save(tmp_path, step, content(step), keep=2, figures=figures, keep_best=True)
+        metrics = {"val_nll": loss} if step != 4 else {}
+        checkpoint.save(tmp_path, step, content(step), keep=2, metrics=metrics, keep_best=True)
     assert steps(tmp_path) == [2, 4, 5]
     assert checkpoint.best(tmp_path) == (tmp_path / "step_00000002", 1.0)
 
@@ -264,7 +264,7 @@ def test_a_strange_state_is_one_line(tmp_path, state):
 
 
 @pytest.mark.parametrize(
-    "manifest", [{"step": "4"}, {"step": -4}, {"files": []}, {"files": {}}, {"figures": {"val": "x"}}], ids=str
+    "manifest", [{"step": "4"}, {"step": -4}, {"files": []}, {"files": {}}, {"metrics": {"val": "x"}}], ids=str
 )
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     path = checkpoint.save(tmp_path, 1, content(1), keep=1)
@@ -283,7 +283,7 @@ def test_files_that_the_manifest_does_not_name_are_not_read(tmp_path):
 
 def test_a_best_one_past_the_step_is_not_kept(tmp_path):
     for step, loss in ((2, 2.0), (4, 1.0)):
-        checkpoint.save(tmp_path, step, content(step), keep=2, figures={"val_nll": loss}, keep_best=True)
+        checkpoint.save(tmp_path, step, content(step), keep=2, metrics={"val_nll": loss}, keep_best=True)
     checkpoint.save(tmp_path, 3, content(3), keep=2, keep_best=True)  # it fell back from step 4
     assert steps(tmp_path) == [2, 3]
 

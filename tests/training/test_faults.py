@@ -16,7 +16,7 @@ from digit.training import checkpoint
 from digit.training.faults import SpikeWatch
 from digit.training.log import read_log
 from digit.training.replay import replay
-from digit.training.sequence import train_likelihood
+from digit.training.sequence import train_sequence_model
 
 BAD = 6  # the step, counted from 1
 
@@ -45,7 +45,7 @@ class Poisoned:
 def test_a_run_stops_and_says_where_to_look(tmp_path, value):
     model = ToyModel()
     with pytest.raises(DigitError) as raised:
-        train_likelihood(model, Poisoned(model, value=value), toy_config(num_steps=10, log_every=5), tmp_path)
+        train_sequence_model(model, Poisoned(model, value=value), toy_config(num_steps=10, log_every=5), tmp_path)
     text, crash = str(raised.value), tmp_path / "crash" / "step_00000006"
     assert text.startswith("step 6 gave ") and "grad_norm nan" in text and "\n" not in text
     assert "batch rows 500, 501" in text and "lower learning_rate" in text
@@ -63,7 +63,7 @@ def test_the_dump_repeats_the_failure(tmp_path):
     """State and batch of the dump give the same loss again, in one step."""
     model = ToyModel()
     with pytest.raises(DigitError):
-        train_likelihood(model, Poisoned(model), toy_config(num_steps=10), tmp_path)
+        train_sequence_model(model, Poisoned(model), toy_config(num_steps=10), tmp_path)
     crash = tmp_path / "crash" / "step_00000006"
     again = ToyModel()
     (state,) = (crash / "state").iterdir()
@@ -85,10 +85,10 @@ def test_a_failed_step_is_run_again(tmp_path, capsys):
 
     cfg, about = toy_config(num_steps=10, accumulate=2), json.loads(json.dumps(asdict(model.cfg))) | {"tokens": {}}
     with pytest.raises(DigitError, match="step 6 gave"):
-        train_likelihood(model, batches, cfg, tmp_path, about=about)
+        train_sequence_model(model, batches, cfg, tmp_path, about=about)
     (dump,) = (tmp_path / "crash").iterdir()
     outcome = replay(dump)
-    assert outcome.step == 6 and math.isnan(outcome.figures["loss"])
+    assert outcome.step == 6 and math.isnan(outcome.metrics["loss"])
     assert outcome.bad_weights == ["transformer.blocks.1.mlp.fc1.bias"]
     assert outcome.first_bad.startswith("transformer.blocks.1")
     assert "head.weight" in outcome.bad_gradients
@@ -101,8 +101,8 @@ def test_some_steps_may_be_skipped(tmp_path, caplog):
     caplog.set_level("WARNING")
     model = ToyModel()
     cfg = toy_config(num_steps=12, max_skipped=2, log_every=1)
-    _, figures = train_likelihood(model, Poisoned(model, (3, 6)), cfg, tmp_path)
-    assert math.isfinite(figures["loss"]) and figures["step"] == 12
+    _, metrics = train_sequence_model(model, Poisoned(model, (3, 6)), cfg, tmp_path)
+    assert math.isfinite(metrics["loss"]) and metrics["step"] == 12
     skipped = {line["step"]: line["skipped"] for line in read_log(tmp_path / "log.jsonl")}
     assert skipped == {step: float(step in (3, 6)) for step in range(1, 13)}
     assert [r.getMessage() for r in caplog.records] == [
@@ -115,17 +115,17 @@ def test_some_steps_may_be_skipped(tmp_path, caplog):
 def test_not_more_than_that(tmp_path):
     """The count goes over an interruption: it is part of the checkpoint."""
     model = ToyModel()
-    train_likelihood(model, Poisoned(model, (3,)), toy_config(num_steps=5, max_skipped=1), tmp_path)
+    train_sequence_model(model, Poisoned(model, (3,)), toy_config(num_steps=5, max_skipped=1), tmp_path)
     model = ToyModel()
     with pytest.raises(DigitError, match="step 7 gave"):
-        train_likelihood(model, Poisoned(model, (3, 7)), toy_config(num_steps=10, max_skipped=1), tmp_path)
+        train_sequence_model(model, Poisoned(model, (3, 7)), toy_config(num_steps=10, max_skipped=1), tmp_path)
 
 
 def test_a_full_disk_does_not_hide_what_happened(tmp_path):
     (tmp_path / "crash").write_text("in the way")
     model = ToyModel()
     with pytest.raises(DigitError, match=r"step 6 gave .* no dump could be written \(cannot write"):
-        train_likelihood(model, Poisoned(model), toy_config(num_steps=10), tmp_path)
+        train_sequence_model(model, Poisoned(model), toy_config(num_steps=10), tmp_path)
 
 
 def test_a_spike_is_told_from_noise():
@@ -141,12 +141,12 @@ def test_a_spike_is_told_from_noise():
 
 
 def test_a_spike_is_logged_once(tmp_path, caplog):
-    from test_training import Counter, run
+    from training.test_training import Counter, run
 
     caplog.set_level("WARNING")
-    figures = lambda step: {"loss": 9.0 if step == 30 else 1.0}  # noqa: E731
-    run(Counter(figures), tmp_path, num_steps=40, log_every=1, save_every=35)
-    run(Counter(figures), tmp_path, num_steps=45, log_every=1)
+    metrics = lambda step: {"loss": 9.0 if step == 30 else 1.0}  # noqa: E731
+    run(Counter(metrics), tmp_path, num_steps=40, log_every=1, save_every=35)
+    run(Counter(metrics), tmp_path, num_steps=45, log_every=1)
     notes = [line for line in read_log(tmp_path / "log.jsonl") if "note" in line]
     assert [(line["step"], line["note"]) for line in notes] == [
         (31, "loss 9 jumped above the usual 1: a lower learning_rate is safer")

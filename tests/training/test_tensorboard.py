@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from digit.training.tensorboard import Board
+from digit.training.tensorboard import TensorBoardWriter
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -20,7 +20,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_a_run_that_went_on_shows_every_step_once(tmp_path, monkeypatch):
     for process, (start, end) in enumerate([(0, 5), (3, 8)]):  # killed after step 5, saved at 3
         monkeypatch.setattr(os, "getpid", lambda process=process: 100 + process)  # names the file
-        board = Board(tmp_path, purge_step=start + 1).__enter__()
+        board = TensorBoardWriter(tmp_path, purge_step=start + 1).__enter__()
         for step in range(start + 1, end + 1):
             board.add({"loss": step / 8, "lr": 0.5}, step)
         board.sync()  # not closed: the process is gone
@@ -29,7 +29,7 @@ def test_a_run_that_went_on_shows_every_step_once(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_an_error_of_the_caller(tmp_path):
-    with pytest.raises(OSError) as caught, Board(tmp_path, purge_step=1) as board:
+    with pytest.raises(OSError) as caught, TensorBoardWriter(tmp_path, purge_step=1) as board:
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, board._file.fileno())
         os.close(full)

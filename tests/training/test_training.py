@@ -14,24 +14,24 @@ from toy_task import CLASSES, LENGTH, VOCAB, ToyModel, run_toy, toy_batches, toy
 from digit.errors import DigitError, Stopped
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import checkpoint, parallel, peak
-from digit.training import forward as forward_module
-from digit.training import likelihood as likelihood_module
+from digit.training import compile as compile_module
+from digit.training import sequence as sequence_module
 from digit.training.checkpoint import list_checkpoints
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import RunLog, read_log
 from digit.training.loop import TrainState, step_seed, train
-from digit.training.sequence import LikelihoodUpdate, train_likelihood
+from digit.training.sequence import SequenceUpdate, train_sequence_model
 
 
 class Counter:
     """A stateful object that counts its updates, and an update whose figures a test chooses."""
 
-    def __init__(self, figures=lambda step: {"loss": 1.0}):
-        self.steps, self.figures = [], figures
+    def __init__(self, metrics=lambda step: {"loss": 1.0}):
+        self.steps, self.metrics = [], metrics
 
     def __call__(self, step):
         self.steps.append(step)
-        return self.figures(step)
+        return self.metrics(step)
 
     def state_dict(self):
         return {"steps": list(self.steps)}
@@ -47,14 +47,14 @@ def run(update, out, **changes):
 
 def test_every_step_once_and_a_line_when_due(tmp_path):
     update = Counter(lambda step: {"loss": torch.tensor(float(step)), "lr": step / 10, "data_seconds": 0.0})
-    figures = run(update, tmp_path)
+    metrics = run(update, tmp_path)
     assert update.steps == list(range(10))
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines] == [3, 6, 9, 10]
     assert [line["loss"] for line in lines] == [1.0, 4.0, 7.0, 9.0]  # means since the line before
     assert [line["lr"] for line in lines] == [0.2, 0.5, 0.8, 0.9]  # the last one
     assert all(line["data_wait"] == 0 and line["images_per_second"] > 0 for line in lines)
-    assert figures == lines[-1]
+    assert metrics == lines[-1]
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [8, 10]
 
 
@@ -70,12 +70,12 @@ def test_a_finished_run_does_nothing_and_a_longer_one_goes_on(tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_nan_stops_the_run_naming_the_step(tmp_path, bad, as_tensor):
-    def figures(step):
+    def metrics(step):
         value = bad if step == 6 else 1.0
         return {"loss": torch.tensor(value) if as_tensor else value, "lr": 0.1}
 
     with pytest.raises(DigitError, match=rf"step 7 gave loss {bad}, lr 0\.1: lower learning_rate"):
-        run(Counter(figures), tmp_path)
+        run(Counter(metrics), tmp_path)
     assert [step for step, _ in list_checkpoints(tmp_path / "checkpoints")] == [4]
 
 
@@ -167,9 +167,9 @@ def test_validation_comes_with_each_save(tmp_path):
     update, seen = Counter(), []
     cfg = LoopConfig(num_steps=10, batch_size=4, log_every=5, save_every=4, tensorboard=False)
     validate = lambda step: seen.append(step) or {"validation_loss": 0.5}  # noqa: E731
-    figures = train(update, TrainState(0, {"counter": update}), cfg, tmp_path, validate=validate)
+    metrics = train(update, TrainState(0, {"counter": update}), cfg, tmp_path, validate=validate)
     assert seen == [4, 8, 10]
-    assert figures["validation_loss"] == 0.5 and figures["loss"] == 1.0
+    assert metrics["validation_loss"] == 0.5 and metrics["loss"] == 1.0
 
 
 def test_tensorboard_is_written_or_noted(tmp_path, monkeypatch):
@@ -227,14 +227,14 @@ def test_slices_are_equal_and_in_order():
 def test_the_toy_is_learnt(tmp_path):
     model = ToyModel(dropout=0.0, mask_rate=0.0, width=32)
     cfg = toy_config(num_steps=150, batch_size=32, schedule="cosine", label_smoothing=0.0, learning_rate=0.03)
-    trained, figures = train_likelihood(model, toy_batches(32), cfg, tmp_path)
+    trained, metrics = train_sequence_model(model, toy_batches(32), cfg, tmp_path)
     assert trained is model and not model.training
-    assert figures["accuracy"] > 0.6 and figures["loss"] < 1.5  # 1 of 6 tokens is a guess
-    assert figures["step"] == 150
+    assert metrics["accuracy"] > 0.6 and metrics["loss"] < 1.5  # 1 of 6 tokens is a guess
+    assert metrics["step"] == 150
 
 
 def gradients(accumulate: int, **toy) -> list[torch.Tensor]:
-    update = LikelihoodUpdate(ToyModel(**toy), toy_batches(), toy_config(accumulate=accumulate))
+    update = SequenceUpdate(ToyModel(**toy), toy_batches(), toy_config(accumulate=accumulate))
     update.forward_backward(update.batches(0), 0)
     return [p.grad for p in update.parameters]
 
@@ -271,7 +271,7 @@ def test_bf16_trains_and_fp16_wants_a_gpu(tmp_path):
 
 def test_a_batch_of_another_size_is_refused(tmp_path):
     with pytest.raises(DigitError, match="batch 0 has 4 rows, batch_size is 8"):
-        train_likelihood(ToyModel(), toy_batches(4), toy_config(), tmp_path)
+        train_sequence_model(ToyModel(), toy_batches(4), toy_config(), tmp_path)
 
 
 def test_validation_sees_the_average_in_eval_mode(tmp_path):
@@ -281,7 +281,7 @@ def test_validation_sees_the_average_in_eval_mode(tmp_path):
         seen.append((model.training, model.head.weight.clone()))
         return {"validation_loss": 1.0}
 
-    train_likelihood(model, toy_batches(), toy_config(num_steps=4, ema_decay=0.9), tmp_path, validate=validate)
+    train_sequence_model(model, toy_batches(), toy_config(num_steps=4, ema_decay=0.9), tmp_path, validate=validate)
     training, weight = seen[-1]
     assert not training
     assert torch.equal(weight, model.head.weight)  # the result is the average too
@@ -291,17 +291,17 @@ def test_validation_sees_the_average_in_eval_mode(tmp_path):
 
 
 def test_loss_scaling_skips_an_overflow_and_is_otherwise_without_effect():
-    scaled, plain = (LikelihoodUpdate(ToyModel(), toy_batches(), toy_config()) for _ in range(2))
+    scaled, plain = (SequenceUpdate(ToyModel(), toy_batches(), toy_config()) for _ in range(2))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     assert scaled.state().objects.keys() == {"model", "optimizer", "scaler", "skipped"}
-    figures = [update(0) for update in (scaled, plain)]
-    torch.testing.assert_close(figures[0]["grad_norm"], figures[1]["grad_norm"])
+    metrics = [update(0) for update in (scaled, plain)]
+    torch.testing.assert_close(metrics[0]["grad_norm"], metrics[1]["grad_norm"])
     for a, b in zip(scaled.parameters, plain.parameters, strict=True):
         torch.testing.assert_close(a, b)
     before = [p.detach().clone() for p in scaled.parameters]
-    figures = scaled.forward_backward(scaled.batches(1), 1)
+    metrics = scaled.forward_backward(scaled.batches(1), 1)
     scaled.parameters[0].grad[0, 0] = math.inf
-    outcome = scaled.optimizer_step(1, figures)
+    outcome = scaled.optimizer_step(1, metrics)
     assert outcome["skipped"] == 1 and outcome["grad_norm"] == 0
     assert all(torch.equal(a, b) for a, b in zip(scaled.parameters, before, strict=True))
     assert scaled.scaler.get_scale() == 2.0**9
@@ -310,8 +310,8 @@ def test_loss_scaling_skips_an_overflow_and_is_otherwise_without_effect():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_fp16_on_a_gpu_skips_an_overflow(tmp_path):
     cfg = toy_config(num_steps=50, precision="fp16", log_every=1)
-    _, figures = train_likelihood(ToyModel(dropout=0.0).cuda(), toy_batches(), cfg, tmp_path)
-    assert math.isfinite(figures["loss"]) and "skipped" in figures
+    _, metrics = train_sequence_model(ToyModel(dropout=0.0).cuda(), toy_batches(), cfg, tmp_path)
+    assert math.isfinite(metrics["loss"]) and "skipped" in metrics
 
 
 # ---- how the transformer runs
@@ -320,15 +320,15 @@ PRIOR = SequenceConfig(vocab_size=VOCAB, target_len=LENGTH, num_classes=CLASSES,
 MASKED = replace(PRIOR, masked=True, norm="pre", prefix_vocab_size=5, prefix_len=3, prefix_dropout=0.2)
 
 
-def prior_update(model_cfg: SequenceConfig = PRIOR, **changes) -> LikelihoodUpdate:
+def prior_update(model_cfg: SequenceConfig = PRIOR, **changes) -> SequenceUpdate:
     torch.manual_seed(7)
     model = SequenceModel(model_cfg).train()
     prefix = torch.arange(24).view(8, 3) % 5 if model_cfg.prefix_len else None
     batches = toy_batches()
-    return LikelihoodUpdate(model, lambda step: batches(step) | {"prefix": prefix}, toy_config(**changes))
+    return SequenceUpdate(model, lambda step: batches(step) | {"prefix": prefix}, toy_config(**changes))
 
 
-def one_backward(update: LikelihoodUpdate) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+def one_backward(update: SequenceUpdate) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     loss = update.forward_backward(update.batches(3), 3)["loss"]
     return loss, [p.grad for p in update.parameters]
 
@@ -352,9 +352,9 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(model_cfg, pr
 
 def test_activations_of_another_model_cannot_be_checkpointed():
     with pytest.raises(DigitError, match="checkpoint_activations is for transformers, ToyModel is none"):
-        LikelihoodUpdate(ToyModel(), toy_batches(), toy_config(checkpoint_activations=True))
+        SequenceUpdate(ToyModel(), toy_batches(), toy_config(checkpoint_activations=True))
     with pytest.raises(DigitError, match="compile is for transformers"):
-        LikelihoodUpdate(ToyModel(), toy_batches(), toy_config(compile=True))
+        SequenceUpdate(ToyModel(), toy_batches(), toy_config(compile=True))
 
 
 @pytest.mark.parametrize(
@@ -369,9 +369,9 @@ def test_activations_of_another_model_cannot_be_checkpointed():
     ],
 )
 def test_when_to_compile(monkeypatch, setting, device, num_steps, triton, wanted):
-    monkeypatch.setattr(forward_module, "has_triton", lambda: triton)
+    monkeypatch.setattr(compile_module, "has_triton", lambda: triton)
     cfg = TrainConfig(compile=setting, num_steps=num_steps)
-    assert forward_module.compiles(cfg, torch.device(device)) is wanted
+    assert compile_module.compiles(cfg, torch.device(device)) is wanted
 
 
 def test_the_transformer_alone_is_compiled_and_only_in_training(monkeypatch):
@@ -411,8 +411,8 @@ def test_a_transformer_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog
 
 
 def test_mfu_is_logged_where_the_flops_are_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood_module, "peak_flops", lambda device: 5e9)
-    train_likelihood(ToyModel(), toy_batches(), toy_config(), tmp_path / "with", flops_per_image=1e6)
+    monkeypatch.setattr(sequence_module, "peak_flops", lambda device: 5e9)
+    train_sequence_model(ToyModel(), toy_batches(), toy_config(), tmp_path / "with", flops_per_image=1e6)
     for line in read_log(tmp_path / "with" / "log.jsonl"):
         assert line["mfu"] == pytest.approx(line["images_per_second"] * 1e6 / 5e9)
     run_toy(tmp_path / "without", num_steps=2)
@@ -423,7 +423,7 @@ def test_the_progress_line_shows_mfu(tmp_path):
     with RunLog(tmp_path, 0, 1, tensorboard=False, peak_images_per_second=100.0) as log:
         log.add(1, {"loss": 1.0})
         log.write(4)
-        assert log.bar.figures["mfu"] == log.bar.figures["images_per_second"] / 100
+        assert log.bar.metrics["mfu"] == log.bar.metrics["images_per_second"] / 100
 
 
 def test_peaks_are_published_or_measured_once(monkeypatch):

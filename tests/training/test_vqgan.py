@@ -8,7 +8,7 @@ import torch
 from digit.errors import DigitError, MismatchError
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.training.ema_codebook import LivingCodebook, draw_rows
+from digit.training.ema_codebook import EMACodebook, random_rows
 from digit.training.vqgan import (
     GANConfig,
     VQGANTrainer,
@@ -71,7 +71,7 @@ def test_codebook_starts_on_the_clusters_and_follows_them():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     points = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
     embedding, generator = torch.nn.Embedding(12, 2), torch.Generator().manual_seed(0)
-    codebook = LivingCodebook(embedding, decay=0.5, restart_below=0.05)
+    codebook = EMACodebook(embedding, decay=0.5, restart_below=0.05)
     codebook.collect(points)
     codebook.start(generator)
     assert torch.cdist(centres, codebook.weight).min(1)[0].max() < 0.5
@@ -83,7 +83,7 @@ def test_codebook_starts_on_the_clusters_and_follows_them():
 
 def test_dead_codes_return():
     embedding = torch.nn.Embedding(8, 3)
-    codebook = LivingCodebook(embedding, decay=0.5, restart_below=0.05)
+    codebook = EMACodebook(embedding, decay=0.5, restart_below=0.05)
     features = torch.randn(64, 3) + 5
     for _ in range(10):
         codebook.update(features, torch.zeros(64, dtype=torch.int64))  # everything chooses code 0
@@ -94,8 +94,8 @@ def test_dead_codes_return():
 
 def test_draw_rows_repeats_only_where_it_must():
     rows, generator = torch.arange(6.0)[:, None], torch.Generator().manual_seed(0)
-    assert len(draw_rows(rows, 6, generator).unique()) == 6
-    assert draw_rows(rows, 9, generator).shape == (9, 1)
+    assert len(random_rows(rows, 6, generator).unique()) == 6
+    assert random_rows(rows, 9, generator).shape == (9, 1)
 
 
 def test_random_window():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from digit.benchmark.figures import Figure
+    from digit.benchmark.measurement import Measurement
     from digit.benchmark.sizes import Size
 
 PARTS = ("sample", "train", "encode", "kmeans", "data")
@@ -75,16 +75,16 @@ def run_bench(cfg: BenchConfig, say: Callable[[str], None]) -> None:
         write_profile(chosen, size, device, cfg.profile)
         say(f"profile of one round of each: {cfg.profile}")
         return
-    figures = []
+    measurements = []
     for part in chosen:
-        figures += (found := time_part(part, size, device, arguments["repeats"], cfg.images))
+        measurements += (found := time_part(part, size, device, arguments["repeats"], cfg.images))
         say("\n" + table(found))
     say("\n" + LEGEND)
     if cfg.json:
-        write_json(cfg.json, to_json(figures, arguments))
+        write_json(cfg.json, to_json(measurements, arguments))
 
 
-def time_part(part: str, size: Size, device: torch.device, repeats: int, images: str | None) -> list[Figure]:
+def time_part(part: str, size: Size, device: torch.device, repeats: int, images: str | None) -> list[Measurement]:
     """The figures of one part."""
     from digit.benchmark import data, encode, kmeans, sample, train
 

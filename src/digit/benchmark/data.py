@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from digit.benchmark.clock import alternate
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import Size
 from digit.benchmark.train import token_store
 from digit.data.decode import decode_image
@@ -22,16 +22,16 @@ STORE_BATCHES = 100
 NO_ARITHMETIC = "-"
 
 
-def time_data(size: Size, repeats: int, folder: str | None = None) -> list[Figure]:
+def time_data(size: Size, repeats: int, folder: str | None = None) -> list[Measurement]:
     """Token store and picture files, on the CPU; `folder` holds JPEG files to use instead of generated ones."""
     return [time_store(size, repeats), time_images(size, repeats, read_files(folder, size.num_images))]
 
 
-def time_store(size: Size, repeats: int) -> Figure:
+def time_store(size: Size, repeats: int) -> Measurement:
     """Sequences a second in random batches as training reads them; the floor copies as many bytes."""
-    store = token_store(size.store_rows, size.disc_len, size.recipe.kmeans.num_clusters)
+    store = token_store(size.store_rows, size.discriminative_len, size.recipe.kmeans.num_clusters)
     batches, step = store.batches(size.store_batch, seed=0), count()
-    source = batches(next(step))["disc"].numpy()
+    source = batches(next(step))["discriminative"].numpy()
     target = np.empty_like(source)
 
     def read() -> None:
@@ -45,10 +45,10 @@ def time_store(size: Size, repeats: int) -> Figure:
     times, peaks = alternate({"read": read, "copy": copy}, repeats, torch.device("cpu"))
     named = dict(part="data", case=f"tokens, batch {size.store_batch}", precision=NO_ARITHMETIC, unit="sequences")
     total = size.store_batch * STORE_BATCHES
-    return Figure(**named, count=total, time=times["read"], floor=times["copy"], peak=peaks["read"])
+    return Measurement(**named, count=total, time=times["read"], floor=times["copy"], peak=peaks["read"])
 
 
-def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Figure:
+def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Measurement:
     """Pictures a second of one process: decode, resize, random crop, flip; the floor is Pillow's decoding alone."""
     cfg = PreprocessConfig()
 
@@ -58,7 +58,7 @@ def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Figure:
 
     times, peaks = alternate({"crop": crop, "decode": decoder(files)}, repeats, torch.device("cpu"))
     named = dict(part="data", case="JPEG to crop", precision=NO_ARITHMETIC, unit="images", count=len(files))
-    return Figure(**named, time=times["crop"], floor=times["decode"], peak=peaks["crop"])
+    return Measurement(**named, time=times["crop"], floor=times["decode"], peak=peaks["crop"])
 
 
 def decoder(files: Sequence[bytes]) -> Callable[[], None]:

@@ -7,7 +7,7 @@ import torch
 
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import PRECISIONS, Size
 from digit.models.vit import ViT
 from digit.tokenizers.encoders import CPU_CHUNK, IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder
@@ -25,7 +25,7 @@ def random_images(size: Size, device: torch.device) -> torch.Tensor:
     return torch.randint(256, (size.encode_batch, 3, size.vit_side, size.vit_side), dtype=torch.uint8, device=device)
 
 
-def time_encoding(size: Size, device: torch.device, repeats: int) -> list[Figure]:
+def time_encoding(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
     """Features of a batch of images in every precision, in turn with the floors."""
     run = cases(size, device)
     for precision in size.precisions:
@@ -34,7 +34,8 @@ def time_encoding(size: Size, device: torch.device, repeats: int) -> list[Figure
     times, peaks = alternate(run, repeats, device)
     named = dict(part="encode", case=f"ViT {size.vit_side} px", unit="images", count=size.encode_batch)
     return [
-        Figure(**named, precision=p, time=times[p], floor=times[f"{p} floor"], peak=peaks[p]) for p in size.precisions
+        Measurement(**named, precision=p, time=times[p], floor=times[f"{p} floor"], peak=peaks[p])
+        for p in size.precisions
     ]
 
 

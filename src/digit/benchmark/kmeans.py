@@ -9,7 +9,7 @@ from torch import Tensor
 
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import PRECISIONS, Points, Size
 from digit.runtime.hardware import multiplies_bf16
 from digit.tokenizers.kmeans.config import KMeansConfig
@@ -29,7 +29,7 @@ def random_points(points: Points, device: torch.device) -> Tensor:
     return x.mul_(torch.arange(1, points.dim + 1, device=device).rsqrt())
 
 
-def config(points: Points) -> KMeansConfig:
+def kmeans_config(points: Points) -> KMeansConfig:
     """All points, all iterations."""
     return KMeansConfig(
         num_clusters=points.clusters,
@@ -40,12 +40,12 @@ def config(points: Points) -> KMeansConfig:
     )
 
 
-def time_kmeans(size: Size, device: torch.device, repeats: int) -> list[Figure]:
+def time_kmeans(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
     """`KMeans.fit` as it is used; the floor is that of its iterations, without start and last assignment."""
     return [time_problem(points, device, min(repeats, MAX_REPEATS)) for points in size.points]
 
 
-def time_problem(points: Points, device: torch.device, repeats: int) -> Figure:
+def time_problem(points: Points, device: torch.device, repeats: int) -> Measurement:
     x, precision = random_points(points, device), "bf16" if multiplies_bf16(device) else "fp32"
     shape = (points.num, points.dim, points.clusters, chunk_rows(device))
     products = floors.distances(*shape, device, PRECISIONS[precision])
@@ -57,12 +57,12 @@ def time_problem(points: Points, device: torch.device, repeats: int) -> Figure:
     fits: list[KMeans] = []
 
     def fit() -> None:
-        fits[:] = [KMeans(config(points)).fit(x)]
+        fits[:] = [KMeans(kmeans_config(points)).fit(x)]
 
     times, peaks = alternate({"fit": fit, "floor": floor}, repeats, device, warm_up=False)
     named = dict(part="kmeans", case=points.name, precision=precision, unit="points")
     extra = {"fit_seconds": times["fit"].median, "inertia": fits[0].inertia_}
-    return Figure(
+    return Measurement(
         **named,
         count=points.num * points.iterations,
         time=times["fit"],
@@ -75,4 +75,4 @@ def time_problem(points: Points, device: torch.device, repeats: int) -> Figure:
 def profiled(size: Size, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Cases to look into."""
     x = random_points(size.points[0], device)
-    return {size.points[0].name: partial(KMeans(config(size.points[0])).fit, x)}
+    return {size.points[0].name: partial(KMeans(kmeans_config(size.points[0])).fit, x)}

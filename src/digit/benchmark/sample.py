@@ -10,7 +10,7 @@ from torch import Tensor
 
 from digit.benchmark import floors
 from digit.benchmark.clock import Timing, alternate
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import PRECISIONS, Size
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
@@ -28,7 +28,7 @@ END_TO_END = {"images": "renderer", "images masked": "renderer_masked"}
 
 def sampler(model: SequenceModel, batch: int, how: StageSampling, dtype: torch.dtype) -> Sampler:
     """What draws `batch` rows of tokens, made ready once."""
-    settings: dict[str, Any] = dict(pass_size=batch, dtype=dtype, temperature=how.temperature)
+    settings: dict[str, Any] = dict(micro_batch_size=batch, dtype=dtype, temperature=how.temperature)
     settings |= dict(top_k=how.top_k, top_p=how.top_p)
     if model.cfg.masked:
         more = dict(num_steps=how.num_steps, choice_temperature=how.choice_temperature)
@@ -38,7 +38,7 @@ def sampler(model: SequenceModel, batch: int, how: StageSampling, dtype: torch.d
 
 def pieces(draws: NextTokenSampler, prefix: Tensor | None) -> dict[str, Callable[[], Any]]:
     """The work of next-token decoding in three pieces: the first pass, the token steps, the draws."""
-    cfg, batch, device = draws.model.cfg, draws.pass_size, draws.model.positions.device
+    cfg, batch, device = draws.model.cfg, draws.micro_batch_size, draws.model.positions.device
     rows = make_request(draws.model, range(batch), prefix, None, None)
     token = torch.zeros(batch, dtype=torch.int64, device=device)
     logits = torch.randn(batch, cfg.vocab_size, device=device)
@@ -76,7 +76,7 @@ class Sampling:
         }
         with device:
             vq = VQTokenizer(VQGAN(size.recipe.vqgan), bf16=precision == "bf16")
-            prefix = torch.randint(size.recipe.kmeans.num_clusters, (size.batch, size.disc_len))
+            prefix = torch.randint(size.recipe.kmeans.num_clusters, (size.batch, size.discriminative_len))
             vq_tokens = torch.randint(vq.vocab_size, (size.batch, size.recipe.vqgan.num_tokens))
         draws = {name: sampler(size.model(name, device), size.batch, s, dtype) for name, s in settings.items()}
         self.cases: dict[str, Callable[[], Any]] = {}
@@ -92,26 +92,28 @@ class Sampling:
         self.cases["vqgan"] = partial(vq.decode, vq_tokens)
         self.cases["vqgan floor"] = convolutions(vq, vq_tokens, dtype)
         for name, renderer in END_TO_END.items():
-            self.cases[name] = partial(draw_images, draws["prior"], draws[renderer], vq, seeds)
+            self.cases[name] = partial(sample_images, draws["prior"], draws[renderer], vq, seeds)
 
-    def figures(self, times: Mapping[str, Timing], peaks: Mapping[str, int | None]) -> Iterator[Figure]:
+    def measurements(self, times: Mapping[str, Timing], peaks: Mapping[str, int | None]) -> Iterator[Measurement]:
         """A row for each case, from the times of all."""
         batch, tokens = self.size.batch, self.size.recipe.vqgan.num_tokens
-        counts = {"prior": batch * self.size.disc_len, "vqgan": batch}
+        counts = {"prior": batch * self.size.discriminative_len, "vqgan": batch}
         for name in ("prior", "renderer", "renderer_masked", "vqgan"):
             unit, count = "images" if name == "vqgan" else "tokens", counts.get(name, batch * tokens)
-            row = self.figure(name, unit, count, times[name], times[f"{name} floor"], peaks[name])
+            row = self.measurement(name, unit, count, times[name], times[f"{name} floor"], peaks[name])
             yield replace(row, extra=shares(name, times))
         for name, renderer in END_TO_END.items():
             floor = times["prior floor"].plus(times[f"{renderer} floor"]).plus(times["vqgan floor"])
-            yield self.figure(name, "images", batch, times[name], floor, peaks[name])
+            yield self.measurement(name, "images", batch, times[name], floor, peaks[name])
 
-    def figure(self, case: str, unit: str, count: int, time: Timing, floor: Timing, peak: int | None) -> Figure:
+    def measurement(
+        self, case: str, unit: str, count: int, time: Timing, floor: Timing, peak: int | None
+    ) -> Measurement:
         named = dict(part="sample", case=case.replace("_", " "), precision=self.precision, unit=unit, count=count)
-        return Figure(**named, time=time, floor=floor, peak=peak)
+        return Measurement(**named, time=time, floor=floor, peak=peak)
 
 
-def draw_images(prior: Sampler, renderer: Sampler, vq: VQTokenizer, seeds: range) -> Tensor:
+def sample_images(prior: Sampler, renderer: Sampler, vq: VQTokenizer, seeds: range) -> Tensor:
     """Seeds to pixels in the computer's memory: (B, 3, S, S) uint8."""
     return vq.decode(renderer(seeds, prefix=prior(seeds))).cpu()
 
@@ -139,12 +141,12 @@ def convolutions(vq: VQTokenizer, tokens: Tensor, dtype: torch.dtype) -> Callabl
     return run
 
 
-def time_sampling(size: Size, device: torch.device, repeats: int) -> list[Figure]:
+def time_sampling(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
     """Every case in every precision. Precisions are timed one after the other, so that one set of models is held."""
-    rows: list[Figure] = []
+    rows: list[Measurement] = []
     for precision in size.precisions:
         sampling = Sampling(size, precision, device)
-        rows += sampling.figures(*alternate(sampling.cases, repeats, device))
+        rows += sampling.measurements(*alternate(sampling.cases, repeats, device))
     return rows
 
 

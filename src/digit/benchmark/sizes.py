@@ -42,7 +42,7 @@ class Size:
 
     recipe: Recipe
     """Sizes of prior, renderer, codebook, VQGAN, and how tokens are drawn."""
-    disc_len: int = 256
+    discriminative_len: int = 256
     """Discriminative tokens of an image."""
     batch: int
     """Images drawn together."""
@@ -71,18 +71,22 @@ class Size:
 
     def config(self, name: str) -> SequenceConfig:
         """Configuration of the unconditional prior, renderer or renderer_masked."""
-        lengths = dict(disc_vocab=self.recipe.kmeans.num_clusters, disc_len=self.disc_len)
+        lengths = dict(
+            discriminative_vocab_size=self.recipe.kmeans.num_clusters, discriminative_len=self.discriminative_len
+        )
         vq = self.recipe.vqgan
-        return self.recipe.sequence_config(name, vq_vocab=vq.vocab_size, vq_len=vq.num_tokens, num_classes=0, **lengths)
+        return self.recipe.sequence_config(
+            name, vq_vocab_size=vq.vocab_size, vq_len=vq.num_tokens, num_classes=0, **lengths
+        )
 
     def model(self, name: str, device: torch.device) -> SequenceModel:
         """That model with random float32 weights on the device."""
         with device:
-            return SequenceModel(self.config(name))
+            return SequenceModel(self.cfg(name))
 
 
-def _third_to_last(config: ViTConfig) -> ViTConfig:
-    return replace(config, num_blocks=config.depth - 2)
+def _third_to_last(cfg: ViTConfig) -> ViTConfig:
+    return replace(cfg, num_blocks=cfg.depth - 2)
 
 
 def micro() -> Size:
@@ -92,7 +96,7 @@ def micro() -> Size:
     model = ModelSpec(depth=2, embed_dim=32, num_heads=2)
     return Size(
         recipe=replace(digit_base(), kmeans=KMeansConfig(num_clusters=256), vqgan=vqgan, prior=model, renderer=model),
-        disc_len=9,
+        discriminative_len=9,
         batch=2,
         train_batch=4,
         train_steps=2,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from digit import __version__
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.runtime.hardware import describe_machine
 
 COLUMNS = ("part", "case", "", "rate", "slowest .. fastest", "floor", "of floor", "peak", "")
@@ -25,9 +25,9 @@ def header(arguments: dict[str, Any]) -> str:
     return f"{first}{machine['threads']} threads{gpus} · torch {made['torch']}"
 
 
-def table(figures: Sequence[Figure]) -> str:
+def table(measurements: Sequence[Measurement]) -> str:
     """Aligned columns with a head."""
-    rows = [COLUMNS, *(_cells(figure) for figure in figures)]
+    rows = [COLUMNS, *(_cells(measurement) for measurement in measurements)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = []
     for row in rows:
@@ -36,14 +36,14 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def _cells(figure: Figure) -> tuple[str, ...]:
-    low, high = figure.spread
-    floor = "" if figure.floor_rate is None else number(figure.floor_rate)
-    share = "" if figure.of_floor is None else f"{figure.of_floor:.0%}"
-    peak = "" if figure.peak is None else f"{figure.peak / 2**20:,.0f} MiB"
-    spread, notes = f"{number(low)} .. {number(high)}", "  ".join(note(k, v) for k, v in figure.extra.items())
-    rate = f"{number(figure.rate)} {figure.unit}/s"
-    return (figure.part, figure.case, figure.precision, rate, spread, floor, share, peak, notes)
+def _cells(measurement: Measurement) -> tuple[str, ...]:
+    low, high = measurement.spread
+    floor = "" if measurement.floor_rate is None else number(measurement.floor_rate)
+    share = "" if measurement.of_floor is None else f"{measurement.of_floor:.0%}"
+    peak = "" if measurement.peak is None else f"{measurement.peak / 2**20:,.0f} MiB"
+    spread, notes = f"{number(low)} .. {number(high)}", "  ".join(note(k, v) for k, v in measurement.extra.items())
+    rate = f"{number(measurement.rate)} {measurement.unit}/s"
+    return (measurement.part, measurement.case, measurement.precision, rate, spread, floor, share, peak, notes)
 
 
 def number(value: float) -> str:
@@ -54,7 +54,7 @@ def number(value: float) -> str:
 
 
 def note(name: str, value: float) -> str:
-    """One of a figure's other numbers."""
+    """One of a measurement's other numbers."""
     known = {
         "whole_over_parts": f"whole {value:.2f} x its parts:",
         "data_wait": f"data wait {value:.2%}",
@@ -75,7 +75,7 @@ def versions() -> dict[str, str | None]:
     return own | {"cuda": torch.version.cuda, "numpy": numpy.__version__, "pillow": PIL.__version__}
 
 
-def to_json(figures: Sequence[Figure], arguments: dict[str, Any]) -> dict[str, Any]:
+def to_json(measurements: Sequence[Measurement], arguments: dict[str, Any]) -> dict[str, Any]:
     """Everything that makes the figures repeatable, and the figures."""
-    results = [figure.to_dict() for figure in figures]
+    results = [measurement.to_dict() for measurement in measurements]
     return {"machine": describe_machine(), "versions": versions(), "arguments": arguments, "results": results}

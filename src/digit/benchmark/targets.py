@@ -1,4 +1,4 @@
-"""What one H100 should reach, against what it did: `python -m digit.benchmark.targets FOLDER` reads the runs of gpu.sh."""
+"""What one H100 should reach, beside what it reached: `python -m digit.benchmark.targets FOLDER` reads runs of gpu.sh."""
 
 import argparse
 import sys

@@ -10,14 +10,14 @@ import torch
 
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate, synchronize
-from digit.benchmark.figures import Figure
+from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import PRECISIONS, Size
 from digit.data.tokens import TokenStore
 from digit.models.sequence import training_flops
 from digit.runtime.hardware import multiplies_bf16
 from digit.training.config import TrainConfig
 from digit.training.peak import peak_flops
-from digit.training.sequence import LikelihoodUpdate
+from digit.training.sequence import SequenceUpdate
 
 MODEL = "prior"
 
@@ -27,9 +27,11 @@ class Steps:
 
     def __init__(self, size: Size, precision: str, device: torch.device) -> None:
         model = size.model(MODEL, device).train()
-        batches = token_store(size.store_rows, size.disc_len, model.cfg.vocab_size).batches(size.train_batch, seed=0)
+        batches = token_store(size.store_rows, size.discriminative_len, model.cfg.vocab_size).batches(
+            size.train_batch, seed=0
+        )
         cfg = train_config(size, precision)
-        self.update = LikelihoodUpdate(model, lambda step: {"target": batches(step)["disc"]}, cfg)
+        self.update = SequenceUpdate(model, lambda step: {"target": batches(step)["discriminative"]}, cfg)
         self.device, self.count, self.step, self.wait = device, size.train_steps, 0, 0.0
 
     def __call__(self) -> None:
@@ -46,14 +48,14 @@ def train_config(size: Size, precision: str) -> TrainConfig:
 
 def token_store(rows: int, length: int, vocab_size: int) -> TokenStore:
     """Random discriminative tokens in memory."""
-    disc = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.uint16)
-    return TokenStore(Path("memory"), {}, disc, None, np.full(rows, -1, dtype=np.int32))
+    discriminative = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.uint16)
+    return TokenStore(Path("memory"), {}, discriminative, None, np.full(rows, -1, dtype=np.int32))
 
 
-def time_training(size: Size, device: torch.device, repeats: int) -> list[Figure]:
+def time_training(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
     """The step in every precision, in turn with the others and with their floors."""
     steps = {precision: Steps(size, precision, device) for precision in size.precisions}
-    cfg = size.config(MODEL)
+    cfg = size.cfg(MODEL)
     cases: dict[str, Callable[[], Any]] = dict(steps)
     for precision in size.precisions:
         cases[f"{precision} floor"] = floors.training(cfg, size.train_batch, device, PRECISIONS[precision])
@@ -67,7 +69,7 @@ def time_training(size: Size, device: torch.device, repeats: int) -> list[Figure
             extra["mfu"] = images / times[precision].median * training_flops(cfg) / peak_rate
         floor = times[f"{precision} floor"].times(run.count)
         named = dict(part="train", case="step", precision=precision, unit="images", count=images)
-        rows.append(Figure(**named, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))
+        rows.append(Measurement(**named, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))
     return rows
 
 

@@ -20,9 +20,7 @@ from digit.runtime.progress import quiet
 from digit.runtime.signals import stoppable
 
 # each module registers its commands
-SECTIONS = {
-    runs: "train", pipelines: "look and draw", evaluation: "measure", benchmark: "speed", planning: "plan"
-}
+SECTIONS = {runs: "train", pipelines: "look and draw", evaluation: "measure", benchmark: "speed", planning: "plan"}
 
 
 def usage() -> str:

@@ -170,15 +170,15 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def add_config(parser: "ArgumentParser", config: type) -> None:
+def add_config(parser: "ArgumentParser", cfg: type) -> None:
     """Every field of a config dataclass as an option of its own; `--snrs 10,20` is `--snrs '[10,20]'`."""
-    parser.add_class_arguments(config, as_group=True)
-    LISTS.update(f"--{f.name}" for f in fields(config) if str(f.type).startswith("tuple["))
+    parser.add_class_arguments(cfg, as_group=True)
+    LISTS.update(f"--{f.name}" for f in fields(cfg) if str(f.type).startswith("tuple["))
 
 
-def read_config(args: Any, config: type) -> Any:
+def read_config(args: Any, cfg: type) -> Any:
     """The config dataclass out of parsed arguments."""
-    return config(**{f.name: getattr(args, f.name) for f in fields(config)})
+    return cfg(**{f.name: getattr(args, f.name) for f in fields(cfg)})
 
 
 def load_pipeline(args: Any) -> Any:

@@ -16,7 +16,7 @@ def run_bench(parser: "ArgumentParser", argv: list[str]) -> None:
     """Speed of sampling, training, encoding, K-means and data, each beside its floor on this machine.
 
     A floor is the same matrix products alone (a memory copy, JPEG decoding), timed in turn with the case in one run.
-    Weights and data are random. `python -m digit.benchmark` takes the same arguments where not all packages are installed.
+    Weights and data are random. `python -m digit.benchmark` takes the same arguments and needs torch alone.
     """
     from digit.benchmark.bench import BenchConfig, add_arguments
     from digit.benchmark.bench import run_bench as bench

@@ -147,10 +147,10 @@ def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
         return
     from digit.pipeline.pipeline import DigitPipeline
     from digit.runs.report import describe
-    from digit.runs.status import describe_drawing, describe_run, is_drawing, is_run
+    from digit.runs.status import describe_run, describe_sample_folder, is_run, is_sample_folder
 
-    if is_drawing(args.folder):
-        return say(describe_drawing(args.folder))
+    if is_sample_folder(args.folder):
+        return say(describe_sample_folder(args.folder))
     started = is_run(args.folder)
     if started:
         say(describe_run(args.folder))

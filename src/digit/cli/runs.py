@@ -100,7 +100,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     run = make_run(parse(parser, argv), base)
     store = run.tokens
     say(
-        f"{run.out / 'tokens'}: {len(store)} rows of {store.disc.shape[1]} discriminative "
+        f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
         f"and {store.vq.shape[1]} VQ tokens"
     )
 

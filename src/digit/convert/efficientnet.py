@@ -24,13 +24,13 @@ def find_weights(name: str) -> Path:
     return package_file(module, "models/*.pth", package)
 
 
-def read_efficientnet(path: str | Path, config: EfficientNetConfig) -> dict[str, Tensor]:
-    """Read a released .pth into the state dict of `EfficientNet(config)`, BatchNorm folded; config must be whole."""
+def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Tensor]:
+    """Read a released .pth into the state dict of `EfficientNet(cfg)`, BatchNorm folded; cfg must be whole."""
     foreign = require_state(read_torch(path), str(path))
     with unfit(str(path)):
-        state = convert_efficientnet(foreign, config, str(path))
+        state = convert_efficientnet(foreign, cfg, str(path))
     with torch.device("meta"):
-        check_state(state, EfficientNet(replace(config, num_blocks=None, head=True)), str(path))
+        check_state(state, EfficientNet(replace(cfg, num_blocks=None, head=True)), str(path))
     check_tensors(state, str(path))
     return state
 
@@ -47,11 +47,11 @@ def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def convert_efficientnet(foreign: dict[str, Tensor], config: EfficientNetConfig, source: str) -> dict[str, Tensor]:
+def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, source: str) -> dict[str, Tensor]:
     """Foreign names to ours. Every foreign tensor is used, or is the classifier's; the rest is an error."""
     left = dict(foreign)
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
-    for index, block in enumerate(config.blocks):
+    for index, block in enumerate(cfg.blocks):
         ours, theirs = f"blocks.{index}", f"_blocks.{index}"
         if block.expansion > 1:
             pairs.append((f"{ours}.expand", f"{theirs}._expand_conv", f"{theirs}._bn0"))

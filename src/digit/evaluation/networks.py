@@ -93,15 +93,15 @@ class Lite2Judge(Judge):
 
     def __init__(self, device: torch.device):
         path = find_weights(LITE2)
-        config = EncoderConfig(name=LITE2, layer="pooled", input_size=JUDGE_INPUT_SIZE, weights=str(path))
-        self.encoder: FrozenEncoder = load_encoder(config).to(device)
+        cfg = EncoderConfig(name=LITE2, layer="pooled", input_size=JUDGE_INPUT_SIZE, weights=str(path))
+        self.encoder: FrozenEncoder = load_encoder(cfg).to(device)
         self.device = device
         self._classifier = tuple(part.to(device) for part in read_classifier(path))
         self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
 
     def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         net, x = self.encoder.net, self.encoder.prepare(judge_input(images))
-        cells, inner = net.with_inner_map(x, net.config.default_layer)  # (B, 16, 1280), (B, 120, 8, 8)
+        cells, inner = net.with_inner_map(x, net.cfg.default_layer)  # (B, 16, 1280), (B, 120, 8, 8)
         pooled = cells.mean(1)
         return pooled, first_channels(inner), F.linear(pooled, *self._classifier)
 

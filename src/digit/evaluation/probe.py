@@ -26,7 +26,7 @@ from digit.evaluation.paper import FIG4A, TABLE2
 from digit.evaluation.sharing import rows_to_main
 from digit.metrics.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
 from digit.models.sequence import SequenceModel
-from digit.pipeline.batch_size import pass_size
+from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
 from digit.runtime.files import plain, write_json
@@ -64,7 +64,7 @@ def prior_features(
     device, training = model.positions.device, model.training
     model.eval()
     parts = []
-    for chunk in tokens.split(pass_size(model, batch_size)):
+    for chunk in tokens.split(micro_batch_size(model, batch_size)):
         hidden: list[Tensor] = []
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
             model.features(chunk.long().to(device), hidden=hidden)  # as return_hidden=True, without the logits
@@ -258,7 +258,7 @@ def to_table(result: Mapping[str, Any]) -> str:
         setting = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in best["setting"].items())
         lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
     lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
-    lines += [f"| *paper: encoder {name}* | | {figures[-1]} | |" for name, figures in FIG4A.items() if figures[-1]]
+    lines += [f"| *paper: encoder {name}* | | {metrics[-1]} | |" for name, metrics in FIG4A.items() if metrics[-1]]
     notes = [f"{protocol['left_out']}."] if "left_out" in protocol else []
     notes += [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
     return "\n".join(lines) + (

@@ -137,11 +137,11 @@ def _compare(
     sides = (samples, reference)
     if reference.statistics is not None:
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
-    figures, left_out = scores(*sides, network, cfg)
+    metrics, left_out = scores(*sides, network, cfg)
     result = {
         "protocol": describe_protocol(network, cfg),
         **{side.role: describe_side(side) for side in sides},
-        "figures": figures,
+        "metrics": metrics,
         "left_out": left_out,
         "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
         "versions": versions(),
@@ -181,32 +181,32 @@ def scores(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """({figure: {"value", and its interval or deviation}}, {figure: why it is left out}), by the network's names."""
     drawn, truth, kept = samples.features, reference.features, reference.statistics
-    figures, left_out = {}, {}
+    metrics, left_out = {}, {}
     stats = FeatureStats.of(truth.pooled) if kept is None else None
     mean, cov = (stats.mean, stats.cov) if stats else (kept.mu, kept.sigma)
-    figures["fd"] = frechet_interval(drawn.pooled, mean, cov).to_dict()
+    metrics["fd"] = frechet_interval(drawn.pooled, mean, cov).to_dict()
     seed = cfg.seed if PROTOCOLS[cfg.protocol].shuffled_splits else None
     if len(drawn) < cfg.num_splits:
         left_out["is"] = f"{len(drawn)} samples do not fill {cfg.num_splits} splits"
     else:
-        figures["is"] = _with_std(inception_score(drawn.logits, cfg.num_splits, seed))
+        metrics["is"] = _with_std(inception_score(drawn.logits, cfg.num_splits, seed))
     mean, cov = (truth.spatial.mean, truth.spatial.cov) if kept is None else (kept.mu_s, kept.sigma_s)
     if mean is None:
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
-        figures["sfd"] = {"value": frechet_distance(drawn.spatial.mean, drawn.spatial.cov, mean, cov)}
+        metrics["sfd"] = {"value": frechet_distance(drawn.spatial.mean, drawn.spatial.cov, mean, cov)}
     if truth is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
     else:
         subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        figures["kd"] = _with_std(kernel_distance(drawn.pooled, truth.pooled, **subsets))
+        metrics["kd"] = _with_std(kernel_distance(drawn.pooled, truth.pooled, **subsets))
         if min(len(drawn), len(truth)) <= cfg.num_neighbours:
             left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
         else:
             shares = precision_recall(truth.pooled, drawn.pooled, cfg.num_neighbours)
             for name, share, total in zip(("precision", "recall"), shares, (len(drawn), len(truth)), strict=True):
-                figures[name] = proportion_interval(round(share * total), total).to_dict()
-    return tuple({network.metric(name): entry for name, entry in part.items()} for part in (figures, left_out))
+                metrics[name] = proportion_interval(round(share * total), total).to_dict()
+    return tuple({network.metric(name): entry for name, entry in part.items()} for part in (metrics, left_out))
 
 
 def _with_std(pair: tuple[float, float]) -> dict[str, float]:
@@ -306,7 +306,7 @@ def to_table(result: dict[str, Any]) -> str:
         "| figure | value | 95% interval or deviation |",
         "|---|---|---|",
     ]
-    for name, figure in result["figures"].items():
+    for name, figure in result["metrics"].items():
         lines.append(f"| {name} | {_short(figure['value'])} | {_spread(figure)} |")
     lines += [f"| {name} | – | {reason} |" for name, reason in result["left_out"].items()]
     return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])

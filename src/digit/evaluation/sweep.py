@@ -96,9 +96,9 @@ def run_sweep(
     result["best"] = best(result)
     result = plain(result)
     write_json(out / "sweep.json", result)
-    draw_sweeps(out / "sweep.png", result, sweep.vocab_sizes)
+    plot_sweeps(out / "sweep.png", result, sweep.vocab_sizes)
     if result["joint"]:
-        draw_joint(out / "joint.png", result)
+        plot_joint(out / "joint.png", result)
     return result
 
 
@@ -115,7 +115,7 @@ def joint(sweep: "Sweep", cfg: SweepConfig) -> dict[str, Any]:
         prior = varied(sweep.pipe, "prior", "top_k", k).prior
         pairs = [replace(varied(sweep.pipe, "renderer", "top_p", p), prior=prior) for p in cfg.top_p]
         rows.append([sweep.measure(pair) for pair in pairs])
-    return {"prior_top_k": cfg.top_k, "renderer_top_p": cfg.top_p, "figures": rows}
+    return {"prior_top_k": cfg.top_k, "renderer_top_p": cfg.top_p, "rows": rows}
 
 
 class Sweep:
@@ -161,13 +161,13 @@ class Sweep:
 
         def both() -> dict[str, Tensor]:
             drawn.update(self.pipe.generate_tokens(self.num, None, self.seed, **sampling))
-            return {"disc": drawn["disc"].int()}
+            return {"discriminative": drawn["discriminative"].int()}
 
         key = request_key(**self.request, prior=asdict(sampling["prior"]))
-        disc = remember(self.cache / f"disc-{key}.safetensors", both)["disc"].long()
+        discriminative = remember(self.cache / f"discriminative-{key}.safetensors", both)["discriminative"].long()
         if "vq" in drawn:
             return drawn["vq"]
-        return self.pipe.render_tokens(disc, self.seed, renderer=sampling["renderer"])
+        return self.pipe.render_tokens(discriminative, self.seed, renderer=sampling["renderer"])
 
     def _features(self, key: str, how: SamplingConfig) -> Mapping[str, Tensor]:
         def make() -> dict[str, Tensor]:
@@ -228,14 +228,14 @@ def _settings(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for stage in result["sweeps"].values():
         for values in stage.values():
             yield from values
-    for row in (result["joint"] or {"figures": []})["figures"]:
+    for row in (result["joint"] or {"rows": []})["rows"]:
         yield from row
 
 
 # -------------------------------------------------------------------- pictures
 
 
-def draw_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, int]) -> None:
+def plot_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, int]) -> None:
     """Figure 5: a column a filter, a row a metric, a line a stage; dashed, the pipeline's own setting."""
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
     with panels(path, 2, len(names), size=(5.2, 3.4)) as axes:
@@ -255,20 +255,20 @@ def draw_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, in
 
 
 def _line(panel: Any, points: Sequence[tuple[float, Mapping[str, float]]], **look: Any) -> None:
-    x, figures = zip(*points, strict=True)
-    panel.plot(x, [figure["value"] for figure in figures], marker=".", linewidth=1.8, **look)
-    if "low" in figures[0]:
-        low, high = ([figure[end] for figure in figures] for end in ("low", "high"))
+    x, points = zip(*points, strict=True)
+    panel.plot(x, [figure["value"] for figure in points], marker=".", linewidth=1.8, **look)
+    if "low" in points[0]:
+        low, high = ([figure[end] for figure in points] for end in ("low", "high"))
         panel.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
 
 
-def draw_joint(path: Path, result: dict[str, Any]) -> None:
+def plot_joint(path: Path, result: dict[str, Any]) -> None:
     """Heat maps of the joint sweep, a panel a metric, values written in; a frame marks the best."""
     grid = result["joint"]
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
     with panels(path, len(names), size=(5.4, 4.2)) as axes:
         for panel, metric in zip(axes[0], names, strict=True):
-            values = np.array([[entry[metric]["value"] for entry in row] for row in grid["figures"]])
+            values = np.array([[entry[metric]["value"] for entry in row] for row in grid["rows"]])
             falling = metric == result["protocol"]["metrics"]["fd"]
             picture = panel.imshow(values, cmap="viridis_r" if falling else "viridis", aspect="auto")
             spread = (values - values.min()) / max(np.ptp(values), 1e-9)

@@ -145,23 +145,23 @@ class Block(nn.Module):
 class EfficientNet(nn.Module):
     """The kept part of an EfficientNet-Lite: stem, blocks and perhaps the head; no BatchNorm, no dropout."""
 
-    def __init__(self, config: EfficientNetConfig):
+    def __init__(self, cfg: EfficientNetConfig):
         super().__init__()
-        total = len(replace(config, num_blocks=None).blocks)
-        assert not config.head or len(config.blocks) == total, "the head needs every block"
-        self.config = config
+        total = len(replace(cfg, num_blocks=None).blocks)
+        assert not cfg.head or len(cfg.blocks) == total, "the head needs every block"
+        self.cfg = cfg
         self.stem = SameConv(3, STEM_CHANNELS, 3, 2)
-        self.blocks = nn.ModuleList(Block(shape) for shape in config.blocks)
-        self.head = SameConv(config.blocks[-1].out_channels, HEAD_CHANNELS, 1) if config.head else None
+        self.blocks = nn.ModuleList(Block(shape) for shape in cfg.blocks)
+        self.head = SameConv(cfg.blocks[-1].out_channels, HEAD_CHANNELS, 1) if cfg.head else None
 
     @property
     def dim(self) -> int:
         """Channels D of the features."""
-        return self.config.dim
+        return self.cfg.dim
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of the features of a square input of `size` pixels."""
-        return (math.ceil(size / self.config.stride),) * 2
+        return (math.ceil(size / self.cfg.stride),) * 2
 
     def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
         """Normalised images, (255 x - 127) / 128 for x in 0..1, to the output cells in raster order."""

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # logits that are looked at together: on CPU they stay in the cache
 
 
-def projected_likelihood(
+def linear_cross_entropy(
     features: Float[Tensor, "n D"],
     weight: Float[Tensor, "V D"],
     target: Int64[Tensor, " n"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-    """Mean smoothed cross-entropy of the logits `features @ weight.T`, in float32, and its figures.
+    """Mean smoothed cross-entropy of the logits `features @ weight.T`, in float32, and its metrics.
 
     loss = (1 - eps) nll + eps mean_v(-log p_v), torch's definition. fairseq spreads eps over the V - 1 other codes (and
     over its special symbols), so that its eps is this one times (V - 1) / V: no difference worth a setting.
@@ -37,7 +37,7 @@ def projected_likelihood(
         dtype = (features[:1] @ weight[:1].t()).dtype  # what products are in here, under autocast or a stand-in for it
     features, weight = features.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
-        loss, nll, accuracy = _ProjectedLikelihood.apply(features, weight, target, label_smoothing)
+        loss, nll, accuracy = _LinearCrossEntropy.apply(features, weight, target, label_smoothing)
     else:
         rows = _chunk_rows(weight)
         chunks = zip(features.split(rows), target.split(rows), strict=True)
@@ -45,7 +45,7 @@ def projected_likelihood(
     return loss, {"nll": nll, "perplexity": nll.exp(), "accuracy": accuracy}
 
 
-class _ProjectedLikelihood(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):
     """(loss, nll, accuracy) of features (n, D) and weight (V, D) of one type; the loss alone has a gradient."""
 
     @staticmethod
@@ -80,12 +80,12 @@ def _score(logits: Float[Tensor, "r V"], target: Int64[Tensor, " r"], slopes: fl
     picked, top = z.gather(1, wanted)[:, 0], z.amax(1)
     p = z.softmax(1)
     normaliser = top - p.amax(1).log()  # log sum_v exp(z_v)
-    figures = torch.stack([normaliser - picked, normaliser - z.mean(1), (picked >= top).float()])
+    metrics = torch.stack([normaliser - picked, normaliser - z.mean(1), (picked >= top).float()])
     if slopes is not None:
         # d loss / d z_v = p_v - eps / V - (1 - eps) [v = target]
         p.sub_(slopes / logits.shape[1]).scatter_add_(1, wanted, p.new_full((), slopes - 1.0).expand_as(wanted))
         logits.copy_(p)
-    return figures
+    return metrics
 
 
 def _means(chunks: list[Tensor], label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ def has_onednn() -> bool:
     return built and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` computes this product by oneDNN: on the CPU, of one type, without gradient or autocast."""
     if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
         return False
@@ -30,7 +30,7 @@ def takes_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """(..., I) and (O, I) to (..., O), x W^T + b; with `gelu` the exact GELU of it."""
-    if weight.is_mkldnn or (x.numel() and takes_onednn(x, weight)):
+    if weight.is_mkldnn or (x.numel() and uses_onednn(x, weight)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
@@ -41,7 +41,7 @@ def arranged(weight: Tensor, num_rows: int | None = None) -> Tensor:
     nothing else. The weight itself where `linear` would not take those kernels.
     """
     with torch.no_grad():
-        if takes_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        if uses_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
             return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
     return weight
 
@@ -61,16 +61,16 @@ class PackedLinear(nn.Module):
 
 
 @torch.no_grad()
-def packs(layer: nn.Linear) -> bool:
+def can_pack(layer: nn.Linear) -> bool:
     """Whether this torch build packs this layer, and its processor gains by it."""
     gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
-    return gains and takes_onednn(layer.weight, layer.weight) and arranged(layer.weight[:1]).is_mkldnn
+    return gains and uses_onednn(layer.weight, layer.weight) and arranged(layer.weight[:1]).is_mkldnn
 
 
 def pack_linears(module: nn.Module, num_rows: int) -> nn.Module:
     """Replace every nn.Linear inside `module` that can be packed, in place; returns the module."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear and packs(child):
+        if type(child) is nn.Linear and can_pack(child):
             setattr(module, name, PackedLinear(child, num_rows))
         else:
             pack_linears(child, num_rows)

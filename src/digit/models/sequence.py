@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.models.losses import projected_likelihood
+from digit.models.losses import linear_cross_entropy
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class SequenceModel(nn.Module):
         drop_labels: Bool[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Mean cross-entropy over the target (masked models: over the hidden tokens), and figures.
+        """Mean cross-entropy over the target (masked models: over the hidden tokens), and metrics.
 
         `hide`, `drop_labels` and `drop_prefix` are what `noise` draws: tokens to predict (a masked model must have
         them), rows that lose their label or prefix. Dropout draws from torch's global generator. Figures are detached
@@ -281,10 +281,10 @@ class SequenceModel(nn.Module):
             labels = labels.masked_fill(drop_labels, -1)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
-            return projected_likelihood(features, self.head.weight, target.flatten(), label_smoothing)
+            return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
         assert hide is not None, "a masked model predicts hidden tokens: pass what noise() draws"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
-        return projected_likelihood(features[hide], self.head.weight, target[hide], label_smoothing)
+        return linear_cross_entropy(features[hide], self.head.weight, target[hide], label_smoothing)
 
 
 def training_flops(cfg: SequenceConfig) -> float:

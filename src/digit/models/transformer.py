@@ -98,7 +98,7 @@ class KVCache:
             more = (0, 0, 0, min(self.max_len, -(-length // CACHE_SPAN) * CACHE_SPAN) - span)
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> Seen:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """Store (B, H, n, d) at `begin`; returns what the new positions attend to."""
         end = self.begin + k.shape[2]
         assert self.begin == 0 or k.shape[2] == 1, "past an empty cache, positions come one at a time"
@@ -107,11 +107,11 @@ class KVCache:
         keys.narrow(2, self.begin, k.shape[2]).copy_(k)
         values.narrow(2, self.begin, k.shape[2]).copy_(v)
         if self.begin == 0:
-            return Seen(k, v)
+            return KeysValues(k, v)
         if layer == 0:  # the others see the same
             self.mask = self.keys.new_zeros(1, self.keys.shape[3])
             self.mask[:, end:] = float("-inf")
-        return Seen(keys, values, self.mask)
+        return KeysValues(keys, values, self.mask)
 
     def advance(self, length: int) -> None:
         """All layers have stored `length` positions."""
@@ -130,11 +130,11 @@ class SteppedCache:
         unseen = torch.arange(span, device=position.device) > position
         self.mask = self.keys.new_zeros(1, span).masked_fill_(unseen, float("-inf"))
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> Seen:
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
         """Store (B, H, 1, d) at the position; returns what it attends to."""
         self.keys[layer].index_copy_(2, self.position, k)
         self.values[layer].index_copy_(2, self.position, v)
-        return Seen(self.keys[layer], self.values[layer], self.mask)
+        return KeysValues(self.keys[layer], self.values[layer], self.mask)
 
     def advance(self, length: int) -> None:
         """The next step's position."""
@@ -161,7 +161,7 @@ class Dropout(nn.Module):
         return x * keep.mul_(1 / (1 - drop / 2**16))
 
 
-class Seen(NamedTuple):
+class KeysValues(NamedTuple):
     """Keys and values (B, H, t, d), and where not all of them are seen a mask (n, t) of 0 and -inf."""
 
     keys: Tensor
@@ -169,7 +169,7 @@ class Seen(NamedTuple):
     mask: Tensor | None = None
 
 
-def attend(q: Tensor, seen: Seen, *, causal: bool = False) -> Tensor:
+def attend(q: Tensor, seen: KeysValues, *, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for (B, H, n, d) queries over (B, H, t, d); causal needs n == t.
 
     torch's fused kernel, but on CPU in half precision or for one query: there two batched matmuls and a softmax are 3
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
         q, k, v = parts if length == 1 else parts.contiguous()
-        seen = Seen(k, v) if cache is None else cache.extend(layer, k, v)
+        seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
         return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.products import arranged, linear
-from digit.models.transformer import MAX_DEPTH, MAX_MLP_RATIO, Seen, attend
+from digit.models.transformer import MAX_DEPTH, MAX_MLP_RATIO, KeysValues, attend
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,9 +82,9 @@ LARGE = ViTConfig(embed_dim=1024, depth=24, num_heads=16)
 GIANT = ViTConfig(embed_dim=1536, depth=40, num_heads=24, swiglu=True)
 
 
-def plain(config: ViTConfig, patch_size: int = 16, **changes: int) -> ViTConfig:
+def plain(cfg: ViTConfig, patch_size: int = 16, **changes: int) -> ViTConfig:
     """The shape without LayerScale and with the 224-pixel position table of DINO, iBOT, MAE and MoCo v3."""
-    return replace(config, patch_size=patch_size, layer_scale=False, table_side=224 // patch_size, **changes)
+    return replace(cfg, patch_size=patch_size, layer_scale=False, table_side=224 // patch_size, **changes)
 
 
 SIZES = {
@@ -105,16 +105,16 @@ SIZES = {
 class Attention(nn.Module):
     """Multi-head self-attention with one biased projection for q, k and v."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.num_heads = cfg.num_heads
+        self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
+        self.proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = project(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, d)
-        return project(attend(q, Seen(k, v)).transpose(1, 2).flatten(2), self.proj)  # (B, L, D)
+        return project(attend(q, KeysValues(k, v)).transpose(1, 2).flatten(2), self.proj)  # (B, L, D)
 
 
 def project(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
@@ -125,10 +125,10 @@ def project(x: Tensor, layer: nn.Linear, *, gelu: bool = False) -> Tensor:
 class MLP(nn.Module):
     """Linear, exact GELU, linear."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.embed_dim, config.hidden_dim)
-        self.fc2 = nn.Linear(config.hidden_dim, config.embed_dim)
+        self.fc1 = nn.Linear(cfg.embed_dim, cfg.hidden_dim)
+        self.fc2 = nn.Linear(cfg.hidden_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return project(project(x, self.fc1, gelu=True), self.fc2)
@@ -137,10 +137,10 @@ class MLP(nn.Module):
 class SwiGLU(nn.Module):
     """w3(silu(w1 x) * w2 x), w1 and w2 in one matrix (Shazeer 2020)."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.w12 = nn.Linear(config.embed_dim, 2 * config.hidden_dim)
-        self.w3 = nn.Linear(config.hidden_dim, config.embed_dim)
+        self.w12 = nn.Linear(cfg.embed_dim, 2 * cfg.hidden_dim)
+        self.w3 = nn.Linear(cfg.hidden_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = project(x, self.w12).chunk(2, dim=-1)
@@ -161,14 +161,14 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + ls1(attn(norm1 x)), then x + ls2(mlp(norm2 x))."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        dim = config.embed_dim
+        dim = cfg.embed_dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS), nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(config)
-        self.mlp = SwiGLU(config) if config.swiglu else MLP(config)
-        self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
-        self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
+        self.attn = Attention(cfg)
+        self.mlp = SwiGLU(cfg) if cfg.swiglu else MLP(cfg)
+        self.ls1 = LayerScale(dim) if cfg.layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim) if cfg.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
@@ -178,9 +178,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """One linear map per patch, as a convolution."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(3, cfg.embed_dim, cfg.patch_size, cfg.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
@@ -189,21 +189,21 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """The kept blocks of a ViT and its final LayerNorm."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.config = config
-        dim = config.embed_dim
-        self.patch_embed = PatchEmbed(config)
+        self.cfg = cfg
+        dim = cfg.embed_dim
+        self.patch_embed = PatchEmbed(cfg)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, dim)) if config.num_registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.table_side**2, dim))  # class first
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.kept_blocks))
+        self.register_tokens = nn.Parameter(torch.zeros(1, cfg.num_registers, dim)) if cfg.num_registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.table_side**2, dim))  # class first
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.kept_blocks))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     @property
     def dim(self) -> int:
         """Channels D of the features."""
-        return self.config.embed_dim
+        return self.cfg.embed_dim
 
     def with_bfloat16_products(self) -> Self:
         """A copy for inference whose linear layers multiply in bfloat16; sums, norms and all else stay float32.
@@ -221,24 +221,24 @@ class ViT(nn.Module):
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of the patches of a square input of `size` pixels."""
-        return (size // self.config.patch_size,) * 2
+        return (size // self.cfg.patch_size,) * 2
 
     def positions(self, rows: int, columns: int) -> 'Float[Tensor, "1 N+1 D"]':
         """The position table for a grid: as stored where it fits, else its patches resized by bicubic interpolation."""
-        side, offset = self.config.table_side, self.config.position_offset
+        side, offset = self.cfg.table_side, self.cfg.position_offset
         if (rows, columns) == (side, side):
             return self.pos_embed
         table = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
         scale = ((rows + offset) / side, (columns + offset) / side)
         target = {"scale_factor": scale} if offset else {"size": (rows, columns)}
-        antialias = self.config.position_antialias
+        antialias = self.cfg.position_antialias
         table = F.interpolate(table, mode="bicubic", align_corners=False, antialias=antialias, **target)
         assert table.shape[-2:] == (rows, columns), (table.shape, rows, columns)
         return torch.cat((self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)), dim=1)
 
     def tokens(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B L D"]':
         """Normalised images to all tokens (class, registers, patches) behind the last kept block and the final norm."""
-        rows, columns = (side // self.config.patch_size for side in x.shape[-2:])
+        rows, columns = (side // self.cfg.patch_size for side in x.shape[-2:])
         patches = self.patch_embed(x)  # (B, N, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1) + self.positions(rows, columns)
         if self.register_tokens is not None:  # registers have no position
@@ -249,7 +249,7 @@ class ViT(nn.Module):
 
     def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
         """Normalised images to patch features in raster order; class and register tokens are dropped."""
-        return self.tokens(x)[:, 1 + self.config.num_registers :]
+        return self.tokens(x)[:, 1 + self.cfg.num_registers :]
 
     def pooled(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B D"]':
         """The class token."""

@@ -142,10 +142,10 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, and for the decoder the upsampling after them."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig, upsample: bool = False) -> None:
+    def __init__(self, in_channels: int, out_channels: int, cfg: VQGANConfig, upsample: bool = False) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * config.num_res_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, config.num_groups) for a, b in pairwise(widths))
+        widths = [in_channels] + [out_channels] * cfg.num_res_blocks
+        self.block = nn.ModuleList(ResBlock(a, b, cfg.num_groups) for a, b in pairwise(widths))
         if upsample:
             self.upsample = Upsample(out_channels)
 
@@ -156,15 +156,15 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VQGANConfig) -> None:
+    def __init__(self, cfg: VQGANConfig) -> None:
         super().__init__()
-        widths = config.level_channels
+        widths = cfg.level_channels
         self.conv_in = conv3x3(3, widths[0])
         inputs = (widths[0], *widths[:-1])
-        self.down = nn.ModuleList(Level(a, b, config) for a, b in zip(inputs, widths, strict=True))
-        self.mid = Middle(widths[-1], config.num_groups)
-        self.norm_out = NormSwish(config.num_groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
+        self.down = nn.ModuleList(Level(a, b, cfg) for a, b in zip(inputs, widths, strict=True))
+        self.mid = Middle(widths[-1], cfg.num_groups)
+        self.norm_out = NormSwish(cfg.num_groups, widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, h, h)
         x = self.conv_in(x)
@@ -174,16 +174,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VQGANConfig) -> None:
+    def __init__(self, cfg: VQGANConfig) -> None:
         super().__init__()
-        widths = config.level_channels
-        self.conv_in = conv3x3(config.z_channels, widths[-1], bias=True)
-        self.mid = Middle(widths[-1], config.num_groups)
+        widths = cfg.level_channels
+        self.conv_in = conv3x3(cfg.z_channels, widths[-1], bias=True)
+        self.mid = Middle(widths[-1], cfg.num_groups)
         inputs = (*widths[1:], widths[-1])
         self.up = nn.ModuleList(
-            Level(a, b, config, upsample=index > 0) for index, (a, b) in enumerate(zip(inputs, widths, strict=True))
+            Level(a, b, cfg, upsample=index > 0) for index, (a, b) in enumerate(zip(inputs, widths, strict=True))
         )
-        self.norm_out = NormSwish(config.num_groups, widths[0])
+        self.norm_out = NormSwish(cfg.num_groups, widths[0])
         self.conv_out = conv3x3(widths[0], 3, bias=True)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, C, h, h) -> (B, 3, S, S)
@@ -221,12 +221,12 @@ def nearest_code(points: Tensor, codes: Tensor) -> Tensor:
 class VQGAN(nn.Module):
     """Image tokenizer. Images and reconstructions are float in [0, 1]; reconstructions may overshoot, clamp them."""
 
-    def __init__(self, config: VQGANConfig) -> None:
+    def __init__(self, cfg: VQGANConfig) -> None:
         super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Quantizer(config.vocab_size, config.z_channels)
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quantize = Quantizer(cfg.vocab_size, cfg.z_channels)
 
     def encode(self, images: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, "b m"]]:
         """Images in [0, 1] -> features before quantisation (B, C, h, h) and tokens (B, M), row by row."""
@@ -238,7 +238,7 @@ class VQGAN(nn.Module):
 
     def decode_tokens(self, tokens: Int64[Tensor, "b m"]) -> Float[Tensor, "b 3 s s"]:
         """Tokens (B, M) in [0, vocab_size) -> images (B, 3, S, S), nominally in [0, 1]."""
-        return self.decoder(self.quantize.lookup(tokens.view(-1, *self.config.grid)))
+        return self.decoder(self.quantize.lookup(tokens.view(-1, *self.cfg.grid)))
 
     def forward(self, images: Float[Tensor, "b 3 s s"]) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction (B, 3, S, S) with a straight-through gradient, z (B, C, h, h), tokens (B, M)."""

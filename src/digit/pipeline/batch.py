@@ -8,7 +8,7 @@ from torch import Tensor
 IMAGES = "images"
 
 
-class Drawn:
+class SampleBatch:
     """Images `first` .. `first + B - 1` of a stream.
 
     On a GPU the copies to host memory go on while the next batch is drawn; whoever looks at them, in any thread, waits
@@ -18,7 +18,7 @@ class Drawn:
         first: number of the first image; image i has seed `seed + i`.
         labels: (B,) int64, -1 for none.
         images: (B, 3, H, W) uint8.
-        tokens: {"disc": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
+        tokens: {"discriminative": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
     """
 
     def __init__(self, first: int, labels: Tensor, tensors: Mapping[str, Tensor]):

@@ -17,14 +17,14 @@ from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.vq import VQTokenizer
 
 CPU_BATCH, GPU_BATCH = 64, 128  # the most; few images cost as much as a whole batch
-CPU_PASS_OF_LARGE = 16  # images through a large model at a time; a short pass costs as much as a full one
+CPU_MICRO_BATCH_OF_LARGE = 16  # images through a large model at a time; a short pass costs as much as a full one
 LARGE = 50e6  # parameters: from here on two images should not pay for 64
 SHARE = 0.8  # of the free memory; the rest is for what an estimate leaves out
 LOGIT_BYTES = 48  # an element through the filters: logits, sorted, their order, probabilities and sums in float64
 DECODER_MAPS = 6  # full-resolution maps that a residual block holds at once
 
 
-def pass_size(model: SequenceModel, batch_size: int) -> int:
+def micro_batch_size(model: SequenceModel, batch_size: int) -> int:
     """Images of a batch that go through `model` at a time: all on a GPU, on a CPU what its cache holds.
 
     No function of how many are asked for, so that an image stays the same.
@@ -32,7 +32,7 @@ def pass_size(model: SequenceModel, batch_size: int) -> int:
     if is_gpu(model):
         return batch_size
     large = sum(p.numel() for p in model.parameters()) > LARGE
-    return min(batch_size, CPU_PASS_OF_LARGE if large else CPU_BATCH)
+    return min(batch_size, CPU_MICRO_BATCH_OF_LARGE if large else CPU_BATCH)
 
 
 def is_gpu(model: SequenceModel) -> bool:
@@ -48,19 +48,19 @@ def choose_batch_size(
     No function of how many are asked for either: the first of 50,000 images are those of a call for 8.
     """
     size = GPU_BATCH if is_gpu(renderer) else CPU_BATCH
-    while size > 1 and drawing_bytes(prior, renderer, vq, cfg, size) > SHARE * free:
+    while size > 1 and sampling_bytes(prior, renderer, vq, cfg, size) > SHARE * free:
         size //= 2
     return size
 
 
-def drawing_bytes(
+def sampling_bytes(
     prior: SequenceModel | None, renderer: SequenceModel, vq: VQTokenizer, cfg: SamplingConfig, batch_size: int
 ) -> int:
     """Memory in bytes that a batch takes beside the loaded weights, an estimate from above."""
     stages = [(renderer, cfg.renderer)] + ([(prior, cfg.prior)] if prior is not None else [])
     kept = sum(_kept_bytes(model, how, cfg, batch_size) for model, how in stages)
     passing = [_passing_bytes(model, how, cfg, batch_size) for model, how in stages]
-    net, side = vq.vqgan.config, vq.resolution
+    net, side = vq.vqgan.cfg, vq.resolution
     maps = DECODER_MAPS * vq.decoded_together * net.level_channels[0] * side**2 * 4  # float32
     pictures = 2 * batch_size * 3 * side**2  # uint8, in parts and whole
     return kept + max(*passing, maps + pictures)
@@ -88,7 +88,7 @@ def _passing_bytes(model: SequenceModel, how: StageSampling, cfg: SamplingConfig
 
 def _rows(model: SequenceModel, how: StageSampling, batch_size: int) -> int:
     """Sequences in a pass; guidance takes two an image."""
-    return pass_size(model, batch_size) * (2 if how.cfg_scale != 1 else 1)
+    return micro_batch_size(model, batch_size) * (2 if how.cfg_scale != 1 else 1)
 
 
 def _element(cfg: SamplingConfig) -> int:
@@ -96,7 +96,7 @@ def _element(cfg: SamplingConfig) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; on a GPU with what torch holds and does not use, on a CPU this process's share."""
+    """Free memory of a device in bytes; on a GPU with what torch holds unused, on a CPU this process's share."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -19,8 +19,8 @@ from torch import Tensor
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.pipeline.batch import IMAGES, Drawn
-from digit.pipeline.batch_size import choose_batch_size, free_bytes, pass_size
+from digit.pipeline.batch import IMAGES, SampleBatch
+from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
 from digit.pipeline.manifest import (
     MANIFEST,
     find_pipeline,
@@ -44,20 +44,20 @@ PARTS = ("tokenizer", "vq", "prior", "renderer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class GenerationRequest:
     """Images to draw: the seed of the first, their classes, and tokens that are given (completion)."""
 
     seed: int
     labels: Tensor
     """(num,) int64, -1 for none."""
-    disc: Tensor | None = None
+    discriminative: Tensor | None = None
     """(num, n) the first discriminative tokens."""
     vq: Tensor | None = None
     """(num, m) the first VQ tokens."""
 
     def rows(self, first: int, count: int) -> tuple[list[int], Tensor, Tensor | None, Tensor | None]:
-        """(seeds, labels, disc, vq) of at most `count` images from `first` on."""
-        picked = [None if x is None else x[first : first + count] for x in (self.labels, self.disc, self.vq)]
+        """(seeds, labels, discriminative, vq) of at most `count` images from `first` on."""
+        picked = [None if x is None else x[first : first + count] for x in (self.labels, self.discriminative, self.vq)]
         return [self.seed + first + i for i in range(len(picked[0]))], *picked
 
 
@@ -127,7 +127,7 @@ class DigitPipeline:
                 "add what is missing (digit convert, digit fit)"
             )
 
-    def _require_drawing(self) -> SequenceModel:
+    def _require_sampling(self) -> SequenceModel:
         """Whatever drawing needs; returns the model that draws first."""
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
@@ -177,7 +177,7 @@ class DigitPipeline:
         start: int = 0,
         end: int | None = None,
         **sampling: Any,
-    ) -> Iterator[Drawn]:
+    ) -> Iterator[SampleBatch]:
         """Draw batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
@@ -190,7 +190,10 @@ class DigitPipeline:
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
-        wanted, cfg = Wanted(seed=seed, labels=self.labels(num, labels)), self.sized(self.settings(**sampling))
+        wanted, cfg = (
+            GenerationRequest(seed=seed, labels=self.labels(num, labels)),
+            self.sized(self.settings(**sampling)),
+        )
         last = len(wanted.labels) if end is None else min(end, len(wanted.labels))
         for name, place in (("start", start), ("end", end or 0)):
             if place < 0 or (place % cfg.batch_size and place < len(wanted.labels)):
@@ -206,8 +209,11 @@ class DigitPipeline:
     def generate_tokens(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
     ) -> dict[str, Tensor]:
-        """As `generate`, before pixels: {"disc": (num, N) (with a prior), "vq": (num, M), "labels": (num,)} int64."""
-        wanted = Wanted(seed=seed, labels=self.labels(num, labels))
+        """As `generate`, before pixels: {"discriminative": (num, N), "vq": (num, M), "labels": (num,)} int64.
+
+        A VQ-only pipeline has no "discriminative".
+        """
+        wanted = GenerationRequest(seed=seed, labels=self.labels(num, labels))
         batches = [batch.tokens for batch in self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)]
         return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": wanted.labels}
 
@@ -230,7 +236,7 @@ class DigitPipeline:
         Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
         of view lets some of the hidden part through.
         """
-        if self._require_drawing() is self.prior:
+        if self._require_sampling() is self.prior:
             self.require("tokenizer")
         if not 0 < keep <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
@@ -240,7 +246,9 @@ class DigitPipeline:
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
         }
-        wanted = Wanted(seed=seed, labels=classes, disc=given.get("discriminative"), vq=given["vq"])
+        wanted = GenerationRequest(
+            seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given["vq"]
+        )
         return self._pixels(self._draw(wanted, self.sized(self.settings(**sampling))))
 
     @torch.inference_mode()
@@ -250,7 +258,7 @@ class DigitPipeline:
         A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
         without a class would start from noise.
         """
-        first = self._require_drawing()
+        first = self._require_sampling()
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
@@ -280,34 +288,40 @@ class DigitPipeline:
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
-        wanted = Wanted(seed=seed, labels=torch.full((len(tokens),), -1), disc=tokens)
+        wanted = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
         drawn = self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)
         nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in drawn)])
 
-    def _pixels(self, batches: Iterable[Drawn]) -> Tensor:
+    def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
         nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
     def _draw(
-        self, wanted: Wanted, cfg: SamplingConfig, start: int = 0, end: int | None = None, *, pixels: bool = True
-    ) -> Iterator[Drawn]:
+        self,
+        wanted: GenerationRequest,
+        cfg: SamplingConfig,
+        start: int = 0,
+        end: int | None = None,
+        *,
+        pixels: bool = True,
+    ) -> Iterator[SampleBatch]:
         """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
         num, prefix_len = len(wanted.labels) if end is None else end, self.renderer.cfg.prefix_len
-        draw_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
-        draw_vq = self._stage(self.renderer, cfg.renderer, cfg)
+        sample_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
+        sample_vq = self._stage(self.renderer, cfg.renderer, cfg)
         with Progress("sample", num, done=start) as bar:
             for first in range(start, num, cfg.batch_size):
-                seeds, labels, disc, vq = wanted.rows(first, cfg.batch_size)
+                seeds, labels, discriminative, vq = wanted.rows(first, cfg.batch_size)
                 done: dict[str, Tensor] = {}
-                if prefix_len and disc is not None and disc.shape[1] == prefix_len:
-                    done["disc"] = disc.to(self.device)
+                if prefix_len and discriminative is not None and discriminative.shape[1] == prefix_len:
+                    done["discriminative"] = discriminative.to(self.device)
                 elif prefix_len:
-                    done["disc"] = draw_prefix(seeds, None, labels, disc)
-                done["vq"] = draw_vq(seeds, done.get("disc"), labels, vq)
+                    done["discriminative"] = sample_prefix(seeds, None, labels, discriminative)
+                done["vq"] = sample_vq(seeds, done.get("discriminative"), labels, vq)
                 if pixels:
                     done[IMAGES] = self.vq.decode(done["vq"], bf16=cfg.precision == "bf16" or None)
-                batch = Drawn(first, labels, done)
+                batch = SampleBatch(first, labels, done)
                 bar.update(len(batch))
                 yield batch
 
@@ -319,7 +333,7 @@ class DigitPipeline:
             top_p=how.top_p,
             cfg_scale=how.cfg_scale,
             dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
-            pass_size=pass_size(model, cfg.batch_size),
+            micro_batch_size=micro_batch_size(model, cfg.batch_size),
         )
         sampler: Sampler
         if model.cfg.masked:
@@ -339,7 +353,7 @@ class DigitPipeline:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:
             raise DigitError(f"num is {num}: at least 1 image")
-        known = self._require_drawing().cfg.num_classes
+        known = self._require_sampling().cfg.num_classes
         if labels is None:
             chosen = range(known) if known else [-1]
         else:

@@ -2,7 +2,7 @@
 
     FOLDER/00000.png ...    image i, of seed + i
     FOLDER/grid.png         the first 256
-    FOLDER/tokens.npz       disc (num, N) where there is a prior, vq (num, M), labels (num,), int32
+    FOLDER/tokens.npz       discriminative (num, N) where there is a prior, vq (num, M), labels (num,), int32
     FOLDER/samples.json     labels, classes and the request that fixes every byte; written last: the folder is whole
     FOLDER/journal.json     while drawing: the request, and which images are done (beside NAME.partial.npy)
     FOLDER/journal.R.json   which ones rank R has added since
@@ -31,7 +31,7 @@ from torch import Tensor
 from digit import __version__
 from digit.data.rows import ArrayFile
 from digit.errors import DigitError, MismatchError, Stopped
-from digit.pipeline.batch import Drawn
+from digit.pipeline.batch import SampleBatch
 from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
 from digit.pipeline.sample_journal import (
     GRID,
@@ -90,14 +90,14 @@ def sample(
     cfg, request = distributed.on_main(settle)
     lengths = {"vq": pipe.renderer.cfg.target_len}
     if pipe.renderer.cfg.prefix_len:
-        lengths["disc"] = pipe.renderer.cfg.prefix_len
+        lengths["discriminative"] = pipe.renderer.cfg.prefix_len
     names = [pipe.classes[k] if 0 <= k < len(pipe.classes) else None for k in classes.tolist()]
     whole = SampleFolder(folder, request, lengths, classes, names)
     write_samples(whole, lambda start, end: pipe.stream(num, labels, seed, start, end, **vars(cfg)))
     return [whole.picture(i) for i in range(whole.num)]
 
 
-def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Drawn]]) -> None:
+def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[SampleBatch]]) -> None:
     """Write what is missing of a folder, this rank its share; `draw(start, end)` gives the batches of these images.
 
     Raises Stopped where a signal came before all was drawn, on any rank.
@@ -120,7 +120,7 @@ def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Dra
     release_folder(whole.folder)
 
 
-def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[Drawn]]) -> Iterator[Drawn]:
+def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[SampleBatch]]) -> Iterator[SampleBatch]:
     """The batches of several spans of images."""
     for start, end in left:
         yield from draw(start, end)
@@ -291,7 +291,7 @@ class SampleFolder:
         self.writers, self.keeper = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(1)
         return self
 
-    def append(self, batch: Drawn) -> None:
+    def append(self, batch: SampleBatch) -> None:
         """Hand a batch to the writers, and wait for the one before."""
         paths = [self.picture(batch.first + i) for i in range(len(batch))]
         writing = [self.writers.submit(write_picture, path, batch, i) for i, path in enumerate(paths)]
@@ -303,7 +303,7 @@ class SampleFolder:
         while len(self.waiting) > left:
             self.waiting.popleft().result()
 
-    def _keep(self, batch: Drawn, writing: list[Future]) -> None:
+    def _keep(self, batch: SampleBatch, writing: list[Future]) -> None:
         """Enter a batch into the journal as soon as it is on the disk; one after another, in a thread of its own."""
         for future in writing:
             future.result()
@@ -349,7 +349,7 @@ class SampleFolder:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def write_picture(path: Path, batch: Drawn, row: int) -> None:
+def write_picture(path: Path, batch: SampleBatch, row: int) -> None:
     """One PNG of a batch; waits for the batch where it is still on its way from a GPU."""
     plots.save_png(path, batch.images[row])
 

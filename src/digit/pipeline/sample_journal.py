@@ -10,7 +10,7 @@ from digit.runtime.files import read_json
 from digit.runtime.ledger import Ledger, collect
 
 GRID, TOKENS, SAMPLES, JOURNAL = "grid.png", "tokens.npz", "samples.json", "journal.json"
-WHILE_DRAWING = r"journal(\.\d+)?\.json|(disc|vq)\.partial\.npy"
+WHILE_DRAWING = r"journal(\.\d+)?\.json|(discriminative|vq)\.partial\.npy"
 OURS = re.compile(rf"\d{{5,}}\.png|grid\.png|tokens\.npz|samples\.json|{WHILE_DRAWING}")
 LEFT_BY_A_KILL = re.compile(rf"\.({OURS.pattern})\..+")  # what `atomic_path` had not renamed yet
 NEEDLESS = re.compile(rf"{WHILE_DRAWING}|{LEFT_BY_A_KILL.pattern}")  # once all is drawn

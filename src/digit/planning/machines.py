@@ -39,7 +39,7 @@ CPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "k-means": ("bf16", 0.40),
     "nearest code": ("bf16", 0.20),
 }
-GPU_DRAWING, CPU_DRAWING = 0.50, 0.35  # of bandwidth and of products while tokens are drawn; assumed
+GPU_SAMPLING, CPU_SAMPLING = 0.50, 0.35  # of bandwidth and of products while tokens are drawn; assumed
 KERNEL_SECONDS = 3e-6  # one kernel of a CUDA graph at the least; assumed
 KERNELS_PER_BLOCK = 12  # of one block for one token
 # Decoded and resized to 256 px a second and core: 320 to 370 measured on an AMD EPYC (Pillow, 12 photographs, 500 px a

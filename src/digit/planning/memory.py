@@ -1,6 +1,6 @@
 """Memory of a training step, found by running the step on tensors without storage and counting what would be alive.
 
-On a CPU the step is `LikelihoodUpdate` itself on fake CPU tensors. For a GPU it is the same model, loss, clipping,
+On a CPU the step is `SequenceUpdate` itself on fake CPU tensors. For a GPU it is the same model, loss, clipping,
 optimizer and average on meta tensors, under `GPURules`: a build of torch without CUDA can neither fake CUDA tensors nor
 autocast them. Not counted: what kernels allocate for themselves, the CUDA context and the allocator's holes; machines
 keep a share of their memory back for those (`digit.planning.machines`).
@@ -26,7 +26,7 @@ from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.optim import build_optimizer
 from digit.training.parallel import LossModule
-from digit.training.sequence import LikelihoodUpdate
+from digit.training.sequence import SequenceUpdate
 
 # Resident over live memory of a CPU process, as glibc keeps freed blocks; chosen from 8 runs, of 1.09 to 1.30
 CPU_HOLES = 1.2
@@ -137,11 +137,11 @@ def training_memory(
 
 
 def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
-    """Two steps of LikelihoodUpdate: the first makes the optimizer's moments, the second has them all along."""
+    """Two steps of SequenceUpdate: the first makes the optimizer's moments, the second has them all along."""
     with FakeTensorMode(), LiveMemory() as memory, HiddenRows():
         model = SequenceModel(cfg).train()
         batch = blank_batch(cfg, training.batch_size, "cpu")
-        update = LikelihoodUpdate(model, lambda step: batch, training)
+        update = SequenceUpdate(model, lambda step: batch, training)
         update.looks = False  # fake numbers are neither finite nor not
         update(0)
         stays = memory.live
@@ -170,11 +170,11 @@ def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int) -> T
         for step in range(2):
             for _ in range(min(training.accumulate, 2)):  # the second finds gradients; later ones find no more
                 with GPURules(dtype):
-                    loss, figures = objective(
+                    loss, metrics = objective(
                         piece | model.noise(piece, None), label_smoothing=training.label_smoothing
                     )
                     (loss / training.accumulate).backward()
-                del loss, figures
+                del loss, metrics
             optimizer.step()  # clipping refuses meta tensors too, and works in place
             optimizer.zero_grad(set_to_none=num_devices == 1)
             if average:

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from digit.planning.machines import GPU_DRAWING, GPU_SHARES, Machine
+from digit.planning.machines import GPU_SAMPLING, GPU_SHARES, Machine
 from digit.planning.stages import IMAGENET_BYTES, Planner, Stage, count, size
 
 COLUMNS = ("stage", "what", "memory", "time", "GPU-hours", "cost", "share", "bound by")
@@ -82,7 +82,7 @@ def notes(planner: Planner) -> list[str]:
     if machine.gpu:
         training = GPU_SHARES["training"][1]
         lines.append(
-            f"shares of the peaks ({training:.2f} of bf16 in training, {GPU_DRAWING:.2f} of bandwidth in drawing, ...) "
+            f"shares of the peaks ({training:.2f} of bf16 in training, {GPU_SAMPLING:.2f} of bandwidth in sampling, ..) "
             f"and ${machine.price:.2f} an hour are assumed, not measured by us: expect a factor of two"
         )
     else:

@@ -11,8 +11,8 @@ import torch
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, training_flops
-from digit.pipeline.batch_size import choose_batch_size, drawing_bytes
-from digit.planning.machines import CPU_DRAWING, GPU_DRAWING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Machine
+from digit.pipeline.batch_size import choose_batch_size, sampling_bytes
+from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Machine
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.runs.recipes import Recipe
@@ -271,7 +271,7 @@ class Planner:
         weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
         free = int(self.machine.usable - weights)
         batch = recipe.sampling.batch_size or choose_batch_size(prior, renderer, vq, recipe.sampling, free)
-        memory = weights + drawing_bytes(prior, renderer, vq, recipe.sampling, batch)
+        memory = weights + sampling_bytes(prior, renderer, vq, recipe.sampling, batch)
         totals: dict[str, float] = {}
         for name in names:
             for cause, seconds in self.batch_seconds(work.sequence(name), how[name], batch).items():
@@ -296,7 +296,7 @@ class Planner:
     def batch_seconds(self, cfg: SequenceConfig, how: StageSampling, batch: int) -> dict[str, float]:
         """Seconds of one batch of tokens on one device, by what could bound it."""
         machine, width = self.machine, 4 if self.recipe.sampling.precision == "fp32" else 2  # bytes
-        share = GPU_DRAWING if machine.gpu else CPU_DRAWING
+        share = GPU_SAMPLING if machine.gpu else CPU_SAMPLING
         rows = batch * (2 if how.cfg_scale != 1 else 1)
         peak = machine.peaks["fp32" if width == 4 and machine.gpu else "bf16"] * share
         forward = training_flops(cfg) / 3 * rows  # forward alone

@@ -151,9 +151,9 @@ class Work:
         """The configuration of one of MODEL_NAMES."""
         return self.recipe.sequence_config(
             name,
-            disc_vocab=self.recipe.kmeans.num_clusters,
-            disc_len=self.num_tokens,
-            vq_vocab=self.vqgan.vocab_size,
+            discriminative_vocab_size=self.recipe.kmeans.num_clusters,
+            discriminative_len=self.num_tokens,
+            vq_vocab_size=self.vqgan.vocab_size,
             vq_len=self.vqgan.num_tokens,
             num_classes=self.num_classes,
         )
@@ -166,9 +166,9 @@ class Work:
 class BlankVQ(VQTokenizer):
     """A VQ tokenizer without storage that says it lies on `device`, which need not be there."""
 
-    def __init__(self, config: VQGANConfig, device: torch.device) -> None:
+    def __init__(self, cfg: VQGANConfig, device: torch.device) -> None:
         with torch.device("meta"):
-            super().__init__(VQGAN(config))
+            super().__init__(VQGAN(cfg))
         self._device = device
 
     @property

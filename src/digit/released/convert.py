@@ -164,14 +164,14 @@ class Conversion:
         source, state = found[0].source, found[0].state
         with unfit(source):
             shape = infer_shape(state, source, files.encoder_heads or known_heads(family, state))
-            config = EncoderConfig(
+            cfg = EncoderConfig(
                 name=encoder_name(family, shape),
                 layer=files.encoder_layer,
                 input_size=self.preprocess.encoder_size,
                 weights=source,
                 position_interpolation=files.position_interpolation,
             )
-            self.new["encoder"] = load_vit(config, shape, loaded=dict(state))
+            self.new["encoder"] = load_vit(cfg, shape, loaded=dict(state))
         return self.new["encoder"]
 
     def _family(self, content: Any) -> str:

@@ -62,7 +62,7 @@ def claims(study: Study) -> Experiment:
         shots = draw(study, found, distance, out)
         budgets = {m: results[f"plain_{m}_{seeds[0]}"] for m in ("prior", "renderer", "vq_ar")}
         text = table(study, found, distance) + "\n\n" + conditions(study, budgets)
-        return Outcome(table=text, figures=found | {"budgets": budgets}, pictures=shots)
+        return Outcome(table=text, metrics=found | {"budgets": budgets}, pictures=shots)
 
     return Experiment(title="The paper's three claims", steps=steps, summarise=summarise)
 

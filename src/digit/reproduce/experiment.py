@@ -37,7 +37,7 @@ class Outcome:
 
     table: str
     """Markdown; the paper's figures beside ours."""
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
     """Everything measured, for results.json."""
     pictures: list[Path] = field(default_factory=list)
 
@@ -108,7 +108,7 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
         plain(
             {"experiment": name, "title": experiment.title}
             | context
-            | {"figures": outcome.figures, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
+            | {"metrics": outcome.metrics, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
             | {"summarised_by": provenance()}
         ),
     )

@@ -101,7 +101,7 @@ def fig3b(study: Study) -> Experiment:
         picture = out / "fig3b.png"
         plots.curve_png(picture, curves, xlabel="layer (0: embedding)", ylabel="top-1 accuracy, %")
         lines += ["", "Paper: 1024 < 4096 < 8192 codes at every layer, the peak at the middle layers."]
-        return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
+        return Outcome(table="\n".join(lines), metrics={name: results[name] for name in results}, pictures=[picture])
 
     return Experiment(title="Figure 3b: probe over layers and K", steps=steps, summarise=summarise)
 
@@ -175,7 +175,7 @@ def fig4a(study: Study) -> Experiment:
         lines += ["", f"{protocol(study)} One seed. P patch, G global, D discriminative, R reconstructive."]
         picture = out / "fig4a.png"
         plots.bars_png(picture, bars, xlabel=distance)
-        return Outcome(table="\n".join(lines), figures={name: results[name] for name in results}, pictures=[picture])
+        return Outcome(table="\n".join(lines), metrics={name: results[name] for name in results}, pictures=[picture])
 
     return Experiment(title="Figure 4a: tokens of other encoders", steps=steps, summarise=summarise)
 
@@ -246,7 +246,7 @@ def fig4b(study: Study) -> Experiment:
         steps=steps,
         summarise=lambda results, out: Outcome(
             table=completion_table(study, results["completion"]),
-            figures=results["completion"],
+            metrics=results["completion"],
             pictures=sorted((study.out / "completion").glob("*.png")),
         ),
     )
@@ -270,7 +270,7 @@ def fig5(study: Study) -> Experiment:
         steps=steps,
         summarise=lambda results, out: Outcome(
             table=sweep_table(results["sweep"]),
-            figures=results["sweep"],
+            metrics=results["sweep"],
             pictures=sorted((study.out / "sweep").glob("*.png")),
         ),
     )
@@ -284,7 +284,7 @@ def fig6(study: Study) -> Experiment:
         steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name))],
         summarise=lambda results, _: Outcome(
             table=statements_table(results["theory"]["statements"]),
-            figures=results["theory"],
+            metrics=results["theory"],
             pictures=sorted(out.glob("*.png")),
         ),
     )

@@ -35,7 +35,7 @@ from digit.runtime.hardware import choose_device
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
-DRAWN_TOGETHER, JUDGED_TOGETHER = 250, 64
+BATCH_SIZE, JUDGED_TOGETHER = 250, 64
 PART = 1000  # samples drawn between two savings
 FIELDS = ("pooled", "spatial", "logits")
 
@@ -249,7 +249,7 @@ class Study:
     def sampler(self, run: Run, prior: str | None, renderer: str) -> DigitPipeline:
         """A pipeline of a run's models that draws in bf16."""
         pipe = run.pipeline(prior, renderer)
-        pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=DRAWN_TOGETHER)
+        pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=BATCH_SIZE)
         return pipe
 
     def samples(self, name: str, run: Run, prior: str | None, renderer: str, seed: int) -> Judged:

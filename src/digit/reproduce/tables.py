@@ -13,10 +13,10 @@ from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
-from digit.reproduce.study import DRAWN_TOGETHER, Study, as_tensor
+from digit.reproduce.study import BATCH_SIZE, Study, as_tensor
 from digit.runs.fit import Run
 from digit.runtime import plots
-from digit.training.log import last_figures
+from digit.training.log import last_metrics
 
 METHODS = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),
@@ -53,7 +53,7 @@ def training_step(study: Study, model: str, seed: int, conditional: bool) -> Ste
 def trained(run: Run, model: str) -> dict[str, Any]:
     """Train a model of a run, or find it; what it cost."""
     run.model(model)
-    cfg, last = run.training_config(model), last_figures(run.out / model)
+    cfg, last = run.training_config(model), last_metrics(run.out / model)
     images = cfg.num_steps * cfg.batch_size
     flops = training_flops(run.sequence_config(model)) * images
     return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
@@ -84,10 +84,10 @@ def probe_step(study: Study, model: str, seed: int) -> Step:
 
 def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
     """Probe one model of a run on the training tokens and the test images' tokens."""
-    kind, network = "disc" if model == "prior" else "vq", run.model(model)
+    kind, network = "discriminative" if model == "prior" else "vq", run.model(model)
     stores = (run.tokens, study.test_tokens(run))
     features = [
-        probing.prior_features(network, as_tensor(getattr(store, kind)), batch_size=DRAWN_TOGETHER, precision="bf16")
+        probing.prior_features(network, as_tensor(getattr(store, kind)), batch_size=BATCH_SIZE, precision="bf16")
         for store in stores
     ]
     labels = [as_tensor(store.labels) for store in stores]
@@ -116,7 +116,7 @@ def table1(study: Study) -> Experiment:
         steps=[parts_step(study), stability_step(study)],
         summarise=lambda results, out: Outcome(
             table=stability.to_table(results["stability"]),
-            figures=results["stability"],
+            metrics=results["stability"],
             pictures=[study.out / "stability" / "stability.png"],
         ),
     )
@@ -162,7 +162,7 @@ def table2(study: Study) -> Experiment:
             lines.append(f"| {method} | {over_seeds(values)} | {listed(values)} | {reported[method]} |")
         picture = out / "table2.png"
         plots.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
-        return Outcome(table="\n".join(lines), figures={"top1": top1, "paper": paper.TABLE2}, pictures=[picture])
+        return Outcome(table="\n".join(lines), metrics={"top1": top1, "paper": paper.TABLE2}, pictures=[picture])
 
     return Experiment(title="Table 2: linear probe of the autoregressive models", steps=steps, summarise=summarise)
 
@@ -240,7 +240,7 @@ def generation_outcome(
     counts = {row["images"] for found in rows.values() for row in found}
     unequal = " Rows of fewer images have larger distances for that alone." if len(counts) > 1 else ""
     lines += ["", protocol(study) + spread + unequal]
-    return Outcome(table="\n".join(lines), figures={"rows": rows, "paper": reported}, pictures=[picture])
+    return Outcome(table="\n".join(lines), metrics={"rows": rows, "paper": reported}, pictures=[picture])
 
 
 def protocol(study: Study) -> str:

@@ -65,8 +65,8 @@ def run_theory(out: str | Path, *, scale: Literal["tiny", "small", "paper"] | Th
     result["statements"] = statements(result)
     result = plain(result)
     write_json(out / "theory.json", result)
-    draw_figure6(out / "fig6.png", result["figure_6"])
-    draw_propositions(out / "propositions.png", result)
+    plot_figure6(out / "fig6.png", result["figure_6"])
+    plot_propositions(out / "propositions.png", result)
     return result
 
 
@@ -136,9 +136,9 @@ def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def statement(text: str, holds: bool, conditional: bool, figures: str) -> dict[str, Any]:
+def statement(text: str, holds: bool, conditional: bool, metrics: str) -> dict[str, Any]:
     outcome = "does not hold" if not holds else "holds on a condition" if conditional else "holds"
-    return {"statement": text, "outcome": outcome, "figures": figures}
+    return {"statement": text, "outcome": outcome, "metrics": metrics}
 
 
 def worst_angle(result: dict[str, Any], kind: str, share: float | None, target: str) -> float:
@@ -163,7 +163,7 @@ def leader(fitted: dict[str, Any], levels: list[float]) -> str:
 # -------------------------------------------------------------------- pictures
 
 
-def draw_figure6(path: Path, figure: dict[str, Any]) -> None:
+def plot_figure6(path: Path, figure: dict[str, Any]) -> None:
     """The paper's four panels: points, PCA's and LDA's histogram, accuracy against noise."""
     data = theory.PAPER_LIKE
     x, labels = data.draw(figure["points_per_class"], np.random.default_rng(6))
@@ -181,12 +181,12 @@ def draw_figure6(path: Path, figure: dict[str, Any]) -> None:
             for k in (0, 1):
                 plot.hist(codes[labels == k], bins=np.linspace(codes.min(), codes.max(), 31), alpha=0.6, color=f"C{k}")
             plot.set(title=f"({letter}) projected by {NAMES[name]}", xlabel="code", ylabel="points")
-        draw_accuracy(curves, figure, "paper_like", "kept")
+        plot_accuracy(curves, figure, "paper_like", "kept")
         curves.set(title="(d) linear classifier on the codes")
         points.legend(fontsize=7, loc="lower right")
 
 
-def draw_accuracy(plot: Any, figure: dict[str, Any], example: str, fitted: str, line: str = "-") -> None:
+def plot_accuracy(plot: Any, figure: dict[str, Any], example: str, fitted: str, line: str = "-") -> None:
     """Both accuracies of one example against the noise level, intervals shaded."""
     for colour, name in enumerate(NAMES, start=2):
         ends = {end: [i[end] for i in figure[example][fitted][name]] for end in ("value", "low", "high")}
@@ -198,7 +198,7 @@ def draw_accuracy(plot: Any, figure: dict[str, Any], example: str, fitted: str, 
     plot.legend(fontsize=8)
 
 
-def draw_propositions(path: Path, result: dict[str, Any]) -> None:
+def plot_propositions(path: Path, result: dict[str, Any]) -> None:
     """Angles over training (2.1), direction against the shape of the augmentation (2.2), Figure 6's counterexample."""
     with panels(path, 3, size=(4.8, 3.6)) as axes:
         training, alignment, noise = axes[0]
@@ -206,16 +206,16 @@ def draw_propositions(path: Path, result: dict[str, Any]) -> None:
             training.plot(np.add(steps, 1), np.maximum(angles, 1e-13), label=name.replace("_", " "))
         training.set(xscale="log", yscale="log", xlabel="step", ylabel="degrees to the principal subspace")
         training.set(title="2.1: linear autoencoder and PCA")
-        draw_alignment(alignment, result["proposition_2_2"])
-        draw_accuracy(noise, result["figure_6"], "along_the_spread", "kept")
-        draw_accuracy(noise, result["figure_6"], "along_the_spread", "refitted", line=":")
+        plot_alignment(alignment, result["proposition_2_2"])
+        plot_accuracy(noise, result["figure_6"], "along_the_spread", "kept")
+        plot_accuracy(noise, result["figure_6"], "along_the_spread", "refitted", line=":")
         noise.set(title="Figure 6(d), classes along the main spread")
         for plot in axes[0]:
             plot.grid(alpha=0.3)
             plot.legend(fontsize=8)
 
 
-def draw_alignment(plot: Any, proposition: dict[str, Any]) -> None:
+def plot_alignment(plot: Any, proposition: dict[str, Any]) -> None:
     """Angles to LDA's and PCA's direction: closed form as lines, trained encoders as marks."""
     entries = proposition["shape"]
     shares = [entry["share"] for entry in entries]

@@ -41,8 +41,8 @@ from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
 from digit.training.config import TrainConfig
 from digit.training.vqgan import train_vqgan
-from digit.training.sequence import train_likelihood
-from digit.training.log import last_figures
+from digit.training.sequence import train_sequence_model
+from digit.training.log import last_metrics
 
 MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256
@@ -118,9 +118,9 @@ class Run:
         for name in MODEL_NAMES:  # heads, dropouts, vocabularies
             recipe.sequence_config(
                 name,
-                disc_vocab=recipe.kmeans.num_clusters,
-                disc_len=1,
-                vq_vocab=1,
+                discriminative_vocab_size=recipe.kmeans.num_clusters,
+                discriminative_len=1,
+                vq_vocab_size=1,
                 vq_len=1,
                 num_classes=self.num_classes,
             )
@@ -256,7 +256,7 @@ class Run:
             cfg = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name) if self.recipe.validation_fraction else None
-            train_likelihood(
+            train_sequence_model(
                 model, self.batches(name, cfg), cfg, folder,
                 about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
             )  # fmt: skip
@@ -269,26 +269,26 @@ class Run:
 
     @staticmethod
     def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str]) -> None:
-        write_json(folder / "metrics.json", last_figures(folder))
+        write_json(folder / "metrics.json", last_metrics(folder))
         write_json(folder / "tokens.json", tokens)
         save_sequence_model(model, folder, "model")
 
     def _inform(self, name: str, model: SequenceModel) -> None:
         """Start a model's tables from what its tokens stand for."""
-        codes = {"disc": self.codebook.centroids, "vq": self.vq.vqgan.quantize.embedding.weight.detach()}
-        grids = {"disc": tuple(self.tokenizer.grid), "vq": tuple(self.vq.grid)}
-        target = "disc" if name == "prior" else "vq"
-        model.start_from_codes(codes[target], codes["disc"])
-        model.start_from_places(grids[target], grids["disc"])
+        codes = {"discriminative": self.codebook.centroids, "vq": self.vq.vqgan.quantize.embedding.weight.detach()}
+        grids = {"discriminative": tuple(self.tokenizer.grid), "vq": tuple(self.vq.grid)}
+        target = "discriminative" if name == "prior" else "vq"
+        model.start_from_codes(codes[target], codes["discriminative"])
+        model.start_from_places(grids[target], grids["discriminative"])
 
     def sequence_config(self, name: str) -> Any:
         """SequenceConfig of a model, from the tokens at hand."""
         tokens = self.tokens
         return self.recipe.sequence_config(
             name,
-            disc_vocab=self.tokenizer.vocab_size,
-            disc_len=tokens.disc.shape[1],
-            vq_vocab=self.vq.vocab_size,
+            discriminative_vocab_size=self.tokenizer.vocab_size,
+            discriminative_len=tokens.discriminative.shape[1],
+            vq_vocab_size=self.vq.vocab_size,
             vq_len=tokens.vq.shape[1],
             num_classes=self.num_classes,
         )
@@ -311,15 +311,15 @@ class Run:
     def batches(self, name: str, cfg: TrainConfig) -> "ModelBatches":
         """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
         labelled = bool(self.sequence_config(name).num_classes)
-        wanted = {"disc": not name.startswith("vq"), "vq": name != "prior", "labels": labelled}
+        wanted = {"discriminative": not name.startswith("vq"), "vq": name != "prior", "labels": labelled}
         rows, names = np.flatnonzero(~self.held_out_rows()), [n for n, is_wanted in wanted.items() if is_wanted]
         read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
         return ModelBatches(read, partial(self._arguments, name, labelled=labelled))
 
     def _arguments(self, name: str, rows: dict[str, torch.Tensor], labelled: bool) -> dict[str, Any]:
         """Rows of the token store as keywords of `SequenceModel.loss`, not yet on the device."""
-        target = rows["disc"] if name == "prior" else rows["vq"]
-        prefix = rows["disc"] if name.startswith("renderer") else None
+        target = rows["discriminative"] if name == "prior" else rows["vq"]
+        prefix = rows["discriminative"] if name.startswith("renderer") else None
         return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
 
     def held_out_rows(self) -> np.ndarray:

@@ -91,7 +91,7 @@ class Recipe:
     """Of every random choice of the run; it overrules the seeds of the parts."""
 
     def sequence_config(
-        self, name: str, *, disc_vocab: int, disc_len: int, vq_vocab: int, vq_len: int, num_classes: int
+        self, name: str, *, discriminative_vocab_size: int, discriminative_len: int, vq_vocab_size: int, vq_len: int, num_classes: int
     ) -> SequenceConfig:
         """The full configuration of one of MODEL_NAMES."""
         if name not in MODEL_NAMES:
@@ -100,8 +100,8 @@ class Recipe:
         size = dict(depth=spec.depth, embed_dim=spec.embed_dim, num_heads=spec.num_heads, dropout=spec.dropout)
         if name == "prior":
             return SequenceConfig(
-                vocab_size=disc_vocab,
-                target_len=disc_len,
+                vocab_size=discriminative_vocab_size,
+                target_len=discriminative_len,
                 num_classes=num_classes,
                 norm="post",
                 label_dropout=spec.label_dropout,
@@ -110,7 +110,7 @@ class Recipe:
         masked = name.endswith("masked")
         if name.startswith("vq"):
             return SequenceConfig(
-                vocab_size=vq_vocab,
+                vocab_size=vq_vocab_size,
                 target_len=vq_len,
                 num_classes=num_classes,
                 norm="pre",
@@ -119,10 +119,10 @@ class Recipe:
                 **size,
             )
         return SequenceConfig(
-            vocab_size=vq_vocab,
+            vocab_size=vq_vocab_size,
             target_len=vq_len,
-            prefix_vocab_size=disc_vocab,
-            prefix_len=disc_len,
+            prefix_vocab_size=discriminative_vocab_size,
+            prefix_len=discriminative_len,
             norm="pre",
             masked=masked,
             prefix_dropout=spec.prefix_dropout,
@@ -134,9 +134,9 @@ class Recipe:
         return SequenceModel(
             self.sequence_config(
                 "prior",
-                disc_vocab=self.kmeans.num_clusters,
-                disc_len=256,
-                vq_vocab=1024,
+                discriminative_vocab_size=self.kmeans.num_clusters,
+                discriminative_len=256,
+                vq_vocab_size=1024,
                 vq_len=256,
                 num_classes=num_classes,
             )

@@ -128,7 +128,7 @@ def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: i
     rows = [real, pipe.vq.decode(pipe.vq.encode(real))]
     if pipe.tokenizer is not None:
         rows.append(pipe.render(pipe.tokenizer.encode(real)))
-    names = ["picture", "VQ tokens", "disc. tokens"][: len(rows)]
+    names = ["picture", "VQ tokens", "discriminative tokens"][: len(rows)]
     plots.save_png(
         out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names)
     )
@@ -164,13 +164,13 @@ def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dic
     """PSNR of the VQGAN and usage of both codebooks on training images."""
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
     vq_tokens = pipe.vq.encode(real)
-    figures = {
+    metrics = {
         "psnr_db": float(image_psnr(pipe.vq.decode(vq_tokens) / 255, real / 255).mean()),
         "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size,
     }
     if pipe.tokenizer is not None:
-        figures["disc_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
-    return figures
+        metrics["discriminative_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
+    return metrics
 
 
 # -------------------------------------------------------------------- judge
@@ -190,10 +190,10 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     drawn = collect_features(samples.split(64), judge.pooled)
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
     truth = collect_features(real.split(64), judge.pooled)
-    figures: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
+    metrics: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
     if list(pipe.classes) == list(CLASSES):
-        figures |= recognised(judge, drawn, tokens["labels"], pipe)
-    return figures
+        metrics |= recognised(judge, drawn, tokens["labels"], pipe)
+    return metrics
 
 
 def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
@@ -243,12 +243,12 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
             return ""
         return f'<h2>{title}</h2><p class="note">{note}</p><img src="{name}" alt="{title}">'
 
-    figures = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
+    scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
     rows = "".join(
         f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>"
         if isinstance(v, float)
         else f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>"
-        for k, v in figures.items()
+        for k, v in scalars.items()
     )
     body = [
         f"<h1>DiGIT: {html.escape(run.recipe.name)}</h1>",
@@ -256,10 +256,10 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         picture(
             "samples.png",
             "Samples",
-            "Drawn by the prior, rendered by the renderer, decoded by the VQGAN."
-            + (" A row a class." if pipe.classes else ""),
+            "Sampled from the prior, rendered by the renderer, decoded by the VQGAN."
+            + (" One row per class." if pipe.classes else ""),
         ),
-        f"<h2>Figures</h2><table>{rows}</table>",
+        f"<h2>Metrics</h2><table>{rows}</table>",
         f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",
         picture(
             "reconstructions.png",

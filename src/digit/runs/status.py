@@ -13,7 +13,7 @@ from digit.runs.recipes import MODEL_NAMES
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.training import checkpoint
 from digit.training.config import CONFIG
-from digit.training.log import last_figures
+from digit.training.log import last_metrics
 
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
 STAGES = ("codebook", "vqgan", "tokens", *MODEL_NAMES)
@@ -28,8 +28,8 @@ def is_run(folder: str | Path) -> bool:
 def describe_run(folder: str | Path) -> str:
     """A line a stage that was begun, who is at work there, and the command that goes on. Raises DigitError."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    recipe, data = (part if isinstance(part := config.get(name), dict) else {} for name in ("recipe", "data"))
+    cfg = read_json(folder / "config.json")
+    recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
     return "\n".join([*lines, *describe_work(folder)])
@@ -39,7 +39,7 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     """At most one line: done, how far, or nothing where it was not begun."""
     place = folder / stage
     if (place / RESULTS.get(stage, "model.json")).is_file():
-        yield f"done{figures_of(place)}"
+        yield f"done{metrics_of(place)}"
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"
     elif stage == "codebook" and list(place.glob("*.partial*")):
@@ -51,41 +51,41 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
 def describe_training(place: Path) -> str:
     """'step 400 of 1000, saved 400, best val_nll 3.1 at step 300, loss 3.2'."""
     folder = place / "checkpoints"
-    config = read_json(folder / CONFIG)
-    train = config.get("train") if isinstance(config, dict) else None
+    cfg = read_json(folder / CONFIG)
+    train = cfg.get("train") if isinstance(cfg, dict) else None
     total = train.get("num_steps", "?") if isinstance(train, dict) else "?"
     saved = [step for step, _ in checkpoint.list_checkpoints(folder)]
-    figures = last_figures(place)
-    parts = [f"step {figures.get('step', saved[-1] if saved else 0)} of {total}"]
+    metrics = last_metrics(place)
+    parts = [f"step {metrics.get('step', saved[-1] if saved else 0)} of {total}"]
     parts.append(f"saved at step {saved[-1]}" if saved else "nothing saved yet")
     if (best := checkpoint.best(folder)) is not None:
         parts.append(f"lowest validation loss {best[1]:.4g} in {best[0].name}")
     if crashes := sorted(place.glob("crash/step_*")):
         parts.append(f"a step failed: {crashes[-1]}")
-    return ", ".join(parts) + shown(figures)
+    return ", ".join(parts) + shown(metrics)
 
 
-def figures_of(place: Path) -> str:
-    """The last figures of a trained model, in brackets."""
+def metrics_of(place: Path) -> str:
+    """The last metrics of a trained model, in brackets."""
     try:
-        return shown(last_figures(place))
+        return shown(last_metrics(place))
     except (DigitError, OSError):
         return ""
 
 
-def shown(figures: dict[str, Any]) -> str:
+def shown(metrics: dict[str, Any]) -> str:
     """' (loss 3.2, val_nll 3.1)', or nothing."""
-    known = {name: figures[name] for name in ("loss", "val_nll", "psnr") if isinstance(figures.get(name), int | float)}
+    known = {name: metrics[name] for name in ("loss", "val_nll", "psnr") if isinstance(metrics.get(name), int | float)}
     told = [f"{name} {value:.4g}" for name, value in known.items()]
     return f" ({', '.join(told)})" if told else ""
 
 
-def is_drawing(folder: str | Path) -> bool:
+def is_sample_folder(folder: str | Path) -> bool:
     """Whether `digit sample` wrote to this folder."""
     return any((Path(folder) / name).is_file() for name in (SAMPLES, JOURNAL))
 
 
-def describe_drawing(folder: str | Path) -> str:
+def describe_sample_folder(folder: str | Path) -> str:
     """How many of the images are drawn, and what to type next; reads alone, the drawing may go on meanwhile."""
     folder = Path(folder)
     done = (folder / SAMPLES).is_file()

@@ -13,7 +13,7 @@ T = TypeVar("T")
 MAX_INTEGER = 2**63 - 1  # what tensors and NumPy can count to
 
 
-def from_json(config: type[T], value: Any, source: str) -> T:
+def from_json(cfg: type[T], value: Any, source: str) -> T:
     """The dataclass `config` out of a JSON object; nested ones too, lists become tuples.
 
     `source` names the object in errors. Raises DigitError for anything but an object, for unknown and missing names,
@@ -21,16 +21,16 @@ def from_json(config: type[T], value: Any, source: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise DigitError(f"{source} is damaged: {_shown(value)} instead of an object")
-    known = {field.name: field for field in fields(config)}
+    known = {field.name: field for field in fields(cfg)}
     if unknown := [name for name in value if name not in known]:
         raise DigitError(f"{source} has a setting {_shown(unknown[0])} that this version does not know: update digit")
     needed = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
     if missing := [name for name in needed if name not in value]:
         raise DigitError(f"{source} is damaged: {missing[0]} is missing")
-    kinds = typing.get_type_hints(config)
+    kinds = typing.get_type_hints(cfg)
     given = {name: _checked(kinds[name], entry, f"{source}: {name}") for name, entry in value.items()}
     try:
-        return config(**given)
+        return cfg(**given)
     except DigitError as error:
         raise DigitError(f"{source}: {error}") from error
 

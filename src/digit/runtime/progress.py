@@ -23,9 +23,9 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def format_figures(figures: dict[str, Any]) -> str:
+def format_metrics(metrics: dict[str, Any]) -> str:
     """{'loss': 1.23456} -> 'loss 1.235'."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
 
 
 class Progress:
@@ -33,7 +33,7 @@ class Progress:
 
     def __init__(self, description: str, total: int | None = None, done: int = 0):
         self.description, self.total, self.done, self.first = description, total, done, done
-        self.figures: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
         self._bar: Any = None
 
     def __enter__(self) -> Self:
@@ -43,7 +43,7 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            text, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
+            text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
             columns = (
                 text,
                 BarColumn(),
@@ -51,19 +51,19 @@ class Progress:
                 TimeElapsedColumn(),
                 "ETA",
                 TimeRemainingColumn(),
-                figures,
+                metrics,
             )
             self._bar = Bars(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, figures="")
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, metrics="")
         return self
 
-    def update(self, advance: int = 1, **figures: Any) -> None:
-        """Move on by `advance` and show the latest figures."""
+    def update(self, advance: int = 1, **metrics: Any) -> None:
+        """Move on by `advance` and show the latest metrics."""
         self.done += advance
-        self.figures.update(figures)
+        self.metrics.update(metrics)
         if self._bar is not None:
-            self._bar.update(self._task, advance=advance, figures=format_figures(self.figures))
+            self._bar.update(self._task, advance=advance, metrics=format_metrics(self.metrics))
         elif time.monotonic() - self.last_line > LINE_EVERY_SECONDS:
             self.last_line = time.monotonic()
             self._line()
@@ -78,7 +78,7 @@ class Progress:
         of = f"/{self.total}" if self.total is not None else ""
         took = format_duration(elapsed)
         sys.stderr.write(
-            f"{self.description}: {self.done}{of} in {took}{eta}  {format_figures(self.figures)}".rstrip() + "\n"
+            f"{self.description}: {self.done}{of} in {took}{eta}  {format_metrics(self.metrics)}".rstrip() + "\n"
         )
         sys.stderr.flush()
 

@@ -60,8 +60,8 @@ class NextTokenSampler(Sampler):
         top_p: draw among the most likely codes up to this probability; 1 is off.
         cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
         dtype: compute in this type, e.g. torch.bfloat16 (2 to 4 times as fast on CPUs with AVX-512 bf16).
-        pass_size: images computed together (twice the rows with guidance); default 64. A short pass costs as much as a
-            full one. Another pass_size, dtype or device may round differently and so draw another token.
+        micro_batch_size: images computed together (twice the rows with guidance); default 64. A short micro-batch
+            costs as much as a full one. Another micro_batch_size, dtype or device may round differently and so draw another token.
         stage: names the stream of random numbers; default "renderer" for a model with prefix, else "prior".
         use_cache: off recomputes every position for every token (tests).
         fixed_shapes: steps of shapes that never change, recorded as CUDA graphs on a GPU (its default).
@@ -74,7 +74,7 @@ class NextTokenSampler(Sampler):
         super().__init__(model, **settings)
         on_gpu = model.positions.device.type == "cuda"
         self.use_cache, self.fixed_shapes = use_cache, on_gpu if fixed_shapes is None else fixed_shapes
-        self.step = StepTransformer(self.model.transformer, self.pass_size * (2 if self.guided else 1))
+        self.step = StepTransformer(self.model.transformer, self.micro_batch_size * (2 if self.guided else 1))
         self._steps: FixedSteps | None = None
 
     @property
@@ -82,7 +82,7 @@ class NextTokenSampler(Sampler):
         """One number a token."""
         return (self.model.cfg.target_len,)
 
-    def draw_pass(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         if not self.use_cache:
             return self._decode_uncached(rows, u, report)
         if not self.fixed_shapes:
@@ -105,7 +105,7 @@ class NextTokenSampler(Sampler):
 
     def new_cache(self) -> KVCache:
         """Room for all positions of one pass."""
-        return self.model.new_cache(self.pass_size * (2 if self.guided else 1))
+        return self.model.new_cache(self.micro_batch_size * (2 if self.guided else 1))
 
     def first_logits(self, rows: Request, cache: KVCache) -> Tensor:
         """Logits (R, V) of the first token to draw: prefix, start and given tokens in one pass, kept in the cache."""
@@ -136,7 +136,7 @@ class FixedSteps:
     """
 
     def __init__(self, sampler: NextTokenSampler) -> None:
-        cfg, device, num = sampler.model.cfg, sampler.model.positions.device, sampler.pass_size
+        cfg, device, num = sampler.model.cfg, sampler.model.positions.device, sampler.micro_batch_size
         self.sampler, self.before = sampler, cfg.prefix_len + 1  # positions before the first target token
         self.cache, self.max_len = sampler.new_cache(), cfg.prefix_len + cfg.target_len
         self.cache.reserve(self.max_len)

@@ -45,11 +45,11 @@ def filter_logits(
     num = scaled.shape[-1]
     top_k = top_k if top_k < num else 0
     if top_k or top_p < 1:
-        scaled = scaled.masked_fill(scaled < least_kept(ascending(scaled), top_k, top_p), NEVER)
+        scaled = scaled.masked_fill(scaled < keep_threshold(ascending(scaled), top_k, top_p), NEVER)
     return scaled
 
 
-def least_kept(ordered: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B 1"]:
+def keep_threshold(ordered: Float[Tensor, "B V"], top_k: int, top_p: float) -> Float[Tensor, "B 1"]:
     """The smallest logit that top-k and top-p keep, of logits in ascending order."""
     num = ordered.shape[-1]
     least = ordered[:, num - top_k, None] if top_k else ordered[:, :1]

@@ -52,7 +52,7 @@ class MaskedSampler(Sampler):
     Settings:
         num_steps: forward passes (released: 8).
         choice_temperature: Gumbel noise on the confidence, times 1 - ratio of steps done (released: 4.5).
-        temperature, top_k, top_p, cfg_scale, dtype, pass_size, stage: as in
+        temperature, top_k, top_p, cfg_scale, dtype, micro_batch_size, stage: as in
             `digit.sampling.autoregressive.NextTokenSampler`; the released decoding uses no filter.
     """
 
@@ -70,7 +70,7 @@ class MaskedSampler(Sampler):
         """Every step takes one number for the code and one for the confidence of each token."""
         return (self.num_steps, 2, self.model.cfg.target_len)
 
-    def draw_pass(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         model, cfg, guided = self.model, self.model.cfg, self.guided
         how = conditions(model, rows, guided)
         tokens = F.pad(rows.given, (0, cfg.target_len - rows.given.shape[1]), value=cfg.mask_token)  # (C, M)

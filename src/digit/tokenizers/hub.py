@@ -40,12 +40,12 @@ class HubConfig:
 class HubNet(nn.Module):
     """A transformers vision model, cut behind its last needed block, with `forward`, `pooled`, `dim` and `grid`."""
 
-    def __init__(self, config: HubConfig, model: nn.Module):
+    def __init__(self, cfg: HubConfig, model: nn.Module):
         super().__init__()
-        self.config = config
+        self.cfg = cfg
         self.model = model
         blocks = find_blocks(model)
-        del blocks[config.num_blocks :]
+        del blocks[cfg.num_blocks :]
         self.patch_size = int(model.config.patch_size)
         self._takes = inspect.signature(model.forward).parameters.keys()
         if hasattr(model.config, "mask_ratio"):
@@ -54,12 +54,12 @@ class HubNet(nn.Module):
         blocks[-1].register_forward_hook(self._keep)
 
     @classmethod
-    def from_state(cls, config: HubConfig, state: Mapping[str, Tensor]) -> "HubNet":
+    def from_state(cls, cfg: HubConfig, state: Mapping[str, Tensor]) -> "HubNet":
         """Build from a saved config and exactly the saved tensors."""
         transformers = import_transformers()
-        model_type = config.model["model_type"]
-        whole = transformers.AutoConfig.for_model(**({"model_type": model_type} | config.model))
-        net = cls(config, vision_part(transformers.AutoModel.from_config(whole)))
+        model_type = cfg.model["model_type"]
+        whole = transformers.AutoConfig.for_model(**({"model_type": model_type} | cfg.model))
+        net = cls(cfg, vision_part(transformers.AutoModel.from_config(whole)))
         net.load_state_dict(dict(state))
         return net.eval()
 

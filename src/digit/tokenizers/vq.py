@@ -41,17 +41,17 @@ class VQTokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of codes; tokens lie in 0..vocab_size-1."""
-        return self.vqgan.config.vocab_size
+        return self.vqgan.cfg.vocab_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of tokens."""
-        return self.vqgan.config.grid
+        return self.vqgan.cfg.grid
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the images it takes and gives."""
-        return self.vqgan.config.resolution
+        return self.vqgan.cfg.resolution
 
     @property
     def device(self) -> torch.device:
@@ -106,9 +106,9 @@ class VQTokenizer:
                 f"the VQGAN takes uint8 images of shape (3, {self.resolution}, {self.resolution}), got {images.dtype} "
                 f"{tuple(images.shape[1:])}: choose preprocess.image_size {self.resolution} or another VQGAN"
             )
-        config = self.vqgan.config
+        cfg = self.vqgan.cfg
         if not len(images):
-            yield torch.empty(0, config.z_channels, *config.grid), torch.empty(0, config.num_tokens, dtype=torch.int64)
+            yield torch.empty(0, cfg.z_channels, *cfg.grid), torch.empty(0, cfg.num_tokens, dtype=torch.int64)
             return
         for part in self.chunks(images):
             yield self.vqgan.encode(part.float() / 255)
@@ -119,9 +119,9 @@ class VQTokenizer:
 
         Raises DigitError at wrong lengths or codes.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.vqgan.config.num_tokens:
+        if tokens.ndim != 2 or tokens.shape[1] != self.vqgan.cfg.num_tokens:
             raise MismatchError(
-                f"the VQGAN's images have {self.vqgan.config.num_tokens} tokens, got shape {tuple(tokens.shape)}: "
+                f"the VQGAN's images have {self.vqgan.cfg.num_tokens} tokens, got shape {tuple(tokens.shape)}: "
                 "these tokens are of another VQGAN"
             )
         if not len(tokens):
@@ -148,14 +148,14 @@ class VQTokenizer:
 
     def describe(self) -> dict[str, Any]:
         """Sizes and fingerprint, for manifests."""
-        return {**self.vqgan.config.to_dict(), "fingerprint": self.fingerprint}
+        return {**self.vqgan.cfg.to_dict(), "fingerprint": self.fingerprint}
 
     def save(self, folder: str | Path) -> None:
         """Write vqgan.safetensors (float32) and, last, vqgan.json into `folder`."""
         folder = Path(folder)
         self._fingerprint = None  # the network may have been trained since
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
-        about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.config.to_dict()}
+        about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.cfg.to_dict()}
         write_json(folder / "vqgan.json", about | {"rounding": self.rounding})
 
     @classmethod
@@ -179,7 +179,7 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
     about = read_json(about_path)
     if not isinstance(about, dict) or "config" not in about:
         raise DigitError(f"{about_path} describes no VQGAN: make it again (digit train vqgan ...)")
-    config = from_json(VQGANConfig, about["config"], f"{about_path}: config")
+    cfg = from_json(VQGANConfig, about["config"], f"{about_path}: config")
     try:
         weights = unpack_int8(load_tensors(weights_path))
     except (KeyError, RuntimeError) as error:  # a matrix in 8 bits without its scale, or with another's
@@ -191,7 +191,7 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
         )
     try:
         with torch.device("meta"):
-            vqgan = VQGAN(config)
+            vqgan = VQGAN(cfg)
         vqgan.load_state_dict(weights, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -217,7 +217,7 @@ def save_asset(vqgan: VQGAN, stem: str | Path, about: dict[str, Any]) -> None:
     packed = pack_int8(vqgan.state_dict())
     fingerprint = sha256_tensors(unpack_int8(packed))
     save_tensors(stem.with_name(stem.name + ".safetensors"), packed)
-    head = {"format": FORMAT, "fingerprint": fingerprint, "config": vqgan.config.to_dict()}
+    head = {"format": FORMAT, "fingerprint": fingerprint, "config": vqgan.cfg.to_dict()}
     write_json(stem.with_name(stem.name + ".json"), head | about)
 
 

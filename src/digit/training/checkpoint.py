@@ -3,7 +3,7 @@
     OUT/checkpoints/config.json                 the run's config, compared when it goes on
     OUT/checkpoints/step_00001000/shard-*.safetensors   tensors, a file (or several) a process
     OUT/checkpoints/step_00001000/state.json    everything else: numbers, strings, and which tensor stands where
-    OUT/checkpoints/step_00001000/manifest.json SHA-256 and size of each file, the step, validation figures
+    OUT/checkpoints/step_00001000/manifest.json SHA-256 and size of each file, the step, validation metrics
 
 A folder is written aside, synced and renamed, so that one without the leading dot is whole; its hashes are compared
 before it is used. torch.distributed.checkpoint writes and reads the tensors: replicated ones are shared out over the
@@ -76,12 +76,12 @@ def save(
     content: dict[str, Any],
     keep: int,
     *,
-    figures: dict[str, float] | None = None,
+    metrics: dict[str, float] | None = None,
     keep_best: bool = False,
 ) -> Path:
     """Write `content` (tensors, numbers, strings, lists, tuples and dicts of them) as step `step`. All ranks call this.
 
-    Keeps the newest `keep` checkpoints, and with `keep_best` the one whose validation figure (`val_...` in `figures`)
+    Keeps the newest `keep` checkpoints, and with `keep_best` the one whose validation metric (`val_...` in `metrics`)
     is lowest. Checkpoints past `step` are removed: they are damaged ones that the run fell back from.
 
     Raises DigitError, before anything is written, where the disk has too little room.
@@ -92,7 +92,7 @@ def save(
     distributed.on_main(lambda: _prepare(aside, tensors))
     with _full_disk_is_an_os_error(path):
         _write_tensors(aside, tensors)
-    distributed.on_main(lambda: _seal(aside, path, step, skeleton, figures or {}))
+    distributed.on_main(lambda: _seal(aside, path, step, skeleton, metrics or {}))
     distributed.on_main(lambda: prune(Path(folder), step, keep, keep_best))
     return path
 
@@ -118,12 +118,12 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _seal(aside: Path, path: Path, step: int, skeleton: Any, figures: dict[str, float]) -> None:
+def _seal(aside: Path, path: Path, step: int, skeleton: Any, metrics: dict[str, float]) -> None:
     """Write the manifest over what is there, sync, and give the folder its name."""
     write_json(aside / STATE, skeleton)
     files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
     manifest = {"format": FORMAT, "version": __version__, "step": step, "processes": distributed.world_size()}
-    manifest |= {"figures": figures, "files": files}
+    manifest |= {"metrics": metrics, "files": files}
     write_json(aside / MANIFEST, manifest | {"digest": _digest(manifest)})
     with disk_errors(path):
         sync_folder(aside)
@@ -157,16 +157,16 @@ def prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
 
 
 def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | None:
-    """(path, value) of the checkpoint, up to a step, with the lowest validation figure; None where none has one."""
+    """(path, value) of the checkpoint, up to a step, with the lowest validation metric; None where none has one."""
     scored = []
     for step, path in list_checkpoints(folder):
         if up_to is not None and step > up_to:
             continue
         try:
-            figures = read_manifest(path)["figures"]
+            metrics = read_manifest(path)["metrics"]
         except DigitError:
             continue
-        value = next((v for name, v in sorted(figures.items()) if name.startswith("val_")), None)
+        value = next((v for name, v in sorted(metrics.items()) if name.startswith("val_")), None)
         scored += [(value, path)] if value is not None else []
     return min(scored)[::-1] if scored else None
 
@@ -245,7 +245,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What is known of a checkpoint without reading its tensors: step, figures, files. Raises DamagedError."""
+    """What is known of a checkpoint without reading its tensors: step, metrics, files. Raises DamagedError."""
     if not path.is_dir():
         raise _damaged(path, "no folder")
     try:
@@ -262,13 +262,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _well_formed(manifest: dict[str, Any]) -> bool:
-    step, figures, files = (manifest.get(name) for name in ("step", "figures", "files"))
+    step, metrics, files = (manifest.get(name) for name in ("step", "metrics", "files"))
     return (
         type(step) is int
         and step >= 0
         and "format" in manifest
-        and isinstance(figures, dict)
-        and all(type(value) in (int, float) for value in figures.values())
+        and isinstance(metrics, dict)
+        and all(type(value) in (int, float) for value in metrics.values())
         and isinstance(files, dict)
         and STATE in files
         and all("/" not in n and isinstance(f, dict) and isinstance(f.get("sha256"), str) for n, f in files.items())

@@ -18,7 +18,7 @@ KEPT_BATCHES = 8  # batches of features that k-means starts from
 KMEANS_ITERATIONS = 10
 
 
-class LivingCodebook:
+class EMACodebook:
     """Writes into `embedding.weight` (K, C), which no optimizer touches."""
 
     def __init__(self, embedding: nn.Embedding, decay: float, restart_below: float) -> None:
@@ -39,12 +39,12 @@ class LivingCodebook:
             return
         features = torch.cat([over_ranks(collected) for collected in self.reservoir])
         num_batches, self.reservoir = len(self.reservoir), []
-        codes = draw_rows(features, len(self.weight), generator)
+        codes = random_rows(features, len(self.weight), generator)
         for _ in range(KMEANS_ITERATIONS):  # every rank for itself: there are few features
             counts, sums = self.assign(features, nearest_code(features, codes))
             empty = counts == 0
             codes = sums / counts.clamp(min=1)[:, None]
-            codes[empty] = draw_rows(features, int(empty.sum()), generator)
+            codes[empty] = random_rows(features, int(empty.sum()), generator)
         if distributed.world_size() > 1:
             dist.broadcast(codes, 0)  # a GPU adds in any order, so that the ranks' codes may differ in rounding
         self.weight.copy_(codes)
@@ -73,7 +73,7 @@ class LivingCodebook:
         average = self.counts.mean()
         dead = self.counts < self.restart_below * average
         number = int(dead.sum())
-        self.weight[dead] = draw_rows(over_ranks(features), number, generator)
+        self.weight[dead] = random_rows(over_ranks(features), number, generator)
         self.counts[dead] = 0.5 * average  # time to prove themselves before the next look
         self.sums[dead] = self.weight[dead] * self.counts[dead, None]
         return number
@@ -94,7 +94,7 @@ def flat_features(z: Tensor) -> Tensor:
     return z.detach().float().movedim(1, -1).flatten(0, 2)
 
 
-def draw_rows(features: Tensor, number: int, generator: torch.Generator) -> Tensor:
+def random_rows(features: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """Random rows (number, C) of features (n, C); repeated only where n < number."""
     if number > len(features):
         rows = torch.randint(len(features), (number,), generator=generator)

@@ -2,7 +2,7 @@
 
 A run that stops on such a number leaves OUT/crash/step_00067000/ with all that is needed to look into it:
 
-    report.json         step, figures, rows of the batch, settings, versions, the last good checkpoint
+    report.json         step, metrics, rows of the batch, settings, versions, the last good checkpoint
     batch.safetensors   the batch itself
     state/step_...      a checkpoint from just before the step, where the trainer looks before it moves the weights
 """
@@ -31,20 +31,20 @@ SPIKE_DEVIATIONS, SPIKE_SHARE = 6.0, 0.1  # standard deviations, and fraction of
 
 
 class NotFiniteError(DigitError):
-    """A step whose figures are not finite: `step` counts from 1, `figures` are those of the step."""
+    """A step whose metrics are not finite: `step` counts from 1, `metrics` are those of the step."""
 
-    def __init__(self, step: int, figures: dict[str, Any], moved: bool = False):
+    def __init__(self, step: int, metrics: dict[str, Any], moved: bool = False):
         self.step, self.moved = step, moved
-        self.figures = {name: float(value) for name, value in figures.items()}
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         super().__init__(f"step {step} gave {shown}")
 
 
 def find_not_finite(pending: Iterable[tuple[int, dict[str, float]]]) -> NotFiniteError | None:
     """The first of several steps with a figure that is not finite; the weights have moved on since."""
-    for step, figures in pending:
-        if not all(math.isfinite(v) for v in figures.values()):
-            return NotFiniteError(step, figures, moved=True)
+    for step, metrics in pending:
+        if not all(math.isfinite(v) for v in metrics.values()):
+            return NotFiniteError(step, metrics, moved=True)
     return None
 
 
@@ -64,7 +64,7 @@ def explain(
     rows = batches.rows(error.step - 1).tolist() if hasattr(batches, "rows") else None
     report = {
         "step": error.step,
-        "figures": error.figures,
+        "metrics": error.metrics,
         "rows": rows,
         "settings": settings,
         "processes": distributed.world_size(),

@@ -16,10 +16,10 @@ from digit.runtime import distributed
 from digit.runtime.files import atomic_path, disk_errors
 from digit.runtime.progress import Progress
 from digit.training.faults import NotFiniteError, SpikeWatch, find_not_finite
-from digit.training.tensorboard import Board
+from digit.training.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
-Figures = dict[str, float | Tensor]
+Metrics = dict[str, float | Tensor]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -35,8 +35,8 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def last_figures(out: Path) -> dict[str, float]:
-    """The figures of the last step in OUT/log.jsonl, those of its validation included; {} where nothing was logged."""
+def last_metrics(out: Path) -> dict[str, float]:
+    """The metrics of the last step in OUT/log.jsonl, those of its validation included; {} where nothing was logged."""
     lines = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []
     lines = [line for line in lines if "note" not in line]
     return {k: v for line in lines if line["step"] == lines[-1]["step"] for k, v in line.items()}
@@ -51,9 +51,9 @@ def cut_log(path: Path, step: int) -> None:
 
 
 class RunLog:
-    """Collects figures without waiting for the device; reads them in one transfer when a line is due.
+    """Collects metrics without waiting for the device; reads them in one transfer when a line is due.
 
-    It is part of a checkpoint: figures whose line is not due yet when the run is cut short are not lost.
+    It is part of a checkpoint: metrics whose line is not due yet when the run is cut short are not lost.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RunLog:
         self.peak_images_per_second = peak_images_per_second
         self.description, self.num_steps = description, num_steps
         self.path, self.step = out / "log.jsonl", step
-        self.pending: list[tuple[int, Figures]] = []
+        self.pending: list[tuple[int, Metrics]] = []
         self.averaged = 0  # so many of the first are means over the ranks already: they came from a checkpoint
         self._file: IO[bytes] | None = None
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
@@ -78,10 +78,10 @@ class RunLog:
         self.averaged = len(self.pending)
 
     def _means(self) -> list[tuple[int, dict[str, float]]]:
-        """The pending figures, each the mean over the ranks, in one exchange."""
+        """The pending metrics, each the mean over the ranks, in one exchange."""
         own = self.pending[self.averaged :]
-        means = iter(distributed.mean([value for _, figures in own for value in figures.values()]))
-        return self.pending[: self.averaged] + [(step, {k: next(means) for k in figures}) for step, figures in own]
+        means = iter(distributed.mean([value for _, metrics in own for value in metrics.values()]))
+        return self.pending[: self.averaged] + [(step, {k: next(means) for k in metrics}) for step, metrics in own]
 
     def __enter__(self) -> Self:
         self._stack, self._board = ExitStack(), None
@@ -91,7 +91,7 @@ class RunLog:
         self.bar = Progress(self.description, total=self.num_steps, done=self.step) if distributed.is_main() else None
         if self.bar is not None:
             cut_log(self.path, self.step)
-            self.seconds = last_figures(self.path.parent).get("seconds", 0.0)
+            self.seconds = last_metrics(self.path.parent).get("seconds", 0.0)
             lines = read_log(self.path) if self.path.exists() else []
             self.spikes = SpikeWatch(line["loss"] for line in lines if "loss" in line)
             self._stack.enter_context(self.bar)
@@ -109,7 +109,7 @@ class RunLog:
 
     def _open_tensorboard(self) -> None:
         try:
-            board = Board(self.tensorboard_folder, purge_step=self.step + 1)
+            board = TensorBoardWriter(self.tensorboard_folder, purge_step=self.step + 1)
         except ImportError:
             if not self.step:  # once a run
                 self.note("tensorboard is not installed: this file is the only log")
@@ -120,31 +120,31 @@ class RunLog:
     def _restart_clock(self) -> None:
         self.since, self.waited = time.perf_counter(), 0.0
 
-    def add(self, step: int, figures: Figures) -> None:
-        """Take the figures of finished step `step`; `data_seconds` is the time that step waited for its batch."""
-        figures = {k: v.detach() if isinstance(v, Tensor) else v for k, v in figures.items()}
-        self.waited += float(figures.pop("data_seconds", 0.0))
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of finished step `step`; `data_seconds` is the time that step waited for its batch."""
+        metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        self.waited += float(metrics.pop("data_seconds", 0.0))
         self.step = step
-        self.pending.append((step, figures))
+        self.pending.append((step, metrics))
         if self.bar is not None:
             self.bar.update(1)
 
     def check(self) -> None:
-        """Look at the pending figures. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
+        """Look at the pending metrics. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
         self._fetch()
         found = find_not_finite(self.pending)
-        everyones = distributed.gather(found and (found.step, found.figures))
+        everyones = distributed.gather(found and (found.step, found.metrics))
         if told := [each for each in everyones if each is not None]:
             raise NotFiniteError(*min(told, key=itemgetter(0)), moved=True)
 
     def _fetch(self) -> None:
-        """Bring the pending figures to the CPU, in one transfer a device."""
-        tensors = [(figures, k) for _, figures in self.pending for k, v in figures.items() if isinstance(v, Tensor)]
-        for device in {figures[k].device for figures, k in tensors}:
-            here = [(figures, k) for figures, k in tensors if figures[k].device == device]
-            values = torch.stack([figures[k].double().reshape(()) for figures, k in here]).tolist()
-            for (figures, k), value in zip(here, values, strict=True):
-                figures[k] = value
+        """Bring the pending metrics to the CPU, in one transfer a device."""
+        tensors = [(metrics, k) for _, metrics in self.pending for k, v in metrics.items() if isinstance(v, Tensor)]
+        for device in {metrics[k].device for metrics, k in tensors}:
+            here = [(metrics, k) for metrics, k in tensors if metrics[k].device == device]
+            values = torch.stack([metrics[k].double().reshape(()) for metrics, k in here]).tolist()
+            for (metrics, k), value in zip(here, values, strict=True):
+                metrics[k] = value
 
     def write(self, images_per_step: int) -> None:
         """Write one line: the mean of each figure since the last one (over the ranks too), speed, its share of the
@@ -153,8 +153,8 @@ class RunLog:
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         pending = self._means()
-        names = list(dict.fromkeys(name for _, figures in pending for name in figures))
-        columns = [[figures[name] for _, figures in pending if name in figures] for name in names]
+        names = list(dict.fromkeys(name for _, metrics in pending for name in metrics))
+        columns = [[metrics[name] for _, metrics in pending if name in metrics] for name in names]
         line = {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
         if "lr" in line:
             line["lr"] = columns[names.index("lr")][-1]
@@ -171,16 +171,16 @@ class RunLog:
             logger.warning("step %d: %s", self.step, remark)
             self.note(remark)
 
-    def put(self, figures: dict[str, float]) -> None:
-        """Write `figures` of the present step to the file, the bar and TensorBoard (rank 0)."""
+    def put(self, metrics: dict[str, float]) -> None:
+        """Write `metrics` of the present step to the file, the bar and TensorBoard (rank 0)."""
         if self._file is None:
             return
-        self._line({"step": self.step, **figures})
+        self._line({"step": self.step, **metrics})
         shown = ("loss", "lr", "images_per_second", "mfu", "data_wait")
-        self.bar.update(0, **{name: value for name, value in figures.items() if name in shown})
+        self.bar.update(0, **{name: value for name, value in metrics.items() if name in shown})
         if self._board is not None:
             with disk_errors(self.tensorboard_folder):
-                self._board.add(figures, self.step)
+                self._board.add(metrics, self.step)
 
     def sync(self) -> None:
         """Bring the lines and curves so far to the disk: no checkpoint may outlive them in a power cut (rank 0)."""

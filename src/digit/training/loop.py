@@ -16,7 +16,7 @@ from digit.runtime.signals import StopSignals
 from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
 from digit.training.faults import NotFiniteError, explain
-from digit.training.log import Figures, RunLog, last_figures
+from digit.training.log import Metrics, RunLog, last_metrics
 
 
 class Stateful(Protocol):
@@ -37,9 +37,9 @@ class TrainState:
         """What a checkpoint holds; all ranks call this."""
         return {name: thing.state_dict() for name, thing in self.objects.items()}
 
-    def save(self, folder: Path, keep: int, figures: dict[str, float] | None = None, keep_best: bool = False) -> Path:
+    def save(self, folder: Path, keep: int, metrics: dict[str, float] | None = None, keep_best: bool = False) -> Path:
         """Write a checkpoint; all ranks call this."""
-        return checkpoint.save(folder, self.step, self.content(), keep, figures=figures, keep_best=keep_best)
+        return checkpoint.save(folder, self.step, self.content(), keep, metrics=metrics, keep_best=keep_best)
 
     def load(self, path: Path) -> None:
         """Take over a checkpoint's content. Raises MismatchError where it holds other objects or other shapes."""
@@ -73,7 +73,7 @@ def due(step: int, every: int) -> bool:
 
 
 def train(
-    update: Callable[[int], Figures],
+    update: Callable[[int], Metrics],
     state: TrainState,
     cfg: LoopConfig,
     out: str | Path,
@@ -87,11 +87,11 @@ def train(
     """Call `update(step)` for every step up to `cfg.num_steps`, from the newest good checkpoint in `out` on.
 
     `update` does all of one step (learning rate, forward and backward, clipping, optimizer, EMA) as a function of
-    `step` alone and returns figures, floats or 0-d tensors that need not be ready; `data_seconds` among them is the
-    time it waited for data. `validate(step)` is called before each save that is due and its figures are logged. `about`
+    `step` alone and returns metrics, floats or 0-d tensors that need not be ready; `data_seconds` among them is the
+    time it waited for data. `validate(step)` is called before each save that is due and its metrics are logged. `about`
     (JSON) says what else makes this run this run: it is kept in config.json and compared on resume. `batches(step)`, a
     dict of tensors, goes into the crash dump of a step that fails. With `peak_images_per_second`, what the hardware
-    could do at most, the log tells the share reached, `mfu`. Returns the last figures.
+    could do at most, the log tells the share reached, `mfu`. Returns the last metrics.
 
     Raises Stopped after SIGINT or SIGTERM, once the step is finished and saved (on every rank where one of them got
     it); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf figure (naming step and dump)
@@ -110,9 +110,9 @@ def train(
     try:
         with log, StopSignals() as signals, torch.random.fork_rng(devices), exact:
             while state.step < cfg.num_steps:
-                figures = update(state.step)
+                metrics = update(state.step)
                 state.step += 1
-                log.add(state.step, figures)
+                log.add(state.step, metrics)
                 last, stopped = state.step == cfg.num_steps, distributed.any_rank(signals.asked)
                 if last or due(state.step, cfg.log_every):
                     log.write(cfg.batch_size)
@@ -133,7 +133,7 @@ def train(
     except NotFiniteError as error:
         settings = describe_run(cfg, about)
         raise explain(error, out, batches, settings, last_good, lambda path: state.save(path, 1)) from error
-    return last_figures(out)
+    return last_metrics(out)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from digit.runtime.files import load_tensors, read_json
 from digit.training import checkpoint
 from digit.training.config import TrainConfig
 from digit.training.optim import clip_gradients
-from digit.training.sequence import LikelihoodUpdate
+from digit.training.sequence import SequenceUpdate
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Replay:
 
     step: int
     """The step that failed, counted from 1."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     """Of the step as it ran again, grad_norm among them."""
     bad_weights: list[str]
     """Parameters that were not finite before the step."""
@@ -33,7 +33,7 @@ class Replay:
     """Parameters whose gradients are not finite."""
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         lines = [f"step {self.step} again: {shown}"]
         lines.append(f"weights before the step: {named(self.bad_weights, 'all finite')}")
         lines.append(f"first output that is not finite: {self.first_bad or 'none'}")
@@ -68,7 +68,7 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> Replay:
     return run_again(update, report["step"])
 
 
-def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.device) -> LikelihoodUpdate:
+def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.device) -> SequenceUpdate:
     """The trainer of the dump; what several processes shared is cut into as many pieces here."""
     about, train = dict(report["settings"]["about"]), report["settings"]["train"]
     about.pop("tokens", None)
@@ -78,21 +78,21 @@ def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.devi
     except (DigitError, TypeError) as error:
         raise DigitError(f"the dump is of another model than a prior or renderer ({error})") from error
     pieces = cfg.accumulate * report.get("processes", 1)
-    return LikelihoodUpdate(model, lambda step: batch, replace(cfg, accumulate=pieces))
+    return SequenceUpdate(model, lambda step: batch, replace(cfg, accumulate=pieces))
 
 
-def run_again(update: LikelihoodUpdate, step: int) -> Replay:
+def run_again(update: SequenceUpdate, step: int) -> Replay:
     """Forward and backward of one step, with an eye on every module."""
     weights = [name for name, p in update.model.named_parameters() if not p.isfinite().all()]
     found: list[str] = []
     hooks = [module.register_forward_hook(watch(name, found)) for name, module in update.model.named_modules() if name]
-    figures = update.forward_backward(update.batches(step - 1), step - 1)
+    metrics = update.forward_backward(update.batches(step - 1), step - 1)
     for hook in hooks:
         hook.remove()
     named_gradients = [(name, p.grad) for name, p in update.model.named_parameters() if p.grad is not None]
     gradients = [name for name, gradient in named_gradients if not gradient.isfinite().all()]
-    figures = figures | {"grad_norm": clip_gradients(update.parameters, 0.0)}
-    told = {name: float(value) for name, value in figures.items()}
+    metrics = metrics | {"grad_norm": clip_gradients(update.parameters, 0.0)}
+    told = {name: float(value) for name, value in metrics.items()}
     return Replay(step, told, weights, found[0] if found else None, gradients)
 
 

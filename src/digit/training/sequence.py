@@ -19,7 +19,7 @@ from digit.training.compile import TransformerForward
 from digit.training.config import Precision, TrainConfig
 from digit.training.ema import EMA
 from digit.training.faults import NotFiniteError
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.loop import Stateful, TrainState, step_seed, train
 from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
 from digit.training.peak import peak_flops
@@ -56,7 +56,7 @@ class Skipped:
         self.number = state["number"]
 
 
-class LikelihoodUpdate:
+class SequenceUpdate:
     """One step: `update(step)` fetches batch `step`, and moves the model, the optimizer and the average.
 
     The batch is cut into world_size x accumulate equal pieces. What the loss draws row by row is drawn for the whole
@@ -94,7 +94,7 @@ class LikelihoodUpdate:
             objects["ema"] = self.ema
         return TrainState(0, objects)
 
-    def __call__(self, step: int) -> Figures:
+    def __call__(self, step: int) -> Metrics:
         lr = set_lr(self.optimizer, learning_rate_at(step, self.cfg))
         started = time.perf_counter()
         batch = self.batches(step)
@@ -103,19 +103,19 @@ class LikelihoodUpdate:
             self.settled = True
             self.forward_backward(batch, step)
             self.optimizer.zero_grad(set_to_none=True)
-        figures = self.forward_backward(batch, step)
-        figures = self.optimizer_step(step, figures) | {"lr": lr, "data_seconds": data_seconds}
+        metrics = self.forward_backward(batch, step)
+        metrics = self.optimizer_step(step, metrics) | {"lr": lr, "data_seconds": data_seconds}
         if self.ema is not None:
             self.ema.update(step)
-        return figures
+        return metrics
 
-    def forward_backward(self, batch: Batch, step: int) -> Figures:
-        """Gradients of the mean loss over the global batch; returns figures whose mean over ranks counts."""
+    def forward_backward(self, batch: Batch, step: int) -> Metrics:
+        """Gradients of the mean loss over the global batch; returns metrics whose mean over ranks counts."""
         accumulate, first = self.cfg.accumulate, distributed.rank() * self.cfg.accumulate
         if batch["target"].shape[0] != self.cfg.batch_size:
             raise DigitError(f"batch {step} has {batch['target'].shape[0]} rows, batch_size is {self.cfg.batch_size}")
         batch = batch | self.noise(batch, step)
-        totals: Figures = {}
+        totals: Metrics = {}
         for i, piece in enumerate(parallel.slices(batch, self.pieces)[first : first + accumulate]):
             self.seed(step, first + i)
             share = self.share(batch, piece) / accumulate
@@ -123,9 +123,9 @@ class LikelihoodUpdate:
             last = i + 1 == accumulate  # ranks meet once a step
             with nullcontext() if last else parallel.without_exchange(self.objective):
                 with autocast(self.cfg.precision, self.device):
-                    loss, figures = self.objective(piece, label_smoothing=self.cfg.label_smoothing)
+                    loss, metrics = self.objective(piece, label_smoothing=self.cfg.label_smoothing)
                 self.scaler.scale(loss * share).backward()
-            for name, value in {**figures, "loss": loss}.items():
+            for name, value in {**metrics, "loss": loss}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
                 totals[name] = totals.get(name, 0.0) + value * share
         return totals
@@ -151,8 +151,8 @@ class LikelihoodUpdate:
         else:
             torch.manual_seed(seed)
 
-    def optimizer_step(self, step: int, figures: Figures) -> Figures:
-        """Clip, step, forget the gradients; returns the figures with grad_norm, and skipped where that may be.
+    def optimizer_step(self, step: int, metrics: Metrics) -> Metrics:
+        """Clip, step, forget the gradients; returns the metrics with grad_norm, and skipped where that may be.
 
         Under fp16 an overflowing step is skipped and counted. Otherwise one whose gradients are not finite is skipped
         as often as the config allows. Raises NotFiniteError, nothing moved, beyond that.
@@ -161,21 +161,21 @@ class LikelihoodUpdate:
         norm = clip_gradients(self.parameters, self.cfg.max_norm)
         if self.scaler.is_enabled():
             overflow = ~norm.isfinite()
-            figures = figures | {"grad_norm": norm.masked_fill(overflow, 0.0), "skipped": overflow.float()}
+            metrics = metrics | {"grad_norm": norm.masked_fill(overflow, 0.0), "skipped": overflow.float()}
         elif self.looks and not norm.isfinite():
-            figures = self.skip(step, figures | {"grad_norm": norm})
+            metrics = self.skip(step, metrics | {"grad_norm": norm})
         else:
-            figures = figures | {"grad_norm": norm} | ({"skipped": 0.0} if self.cfg.max_skipped else {})
-        if self.scaler.is_enabled() or not figures.get("skipped"):
+            metrics = metrics | {"grad_norm": norm} | ({"skipped": 0.0} if self.cfg.max_skipped else {})
+        if self.scaler.is_enabled() or not metrics.get("skipped"):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return figures
+        return metrics
 
-    def skip(self, step: int, figures: Figures) -> Figures:
+    def skip(self, step: int, metrics: Metrics) -> Metrics:
         """Leave an update out, while the config allows it."""
         if self.skipped.number >= self.cfg.max_skipped:
-            raise NotFiniteError(step + 1, figures)
+            raise NotFiniteError(step + 1, metrics)
         self.skipped.number += 1
         if distributed.is_main():
             left = f"{self.skipped.number} of at most {self.cfg.max_skipped}"
@@ -191,7 +191,7 @@ class LikelihoodUpdate:
             model.to(self.device)
 
 
-def train_likelihood(
+def train_sequence_model(
     model: nn.Module,
     batches: Callable[[int], Batch],
     cfg: TrainConfig,
@@ -206,32 +206,32 @@ def train_likelihood(
 
     `batches(step)` gives the global batch as keywords of `model.loss`: target (B, M) int64 and, where the model has
     them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch, label_smoothing=...)`
-    returns the mean loss, (), and a dict of figures; a model with a `noise(batch, generator)` gets what that draws as
+    returns the mean loss, (), and a dict of metrics; a model with a `noise(batch, generator)` gets what that draws as
     further keywords. Put the model on its device first. `batches.rows(step)`, where there is such a method, names the
     rows of a batch that fails. `validate(model)` sees the model (under fsdp a copy that is cut up, on all ranks) in
     eval mode, with the averaged weights in it if there is an average.
     `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) puts the share of the
     hardware's peak, `mfu`, into the log.
 
-    Returns the model and the last logged figures. The model is then in eval mode and holds the average of its weights
+    Returns the model and the last logged metrics. The model is then in eval mode and holds the average of its weights
     if `cfg.ema_decay` is set, else the last weights. Raises what `digit.training.loop.train` raises.
     """
-    update = LikelihoodUpdate(model, batches, cfg)
+    update = SequenceUpdate(model, batches, cfg)
     update.model.train()
 
     def validate_average(step: int) -> dict[str, float]:
         update.model.eval()
         with torch.no_grad(), update.ema.applied() if update.ema else nullcontext():
-            figures = validate(update.model)
+            metrics = validate(update.model)
         parallel.cut_again(update.model)
         update.model.train()
-        return figures
+        return metrics
 
     checked = validate_average if validate is not None else None
     peak = None if flops_per_image is None else peak_flops(update.device) * distributed.world_size() / flops_per_image
-    figures = train(
+    metrics = train(
         update, update.state(), cfg, out,
         about=about, validate=checked, batches=batches, peak_images_per_second=peak, description=description,
     )  # fmt: skip
     update.finish(model)
-    return model.eval(), figures
+    return model.eval(), metrics

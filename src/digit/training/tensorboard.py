@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 
-class Board:
+class TensorBoardWriter:
     """Curves of one run in a folder, within a context. Raises OSError where the disk fails.
 
     Args:
@@ -40,9 +40,9 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, figures: dict[str, float], step: int) -> None:
+    def add(self, metrics: dict[str, float], step: int) -> None:
         """One point of each curve."""
-        values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(step=step, summary=self._summaries.Summary(value=values))
 
     def sync(self) -> None:

@@ -31,7 +31,7 @@ from digit.runtime.files import write_json
 from digit.runtime.hardware import multiplies_bf16
 from digit.training.config import LoopConfig
 from digit.training.ema import EMA
-from digit.training.ema_codebook import LivingCodebook, flat_features, sum_over_ranks
+from digit.training.ema_codebook import EMACodebook, flat_features, sum_over_ranks
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 
@@ -134,7 +134,7 @@ class VQGANTrainer:
             raise DigitError(f"the batch_size {cfg.batch_size} of a VQGAN cannot be cut into {processes} equal pieces")
         self.cfg, self.batches = cfg, batches
         self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
-        self.codebook = LivingCodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
+        self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))
@@ -164,35 +164,35 @@ class VQGANTrainer:
         return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """One update of everything; returns the step's figures, 0-d tensors."""
+        """One update of everything; returns the step's metrics, 0-d tensors."""
         cfg, generator = self.cfg, torch.Generator().manual_seed(step_seed(self.cfg.seed, step))
         schedule = {"num_steps": cfg.num_steps, "warmup_steps": cfg.warmup_steps}
         set_lr(self.optimizer, cosine(step, cfg.learning_rate, **schedule))
         set_lr(self.discriminator_optimizer, cosine(step, cfg.discriminator_learning_rate, **schedule))
         images = self.batches(step).chunk(distributed.world_size())[distributed.rank()].to(self.codebook.weight.device)
         images = images.contiguous(memory_format=torch.channels_last).float() / 255
-        fakes, figures = self.update_vqgan(images, step, generator)
+        fakes, metrics = self.update_vqgan(images, step, generator)
         if self.is_adversarial(step):
-            figures["discriminator_loss"] = self.update_discriminator(images, fakes)
+            metrics["discriminator_loss"] = self.update_discriminator(images, fakes)
         self.average.update(step)
-        return figures
+        return metrics
 
     def is_adversarial(self, step: int) -> bool:
         return self.cfg.adversarial_weight > 0 and step >= self.cfg.adversarial_start
 
     def update_vqgan(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encoder, codebook and decoder; returns the reconstruction without its graph, and figures."""
-        reconstruction, commitment, figures = self.reconstruct(images, step, generator)
+        """Encoder, codebook and decoder; returns the reconstruction without its graph, and metrics."""
+        reconstruction, commitment, metrics = self.reconstruct(images, step, generator)
         output = reconstruction.detach().requires_grad_()  # the losses' graphs end here: each is walked once
         gradient, values = self.reconstruction_gradient(output, images, generator)
-        figures |= values
+        metrics |= values
         if self.is_adversarial(step):
             extra, values = self.adversarial_gradient(output, reconstruction, gradient, step)
-            gradient, figures = gradient + extra, figures | values
+            gradient, metrics = gradient + extra, metrics | values
         surrogate = (reconstruction * gradient).sum()  # its gradient at the reconstruction is `gradient`
         (surrogate + self.cfg.commitment_weight * commitment).backward()
-        figures["grad_norm"] = self.apply(self.optimizer, self.weights)
-        return output.detach(), figures
+        metrics["grad_norm"] = self.apply(self.optimizer, self.weights)
+        return output.detach(), metrics
 
     def apply(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Average the gradients over the ranks, clip, step; returns the gradient norm."""
@@ -204,7 +204,7 @@ class VQGANTrainer:
         return norm
 
     def reconstruct(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, dict]:
-        """Reconstruction (B, 3, S, S), commitment loss (0 before codebook_start) and figures."""
+        """Reconstruction (B, 3, S, S), commitment loss (0 before codebook_start) and metrics."""
         if step < self.cfg.codebook_start:
             with self.autocast():
                 z = self.vqgan.encoder(images)
@@ -217,10 +217,10 @@ class VQGANTrainer:
         codes = self.vqgan.quantize.lookup(tokens.view(len(z), *z.shape[-2:]))
         commitment = F.mse_loss(z.float(), codes.detach())
         self.codebook.update(flat_features(z), tokens.flatten())
-        figures = {"commitment": commitment.detach()}
+        metrics = {"commitment": commitment.detach()}
         if step % self.cfg.restart_every == 0 and step < 0.9 * self.cfg.num_steps:
-            figures["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
-        return reconstruction.float(), commitment, figures
+            metrics["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
+        return reconstruction.float(), commitment, metrics
 
     def restart_dead(self, features: Tensor, step: int, generator: torch.Generator) -> float:
         """Put dead codes on features (n, C) and return their number; warns once where that does not help."""
@@ -237,19 +237,19 @@ class VQGANTrainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradient (B, 3, S, S) at the decoder's output of reconstruction and perceptual terms, and their values."""
         l1, l2 = F.l1_loss(output, images), F.mse_loss(output, images)
-        loss, figures = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
+        loss, metrics = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
         if self.perceptual is not None:
             window = random_window(output.shape[-1], self.cfg.perceptual_crop, generator)
             with self.autocast():
                 distance = self.perceptual(output[..., *window], images[..., *window]).mean()
             loss = loss + self.cfg.perceptual_weight * distance
-            figures["perceptual"] = distance.detach()
-        return torch.autograd.grad(loss, output)[0], figures
+            metrics["perceptual"] = distance.detach()
+        return torch.autograd.grad(loss, output)[0], metrics
 
     def adversarial_gradient(
         self, output: Tensor, reconstruction: Tensor, gradient: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted gradient (B, 3, S, S) of the adversarial term at the decoder's output, and its figures."""
+        """Weighted gradient (B, 3, S, S) of the adversarial term at the decoder's output, and its metrics."""
         self.discriminator.requires_grad_(False)
         with self.autocast():
             loss = -self.discriminator(output).float().mean()  # hinge: the generator wants high scores
@@ -261,8 +261,8 @@ class VQGANTrainer:
         sum_over_ranks(at_last, divide=True)
         balance = adaptive_weight(*at_last)
         ramp = min(1.0, (step - self.cfg.adversarial_start + 1) / max(1, self.cfg.adversarial_ramp))
-        figures = {"adversarial": loss.detach(), "adaptive_weight": balance}
-        return ramp * self.cfg.adversarial_weight * balance * fooled, figures
+        metrics = {"adversarial": loss.detach(), "adaptive_weight": balance}
+        return ramp * self.cfg.adversarial_weight * balance * fooled, metrics
 
     def update_discriminator(self, images: Tensor, fakes: Tensor) -> Tensor:
         with self.autocast():
@@ -287,11 +287,11 @@ def train_vqgan(
 
     `batches(step)` gives uint8 (B, 3, S, S), a function of the step alone. From existing weights (fine-tuning) set
     codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` takes the place of the trunk that
-    `cfg` names; cfg.perceptual encoder needs it. Returns evaluate_vqgan's figures on batches past the last step, also
+    `cfg` names; cfg.perceptual encoder needs it. Returns evaluate_vqgan's metrics on batches past the last step, also
     written to OUT/metrics.json.
     """
     trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
-    train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.config.to_dict(), description="vqgan")
+    train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.cfg.to_dict(), description="vqgan")
     trainer.average.copy_to_model()
     metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
     if distributed.is_main():
@@ -301,7 +301,7 @@ def train_vqgan(
 
 @torch.no_grad()
 def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "b 3 s s"]]) -> dict[str, Any]:
-    """Reconstruction figures over uint8 batches (B, 3, S, S).
+    """Reconstruction metrics over uint8 batches (B, 3, S, S).
 
     psnr: mean over images, dB, of the output clamped and rounded to 8 bits; usage: fraction of codes chosen at least
     once, dead_codes: how many were not (few images cannot choose all of them: 64 tokens an image); perplexity: exp of
@@ -309,7 +309,7 @@ def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "b 3 s s"]]) ->
     """
     training, device = vqgan.training, vqgan.quantize.embedding.weight.device
     vqgan.eval()
-    counts, psnr = torch.zeros(vqgan.config.vocab_size, dtype=torch.int64), []
+    counts, psnr = torch.zeros(vqgan.cfg.vocab_size, dtype=torch.int64), []
     for batch in batches:
         images = batch.to(device).float() / 255
         tokens = vqgan.encode(images)[1]

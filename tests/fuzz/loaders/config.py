@@ -159,7 +159,9 @@ def work_taken_out() -> Iterator[None]:
         return name
 
     def used(run: Any) -> None:
-        run.recipe.sequence_config("prior", disc_vocab=8, disc_len=4, vq_vocab=8, vq_len=4, num_classes=2)
+        run.recipe.sequence_config(
+            "prior", discriminative_vocab_size=8, discriminative_len=4, vq_vocab_size=8, vq_len=4, num_classes=2
+        )
 
     nothing = mock.MagicMock(name="nothing")
     with contextlib.ExitStack() as stack:

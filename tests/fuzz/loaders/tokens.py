@@ -15,7 +15,7 @@ from digit.data.tokens import TokenStore
 from ..mutate import STRANGE, damage, json_bytes, strange_json
 
 ROWS, CLASSES = 6, ["a", "b"]
-LENGTHS = {"disc": (4, 50), "vq": (9, 300)}  # name: (tokens a row, vocabulary)
+LENGTHS = {"discriminative": (4, 50), "vq": (9, 300)}  # name: (tokens a row, vocabulary)
 DTYPES = ("<u2", ">u2", "<i2", "<i4", "<i8", "<f4", "|u1", "|b1", "<U3", "|O", "|V2", "<M8[s]", "<u2, <u2")
 
 
@@ -35,7 +35,7 @@ class TokensLoader:
                 (folder / name).write_bytes(data)
 
     def _change(self, files: dict[str, bytes | None], rng: random.Random) -> None:
-        array = rng.choice(("disc.npy", "vq.npy", "labels.npy"))
+        array = rng.choice(("discriminative.npy", "vq.npy", "labels.npy"))
         deed = rng.random()
         if deed < 0.4:
             manifest = json.loads(store(rng.random() < 0.2)["manifest.json"])
@@ -58,7 +58,7 @@ class TokensLoader:
         rows = len(opened)
         read = opened.batches(4, seed=0)
         batches = [opened.batch(slice(None)), opened.batch([0, rows - 1]), *(read(step) for step in range(3))]
-        for name in ("disc", "vq"):
+        for name in ("discriminative", "vq"):
             layout = opened.manifest[name]
             assert (layout is None) == (getattr(opened, name) is None), "tokens without a layout"
             for batch in batches if layout else ():
@@ -67,7 +67,7 @@ class TokensLoader:
                 assert tokens.min() >= 0 and tokens.max() < layout["vocab_size"], f"a token of {name} outside its range"
         labels, classes = batches[0]["labels"], opened.manifest["classes"]
         assert labels.min() >= -1 and labels.max() < max(1, len(classes)), "a label outside its range"
-        whole = {f"{name}.npy": getattr(opened, name) for name in ("disc", "vq") if opened.manifest[name]}
+        whole = {f"{name}.npy": getattr(opened, name) for name in ("discriminative", "vq") if opened.manifest[name]}
         for name, stated in (opened.manifest.get("crc32") or {}).items():
             assert f"{name}.npy" not in whole or zlib.crc32((folder / f"{name}.npy").read_bytes()) == stated, "flipped"
         assert isinstance(opened.manifest["source"]["fingerprint"], str)

@@ -296,8 +296,8 @@ def test_a_killed_fit_goes_on_to_the_same_centroids(tmp_path, every_iteration, d
         assert [left.name for left in tmp_path.iterdir()] == ["k.safetensors"]
         assert stream.passes == len(whole.history_) + 1 - iteration
         assert torch.equal(again.centroids_, whole.centroids_) and torch.equal(again.counts_, whole.counts_)
-        figures = [[{k: v for k, v in e.items() if k != "seconds"} for e in fit.history_] for fit in (again, whole)]
-        assert figures[0] == figures[1]
+        metrics = [[{k: v for k, v in e.items() if k != "seconds"} for e in fit.history_] for fit in (again, whole)]
+        assert metrics[0] == metrics[1]
 
 
 @pytest.mark.parametrize(("in_pass", "said"), [(1, "no iteration is"), (2, "0 of"), (5, "3 of"), (8, "6 of")])

@@ -51,8 +51,8 @@ class KMeans:
     `streamed_`, whether the points had to be streamed anew each iteration.
     """
 
-    def __init__(self, config: KMeansConfig):
-        self.config = config
+    def __init__(self, cfg: KMeansConfig):
+        self.cfg = cfg
 
     @torch.no_grad()
     def fit(
@@ -73,11 +73,11 @@ class KMeans:
         """
         with StopSignals() if unfinished else nullcontext() as signals:
             self._shares = Shares(across_ranks, signals)
-            self._fit(open_points(features, self.config, self._shares), unfinished)
+            self._fit(open_points(features, self.cfg, self._shares), unfinished)
         return self
 
     def _fit(self, points: Points, unfinished: UnfinishedFit | None) -> None:
-        cfg = self.config
+        cfg = self.cfg
         if cfg.num_clusters > points.num_rows:
             raise DigitError(
                 f"k-means wants {cfg.num_clusters} clusters but got {points.num_rows} points: give more images or a "
@@ -111,16 +111,16 @@ class KMeans:
         """Where the fit was cut short, or its beginning."""
         sample = points.take_start()  # (s, D)
         if unfinished:
-            request = asdict(self.config) | {"device": None, "points": points.num_rows, "dim": sample.shape[1]}
+            request = asdict(self.cfg) | {"device": None, "points": points.num_rows, "dim": sample.shape[1]}
             if found := unfinished.load({"kmeans": request}, self._shares):
                 return replace(found, centroids=found.centroids.to(sample), shift=found.shift.to(sample))
         shift = sample.mean(0, dtype=torch.float64).float()  # (D,); centred features round less in bfloat16
-        centroids = _start_centroids(sample.sub_(shift), self.config)  # (K, D)
-        return State(centroids, shift, np.random.default_rng([self.config.seed, 2]))
+        centroids = _start_centroids(sample.sub_(shift), self.cfg)  # (K, D)
+        return State(centroids, shift, np.random.default_rng([self.cfg.seed, 2]))
 
     def _iterate(self, points: Points, state: State, bar: Progress) -> None:
         """One of Lloyd's iterations."""
-        cfg, began, centroids, history = self.config, time.perf_counter(), state.centroids, state.history
+        cfg, began, centroids, history = self.cfg, time.perf_counter(), state.centroids, state.history
         previous, distance = math.inf, 0.0
         if history:
             previous, distance = history[-1]["inertia"], history[-1]["inertia"] / history[-1]["points"]

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, require, twin
 from digit.training.ssl.views import ViewConfig, random_views
 
@@ -88,12 +88,12 @@ class DINO(Method):
 
     def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         large, small = self.cfg.views, replace(self.cfg.views, scale=self.cfg.local_scale)
-        patch = self.vit.config.patch_size
+        patch = self.vit.cfg.patch_size
         half = max(patch, self.size // 2 // patch * patch)
         wanted = [(self.size, large)] * 2 + [(half, small)] * self.cfg.num_local_views
         return [random_views(images, size, cfg, generator) for size, cfg in wanted]
 
-    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         large, small = torch.cat(views[:2]), views[2:]  # (2 B, 3, S, S)
         with torch.no_grad():
             outputs = self.teacher_head(encode(self.teacher, embed(self.teacher, large))[0])

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.ssl.dino import DINO, DINOConfig, used
 from digit.training.ssl.method import embed, encode, require
 
@@ -45,17 +45,17 @@ class IBOT(DINO):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.dim))
         self.register_buffer("patch_centre", torch.zeros(cfg.num_prototypes))
 
-    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         large, small = torch.cat(views[:2]), views[2:]  # (2 B, 3, S, S)
-        masked = draw_masked(len(large), self.vit.config.table_side, self.cfg, generator).to(large.device)  # (2 B, N)
+        masked = random_masked(len(large), self.vit.cfg.table_side, self.cfg, generator).to(large.device)  # (2 B, N)
         class_targets, patch_targets = self.targets(large, masked)
         first, patches = encode(self.vit, embed(self.vit, large, masked, self.mask_token))
         firsts = [*first.chunk(2), *self.small_views(small)]
         class_loss = self.distil(class_targets.chunk(2), [self.head(x) for x in firsts])
         patch_loss = self.patch_loss(patch_targets, self.head(patches[masked]), masked)
-        figures = {"class_loss": class_loss, "patch_loss": patch_loss}
-        figures |= {"prototypes": used(class_targets), "patch_prototypes": used(patch_targets)}
-        return class_loss + patch_loss, figures
+        metrics = {"class_loss": class_loss, "patch_loss": patch_loss}
+        metrics |= {"prototypes": used(class_targets), "patch_prototypes": used(patch_targets)}
+        return class_loss + patch_loss, metrics
 
     @torch.no_grad()
     def targets(self, images: Tensor, masked: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class IBOT(DINO):
         return (weights * self.cross_entropy(targets, outputs)).sum() / (counts > 0).sum()
 
 
-def draw_masked(num: int, side: int, cfg: IBOTConfig, generator: torch.Generator) -> Bool[Tensor, "B N"]:
+def random_masked(num: int, side: int, cfg: IBOTConfig, generator: torch.Generator) -> Bool[Tensor, "B N"]:
     """Masks in blobs for the fraction `masked_views` of the views, round(ratio * N) patches each.
 
     The paper cuts blocks (BEiT's) until enough is hidden; here the lowest places of smoothed noise are, so that the

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.models.vit import Block, ViT, ViTConfig
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.ssl.method import Method, embed, encode, initialise, require, sine_positions
 from digit.training.ssl.views import ViewConfig, random_views
 
@@ -48,12 +48,12 @@ class MAE(Method):
 
     def __init__(self, vit: ViT, cfg: MAEConfig):
         super().__init__(vit)
-        self.cfg, dim, side = cfg, cfg.decoder_dim, vit.config.table_side
+        self.cfg, dim, side = cfg, cfg.decoder_dim, vit.cfg.table_side
         shape = ViTConfig(embed_dim=dim, num_heads=cfg.decoder_heads, layer_scale=False)
         self.decoder_embed = nn.Linear(vit.dim, dim)
         self.decoder_blocks = nn.ModuleList(Block(shape) for _ in range(cfg.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim)
-        self.decoder_out = nn.Linear(dim, 3 * vit.config.patch_size**2)
+        self.decoder_out = nn.Linear(dim, 3 * vit.cfg.patch_size**2)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.register_buffer("decoder_positions", sine_positions(side, dim))
         initialise(self, vit)
@@ -61,12 +61,12 @@ class MAE(Method):
     def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         return [random_views(images, self.size, self.cfg.views, generator)]
 
-    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         (images,) = views
-        visible, hidden = draw_hidden(len(images), self.vit.config.table_side**2, self.cfg.mask_ratio, generator)
+        visible, hidden = random_hidden(len(images), self.vit.cfg.table_side**2, self.cfg.mask_ratio, generator)
         visible, hidden = visible.to(images.device), hidden.to(images.device)
         painted = self.decode(self.encode_visible(images, visible), visible, hidden)
-        target = normalised_patches(images, self.vit.config.patch_size)
+        target = normalised_patches(images, self.vit.cfg.patch_size)
         return F.mse_loss(painted.float(), torch.take_along_dim(target, hidden[..., None], dim=1)), {}
 
     def encode_visible(self, images: Tensor, visible: Int64[Tensor, "B V"]) -> Float[Tensor, "B V+1 D"]:
@@ -88,7 +88,7 @@ class MAE(Method):
         return self.decoder_out(self.decoder_norm(x))
 
 
-def draw_hidden(
+def random_hidden(
     num_images: int, num_patches: int, ratio: float, generator: torch.Generator
 ) -> tuple[Int64[Tensor, "B V"], Int64[Tensor, "B N-V"]]:
     """(visible, hidden) patch numbers, drawn for each image; int(N (1 - ratio)) are visible, as in MAE's code."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.vit import ViT
-from digit.training.log import Figures
+from digit.training.log import Metrics
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -30,7 +30,7 @@ class Method(nn.Module, ABC):
     @property
     def size(self) -> int:
         """Side in pixels of the views: that of the position table."""
-        return self.vit.config.table_side * self.vit.config.patch_size
+        return self.vit.cfg.table_side * self.vit.cfg.patch_size
 
     @property
     def result(self) -> ViT:
@@ -42,8 +42,8 @@ class Method(nn.Module, ABC):
         """What `loss` sees: one or more views of each image, float32 in 0..1; the caller normalises them."""
 
     @abstractmethod
-    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
-        """The loss, (), and figures for the log; `progress` runs from 0 to 1 over the run."""
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
+        """The loss, (), and metrics for the log; `progress` runs from 0 to 1 over the run."""
 
     def end_step(self, progress: float) -> None:
         """Called after the optimizer: where a momentum network follows."""
@@ -53,7 +53,7 @@ def embed(
     vit: ViT, images: Tensor, masked: Bool[Tensor, "B N"] | None = None, mask_token: Tensor | None = None
 ) -> Float[Tensor, "B N D"]:
     """Patches with their positions; those that are `masked` hold `mask_token` (1, 1, D) instead of their content."""
-    side = images.shape[-1] // vit.config.patch_size
+    side = images.shape[-1] // vit.cfg.patch_size
     patches = vit.patch_embed(images)  # (B, N, D)
     if masked is not None:
         patches = torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
@@ -80,7 +80,7 @@ def initialise(module: nn.Module, vit: ViT | None = None) -> None:
     if vit is not None:
         nn.init.normal_(vit.cls_token, std=0.02)
         with torch.no_grad():
-            vit.pos_embed.copy_(sine_positions(vit.config.table_side, vit.dim))
+            vit.pos_embed.copy_(sine_positions(vit.cfg.table_side, vit.dim))
 
 
 def sine_positions(side: int, dim: int) -> Float[Tensor, "1 N+1 D"]:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from digit.models.vit import ViT
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, require, twin
 from digit.training.ssl.views import ViewConfig, random_views
 
@@ -61,7 +61,7 @@ class MoCo(Method):
     def views(self, images: Tensor, generator: torch.Generator) -> list[Tensor]:
         return [random_views(images, self.size, self.cfg.views, generator) for _ in range(2)]
 
-    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Figures]:
+    def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         q = [self.predictor(self.projector(first)) for first in self.class_tokens(self.vit, views)]  # 2 x (B, d)
         with torch.no_grad():
             k = [self.twin_projector(first) for first in self.class_tokens(self.twin_vit, views)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from digit.models.vit import ViT
 from digit.training.config import LoopConfig
-from digit.training.log import Figures
+from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 from digit.training.sequence import autocast
@@ -87,7 +87,7 @@ class SSLUpdate:
         """The state at step 0, of the objects that a checkpoint must hold."""
         return TrainState(0, {"method": self.method, "optimizer": self.optimizer})
 
-    def __call__(self, step: int) -> Figures:
+    def __call__(self, step: int) -> Metrics:
         cfg, progress = self.cfg, step / self.cfg.num_steps
         lr = set_lr(self.optimizer, cosine(step, cfg.learning_rate, cfg.num_steps, cfg.warmup_steps))
         generator = torch.Generator().manual_seed(step_seed(cfg.seed, step))
@@ -97,13 +97,13 @@ class SSLUpdate:
         views = self.method.views(images.to(self.device, non_blocking=True), generator)
         views = [(view - self.mean) / self.std for view in views]
         with autocast(cfg.precision, self.device):
-            loss, figures = self.method.loss(views, generator, progress)
+            loss, metrics = self.method.loss(views, generator, progress)
         loss.backward()
         norm = clip_gradients(self.parameters, cfg.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.end_step(progress)
-        return {"loss": loss, **figures, "grad_norm": norm, "lr": lr, "data_seconds": data_seconds}
+        return {"loss": loss, **metrics, "grad_norm": norm, "lr": lr, "data_seconds": data_seconds}
 
 
 def build_optimizer(parameters: list[nn.Parameter], cfg: SSLConfig) -> torch.optim.AdamW:
@@ -143,7 +143,7 @@ def train_ssl(
     Raises what `digit.training.loop.train` raises.
     """
     method = build_method(name, vit, method_cfg, cfg.seed).train()
-    about = (about or {}) | {"method": name, "settings": asdict(method_cfg), "vit": asdict(vit.config)}
+    about = (about or {}) | {"method": name, "settings": asdict(method_cfg), "vit": asdict(vit.cfg)}
     update = SSLUpdate(method, batches, cfg, normalisation)
     train(update, update.state(), cfg, out, about=about, description=name)
     return method.result.eval()

@@ -10,7 +10,7 @@ DIGITS = 6  # significant digits in JSON
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class Measurement:
     """A case of the benchmark."""
 
     part: str
