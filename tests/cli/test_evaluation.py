@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from cli.test_cli import fails
 from tiny import tiny_recipe
 
+from cli.test_cli import fails
 from digit.cli import main
 from digit.cli.arguments import bracketed
 from digit.runs.fit import Run, fit

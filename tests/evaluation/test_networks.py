@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.test_efficientnet import LITE2, foreign_state, need_weights, released_network
-from models.test_inception import released_state
 
 from digit.convert.efficientnet import read_classifier
 from digit.convert.inception import load_inception
@@ -15,6 +13,8 @@ from digit.errors import DigitError
 from digit.evaluation.networks import INCEPTION_METRICS, load_judge_network
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, collect_judged, judge_input
 from digit.tokenizers.encoders import EncoderConfig, load_encoder
+from models.test_efficientnet import LITE2, foreign_state, need_weights, released_network
+from models.test_inception import released_state
 
 # as of the release of fd_efficientnet_lite2; folders of pipelines carry such fingerprints
 LITE2_FINGERPRINT = "87b2a0cb2828187416d201fa60a5fabc713566d9b7156051f77967fd2fa63125"

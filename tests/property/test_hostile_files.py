@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from fuzz.loaders.cfg import laughs
 from PIL import Image
 
 from digit.convert.fairseq import load_fairseq
@@ -29,6 +28,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json
+from fuzz.loaders.config import laughs
 from fuzz.loaders.tokens import store
 
 

@@ -82,7 +82,7 @@ def notes(planner: Planner) -> list[str]:
     if machine.gpu:
         training = GPU_SHARES["training"][1]
         lines.append(
-            f"shares of the peaks ({training:.2f} of bf16 in training, {GPU_SAMPLING:.2f} of bandwidth in sampling, ..) "
+            f"shares of the peaks ({training:.2f} of bf16 in training, {GPU_SAMPLING:.2f} of bandwidth in sampling) "
             f"and ${machine.price:.2f} an hour are assumed, not measured by us: expect a factor of two"
         )
     else:

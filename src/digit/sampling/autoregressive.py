@@ -61,7 +61,8 @@ class NextTokenSampler(Sampler):
         cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
         dtype: compute in this type, e.g. torch.bfloat16 (2 to 4 times as fast on CPUs with AVX-512 bf16).
         micro_batch_size: images computed together (twice the rows with guidance); default 64. A short micro-batch
-            costs as much as a full one. Another micro_batch_size, dtype or device may round differently and so draw another token.
+            costs as much as a full one. Another micro_batch_size, dtype or device may round differently and so give
+            another token.
         stage: names the stream of random numbers; default "renderer" for a model with prefix, else "prior".
         use_cache: off recomputes every position for every token (tests).
         fixed_shapes: steps of shapes that never change, recorded as CUDA graphs on a GPU (its default).

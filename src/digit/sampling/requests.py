@@ -3,7 +3,8 @@
 Matrix kernels choose their order of summation by the number of rows, so that an image drawn alone and the same image
 drawn among others could differ in the last bit, and from then on in its tokens. Every micro-batch therefore has
 exactly `micro_batch_size` rows; a short one is filled up with copies of its last row. Measured on CPU (torch 2.13, MKL
-and oneDNN): within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and bfloat16.
+and oneDNN): within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and
+bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
