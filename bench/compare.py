@@ -99,7 +99,7 @@ def faiss_row(points: Points, device: torch.device, repeats: int) -> Comparison:
     import faiss
 
     x, fits = kmeans.random_points(points, device), {}
-    start = open_points(x, kmeans.config(points)).take_start()[: points.clusters].cpu().numpy()
+    start = open_points(x, kmeans.kmeans_config(points)).take_start()[: points.clusters].cpu().numpy()
     table = x.cpu().numpy()
 
     def theirs() -> None:
@@ -129,7 +129,7 @@ def faiss_row(points: Points, device: torch.device, repeats: int) -> Comparison:
 
 
 def fit_ours(points: Points, x: Tensor, fits: dict[str, Tensor]) -> None:
-    fits["ours"] = KMeans(kmeans.config(points)).fit(x).centroids_
+    fits["ours"] = KMeans(kmeans.kmeans_config(points)).fit(x).centroids_
 
 
 def total_distance(x: Tensor, centroids: Tensor) -> float:
@@ -145,7 +145,7 @@ def compare_sklearn(size: Size, device: torch.device, repeats: int) -> Rows:
     points = replace(size.points[0], iterations=MINIBATCH_PASSES)
     x, fits = kmeans.random_points(points, device), {}
     table = x.cpu().numpy()
-    start = open_points(x, kmeans.config(points)).take_start()[: points.clusters].cpu().numpy()
+    start = open_points(x, kmeans.kmeans_config(points)).take_start()[: points.clusters].cpu().numpy()
     cfg = dict(n_clusters=points.clusters, init=start, n_init=1, batch_size=min(MINIBATCH_SIZE, points.num))
     cfg |= dict(max_iter=MINIBATCH_PASSES, max_no_improvement=None, tol=0.0, compute_labels=False)
 
@@ -163,7 +163,7 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
     """The prior's decoding against GPT-2's `generate` with its cache, both drawing among the 200 likeliest."""
     import transformers
 
-    cfg, targets = size.cfg("prior"), {"fp32": 1.5, "bf16": 2.5}
+    cfg, targets = size.sequence_config("prior"), {"fp32": 1.5, "bf16": 2.5}
     for precision in size.precisions:
         dtype = PRECISIONS[precision]
         draw = sampler(size.model("prior", device), size.batch, StageSampling(top_k=TOP_K), dtype)
@@ -187,7 +187,7 @@ def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], T
     """GPT-2 in the prior's shape, drawing as many tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    cfg = size.cfg("prior")
+    cfg = size.sequence_config("prior")
     shape = dict(n_layer=cfg.depth, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_positions=cfg.target_len + 1)
     cfg = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
     model = GPT2LMHeadModel(cfg).to(device, dtype).eval()

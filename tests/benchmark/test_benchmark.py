@@ -78,14 +78,14 @@ def counted(monkeypatch):
 
 def test_training_floor_is_the_work_that_mfu_counts(counted):
     for name in ("prior", "renderer"):
-        cfg = micro().cfg(name)
+        cfg = micro().sequence_config(name)
         floor = counted(floors.training(cfg, 3, CPU, torch.float32))
         skipped = 6 * 2 * 9 * cfg.embed_dim**2 * 3 * cfg.prefix_len  # last block: no rows of the prefix past attention
         assert floor == 3 * training_flops(cfg) - (skipped / 2 if cfg.prefix_len else 0)
 
 
 def test_decoding_floor_grows_with_the_cache(counted):
-    cfg = micro().cfg("prior")
+    cfg = micro().sequence_config("prior")
     linears = 12 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
     attention = 2 * cfg.depth * cfg.embed_dim * sum(range(1, cfg.target_len + 1))
     assert counted(floors.decoding(cfg, 2, CPU, torch.float32)) == 2 * 2 * (cfg.target_len * linears + attention)
@@ -101,7 +101,7 @@ def test_encoding_floor_counts_every_image(counted):
 
 
 def test_refining_and_distance_floors(counted):
-    cfg = micro().cfg("renderer_masked")
+    cfg = micro().sequence_config("renderer_masked")
     length = cfg.prefix_len + 1 + cfg.target_len
     passes = counted(floors.refining(cfg, 2, 3, CPU, torch.float32))
     assert passes == 3 * counted(floors.refining(cfg, 2, 1, CPU, torch.float32))
@@ -197,9 +197,9 @@ def test_profiles_name_operators(tmp_path):
 
 def test_sizes_hold_the_shapes_that_are_asked_for():
     base, small = SIZES["base"](), get_size(None, CPU)
-    assert (small.cfg("prior").depth, small.cfg("prior").embed_dim, small.batch) == (6, 384, 8)
+    assert (small.sequence_config("prior").depth, small.sequence_config("prior").embed_dim, small.batch) == (6, 384, 8)
     assert [p.name for p in small.points] == ["200k x 768, K=1024", "1.28M x 64, K=4096"]
-    assert (base.batch, base.cfg("prior").vocab_size, base.cfg("renderer").prefix_len) == (128, 8192, 256)
+    assert (base.batch, base.sequence_config("prior").vocab_size, base.sequence_config("renderer").prefix_len) == (128, 8192, 256)
     assert base.vit.kept_blocks == 10 and base.points[0].name == "2.1M x 768, K=8192"
     assert get_size("micro", CPU, "bf16").precisions == ("bf16",)
     with pytest.raises(DigitError, match="no benchmark size"):

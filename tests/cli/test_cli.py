@@ -21,7 +21,7 @@ DATA = "shapes:num=24,size=32"
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+def cfg(tmp_path_factory) -> Path:
     """The tiny recipe as a YAML file."""
     recipe = {k: v for k, v in asdict(tiny_recipe()).items()}
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"

@@ -143,7 +143,7 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
         "import os, sys\nfrom pathlib import Path\nfrom data.test_tokens import *\n"
         "store_module.JOURNAL_EVERY_SECONDS = float(sys.argv[2])\n"
         "write(Path(sys.argv[1]), source=NoiseSource(broken=(7,)), "
-        "disc=ToyTokenizer(stop_at=6, stop=lambda: os._exit(9)))\n"
+        "discriminative=ToyTokenizer(stop_at=6, stop=lambda: os._exit(9)))\n"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
     for every, calls in (("0", 4), ("1e9", 9)):
@@ -219,7 +219,7 @@ def test_kill_while_finishing(tmp_path, monkeypatch, fail_at, broken):
 def test_left_over_journal_of_a_finished_store_is_removed(tmp_path):
     before = contents(write(tmp_path / "t").folder)
     (tmp_path / "t" / "journal.json").write_text("{}")
-    (tmp_path / "t" / "disc.partial.npy").write_text("")
+    (tmp_path / "t" / "discriminative.partial.npy").write_text("")
     untouched = ToyTokenizer()
     write(tmp_path / "t", discriminative=untouched)
     assert contents(tmp_path / "t") == before and untouched.calls == 0

@@ -24,7 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+def cfg(tmp_path_factory) -> Path:
     """The tiny recipe in fp32, without dropout, whose random numbers depend on how a batch is cut."""
     recipe = tiny_recipe()
     changes = {name: replace(getattr(recipe, name), dropout=0.0) for name in ("prior", "renderer")}

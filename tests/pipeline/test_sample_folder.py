@@ -217,7 +217,7 @@ def test_a_request_that_cannot_be_drawn_leaves_nothing(pipe, tmp_path, whole):
 
 def test_foreign_images_are_not_overwritten(pipe, tmp_path):
     (tmp_path / "00002.png").write_bytes(b"mine")
-    with pytest.raises(DigitError, match=r"holds 00002.png but no sample_folder.json: choose another --out"):
+    with pytest.raises(DigitError, match=r"holds 00002.png but no samples.json: choose another --out"):
         draw(pipe, tmp_path)
     assert contents(tmp_path) == {"00002.png": b"mine"}
 

@@ -69,7 +69,7 @@ class Size:
     repeats: int = 5
     """Rounds; K-means takes three at most."""
 
-    def config(self, name: str) -> SequenceConfig:
+    def sequence_config(self, name: str) -> SequenceConfig:
         """Configuration of the unconditional prior, renderer or renderer_masked."""
         lengths = dict(
             discriminative_vocab_size=self.recipe.kmeans.num_clusters, discriminative_len=self.discriminative_len
@@ -82,7 +82,7 @@ class Size:
     def model(self, name: str, device: torch.device) -> SequenceModel:
         """That model with random float32 weights on the device."""
         with device:
-            return SequenceModel(self.cfg(name))
+            return SequenceModel(self.sequence_config(name))
 
 
 def _third_to_last(cfg: ViTConfig) -> ViTConfig:

@@ -55,7 +55,7 @@ def token_store(rows: int, length: int, vocab_size: int) -> TokenStore:
 def time_training(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
     """The step in every precision, in turn with the others and with their floors."""
     steps = {precision: Steps(size, precision, device) for precision in size.precisions}
-    cfg = size.cfg(MODEL)
+    cfg = size.sequence_config(MODEL)
     cases: dict[str, Callable[[], Any]] = dict(steps)
     for precision in size.precisions:
         cases[f"{precision} floor"] = floors.training(cfg, size.train_batch, device, PRECISIONS[precision])
