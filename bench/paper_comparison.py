@@ -96,20 +96,20 @@ class Judge:
 
 def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> dict[str, float]:
     """What no renderer can beat: test images through the VQGAN, and real training images against the test split."""
-    tokens = run.vq.encode(images)
-    decoded = run.vq.decode(tokens)
+    tokens = run.train_vqgan().encode(images)
+    decoded = run.train_vqgan().decode(tokens)
     train, _ = real_images(run.source, run.recipe.preprocess, spread(len(run.source), 5000))
     return {
         "reconstructed_test": fd(judge.stats("reconstructed", lambda: decoded), truth),
         "real_train_5000": fd(judge.stats("train5000", lambda: train), truth),
         "psnr_db": float(image_psnr(decoded / 255, images / 255).mean()),
-        "vq_codes_used": len(tokens.unique()) / run.vq.vocab_size,
+        "vq_codes_used": len(tokens.unique()) / run.train_vqgan().vocab_size,
     }
 
 
 def golden(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor, seed: int) -> dict:
     """The AR renderer on the test images' own discriminative tokens: a perfect prior (Table 3, last rows)."""
-    pipe = run.pipeline()
+    pipe = run.make_pipeline()
     pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=250)
     stats = judge.stats(f"golden_{seed}_{len(images)}", lambda: pipe.render(pipe.tokenizer.encode(images), seed))
     return {"seed": seed, METRIC: fd(stats, truth)}
@@ -119,7 +119,7 @@ def row(
     run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int
 ) -> dict:
     """Train (or read) the models of one method, draw, and measure."""
-    pipe = run.pipeline(prior, renderer)
+    pipe = run.make_pipeline(prior, renderer)
     name = f"{renderer}_{seed}_{args.num}"
     drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, Path(args.out) / f"{renderer}_{seed}.png"))
     models = [m for m in (prior, renderer) if m]

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from digit.convert.fairseq import BLOCK, NUM_SPECIAL
-from digit.models.prior import prior_config
-from digit.models.renderer import renderer_config
 from digit.models.sequence import SequenceConfig
 from digit.models.vit import SIZES, ViT
 from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.runs.recipes import TokenSpace, digit_base
 
 POSITIONS, CODES = 1026, 8192
 
@@ -67,7 +66,8 @@ def write(out: Path) -> None:
     encoder["pretrained_encoder.mask_token"] = torch.zeros(1, 768)
     shared = encoder | {"centroids": torch.randn(768, CODES)}
     shared["centroid_norm"] = shared["centroids"].square().sum(0, keepdim=True)
-    prior, renderer = prior_config("base", vocab_size=CODES), renderer_config("base", prefix_vocab_size=CODES)
+    tokens = {"discriminative": TokenSpace(CODES, 256), "vq": TokenSpace(1024, 256)}
+    prior, renderer = (digit_base().sequence_config(name, tokens, num_classes=0) for name in ("prior", "renderer"))
     save(out / "stage1.pt", decoder(prior) | shared, prior)
     vqgan = {f"vqgan.{n}": t for n, t in VQGAN(VQGANConfig()).state_dict().items()}
     save(out / "stage2.pt", decoder(renderer) | shared | vqgan, renderer)

@@ -199,7 +199,11 @@ def test_sizes_hold_the_shapes_that_are_asked_for():
     base, small = SIZES["base"](), get_size(None, CPU)
     assert (small.sequence_config("prior").depth, small.sequence_config("prior").embed_dim, small.batch) == (6, 384, 8)
     assert [p.name for p in small.points] == ["200k x 768, K=1024", "1.28M x 64, K=4096"]
-    assert (base.batch, base.sequence_config("prior").vocab_size, base.sequence_config("renderer").prefix_len) == (128, 8192, 256)
+    assert (base.batch, base.sequence_config("prior").vocab_size, base.sequence_config("renderer").prefix_len) == (
+        128,
+        8192,
+        256,
+    )
     assert base.vit.kept_blocks == 10 and base.points[0].name == "2.1M x 768, K=8192"
     assert get_size("micro", CPU, "bf16").precisions == ("bf16",)
     with pytest.raises(DigitError, match="no benchmark size"):

@@ -17,7 +17,7 @@ DATA = "shapes:num=40,size=32"
 def run_folder(tmp_path_factory):
     run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("measured") / "run")
     fit(run)
-    run.model("vq_ar")
+    run.train_model("vq_ar")
     return run.out
 
 

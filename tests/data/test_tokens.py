@@ -107,7 +107,8 @@ def test_one_tokenizer_alone(tmp_path):
 
 
 def test_describe_of_the_tokenizer_enters_the_manifest(tmp_path):
-    from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+    from digit.tokenizers.discriminative import DiscriminativeTokenizer
+    from digit.tokenizers.kmeans.codebook import Codebook
 
     tokenizer = DiscriminativeTokenizer(PatchEncoder(), Codebook(torch.rand(8, 3)))
     store = write_tokens(tmp_path / "t", NoiseSource(), SMALL, tokenizer, None)

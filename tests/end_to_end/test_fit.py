@@ -9,7 +9,9 @@ from tiny import tiny_recipe
 from digit.errors import DigitError, MismatchError
 from digit.models.sequence import training_flops
 from digit.pipeline.pipeline import DigitPipeline, kept_tokens
-from digit.runs.fit import MODEL_NAMES, Run, differences, fit
+from digit.runs.fit import Run, fit
+from digit.runs.roles import ROLES
+from digit.runtime.files import differences
 
 DATA = "shapes:num=24,size=32"
 
@@ -91,7 +93,7 @@ def test_tokens_of_another_codebook_are_refused(run, tmp_path):
 @pytest.mark.parametrize("renderer", ["renderer_masked", "vq_ar", "vq_masked"])
 def test_masked_renderer_and_baselines_train_and_draw(run, renderer):
     prior = "prior" if renderer == "renderer_masked" else None
-    pipe = run.pipeline(prior, renderer)
+    pipe = run.make_pipeline(prior, renderer)
     assert pipe.generate(num=2, labels=[0, 1], seed=3).shape == (2, 3, 32, 32)
     labels = [3] if renderer == "vq_masked" else None
     assert pipe.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0.5, labels=labels).shape == (1, 3, 32, 32)
@@ -136,7 +138,7 @@ def test_one_image_is_not_enough(tmp_path):
 
 def test_differences_names_the_leaves():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [("a.c", 2, 3)]
-    assert set(MODEL_NAMES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"}
+    assert set(ROLES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"}
 
 
 def test_completion_without_labels_takes_the_likeliest_class(pipe):
@@ -223,13 +225,13 @@ def test_data_without_labels_makes_an_unconditional_pipeline(tmp_path):
 
 def test_the_released_kmeans_path_is_a_choice_for_the_codebook(tmp_path):
     run = Run(tiny_recipe(codebook_path="released_kmeans"), DATA, tmp_path / "run")
-    assert run.codebook.meta["preprocessing"]["path"] == "released_kmeans"
+    assert run.fit_codebook().meta["preprocessing"]["path"] == "released_kmeans"
 
 
 def test_held_out_images_are_not_trained_on_and_are_scored(tmp_path):
     recipe = tiny_recipe(validation_fraction=0.25, crops_per_image=2)
     run = Run(recipe, DATA, tmp_path / "run")
-    run.model("prior")
+    run.train_model("prior")
     held = run.held_out_rows()
     assert held.reshape(-1, 2).all(1).sum() == held.sum() / 2 == 6  # whole images, every fourth
     assert "val_nll" in (run.out / "prior" / "log.jsonl").read_text()
@@ -251,5 +253,5 @@ def test_settings_younger_than_a_run_are_its_defaults(run, tmp_path):
 def test_a_vqgan_is_tuned_in_encoder_features(tmp_path):
     training = replace(tiny_recipe().vqgan_training, perceptual="encoder", perceptual_crop=0)
     run = Run(tiny_recipe(vqgan_training=training), DATA, tmp_path / "run")
-    assert run.vq.vocab_size == 16
+    assert run.train_vqgan().vocab_size == 16
     assert "perceptual" in (run.out / "vqgan" / "log.jsonl").read_text()

@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def pipes(run) -> dict[str, DigitPipeline]:
-    return {"discriminative": run.pipeline("prior", "renderer"), "VQ-only": run.pipeline(None, "vq_ar")}
+    return {"discriminative": run.make_pipeline("prior", "renderer"), "VQ-only": run.make_pipeline(None, "vq_ar")}
 
 
 @pytest.fixture(scope="module")

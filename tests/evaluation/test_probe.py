@@ -18,7 +18,8 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.files import read_json
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
+from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.vq import VQTokenizer
 
 SMALL = PreprocessConfig(image_size=16, encoder_size=16)

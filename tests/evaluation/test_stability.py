@@ -14,7 +14,8 @@ from digit.evaluation.stability import TABLE1, run_stability, to_table
 from digit.metrics.stability import StabilityConfig, add_noise, codebook_health, cosine, measure_stability
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.files import read_json
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
+from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.vq import VQTokenizer
 
 GREY = torch.randint(96, 160, (6, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))

@@ -31,7 +31,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="module")
 def pipe(run) -> DigitPipeline:
-    return run.pipeline("prior", "renderer")
+    return run.make_pipeline("prior", "renderer")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_another_request_is_drawn_afresh(pipe, reference, tmp_path, drawn, chang
 def test_another_pipeline_is_drawn_afresh(run, pipe, reference, tmp_path, drawn):
     cfg = SweepConfig(top_k=(3,), top_p=(0.5,))
     run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, num=NUM)
-    count, other = len(drawn), run.pipeline("prior", "renderer")
+    count, other = len(drawn), run.make_pipeline("prior", "renderer")
     other.renderer.positions.data += 0.1
     run_sweep(other, reference, ToyJudge(), cfg, tmp_path, num=NUM)
     assert len(drawn) == 2 * count
@@ -144,7 +144,7 @@ def test_a_killed_sweep_goes_on_where_it_was(pipe, reference, tmp_path, monkeypa
 
 
 def test_vq_only_pipelines_sweep_their_renderer(run, reference, tmp_path):
-    pipe = run.pipeline(None, "vq_ar")
+    pipe = run.make_pipeline(None, "vq_ar")
     result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
     assert list(result["sweeps"]) == ["renderer"] and result["joint"] is None and not (tmp_path / "joint.png").exists()
 

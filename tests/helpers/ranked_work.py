@@ -27,7 +27,8 @@ from digit.pipeline import pipeline
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import sample
 from digit.runtime import distributed, plots, progress
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
+from digit.tokenizers.kmeans.codebook import Codebook
 
 MANY = 120  # images of the slow drawing
 SECONDS = 0.1  # that the first image of each of its batches takes

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from paper_models import paper_config
 
 from digit.convert.fairseq import read_fairseq
 from digit.errors import DigitError
-from digit.models.masked import masked_renderer_config
-from digit.models.prior import prior_config
-from digit.models.renderer import renderer_config, vq_baseline_config
 from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask
+from digit.runs.recipes import digit_large
 
 SMALL = dict(depth=2, embed_dim=32, num_heads=2, dropout=0.0)
 
@@ -27,10 +26,10 @@ def with_prefix(**changes):
 @pytest.mark.parametrize(
     "cfg, millions",
     [
-        (prior_config("base"), 219),
-        (prior_config("large", vocab_size=16000), 732),
-        (renderer_config("base"), 219),
-        (masked_renderer_config("base"), 219),
+        (paper_config("prior"), 219),
+        (paper_config("prior", digit_large()), 732),
+        (paper_config("renderer"), 219),
+        (paper_config("renderer_masked"), 219),
     ],
 )
 def test_parameters_of_the_paper(cfg, millions):
@@ -49,7 +48,7 @@ def test_shapes_of_every_model():
         logits, hidden = with_prefix(masked=masked)(target, prefix=prefix, return_hidden=True)
         assert logits.shape == (3, 6, 11) and [h.shape for h in hidden] == [(3, 11, 32)] * 3
     assert make(num_classes=5)(target, labels=torch.tensor([0, 4, -1])).shape == (3, 6, 11)
-    assert vq_baseline_config("tiny").prefix_len == 0
+    assert paper_config("vq_ar").prefix_len == 0
 
 
 def test_next_token_logits_see_earlier_tokens_alone():
@@ -158,7 +157,7 @@ def test_it_learns_a_sequence_in_bf16_autocast():
 def test_initialisation():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = SequenceModel(prior_config("tiny", vocab_size=500, target_len=64))
+        model = SequenceModel(paper_config("prior", vocab_size=500, target_len=64, depth=4, embed_dim=192, num_heads=3))
     width = model.cfg.embed_dim
     assert model.token_embed.weight.std().item() == pytest.approx(width**-0.5, rel=0.02)
     block = model.transformer.blocks[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from digit.errors import DigitError
-from digit.models.transformer import Dropout, KeysValues, KVCache, Transformer, TransformerConfig, attend, size_config
+from digit.models.transformer import Dropout, KeysValues, KVCache, Transformer, TransformerConfig, attend
 
 CFG = dict(depth=3, embed_dim=32, num_heads=4, dropout=0.0)
 
@@ -93,5 +93,3 @@ def test_dropout_rate_scale_and_reproducibility():
 def test_settings_that_cannot_be():
     with pytest.raises(DigitError, match="embed_dim 30 is not divisible by num_heads 4"):
         TransformerConfig(embed_dim=30, num_heads=4)
-    with pytest.raises(DigitError, match="tiny, small, base, large"):
-        size_config("huge")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from generate import generate
 from safetensors.torch import load_file
 
 from digit.convert.fairseq import read_fairseq
-from digit.sampling.autoregressive import generate
 
 TOLERANCE = dict(rtol=0, atol=1e-4)  # float32; the order of sums differs (one matmul for q, k and v)
 

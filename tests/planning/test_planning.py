@@ -143,7 +143,7 @@ def test_work_of_the_paper_s_recipe():
 def test_plan_of_the_paper_s_base_model():
     planner = Planner(get_recipe("digit_base"), replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"])))
     names = [stage.name for stage in planner.stages]
-    assert names == ["features", "k-means", "tokens", "prior", "renderer", "drawing"]
+    assert names == ["features", "codebook", "tokens", "prior", "renderer", "sampling"]
     prior = planner.stages[3]
     # 6 x 219 M x 256 positions x 256 M images at 40% of 8 x 989 TFLOP/s
     assert prior.seconds == pytest.approx(6 * 219e6 * 256 * 125_000 * 2048 / (8 * 989e12 * 0.4), rel=0.1)
@@ -193,7 +193,7 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     options = ["--gpus", "2", "--gpu-memory", "40", "--price", "2", "--images", "1000000000", "--json", str(path)]
     assert main(["plan", "demo", *options]) == 0
     text = capsys.readouterr().out
-    for word in ("demo: 1 G images on 2 x H100", "bound by", "GPU-hours", "tokens", "drawing", "total", "token store"):
+    for word in ("demo: 1 G images on 2 x H100", "bound by", "GPU-hours", "tokens", "sampling", "total", "token store"):
         assert word in text, text
     plan = json.loads(path.read_text())
     assert plan["machine"]["count"] == 2 and all(stage["fits"] for stage in plan["stages"])

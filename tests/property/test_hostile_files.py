@@ -453,7 +453,7 @@ def test_code_in_weights_never_runs(tmp_path, zipped):
     for read in (read_torch, load_fairseq):
         refused(lambda read=read: read(tmp_path / "w.pt"), "DiGIT runs no code from a file")
     np.save(tmp_path / "c.npy", np.array([Trap(mark)], dtype=object), allow_pickle=True)
-    from digit.tokenizers.discriminative import Codebook
+    from digit.tokenizers.kmeans.codebook import Codebook
 
     refused(lambda: Codebook.from_npy(tmp_path / "c.npy"), "no plain .npy")
     assert not mark.exists()

@@ -1,13 +1,12 @@
 """A seed fixes its image, whatever is drawn beside it; cached = uncached decoding; filters keep their promises."""
 
 import torch
+from generate import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.sampling.autoregressive import generate
 from digit.sampling.filters import filter_logits, sample_from_uniform
-from digit.sampling.masked import generate_masked
 
 torch.manual_seed(0)
 SIZES = dict(depth=2, embed_dim=64, num_heads=2, vocab_size=33, target_len=9, prefix_vocab_size=17, prefix_len=5)
@@ -19,8 +18,7 @@ PREFIX, LABELS = torch.randint(17, (POOL, 5)), torch.randint(-1, 4, (POOL,))
 
 
 def random_rows(masked, rows, **how):
-    sampler = generate_masked if masked else generate
-    return sampler(MODELS[masked], seeds=[100 + r for r in rows], prefix=PREFIX[rows], labels=LABELS[rows], **how)
+    return generate(MODELS[masked], seeds=[100 + r for r in rows], prefix=PREFIX[rows], labels=LABELS[rows], **how)
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,13 +5,17 @@ import torch
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.runs.recipes import MODEL_NAMES, RECIPES, digit_base, digit_large, get_recipe
+from digit.runs.recipes import RECIPES, TokenSpace, digit_base, digit_large, get_recipe
+from digit.runs.roles import ROLES
+from paper_models import paper_config
+
+TOKENS = {"discriminative": TokenSpace(512, 64), "vq": TokenSpace(1024, 64)}
 
 
 @pytest.mark.parametrize(("recipe", "millions"), [(digit_base, 219), (digit_large, 732)])
 def test_sizes_of_the_paper(recipe, millions):
     with torch.device("meta"):
-        model = recipe().build_prior()
+        model = SequenceModel(paper_config("prior", recipe()))
     count = sum(p.numel() for p in model.parameters())
     assert abs(count / 1e6 - millions) <= 0.01 * millions
 
@@ -20,10 +24,8 @@ def test_sizes_of_the_paper(recipe, millions):
 def test_every_recipe_builds_every_model(name):
     recipe = get_recipe(name)
     assert recipe.name == name
-    for model in MODEL_NAMES:
-        cfg = recipe.sequence_config(
-            model, discriminative_vocab_size=recipe.kmeans.num_clusters, discriminative_len=64, vq_vocab_size=1024, vq_len=64, num_classes=10
-        )
+    for model in ROLES:
+        cfg = recipe.sequence_config(model, TOKENS, num_classes=10)
         with torch.device("meta"):
             SequenceModel(cfg)
 
@@ -37,4 +39,4 @@ def test_unknown_names_are_listed():
     with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, demo"):
         get_recipe("huge")
     with pytest.raises(DigitError, match=r"no model named decoder"):
-        digit_base().sequence_config("decoder", discriminative_vocab_size=8, discriminative_len=4, vq_vocab_size=8, vq_len=4, num_classes=0)
+        digit_base().sequence_config("decoder", TOKENS, num_classes=0)

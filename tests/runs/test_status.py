@@ -25,7 +25,7 @@ def run(tmp_path) -> Run:
 def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
     monkeypatch.setattr("digit.runtime.lock._about", {"command": f"digit fit {DATA} --out run"})
     assert "codebook" not in describe_run(run.out)
-    _ = run.codebook
+    run.fit_codebook()
     run_toy(run.out / "prior", num_steps=9, save_every=4)
     text = describe_run(run.out)
     assert "run        recipe tiny on shapes" in text and "codebook   done" in text and "tokens" not in text
@@ -37,10 +37,11 @@ def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
 
 
 def test_tokens_half_done(run, monkeypatch):
-    _ = run.tokenizer, run.vq
+    run.tokenizer()
+    run.train_vqgan()
     monkeypatch.setattr("digit.data.token_writer.StopSignals.asked", True)
     with pytest.raises(Stopped):
-        run.tokens  # noqa: B018
+        run.write_tokens()
     assert "tokens     24 rows are done" in describe_run(run.out)
 
 

@@ -4,18 +4,19 @@ import copy
 
 import pytest
 import torch
+from generate import generate
 
 from digit.errors import DigitError
 from digit.models.products import PackedLinear, can_pack, pack_linears
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.sampling.autoregressive import NextTokenSampler, generate
 from digit.sampling.filters import (
     filter_logits,
     guide,
     image_uniforms,
     sample_from_uniform,
 )
-from digit.sampling.masked import generate_masked, num_to_hide
+from digit.sampling.masked import num_to_hide
+from digit.sampling.next_token import NextTokenSampler
 
 SMALL = dict(depth=2, embed_dim=32, num_heads=2, vocab_size=11, target_len=6)
 
@@ -177,7 +178,7 @@ def test_on_token_counts_what_is_drawn():
     )
     assert told == [3] * 4 + [2] * 4
     told.clear()
-    generate_masked(renderer(masked=True), seeds=range(5), prefix=PREFIX, micro_batch_size=3, on_token=told.append)
+    generate(renderer(masked=True), seeds=range(5), prefix=PREFIX, micro_batch_size=3, on_token=told.append)
     assert sum(told) == 30 and len(told) == 16
 
 
@@ -189,9 +190,9 @@ def test_masked_draws_codes_only_and_keeps_what_is_given():
     given = torch.full((5, 6), model.cfg.mask_token)
     given[:, :2], given[0] = 3, torch.arange(6)
     for num_steps in (1, 3, 8, 20):
-        drawn = generate_masked(model, seeds=range(5), prefix=PREFIX, given=given, num_steps=num_steps)
+        drawn = generate(model, seeds=range(5), prefix=PREFIX, given=given, num_steps=num_steps)
         assert drawn.max() < 11 and drawn[:, :2][1:].eq(3).all() and drawn[0].equal(given[0])
-    first_rows = generate_masked(model, seeds=range(5), prefix=PREFIX, given=given[:, :2])
+    first_rows = generate(model, seeds=range(5), prefix=PREFIX, given=given[:, :2])
     assert first_rows.shape == (5, 6) and first_rows[:, :2].equal(given[:, :2])
 
 
@@ -209,8 +210,8 @@ def test_released_schedule():
 def test_masked_guidance():
     model = renderer(masked=True, prefix_dropout=0.1)
     how = dict(seeds=range(5), prefix=PREFIX)
-    assert generate_masked(model, cfg_scale=1.0, **how).equal(generate_masked(model, **how))
-    assert not generate_masked(model, cfg_scale=20.0, **how).equal(generate_masked(model, **how))
+    assert generate(model, cfg_scale=1.0, **how).equal(generate(model, **how))
+    assert not generate(model, cfg_scale=20.0, **how).equal(generate(model, **how))
 
 
 # -------------------------------------------------------------------- refusals

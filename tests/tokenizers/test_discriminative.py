@@ -10,7 +10,8 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
 from digit.runtime.files import read_json, write_json
 from digit.tokenizers.base import ImageTokenizer
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, choose_images, fit_codebook
+from digit.tokenizers.discriminative import DiscriminativeTokenizer, choose_images, fit_codebook
+from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.kmeans.config import KMeansConfig
 
 SMALL = PreprocessConfig(image_size=16, encoder_size=16)

@@ -105,9 +105,9 @@ def test_fingerprint_tells_what_shapes_the_features(weights):
 
 def test_precision_is_part_of_the_identity(weights, tmp_path: Path):
     exact, images = tiny(weights), torch.rand(2, 3, 16, 16)
-    fast = tiny(weights).with_precision("bfloat16")
-    assert exact.precision == "float32" and "precision" not in exact.describe()
-    assert fast.describe()["precision"] == "bfloat16" and fast.fingerprint != exact.fingerprint
+    fast = tiny(weights).with_precision("bf16")
+    assert exact.precision == "fp32" and "precision" not in exact.describe()
+    assert fast.describe()["precision"] == "bf16" and fast.fingerprint != exact.fingerprint
     assert not torch.equal(fast.features(images), exact.features(images))
     assert torch.equal(fast.features(images), exact.features(images, torch.bfloat16))
     assert torch.equal(fast.features(images, torch.float32), exact.features(images))

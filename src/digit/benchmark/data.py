@@ -29,7 +29,7 @@ def time_data(size: Size, repeats: int, folder: str | None = None) -> list[Measu
 
 def time_store(size: Size, repeats: int) -> Measurement:
     """Sequences a second in random batches as training reads them; the floor copies as many bytes."""
-    store = token_store(size.store_rows, size.discriminative_len, size.recipe.kmeans.num_clusters)
+    store = token_store(size.store_rows, size.discriminative_len, size.recipe.quantizer_cfg.vocab_size)
     batches, step = store.batches(size.store_batch, seed=0), count()
     source = batches(next(step))["discriminative"].numpy()
     target = np.empty_like(source)

@@ -12,11 +12,10 @@ from digit.benchmark import floors
 from digit.benchmark.clock import Timing, alternate
 from digit.benchmark.measurement import Measurement
 from digit.benchmark.sizes import PRECISIONS, Size
-from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
-from digit.sampling.autoregressive import NextTokenSampler
 from digit.sampling.config import StageSampling
-from digit.sampling.masked import MaskedSampler
+from digit.sampling.kinds import make_sampler
+from digit.sampling.next_token import NextTokenSampler
 from digit.sampling.requests import make_request
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.vq import VQTokenizer
@@ -26,19 +25,9 @@ PIECES = ("prefill", "steps", "drawing")
 END_TO_END = {"images": "renderer", "images masked": "renderer_masked"}
 
 
-def sampler(model: SequenceModel, batch: int, how: StageSampling, dtype: torch.dtype) -> Sampler:
-    """What draws `batch` rows of tokens, made ready once."""
-    settings: dict[str, Any] = dict(micro_batch_size=batch, dtype=dtype, temperature=how.temperature)
-    settings |= dict(top_k=how.top_k, top_p=how.top_p)
-    if model.cfg.masked:
-        more = dict(num_steps=how.num_steps, choice_temperature=how.choice_temperature)
-        return MaskedSampler(model, **settings, **more)
-    return NextTokenSampler(model, **settings)
-
-
 def pieces(draws: NextTokenSampler, prefix: Tensor | None) -> dict[str, Callable[[], Any]]:
     """The work of next-token decoding in three pieces: the first pass, the token steps, the draws."""
-    cfg, batch, device = draws.model.cfg, draws.micro_batch_size, draws.model.positions.device
+    cfg, batch, device = draws.model.cfg, draws.micro_batch_size, draws.model.device
     rows = make_request(draws.model, range(batch), prefix, None, None)
     token = torch.zeros(batch, dtype=torch.int64, device=device)
     logits = torch.randn(batch, cfg.vocab_size, device=device)
@@ -51,7 +40,7 @@ def pieces(draws: NextTokenSampler, prefix: Tensor | None) -> dict[str, Callable
     @torch.no_grad()
     def steps() -> None:
         cache = draws.new_cache()  # it grows along the way, as in a real pass
-        cache.begin = cfg.prefix_len + 1
+        cache.position = cfg.prefix_len + 1
         for i in range(cfg.target_len - 1):
             draws.next_logits(token, i, cache)
 
@@ -75,10 +64,13 @@ class Sampling:
             "renderer_masked": StageSampling(num_steps=MASKED_STEPS),
         }
         with device:
-            vq = VQTokenizer(VQGAN(size.recipe.vqgan), bf16=precision == "bf16")
-            prefix = torch.randint(size.recipe.kmeans.num_clusters, (size.batch, size.discriminative_len))
+            vq = VQTokenizer(VQGAN(size.recipe.vqgan), precision=precision)
+            prefix = torch.randint(size.recipe.quantizer_cfg.vocab_size, (size.batch, size.discriminative_len))
             vq_tokens = torch.randint(vq.vocab_size, (size.batch, size.recipe.vqgan.num_tokens))
-        draws = {name: sampler(size.model(name, device), size.batch, s, dtype) for name, s in settings.items()}
+        draws = {
+            name: make_sampler(size.model(name, device), s, precision=precision, micro_batch_size=size.batch)
+            for name, s in settings.items()
+        }
         self.cases: dict[str, Callable[[], Any]] = {}
         for name, drawn in draws.items():
             cfg, given = drawn.model.cfg, prefix if drawn.model.cfg.prefix_len else None

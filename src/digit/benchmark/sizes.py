@@ -10,7 +10,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViTConfig
 from digit.models.vqgan import VQGANConfig
-from digit.runs.recipes import ModelSpec, Recipe, digit_base, digit_large
+from digit.runs.recipes import ModelSpec, Recipe, TokenSpace, digit_base, digit_large
 from digit.tokenizers.kmeans.config import KMeansConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,13 +71,12 @@ class Size:
 
     def sequence_config(self, name: str) -> SequenceConfig:
         """Configuration of the unconditional prior, renderer or renderer_masked."""
-        lengths = dict(
-            discriminative_vocab_size=self.recipe.kmeans.num_clusters, discriminative_len=self.discriminative_len
-        )
         vq = self.recipe.vqgan
-        return self.recipe.sequence_config(
-            name, vq_vocab_size=vq.vocab_size, vq_len=vq.num_tokens, num_classes=0, **lengths
-        )
+        tokens = {
+            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.discriminative_len),
+            "vq": TokenSpace(vq.vocab_size, vq.num_tokens),
+        }
+        return self.recipe.sequence_config(name, tokens, num_classes=0)
 
     def model(self, name: str, device: torch.device) -> SequenceModel:
         """That model with random float32 weights on the device."""

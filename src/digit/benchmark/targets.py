@@ -1,4 +1,4 @@
-"""What one H100 should reach, beside what it reached: `python -m digit.benchmark.targets FOLDER` reads gpu.sh's runs."""
+"""What one H100 should reach, beside what it did: `python -m digit.benchmark.targets FOLDER` reads gpu.sh's runs."""
 
 import argparse
 import sys

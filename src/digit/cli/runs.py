@@ -89,7 +89,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
-    codebook = run.codebook
+    codebook = run.fit_codebook()
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
 
@@ -98,7 +98,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image (makes codebook and VQGAN first where they are missing)."""
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
-    store = run.tokens
+    store = run.write_tokens()
     say(
         f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
         f"and {store.vq.shape[1]} VQ tokens"
@@ -116,16 +116,16 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
-    from digit.runs.fit import MODEL_NAMES
+    from digit.runs.roles import ROLES
     from digit.runtime.files import read_json
 
-    if args.model not in ("vqgan", *MODEL_NAMES):
-        raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(MODEL_NAMES)}")
+    if args.model not in ("vqgan", *ROLES):
+        raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(ROLES)}")
     run = make_run(args, base)
     if args.model == "vqgan":
-        _ = run.vq
+        run.train_vqgan()
     else:
-        run.model(args.model)
+        run.train_model(args.model)
     metrics = run.out / args.model / "metrics.json"
     say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'taken as it is'}")
 

@@ -61,7 +61,7 @@ def prior_features(
         raise DigitError("a renderer reads the prefix too: probe the prior, or a VQ-only model")
     if tokens.ndim != 2 or tokens.shape[1] != model.cfg.target_len:
         raise DigitError(f"tokens are {tuple(tokens.shape)}, the model reads (N, {model.cfg.target_len})")
-    device, training = model.positions.device, model.training
+    device, training = model.device, model.training
     model.eval()
     parts = []
     for chunk in tokens.split(micro_batch_size(model, batch_size)):

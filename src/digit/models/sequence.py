@@ -68,6 +68,11 @@ class SequenceConfig(TransformerConfig):
                 raise DigitError(f"{name} is {rate}, but the model has no {name.split('_')[0]}: set it to 0")
 
     @property
+    def kind(self) -> str:
+        """Name of this kind of model in `sampling.kinds.KINDS`."""
+        return "masked" if self.masked else "next_token"
+
+    @property
     def mask_token(self) -> int:
         """Input id that hides a target token in a masked model."""
         return self.vocab_size
@@ -146,6 +151,16 @@ class SequenceModel(nn.Module):
         if self.cfg.prefix_len:
             self.prefix_positions.copy_(waves(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameters."""
+        return self.head.weight.dtype
+
     def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
         """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
         return [(p, 3 if "qkv" in name else 1) for name, p in self.transformer.named_parameters() if p.ndim == 2]
@@ -161,20 +176,23 @@ class SequenceModel(nn.Module):
     ) -> Float[Tensor, "B P+1+n D"]:
         """Embedded [prefix | start | target] with positions. `drop_prefix` marks rows that see the null prefix."""
         batch, length = target.shape
-        scale = math.sqrt(self.cfg.embed_dim)
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
         tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + n, D)
-        x = torch.add(self.positions[: 1 + length], tokens, alpha=scale)
+        x = self.with_positions(tokens, self.positions[: 1 + length])
         if not self.cfg.prefix_len:
             if prefix is not None:
                 raise DigitError("this model takes no prefix (prefix_len 0): leave it out, or use a renderer")
             return x
-        before = torch.add(self.prefix_positions, self._prefix(prefix, batch, drop_prefix), alpha=scale)  # (B, P, D)
+        before = self.with_positions(self._prefix(prefix, batch, drop_prefix), self.prefix_positions)  # (B, P, D)
         return torch.cat([before, x], dim=1)
 
     def embed_token(self, token: Int64[Tensor, " B"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "B D"]:
         """Embedded target token number `index` (a number, or one on the device), as `embed` gives it."""
-        return torch.add(self.positions[1 + index], self.token_embed(token), alpha=math.sqrt(self.cfg.embed_dim))
+        return self.with_positions(self.token_embed(token), self.positions[1 + index])
+
+    def with_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """sqrt(D) tokens + positions, (..., D). All position tables enter here, in training and in cached decoding."""
+        return torch.add(positions, tokens, alpha=math.sqrt(self.cfg.embed_dim))
 
     def _start_rows(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
         if labels is None:
@@ -242,7 +260,7 @@ class SequenceModel(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for [prefix | start | target]; the last target token is never an input."""
-        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.positions)
+        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.head.weight)
 
     # ---------------------------------------------------------------- training
 

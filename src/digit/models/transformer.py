@@ -19,15 +19,6 @@ from digit.errors import DigitError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# depth, embed_dim, num_heads. base and large are the paper's (A.3); a head is 64 wide but in large (96).
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": dict(depth=4, embed_dim=192, num_heads=3),
-    "small": dict(depth=6, embed_dim=384, num_heads=6),
-    "base": dict(depth=16, embed_dim=1024, num_heads=16),
-    "large": dict(depth=24, embed_dim=1536, num_heads=16),
-}
-
-
 CACHE_SPAN = 32  # positions
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # past all use: a larger number in a file is a fault, and would build for hours
 
@@ -70,24 +61,17 @@ class TransformerConfig:
         return round(self.embed_dim * self.mlp_ratio)
 
 
-def size_config(size: str) -> dict[str, int]:
-    """depth, embed_dim and num_heads of a named size. Raises DigitError that lists the names."""
-    if size not in SIZES:
-        raise DigitError(f"no model size named {size}: choose one of {', '.join(SIZES)}")
-    return dict(SIZES[size])
-
-
 class KVCache:
     """Keys and values of the positions seen so far, (depth, B, H, span, d), filled from the front.
 
     The span grows by CACHE_SPAN positions: matrix kernels read a dense block, and would copy a slice of a longer one.
-    `begin` is the position the next input starts at; the backbone moves it on after each forward. For use without
+    `position` is where the next input starts; the backbone moves it on after each forward. For use without
     gradients.
     """
 
     def __init__(self, cfg: TransformerConfig, batch: int, max_len: int, like: Tensor) -> None:
         empty = like.new_zeros(cfg.depth, batch, cfg.num_heads, 0, cfg.embed_dim // cfg.num_heads)
-        self.keys, self.values, self.max_len, self.begin = empty, empty, max_len, 0
+        self.keys, self.values, self.max_len, self.position = empty, empty, max_len, 0
         self.mask: Tensor | None = None
 
     def reserve(self, length: int) -> None:
@@ -99,14 +83,14 @@ class KVCache:
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Store (B, H, n, d) at `begin`; returns what the new positions attend to."""
-        end = self.begin + k.shape[2]
-        assert self.begin == 0 or k.shape[2] == 1, "past an empty cache, positions come one at a time"
+        """Store (B, H, n, d) at `position`; returns what the new positions attend to."""
+        end = self.position + k.shape[2]
+        assert self.position == 0 or k.shape[2] == 1, "past an empty cache, positions come one at a time"
         self.reserve(end)
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(2, self.begin, k.shape[2]).copy_(k)
-        values.narrow(2, self.begin, k.shape[2]).copy_(v)
-        if self.begin == 0:
+        keys.narrow(2, self.position, k.shape[2]).copy_(k)
+        values.narrow(2, self.position, k.shape[2]).copy_(v)
+        if self.position == 0:
             return KeysValues(k, v)
         if layer == 0:  # the others see the same
             self.mask = self.keys.new_zeros(1, self.keys.shape[3])
@@ -115,7 +99,7 @@ class KVCache:
 
     def advance(self, length: int) -> None:
         """All layers have stored `length` positions."""
-        self.begin += length
+        self.position += length
 
 
 class SteppedCache:
@@ -208,9 +192,19 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
         parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
         q, k, v = parts if length == 1 else parts.contiguous()
+        q, k = self.with_positions(q, k, 0 if cache is None else cache.position)
         seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
         return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
+
+    def with_positions(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, n, d) of positions start .. start + n - 1, start a number or (1,) on the device.
+
+        As they are: the paper's models learn a table that `SequenceModel.with_positions` adds to the input. A scheme
+        that acts on queries and keys, such as rotary positions, belongs here: training, the first pass of decoding and
+        each cached step (models/decoding.py) all call it.
+        """
+        return q, k
 
 
 class MLP(nn.Module):

@@ -37,7 +37,7 @@ def micro_batch_size(model: SequenceModel, batch_size: int) -> int:
 
 def is_gpu(model: SequenceModel) -> bool:
     """Whether a model lies on a CUDA device."""
-    return model.positions.device.type == "cuda"
+    return model.device.type == "cuda"
 
 
 def choose_batch_size(
@@ -69,7 +69,7 @@ def sampling_bytes(
 def _kept_bytes(model: SequenceModel, how: StageSampling, cfg: SamplingConfig, batch_size: int) -> int:
     """The cache of a stage, and its weights once more where they are cast, or packed for a CPU."""
     element, shape = _element(cfg), model.cfg
-    copied = element < model.positions.element_size() or not is_gpu(model)
+    copied = element < model.dtype.itemsize or not is_gpu(model)
     weights = sum(p.numel() for p in model.parameters()) * element if copied else 0
     if shape.masked:
         return weights

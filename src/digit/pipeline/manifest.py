@@ -10,12 +10,13 @@ import torch
 from digit.convert.reading import WEIGHT_DTYPES
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.models.sequence import SequenceModel
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, write_json
 from digit.sampling.config import SamplingConfig
+from digit.sampling.kinds import get_kind
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 was that of digit 0.1, whose parts name their settings otherwise
 MAX_WEIGHT = 1e6  # trained ones stay below 100; a flipped bit of an exponent makes 1e38, and NaN of all that follows
 MANIFEST = "pipeline.json"
 CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
@@ -38,7 +39,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): make the pipeline again")
     if manifest.get("format") != FORMAT_VERSION:
         raise DigitError(
-            f"{folder} has format {manifest.get('format')}, this version reads {FORMAT_VERSION}: update digit"
+            f"{folder} is a pipeline of format {manifest.get('format')}, this version reads {FORMAT_VERSION}: "
+            "make it again (digit fit, digit convert), or use the digit that made it (format 1: version 0.1)"
         )
     odd = [name for name, kind in CONTENT.items() if not isinstance(manifest.get(name), kind)]
     lists = [name for name in ("parts", "classes") if name not in odd]
@@ -70,19 +72,21 @@ def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
 
 
 def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
-    """Write NAME.safetensors and NAME.json (the SequenceConfig)."""
+    """Write NAME.safetensors and NAME.json (kind and configuration)."""
     save_tensors(folder / f"{name}.safetensors", model.state_dict())
-    write_json(folder / f"{name}.json", asdict(model.cfg))
+    write_json(folder / f"{name}.json", {"kind": model.cfg.kind} | asdict(model.cfg))
 
 
 def load_sequence_model(folder: Path, name: str) -> SequenceModel:
     """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError for damaged ones."""
     about, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
-    cfg, state = from_json(SequenceConfig, read_json(about), str(about)), load_tensors(weights)
+    saved = read_json(about)
+    kind = get_kind(saved.pop("kind", None) if isinstance(saved, dict) else None)
+    cfg, state = from_json(kind.config, saved, str(about)), load_tensors(weights)
     require_weights(state, str(weights))
     try:
         with torch.device("meta"):
-            model = SequenceModel(cfg)
+            model = kind.model(cfg)
         model.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:  # sizes beyond any tensor, other names or shapes
         raise DigitError(f"{weights} does not fit {about.name}: {' '.join(str(error).split())[:300]}") from error

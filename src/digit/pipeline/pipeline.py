@@ -7,7 +7,7 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -31,13 +31,13 @@ from digit.pipeline.manifest import (
     write_manifest,
 )
 from digit.runtime.progress import Progress
-from digit.sampling.autoregressive import NextTokenSampler
 from digit.sampling.config import SamplingConfig, StageSampling
-from digit.sampling.masked import MaskedSampler
+from digit.sampling.kinds import make_sampler
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.base import ImageTokenizer
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
+from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer
 
 PARTS = ("tokenizer", "vq", "prior", "renderer")
@@ -45,7 +45,7 @@ PARTS = ("tokenizer", "vq", "prior", "renderer")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Images to draw: the seed of the first, their classes, and tokens that are given (completion)."""
+    """Images to sample: the seed of the first, their classes, and tokens that are given (completion)."""
 
     seed: int
     labels: Tensor
@@ -55,13 +55,22 @@ class GenerationRequest:
     vq: Tensor | None = None
     """(num, m) the first VQ tokens."""
 
-    def rows(self, first: int, count: int) -> tuple[list[int], Tensor, Tensor | None, Tensor | None]:
-        """(seeds, labels, discriminative, vq) of at most `count` images from `first` on."""
-        picked = [None if x is None else x[first : first + count] for x in (self.labels, self.discriminative, self.vq)]
-        return [self.seed + first + i for i in range(len(picked[0]))], *picked
+    @property
+    def seeds(self) -> list[int]:
+        """Seed of each image."""
+        return [self.seed + i for i in range(len(self.labels))]
 
+    def labels_of(self, model: SequenceModel) -> Tensor | None:
+        """The labels for a model that knows classes, None for another."""
+        return self.labels if model.cfg.num_classes else None
 
-Stage = Callable[[list[int], Tensor | None, Tensor, Tensor | None], Tensor]  # seeds, prefix, labels, given -> (B, M)
+    def rows(self, first: int, count: int) -> "GenerationRequest":
+        """At most `count` images from `first` on."""
+        part = slice(first, first + count)
+        tokens = [None if x is None else x[part] for x in (self.discriminative, self.vq)]
+        return GenerationRequest(
+            seed=self.seed + first, labels=self.labels[part], discriminative=tokens[0], vq=tokens[1]
+        )
 
 
 class DigitPipeline:
@@ -113,9 +122,9 @@ class DigitPipeline:
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", self.vq and math.prod(self.vq.grid)),
         ]
-        for left, got, right, wanted in pairs:
-            if got and wanted and got != wanted:
-                raise DigitError(f"{left} is {got}, {right} {wanted}: these parts were not trained together")
+        for left, first, right, second in pairs:
+            if first and second and first != second:
+                raise DigitError(f"{left} is {first}, {right} {second}: these parts were not trained together")
 
     def require(self, *names: str) -> None:
         """Raise DigitError unless the named parts are there (tokenizer, vq, prior, renderer)."""
@@ -128,7 +137,7 @@ class DigitPipeline:
             )
 
     def _require_sampling(self) -> SequenceModel:
-        """Whatever drawing needs; returns the model that draws first."""
+        """Check that sampling can start; returns the model that samples first."""
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             return self.renderer
@@ -141,7 +150,7 @@ class DigitPipeline:
         for model in (self.renderer, self.prior):
             if model is not None:
                 return next(model.parameters()).device
-        return self.vq.device if self.vq else self.tokenizer.codebook.centroids.device
+        return self.vq.device if self.vq else self.tokenizer.codebook.device
 
     @property
     def image_size(self) -> int:
@@ -167,7 +176,7 @@ class DigitPipeline:
                 part.to(device)
         return self
 
-    # ---------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------- sampling
 
     def stream(
         self,
@@ -178,27 +187,27 @@ class DigitPipeline:
         end: int | None = None,
         **sampling: Any,
     ) -> Iterator[SampleBatch]:
-        """Draw batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
+        """Sample batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
             num: how many; by default one a label.
-            labels: class numbers, repeated in turn up to `num`; None draws all classes evenly.
+            labels: class numbers, repeated in turn up to `num`; None takes all classes evenly.
             seed: of image 0.
-            start, end: draw images `start` .. `end - 1` of these, by default all. Both are multiples of the batch size,
-                or end is `num`: the batches are those of the whole stream, bit for bit, so that machines can share it.
+            start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
+                size, or end is `num`: the batches are those of the whole stream, bit for bit, so that machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
-        wanted, cfg = (
+        request, cfg = (
             GenerationRequest(seed=seed, labels=self.labels(num, labels)),
             self.sized(self.settings(**sampling)),
         )
-        last = len(wanted.labels) if end is None else min(end, len(wanted.labels))
+        last = len(request.labels) if end is None else min(end, len(request.labels))
         for name, place in (("start", start), ("end", end or 0)):
-            if place < 0 or (place % cfg.batch_size and place < len(wanted.labels)):
+            if place < 0 or (place % cfg.batch_size and place < len(request.labels)):
                 raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
-        return self._draw(wanted, cfg, start, last)
+        return self._sample(request, cfg, start, last)
 
     def generate(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
@@ -213,9 +222,9 @@ class DigitPipeline:
 
         A VQ-only pipeline has no "discriminative".
         """
-        wanted = GenerationRequest(seed=seed, labels=self.labels(num, labels))
-        batches = [batch.tokens for batch in self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)]
-        return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": wanted.labels}
+        request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
+        batches = [batch.tokens for batch in self._sample(request, self.sized(self.settings(**sampling)), pixels=False)]
+        return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": request.labels}
 
     def complete(
         self,
@@ -225,7 +234,7 @@ class DigitPipeline:
         labels: Sequence[int] | int | None = None,
         **sampling: Any,
     ) -> Tensor:
-        """Keep the first rows of each picture and draw the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+        """Keep the first rows of each picture and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
             images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
@@ -246,10 +255,10 @@ class DigitPipeline:
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
         }
-        wanted = GenerationRequest(
+        request = GenerationRequest(
             seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given["vq"]
         )
-        return self._pixels(self._draw(wanted, self.sized(self.settings(**sampling))))
+        return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
 
     @torch.inference_mode()
     def guess_labels(self, images: Tensor) -> Tensor:
@@ -288,18 +297,18 @@ class DigitPipeline:
         self.require("vq", "renderer")
         if not self.renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
-        wanted = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
-        drawn = self._draw(wanted, self.sized(self.settings(**sampling)), pixels=False)
+        request = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
+        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False)
         nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
-        return torch.cat([nothing, *(batch.tokens["vq"] for batch in drawn)])
+        return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
         nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
-    def _draw(
+    def _sample(
         self,
-        wanted: GenerationRequest,
+        request: GenerationRequest,
         cfg: SamplingConfig,
         start: int = 0,
         end: int | None = None,
@@ -307,45 +316,36 @@ class DigitPipeline:
         pixels: bool = True,
     ) -> Iterator[SampleBatch]:
         """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
-        num, prefix_len = len(wanted.labels) if end is None else end, self.renderer.cfg.prefix_len
-        sample_prefix = self._stage(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
-        sample_vq = self._stage(self.renderer, cfg.renderer, cfg)
+        num, prefix_len = len(request.labels) if end is None else end, self.renderer.cfg.prefix_len
+        prior = self._sampler(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
+        renderer = self._sampler(self.renderer, cfg.renderer, cfg)
         with Progress("sample", num, done=start) as bar:
             for first in range(start, num, cfg.batch_size):
-                seeds, labels, discriminative, vq = wanted.rows(first, cfg.batch_size)
-                done: dict[str, Tensor] = {}
-                if prefix_len and discriminative is not None and discriminative.shape[1] == prefix_len:
-                    done["discriminative"] = discriminative.to(self.device)
-                elif prefix_len:
-                    done["discriminative"] = sample_prefix(seeds, None, labels, discriminative)
-                done["vq"] = sample_vq(seeds, done.get("discriminative"), labels, vq)
-                if pixels:
-                    done[IMAGES] = self.vq.decode(done["vq"], bf16=cfg.precision == "bf16" or None)
-                batch = SampleBatch(first, labels, done)
+                rows = request.rows(first, cfg.batch_size)
+                prefix = self._prefix(prior, rows) if prefix_len else None
+                tensors = {} if prefix is None else {"discriminative": prefix}
+                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(self.renderer), given=rows.vq)
+                if renderer.output == "images":
+                    tensors[IMAGES] = rendered
+                else:
+                    tensors["vq"] = rendered
+                    if pixels:
+                        tensors[IMAGES] = self.vq.decode(rendered, "bf16" if cfg.precision == "bf16" else None)
+                batch = SampleBatch(first, rows.labels, tensors)
                 bar.update(len(batch))
                 yield batch
 
-    def _stage(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Stage:
-        """What draws the tokens of one stage, batch after batch: (seeds, prefix, labels, given) -> (B, M) int64."""
-        common: dict[str, Any] = dict(
-            temperature=how.temperature,
-            top_k=how.top_k,
-            top_p=how.top_p,
-            cfg_scale=how.cfg_scale,
-            dtype=torch.bfloat16 if cfg.precision == "bf16" else None,
-            micro_batch_size=micro_batch_size(model, cfg.batch_size),
-        )
-        sampler: Sampler
-        if model.cfg.masked:
-            steps = dict(num_steps=how.num_steps, choice_temperature=how.choice_temperature)
-            sampler = MaskedSampler(model, **steps, **common)
-        else:
-            sampler = NextTokenSampler(model, **common)
+    def _prefix(self, prior: Sampler | None, rows: GenerationRequest) -> Tensor:
+        """Discriminative tokens (B, N) of these images: as given, or sampled after those that are given."""
+        given = rows.discriminative
+        if given is not None and given.shape[1] == self.renderer.cfg.prefix_len:
+            return given.to(self.device)
+        assert prior is not None, "_require_sampling"
+        return prior(rows.seeds, labels=rows.labels_of(self.prior), given=given)
 
-        def stage(seeds: list[int], prefix: Tensor | None, labels: Tensor, given: Tensor | None) -> Tensor:
-            return sampler(seeds, prefix=prefix, labels=labels if model.cfg.num_classes else None, given=given)
-
-        return stage
+    def _sampler(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Sampler:
+        size = micro_batch_size(model, cfg.batch_size)
+        return make_sampler(model, how, precision=cfg.precision, micro_batch_size=size)
 
     def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
         """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
@@ -414,7 +414,7 @@ class DigitPipeline:
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
         parts, tokenizer = manifest["parts"], None
         if {"encoder", "codebook"} <= set(parts):
-            encoder, codebook = FrozenEncoder.load(folder / "encoder"), Codebook.load(folder / "codebook")
+            encoder, codebook = FrozenEncoder.load(folder / "encoder"), load_quantizer(folder / "codebook")
             tokenizer = DiscriminativeTokenizer(encoder, codebook)
         return cls(
             tokenizer=tokenizer,

@@ -70,13 +70,18 @@ def notes(planner: Planner) -> list[str]:
         cfg = planner.training_config(name)
         passes = cfg.num_steps * cfg.batch_size / rows
         lines.append(f"{name} sees every crop {passes:.3g} times (--epochs changes it)")
-    if planner.streamed and "codebook" not in order.reuse:
-        lines.append("k-means' points exceed kmeans.memory_budget_bytes: every iteration encodes its images again")
-    wanted = planner.points / planner.work.num_tokens / order.images
+    if planner.fit_cost.num_passes > 1 and "codebook" not in order.reuse:
+        lines.append(
+            "the features exceed the quantizer's memory budget: every iteration encodes the images again "
+            "(--kmeans.memory_budget_bytes)"
+        )
+    wanted = planner.fit_cost.num_points / planner.work.num_tokens / order.images
     if "codebook" not in order.reuse and wanted < 0.5 * recipe.codebook_subset:
-        lines.append(f"k-means uses {count(planner.points)} points: --codebook_subset {wanted:.2g} would give as many")
+        lines.append(
+            f"the fit uses {count(planner.fit_cost.num_points)} features: --codebook_subset {wanted:.2g} gives as many"
+        )
     if recipe.sampling.precision == "fp32" and machine.gpu:
-        lines.append("drawing in bf16 (--sampling.precision bf16) reads half the bytes")
+        lines.append("sampling in bf16 (--sampling.precision bf16) reads half the bytes")
     if machine.count > 1:
         lines.append(f"every stage is taken to be shared by {machine.count} processes without loss")
     if machine.gpu:

@@ -16,8 +16,9 @@ from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, 
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.runs.recipes import Recipe
+from digit.runs.roles import get_role
 from digit.sampling.config import StageSampling
-from digit.tokenizers.discriminative import MIN_POINTS_PER_CODE
+from digit.tokenizers.base import FitCost
 from digit.training.config import TrainConfig
 
 IMAGENET_IMAGES = 1_281_167
@@ -95,14 +96,14 @@ class Planner:
         reuse, recipe = self.order.reuse, self.recipe
         if "codebook" not in reuse:
             yield self.features()
-            yield self.kmeans()
+            yield self.quantizer()
         if "vqgan" not in reuse and recipe.vqgan_training.num_steps:
             yield self.vqgan()
         if "tokens" not in reuse:
             yield self.tokens()
-        yield self.training("prior")
-        yield self.training("renderer" if recipe.renderer_kind == "ar" else "renderer_masked")
-        yield self.drawing()
+        for name in recipe.model_names:
+            yield self.training(name)
+        yield self.sampling()
 
     # ---------------------------------------------------------------- pixels
 
@@ -120,21 +121,14 @@ class Planner:
     @property
     def codebook_images(self) -> int:
         """Images that the codebook is fitted on."""
-        least = math.ceil(MIN_POINTS_PER_CODE * self.recipe.kmeans.num_clusters / self.work.num_tokens)
+        least = math.ceil(self.recipe.quantizer_cfg.min_points / self.work.num_tokens)
         wanted = math.ceil(self.recipe.codebook_subset * self.order.images)
         return min(self.order.images, max(wanted, least))
 
     @property
-    def points(self) -> int:
-        """Points of the K-means fit."""
-        cfg, there = self.recipe.kmeans, self.codebook_images * self.work.num_tokens
-        most = cfg.max_points_per_centroid
-        return there if most is None else min(there, cfg.num_clusters * most)
-
-    @property
-    def streamed(self) -> bool:
-        """Whether the points exceed K-means' memory, so that every iteration computes the features again."""
-        return 4 * self.points * self.work.dim > 0.75 * self.recipe.kmeans.memory_budget_bytes  # an eighth for a chunk
+    def fit_cost(self) -> FitCost:
+        """What the fit of the quantizer takes."""
+        return self.recipe.quantizer_cfg.cost(self.codebook_images * self.work.num_tokens, self.work.dim)
 
     def _encoder_memory(self) -> float:
         work = self.work
@@ -143,19 +137,18 @@ class Planner:
 
     def features(self) -> Stage:
         """Encoder features of the codebook's images."""
-        passes = self.recipe.kmeans.num_iterations + 2 if self.streamed else 1
+        passes = self.fit_cost.num_passes
         images = self.codebook_images * passes
         times = {self.work.encoder.kind: self._seconds(self.work.encoder.kind, images * self.work.encoder.flops)}
         what = f"{count(self.codebook_images)} images" + (f", {passes} times" if passes > 1 else "")
         return Stage(name="features", what=what, memory=self._encoder_memory(), times=times | self._decoding(images))
 
-    def kmeans(self) -> Stage:
-        """Lloyd's iterations over the points."""
-        cfg, dim = self.recipe.kmeans, self.work.dim
-        flops = 2.0 * self.points * dim * cfg.num_clusters * (cfg.num_iterations + 1)
-        memory = min(4.0 * self.points * dim + 40.0 * cfg.num_clusters * dim, cfg.memory_budget_bytes)
-        what = f"{count(self.points)} x {dim}, K {cfg.num_clusters}, {cfg.num_iterations} iterations"
-        return Stage(name="k-means", what=what, memory=memory, times={"products": self._seconds("k-means", flops)})
+    def quantizer(self) -> Stage:
+        """The fit of the quantizer to the features."""
+        cost = self.fit_cost
+        what = f"{count(cost.num_points)} x {self.work.dim}, {cost.description}"
+        times = {"products": self._seconds("k-means", cost.flops)}
+        return Stage(name="codebook", what=what, memory=cost.memory_bytes, times=times)
 
     def vqgan(self) -> Stage:
         """Training of the VQGAN."""
@@ -163,7 +156,7 @@ class Planner:
         images = cfg.num_steps * cfg.batch_size
         weights = work.vq_encoder.weights + work.vq_decoder.weights
         rows = math.ceil(cfg.batch_size / self.machine.count)
-        maps = rows * sum(self._vqgan_maps()) * (2 if cfg.bf16 else 4)
+        maps = rows * sum(self._vqgan_maps()) * (4 if cfg.precision == "fp32" else 2)
         times = {"vqgan training": self._seconds("vqgan training", images * work.vqgan_training_flops)}
         what = f"{count(cfg.num_steps)} steps of {cfg.batch_size}"
         return Stage(
@@ -202,7 +195,7 @@ class Planner:
 
     def training_config(self, name: str) -> TrainConfig:
         """As the recipe says, or with the steps that the epochs take."""
-        cfg = self.recipe.prior_training if name == "prior" else self.recipe.renderer_training
+        cfg = self.recipe.training(get_role(name))
         if self.order.epochs is None:
             return cfg
         rows = self.order.images * self.recipe.crops_per_image
@@ -241,7 +234,7 @@ class Planner:
 
     def make_fit(self, name: str, cfg: TrainConfig) -> tuple[str, ...]:
         """Ways to make a batch fit: the fewest pieces, and activation checkpointing with the fewest."""
-        section, found = f"--{'prior' if name == 'prior' else 'renderer'}_training", []
+        section, found = f"--{get_role(name).settings}_training", []
         rows = cfg.batch_size // self.machine.count
         for checkpointing in {cfg.checkpoint_activations, True}:
             for pieces in (n for n in divisors(rows) if n >= (1 if checkpointing else cfg.accumulate)):
@@ -259,13 +252,13 @@ class Planner:
             "weights and moments; choose a GPU with more memory or a smaller model",
         )
 
-    # ---------------------------------------------------------------- drawing
+    # ---------------------------------------------------------------- sampling
 
-    def drawing(self) -> Stage:
+    def sampling(self) -> Stage:
         """Both stages token by token, then pixels."""
         recipe, work = self.recipe, self.work
-        names = ("prior", "renderer" if recipe.renderer_kind == "ar" else "renderer_masked")
-        how = dict(zip(names, (recipe.sampling.prior, recipe.sampling.renderer), strict=True))
+        names = recipe.model_names
+        how = {name: getattr(recipe.sampling, get_role(name).settings) for name in names}
         prior, renderer = (self._stand_in(name) for name in names)
         vq = BlankVQ(work.vqgan, self._device)
         weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
@@ -280,7 +273,7 @@ class Planner:
         pixels = self._seconds("convolutions", self.order.samples * work.vq_decoder.flops)
         times = {cause: seconds * batches + pixels for cause, seconds in totals.items()}
         what = f"{count(self.order.samples)} images, {batch} together, {recipe.sampling.precision}"
-        return Stage(name="drawing", what=what, memory=memory, times=times)
+        return Stage(name="sampling", what=what, memory=memory, times=times)
 
     @property
     def _device(self) -> torch.device:
@@ -288,10 +281,10 @@ class Planner:
         return torch.device("cuda" if self.machine.gpu else "cpu")
 
     def _stand_in(self, name: str) -> Any:
-        """What the estimate of drawing's memory looks at of a model; there may be no GPU here to put a tensor on."""
+        """What the estimate of sampling's memory looks at of a model; there may be no GPU here to put a tensor on."""
         cfg = self.work.sequence(name)
-        weights = SimpleNamespace(device=self._device, element_size=lambda: 4)
-        return SimpleNamespace(cfg=cfg, positions=weights, parameters=blank_model(cfg).parameters)
+        parameters = blank_model(cfg).parameters
+        return SimpleNamespace(cfg=cfg, device=self._device, dtype=torch.float32, parameters=parameters)
 
     def batch_seconds(self, cfg: SequenceConfig, how: StageSampling, batch: int) -> dict[str, float]:
         """Seconds of one batch of tokens on one device, by what could bound it."""

@@ -22,7 +22,7 @@ from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.planning.machines import Kind
-from digit.runs.recipes import Recipe
+from digit.runs.recipes import Recipe, TokenSpace
 from digit.tokenizers.encoders import load_encoder, resolve_layer
 from digit.tokenizers.vq import VQTokenizer
 
@@ -125,7 +125,7 @@ class Work:
     @cached_property
     def nearest_flops(self) -> float:
         """Distances of an image's features to all codes of the codebook."""
-        return 2.0 * self.num_tokens * self.dim * self.recipe.kmeans.num_clusters
+        return 2.0 * self.num_tokens * self.dim * self.recipe.quantizer_cfg.vocab_size
 
     @cached_property
     def vqgan_training_flops(self) -> float:
@@ -148,18 +148,15 @@ class Work:
         return total
 
     def sequence(self, name: str) -> SequenceConfig:
-        """The configuration of one of MODEL_NAMES."""
-        return self.recipe.sequence_config(
-            name,
-            discriminative_vocab_size=self.recipe.kmeans.num_clusters,
-            discriminative_len=self.num_tokens,
-            vq_vocab_size=self.vqgan.vocab_size,
-            vq_len=self.vqgan.num_tokens,
-            num_classes=self.num_classes,
-        )
+        """The configuration of one of ROLES."""
+        tokens = {
+            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens),
+            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens),
+        }
+        return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes)
 
     def training_flops(self, name: str) -> float:
-        """Of one training image of one of MODEL_NAMES."""
+        """Of one training image of one of ROLES."""
         return training_flops(self.sequence(name))
 
 

@@ -29,8 +29,8 @@ from digit.pipeline.manifest import MANIFEST, read_manifest, read_sampling, writ
 from digit.pipeline.pipeline import PARTS, DigitPipeline, SamplingConfig, StageSampling
 from digit.runtime.files import disk_errors, sha256_tensors
 from digit.runtime.progress import Progress
-from digit.tokenizers.discriminative import Codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
+from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.vq import VQTokenizer
 
 ORDER = ("encoder", "codebook", "vqgan", "prior", "renderer")

@@ -134,7 +134,8 @@ def conditions(study: Study, budgets: dict[str, dict[str, float]]) -> str:
         f"{pflops['vq_ar']:.2g} ({images['vq_ar']}): equal for the claim on generation, while the probe sets the prior "
         f"alone against {ratio:.2g} times its compute. Top-p {sampling.prior.top_p:g} of the prior, "
         f"{sampling.renderer.top_p:g} of renderer and VQ-only, not tuned to either. Tokens: {tokens.name}, {taught}, "
-        f"K = {study.recipe.kmeans.num_clusters}; the probe finds again what classes an encoder was taught. Intervals: "
+        f"K = {study.recipe.quantizer_cfg.vocab_size}; the probe finds again what classes an encoder was taught. "
+        "Intervals: "
         f"bootstrap over images, for all SNRs together (stability); Student's t over seeds {listed(study.scale.seeds)} "
         "of the models, on one codebook and one VQGAN (the others)."
     )

@@ -11,6 +11,7 @@ import torch
 from digit.planning.machines import Machine, this_machine
 from digit.planning.stages import Order, Planner
 from digit.runs.recipes import Recipe
+from digit.runs.roles import get_role
 
 REFERENCE_FLOPS = 4e11  # bf16 products a second of the machine of the rates: two cores of an AMD EPYC with AVX-512
 PER_SECOND = {"judge": 250.0, "probe": 2500.0, "pretrain": 100.0}  # images of 64 px; they grow with the pixels
@@ -44,14 +45,14 @@ class Costs:
     def parts(self, num_images: int, num_rows: int) -> float:
         """Codebook, VQGAN and tokens."""
         planner = self._planner(images=num_images)
-        made = (planner.features(), planner.kmeans(), planner.vqgan())
+        made = (planner.features(), planner.quantizer(), planner.vqgan())
         return sum(stage.seconds for stage in made) + self._tokens(num_rows)
 
     def model(self, name: str, recipe: Recipe | None = None) -> float:
         """Training of one model; a VQ-only model trains as long as prior and renderer together (equal FLOPs)."""
         planner = self._planner(recipe)
-        return sum(planner.training_seconds(part) for part in (("prior", "renderer") if name[:2] == "vq" else (name,)))
+        return sum(planner.training_seconds(part) for part in (get_role(name).replaces or (name,)))
 
     def drawn(self, count: int) -> float:
         """Drawing, decoding and judging."""
-        return self._planner(samples=count).drawing().seconds + self.images("judge", count)
+        return self._planner(samples=count).sampling().seconds + self.images("judge", count)

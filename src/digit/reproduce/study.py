@@ -164,7 +164,7 @@ class Study:
     def base(self) -> Run:
         """The run whose codebook, VQGAN and tokens serve the others; made as far as its tokens."""
         run = Run(self.recipe, self.train, self.out / "runs" / "base", reuse=self.reuse, device=str(self.device))
-        _ = run.tokens
+        run.write_tokens()
         return run
 
     def run(self, name: str = "base", *, shared: Sequence[str] = PARTS, **changes: Any) -> Run:
@@ -211,7 +211,7 @@ class Study:
     def test_tokens(self, run: Run) -> TokenStore:
         """Both kinds of tokens of the test images' centre crops, by the tokenizers of a run."""
         centre = replace(self.recipe.preprocess, random_crop=False, flip=False)
-        return write_tokens(run.out / "test_tokens", self.test, centre, run.tokenizer, run.vq)
+        return write_tokens(run.out / "test_tokens", self.test, centre, run.tokenizer(), run.train_vqgan())
 
     # ---------------------------------------------------------------- judging
 
@@ -248,7 +248,7 @@ class Study:
 
     def sampler(self, run: Run, prior: str | None, renderer: str) -> DigitPipeline:
         """A pipeline of a run's models that draws in bf16."""
-        pipe = run.pipeline(prior, renderer)
+        pipe = run.make_pipeline(prior, renderer)
         pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=BATCH_SIZE)
         return pipe
 

@@ -15,6 +15,7 @@ from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.study import BATCH_SIZE, Study, as_tensor
 from digit.runs.fit import Run
+from digit.runs.roles import get_role
 from digit.runtime import plots
 from digit.training.log import last_metrics
 
@@ -35,7 +36,11 @@ def parts_step(study: Study) -> Step:
 
     def make() -> dict[str, Any]:
         run = study.base
-        return {"codebook": run.codebook.summary(), "rows": len(run.tokens), "vq_codes": run.vq.vocab_size}
+        return {
+            "codebook": run.fit_codebook().summary(),
+            "rows": len(run.write_tokens()),
+            "vq_codes": run.train_vqgan().vocab_size,
+        }
 
     return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make)
 
@@ -52,7 +57,7 @@ def training_step(study: Study, model: str, seed: int, conditional: bool) -> Ste
 
 def trained(run: Run, model: str) -> dict[str, Any]:
     """Train a model of a run, or find it; what it cost."""
-    run.model(model)
+    run.train_model(model)
     cfg, last = run.training_config(model), last_metrics(run.out / model)
     images = cfg.num_steps * cfg.batch_size
     flops = training_flops(run.sequence_config(model)) * images
@@ -84,8 +89,8 @@ def probe_step(study: Study, model: str, seed: int) -> Step:
 
 def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
     """Probe one model of a run on the training tokens and the test images' tokens."""
-    kind, network = "discriminative" if model == "prior" else "vq", run.model(model)
-    stores = (run.tokens, study.test_tokens(run))
+    kind, network = get_role(model).target, run.train_model(model)
+    stores = (run.write_tokens(), study.test_tokens(run))
     features = [
         probing.prior_features(network, as_tensor(getattr(store, kind)), batch_size=BATCH_SIZE, precision="bf16")
         for store in stores
@@ -128,7 +133,7 @@ def stability_step(study: Study) -> Step:
 
     def make() -> dict[str, Any]:
         run = study.base
-        tokenizers = {"discriminative": run.tokenizer, "vq": run.vq}
+        tokenizers = {"discriminative": run.tokenizer(), "vq": run.train_vqgan()}
         cfg = StabilityConfig(seed=study.recipe.seed, confidence=1 - 0.05 / len(StabilityConfig().snrs))  # Bonferroni
         return stability.run_stability(
             tokenizers, study.test, study.recipe.preprocess, cfg, num=count, out=study.out / "stability"

@@ -31,13 +31,17 @@ from digit.runtime.files import differences, plain, read_json, remove_leftovers,
 from digit.runtime.lock import lock_folder
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.models.perceptual import EncoderDistance
-from digit.models.sequence import SequenceModel, training_flops
+from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.hardware import choose_device
-from digit.runs.recipes import MODEL_NAMES, Recipe
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer, fit_codebook
+from digit.runs.recipes import Recipe, TokenSpace
+from digit.runs.roles import ROLES, get_role, loss_arguments
+from digit.sampling.kinds import get_kind
+from digit.tokenizers.base import Quantizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
+from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
 from digit.training.config import TrainConfig
 from digit.training.vqgan import train_vqgan
@@ -47,6 +51,7 @@ from digit.training.log import last_metrics
 MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256
 ASSET_RESOLUTION = 64  # px
+FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 # settings that change no result, or only what is drawn afterwards
 FREE_SETTING = re.compile(
@@ -57,7 +62,8 @@ FREE_SETTING = re.compile(
 
 
 class Run:
-    """One run folder: every part is made on first use and found again afterwards.
+    """One run folder. Its verbs make a part (fit_codebook, train_vqgan, write_tokens, train_model), or read it where it is
+    done; nothing else starts work.
 
     Args:
         recipe: the full configuration.
@@ -78,7 +84,7 @@ class Run:
         reuse: dict[str, str | Path] | None = None,
         device: str | None = None,
     ):
-        self.recipe, self.out = seeded(recipe), Path(out)
+        self.recipe, self.out = recipe.with_seed(), Path(out)
         self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             if not (folder / RESULTS[stage]).is_file():
@@ -88,6 +94,7 @@ class Run:
         if len(self.source) < MIN_IMAGES:
             raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
         self._check_sizes()
+        self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
         distributed.on_main(self._claim_folder)
 
     def _check_sizes(self) -> None:
@@ -115,14 +122,10 @@ class Run:
                     f"{name}_training.batch_size {batch_size} cannot be cut into {number} equal pieces "
                     f"({processes} processes x accumulate): give a multiple"
                 )
-        for name in MODEL_NAMES:  # heads, dropouts, vocabularies
+        unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
+        for name in ROLES:  # heads, dropouts, vocabularies
             recipe.sequence_config(
-                name,
-                discriminative_vocab_size=recipe.kmeans.num_clusters,
-                discriminative_len=1,
-                vq_vocab_size=1,
-                vq_len=1,
-                num_classes=self.num_classes,
+                name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=self.num_classes
             )
 
     @property
@@ -133,16 +136,18 @@ class Run:
     def _claim_folder(self) -> None:
         """Lock the folder; write config.json, or compare with what is there as far as results exist that it made."""
         wanted = {
+            "format": FORMAT,
             "recipe": asdict(self.recipe),
             "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
         }
         lock_folder(self.out)
-        places = [self.out / name for name in (*RESULTS, *MODEL_NAMES)]
+        places = [self.out / name for name in (*RESULTS, *ROLES)]
         remove_leftovers(self.out, *places, *(place / "checkpoints" for place in places))
         path = self.out / "config.json"
-        made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in MODEL_NAMES)]
+        made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in ROLES)]
         if path.exists() and any((self.out / result).exists() for result in made):
             before = read_json(path)
+            require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
             for name, here, asked in differences(before, plain(wanted)):
                 if FREE_SETTING.fullmatch(name):
@@ -161,39 +166,43 @@ class Run:
         """The frozen encoder of the recipe."""
         return load_encoder(self.recipe.encoder).to(self.device)
 
-    @cached_property
-    def codebook(self) -> Codebook:
-        """Stage codebook."""
-        folder = self.reuse.get("codebook", self.out / "codebook")
-        if not distributed.on_main((folder / "codebook.json").exists):
-            codebook = fit_codebook(
-                self.source,
-                replace(self.recipe.preprocess, path=self.recipe.codebook_path),
-                self.encoder,
-                self.recipe.kmeans,
-                subset=self.recipe.codebook_subset,
-                seed=self.recipe.seed,
-                max_bad_fraction=self.recipe.max_bad_fraction,
-                across_ranks=True,
-                folder=folder,
-            )
-            distributed.on_main(lambda: codebook.save(folder))
-        return Codebook.load(folder).to(self.device)
+    def _folder(self, stage: str) -> Path:
+        """Folder of a stage: another run's where it is reused."""
+        return self.reuse.get(stage, self.out / stage)
 
-    @cached_property
-    def tokenizer(self) -> DiscriminativeTokenizer:
-        """Encoder and codebook together."""
-        return DiscriminativeTokenizer(self.encoder, self.codebook)
+    def _is_done(self, stage: str) -> bool:
+        """Whether the stage's result is there; rank 0 looks, since a shared file system may show a file late."""
+        result = self._folder(stage) / RESULTS.get(stage, "model.json")
+        return distributed.on_main(result.exists)
 
-    @cached_property
-    def vq(self) -> VQTokenizer:
-        """Stage vqgan."""
-        folder = self.reuse.get("vqgan", self.out / "vqgan")
-        if not distributed.on_main((folder / "vqgan.json").exists):
-            self._train_vqgan(folder)
-        vq = VQTokenizer.load(folder)
-        vq.vqgan.to(self.device)
-        return vq
+    def fit_codebook(self) -> Quantizer:
+        """Stage codebook: fit the quantizer, or read it where it is done."""
+        if "codebook" not in self._parts:
+            folder = self._folder("codebook")
+            if not self._is_done("codebook"):
+                codebook = fit_codebook(
+                    self.source,
+                    replace(self.recipe.preprocess, path=self.recipe.codebook_path),
+                    self.encoder,
+                    self.recipe.quantizer_cfg,
+                    subset=self.recipe.codebook_subset,
+                    seed=self.recipe.seed,
+                    max_bad_fraction=self.recipe.max_bad_fraction,
+                    across_ranks=True,
+                    folder=folder,
+                )
+                distributed.on_main(lambda: codebook.save(folder))
+            self._parts["codebook"] = load_quantizer(folder).to(self.device)
+        return self._parts["codebook"]
+
+    def train_vqgan(self) -> VQTokenizer:
+        """Stage vqgan: train the VQGAN, or read it where it is done."""
+        if "vqgan" not in self._parts:
+            folder = self._folder("vqgan")
+            if not self._is_done("vqgan"):
+                self._train_vqgan(folder)
+            self._parts["vqgan"] = VQTokenizer.load(folder).to(self.device)
+        return self._parts["vqgan"]
 
     def _train_vqgan(self, folder: Path) -> None:
         recipe = self.recipe
@@ -219,9 +228,11 @@ class Run:
         lite0 = load_encoder(EncoderConfig(name="efficientnet_lite0", layer="pooled", input_size=128))
         return EncoderDistance(lite0.net).to(self.device)
 
-    @cached_property
-    def tokens(self) -> TokenStore:
-        """Stage tokens; checked against codebook and VQGAN."""
+    def write_tokens(self) -> TokenStore:
+        """Stage tokens: encode every crop, or open the store where it is done; checked against codebook and VQGAN."""
+        if "tokens" in self._parts:
+            return self._parts["tokens"]
+        tokenizer, vq = self.tokenizer(), self.train_vqgan()
         if "tokens" in self.reuse:
             store = TokenStore.open(self.reuse["tokens"])
         else:
@@ -229,41 +240,48 @@ class Run:
                 self.out / "tokens",
                 self.source,
                 self.recipe.preprocess,
-                self.tokenizer,
-                self.vq,
+                tokenizer,
+                vq,
                 crops_per_image=self.recipe.crops_per_image,
                 seed=self.recipe.seed,
                 max_bad_fraction=self.recipe.max_bad_fraction,
             )
-        store.check(codebook_hash=self.tokenizer.fingerprint, vqgan_hash=self.vq.fingerprint)
-        made_of = store.manifest["source"]["fingerprint"]
-        if made_of != self.source.fingerprint:
+        store.check(codebook_hash=tokenizer.fingerprint, vqgan_hash=vq.fingerprint)
+        existing = store.manifest["source"]["fingerprint"]
+        if existing != self.source.fingerprint:
             raise MismatchError(
-                f"tokens in {store.folder} are of images {made_of[:12]}, {self.source.name} is "
+                f"tokens in {store.folder} are of images {existing[:12]}, {self.source.name} is "
                 f"{self.source.fingerprint[:12]}: give that data, or other tokens"
             )
+        self._parts["tokens"] = store
         return store
 
-    def model(self, name: str) -> SequenceModel:
-        """Stage prior, renderer, renderer_masked, vq_ar or vq_masked: trained, or read where it is done."""
+    def tokenizer(self) -> DiscriminativeTokenizer:
+        """Encoder and codebook together; fits the codebook where it is not done."""
+        return DiscriminativeTokenizer(self.encoder, self.fit_codebook())
+
+    def train_model(self, name: str) -> SequenceModel:
+        """Stage of one of ROLES: train the model, or read it where it is done."""
         folder = self.out / name
-        tokens = {"tokenizer": self.tokenizer.fingerprint, "vqgan": self.vq.fingerprint}
-        if not distributed.on_main((folder / "model.json").exists):
+        tokens = {"tokenizer": self.tokenizer().fingerprint, "vqgan": self.train_vqgan().fingerprint}
+        if not self._is_done(name):
             torch.manual_seed(self.recipe.seed)
-            model = SequenceModel(self.sequence_config(name)).to(self.device)
+            cfg = self.sequence_config(name)
+            model = get_kind(cfg.kind).model(cfg).to(self.device)
             if self.recipe.informed_start:
                 self._inform(name, model)
-            cfg = self.training_config(name)
+            training = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name) if self.recipe.validation_fraction else None
             train_sequence_model(
-                model, self.batches(name, cfg), cfg, folder,
+                model, self.batches(name, training), training, folder,
                 about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
             )  # fmt: skip
             distributed.on_main(lambda: self._save_model(model, folder, tokens))
-        for part, here, asked in differences(read_json(folder / "tokens.json"), tokens):
+        for part, existing, requested in differences(read_json(folder / "tokens.json"), tokens):
             raise MismatchError(
-                f"{folder} learnt tokens of {part} {here[:12]}, now {asked[:12]}: give that one, or delete {folder}"
+                f"{folder} was trained on tokens of {part} {existing[:12]}, now {requested[:12]}: give that one, or "
+                f"delete {folder}"
             )
         return load_sequence_model(folder, "model").to(self.device)
 
@@ -275,56 +293,49 @@ class Run:
 
     def _inform(self, name: str, model: SequenceModel) -> None:
         """Start a model's tables from what its tokens stand for."""
-        codes = {"discriminative": self.codebook.centroids, "vq": self.vq.vqgan.quantize.embedding.weight.detach()}
-        grids = {"discriminative": tuple(self.tokenizer.grid), "vq": tuple(self.vq.grid)}
-        target = "discriminative" if name == "prior" else "vq"
-        model.start_from_codes(codes[target], codes["discriminative"])
-        model.start_from_places(grids[target], grids["discriminative"])
+        role, tokenizer, vq = get_role(name), self.tokenizer(), self.train_vqgan()
+        codebook = tokenizer.codebook
+        codes = {
+            "discriminative": codebook.embed(torch.arange(codebook.vocab_size)),
+            "vq": vq.vqgan.quantize.embedding.weight.detach(),
+        }
+        grids = {"discriminative": tokenizer.grid, "vq": vq.grid}
+        model.start_from_codes(codes[role.target], codes["discriminative"])
+        model.start_from_places(grids[role.target], grids["discriminative"])
 
-    def sequence_config(self, name: str) -> Any:
-        """SequenceConfig of a model, from the tokens at hand."""
-        tokens = self.tokens
-        return self.recipe.sequence_config(
-            name,
-            discriminative_vocab_size=self.tokenizer.vocab_size,
-            discriminative_len=tokens.discriminative.shape[1],
-            vq_vocab_size=self.vq.vocab_size,
-            vq_len=tokens.vq.shape[1],
-            num_classes=self.num_classes,
-        )
+    def sequence_config(self, name: str) -> SequenceConfig:
+        """SequenceConfig of a model, from the tokens at hand; makes the tokens where they are not done."""
+        tokens, vocab_sizes = self.write_tokens(), (self.tokenizer().vocab_size, self.train_vqgan().vocab_size)
+        spaces = {
+            "discriminative": TokenSpace(vocab_sizes[0], tokens.discriminative.shape[1]),
+            "vq": TokenSpace(vocab_sizes[1], tokens.vq.shape[1]),
+        }
+        return self.recipe.sequence_config(name, spaces, num_classes=self.num_classes)
 
     def training_config(self, name: str) -> TrainConfig:
-        """TrainConfig of a model. A VQ-only baseline trains as long as prior and renderer together (equal FLOPs)."""
-        recipe = self.recipe
-        if name == "prior":
-            return recipe.prior_training
-        if name.startswith("renderer"):
-            return recipe.renderer_training
-        cost = {n: training_flops(self.sequence_config(n)) for n in ("prior", "renderer", name)}
-        total = sum(
-            cost[n] * t.num_steps * t.batch_size
-            for n, t in (("prior", recipe.prior_training), ("renderer", recipe.renderer_training))
-        )
-        num_steps = round(total / (cost[name] * recipe.renderer_training.batch_size))
-        return replace(recipe.renderer_training, num_steps=num_steps)
+        """TrainConfig of a model. One that replaces others trains for as many FLOPs as they do together."""
+        role = get_role(name)
+        cfg = self.recipe.training(role)
+        if not role.replaces:
+            return cfg
+        total = sum(self._training_flops(replaced) for replaced in role.replaces)
+        return replace(cfg, num_steps=round(total / (training_flops(self.sequence_config(name)) * cfg.batch_size)))
+
+    def _training_flops(self, name: str) -> float:
+        cfg = self.recipe.training(get_role(name))
+        return training_flops(self.sequence_config(name)) * cfg.num_steps * cfg.batch_size
 
     def batches(self, name: str, cfg: TrainConfig) -> "ModelBatches":
-        """step -> {"target", "prefix", "labels"} for one of MODEL_NAMES, from tokens in RAM."""
+        """step -> {"target", "prefix", "labels"} for one of ROLES, from tokens in RAM."""
         labelled = bool(self.sequence_config(name).num_classes)
-        wanted = {"discriminative": not name.startswith("vq"), "vq": name != "prior", "labels": labelled}
-        rows, names = np.flatnonzero(~self.held_out_rows()), [n for n, is_wanted in wanted.items() if is_wanted]
-        read = self.tokens.batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
-        return ModelBatches(read, partial(self._arguments, name, labelled=labelled))
-
-    def _arguments(self, name: str, rows: dict[str, torch.Tensor], labelled: bool) -> dict[str, Any]:
-        """Rows of the token store as keywords of `SequenceModel.loss`, not yet on the device."""
-        target = rows["discriminative"] if name == "prior" else rows["vq"]
-        prefix = rows["discriminative"] if name.startswith("renderer") else None
-        return {"target": target, "prefix": prefix, "labels": rows["labels"] if labelled else None}
+        names = [*get_role(name).inputs, *(["labels"] if labelled else [])]
+        rows = np.flatnonzero(~self.held_out_rows())
+        read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
+        return ModelBatches(read, partial(loss_arguments, get_role(name), labelled=labelled))
 
     def held_out_rows(self) -> np.ndarray:
         """bool (R,): rows kept out of training: every 1 / validation_fraction-th image, with all its crops."""
-        images = np.arange(len(self.tokens)) // self.recipe.crops_per_image
+        images = np.arange(len(self.write_tokens())) // self.recipe.crops_per_image
         if not self.recipe.validation_fraction:
             return np.zeros(len(images), dtype=bool)
         return images % max(2, round(1 / self.recipe.validation_fraction)) == 0
@@ -333,7 +344,8 @@ class Run:
         """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
         rows = np.flatnonzero(self.held_out_rows())
         chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
-        batch = self._arguments(name, self.tokens.batch(chosen), bool(self.sequence_config(name).num_classes))
+        labelled = bool(self.sequence_config(name).num_classes)
+        batch = loss_arguments(get_role(name), self.write_tokens().batch(chosen), labelled=labelled)
         batch = {name: None if value is None else value.to(self.device) for name, value in batch.items()}
 
         def validate(model: SequenceModel) -> dict[str, float]:
@@ -344,15 +356,13 @@ class Run:
 
     # ---------------------------------------------------------------- the whole
 
-    def pipeline(self, prior: str | None = "prior", renderer: str | None = None) -> DigitPipeline:
-        """A pipeline of this run's models; prior None is a VQ-only baseline."""
-        if renderer is None:
-            renderer = "renderer" if self.recipe.renderer_kind == "ar" else "renderer_masked"
+    def make_pipeline(self, prior: str | None = "prior", renderer: str | None = None) -> DigitPipeline:
+        """A pipeline of this run's models, trained where they are not done; prior None is a VQ-only baseline."""
         return DigitPipeline(
-            tokenizer=self.tokenizer if prior else None,
-            vq=self.vq,
-            prior=self.model(prior) if prior else None,
-            renderer=self.model(renderer),
+            tokenizer=self.tokenizer() if prior else None,
+            vq=self.train_vqgan(),
+            prior=self.train_model(prior) if prior else None,
+            renderer=self.train_model(renderer or self.recipe.model_names[1]),
             preprocess=self.recipe.preprocess,
             classes=self.source.classes if self.recipe.class_conditional else (),
             sampling=self.recipe.sampling,
@@ -361,14 +371,8 @@ class Run:
 
     def stages(self) -> Sequence[tuple[str, Callable[[], Any]]]:
         """Stage names and what makes each, in order."""
-        renderer = "renderer" if self.recipe.renderer_kind == "ar" else "renderer_masked"
-        return [
-            ("codebook", lambda: self.codebook),
-            ("vqgan", lambda: self.vq),
-            ("tokens", lambda: self.tokens),
-            ("prior", lambda: self.model("prior")),
-            (renderer, lambda: self.model(renderer)),
-        ]
+        models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
+        return [("codebook", self.fit_codebook), ("vqgan", self.train_vqgan), ("tokens", self.write_tokens), *models]
 
 
 @dataclass(frozen=True)
@@ -389,20 +393,19 @@ def fit(run: Run) -> DigitPipeline:
     """Run every stage that is not done and write OUT/pipeline; returns the pipeline."""
     for _, make in run.stages():
         make()
-    pipe = run.pipeline()
+    pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
 
 
-def seeded(recipe: Recipe) -> Recipe:
-    """The recipe with its one seed in every part."""
-    return replace(
-        recipe,
-        kmeans=replace(recipe.kmeans, seed=recipe.seed),
-        vqgan_training=replace(recipe.vqgan_training, seed=recipe.seed),
-        prior_training=replace(recipe.prior_training, seed=recipe.seed),
-        renderer_training=replace(recipe.renderer_training, seed=recipe.seed),
-    )
+def require_format(cfg: Any, path: Path) -> None:
+    """Raise DigitError where another version of digit made the run folder that `path`, its config.json, is in."""
+    found = cfg.get("format", 1) if isinstance(cfg, dict) else None
+    if found != FORMAT:
+        raise DigitError(
+            f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, or "
+            "go on with the digit that made it (format 1: version 0.1)"
+        )
 
 
 def merged(defaults: Any, given: Any) -> Any:
@@ -411,5 +414,3 @@ def merged(defaults: Any, given: Any) -> Any:
         return given
     return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}
 
-
-__all__ = ["MODEL_NAMES", "Run", "differences", "fit"]

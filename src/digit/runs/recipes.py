@@ -3,15 +3,18 @@
 Every field can be changed on the command line (`digit fit DATA --recipe small --prior.depth 8`) or in a YAML file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
-from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.models.sequence import SequenceConfig
 from digit.models.vqgan import VQGANConfig
-from digit.pipeline.pipeline import SamplingConfig, StageSampling
+from digit.runs.roles import RENDERERS, Role, get_role
+from digit.sampling.kinds import get_kind
+from digit.sampling.config import SamplingConfig, StageSampling
+from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.training.config import Optimizer, TrainConfig
@@ -20,7 +23,6 @@ from digit.training.vqgan import GANConfig
 RELEASED_TRAINING = TrainConfig(
     num_steps=125_000, batch_size=2048, precision="bf16"
 )  # paper, A.3: 200 epochs of ImageNet-1k
-MODEL_NAMES = ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,13 @@ class ModelSpec:
     """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
 
 
+class TokenSpace(NamedTuple):
+    """Number of codes and number of tokens an image of one kind of tokens."""
+
+    vocab_size: int
+    length: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run but the data and the output folder."""
@@ -51,8 +60,10 @@ class Recipe:
     """The one preprocessing of codebook, tokens, training and evaluation."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Frozen encoder of the discriminative tokens."""
+    quantizer: Literal["kmeans"] = "kmeans"
+    """What turns features into discriminative tokens; its settings stand under its name."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
-    """Codebook of the discriminative tokens."""
+    """K-means codebook of the discriminative tokens."""
     codebook_subset: float = 0.1
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
     codebook_path: PathName = "released"
@@ -90,57 +101,50 @@ class Recipe:
     seed: int = 0
     """Of every random choice of the run; it overrules the seeds of the parts."""
 
-    def sequence_config(
-        self, name: str, *, discriminative_vocab_size: int, discriminative_len: int, vq_vocab_size: int, vq_len: int, num_classes: int
-    ) -> SequenceConfig:
-        """The full configuration of one of MODEL_NAMES."""
-        if name not in MODEL_NAMES:
-            raise DigitError(f"no model named {name}: choose one of {', '.join(MODEL_NAMES)}")
-        spec = self.prior if name == "prior" else self.renderer
-        size = dict(depth=spec.depth, embed_dim=spec.embed_dim, num_heads=spec.num_heads, dropout=spec.dropout)
-        if name == "prior":
-            return SequenceConfig(
-                vocab_size=discriminative_vocab_size,
-                target_len=discriminative_len,
-                num_classes=num_classes,
-                norm="post",
-                label_dropout=spec.label_dropout,
-                **size,
-            )
-        masked = name.endswith("masked")
-        if name.startswith("vq"):
-            return SequenceConfig(
-                vocab_size=vq_vocab_size,
-                target_len=vq_len,
-                num_classes=num_classes,
-                norm="pre",
-                masked=masked,
-                label_dropout=self.prior.label_dropout,
-                **size,
-            )
-        return SequenceConfig(
-            vocab_size=vq_vocab_size,
-            target_len=vq_len,
-            prefix_vocab_size=discriminative_vocab_size,
-            prefix_len=discriminative_len,
-            norm="pre",
-            masked=masked,
-            prefix_dropout=spec.prefix_dropout,
-            **size,
-        )
+    @property
+    def quantizer_cfg(self) -> QuantizerConfig:
+        """Settings of the quantizer that `quantizer` names."""
+        return getattr(self, self.quantizer)
 
-    def build_prior(self, num_classes: int = 0) -> SequenceModel:
-        """A fresh prior of the paper's sizes: 256 tokens on 256 px (16 x 16), K of the recipe."""
-        return SequenceModel(
-            self.sequence_config(
-                "prior",
-                discriminative_vocab_size=self.kmeans.num_clusters,
-                discriminative_len=256,
-                vq_vocab_size=1024,
-                vq_len=256,
-                num_classes=num_classes,
-            )
+    @property
+    def model_names(self) -> tuple[str, str]:
+        """The two models that the finished pipeline holds, prior and renderer (names of ROLES)."""
+        return "prior", RENDERERS[self.renderer_kind]
+
+    def size(self, role: Role) -> ModelSpec:
+        """Size of a model."""
+        return getattr(self, role.settings)
+
+    def training(self, role: Role) -> TrainConfig:
+        """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
+        return getattr(self, f"{role.settings}_training")
+
+    def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
+        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}."""
+        role = get_role(name)
+        size, target = self.size(role), tokens[role.target]
+        prefix = TokenSpace(0, 0) if role.prefix is None else tokens[role.prefix]
+        settings = dict(
+            vocab_size=target.vocab_size,
+            target_len=target.length,
+            prefix_vocab_size=prefix.vocab_size,
+            prefix_len=prefix.length,
+            num_classes=num_classes if role.labels else 0,
+            norm=role.norm,
+            masked=role.kind == "masked",
+            label_dropout=self.prior.label_dropout if role.labels else 0.0,
+            prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
+            depth=size.depth,
+            embed_dim=size.embed_dim,
+            num_heads=size.num_heads,
+            dropout=size.dropout,
         )
+        return get_kind(role.kind).config(**settings)
+
+    def with_seed(self) -> "Recipe":
+        """The recipe with its one seed in every part."""
+        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training")
+        return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}

@@ -112,7 +112,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     metrics |= reconstruction_metrics(pipe, run)
     metrics |= judge_metrics(run, pipe)
     metrics["training"] = {p.parent.name: json.loads(p.read_text()) for p in sorted(out.glob("*/metrics.json"))}
-    metrics["codebook"] = run.codebook.summary()
+    metrics["codebook"] = run.fit_codebook().summary()
     metrics["machine"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

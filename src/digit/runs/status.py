@@ -9,14 +9,14 @@ from digit.runtime import lock
 from digit.errors import DigitError
 from digit.runtime.files import read_json
 from digit.runtime.ledger import progress
-from digit.runs.recipes import MODEL_NAMES
+from digit.runs.roles import ROLES
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.training import checkpoint
 from digit.training.config import CONFIG
 from digit.training.log import last_metrics
 
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
-STAGES = ("codebook", "vqgan", "tokens", *MODEL_NAMES)
+STAGES = ("codebook", "vqgan", "tokens", *ROLES)
 
 
 def is_run(folder: str | Path) -> bool:
@@ -26,7 +26,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def describe_run(folder: str | Path) -> str:
-    """A line a stage that was begun, who is at work there, and the command that goes on. Raises DigitError."""
+    """One line per stage that was begun, the process that is running, and the command that continues. Raises DigitError."""
     folder = Path(folder)
     cfg = read_json(folder / "config.json")
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
@@ -86,26 +86,26 @@ def is_sample_folder(folder: str | Path) -> bool:
 
 
 def describe_sample_folder(folder: str | Path) -> str:
-    """How many of the images are drawn, and what to type next; reads alone, the drawing may go on meanwhile."""
+    """How many of the images are sampled, and what to type next; reads alone, the drawing may go on meanwhile."""
     folder = Path(folder)
     done = (folder / SAMPLES).is_file()
     about = read_json(folder / (SAMPLES if done else JOURNAL))
     request = about.get("request") if isinstance(about, dict) else None
     num = request.get("num", "?") if isinstance(request, dict) else "?"
     if done:
-        return f"samples    {num} images, all drawn: {folder / GRID}"
-    begun = f"samples    {progress(folder / JOURNAL)} of {num} images are drawn"
+        return f"samples    {num} images, all sampled: {folder / GRID}"
+    begun = f"samples    {progress(folder / JOURNAL)} of {num} images are sampled"
     return "\n".join([begun, *describe_work(folder)])
 
 
 def describe_work(folder: Path) -> Iterator[str]:
-    """Who is at work, or what to type next."""
+    """Which process is running, or what to type next."""
     if (holder := lock.holder(folder)) is not None:
         yield f"at work    {lock.describe(holder)}: {holder.get('command', 'digit')}"
     elif (folder / "pipeline").is_dir():
         yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
     else:
         command = str(lock.last_writer(folder).get("command", ""))
-        known = command.split(" ")[0] in ("digit", "torchrun", "srun")  # no stranger's idea of what to type
+        known = command.split(" ")[0] in ("digit", "torchrun", "srun")  # a lock file written by anyone else must not tell the user what to type
         again = command if known else "the command that began it, with the same --out"
-        yield f"next       nobody is at work here; go on with: {again}"
+        yield f"next       not running; to continue: {again}"

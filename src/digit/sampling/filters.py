@@ -1,4 +1,4 @@
-"""Temperature, top-k and top-p on logits, guidance, and draws that depend on an image's own uniforms alone.
+"""Temperature, top-k and top-p on logits, guidance, and sampling that depends on an image's own uniforms alone.
 
 Nothing here waits for the device or depends on values in its shapes, so that all of it may stand in a CUDA graph.
 
@@ -78,7 +78,7 @@ def guide(logits: Float[Tensor, "2B V"], scale: float) -> Float[Tensor, "B V"]:
 def sample_from_uniform(logits: Float[Tensor, "*B V"], u: Float64[Tensor, " *B"]) -> Int64[Tensor, " *B"]:
     """The code at which the cumulative probability passes u in [0, 1): inverse-CDF sampling.
 
-    A row's code depends on its own logits and its own u; codes of probability 0 are never drawn.
+    A row's code depends on its own logits and its own u; codes of probability 0 are never taken.
     """
     total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)  # (*B, V), no code of probability 0 raises it
     last = total[..., -1:]
@@ -86,7 +86,9 @@ def sample_from_uniform(logits: Float[Tensor, "*B V"], u: Float64[Tensor, " *B"]
     return torch.searchsorted(total, aim, right=True)[..., 0]
 
 
-def draw(logits: Float[Tensor, "B V"], u: Tensor, temperature: float, top_k: int, top_p: float) -> Int64[Tensor, " B"]:
+def sample_filtered(
+    logits: Float[Tensor, "B V"], u: Tensor, temperature: float, top_k: int, top_p: float
+) -> Int64[Tensor, " B"]:
     """One code a row: the most likely at temperature 0, else by inverse CDF on the filtered logits."""
     if temperature == 0:
         return logits.argmax(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,54 +12,30 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.sampling.requests import Request, conditions
+from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 
-def generate_masked(
-    model: SequenceModel,
-    *,
-    seeds: Sequence[int],
-    prefix: Int64[Tensor, "B P"] | None = None,
-    labels: Int64[Tensor, " B"] | None = None,
-    given: Int64[Tensor, "B m"] | None = None,
-    on_token: Callable[[int], None] | None = None,
-    **settings: Any,
-) -> Int64[Tensor, "B M"]:
-    """Draw the target tokens of B images: `MaskedSampler(model, **settings)(seeds, ...)`.
-
-    Args:
-        given: tokens to keep, `model.cfg.mask_token` where one is to be drawn; may hold the first m of M tokens only.
-        on_token: called after every step with the number of tokens just fixed, over all images what there is to draw.
-        seeds, prefix, labels: as in `digit.sampling.autoregressive.generate`.
-        settings: as `MaskedSampler` takes them.
-
-    Raises:
-        DigitError: conditions that do not fit the model, or settings without meaning.
-    """
-    return MaskedSampler(model, **settings)(seeds, prefix=prefix, labels=labels, given=given, on_token=on_token)
-
-
 class MaskedSampler(Sampler):
-    """Draws from a masked model in `num_steps` forward passes.
+    """Samples from a masked model in `num_steps` forward passes.
 
-    Every step draws all hidden tokens and hides the least confident again: floor(M cos(pi/2 (step + 1) / num_steps)) of
-    them, where M counts the tokens to draw.
+    Every step samples all hidden tokens and hides the least confident again, floor(M cos(pi/2 (step + 1) / num_steps))
+    of them, where M counts the tokens to sample.
 
     Settings:
         num_steps: forward passes (released: 8).
         choice_temperature: Gumbel noise on the confidence, times 1 - ratio of steps done (released: 4.5).
         temperature, top_k, top_p, cfg_scale, dtype, micro_batch_size, stage: as in
-            `digit.sampling.autoregressive.NextTokenSampler`; the released decoding uses no filter.
+            `digit.sampling.next_token.NextTokenSampler`; the released decoding uses no filter.
     """
 
     def __init__(
         self, model: SequenceModel, *, num_steps: int = 8, choice_temperature: float = 4.5, **settings: Any
     ) -> None:
-        assert model.cfg.masked, "next-token models are drawn by NextTokenSampler"
+        assert model.cfg.masked, "next-token models are sampled by NextTokenSampler"
         if num_steps < 1:
             raise DigitError(f"num_steps is {num_steps}: at least 1")
         super().__init__(model, **settings)
@@ -70,7 +46,7 @@ class MaskedSampler(Sampler):
         """Every step takes one number for the code and one for the confidence of each token."""
         return (self.num_steps, 2, self.model.cfg.target_len)
 
-    def sample_micro_batch(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         model, cfg, guided = self.model, self.model.cfg, self.guided
         how = conditions(model, rows, guided)
         tokens = F.pad(rows.given, (0, cfg.target_len - rows.given.shape[1]), value=cfg.mask_token)  # (C, M)
@@ -78,11 +54,11 @@ class MaskedSampler(Sampler):
         unknown = hidden.sum(1)  # (C,)
         for step in range(self.num_steps):
             logits = self.combine(model.head(model.features(twice(tokens, guided), **how)))  # (C, M, V)
-            drawn = self.pick(logits.flatten(0, 1), u[:, step, 0].flatten()).view_as(tokens)
-            tokens = torch.where(hidden, drawn, tokens)
+            sampled = self.pick(logits.flatten(0, 1), u[:, step, 0].flatten()).view_as(tokens)
+            tokens = torch.where(hidden, sampled, tokens)
             before, ratio = hidden, (step + 1) / self.num_steps
             if step + 1 < self.num_steps:
-                chosen = log_probability(logits, drawn)  # (C, M), unfiltered
+                chosen = log_probability(logits, sampled)  # (C, M), unfiltered
                 noise = gumbel(u[:, step, 1]) * (self.choice_temperature * (1 - ratio))
                 hidden = least_confident(chosen + noise, hidden, num_to_hide(unknown, hidden, ratio))
                 tokens = tokens.masked_fill(hidden, cfg.mask_token)
@@ -107,7 +83,7 @@ def num_to_hide(unknown: Int64[Tensor, " C"], hidden: Bool[Tensor, "C M"], ratio
 def least_confident(
     confidence: Float[Tensor, "C M"], hidden: Bool[Tensor, "C M"], count: Int64[Tensor, " C"]
 ) -> Bool[Tensor, "C M"]:
-    """Which tokens to hide again: the `count` least confident of those drawn in this step."""
+    """Which tokens to hide again: the `count` least confident of those sampled in this step."""
     order = confidence.masked_fill(~hidden, float("inf")).argsort(dim=1, stable=True)
     return order.argsort(1) < count[:, None]
 

@@ -1,4 +1,4 @@
-"""What is asked of a sampler, checked once and cut into passes of equal size.
+"""What is asked of a sampler, checked once and cut into micro-batches of equal size.
 
 Matrix kernels choose their order of summation by the number of rows, so that an image drawn alone and the same image
 drawn among others could differ in the last bit, and from then on in its tokens. Every micro-batch therefore has
@@ -20,8 +20,8 @@ MICRO_BATCH_SIZE = 64  # where half-precision kernels reach 90% of their speed (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """Rows to draw: B images, P prefix tokens, m given target tokens."""
+class TokenRequest:
+    """Tokens to sample: B images, P prefix tokens, m given target tokens."""
 
     seeds: list[int]
     """Seed of each image."""
@@ -32,10 +32,10 @@ class Request:
     given: Tensor
     """(B, m) int64, the first target tokens; m may be 0."""
 
-    def rows(self, index: list[int]) -> "Request":
+    def rows(self, index: list[int]) -> "TokenRequest":
         """These rows alone, in this order."""
         pick = torch.tensor(index, device=self.given.device)
-        return Request(
+        return TokenRequest(
             seeds=[self.seeds[i] for i in index],
             prefix=None if self.prefix is None else self.prefix[pick],
             labels=None if self.labels is None else self.labels[pick],
@@ -45,9 +45,9 @@ class Request:
 
 def make_request(
     model: SequenceModel, seeds: Sequence[int], prefix: Tensor | None, labels: Tensor | None, given: Tensor | None
-) -> Request:
+) -> TokenRequest:
     """Check the rows against the model and move them to its device. Raises DigitError naming what does not fit."""
-    cfg, device, batch = model.cfg, model.positions.device, len(seeds)
+    cfg, device, batch = model.cfg, model.device, len(seeds)
     if given is None:
         given = torch.empty(batch, 0, dtype=torch.int64)
     rows = {"prefix": prefix, "labels": labels, "given": given}
@@ -62,7 +62,7 @@ def make_request(
     check_range("prefix token", prefix, 0, cfg.prefix_vocab_size - 1)
     check_range("label", labels, -1, cfg.num_classes - 1)
     moved = {k: None if v is None else v.to(device=device, dtype=torch.int64) for k, v in rows.items()}
-    return Request(seeds=[int(s) for s in seeds], **moved)
+    return TokenRequest(seeds=[int(s) for s in seeds], **moved)
 
 
 def check_range(name: str, values: Tensor | None, low: int, high: int) -> None:
@@ -83,7 +83,7 @@ def check_guidance(model: SequenceModel, scale: float) -> None:
         )
 
 
-def passes(request: Request, size: int) -> Iterator[tuple[Request, int]]:
+def micro_batches(request: TokenRequest, size: int) -> Iterator[tuple[TokenRequest, int]]:
     """Requests of exactly `size` rows, and how many of the rows count; the others are copies of the last."""
     total = len(request.seeds)
     for begin in range(0, total, size):
@@ -91,7 +91,7 @@ def passes(request: Request, size: int) -> Iterator[tuple[Request, int]]:
         yield request.rows(index), min(size, total - begin)
 
 
-def conditions(model: SequenceModel, request: Request, guided: bool) -> dict[str, Tensor | None]:
+def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> dict[str, Tensor | None]:
     """prefix, labels and drop_prefix for `SequenceModel.embed`; guided: rows twice, the second time unconditional."""
     prefix, labels, drop = request.prefix, request.labels, None
     if guided:

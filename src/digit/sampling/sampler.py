@@ -1,4 +1,4 @@
-"""What every sampler does: make the model ready once, check each request, cut it into passes of equal size, draw."""
+"""What every sampler does: prepare the model once, check each request, cut it into micro-batches, sample them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,21 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
-from digit.sampling.filters import check_filters, draw, guide, image_uniforms
-from digit.sampling.requests import MICRO_BATCH_SIZE, Request, check_guidance, make_request, passes
+from digit.sampling.filters import check_filters, guide, image_uniforms, sample_filtered
+from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
 
 class Sampler(ABC):
-    """A model made ready to draw, once for many batches. Calls are as `generate`'s, and so are the settings.
+    """A model prepared for sampling, once for many batches.
 
-    Later changes of the model's weights may not be seen: make another one. Not thread-safe.
+    It may not see later changes of the model's weights: make another one. Not thread-safe.
     """
+
+    output: Literal["tokens", "images"] = "tokens"
+    """What a call gives: tokens, or the images themselves, (B, 3, H, W) uint8."""
 
     def __init__(
         self,
@@ -45,9 +48,10 @@ class Sampler(ABC):
         if self.micro_batch_size < 1:
             raise DigitError(f"micro_batch_size is {micro_batch_size}: at least 1")
         self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
-        self.model = ready(model, dtype, self.micro_batch_size * (2 if self.guided else 1))
+        self.num_rows = self.micro_batch_size * (2 if self.guided else 1)
+        self.model = prepare(model, dtype, self.num_rows)
         self.stage = stage or ("renderer" if model.cfg.prefix_len else "prior")
-        self.pick = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        self.pick = partial(sample_filtered, temperature=temperature, top_k=top_k, top_p=top_p)
 
     @torch.no_grad()
     def __call__(
@@ -59,13 +63,24 @@ class Sampler(ABC):
         given: Int64[Tensor, "B m"] | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Int64[Tensor, "B M"]:
-        """Draw the target tokens of B images. Raises DigitError for conditions that do not fit the model."""
+        """Sample the target tokens of B images.
+
+        Args:
+            seeds: one an image; seed, conditions and settings fix an image's tokens, whatever is sampled beside it.
+            prefix: prefix tokens (renderers).
+            labels: class numbers; -1 or None is unconditional.
+            given: tokens to keep (completion): the first m of a next-token model. A masked model keeps all but
+                `model.cfg.mask_token`, in any place.
+            on_token: called after every step with the number of tokens just decided, over all images of it.
+
+        Raises DigitError for conditions that do not fit the model.
+        """
         request = make_request(self.model, seeds, prefix, labels, given)
-        drawn = [request.given.new_empty(0, self.model.cfg.target_len)]
-        for rows, count in passes(request, self.micro_batch_size):
+        sampled = [request.given.new_empty(0, self.model.cfg.target_len)]
+        for rows, count in micro_batches(request, self.micro_batch_size):
             u = image_uniforms(rows.seeds, self.stage, self.uniform_shape).to(request.given.device)
-            drawn.append(self.sample_micro_batch(rows, u, partial(report, on_token, count))[:count])
-        return torch.cat(drawn)
+            sampled.append(self.sample_micro_batch(rows, u, partial(report, on_token, count))[:count])
+        return torch.cat(sampled)
 
     @property
     @abstractmethod
@@ -73,15 +88,15 @@ class Sampler(ABC):
         """Shape of the uniform random numbers that one image takes."""
 
     @abstractmethod
-    def sample_micro_batch(self, rows: Request, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
-        """Tokens (C, M) of one pass of C rows with the uniforms u; reports how many tokens it decided, a row or all."""
+    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+        """Tokens (C, M) of a micro-batch with the uniforms u; reports how many tokens it decided, a row or all."""
 
     def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
         """Float32 logits of the images from those of all rows, R = 2C under guidance."""
         return guide(logits, self.cfg_scale) if self.guided else logits.float()
 
 
-def ready(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:
+def prepare(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:
     """A copy in `dtype`, cast once, where autocast would cast for every token; its matrices packed on a CPU.
 
     In the model's own type it shares all parameters that are not packed.
@@ -91,7 +106,7 @@ def ready(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> Seq
 
 
 def report(on_token: Callable[[int], None] | None, count: int, decided: Tensor | int) -> None:
-    """Tell of the tokens decided in the first `count` rows; the others only fill the pass."""
+    """Tell of the tokens decided in the first `count` rows; the others only fill the micro-batch."""
     if on_token:
         on_token(decided * count if isinstance(decided, int) else int(decided[:count].sum()))
 

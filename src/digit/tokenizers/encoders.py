@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
 FORMAT = 1
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_INPUT_SIZE = 4096  # px, as data.preprocess
 CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
@@ -55,8 +55,8 @@ class EncoderConfig:
     """Weights file as released by the encoder's authors; None takes the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the products. bfloat16 is several times as fast where the hardware has it, and gives 1 to 3 percent
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the products. bf16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
 
 
@@ -89,7 +89,7 @@ class FrozenEncoder(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         about: Mapping[str, Any],
-        precision: str = "float32",
+        precision: str = "fp32",
     ):
         super().__init__()
         self.net = net.eval().requires_grad_(False)
@@ -107,7 +107,7 @@ class FrozenEncoder(nn.Module):
         return self.net.dim
 
     def with_precision(self, precision: str) -> Self:
-        """Multiply in float32 or bfloat16 from now on; returns self. Raises DigitError for another name."""
+        """Multiply in fp32 or bf16 from now on; returns self. Raises DigitError for another name."""
         if precision not in PRECISIONS:
             raise DigitError(f"encoder precision is {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.precision = precision
@@ -140,8 +140,8 @@ class FrozenEncoder(nn.Module):
         return settings | self._named_precision()
 
     def _named_precision(self) -> dict[str, str]:
-        """Nothing for float32: descriptions and fingerprints are then those from before there was a choice."""
-        return {} if self.precision == "float32" else {"precision": self.precision}
+        """Nothing for fp32: descriptions and fingerprints are then those from before there was a choice."""
+        return {} if self.precision == "fp32" else {"precision": self.precision}
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: it is frozen."""
@@ -224,7 +224,7 @@ class FrozenEncoder(nn.Module):
             cfg = from_json(config_class, saved["config"], f"{folder / 'encoder.json'}: config")
             about = from_json(SavedEncoder, {f.name: saved[f.name] for f in fields(SavedEncoder)}, "encoder.json")
             net = build(net_class, cfg, load_tensors(folder / "encoder.safetensors"))
-            encoder = cls(net, **vars(about), precision=saved.get("precision", "float32"))
+            encoder = cls(net, **vars(about), precision=saved.get("precision", "fp32"))
             if math.prod(encoder.grid) < 1:
                 raise ValueError(f"input_size {encoder.input_size} holds no patch")
             for name, tensor in net.state_dict().items():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -18,6 +18,7 @@ from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 
 FORMAT = 1
+Precision = Literal["fp32", "bf16"]
 ASSETS = ("vqgan64", "vqgan64_shapes")
 DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images through the decoder at a time, always exactly so many
 
@@ -25,17 +26,20 @@ DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images through the decoder 
 class VQTokenizer:
     """A VQGAN as an `ImageTokenizer` that can also decode. Tokens are in raster order.
 
-    `bf16` runs the networks under bfloat16 autocast: about twice as fast on CPU, and 3 % of the carried model's tokens
-    differ.
-    `chunk_size` images go through the networks at a time; the result does not depend on it up to rounding.
-    `rounding` "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
+    Args:
+        vqgan: the networks.
+        precision: fp32 or bf16. bf16 is about twice as fast on CPU; 3% of the carried model's tokens differ.
+        chunk_size: images that go through the networks at a time; changes results by rounding alone.
+        rounding: "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
     """
 
-    def __init__(self, vqgan: VQGAN, *, bf16: bool = False, chunk_size: int = 16, rounding: str = "nearest") -> None:
+    def __init__(
+        self, vqgan: VQGAN, *, precision: Precision = "fp32", chunk_size: int = 16, rounding: str = "nearest"
+    ) -> None:
         if rounding not in ("nearest", "truncate"):
             raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
         self.vqgan = vqgan.eval()
-        self.bf16, self.chunk_size, self.rounding = bf16, chunk_size, rounding
+        self.precision, self.chunk_size, self.rounding = precision, chunk_size, rounding
         self._fingerprint: str | None = None
 
     @property
@@ -55,6 +59,7 @@ class VQTokenizer:
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return self.vqgan.quantize.embedding.weight.device
 
     @property
@@ -69,9 +74,10 @@ class VQTokenizer:
         self.vqgan.to(device)
         return self
 
-    def autocast(self, bf16: bool | None = None) -> AbstractContextManager:
-        on = self.bf16 if bf16 is None else bf16
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if on else nullcontext()
+    def autocast(self, precision: Precision | None = None) -> AbstractContextManager:
+        """The context of the networks' products; None takes the tokenizer's own precision."""
+        half = (precision or self.precision) == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else nullcontext()
 
     @property
     def decoded_together(self) -> int:
@@ -81,17 +87,17 @@ class VQTokenizer:
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
         return (part.to(self.device) for part in tensor.split(self.chunk_size))
 
-    def encode(self, images: UInt8[Tensor, "b 3 s s"]) -> Int64[Tensor, "b m"]:
+    def encode(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, "B M"]:
         """RGB images in 0..255 to tokens (B, M), on the images' device. Raises MismatchError at another size."""
         with self.autocast():
             tokens = [tokens for _, tokens in self.encoded(images)]
         return torch.cat(tokens).to(images.device)
 
-    def features(self, images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b m c"]:
+    def features(self, images: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B M C"]:
         """The encoder's output before quantisation, float32; otherwise as `encode`."""
         return self.encode_features(images)[1]
 
-    def encode_features(self, images: UInt8[Tensor, "b 3 s s"]) -> tuple[Int64[Tensor, "b m"], Float[Tensor, "b m c"]]:
+    def encode_features(self, images: UInt8[Tensor, "B 3 S S"]) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B M C"]]:
         """Tokens and the features that they stand for, from one pass of the encoder."""
         with self.autocast():
             features, tokens = zip(*self.encoded(images), strict=True)
@@ -114,8 +120,8 @@ class VQTokenizer:
             yield self.vqgan.encode(part.float() / 255)
 
     @torch.no_grad()
-    def decode(self, tokens: Int64[Tensor, "b m"], bf16: bool | None = None) -> UInt8[Tensor, "b 3 s s"]:
-        """Tokens (B, M) to RGB images in 0..255, on the tokens' device; `bf16` overrules the tokenizer's own setting.
+    def decode(self, tokens: Int64[Tensor, "B M"], precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
+        """Tokens (B, M) to RGB images in 0..255, on the tokens' device; `precision` overrules the tokenizer's own.
 
         Raises DigitError at wrong lengths or codes.
         """
@@ -132,7 +138,7 @@ class VQTokenizer:
                 "these tokens are of another VQGAN"
             )
         images, size = [], self.decoded_together
-        with self.autocast(bf16):
+        with self.autocast(precision):
             for part in tokens.to(self.device).split(size):
                 images.append(self.to_pixels(self.vqgan.decode_tokens(filled(part, size)))[: len(part)])
         return torch.cat(images).to(tokens.device)
@@ -142,7 +148,7 @@ class VQTokenizer:
         return (images.round() if self.rounding == "nearest" else images).to(torch.uint8)
 
     @torch.no_grad()
-    def embed(self, tokens: Int64[Tensor, "b m"]) -> Float[Tensor, "b m c"]:
+    def embed(self, tokens: Int64[Tensor, "B M"]) -> Float[Tensor, "B M C"]:
         """The code vector of each token, float32."""
         return self.vqgan.quantize.embedding(tokens.to(self.device)).to(tokens.device)
 

@@ -18,8 +18,9 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.files import load_tensors
-from digit.tokenizers.discriminative import Codebook, DiscriminativeTokenizer
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
+from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.vq import VQTokenizer
 
 from ..mutate import damage, json_bytes, strange_json

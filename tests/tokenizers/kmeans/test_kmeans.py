@@ -42,11 +42,11 @@ def brute_force(x: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return (x.double()[:, None] - centroids.double()).square().sum(-1).argmin(1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("init", ["random", "k-means++"])
-def test_fit_sets_what_it_says(init, dtype):
+def test_fit_sets_what_it_says(init, precision):
     x = blobs()
-    kmeans = KMeans(KMeansConfig(num_clusters=16, init=init, dtype=dtype))
+    kmeans = KMeans(KMeansConfig(num_clusters=16, init=init, precision=precision))
     assert kmeans.fit(x) is kmeans
     labels = kmeans.predict(x)
     assert kmeans.centroids_.shape == (16, 5) and kmeans.centroids_.dtype == torch.float32
@@ -77,7 +77,7 @@ def test_as_good_as_scikit_learn():
 
 def test_iterations_equal_lloyds_by_hand():
     x = torch.randn(300, 4, generator=torch.Generator().manual_seed(2))
-    cfg = KMeansConfig(num_clusters=6, num_iterations=4, tolerance=0, dtype="float32", max_points_per_centroid=None)
+    cfg = KMeansConfig(num_clusters=6, num_iterations=4, tolerance=0, precision="fp32", max_points_per_centroid=None)
     centroids = open_points(x, cfg).take_start()
     for _ in range(4):
         labels = brute_force(x, centroids)
@@ -87,7 +87,7 @@ def test_iterations_equal_lloyds_by_hand():
 
 def test_inertia_never_rises():
     x = blobs(spread=1.5)
-    history = KMeans(KMeansConfig(num_clusters=12, dtype="float32", tolerance=0)).fit(x).history_
+    history = KMeans(KMeansConfig(num_clusters=12, precision="fp32", tolerance=0)).fit(x).history_
     inertia = [entry["inertia"] for entry in history]
     steps = [b <= a * (1 + 1e-6) for a, b in pairwise(inertia)]
     reseeded = [entry["reseeded"] > 0 for entry in history]
@@ -109,10 +109,10 @@ def test_empty_clusters_are_reseeded():
     assert kmeans.dead_codes_ == 0
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_inertia_of_tight_far_clusters_does_not_cancel(dtype):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inertia_of_tight_far_clusters_does_not_cancel(precision):
     x = blobs(spread=1e-3) * 10 + 100
-    kmeans = KMeans(KMeansConfig(num_clusters=8, init="k-means++", dtype=dtype)).fit(x)
+    kmeans = KMeans(KMeansConfig(num_clusters=8, init="k-means++", precision=precision)).fit(x)
     exact = (x.double() - kmeans.centroids_[kmeans.predict(x)].double()).square().sum()
     assert kmeans.inertia_ == pytest.approx(float(exact), rel=1e-4)
 
@@ -144,7 +144,7 @@ def budget(cfg: KMeansConfig, dim: int, rows: int) -> int:
 
 def test_stream_that_fits_is_read_once_and_equals_the_tensor():
     x = blobs(spread=1.0)
-    cfg = KMeansConfig(num_clusters=8, max_points_per_centroid=None, dtype="float32", num_iterations=5, tolerance=0)
+    cfg = KMeansConfig(num_clusters=8, max_points_per_centroid=None, precision="fp32", num_iterations=5, tolerance=0)
     stream = pieces(x, 70)
     streamed = KMeans(cfg).fit(stream)
     assert stream.passes == 1 and not streamed.streamed_ and streamed.num_points_ == len(x)
@@ -154,7 +154,7 @@ def test_stream_that_fits_is_read_once_and_equals_the_tensor():
 
 def test_stream_beyond_the_budget_is_read_every_iteration():
     x = blobs(spread=1.0, num=4000, dim=6)
-    base = dict(num_clusters=8, max_points_per_centroid=None, dtype="float32", num_iterations=5, tolerance=0)
+    base = dict(num_clusters=8, max_points_per_centroid=None, precision="fp32", num_iterations=5, tolerance=0)
     small = KMeansConfig(**base, memory_budget_bytes=budget(KMeansConfig(**base), 6, 100))
     stream = pieces(x, 70)
     streamed = KMeans(small).fit(stream)
@@ -218,7 +218,7 @@ def numbered(x: torch.Tensor, first: int):
 
 
 def fit_share(name: str, x: torch.Tensor) -> dict:
-    cfg = dict(num_clusters=12, num_iterations=4, tolerance=0, dtype="float32", max_points_per_centroid=None)
+    cfg = dict(num_clusters=12, num_iterations=4, tolerance=0, precision="fp32", max_points_per_centroid=None)
     cfg |= {"k-means++": {"init": "k-means++"}, "subsample": {"max_points_per_centroid": 20}}.get(name, {})
     if name == "stream again":
         cfg["memory_budget_bytes"] = budget(KMeansConfig(**cfg), 5, 100)
@@ -281,10 +281,10 @@ def streamed_cfg(**changes) -> KMeansConfig:
     return replace(cfg, memory_budget_bytes=budget(cfg, 3, 100))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bfloat16", 1e-4)])
-def test_a_killed_fit_goes_on_to_the_same_centroids(tmp_path, every_iteration, dtype, tolerance):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0), ("bf16", 1e-4)])
+def test_a_killed_fit_goes_on_to_the_same_centroids(tmp_path, every_iteration, precision, tolerance):
     x = torch.cat([torch.zeros(900, 3), blobs(90, clusters=10, dim=3) + 10])  # some clusters are re-seeded at first
-    cfg, path = streamed_cfg(dtype=dtype, tolerance=tolerance), tmp_path / "k.safetensors"
+    cfg, path = streamed_cfg(precision=precision, tolerance=tolerance), tmp_path / "k.safetensors"
     whole = KMeans(cfg).fit(pieces(x, 70))
     assert sum(entry["reseeded"] for entry in whole.history_) > 1
     for iteration in (1, 4, len(whole.history_) - 1):  # the last one is the pass over the finished centroids
@@ -460,7 +460,7 @@ def test_too_small_a_budget_names_one_that_works(num, dim, init):
     assert kmeans.streamed_ and kmeans.num_points_ == len(x)
 
 
-BAD_VALUES = [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("dtype", "int8"), ("tolerance", -1)]
+BAD_VALUES = [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("precision", "int8"), ("tolerance", -1)]
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES)

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from digit.errors import DigitError
+from digit.tokenizers.base import FitCost
+
+MIN_POINTS_PER_CODE = 8  # below this a centroid is the mean of a handful of patches
+CHUNK_SHARE = 0.25  # of the memory budget, for one chunk and its scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +28,8 @@ class KMeansConfig:
     """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations."""
     memory_budget_bytes: int = 2**31
     """Streamed features are kept in memory only up to this many bytes, and are streamed anew otherwise."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the distances during the iterations; auto takes bfloat16 where the hardware multiplies it fast."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the distances during the iterations; auto takes bf16 where the hardware multiplies it fast."""
     device: str | None = None
     """Device that computes; null stays where the features are."""
 
@@ -35,6 +39,33 @@ class KMeansConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DigitError(f"k-means: {name} is {value}, it must be at least {least}")
-        for name, allowed in {"init": ("random", "k-means++"), "dtype": ("auto", "float32", "bfloat16")}.items():
+        for name, allowed in {"init": ("random", "k-means++"), "precision": ("auto", "fp32", "bf16")}.items():
             if getattr(self, name) not in allowed:
                 raise DigitError(f"k-means: {name} is {getattr(self, name)!r}, choose one of {', '.join(allowed)}")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.num_clusters
+
+    @property
+    def min_points(self) -> int:
+        """Points that a fit should have at least."""
+        return MIN_POINTS_PER_CODE * self.num_clusters
+
+    def max_points(self, available: int) -> int:
+        """Points of `available` ones that take part."""
+        per_centroid = self.max_points_per_centroid
+        return available if per_centroid is None else min(available, self.num_clusters * per_centroid)
+
+    def cost(self, num_features: int, dim: int) -> FitCost:
+        """One product per iteration, 2 N D K FLOPs; points that exceed the memory budget are computed every time."""
+        num_points = self.max_points(num_features)
+        streamed = 4 * num_points * dim > (1 - CHUNK_SHARE) * self.memory_budget_bytes
+        return FitCost(
+            num_points=num_points,
+            num_passes=self.num_iterations + 2 if streamed else 1,
+            flops=2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1),
+            memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
+            description=f"K {self.num_clusters}, {self.num_iterations} iterations",
+        )

@@ -150,7 +150,7 @@ class KMeans:
 def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float) -> Finder:
     """The assignment of an iteration; `offset` is the mean squared distance of the one before."""
     heavy = 2.0 * points.num_rows * centroids.numel() > BFLOAT16_FROM_FLOP
-    if cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and heavy and multiplies_bf16(centroids.device)):
+    if cfg.precision == "bf16" or (cfg.precision == "auto" and heavy and multiplies_bf16(centroids.device)):
         return FastNearest(centroids, offset)
     half, table = centroids.square().sum(1) / 2, -centroids
     return lambda x, _: argmin_rows(linear(x, table, half))

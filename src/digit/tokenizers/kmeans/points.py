@@ -93,11 +93,6 @@ def _checked(part: Tensor) -> Tensor:
     return part
 
 
-def _most_points(cfg: "KMeansConfig", available: int) -> int:
-    per_centroid = cfg.max_points_per_centroid
-    return available if per_centroid is None else min(available, cfg.num_clusters * per_centroid)
-
-
 def _start_rows(cfg: "KMeansConfig", fit: int) -> int:
     """Points to choose the first centroids from; at most a quarter of the `fit` rows that fit in memory, at least K."""
     if cfg.init == "random":
@@ -121,7 +116,7 @@ def _tensor_points(features: Tensor, cfg: "KMeansConfig", shares: Shares) -> Poi
         raise DigitError(f"k-means wants features of shape (N, D), got {tuple(features.shape)}")
     ends = np.cumsum(shares.gather(len(features)))
     num, first_row = int(ends[-1]), int(ends[shares.rank]) - len(features)
-    most = _most_points(cfg, num)
+    most = cfg.max_points(num)
     order = np.random.default_rng([cfg.seed, 0]).permutation(num)[:most] - first_row  # the same on every rank
     here = np.flatnonzero((order >= 0) & (order < len(features)))
     rows = torch.from_numpy(np.sort(order[here])).to(features.device) if most < num else None
@@ -148,7 +143,7 @@ def _stream_points(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> Point
     size = _chunk_size(cfg, sample.shape[1], sample.device)
     everyones = shares.gather(keys)
     num_rows = sum(shares.gather(seen))
-    wanted = _most_points(cfg, num_rows)
+    wanted = cfg.max_points(num_rows)
     drawn = np.concatenate(everyones)
     order = np.argsort(drawn, kind="stable")
 
@@ -233,4 +228,4 @@ def _capacity(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
             f"k-means: a memory budget of {cfg.memory_budget_bytes} bytes is too small for {num} centroids of {dim} "
             f"features: give at least {least} (kmeans.memory_budget_bytes)"
         )
-    return max(num, _most_points(cfg, rows))
+    return max(num, cfg.max_points(rows))

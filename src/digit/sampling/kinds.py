@@ -1,0 +1,72 @@
+"""Every kind of model by name: its configuration, its network, and its sampler. A new one is an entry here."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from digit.errors import DigitError
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.sampling.config import StageSampling
+from digit.sampling.masked import MaskedSampler
+from digit.sampling.next_token import NextTokenSampler
+from digit.sampling.sampler import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind:
+    """What builds, reads and samples one kind of model."""
+
+    config: type[SequenceConfig]
+    """Class of its configuration."""
+    model: type[SequenceModel]
+    """Its network: `model(cfg)`."""
+    sampler: type[Sampler]
+    """What samples it: `sampler(model, **settings of StageSampling that it names)`."""
+    settings: tuple[str, ...]
+    """Settings of StageSampling that the sampler takes."""
+
+
+FILTERS = ("temperature", "top_k", "top_p", "cfg_scale")
+KINDS = {
+    "next_token": ModelKind(config=SequenceConfig, model=SequenceModel, sampler=NextTokenSampler, settings=FILTERS),
+    "masked": ModelKind(
+        config=SequenceConfig,
+        model=SequenceModel,
+        sampler=MaskedSampler,
+        settings=(*FILTERS, "num_steps", "choice_temperature"),
+    ),
+}
+
+
+def get_kind(name: Any) -> ModelKind:
+    """The kind of this name. Raises DigitError that lists the names."""
+    if not isinstance(name, str) or name not in KINDS:
+        raise DigitError(f"no kind of model named {name!r}: this version knows {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def make_sampler(
+    model: SequenceModel,
+    cfg: StageSampling,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    micro_batch_size: int | None = None,
+    stage: str | None = None,
+) -> Sampler:
+    """Prepare `model` to be sampled as `cfg` says, once for many batches.
+
+    Args:
+        model: of any kind in KINDS.
+        cfg: temperature, filters and guidance of the stage; a masked model's steps too.
+        precision: of the products; fp32 takes the model's own type.
+        micro_batch_size: images computed together; None takes `sampling.requests.MICRO_BATCH_SIZE`.
+        stage: names the stream of random numbers; None takes "renderer" for a model with prefix, else "prior".
+
+    Raises DigitError for settings without meaning, and for guidance of a model that was trained without dropout of its
+    condition.
+    """
+    kind = get_kind(model.cfg.kind)
+    settings = {name: value for name, value in asdict(cfg).items() if name in kind.settings}
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    return kind.sampler(model, dtype=dtype, micro_batch_size=micro_batch_size, stage=stage, **settings)

@@ -1,0 +1,189 @@
+"""Next-token decoding with a key-value cache, for prior, renderer and VQ-only baseline (paper, A.3).
+
+Everything stays on the model's device. Prefix, start and given tokens go through in one pass; then one position at a
+time against a cache, on a GPU as replays of recorded steps.
+
+Shapes: C images of a micro-batch, R rows of the network (C, or 2C under guidance), M target tokens, V codes, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit.models.decoding import StepTransformer
+from digit.models.sequence import SequenceModel
+from digit.models.transformer import KVCache, SteppedCache
+from digit.sampling.requests import TokenRequest, conditions
+from digit.sampling.sampler import Sampler, twice
+
+SPAN = 64  # a recorded step reads the cache up to the next multiple of this many positions
+
+
+class NextTokenSampler(Sampler):
+    """Samples from a next-token model.
+
+    Settings:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample among the k most likely codes; 0 is off.
+        top_p: sample among the most likely codes up to this probability; 1 is off.
+        cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
+        dtype: compute in this type, e.g. torch.bfloat16 (2 to 4 times as fast on CPUs with AVX-512 bf16).
+        micro_batch_size: images computed together (twice the rows with guidance); default 64. A short micro-batch
+            costs as much as a full one. Another micro_batch_size, dtype or device may round differently and so give
+            another token.
+        stage: names the stream of random numbers; default "renderer" for a model with prefix, else "prior".
+        use_cache: off computes every position again for every token (tests).
+        fixed_shapes: steps of shapes that never change, recorded as CUDA graphs on a GPU (its default).
+    """
+
+    def __init__(
+        self, model: SequenceModel, *, use_cache: bool = True, fixed_shapes: bool | None = None, **settings: Any
+    ) -> None:
+        assert not model.cfg.masked, "masked models are sampled by MaskedSampler"
+        super().__init__(model, **settings)
+        on_gpu = model.device.type == "cuda"
+        self.use_cache, self.fixed_shapes = use_cache, on_gpu if fixed_shapes is None else fixed_shapes
+        self.step = StepTransformer(self.model.transformer, self.num_rows)
+        self._recorded = RecordedSteps() if self.use_cache and self.fixed_shapes else None  # kept from call to call
+
+    @property
+    def uniform_shape(self) -> tuple[int, ...]:
+        """One number a token."""
+        return (self.model.cfg.target_len,)
+
+    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+        decoder = self._recorded or (CachedSteps() if self.use_cache else UncachedSteps())
+        decoder.begin(self, rows, u)
+        for i in range(rows.given.shape[1], self.model.cfg.target_len):
+            decoder.decide(self, i)
+            report(1)
+        return decoder.tokens.clone()
+
+    def new_cache(self) -> KVCache:
+        """Room for all positions of one micro-batch."""
+        return self.model.new_cache(self.num_rows)
+
+    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Tensor:
+        """Logits (R, V) of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
+        x = self.model.embed(twice(rows.given, self.guided), **conditions(self.model, rows, self.guided))
+        features = self.model.transformer(x, causal=True, first=x.shape[1] - 1, cache=cache)  # (R, 1, D)
+        return self.model.head(features[:, 0])
+
+    def next_logits(self, token: Tensor, index: int | Tensor, cache: KVCache | SteppedCache) -> Tensor:
+        """Logits (R, V) of the token after target token number `index`, token (C,)."""
+        x = self.model.embed_token(twice(token, self.guided), index)  # (R, D)
+        return self.model.head(self.step(x, cache))
+
+
+class Steps(ABC):
+    """The tokens of one micro-batch, decided one after the other. It gets the sampler at each call and keeps none."""
+
+    tokens: Tensor
+    """(C, M) int64; given and decided ones are valid."""
+
+    def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
+        """Start a micro-batch of C images with uniforms u (C, M)."""
+        self.rows, self.u, self.known = rows, u, rows.given.shape[1]
+        self.tokens = rows.given.new_empty(len(rows.given), sampler.model.cfg.target_len)
+        self.tokens[:, : self.known] = rows.given
+
+    def decide(self, sampler: NextTokenSampler, i: int) -> None:
+        """Sample target token number i; all before it are there."""
+        self.tokens[:, i] = sampler.pick(sampler.combine(self.logits(sampler, i)), self.u[:, i])
+
+    @abstractmethod
+    def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
+        """Logits (R, V) of target token number i."""
+
+
+class UncachedSteps(Steps):
+    """Computes the whole sequence again for each token."""
+
+    def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
+        model, guided = sampler.model, sampler.guided
+        x = model.embed(twice(self.tokens[:, :i], guided), **conditions(model, self.rows, guided))
+        return model.head(model.transformer(x, causal=True)[:, -1])
+
+
+class CachedSteps(Steps):
+    """Computes one position for each token, against a cache that grows."""
+
+    def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
+        super().begin(sampler, rows, u)
+        self.cache = sampler.new_cache()
+
+    def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
+        if i == self.known:
+            return sampler.first_logits(self.rows, self.cache)
+        return sampler.next_logits(self.tokens[:, i - 1], i - 1, self.cache)
+
+
+class RecordedSteps(CachedSteps):
+    """Steps whose shapes and addresses never change: one is recorded for every SPAN positions, and replayed.
+
+    A replay launches all kernels of a step at once, where launching them one by one would take longer than they run.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by span
+        self.is_allocated = False
+
+    def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
+        if not self.is_allocated:
+            self._allocate(sampler)
+        self.rows, self.known, self.cache.position = rows, rows.given.shape[1], 0
+        self.u.copy_(u)
+        self.tokens[:, : self.known] = rows.given
+
+    def _allocate(self, sampler: NextTokenSampler) -> None:
+        cfg, device, num = sampler.model.cfg, sampler.model.device, sampler.micro_batch_size
+        self.start = cfg.prefix_len + 1  # position of the first target token
+        self.cache, self.max_len = sampler.new_cache(), cfg.prefix_len + cfg.target_len
+        self.cache.reserve(self.max_len)
+        self.tokens = torch.zeros(num, cfg.target_len, dtype=torch.int64, device=device)  # (C, M)
+        self.u = torch.zeros(num, cfg.target_len, dtype=torch.float64, device=device)  # (C, M)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
+        self.is_allocated = True
+
+    def decide(self, sampler: NextTokenSampler, i: int) -> None:
+        if i == self.known:
+            super().decide(sampler, i)
+            self.position.fill_(self.start + i)
+            return
+        newest = self.start + i - 1  # position of the token before
+        self._run(sampler, min(self.max_len, (newest // SPAN + 1) * SPAN))
+
+    def _step(self, sampler: NextTokenSampler, span: int) -> None:
+        """Sample the token after the newest one, on the first `span` positions of the cache, and move on."""
+        newest = self.position - self.start  # (1,)
+        token = self.tokens.index_select(1, newest)[:, 0]
+        logits = sampler.next_logits(token, newest, SteppedCache(self.cache, self.position, span))
+        sampled = sampler.pick(sampler.combine(logits), self.u.index_select(1, newest + 1)[:, 0])
+        self.tokens.index_copy_(1, newest + 1, sampled[:, None])
+
+    def _run(self, sampler: NextTokenSampler, span: int) -> None:
+        if self.position.device.type != "cuda":
+            self._step(sampler, span)
+            return
+        if span not in self.graphs:
+            self._record(sampler, span)
+        self.graphs[span].replay()
+
+    def _record(self, sampler: NextTokenSampler, span: int) -> None:
+        """Run the step once on a stream of its own, as CUDA requires before a recording, undo it, and record it."""
+        position, stream = self.position.clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(sampler, span)
+            self.position.copy_(position)  # the token and the cache entry will be written again
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            self._step(sampler, span)
+        self.graphs[span] = graph

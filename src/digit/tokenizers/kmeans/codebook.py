@@ -1,0 +1,187 @@
+"""The codebook of a k-means fit: a quantizer of K centroids.
+
+Shapes: K codes, D features.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.errors import DigitError, MismatchError
+from digit.runtime import distributed
+from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.kmeans import KMeans
+from digit.tokenizers.kmeans.nearest import nearest
+from digit.tokenizers.kmeans.unfinished import UnfinishedFit
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+
+    from digit.tokenizers.kmeans.points import Features
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+KIND = "kmeans"  # of tokenizers.quantizers.QUANTIZERS
+UNFINISHED = "kmeans.partial.safetensors"  # in a codebook's folder, while it is fitted
+MANY_DEAD_CODES = 0.05  # of all; more is worth a warning
+SUMMARY_KEYS = ("num_codes", "dim", "num_images", "num_points", "inertia", "usage", "entropy", "dead_codes")
+
+
+@dataclass
+class Codebook:
+    """K centroids (K, D) float32, and how they came about (encoder, layer, preprocessing, k-means, usage, history)."""
+
+    centroids: 'Float[Tensor, "K D"]'
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.centroids.ndim != 2 or not self.centroids.numel():
+            raise DigitError(f"a codebook is (codes, features), got an array of shape {tuple(self.centroids.shape)}")
+        self.centroids = self.centroids.detach().float().contiguous()
+        if not torch.isfinite(self.centroids).all():
+            raise DigitError("the codebook holds NaN or Inf: fit it again (digit codebook ...)")
+        self._fingerprint: str | None = None
+
+    def __len__(self) -> int:
+        return self.centroids.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number K of codes."""
+        return len(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the centroids are."""
+        return self.centroids.device
+
+    @property
+    def dim(self) -> int:
+        """Features D of a centroid."""
+        return self.centroids.shape[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the centroids, 64 hex digits; unchanged by save and load."""
+        if self._fingerprint is None:
+            self._fingerprint = sha256_tensors({"centroids": self.centroids})
+        return self._fingerprint
+
+    @property
+    def encoder_name(self) -> str:
+        """The encoder it was fitted on, as far as known."""
+        return str(self.meta.get("encoder", {}).get("name", "an encoder that is not recorded"))
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the centroids; returns self."""
+        self.centroids = self.centroids.to(device)
+        return self
+
+    def predict(self, features: 'Float[Tensor, "... D"]') -> 'Int64[Tensor, "..."]':
+        """Nearest centroid, int64 in 0..K-1. Raises MismatchError where D differs."""
+        return nearest(features, self.centroids)
+
+    def embed(self, tokens: 'Int64[Tensor, "..."]') -> 'Float[Tensor, "... D"]':
+        """The centroid of each token in 0..K-1, float32."""
+        return self.centroids[tokens.to(self.device)]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the fit: points, inertia, usage, entropy in bits, dead codes; for reports."""
+        known = {"num_codes": len(self), "dim": self.dim} | self.meta
+        return {key: known[key] for key in SUMMARY_KEYS if key in known} | {"encoder": self.encoder_name}
+
+    def save(self, folder: str | Path) -> None:
+        """Write codebook.safetensors and, last, codebook.json into `folder`; a fit kept there is done with."""
+        folder = Path(folder)
+        save_tensors(folder / "codebook.safetensors", {"centroids": self.centroids})
+        write_json(
+            folder / "codebook.json", {"format": FORMAT, "quantizer": KIND, "fingerprint": self.fingerprint} | self.meta
+        )
+        (folder / UNFINISHED).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote. Raises DigitError on unreadable files, MismatchError where they are of two fits."""
+        folder = Path(folder)
+        meta = read_json(folder / "codebook.json")
+        tensors = load_tensors(folder / "codebook.safetensors")
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT or "centroids" not in tensors:
+            raise DigitError(f"{folder} holds no codebook of format {FORMAT}: make it again (digit codebook ...)")
+        if not isinstance(meta.get("encoder", {}), dict) or not tensors["centroids"].is_floating_point():
+            raise DigitError(f"{folder} is damaged (encoder or centroids): make it again (digit codebook ...)")
+        about = {key: value for key, value in meta.items() if key not in ("format", "quantizer", "fingerprint")}
+        codebook = cls(tensors["centroids"].clone(), about)
+        if meta.get("fingerprint") != codebook.fingerprint:
+            raise MismatchError(
+                f"{folder}: codebook.json says fingerprint {str(meta.get('fingerprint'))[:12]}, the centroids give "
+                f"{codebook.fingerprint[:12]}: the files are of two fits; make the folder again (digit codebook ...)"
+            )
+        return codebook
+
+    @classmethod
+    def from_npy(cls, path: str | Path, meta: dict[str, Any] | None = None) -> Self:
+        """Read centroids released as a (K, D) .npy (km_8k.npy); a file that needs pickle is refused."""
+        try:
+            centroids = np.load(path, allow_pickle=False)
+        except FileNotFoundError as error:
+            raise DigitError(f"no such file: {path}") from error
+        except Exception as error:  # a damaged header raises nearly anything
+            raise DigitError(f"{path} is no plain .npy ({error}): wanted floats of shape (codes, features)") from error
+        if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype.kind != "f":
+            got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "an archive"
+            raise DigitError(f"{path} holds {got}, wanted floats of shape (codes, features)")
+        return cls(torch.from_numpy(centroids.astype(np.float32)), {"released_file": Path(path).name} | (meta or {}))
+
+
+def fit_kmeans(
+    cfg: KMeansConfig,
+    features: "Features",
+    *,
+    across_ranks: bool = False,
+    folder: str | Path | None = None,
+    request: dict[str, Any] | None = None,
+) -> Codebook:
+    """Fit k-means to features and return its codebook on the CPU, with the metrics of the fit in `meta`.
+
+    Args:
+        cfg: settings of the fit.
+        features: a tensor (N, D), or a callable that `KMeans.fit` takes.
+        across_ranks: every rank of the job calls this with its own share of the features.
+        folder: where the state of an unfinished fit is kept; None keeps none.
+        request: what else decides the result; an unfinished fit of another request is not continued.
+
+    Raises DigitError for fewer points than codes, NaN or Inf; Stopped where a signal asked for it.
+    """
+    unfinished = None if folder is None else UnfinishedFit(Path(folder) / UNFINISHED, request or {})
+    fit = KMeans(cfg).fit(features, across_ranks=across_ranks, unfinished=unfinished)
+    if not across_ranks or distributed.is_main():
+        warn_of_dead_codes(fit.dead_codes_, cfg.num_clusters)
+    return Codebook(
+        fit.centroids_.cpu(),
+        {
+            "num_points": fit.num_points_,
+            "streamed": fit.streamed_,
+            "inertia": fit.inertia_,
+            "usage": fit.usage_,
+            "entropy": fit.entropy_,
+            "dead_codes": fit.dead_codes_,
+            "counts": fit.counts_.tolist(),
+            # without the seconds: the same fit gives the same file
+            "history": [{k: v for k, v in entry.items() if k != "seconds"} for entry in fit.history_],
+        },
+    )
+
+
+def warn_of_dead_codes(dead: int, num_codes: int) -> None:
+    """Log a warning where many codes stand for no patch at all."""
+    if dead > MANY_DEAD_CODES * num_codes:
+        log.warning(
+            "%d of %d codes (%.0f percent) stand for no patch: give more or more varied images (codebook_subset), or a "
+            "smaller kmeans.num_clusters", dead, num_codes, 100 * dead / num_codes,
+        )  # fmt: skip
