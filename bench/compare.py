@@ -28,7 +28,6 @@ from torch import Tensor
 from digit.benchmark import encode, kmeans
 from digit.benchmark.clock import Timing, alternate
 from digit.benchmark.data import read_files
-from digit.benchmark.sample import sampler
 from digit.benchmark.sizes import PRECISIONS, Points, Size, get_size
 from digit.benchmark.table import number, versions
 from digit.data.decode import decode_image
@@ -166,7 +165,9 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
     cfg, targets = size.sequence_config("prior"), {"fp32": 1.5, "bf16": 2.5}
     for precision in size.precisions:
         dtype = PRECISIONS[precision]
-        draw = sampler(size.model("prior", device), size.batch, StageSampling(top_k=TOP_K), dtype)
+        draw = make_sampler(
+            size.model("prior", device), StageSampling(top_k=TOP_K), precision=name, micro_batch_size=size.batch
+        )
         times = run(partial(draw, range(size.batch)), gpt2(size, device, dtype), repeats, device)
         count = size.batch * cfg.target_len
         ours, (released, beside) = count / times["ours"].median, RELEASED[precision]

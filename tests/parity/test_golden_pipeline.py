@@ -244,7 +244,7 @@ def test_the_hub_names_need_no_network_offline(golden, tmp_path, monkeypatch, ca
 def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
-    from digit.released.convert import hub
+    from digit.released import hub
     from digit.runtime.files import sha256_file
 
     asked = []

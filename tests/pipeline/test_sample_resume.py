@@ -41,7 +41,7 @@ def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
 @pytest.mark.parametrize("at", [0, 5, 11, 12])
 def test_a_stopped_drawing_goes_on(pipe, whole, tmp_path, monkeypatch, at):
     """The writer of image `at` is interrupted."""
-    save, drawn, draw_all = plots.save_png, [], DigitPipeline._draw
+    save, drawn, draw_all = plots.save_png, [], DigitPipeline._sample
 
     def stopped(path, image):
         if Path(path).name == f"{at:05d}.png":
@@ -53,7 +53,7 @@ def test_a_stopped_drawing_goes_on(pipe, whole, tmp_path, monkeypatch, at):
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, tmp_path / "s")
     assert not (tmp_path / "s" / "samples.json").exists()
-    monkeypatch.setattr(DigitPipeline, "_draw", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
+    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
     done = json.loads((tmp_path / "s" / "journal.json").read_text())["done"] if at else []
     draw(pipe, tmp_path / "s")
     first = at // SIZE * SIZE
@@ -185,7 +185,7 @@ def leave_unfinished(pipe: DigitPipeline, folder: Path, monkeypatch, **changes) 
 
 def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monkeypatch):
     """Of four batches those of ranks 1 and 3 are done; a journal of another drawing counts for nothing."""
-    folder, drawn, draw_all = tmp_path / "s", [], DigitPipeline._draw
+    folder, drawn, draw_all = tmp_path / "s", [], DigitPipeline._sample
     journal = leave_unfinished(pipe, folder, monkeypatch)
     other = journal | {"request": journal["request"] | {"seed": 4}, "done": [[0, 13]]}
     for rank, entry in enumerate([{"done": []}, {"done": [[4, 8]]}, other, {"done": [[12, 13]]}]):
@@ -193,7 +193,7 @@ def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monk
         (folder / name).write_text(json.dumps(journal | entry))
     for i in (0, 2, 9):
         (folder / f"{i:05d}.png").unlink()
-    monkeypatch.setattr(DigitPipeline, "_draw", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
+    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
     draw(pipe, folder)
     assert drawn == [(0, 4), (8, 12)] and contents(folder) == whole
 

@@ -33,7 +33,7 @@ def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
     checkpoint.save(run.out / "prior" / "checkpoints", 10, {}, keep=3, metrics={"val_nll": 2.5})
     assert "lowest validation loss 2.5 in step_00000010" in describe_run(run.out)
     assert main(["info", str(run.out)]) == 0
-    assert "next       nobody is at work here; go on with: " in capsys.readouterr().out
+    assert "next       not running; to continue: " in capsys.readouterr().out
 
 
 def test_tokens_half_done(run, monkeypatch):
@@ -48,10 +48,10 @@ def test_tokens_half_done(run, monkeypatch):
 def test_a_drawing_half_done(tmp_path, capsys):
     Ledger({"num": 50}, 50, Spans([(0, 16), (32, 48)])).save(tmp_path / "journal.json")
     assert main(["info", str(tmp_path)]) == 0
-    assert "samples    32 of 50 images are drawn\nnext       nobody is at work" in capsys.readouterr().out
+    assert "samples    32 of 50 images are sampled\nnext       nobody is at work" in capsys.readouterr().out
     (tmp_path / "samples.json").write_text('{"request": {"num": 50}}')
     assert main(["info", str(tmp_path)]) == 0
-    assert "samples    50 images, all drawn" in capsys.readouterr().out
+    assert "samples    50 images, all sampled" in capsys.readouterr().out
 
 
 def test_who_is_at_work(run):
@@ -70,4 +70,4 @@ def test_who_is_at_work(run):
     finally:
         other.kill()
         other.wait()
-    assert "next       nobody is at work here; go on with: digit fit photos/" in describe_run(run.out)
+    assert "next       not running; to continue: digit fit photos/" in describe_run(run.out)

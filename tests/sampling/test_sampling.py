@@ -109,7 +109,7 @@ def test_cached_equals_uncached(scale):
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
-    monkeypatch.setattr("digit.sampling.autoregressive.SPAN", 4)
+    monkeypatch.setattr("digit.sampling.next_token.SPAN", 4)
     model = renderer(prefix_dropout=0.2, target_len=7)
     how = dict(micro_batch_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
     fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))

@@ -84,12 +84,12 @@ def test_broken_images_are_left_out_and_named():
 
 
 def test_subset_of_images():
-    chosen = choose_images(1000, 256, 16, subset=0.1, seed=0)
+    chosen = choose_images(1000, 256, 8 * 16, subset=0.1, seed=0)
     assert len(chosen) == len(set(chosen)) == 100 and (np.diff(chosen) > 0).all()
-    assert np.array_equal(chosen, choose_images(1000, 256, 16, subset=0.1, seed=0))
-    assert not np.array_equal(chosen, choose_images(1000, 256, 16, subset=0.1, seed=1))
-    assert len(choose_images(1000, 256, 8192, subset=0.1, seed=0)) == 256  # 8 * 8192 / 256
-    assert len(choose_images(100, 256, 8192, subset=0.1, seed=0)) == 100  # all there are
+    assert np.array_equal(chosen, choose_images(1000, 256, 8 * 16, subset=0.1, seed=0))
+    assert not np.array_equal(chosen, choose_images(1000, 256, 8 * 16, subset=0.1, seed=1))
+    assert len(choose_images(1000, 256, 8 * 8192, subset=0.1, seed=0)) == 256  # 8 * 8192 / 256
+    assert len(choose_images(100, 256, 8 * 8192, subset=0.1, seed=0)) == 100  # all there are
     with pytest.raises(DigitError, match="fraction"):
         choose_images(10, 1, 1, subset=0, seed=0)
 

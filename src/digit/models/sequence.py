@@ -154,12 +154,12 @@ class SequenceModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.head.weight.device
+        return self.start_embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the parameters."""
-        return self.head.weight.dtype
+        return self.start_embed.weight.dtype
 
     def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
         """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
@@ -260,7 +260,7 @@ class SequenceModel(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for [prefix | start | target]; the last target token is never an input."""
-        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.head.weight)
+        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.start_embed.weight)
 
     # ---------------------------------------------------------------- training
 

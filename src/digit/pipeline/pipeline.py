@@ -194,7 +194,7 @@ class DigitPipeline:
             labels: class numbers, repeated in turn up to `num`; None takes all classes evenly.
             seed: of image 0.
             start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
-                size, or end is `num`: the batches are those of the whole stream, bit for bit, so that machines can share it.
+                size, or end is `num`. The batches are those of the whole stream, bit for bit: machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.

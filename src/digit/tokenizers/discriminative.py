@@ -116,8 +116,8 @@ class DiscriminativeTokenizer:
         if codebook.dim != encoder.dim:
             raise MismatchError(
                 f"codebook has {codebook.dim} features, encoder gives {encoder.dim}: "
-                f"it was fitted on {fitted.get('name', 'an encoder that is not recorded')}; choose that encoder, or "
-                "refit (digit codebook ...)"
+                f"it was fitted on {fitted.get('name', 'an encoder that is not recorded')}; choose that encoder "
+                "or refit (digit codebook ...)"
             )
         this = described | {"fingerprint": encoder.fingerprint}
         if fitted.get("fingerprint") not in (None, encoder.fingerprint):

@@ -1,0 +1,72 @@
+"""What each model of a run is: one table, which recipes, training, planning and reproduction read.
+
+A sequence model predicts one kind of tokens, its target, after another, its prefix. The paper's two stages and its
+baselines differ in nothing else than a row of this table (paper, section 4.3; appendix A.3).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from digit.errors import DigitError
+
+Tokens = Literal["discriminative", "vq"]
+Settings = Literal["prior", "renderer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One kind of model."""
+
+    name: str
+    """Its folder in a run, and its name on the command line."""
+    target: Tokens
+    """Tokens that it predicts."""
+    prefix: Tokens | None = None
+    """Tokens that it sees whole, before the target."""
+    kind: str = "next_token"
+    """Name in `sampling.kinds.KINDS`: next_token, or masked (MaskGIT)."""
+    norm: Literal["post", "pre"] = "pre"
+    """Where the LayerNorms stand (A.3: the prior post-norm, all others pre-norm)."""
+    settings: Settings = "renderer"
+    """Settings of the recipe that it takes: size, NAME_training and sampling.NAME."""
+    labels: bool = True
+    """Whether a class-conditional run gives it the label."""
+    replaces: tuple[str, ...] = ()
+    """Models that it stands in for. It trains for as many FLOPs as they take together."""
+
+    @property
+    def inputs(self) -> tuple[Tokens, ...]:
+        """Kinds of tokens that training reads."""
+        return (self.target,) if self.prefix is None else (self.prefix, self.target)
+
+
+ROLES = {
+    role.name: role
+    for role in (
+        Role(name="prior", target="discriminative", norm="post", settings="prior"),
+        Role(name="renderer", target="vq", prefix="discriminative", labels=False),
+        Role(name="renderer_masked", target="vq", prefix="discriminative", kind="masked", labels=False),
+        Role(name="vq_ar", target="vq", replaces=("prior", "renderer")),
+        Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer")),
+    )
+}
+RENDERERS = {"ar": "renderer", "masked": "renderer_masked"}  # recipe.renderer_kind to the role
+
+
+def get_role(name: str) -> Role:
+    """The role of this name. Raises DigitError that lists the names."""
+    if name not in ROLES:
+        raise DigitError(f"no model named {name}: choose one of {', '.join(ROLES)}")
+    return ROLES[name]
+
+
+def loss_arguments(role: Role, rows: Mapping[str, Tensor], *, labelled: bool) -> dict[str, Any]:
+    """Rows of the token store, {"discriminative": (B, N), "vq": (B, M), "labels": (B,)}, as keywords of the loss."""
+    return {
+        "target": rows[role.target],
+        "prefix": None if role.prefix is None else rows[role.prefix],
+        "labels": rows["labels"] if labelled else None,
+    }
