@@ -37,6 +37,7 @@ from digit.runtime.files import write_json
 from digit.runtime.hardware import choose_device, describe_machine, keep_freed_memory, multiplies_bf16
 from digit.runtime.progress import quiet
 from digit.sampling.config import StageSampling
+from digit.sampling.kinds import make_sampler
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import nearest
 from digit.tokenizers.kmeans.points import open_points
@@ -166,7 +167,7 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
     for precision in size.precisions:
         dtype = PRECISIONS[precision]
         draw = make_sampler(
-            size.model("prior", device), StageSampling(top_k=TOP_K), precision=name, micro_batch_size=size.batch
+            size.model("prior", device), StageSampling(top_k=TOP_K), precision=precision, micro_batch_size=size.batch
         )
         times = run(partial(draw, range(size.batch)), gpt2(size, device, dtype), repeats, device)
         count = size.batch * cfg.target_len

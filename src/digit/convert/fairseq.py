@@ -10,7 +10,7 @@ eos as an input is the start symbol, unk as an input hides a token in a masked m
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class FairseqParts:
     def save_model(self, folder: Path, name: str) -> None:
         """Write NAME.safetensors and NAME.json, as `load_sequence_model` reads them, one tensor in memory at a time."""
         save_tensors(folder / f"{name}.safetensors", self.pieces)
-        write_json(folder / f"{name}.json", asdict(self.cfg))
+        write_json(folder / f"{name}.json", self.cfg.to_dict())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ so the softmax is over codes alone and no end-of-sequence symbol is predicted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,10 @@ class SequenceConfig(TransformerConfig):
     def kind(self) -> str:
         """Name of this kind of model in `sampling.kinds.KINDS`."""
         return "masked" if self.masked else "next_token"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What NAME.json of a saved model holds: its kind and every setting."""
+        return {"kind": self.kind} | asdict(self)
 
     @property
     def mask_token(self) -> int:

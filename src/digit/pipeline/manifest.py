@@ -74,7 +74,7 @@ def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
 def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:
     """Write NAME.safetensors and NAME.json (kind and configuration)."""
     save_tensors(folder / f"{name}.safetensors", model.state_dict())
-    write_json(folder / f"{name}.json", {"kind": model.cfg.kind} | asdict(model.cfg))
+    write_json(folder / f"{name}.json", model.cfg.to_dict())
 
 
 def load_sequence_model(folder: Path, name: str) -> SequenceModel:

@@ -21,22 +21,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from digit.runtime import distributed
 from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenBatches, TokenStore
 from digit.errors import DigitError, MismatchError
-from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
-from digit.runtime.lock import lock_folder
-from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
+from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runtime.hardware import choose_device
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
+from digit.runtime import distributed
+from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
+from digit.runtime.hardware import choose_device
+from digit.runtime.lock import lock_folder
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
@@ -44,9 +44,9 @@ from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
 from digit.training.config import TrainConfig
-from digit.training.vqgan import train_vqgan
-from digit.training.sequence import train_sequence_model
 from digit.training.log import last_metrics
+from digit.training.sequence import train_sequence_model
+from digit.training.vqgan import train_vqgan
 
 MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from digit.runtime import plots
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.runtime.lock import lock_folder
 from digit.models.vit import ViT, ViTConfig
+from digit.runtime import plots
 from digit.runtime.hardware import choose_device
+from digit.runtime.lock import lock_folder
 from digit.tokenizers.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.ssl.dino import DINOConfig

@@ -12,8 +12,8 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig
 from digit.models.vqgan import VQGANConfig
 from digit.runs.roles import RENDERERS, Role, get_role
-from digit.sampling.kinds import get_kind
 from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig

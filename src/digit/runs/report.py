@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit.runtime import plots
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
 from digit.data.preprocess import PreprocessConfig, centre_crop
 from digit.data.shapes import CLASSES, ShapesSource
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
-from digit.runtime.files import atomic_path, write_json
-from digit.runs.fit import Run
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
+from digit.runs.fit import Run
+from digit.runtime import plots
+from digit.runtime.files import atomic_path, write_json
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
-from digit.training.vqgan import image_psnr
 from digit.training.log import read_log
+from digit.training.vqgan import image_psnr
 
 SHOWN_CLASSES, PER_CLASS = 10, 10
 FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0

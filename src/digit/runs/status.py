@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from digit.runtime import lock
 from digit.errors import DigitError
+from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
+from digit.runs.roles import ROLES
+from digit.runtime import lock
 from digit.runtime.files import read_json
 from digit.runtime.ledger import progress
-from digit.runs.roles import ROLES
-from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.training import checkpoint
 from digit.training.config import CONFIG
 from digit.training.log import last_metrics
