@@ -146,7 +146,8 @@ def test_a_stopped_drawing_goes_on_and_a_killed_one_too_on_any_number_of_ranks(w
     texts = [folder.with_suffix(f".stopped{rank}").read_text() for rank in range(2)]
     stopped = entered(folder)
     assert (
-        texts[0] == texts[1] == f"{stopped} of {ranked_work.MANY} images are sampled" and 8 <= stopped < ranked_work.MANY
+        texts[0] == texts[1] == f"{stopped} of {ranked_work.MANY} images are sampled"
+        and 8 <= stopped < ranked_work.MANY
     )
     assert not (folder / "samples.json").exists()
 
@@ -173,6 +174,8 @@ def test_two_cannot_draw_into_one_folder_and_an_interrupt_is_no_error(whole, tmp
         sample(toy_pipeline(), tmp_path / "s", ranked_work.MANY, seed=4, batch_size=4)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate(timeout=PATIENCE)[1] and process.returncode == 0
-    assert (tmp_path / "s.stopped0").read_text() == f"{entered(tmp_path / 's')} of {ranked_work.MANY} images are sampled"
+    assert (
+        tmp_path / "s.stopped0"
+    ).read_text() == f"{entered(tmp_path / 's')} of {ranked_work.MANY} images are sampled"
     sample(toy_pipeline(), tmp_path / "s", ranked_work.MANY, seed=3, batch_size=4)
     assert contents(tmp_path / "s") == whole

@@ -293,8 +293,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path, monkeypatch):
     whole, halves = (load_tensors(tmp_path / run / "encoder" / "encoder.safetensors") for run in ("whole", "halves"))
     assert whole.keys() == halves.keys() and all(torch.equal(whole[k], halves[k]) for k in whole)
     states = [
-        load(list_checkpoints(tmp_path / run / "checkpoints")[-1][1], {})["method"]
-        for run in ("whole", "halves")
+        load(list_checkpoints(tmp_path / run / "checkpoints")[-1][1], {})["method"] for run in ("whole", "halves")
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 

@@ -48,7 +48,7 @@ def test_tokens_half_done(run, monkeypatch):
 def test_a_drawing_half_done(tmp_path, capsys):
     Ledger({"num": 50}, 50, Spans([(0, 16), (32, 48)])).save(tmp_path / "journal.json")
     assert main(["info", str(tmp_path)]) == 0
-    assert "samples    32 of 50 images are sampled\nnext       nobody is at work" in capsys.readouterr().out
+    assert "samples    32 of 50 images are sampled\nnext       not running" in capsys.readouterr().out
     (tmp_path / "samples.json").write_text('{"request": {"num": 50}}')
     assert main(["info", str(tmp_path)]) == 0
     assert "samples    50 images, all sampled" in capsys.readouterr().out

@@ -62,8 +62,8 @@ FREE_SETTING = re.compile(
 
 
 class Run:
-    """One run folder. Its verbs make a part (fit_codebook, train_vqgan, write_tokens, train_model), or read it where it is
-    done; nothing else starts work.
+    """One run folder. Its verbs (fit_codebook, train_vqgan, write_tokens, train_model) make a part, or read it where it
+    is done; nothing else starts work.
 
     Args:
         recipe: the full configuration.
@@ -403,8 +403,8 @@ def require_format(cfg: Any, path: Path) -> None:
     found = cfg.get("format", 1) if isinstance(cfg, dict) else None
     if found != FORMAT:
         raise DigitError(
-            f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, or "
-            "go on with the digit that made it (format 1: version 0.1)"
+            f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, "
+            "or go on with the digit that made it (format 1: version 0.1)"
         )
 
 
@@ -413,4 +413,3 @@ def merged(defaults: Any, given: Any) -> Any:
     if not (isinstance(defaults, dict) and isinstance(given, dict)):
         return given
     return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}
-

@@ -129,9 +129,7 @@ def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: i
     if pipe.tokenizer is not None:
         rows.append(pipe.render(pipe.tokenizer.encode(real)))
     names = ["picture", "VQ tokens", "discriminative tokens"][: len(rows)]
-    plots.save_png(
-        out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names)
-    )
+    plots.save_png(out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 
 
 def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:

@@ -26,7 +26,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def describe_run(folder: str | Path) -> str:
-    """One line per stage that was begun, the process that is running, and the command that continues. Raises DigitError."""
+    """One line per stage that was begun, which process is running, and the command to continue. Raises DigitError."""
     folder = Path(folder)
     cfg = read_json(folder / "config.json")
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
@@ -106,6 +106,10 @@ def describe_work(folder: Path) -> Iterator[str]:
         yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
     else:
         command = str(lock.last_writer(folder).get("command", ""))
-        known = command.split(" ")[0] in ("digit", "torchrun", "srun")  # a lock file written by anyone else must not tell the user what to type
+        known = command.split(" ")[0] in (
+            "digit",
+            "torchrun",
+            "srun",
+        )  # a lock file written by anyone else must not tell the user what to type
         again = command if known else "the command that began it, with the same --out"
         yield f"next       not running; to continue: {again}"
