@@ -211,17 +211,17 @@ def test_config_refuses_nonsense(change, text):
         TrainConfig(**change)
 
 
-def test_seeds_differ_by_step_and_piece():
-    seeds = {step_seed(seed, step, piece) for seed in range(3) for step in range(5) for piece in range(4)}
+def test_seeds_differ_by_step_and_micro_batch():
+    seeds = {step_seed(seed, step, part) for seed in range(3) for step in range(5) for part in range(4)}
     assert len(seeds) == 60
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_micro_batches_are_equal_and_in_order():
     batch = {"target": torch.arange(6), "labels": None}
-    pieces = parallel.split_batch(batch, 3)
-    assert [p["target"].tolist() for p in pieces] == [[0, 1], [2, 3], [4, 5]]
-    assert all(p["labels"] is None for p in pieces)
+    micro_batches = parallel.split_batch(batch, 3)
+    assert [p["target"].tolist() for p in micro_batches] == [[0, 1], [2, 3], [4, 5]]
+    assert all(p["labels"] is None for p in micro_batches)
 
 
 def test_the_toy_is_learnt(tmp_path):
@@ -241,8 +241,8 @@ def gradients(accumulate: int, **toy) -> list[torch.Tensor]:
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     still = {"dropout": 0.0, "mask_rate": 0.0}
-    for whole, pieces in zip(gradients(1, **still), gradients(4, **still), strict=True):
-        torch.testing.assert_close(pieces, whole)
+    for whole, accumulated in zip(gradients(1, **still), gradients(4, **still), strict=True):
+        torch.testing.assert_close(accumulated, whole)
 
 
 def test_a_step_depends_on_nothing_but_the_step():
@@ -343,7 +343,7 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(model_cfg, pr
     for block in update.model.transformer.blocks:
         block.attention.register_forward_hook(lambda *_: calls.append(1))
     loss, gradients = one_backward(update)
-    assert len(calls) == 2 * 2 * 2  # blocks, pieces, forward and again
+    assert len(calls) == 2 * 2 * 2  # blocks, micro-batches, forward and recomputed
     assert torch.equal(loss, kept[0])
     for first, second in zip(gradients, kept[1], strict=True):
         assert (first is None and second is None) or torch.equal(first, second)

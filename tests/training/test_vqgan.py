@@ -184,7 +184,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_a_codebook_that_collapses_is_told_once(caplog):
+def test_a_codebook_that_collapses_is_warned_of_once(caplog):
     caplog.set_level("WARNING")
     trainer = VQGANTrainer(model(), batches, replace(QUICK, restart_every=1, codebook_start=0))
     generator = torch.Generator().manual_seed(0)

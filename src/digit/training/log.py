@@ -186,7 +186,7 @@ class RunLog:
                 self._board.add(metrics, self.step)
 
     def sync(self) -> None:
-        """Flush the log to the disk before a checkpoint, so that a power cut cannot lose it alone (rank 0)."""
+        """Flush the log to the disk before a checkpoint, so that a power cut cannot lose only the log (rank 0)."""
         if self._file is None:
             return
         with disk_errors(self.path):

@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
         return torch.optim.AdamW(trainable, fused=True, **settings)
     if not hasattr(model, "hidden_matrices"):
         raise DigitError(f"optimizer muon is for transformers, {type(model).__name__} is not one: choose adamw")
-    matrices = [(p, pieces) for p, pieces in model.hidden_matrices() if p.requires_grad]
+    matrices = [(p, parts) for p, parts in model.hidden_matrices() if p.requires_grad]
     in_muon = {id(p) for p, _ in matrices}
     return Muon(matrices, [p for p in trainable if id(p) not in in_muon], cfg.muon_learning_rate, **settings)
 

@@ -81,10 +81,10 @@ def random_masked(num: int, side: int, cfg: IBOTConfig, generator: torch.Generat
     so that the number is exact.
     """
     low, high = cfg.mask_ratio
-    chosen = torch.rand(num, generator=generator).argsort() < max(1, round(num * cfg.masked_views))
+    has_mask = torch.rand(num, generator=generator).argsort() < max(1, round(num * cfg.masked_views))
     ratio = low + (high - low) * torch.rand(num, generator=generator)
     noise = torch.rand(num, 1, side, side, generator=generator)
     smooth = F.avg_pool2d(noise, 3, stride=1, padding=1, count_include_pad=False).flatten(1)  # (B, N)
     rank = smooth.argsort(dim=1).argsort(dim=1)
     count = (ratio * side * side).round().clamp(1, side * side - 1)
-    return (rank < count[:, None]) & chosen[:, None]
+    return (rank < count[:, None]) & has_mask[:, None]

@@ -117,7 +117,7 @@ def build_optimizer(parameters: list[nn.Parameter], cfg: SSLConfig) -> torch.opt
 
 
 def build_method(name: MethodName, vit: ViT, cfg: MethodConfig, seed: int) -> Method:
-    """A method around `vit`, on its device, both initialised from the seed alone."""
+    """A method around `vit`, on its device, both initialised from `seed`."""
     device = vit.cls_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
