@@ -8,7 +8,7 @@ from digit.models.positions import sincos_2d
 
 
 def test_sincos_2d_by_definition():
-    rows, columns, frequencies = torch.tensor([0.5, 2.0]), torch.arange(3), torch.tensor([1.0, 0.1])
+    rows, columns, frequencies = torch.tensor([0.5, 2.0]), torch.arange(3.0), torch.tensor([1.0, 0.1])
     table = sincos_2d(rows, columns, frequencies)
     assert table.shape == (6, 4, 2)
     for i, row in enumerate(rows.tolist()):
