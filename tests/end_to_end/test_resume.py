@@ -1,4 +1,4 @@
-"""A resumed run is an uninterrupted one, bit for bit on the CPU; two processes are one process with two pieces."""
+"""A resumed run is an uninterrupted one, bit for bit on the CPU; two processes equal one with two micro-batches."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path, number):
     assert_same(whole.state_dict(), killed.state_dict())
 
 
-def test_two_processes_are_one_with_two_pieces(tmp_path):
+def test_two_processes_are_one_with_two_micro_batches(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     process = start(torchrun, tmp_path / "two", num_steps=6, ema_decay=0.9)
     alone = run_toy(tmp_path / "one", num_steps=6, ema_decay=0.9, accumulate=2)

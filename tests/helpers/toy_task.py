@@ -11,7 +11,7 @@ VOCAB, LENGTH, CLASSES = 11, 6, 3
 
 
 class ToyModel(nn.Module):
-    """Next token from the last one and a label, with dropout, and masked inputs drawn from the generator."""
+    """Predicts the next token from the last one and a label, with dropout and random masks on the input."""
 
     def __init__(self, dropout: float = 0.1, mask_rate: float = 0.2, width: int = 8):
         super().__init__()
@@ -77,7 +77,7 @@ def run_toy(out: Path, *, labelled: bool = True, step_seconds: float = 0.0, **ch
 def run_sequence(
     out: Path, *, masked: bool = False, step_seconds: float = 0.0, stop_at: int | None = None, **changes
 ) -> nn.Module:
-    """Train a real sequence model, small and without dropout, into `out` and return it; SIGTERM comes in a step."""
+    """Train a small SequenceModel without dropout into `out` and return it; sends SIGTERM in step `stop_at`."""
     import os
     import signal
     import time
@@ -106,29 +106,20 @@ def run_sequence(
     return train_sequence_model(model, disturbed, cfg, out, validate=validate)[0]
 
 
-def run_gan(out: Path, **changes) -> nn.Module:
+def run_vqgan(out: Path, **changes) -> nn.Module:
     """Train a tiny VQGAN into `out` and return it."""
-    from digit.models.vqgan import VQGAN, VQGANConfig
-    from digit.training.vqgan import GANConfig, train_vqgan
+    from dataclasses import replace
 
-    sizes = {"resolution": 16, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "num_groups": 2}
-    run = {"num_steps": 8, "batch_size": 4, "warmup_steps": 2, "codebook_start": 2, "adversarial_start": 4}
-    run |= {"adversarial_ramp": 2, "restart_every": 2, "perceptual": "none", "discriminator_channels": 4}
-    run |= {"bf16": False, "log_every": 1, "save_every": 4, "tensorboard": False}
-    torch.manual_seed(0)
-    vqgan = VQGAN(VQGANConfig(z_channels=4, vocab_size=16, **sizes))
+    from toy_vqgan import QUICK, batches, model
 
-    def batches(step: int) -> Tensor:
-        colours = torch.randint(0, 200, (4, 3, 1, 1), generator=torch.Generator().manual_seed(step))
-        images = colours.expand(4, 3, 16, 16).clone()
-        images[:, :, 4:10, 6:12] = 255 - images[:, :, 4:10, 6:12]
-        return images.to(torch.uint8)
+    from digit.training.vqgan import train_vqgan
 
-    train_vqgan(vqgan, batches, GANConfig(**run | changes), out)
+    vqgan = model()
+    train_vqgan(vqgan, batches, replace(QUICK, **changes), out)
     return vqgan
 
 
-TASKS = {"toy": run_toy, "sequence": run_sequence, "gan": run_gan}
+TASKS = {"toy": run_toy, "sequence": run_sequence, "gan": run_vqgan}
 
 
 def run_task(out: Path, changes: dict) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damaged ones passed over, other runs refused."""
+"""Checkpoints: atomic, damaged ones skipped, those of other runs refused."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from digit.errors import DigitError, MismatchError
 from digit.training import checkpoint, config
 from digit.training.log import read_log
 from digit.training.loop import TrainState
+from digit.training.vqgan import GANConfig
 
 
 def content(step: int) -> dict:
@@ -45,7 +46,7 @@ def test_the_tensors_of_the_template_are_filled(tmp_path):
     loaded = checkpoint.load(path, {"model": {"weight": weight}})
     assert loaded["model"]["weight"].data_ptr() == weight.data_ptr()
     assert weight.flatten().tolist() == list(range(6))
-    with pytest.raises(MismatchError, match=r"model/weight in .* is \(2, 3\), here \(3, 2\)"):
+    with pytest.raises(MismatchError, match=r"model/weight in .* has shape \(2, 3\), this run has \(3, 2\)"):
         checkpoint.load(path, {"model": {"weight": torch.zeros(3, 2)}})
 
 
@@ -214,13 +215,25 @@ def test_what_the_run_is_about_is_compared(tmp_path):
         config.check_config(tmp_path, toy_config(), {"codebook": "bb", "sizes": (1, 2)})
 
 
+@pytest.mark.parametrize(("bf16", "precision"), [(True, "auto"), (False, "fp32")])
+def test_a_vqgan_run_that_began_with_the_setting_bf16_resumes(tmp_path, bf16, precision):
+    path, cfg = tmp_path / config.CONFIG, GANConfig(precision=precision)
+    config.save_config(tmp_path, cfg, None)
+    saved = json.loads(path.read_text())
+    del saved["train"]["precision"]
+    path.write_text(json.dumps({"train": saved["train"] | {"bf16": bf16}, "about": {}}))
+    config.check_config(tmp_path, cfg, None)
+    with pytest.raises(MismatchError, match=f"precision was '{precision}' .* is 'bf16' now"):
+        config.check_config(tmp_path, GANConfig(precision="bf16"), None)
+
+
 def test_other_objects_or_shapes_are_refused(tmp_path):
     path = TrainState(1, {"model": nn.Linear(2, 2)}).save(tmp_path, keep=1)
     with pytest.raises(MismatchError, match="holds model, this run has ema, model"):
         TrainState(0, {"model": nn.Linear(2, 2), "ema": nn.Linear(2, 2)}).load(path)
-    with pytest.raises(MismatchError, match=r"model/weight in .* is \(2, 2\), here \(2, 3\)"):
+    with pytest.raises(MismatchError, match=r"model/weight in .* has shape \(2, 2\), this run has \(2, 3\)"):
         TrainState(0, {"model": nn.Linear(3, 2)}).load(path)
-    with pytest.raises(MismatchError, match=r"the model in .* is another one"):
+    with pytest.raises(MismatchError, match=r"the model in .* does not fit this run"):
         TrainState(0, {"model": nn.Linear(2, 2, bias=False)}).load(path)
 
 
@@ -269,7 +282,7 @@ def test_a_strange_state_is_one_line(tmp_path, state):
 def test_a_strange_manifest_is_damage(tmp_path, manifest):
     path = checkpoint.save(tmp_path, 1, content(1), keep=1)
     forge(path, **manifest)
-    with pytest.raises(checkpoint.DamagedError, match="is none of ours"):
+    with pytest.raises(checkpoint.DamagedError, match="manifest.json is malformed"):
         checkpoint.verify(path)
 
 

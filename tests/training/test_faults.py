@@ -1,4 +1,4 @@
-"""Numbers that go wrong: a run stops where they do, says which batch, and leaves what is needed to look into it."""
+"""A run that meets NaN or Inf stops, names the batch and writes a crash dump; losses that jump are logged."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.runtime.files import load_tensors
 from digit.training import checkpoint
-from digit.training.faults import SpikeWatch
+from digit.training.faults import SpikeDetector
 from digit.training.log import read_log
 from digit.training.replay import replay
 from digit.training.sequence import train_sequence_model
@@ -93,7 +93,7 @@ def test_a_failed_step_is_run_again(tmp_path, capsys):
     assert outcome.first_bad.startswith("transformer.blocks.1")
     assert "head.weight" in outcome.bad_gradients
     assert main(["replay", str(dump)]) == 0
-    assert "weights before the step: transformer.blocks.1.mlp.fc1.bias\n" in capsys.readouterr().out
+    assert "weights that are not finite before the step: transformer.blocks.1.mlp.fc1.bias\n" in capsys.readouterr().out
     assert main(["replay", str(tmp_path)]) == 2
 
 
@@ -129,15 +129,15 @@ def test_a_full_disk_does_not_hide_what_happened(tmp_path):
 
 
 def test_a_spike_is_told_from_noise():
-    watch = SpikeWatch()
+    spikes = SpikeDetector()
     generator = torch.Generator().manual_seed(0)
     noise = (3 + 0.05 * torch.randn(100, generator=generator)).tolist()
-    assert [watch.look(loss) for loss in noise] == [None] * 100
-    assert "loss 6.2 jumped above the usual 2.998" in watch.look(6.2)
-    assert watch.look(2.0) is None  # down is fine
-    falling = SpikeWatch()
-    assert not any(falling.look(9 * 0.97**n) for n in range(200))
-    assert SpikeWatch([1.0] * 5).look(50.0) is None  # too early to tell
+    assert [spikes.check(loss) for loss in noise] == [None] * 100
+    assert "loss 6.2 jumped above the usual 2.998" in spikes.check(6.2)
+    assert spikes.check(2.0) is None  # down is fine
+    falling = SpikeDetector()
+    assert not any(falling.check(9 * 0.97**n) for n in range(200))
+    assert SpikeDetector([1.0] * 5).check(50.0) is None  # too early to tell
 
 
 def test_a_spike_is_logged_once(tmp_path, caplog):

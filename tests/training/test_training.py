@@ -1,4 +1,4 @@
-"""The loop and the likelihood trainer on a toy task."""
+"""The loop and the sequence trainer on a toy task."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from digit.training.sequence import SequenceUpdate, train_sequence_model
 
 
 class Counter:
-    """A stateful object that counts its updates, and an update whose figures a test chooses."""
+    """A stateful object that counts its updates, and an update whose metrics a test chooses."""
 
     def __init__(self, metrics=lambda step: {"loss": 1.0}):
         self.steps, self.metrics = [], metrics
@@ -100,7 +100,7 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, number):
 
 
 def test_a_signal_during_the_last_save_stops_too(tmp_path):
-    """Else the stage after this one would begin, and be killed."""
+    """Otherwise the next stage would begin, and be killed."""
     cfg = LoopConfig(num_steps=4, batch_size=4, log_every=3, save_every=4, tensorboard=False)
     update, validate = Counter(), lambda step: os.kill(os.getpid(), signal.SIGTERM) or {"val_nll": 1.0}
     with pytest.raises(Stopped, match="stopped at step 4 of 4"):
@@ -182,12 +182,12 @@ def test_tensorboard_is_written_or_noted(tmp_path, monkeypatch):
     assert len(notes) == 1 and "not installed" in notes[0]
 
 
-def test_figures_may_come_and_go(tmp_path):
+def test_metrics_may_come_and_go(tmp_path):
     run(Counter(lambda step: {"loss": 1.0, **({"late": 2.0} if step == 5 else {})}), tmp_path)
     assert [line.get("late") for line in read_log(tmp_path / "log.jsonl")] == [None, 2.0, None, None]
 
 
-def test_figures_hold_no_graph(tmp_path):
+def test_metrics_hold_no_graph(tmp_path):
     with RunLog(tmp_path, 0, 1, tensorboard=False) as log:
         log.add(1, {"loss": torch.ones((), requires_grad=True) * 2})
         assert not log.pending[0][1]["loss"].requires_grad
@@ -211,17 +211,17 @@ def test_config_refuses_nonsense(change, text):
         TrainConfig(**change)
 
 
-def test_seeds_differ_by_step_and_piece():
-    seeds = {step_seed(seed, step, piece) for seed in range(3) for step in range(5) for piece in range(4)}
+def test_seeds_differ_by_step_and_micro_batch():
+    seeds = {step_seed(seed, step, part) for seed in range(3) for step in range(5) for part in range(4)}
     assert len(seeds) == 60
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_slices_are_equal_and_in_order():
+def test_micro_batches_are_equal_and_in_order():
     batch = {"target": torch.arange(6), "labels": None}
-    pieces = parallel.slices(batch, 3)
-    assert [p["target"].tolist() for p in pieces] == [[0, 1], [2, 3], [4, 5]]
-    assert all(p["labels"] is None for p in pieces)
+    micro_batches = parallel.split_batch(batch, 3)
+    assert [p["target"].tolist() for p in micro_batches] == [[0, 1], [2, 3], [4, 5]]
+    assert all(p["labels"] is None for p in micro_batches)
 
 
 def test_the_toy_is_learnt(tmp_path):
@@ -241,8 +241,8 @@ def gradients(accumulate: int, **toy) -> list[torch.Tensor]:
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     still = {"dropout": 0.0, "mask_rate": 0.0}
-    for whole, pieces in zip(gradients(1, **still), gradients(4, **still), strict=True):
-        torch.testing.assert_close(pieces, whole)
+    for whole, accumulated in zip(gradients(1, **still), gradients(4, **still), strict=True):
+        torch.testing.assert_close(accumulated, whole)
 
 
 def test_a_step_depends_on_nothing_but_the_step():
@@ -343,7 +343,7 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(model_cfg, pr
     for block in update.model.transformer.blocks:
         block.attention.register_forward_hook(lambda *_: calls.append(1))
     loss, gradients = one_backward(update)
-    assert len(calls) == 2 * 2 * 2  # blocks, pieces, forward and again
+    assert len(calls) == 2 * 2 * 2  # blocks, micro-batches, forward and recomputed
     assert torch.equal(loss, kept[0])
     for first, second in zip(gradients, kept[1], strict=True):
         assert (first is None and second is None) or torch.equal(first, second)
@@ -351,7 +351,7 @@ def test_checkpointed_activations_give_the_same_loss_and_gradients(model_cfg, pr
 
 
 def test_activations_of_another_model_cannot_be_checkpointed():
-    with pytest.raises(DigitError, match="checkpoint_activations is for transformers, ToyModel is none"):
+    with pytest.raises(DigitError, match="checkpoint_activations is for transformers, ToyModel is not one"):
         SequenceUpdate(ToyModel(), toy_batches(), toy_config(checkpoint_activations=True))
     with pytest.raises(DigitError, match="compile is for transformers"):
         SequenceUpdate(ToyModel(), toy_batches(), toy_config(compile=True))
@@ -403,7 +403,7 @@ def test_a_transformer_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog
     update = prior_update(compile=True)
     update(0), update(1)
     assert [record.getMessage() for record in caplog.records] == [
-        "the transformer cannot be compiled (no compiler): it runs as it is; compile=false says so"
+        "the transformer cannot be compiled (no compiler): it runs uncompiled; silence this with compile=false"
     ]
 
 

@@ -1,13 +1,14 @@
-"""VQGAN training: losses, the living codebook, exact resume, and that it learns."""
+"""VQGAN training: losses, the EMA codebook, exact resume, and that it learns."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from toy_vqgan import QUICK, TINY, batches, model, run_rank, weights_after_three_steps
 
 from digit.errors import DigitError, MismatchError
 from digit.models.discriminator import PatchDiscriminator
-from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.models.vqgan import VQGAN
 from digit.training.ema_codebook import EMACodebook, random_rows
 from digit.training.vqgan import (
     GANConfig,
@@ -19,28 +20,6 @@ from digit.training.vqgan import (
     random_window,
     train_vqgan,
 )
-
-TINY = VQGANConfig(
-    resolution=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=2, z_channels=4, vocab_size=16
-)
-QUICK = GANConfig(
-    num_steps=8, batch_size=4, warmup_steps=2, codebook_start=2, adversarial_start=4, adversarial_ramp=2,
-    restart_every=2, perceptual="none", discriminator_channels=4, bf16=False, log_every=1, save_every=4,
-    tensorboard=False,
-)  # fmt: skip
-
-
-def batches(step):
-    """Flat coloured pictures with a bright square, a function of the step."""
-    generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 200, (4, 3, 1, 1), generator=generator).expand(4, 3, 16, 16).clone()
-    images[:, :, 4:10, 6:12] = 255 - images[:, :, 4:10, 6:12]
-    return images.to(torch.uint8)
-
-
-def model():
-    torch.manual_seed(0)
-    return VQGAN(TINY)
 
 
 def test_hinge_loss():
@@ -92,7 +71,7 @@ def test_dead_codes_return():
     assert codebook.restart_dead(features, torch.Generator().manual_seed(0)) == 0
 
 
-def test_draw_rows_repeats_only_where_it_must():
+def test_random_rows_repeat_only_where_they_must():
     rows, generator = torch.arange(6.0)[:, None], torch.Generator().manual_seed(0)
     assert len(random_rows(rows, 6, generator).unique()) == 6
     assert random_rows(rows, 9, generator).shape == (9, 1)
@@ -170,7 +149,7 @@ def test_fine_tuning_starts_from_the_codes_there_are(tmp_path):
 
 
 def test_bf16_trains(tmp_path):
-    metrics = train_vqgan(model(), batches, replace(QUICK, bf16=True), tmp_path)
+    metrics = train_vqgan(model(), batches, replace(QUICK, precision="bf16"), tmp_path)
     assert metrics["psnr"] > 0
 
 
@@ -184,6 +163,8 @@ def test_perceptual_term(tmp_path):
 def test_config_errors():
     with pytest.raises(DigitError, match="perceptual"):
         GANConfig(perceptual="resnet")
+    with pytest.raises(DigitError, match="precision is 'fp16': it must be auto or fp32 or bf16"):
+        GANConfig(precision="fp16")
     with pytest.raises(DigitError, match="perceptual_stages"):
         GANConfig(perceptual_stages=6)
     with pytest.raises(DigitError, match="codebook_decay"):
@@ -192,22 +173,6 @@ def test_config_errors():
 
 def test_discriminator_scores_patches():
     assert PatchDiscriminator(channels=4)(torch.rand(2, 3, 64, 64)).shape == (2, 1, 7, 7)
-
-
-def weights_after_three_steps():
-    cfg = replace(QUICK, codebook_start=0, restart_below=0.0, adversarial_weight=0.0, max_norm=0.0)
-    trainer = VQGANTrainer(model(), batches, cfg)
-    for step in range(3):
-        trainer.update(step)
-    return trainer.vqgan.state_dict()
-
-
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    init = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    torch.save(weights_after_three_steps(), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_do_what_one_does(tmp_path):
@@ -219,7 +184,7 @@ def test_two_processes_do_what_one_does(tmp_path):
         torch.testing.assert_close(first[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
 
 
-def test_a_codebook_that_collapses_is_told_once(caplog):
+def test_a_codebook_that_collapses_is_warned_of_once(caplog):
     caplog.set_level("WARNING")
     trainer = VQGANTrainer(model(), batches, replace(QUICK, restart_every=1, codebook_start=0))
     generator = torch.Generator().manual_seed(0)

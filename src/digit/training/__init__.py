@@ -1,1 +1,1 @@
-"""Training: one resumable loop and what it stands on. A leaf: it gets a model, batches and a loss."""
+"""Training: one resumable loop, and one file per objective. It imports models and runtime only."""

@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or not there, whatever the number of processes that write or read them.
+"""Atomic checkpoints that any number of processes can write and read.
 
-    OUT/checkpoints/config.json                 the run's config, compared when it goes on
-    OUT/checkpoints/step_00001000/shard-*.safetensors   tensors, a file (or several) a process
-    OUT/checkpoints/step_00001000/state.json    everything else: numbers, strings, and which tensor stands where
-    OUT/checkpoints/step_00001000/manifest.json SHA-256 and size of each file, the step, validation metrics
+    OUT/checkpoints/config.json                         the run's config, compared when the run resumes
+    OUT/checkpoints/step_00001000/shard-*.safetensors   tensors, one or more files per process
+    OUT/checkpoints/step_00001000/state.json            everything else: numbers, strings, the place of each tensor
+    OUT/checkpoints/step_00001000/manifest.json         SHA-256 and size of each file, the step, validation metrics
 
-A folder is written aside, synced and renamed, so that one without the leading dot is whole; its hashes are compared
-before it is used. torch.distributed.checkpoint writes and reads the tensors: replicated ones are shared out over the
-processes, sharded ones (fully_shard) are written where they lie, and both can be read by any number of processes. All
-files are safetensors or JSON: reading a stranger's checkpoint runs no code.
+A folder is written under a temporary name with a leading dot, synced and renamed, so a folder without the dot is whole.
+Its hashes are verified before it is loaded. torch.distributed.checkpoint writes and reads the tensors: the processes
+share the work for replicated tensors, each writes its own part of sharded ones (fully_shard), and any number of
+processes can read both. All files are safetensors or JSON, so reading a stranger's checkpoint runs no code.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ from digit.version import __version__
 log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # what JSON lacks, in state.json
-STRANGE = (  # what reading the files of a stranger may raise
+TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"  # in state.json, types that JSON lacks
+MALFORMED_ERRORS = (  # that malformed files may raise while they are read
     ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RecursionError, RuntimeError,
     SafetensorError, TypeError, ValueError,
 )  # fmt: skip
-HEADER_BYTES = 400  # of a tensor, in the header of its file
+HEADER_BYTES = 400  # per tensor, in the header of its file
 
 
 class DamagedError(DigitError):
@@ -52,19 +52,19 @@ class DamagedError(DigitError):
 
 
 def step_folder(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return Path(folder) / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of each checkpoint in `folder`, oldest first. Raises DigitError for those of an older version."""
-    found = []
+    checkpoints = []
     for path in Path(folder).glob("step_*"):
         if path.suffix == ".pt":
-            raise DigitError(f"{path} was written by an older version, which this one cannot go on from: move it away")
+            raise DigitError(f"{path} was written by an older version, which this version cannot read: move it away")
         if (match := re.fullmatch(r"step_(\d+)", path.name)) is not None:
-            found.append((int(match[1]), path))
-    return sorted(found)
+            checkpoints.append((int(match[1]), path))
+    return sorted(checkpoints)
 
 
 # -------------------------------------------------------------------- writing
@@ -82,34 +82,35 @@ def save(
     """Write `content` (tensors, numbers, strings, lists, tuples and dicts of them) as step `step`. All ranks call this.
 
     Keeps the newest `keep` checkpoints, and with `keep_best` the one whose validation metric (`val_...` in `metrics`)
-    is lowest. Checkpoints past `step` are removed: they are damaged ones that the run fell back from.
+    is lowest. Removes checkpoints after `step`: the run found them damaged and resumed from an earlier one.
 
-    Raises DigitError, before anything is written, where the disk has too little room.
+    Raises DigitError, before it writes anything, if the disk has too little space.
     """
     path, tensors = step_folder(folder, step), {}
-    aside = path.with_name(f".{path.name}.partial")
-    skeleton = _take_apart(content, (), tensors)
-    distributed.on_main(lambda: _prepare(aside, tensors))
-    with _full_disk_is_an_os_error(path):
-        _write_tensors(aside, tensors)
-    distributed.on_main(lambda: _seal(aside, path, step, skeleton, metrics or {}))
+    partial = path.with_name(f".{path.name}.partial")
+    skeleton = _extract_tensors(content, (), tensors)
+    distributed.on_main(lambda: _prepare(partial, tensors))
+    with _raise_disk_errors(path):
+        _write_tensors(partial, tensors)
+    distributed.on_main(lambda: _publish(partial, path, step, skeleton, metrics or {}))
     distributed.on_main(lambda: prune(Path(folder), step, keep, keep_best))
     return path
 
 
-def _prepare(aside: Path, tensors: dict[str, Tensor]) -> None:
+def _prepare(partial: Path, tensors: dict[str, Tensor]) -> None:
+    """Create the temporary folder and check that the disk has space for the tensors."""
     size = sum(t.numel() * t.element_size() + HEADER_BYTES for t in tensors.values())
-    with disk_errors(aside):
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(aside.parent)  # they may hold the room that is wanted now
-        aside.mkdir()
-    require_space(aside, size, "a checkpoint")
+    with disk_errors(partial):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(partial.parent)  # first, because they take space
+        partial.mkdir()
+    require_space(partial, size, "a checkpoint")
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """One file a process, synced."""
+    """Write one synced file per process."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _torch_is_quiet():
+    with _without_torch_warning():
         dcp.save(
             dict(tensors),
             storage_writer=writer,
@@ -118,46 +119,46 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _seal(aside: Path, path: Path, step: int, skeleton: Any, metrics: dict[str, float]) -> None:
-    """Write the manifest over what is there, sync, and give the folder its name."""
-    write_json(aside / STATE, skeleton)
-    files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(aside.iterdir())}
+def _publish(partial: Path, path: Path, step: int, skeleton: Any, metrics: dict[str, float]) -> None:
+    """Write state and manifest, sync, and give the folder its final name."""
+    write_json(partial / STATE, skeleton)
+    files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(partial.iterdir())}
     manifest = {"format": FORMAT, "version": __version__, "step": step, "processes": distributed.world_size()}
     manifest |= {"metrics": metrics, "files": files}
-    write_json(aside / MANIFEST, manifest | {"digest": _digest(manifest)})
+    write_json(partial / MANIFEST, manifest | {"digest": _digest(manifest)})
     with disk_errors(path):
-        sync_folder(aside)
+        sync_folder(partial)
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        if path.exists():  # a damaged one, else the run would not be at this step again
+        if path.exists():  # damaged, or the run would not have reached this step again
             os.replace(path, old)
-        os.replace(aside, path)
+        os.replace(partial, path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a kill left half written or half removed. For rank 0 alone."""
+    """Remove folders that a killed process left half written or half removed. Only rank 0 calls this."""
     for path in folder.glob(".step_*"):
         if path.suffix in (".partial", ".old", ".stale"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
-    """Leave the newest `keep` checkpoints up to `step`, and the best of them. For rank 0 alone."""
-    there = list_checkpoints(folder)
-    wanted = {path for s, path in there if s <= step}
-    wanted = set(sorted(wanted)[-max(1, keep) :])
-    if keep_best and (found := best(folder, up_to=step)) is not None:
-        wanted.add(found[0])
+    """Keep the newest `keep` checkpoints up to `step`, with `keep_best` the best too. Only rank 0 calls this."""
+    existing = list_checkpoints(folder)
+    kept = {path for s, path in existing if s <= step}
+    kept = set(sorted(kept)[-max(1, keep) :])
+    if keep_best and (scored := best(folder, up_to=step)) is not None:
+        kept.add(scored[0])
     with disk_errors(folder):
-        for path in {p for _, p in there} - wanted:
-            os.replace(path, path.with_name(f".{path.name}.stale"))  # at one stroke: a kill leaves no half of one
+        for path in {p for _, p in existing} - kept:
+            os.replace(path, path.with_name(f".{path.name}.stale"))  # atomic: a kill leaves no half checkpoint
     remove_leftovers(folder)
 
 
 def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | None:
-    """(path, value) of the checkpoint, up to a step, with the lowest validation metric; None where none has one."""
+    """(path, value) of the checkpoint with the lowest validation metric, up to a step; None if none has a metric."""
     scored = []
     for step, path in list_checkpoints(folder):
         if up_to is not None and step > up_to:
@@ -172,11 +173,11 @@ def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | N
 
 
 @contextmanager
-def _full_disk_is_an_os_error(path: Path) -> Iterator[None]:
-    """torch wraps what went wrong in the ranks' writers; a full disk is a user's to mend."""
+def _raise_disk_errors(path: Path) -> Iterator[None]:
+    """Unwrap the errors of torch's writers: a full disk on any rank raises DigitError, others RuntimeError."""
     try:
         yield
-    except CheckpointException as error:  # no Exception, so that it is not overlooked
+    except CheckpointException as error:  # a BaseException
         _raise_interrupt(error)
         with disk_errors(path):
             for cause in _causes(error):
@@ -186,7 +187,7 @@ def _full_disk_is_an_os_error(path: Path) -> Iterator[None]:
 
 
 def _raise_interrupt(error: CheckpointException) -> None:
-    """A second Ctrl-C, which torch catches too, ends the run as ever."""
+    """Raise a KeyboardInterrupt that torch has caught: a second Ctrl-C ends the run."""
     for cause in _causes(error):
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
@@ -205,9 +206,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The newest checkpoint that is whole, its hashes compared, or None where there is none at all. All ranks call it.
+    """The newest undamaged checkpoint, or None if there is no checkpoint. All ranks call this.
 
-    A damaged one is passed over with a warning line; raises DigitError where all of them are.
+    Verifies the hashes. Skips damaged checkpoints with a warning; raises DigitError if all are damaged.
     """
     return distributed.on_main(lambda: _newest(Path(folder)))
 
@@ -221,33 +222,35 @@ def _newest(folder: Path) -> Path | None:
         except DamagedError as error:
             log.warning("%s; falling back to the checkpoint before it", error)
     if checkpoints:
-        raise DigitError(f"no checkpoint in {folder} can be read, {len(checkpoints)} tried: delete it to begin again")
+        raise DigitError(
+            f"no checkpoint in {folder} can be read, {len(checkpoints)} are damaged: delete it to begin again"
+        )
     return None
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, once every file is the one that was written. Raises DamagedError where one is not."""
+    """Check the hash of every file and return the manifest. Raises DamagedError if one is wrong."""
     manifest = read_manifest(path)
     if extra := {p.name for p in path.glob("*.safetensors")} - manifest["files"].keys():
         raise _damaged(path, f"{min(extra)} is not in {MANIFEST}")
-    for name, wanted in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         try:
             if (path / name).exists() and not (path / name).is_file():
-                raise _damaged(path, f"{name} is no file")
-            got = sha256_file(path / name)
+                raise _damaged(path, f"{name} is not a file")
+            sha256 = sha256_file(path / name)
         except FileNotFoundError as error:
             raise _damaged(path, f"{name} is missing") from error
         except OSError as error:
             raise DigitError(f"cannot read checkpoint {path / name}: {error.strerror}") from error
-        if got != wanted["sha256"]:
+        if sha256 != entry["sha256"]:
             raise _damaged(path, f"the hash of {name} is wrong")
     return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What is known of a checkpoint without reading its tensors: step, metrics, files. Raises DamagedError."""
+    """The manifest of a checkpoint: step, metrics, files. Raises DamagedError."""
     if not path.is_dir():
-        raise _damaged(path, "no folder")
+        raise _damaged(path, "it is not a folder")
     try:
         manifest = read_json(path / MANIFEST)
     except DigitError as error:
@@ -255,7 +258,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("digest", None) != _digest(manifest):
         raise _damaged(path, f"the hash of {MANIFEST} is wrong")
     if not _well_formed(manifest):
-        raise _damaged(path, f"{MANIFEST} is none of ours")
+        raise _damaged(path, f"{MANIFEST} is malformed")
     if manifest["format"] != FORMAT:
         raise DigitError(f"checkpoint {path} has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
@@ -284,90 +287,93 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 def load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]] | None = None) -> dict[str, Any]:
-    """The content of a verified checkpoint, its tensors in those of `templates` (the same content, as it is now).
+    """The content of a verified checkpoint, its tensors loaded into those of `templates` (the present content).
 
-    A tensor without a template is made on the CPU; one of an optimizer in `parameters`, which has no state before its
-    first step, like the parameter it belongs to. All ranks call this. Raises MismatchError for another shape,
-    DamagedError for what no run of ours can have written.
+    An optimizer has no state before its first step: its tensors are created like those of `parameters`, by optimizer
+    name. Other tensors without a template are created on the CPU. All ranks call this. Raises MismatchError if a shape
+    differs, DamagedError if the content is malformed.
     """
     try:
         return _load(path, templates, parameters or {})
     except CheckpointException as error:
         _raise_interrupt(error)
         raise DigitError(f"cannot read checkpoint {path}: {distributed.first_line([*_causes(error)][-1])}") from error
-    except STRANGE as error:
+    except MALFORMED_ERRORS as error:
         if distributed.lost_peer(error) is not None:
             raise
         raise _damaged(path, distributed.first_line(error)) from error
 
 
 def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tensor]]) -> dict[str, Any]:
-    here: dict[str, Tensor] = {}
-    _take_apart(templates, (), here)
+    existing: dict[str, Tensor] = {}
+    _extract_tensors(templates, (), existing)
     reader = HuggingFaceStorageReader(str(path))
     sizes = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")}
     skeleton, tensors = read_json(path / STATE), {}
-    room = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if sum(math.prod(m.size) * m.properties.dtype.itemsize for m in sizes.values()) > room:
-        raise _damaged(path, "its tensors claim more than its files hold")
-    for name, found in sizes.items():
-        like = here.get(name, _parameter_of(name, parameters, tuple(found.size)))
-        if like is not None and tuple(like.shape) != tuple(found.size):
-            raise MismatchError(f"{name} in {path} is {tuple(found.size)}, here {tuple(like.shape)}")
-        dtype = found.properties.dtype
-        tensors[name] = torch.empty(found.size, dtype=dtype) if like is None else like
-    with _torch_is_quiet():
+    file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    if sum(math.prod(m.size) * m.properties.dtype.itemsize for m in sizes.values()) > file_bytes:
+        raise _damaged(path, "its tensors are larger than its files")
+    for name, metadata in sizes.items():
+        like = existing.get(name, _like_parameter(name, parameters, tuple(metadata.size)))
+        if like is not None and tuple(like.shape) != tuple(metadata.size):
+            got, wanted = tuple(metadata.size), tuple(like.shape)
+            raise MismatchError(f"{name} in {path} has shape {got}, this run has {wanted}: choose another --out")
+        dtype = metadata.properties.dtype
+        tensors[name] = torch.empty(metadata.size, dtype=dtype) if like is None else like
+    with _without_torch_warning():
         dcp.load(
             tensors, storage_reader=reader, process_group=distributed.control(), no_dist=distributed.world_size() == 1
         )
-    return _put_together(skeleton, tensors)
+    return _insert_tensors(skeleton, tensors)
 
 
-def _parameter_of(name: str, parameters: dict[str, list[Tensor]], size: tuple[int, ...]) -> Tensor | None:
-    """An empty tensor for 'optimizer/state/3/exp_avg': cut up among the ranks as parameter 3 is."""
-    thing, *place = name.split("/")
-    known = thing in parameters and len(place) == 3 and place[0] == "state" and place[1].isdecimal()
-    if not known or int(place[1]) >= len(parameters[thing]):
+def _like_parameter(name: str, parameters: dict[str, list[Tensor]], size: tuple[int, ...]) -> Tensor | None:
+    """An empty tensor for 'optimizer/state/3/exp_avg', sharded like the optimizer's parameter 3; else None."""
+    optimizer, *keys = name.split("/")
+    is_state = optimizer in parameters and len(keys) == 3 and keys[0] == "state" and keys[1].isdecimal()
+    if not is_state or int(keys[1]) >= len(parameters[optimizer]):
         return None
-    parameter = parameters[thing][int(place[1])]
+    parameter = parameters[optimizer][int(keys[1])]
     return torch.empty_like(parameter) if tuple(parameter.shape) == size else None
 
 
 @contextmanager
-def _torch_is_quiet() -> Iterator[None]:
+def _without_torch_warning() -> Iterator[None]:
+    """Silence the warning that torch gives with one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
-# -------------------------------------------------------------------- tensors apart from the rest
+# -------------------------------------------------------------------- tensors and the rest
 
 
-def _take_apart(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go into `tensors` by name."""
+def _extract_tensors(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, with a reference for each tensor; collects the tensors by name."""
     if isinstance(value, Tensor):
         name = "/".join(path)
         tensors[name] = value.detach().contiguous()
         return {TENSOR: name}
     if isinstance(value, dict):
-        parts = {key: _take_apart(entry, (*path, str(key)), tensors) for key, entry in value.items()}
+        parts = {key: _extract_tensors(entry, (*path, str(key)), tensors) for key, entry in value.items()}
         return parts if all(isinstance(key, str) for key in parts) else {PAIRS: [[k, v] for k, v in parts.items()]}
     if isinstance(value, list | tuple):
-        parts = [_take_apart(entry, (*path, str(i)), tensors) for i, entry in enumerate(value)]
+        parts = [_extract_tensors(entry, (*path, str(i)), tensors) for i, entry in enumerate(value)]
         return {TUPLE: parts} if isinstance(value, tuple) else parts
     assert value is None or isinstance(value, bool | int | float | str), f"{'/'.join(path)} is {type(value).__name__}"
     return value
 
 
-def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _insert_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value that `_extract_tensors` turned into JSON."""
     if isinstance(value, list):
-        return [_put_together(entry, tensors) for entry in value]
+        return [_insert_tensors(entry, tensors) for entry in value]
     if not isinstance(value, dict):
         return value
     if TENSOR in value:
         return tensors[value[TENSOR]]
     if PAIRS in value:
-        return {key: _put_together(entry, tensors) for key, entry in value[PAIRS]}
+        return {key: _insert_tensors(entry, tensors) for key, entry in value[PAIRS]}
     if TUPLE in value:
-        return tuple(_put_together(entry, tensors) for entry in value[TUPLE])
-    return {key: _put_together(entry, tensors) for key, entry in value.items()}
+        return tuple(_insert_tensors(entry, tensors) for entry in value[TUPLE])
+    return {key: _insert_tensors(entry, tensors) for key, entry in value.items()}

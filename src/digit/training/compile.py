@@ -1,4 +1,4 @@
-"""How training runs a transformer: activations kept or computed again, operations as they stand or compiled."""
+"""How training runs a transformer: with activation checkpointing, with torch.compile, or plainly."""
 
 import logging
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from digit.errors import DigitError
 from digit.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
-COMPILE_FROM_STEPS = 1000  # compiling takes a minute or two, which a shorter run does not earn back
+COMPILE_FROM_STEPS = 1000  # compiling takes a minute or two, more than a shorter run saves
 
 
 class TransformerForward:
-    """Within the context `model.transformer` runs as the config says; outside it is as ever (validation, sampling).
+    """Context in which `model.transformer` runs as the config says; outside it, validation and sampling run plainly.
 
-    Raises DigitError where the config asks for what this model or device cannot do.
+    Raises DigitError if this model cannot do what the config asks for.
     """
 
     def __init__(self, model: nn.Module, cfg: TrainConfig):
@@ -27,7 +27,7 @@ class TransformerForward:
         transformer = getattr(model, "transformer", None)
         if transformer is None and (cfg.checkpoint_activations or cfg.compile is True):
             name = "checkpoint_activations" if cfg.checkpoint_activations else "compile"
-            raise DigitError(f"{name} is for transformers, {type(model).__name__} is none: leave it out")
+            raise DigitError(f"{name} is for transformers, {type(model).__name__} is not one: leave it out")
         if cfg.checkpoint_activations:
             for block in transformer.blocks:
                 self.replacements.append((block, partial(checkpoint, block.forward, use_reentrant=False)))
@@ -41,11 +41,11 @@ class TransformerForward:
 
     def __exit__(self, *problem: object) -> None:
         for module, _ in self.replacements:
-            del module.forward  # the class's own comes to light again
+            del module.forward  # uncovers the method of the class
 
 
 def compiles(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether to compile: as set, or under auto on a GPU that Triton serves, in runs long enough to earn it back."""
+    """Whether to compile: as set; auto compiles on a GPU with Triton, in runs long enough to save time by it."""
     if cfg.compile != "auto":
         return cfg.compile
     return device.type == "cuda" and cfg.num_steps >= COMPILE_FROM_STEPS and has_triton()
@@ -59,9 +59,9 @@ def has_triton() -> bool:
 
 
 class Compiled:
-    """A function compiled at its first call, for the shapes of that call; where that fails, the function itself.
+    """A function compiled at its first call for the shapes of that call; if compiling fails, the function itself.
 
-    One graph over all blocks: compiled block by block, torch would make one for every block number, and stop at 8.
+    One graph covers all blocks: block by block, torch would compile once per block number, and stop at 8.
     """
 
     def __init__(self, function: Callable[..., Any]):
@@ -74,6 +74,8 @@ class Compiled:
             return self.run(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            log.warning("the transformer cannot be compiled (%s): it runs as it is; compile=false says so", reason)
+            log.warning(
+                "the transformer cannot be compiled (%s): it runs uncompiled; silence this with compile=false", reason
+            )
             self.run = self.function
         return self.function(*args, **kwargs)

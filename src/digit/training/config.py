@@ -1,4 +1,4 @@
-"""Settings of a training run, and what of them may change while it goes on."""
+"""Settings of a training run, and which of them may change when it resumes."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -7,13 +7,13 @@ from typing import Any, Literal, get_args
 
 from digit.errors import DigitError, MismatchError
 from digit.runtime.files import read_json, write_json
+from digit.training.precision import ScaledPrecision
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
 Optimizer = Literal["adamw", "muon"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
 CONFIG = "config.json"  # beside the checkpoints
-# These may change between two halves of one run (num_steps too, where the schedule does not end there).
+# These may differ when a run resumes (and num_steps, unless the schedule ends there).
 FREE_FIELDS = {
     "accumulate", "checkpoint_activations", "compile", "deterministic", "keep_best", "keep_checkpoints", "log_every",
     "max_skipped", "parallel", "save_every", "tensorboard",
@@ -22,27 +22,27 @@ FREE_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """What the loop itself needs; the config of a trainer extends it."""
+    """Settings of the loop itself; the config of each trainer extends it."""
 
     num_steps: int = 125_000
-    """Optimizer updates in the whole run. A run may be lengthened later, except under a cosine schedule."""
+    """Optimizer updates in the whole run. A run can be lengthened later, except with a cosine schedule."""
     batch_size: int = 2048
-    """Images per update, over all processes and accumulated pieces together."""
+    """Images per update, over all processes and accumulated micro-batches together."""
     seed: int = 0
-    """Seed of everything random in training: dropout, masks, dropped labels."""
+    """Seed of all random numbers in training: dropout, masks, dropped labels."""
     log_every: int = 50
-    """Updates between two lines of log.jsonl; only then, and at a save, does the loop wait for the device."""
+    """Updates between two lines of log.jsonl. The loop waits for the device only then and at a save."""
     save_every: int = 1000
-    """Updates between two checkpoints; the last update always saves."""
+    """Updates between two checkpoints. The last update always saves."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; the second is what a damaged newest one falls back to."""
+    """How many of the newest checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest validation loss too, where there is a validation."""
+    """Also keep the checkpoint with the lowest validation loss, if there is validation."""
     tensorboard: bool = True
-    """Write TensorBoard events to OUT/tensorboard where tensorboard is installed."""
+    """Write TensorBoard events to OUT/tensorboard if tensorboard is installed."""
     deterministic: bool = False
-    """On a GPU use deterministic algorithms alone, slower ones among them, so that a resumed run equals one that was
-    never interrupted bit for bit; on a CPU it does so anyway."""
+    """Use only deterministic algorithms on a GPU, some of them slower, so that a resumed run equals an uninterrupted
+    one bit for bit. On a CPU it always does."""
 
     def __post_init__(self) -> None:
         for name, least in {"num_steps": 0, "batch_size": 1, "seed": 0}.items():
@@ -50,64 +50,66 @@ class LoopConfig:
         for name in ("log_every", "save_every", "keep_checkpoints"):
             self.require(getattr(self, name) >= 1, name, "at least 1")
 
-    def require(self, holds: bool, name: str, wanted: str) -> None:
-        """Raise DigitError where a field's value is not one of those wanted."""
-        if not holds:
+    def require(self, valid: bool, name: str, wanted: str) -> None:
+        """Raise DigitError, naming the field and the values `wanted`, unless its value is valid."""
+        if not valid:
             raise DigitError(f"{name} is {getattr(self, name)!r}: it must be {wanted}")
 
     @property
     def may_grow(self) -> bool:
-        """Whether more steps leave the steps before them as they were."""
+        """Whether raising num_steps leaves the steps before unchanged."""
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """How a sequence model is trained. The defaults are the paper's for the base model (A.3; 200 epochs)."""
+    """Training of a sequence model. The defaults are the paper's for the base model (A.3; 200 epochs)."""
 
     accumulate: int = 1
-    """Pieces that each process cuts its share of the batch into, to save memory; the gradients add up to the same."""
-    precision: Precision = "fp32"
+    """Micro-batches that each process splits its share of the batch into, to save memory. Their gradients add up to
+    the gradient of the whole share."""
+    precision: ScaledPrecision = "fp32"
     """Arithmetic of the forward pass: fp32, bf16, fp16 with loss scaling (GPU only), or auto: bf16 where the hardware
     multiplies it, else fp32. Weights stay fp32."""
     checkpoint_activations: bool = False
-    """Keep only the input of each transformer block and compute the rest again in the backward pass: far less memory
-    for about a third more time. Losses and gradients stay the same."""
+    """Keep only the input of each transformer block and recompute the rest in the backward pass: far less memory for
+    about a third more time. Losses and gradients stay the same."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the transformer with torch.compile; auto: on a GPU, in runs of at least 1000 updates. Dropout then draws
-    other random numbers."""
+    """Compile the transformer with torch.compile; auto: on a GPU, in runs of at least 1000 updates. Compiled dropout
+    uses other random numbers."""
     optimizer: Optimizer = "adamw"
-    """adamw (the paper's Adam), or muon: AdamW but for the matrices inside the blocks; for short training."""
+    """adamw (the paper's Adam), or muon: Muon for the matrices inside the blocks and AdamW for the rest, for short
+    training."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     muon_learning_rate: float = 0.02
-    """Peak learning rate of the matrices under muon; it follows the same schedule."""
+    """Peak learning rate of the matrices with muon; it follows the same schedule."""
     warmup_steps: int = 6250
     """Updates of linear warm-up from warmup_from to learning_rate."""
     warmup_from: float = 1e-7
-    """Learning rate of the very first update."""
+    """Learning rate of the first update."""
     schedule: Schedule = "inverse_sqrt"
     """After the warm-up: inverse_sqrt (the paper's), cosine (to 0 at num_steps) or constant."""
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of Adam's first and second moment."""
     weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW), on every parameter, biases, norms and embeddings too, as in fairseq."""
+    """Decoupled weight decay (AdamW) of every parameter, including biases, norms and embeddings, as in fairseq."""
     label_smoothing: float = 0.1
-    """Share of the target's probability that is spread over the whole vocabulary."""
+    """Share of the target's probability that is spread evenly over the vocabulary."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this joint L2 norm; 0 = no clipping."""
+    """Largest joint L2 norm of the gradients; larger ones are scaled down to it. 0 = no clipping."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the weights; 0 = no average. With one, the average is the run's result."""
+    """Decay of the moving average of the weights, which is then the run's result; 0 = no average."""
     parallel: Parallel = "ddp"
-    """With several processes (torchrun): ddp, a replica of the model in each, or fsdp, weights, gradients and optimizer
-    state cut up among them (fully_shard), for models that fill a GPU. Checkpoints of both go on with either."""
+    """With several processes (torchrun): ddp gives each a replica of the model; fsdp shards weights, gradients and
+    optimizer state over them (fully_shard), for models that fill a GPU. A run can resume with the other one."""
     max_skipped: int = 0
-    """Updates that may be left out in the whole run because their loss or gradient is not finite; 0 stops at the
-    first."""
+    """How many updates of the whole run may be skipped because their loss or gradient is not finite; 0 stops the run
+    at the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
+        self.require(self.precision in get_args(ScaledPrecision), "precision", " or ".join(get_args(ScaledPrecision)))
         self.require(self.compile in (True, False, "auto"), "compile", "true, false or auto")
         self.require(self.schedule in get_args(Schedule), "schedule", " or ".join(get_args(Schedule)))
         self.require(self.optimizer in get_args(Optimizer), "optimizer", " or ".join(get_args(Optimizer)))
@@ -117,9 +119,9 @@ class TrainConfig(LoopConfig):
         self.require(self.accumulate >= 1, "accumulate", "at least 1")
         self.require(self.parallel in get_args(Parallel), "parallel", " or ".join(get_args(Parallel)))
         self.require(self.max_skipped >= 0, "max_skipped", "at least 0")
-        self.require(self.optimizer != "muon" or self.parallel == "ddp", "parallel", "ddp under optimizer muon")
-        multiple = self.batch_size % self.accumulate == 0
-        self.require(multiple, "batch_size", f"a multiple of accumulate {self.accumulate}")
+        self.require(self.optimizer != "muon" or self.parallel == "ddp", "parallel", "ddp with optimizer muon")
+        divisible = self.batch_size % self.accumulate == 0
+        self.require(divisible, "batch_size", f"a multiple of accumulate {self.accumulate}")
 
     @property
     def may_grow(self) -> bool:
@@ -127,8 +129,8 @@ class TrainConfig(LoopConfig):
 
 
 def describe_run(cfg: LoopConfig, about: dict[str, Any] | None) -> dict[str, Any]:
-    """What config.json holds: every field of the config, and what the caller says the run is about."""
-    return json.loads(json.dumps({"train": asdict(cfg), "about": about or {}}))  # as it will be read: tuples are lists
+    """The content of config.json: every field of the config, and the caller's description of the run."""
+    return json.loads(json.dumps({"train": asdict(cfg), "about": about or {}}))  # as JSON reads back: tuples are lists
 
 
 def save_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | None) -> None:
@@ -137,19 +139,27 @@ def save_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | Non
 
 
 def check_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | None) -> None:
-    """Raise MismatchError where the run in `folder` was begun with another config that matters; names both values."""
+    """Raise MismatchError, naming both values, if a setting that may not change differs from the run in `folder`."""
     if not (path := Path(folder) / CONFIG).exists():
         return
-    then, now = read_json(path), describe_run(cfg, about)
-    if not isinstance(then, dict) or not all(isinstance(then.get(room), dict) for room in ("train", "about")):
-        raise DigitError(f"{path} is no config of a run: delete {Path(folder).parent} to begin again")
-    then["train"] = describe_run(type(cfg)(), None)["train"] | then.get("train", {})  # settings younger than the run
+    saved, current = read_json(path), describe_run(cfg, about)
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("train", "about")):
+        raise DigitError(f"{path} is not the config of a run: delete {Path(folder).parent} to begin again")
+    saved["train"] = describe_run(type(cfg)(), None)["train"] | renamed(saved["train"])  # defaults: newer settings
     free = FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())
-    for room in ("train", "about"):
-        before, after = then.get(room, {}), now[room]
+    for part in ("train", "about"):
+        before, after = saved[part], current[part]
         for name in sorted(set(before) | set(after)):
-            if before.get(name) != after.get(name) and not (room == "train" and name in free):
+            if before.get(name) != after.get(name) and not (part == "train" and name in free):
                 raise MismatchError(
                     f"{name} was {before.get(name)!r} when the run in {Path(folder).parent} began and is "
                     f"{after.get(name)!r} now: give the old value to go on, or choose another --out"
                 )
+
+
+def renamed(train: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings under their present names: VQGAN training had `bf16`, true for auto and false for fp32."""
+    if "bf16" not in train:
+        return train
+    rest = {name: value for name, value in train.items() if name != "bf16"}
+    return {"precision": "auto" if train["bf16"] else "fp32"} | rest

@@ -1,10 +1,10 @@
-"""Numbers that go wrong: losses that are not finite, and losses that jump.
+"""Failures of training: metrics that are not finite, and losses that jump.
 
-A run that stops on such a number leaves OUT/crash/step_00067000/ with all that is needed to look into it:
+A run that stops at a NaN or Inf writes a crash dump, OUT/crash/step_00067000/, for `digit replay`:
 
     report.json         step, metrics, rows of the batch, settings, versions, the last good checkpoint
-    batch.safetensors   the batch itself
-    state/step_...      a checkpoint from just before the step, where the trainer looks before it moves the weights
+    batch.safetensors   the batch
+    state/step_...      a checkpoint from just before the step, if the trainer checks before it changes the weights
 """
 
 import logging
@@ -25,30 +25,30 @@ from digit.runtime.hardware import describe_machine
 from digit.version import __version__
 
 log = logging.getLogger(__name__)
-ROWS_SHOWN = 8  # in the message; report.json has them all
-REMEMBERED, LEAST = 50, 10  # losses that a new one is compared with
-SPIKE_DEVIATIONS, SPIKE_SHARE = 6.0, 0.1  # standard deviations, and fraction of the median, both exceeded
+ROWS_SHOWN = 8  # in the message; report.json has all rows
+MAX_LOSSES, MIN_LOSSES = 50, 10  # earlier losses that a new one is compared with
+SPIKE_DEVIATIONS, SPIKE_SHARE = 6.0, 0.1  # a spike exceeds both: standard deviations, fraction of the median
 
 
 class NotFiniteError(DigitError):
-    """A step whose metrics are not finite: `step` counts from 1, `metrics` are those of the step."""
+    """A step whose metrics are not finite: `step` counts from 1; `moved` says that the weights have changed since."""
 
     def __init__(self, step: int, metrics: dict[str, Any], moved: bool = False):
         self.step, self.moved = step, moved
         self.metrics = {name: float(value) for name, value in metrics.items()}
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
-        super().__init__(f"step {step} gave {shown}")
+        values = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
+        super().__init__(f"step {step} gave {values}")
 
 
 def find_not_finite(pending: Iterable[tuple[int, dict[str, float]]]) -> NotFiniteError | None:
-    """The first of several steps with a figure that is not finite; the weights have moved on since."""
+    """An error for the first of several steps with a metric that is not finite, after the weights have changed."""
     for step, metrics in pending:
         if not all(math.isfinite(v) for v in metrics.values()):
             return NotFiniteError(step, metrics, moved=True)
     return None
 
 
-def explain(
+def dump_crash(
     error: NotFiniteError,
     out: Path,
     batches: Callable[[int], dict[str, Tensor | None]] | None,
@@ -56,9 +56,9 @@ def explain(
     last_good: Path | None,
     save_state: Callable[[Path], Any],
 ) -> DigitError:
-    """Write OUT/crash and return the error for the user; all ranks call this.
+    """Write the crash dump and return the error for the user; all ranks call this.
 
-    `save_state(folder)` writes the present state, which is that before the step unless the error says otherwise.
+    `save_state(folder)` writes the present state. It is called if that is the state before the step (not error.moved).
     """
     folder = out / "crash" / f"step_{error.step:08d}"
     rows = batches.rows(error.step - 1).tolist() if hasattr(batches, "rows") else None
@@ -83,30 +83,32 @@ def explain(
         if not error.moved:
             save_state(folder / "state")
         dump = f"{folder} holds the batch{'' if error.moved else ' and the state before it'}"
-    except (DigitError, OSError, RuntimeError) as fault:  # a full disk must not hide what happened
+    except (DigitError, OSError, RuntimeError) as fault:  # a full disk must not hide the error
         dump = f"no dump could be written ({fault})"
-    shown = "" if rows is None else f" (batch rows {', '.join(map(str, rows[:ROWS_SHOWN]))}, ...)"
+    batch_rows = "" if rows is None else f" (batch rows {', '.join(map(str, rows[:ROWS_SHOWN]))}, ...)"
     good = "there is no checkpoint yet" if last_good is None else f"the last good checkpoint is {last_good}"
     return DigitError(
-        f"{error}{shown}: lower learning_rate, lengthen warmup_steps, choose precision fp32, or let max_skipped steps "
-        f"be left out; {good}, {dump}"
+        f"{error}{batch_rows}: lower learning_rate, raise warmup_steps, choose precision fp32, or allow some steps "
+        f"to be skipped with max_skipped; {good}, {dump}"
     )
 
 
-class SpikeWatch:
-    """Tells a loss that jumps above those logged before it, as before a divergence."""
+class SpikeDetector:
+    """Detects a loss far above the losses logged before it, a sign of divergence."""
 
     def __init__(self, losses: Iterable[float] = ()):
-        self.losses = deque(losses, maxlen=REMEMBERED)
+        self.losses = deque(losses, maxlen=MAX_LOSSES)
 
-    def look(self, loss: float) -> str | None:
-        """A remark where `loss` stands out, else None; it is remembered in either case."""
+    def check(self, loss: float) -> str | None:
+        """A warning if `loss` is a spike, else None; later losses are compared with it in either case."""
         before = list(self.losses)
         self.losses.append(loss)
-        if len(before) < LEAST:
+        if len(before) < MIN_LOSSES:
             return None
         median = statistics.median(before)
-        spread = 1.4826 * statistics.median(abs(x - median) for x in before)  # a normal distribution's deviation
+        spread = 1.4826 * statistics.median(
+            abs(x - median) for x in before
+        )  # standard deviation of a normal distribution
         if loss - median <= max(SPIKE_DEVIATIONS * spread, SPIKE_SHARE * abs(median)):
             return None
         return f"loss {loss:.4g} jumped above the usual {median:.4g}: a lower learning_rate is safer"

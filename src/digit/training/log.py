@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, out/log.jsonl (one JSON object per line), and TensorBoard where it is installed."""
+"""The log of a run: a progress bar, OUT/log.jsonl (one JSON object per line), and TensorBoard if installed."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor
 from digit.runtime import distributed
 from digit.runtime.files import atomic_path, disk_errors
 from digit.runtime.progress import Progress
-from digit.training.faults import NotFiniteError, SpikeWatch, find_not_finite
+from digit.training.faults import NotFiniteError, SpikeDetector, find_not_finite
 from digit.training.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ Metrics = dict[str, float | Tensor]
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a torn last line is left out, and whatever else is no line of ours."""
+    """The lines of a log.jsonl, without a torn last line and anything else that is not a log line."""
     lines = []
     for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -36,14 +36,14 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def last_metrics(out: Path) -> dict[str, float]:
-    """The metrics of the last step in OUT/log.jsonl, those of its validation included; {} where nothing was logged."""
+    """The metrics of the last step in OUT/log.jsonl, including its validation; {} if nothing was logged."""
     lines = read_log(out / "log.jsonl") if (out / "log.jsonl").exists() else []
     lines = [line for line in lines if "note" not in line]
     return {k: v for line in lines if line["step"] == lines[-1]["step"] for k, v in line.items()}
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop the lines past `step`, all of them where nothing is kept of the run: it writes them again."""
+    """Remove the lines after `step` (all lines at step 0), because the resumed run writes them again."""
     if path.exists():
         kept = [json.dumps(line) + "\n" for line in read_log(path) if 0 < step >= line.get("step", 0)]
         with atomic_path(path) as temporary:
@@ -51,9 +51,9 @@ def cut_log(path: Path, step: int) -> None:
 
 
 class RunLog:
-    """Collects metrics without waiting for the device; reads them in one transfer when a line is due.
+    """Collects metrics without waiting for the device and fetches them in one transfer when a line is due.
 
-    It is part of a checkpoint: metrics whose line is not due yet when the run is cut short are not lost.
+    It is part of a checkpoint, so a run that stops between two lines keeps the metrics since the last line.
     """
 
     def __init__(
@@ -64,40 +64,41 @@ class RunLog:
         self.description, self.num_steps = description, num_steps
         self.path, self.step = out / "log.jsonl", step
         self.pending: list[tuple[int, Metrics]] = []
-        self.averaged = 0  # so many of the first are means over the ranks already: they came from a checkpoint
+        self.num_averaged = 0  # the first entries of pending, from a checkpoint, are already means over the ranks
         self._file: IO[bytes] | None = None
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is pending, the mean over the ranks; they all call this."""
+        """The pending metrics, averaged over the ranks; all ranks call this."""
         self._fetch()
         return {"pending": [list(entry) for entry in self._means()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pending = [(int(step), {k: float(v) for k, v in f.items()}) for step, f in state["pending"]]
-        self.averaged = len(self.pending)
+        self.pending = [(int(step), {k: float(v) for k, v in metrics.items()}) for step, metrics in state["pending"]]
+        self.num_averaged = len(self.pending)
 
     def _means(self) -> list[tuple[int, dict[str, float]]]:
-        """The pending metrics, each the mean over the ranks, in one exchange."""
-        own = self.pending[self.averaged :]
+        """The pending metrics, averaged over the ranks in one exchange."""
+        own = self.pending[self.num_averaged :]
         means = iter(distributed.mean([value for _, metrics in own for value in metrics.values()]))
-        return self.pending[: self.averaged] + [(step, {k: next(means) for k in metrics}) for step, metrics in own]
+        averaged = [(step, {k: next(means) for k in metrics}) for step, metrics in own]
+        return self.pending[: self.num_averaged] + averaged
 
     def __enter__(self) -> Self:
         self._stack, self._board = ExitStack(), None
-        self.seconds = 0.0  # of the whole run, over all its resumptions
-        self.spikes = SpikeWatch()
+        self.seconds = 0.0  # since step 0, over all resumptions
+        self.spikes = SpikeDetector()
         self._restart_clock()
         self.bar = Progress(self.description, total=self.num_steps, done=self.step) if distributed.is_main() else None
         if self.bar is not None:
             cut_log(self.path, self.step)
             self.seconds = last_metrics(self.path.parent).get("seconds", 0.0)
             lines = read_log(self.path) if self.path.exists() else []
-            self.spikes = SpikeWatch(line["loss"] for line in lines if "loss" in line)
+            self.spikes = SpikeDetector(line["loss"] for line in lines if "loss" in line)
             self._stack.enter_context(self.bar)
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # unbuffered: else what a full disk refused would be written again, and refused again, at the end
+                # unbuffered: a buffer that a full disk refused would be written, and refused, again on closing
                 self._file = self._stack.enter_context(open(self.path, "ab", buffering=0))
             if self.tensorboard_folder is not None:
                 self._open_tensorboard()
@@ -111,7 +112,7 @@ class RunLog:
         try:
             board = TensorBoardWriter(self.tensorboard_folder, purge_step=self.step + 1)
         except ImportError:
-            if not self.step:  # once a run
+            if not self.step:  # once per run
                 self.note("tensorboard is not installed: this file is the only log")
             return
         with disk_errors(self.tensorboard_folder):
@@ -121,7 +122,7 @@ class RunLog:
         self.since, self.waited = time.perf_counter(), 0.0
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Take the metrics of finished step `step`; `data_seconds` is the time that step waited for its batch."""
+        """Add the metrics of finished step `step`; its `data_seconds` is the time that it waited for its batch."""
         metrics = {k: v.detach() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         self.waited += float(metrics.pop("data_seconds", 0.0))
         self.step = step
@@ -130,26 +131,28 @@ class RunLog:
             self.bar.update(1)
 
     def check(self) -> None:
-        """Look at the pending metrics. Raises NotFiniteError at the first NaN or Inf, on all ranks if on one."""
+        """Raise NotFiniteError for the first pending NaN or Inf, on all ranks if any has one."""
         self._fetch()
-        found = find_not_finite(self.pending)
-        everyones = distributed.gather(found and (found.step, found.metrics))
-        if told := [each for each in everyones if each is not None]:
-            raise NotFiniteError(*min(told, key=itemgetter(0)), moved=True)
+        error = find_not_finite(self.pending)
+        all_ranks = distributed.gather(error and (error.step, error.metrics))
+        if failures := [failure for failure in all_ranks if failure is not None]:
+            raise NotFiniteError(*min(failures, key=itemgetter(0)), moved=True)
 
     def _fetch(self) -> None:
-        """Bring the pending metrics to the CPU, in one transfer a device."""
+        """Fetch the pending metrics to the CPU, in one transfer per device."""
         tensors = [(metrics, k) for _, metrics in self.pending for k, v in metrics.items() if isinstance(v, Tensor)]
         for device in {metrics[k].device for metrics, k in tensors}:
-            here = [(metrics, k) for metrics, k in tensors if metrics[k].device == device]
-            values = torch.stack([metrics[k].double().reshape(()) for metrics, k in here]).tolist()
-            for (metrics, k), value in zip(here, values, strict=True):
+            entries = [(metrics, k) for metrics, k in tensors if metrics[k].device == device]
+            values = torch.stack([metrics[k].double().reshape(()) for metrics, k in entries]).tolist()
+            for (metrics, k), value in zip(entries, values, strict=True):
                 metrics[k] = value
 
     def write(self, images_per_step: int) -> None:
-        """Write one line: the mean of each figure since the last one (over the ranks too), speed, its share of the
-        hardware's peak (mfu, where that is known), data wait (the fraction of the time that went into waiting for
-        batches) and the seconds since step 0."""
+        """Write one line: the mean of each metric since the last line, over steps and ranks, and the speed.
+
+        Speed: images_per_second; mfu, its share of the hardware's peak, if that is known; data_wait, the fraction of
+        the time spent waiting for batches; seconds since step 0. `lr` is the last one, not the mean.
+        """
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)
         pending = self._means()
@@ -164,15 +167,15 @@ class RunLog:
         line["data_wait"] = self.waited / elapsed
         line["seconds"] = self.seconds = self.seconds + elapsed
         self.pending.clear()
-        self.averaged = 0
+        self.num_averaged = 0
         self._restart_clock()
         self.put(line)
-        if "loss" in line and (remark := self.spikes.look(line["loss"])) and self._file is not None:
-            logger.warning("step %d: %s", self.step, remark)
-            self.note(remark)
+        if "loss" in line and (warning := self.spikes.check(line["loss"])) and self._file is not None:
+            logger.warning("step %d: %s", self.step, warning)
+            self.note(warning)
 
     def put(self, metrics: dict[str, float]) -> None:
-        """Write `metrics` of the present step to the file, the bar and TensorBoard (rank 0)."""
+        """Write `metrics` of the current step to the file, the progress bar and TensorBoard (rank 0)."""
         if self._file is None:
             return
         self._line({"step": self.step, **metrics})
@@ -183,7 +186,7 @@ class RunLog:
                 self._board.add(metrics, self.step)
 
     def sync(self) -> None:
-        """Bring the lines and curves so far to the disk: no checkpoint may outlive them in a power cut (rank 0)."""
+        """Flush the log to the disk before a checkpoint, so that a power cut cannot lose only the log (rank 0)."""
         if self._file is None:
             return
         with disk_errors(self.path):
@@ -192,7 +195,7 @@ class RunLog:
                 self._board.sync()
 
     def note(self, text: str) -> None:
-        """Write a remark to the file (rank 0)."""
+        """Write a note to the file (rank 0)."""
         if self._file is not None:
             self._line({"step": self.step, "note": text})
 

@@ -1,4 +1,4 @@
-"""The most floating-point operations a second that a device can do, which a run's own are compared with (MFU)."""
+"""Peak floating-point operations per second of a device, the denominator of model FLOPs utilisation (MFU)."""
 
 from functools import cache
 
@@ -6,7 +6,7 @@ import torch
 
 from digit.runtime.hardware import matmul_flops
 
-# Dense bf16 products, FLOPs a second, as the makers publish them; the first name that the device's name contains
+# Published FLOPs per second of dense bf16 products; a device gets the first entry that its name contains
 PUBLISHED = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -28,14 +28,14 @@ PUBLISHED = {
 
 
 def published_flops(name: str) -> float | None:
-    """The rate of a GPU by the name that its driver gives; None where it is not in the table."""
+    """The published peak of a GPU by its driver's name for it; None if it is not in the table."""
     return next((rate for known, rate in PUBLISHED.items() if known in name), None)
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOPs a second of one device: published for a GPU that the table knows, else what plain products reach (0.3 s).
+    """Peak FLOPs per second of one device: published if the table has the GPU, else measured (0.3 s).
 
-    In bf16 where the device multiplies it, whatever the precision of a run: an fp32 run shows what it leaves unused.
+    The peak is that of bf16 if the device multiplies it, whatever the run's precision, so an fp32 run shows a low MFU.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return published_flops(name) or _measured_flops(device)

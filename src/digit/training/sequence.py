@@ -1,4 +1,4 @@
-"""Training of the sequence models (prior, renderers, VQ baseline) by label-smoothed likelihood (paper 3.3 and A.3)."""
+"""Training of the sequence models (prior, renderers, VQ baseline): label-smoothed cross-entropy (paper 3.3 and A.3)."""
 
 import copy
 import logging
@@ -13,77 +13,71 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.runtime import distributed
-from digit.runtime.hardware import multiplies_bf16
 from digit.training import parallel
 from digit.training.compile import TransformerForward
-from digit.training.config import Precision, TrainConfig
+from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.faults import NotFiniteError
 from digit.training.log import Metrics
 from digit.training.loop import Stateful, TrainState, step_seed, train
 from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
 from digit.training.peak import peak_flops
+from digit.training.precision import autocast
 
 Batch = dict[str, Tensor | None]
 
 log = logging.getLogger(__name__)
 
 
-def autocast(precision: Precision, device: torch.device) -> Any:
-    """The context of the forward pass: none for fp32, else torch's autocast to bf16 or fp16."""
-    if precision == "fp32" or (precision == "auto" and not multiplies_bf16(device)):
-        return nullcontext()
-    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
-
-
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy to a GPU goes on while the CPU does other things."""
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy to a GPU runs in the background."""
     if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()  # from other memory the copy would be waited for
+        value = value.pin_memory()  # a copy from pageable memory would block
     return value.to(device, non_blocking=True)
 
 
-class Skipped:
-    """How many updates a run has left out; it is part of the checkpoint."""
+class SkippedUpdates:
+    """The number of updates that a run has skipped, as part of its checkpoints."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.count = 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"number": self.number}
+        return {"number": self.count}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.number = state["number"]
+        self.count = state["number"]
 
 
 class SequenceUpdate:
-    """One step: `update(step)` fetches batch `step`, and moves the model, the optimizer and the average.
+    """`update(step)` does one step: it fetches batch `step` and updates the model, the optimizer and the EMA.
 
-    The batch is cut into world_size x accumulate equal pieces. What the loss draws row by row is drawn for the whole
-    batch, so that N processes are one; dropout is drawn piece by piece, so that N processes are one with accumulate=N.
+    The batch is split into world_size x accumulate equal micro-batches. The loss's random numbers (`model.noise`) are
+    generated for the whole batch, so N processes give what one gives. Dropout is seeded per micro-batch, so N processes
+    give what one gives with accumulate=N.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[int], Batch], cfg: TrainConfig):
         self.device = next(model.parameters()).device
         if cfg.precision == "fp16" and self.device.type == "cpu":
-            raise DigitError("precision fp16 needs a GPU, the model is on the CPU: choose fp32 or bf16")
-        self.pieces = distributed.world_size() * cfg.accumulate
-        if cfg.batch_size % self.pieces:
-            pieces = f"{self.pieces} equal pieces (processes x accumulate)"
-            raise DigitError(f"batch_size {cfg.batch_size} cannot be cut into {pieces}")
+            raise DigitError("precision fp16 needs a GPU, but the model is on the CPU: choose fp32 or bf16")
+        self.num_micro_batches = distributed.world_size() * cfg.accumulate
+        if cfg.batch_size % self.num_micro_batches:
+            parts = f"{self.num_micro_batches} equal micro-batches (processes x accumulate)"
+            raise DigitError(f"batch_size {cfg.batch_size} cannot be split into {parts}: choose a multiple")
         self.model, self.batches, self.cfg = model, batches, cfg
         if cfg.parallel == "fsdp" and distributed.world_size() > 1:
-            self.model = parallel.shard(copy.deepcopy(model.cpu()).to(self.device))  # the whole one waits on the CPU
+            self.model = parallel.shard(copy.deepcopy(model.cpu()).to(self.device))  # the whole model stays on the CPU
         self.objective = parallel.objective(self.model, TransformerForward(self.model, cfg))
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
         self.ema = EMA(self.model, cfg.ema_decay) if cfg.ema_decay else None
         self.generator = torch.Generator(self.device)
-        self.skipped = Skipped()
-        self.settled = not isinstance(self.objective, nn.parallel.DistributedDataParallel)
-        # on a GPU a look at the norm would wait for it: without leave to skip, the log finds what is not finite
-        self.looks = self.device.type == "cpu" or cfg.max_skipped > 0
+        self.skipped = SkippedUpdates()
+        self.ddp_buckets_final = not isinstance(self.objective, nn.parallel.DistributedDataParallel)
+        # Checking the norm syncs the GPU; unless skipping is enabled, the log detects non-finite values.
+        self.checks_norm = self.device.type == "cpu" or cfg.max_skipped > 0
 
     def state(self) -> TrainState:
         """The state at step 0, of the objects that a checkpoint must hold."""
@@ -99,8 +93,8 @@ class SequenceUpdate:
         started = time.perf_counter()
         batch = self.batches(step)
         data_seconds = time.perf_counter() - started
-        if not self.settled:  # DDP settles its buckets after its first backward pass, and they order the sums
-            self.settled = True
+        if not self.ddp_buckets_final:  # DDP rebuilds them after its first backward, which changes the order of sums
+            self.ddp_buckets_final = True
             self.forward_backward(batch, step)
             self.optimizer.zero_grad(set_to_none=True)
         metrics = self.forward_backward(batch, step)
@@ -110,59 +104,60 @@ class SequenceUpdate:
         return metrics
 
     def forward_backward(self, batch: Batch, step: int) -> Metrics:
-        """Gradients of the mean loss over the global batch; returns metrics whose mean over ranks counts."""
+        """Compute the gradients of the global batch's mean loss; returns metrics, to be averaged over the ranks."""
         accumulate, first = self.cfg.accumulate, distributed.rank() * self.cfg.accumulate
         if batch["target"].shape[0] != self.cfg.batch_size:
             raise DigitError(f"batch {step} has {batch['target'].shape[0]} rows, batch_size is {self.cfg.batch_size}")
         batch = batch | self.noise(batch, step)
         totals: Metrics = {}
-        for i, piece in enumerate(parallel.slices(batch, self.pieces)[first : first + accumulate]):
+        micro_batches = parallel.split_batch(batch, self.num_micro_batches)[first : first + accumulate]
+        for i, micro_batch in enumerate(micro_batches):
             self.seed(step, first + i)
-            share = self.share(batch, piece) / accumulate
-            piece = {name: None if value is None else moved(value, self.device) for name, value in piece.items()}
-            last = i + 1 == accumulate  # ranks meet once a step
-            with nullcontext() if last else parallel.without_exchange(self.objective):
+            weight = self.weight(batch, micro_batch) / accumulate
+            inputs = {name: None if v is None else to_device(v, self.device) for name, v in micro_batch.items()}
+            last = i + 1 == accumulate  # the ranks exchange gradients once per step
+            with nullcontext() if last else parallel.without_gradient_sync(self.objective):
                 with autocast(self.cfg.precision, self.device):
-                    loss, metrics = self.objective(piece, label_smoothing=self.cfg.label_smoothing)
-                self.scaler.scale(loss * share).backward()
+                    loss, metrics = self.objective(inputs, label_smoothing=self.cfg.label_smoothing)
+                self.scaler.scale(loss * weight).backward()
             for name, value in {**metrics, "loss": loss}.items():
                 value = value.detach() if isinstance(value, Tensor) else value
-                totals[name] = totals.get(name, 0.0) + value * share
+                totals[name] = totals.get(name, 0.0) + value * weight
         return totals
 
     def noise(self, batch: Batch, step: int) -> Batch:
-        """What the loss draws for the global batch, the same on every rank."""
+        """The loss's random numbers for the global batch, the same on every rank; {} if it has none."""
         if not hasattr(self.model, "noise"):
             return {}
         self.generator.manual_seed(step_seed(self.cfg.seed, step))
         return self.model.noise(batch, self.generator)
 
-    def share(self, batch: Batch, piece: Batch) -> Tensor | float:
-        """Weight of a piece's mean, 1 on average: that of a masked model is over as many tokens as are hidden."""
-        if (hide := batch.get("hide")) is None or self.pieces == 1:
+    def weight(self, batch: Batch, micro_batch: Batch) -> Tensor | float:
+        """Weight of a micro-batch's mean loss, 1 on average: a masked model averages over its hidden tokens only."""
+        if (hide := batch.get("hide")) is None or self.num_micro_batches == 1:
             return 1.0
-        return piece["hide"].sum() * self.pieces / hide.sum()
+        return micro_batch["hide"].sum() * self.num_micro_batches / hide.sum()
 
-    def seed(self, step: int, piece: int) -> None:
-        """Make the dropout of one piece a function of (seed, step, piece)."""
-        seed = step_seed(self.cfg.seed, step, piece)
+    def seed(self, step: int, micro_batch: int) -> None:
+        """Seed the dropout of one micro-batch by (seed, step, micro_batch)."""
+        seed = step_seed(self.cfg.seed, step, micro_batch)
         if self.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.1 ms and more
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed takes at least 0.1 ms
         else:
             torch.manual_seed(seed)
 
     def optimizer_step(self, step: int, metrics: Metrics) -> Metrics:
-        """Clip, step, forget the gradients; returns the metrics with grad_norm, and skipped where that may be.
+        """Clip, step and clear the gradients; returns the metrics with grad_norm, and skipped where steps can be.
 
-        Under fp16 an overflowing step is skipped and counted. Otherwise one whose gradients are not finite is skipped
-        as often as the config allows. Raises NotFiniteError, nothing moved, beyond that.
+        With fp16 the scaler skips a step that overflows. Otherwise a step whose gradients are not finite is skipped, at
+        most max_skipped times; after that it raises NotFiniteError and leaves the weights as they were.
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.cfg.max_norm)
         if self.scaler.is_enabled():
             overflow = ~norm.isfinite()
             metrics = metrics | {"grad_norm": norm.masked_fill(overflow, 0.0), "skipped": overflow.float()}
-        elif self.looks and not norm.isfinite():
+        elif self.checks_norm and not norm.isfinite():
             metrics = self.skip(step, metrics | {"grad_norm": norm})
         else:
             metrics = metrics | {"grad_norm": norm} | ({"skipped": 0.0} if self.cfg.max_skipped else {})
@@ -173,17 +168,17 @@ class SequenceUpdate:
         return metrics
 
     def skip(self, step: int, metrics: Metrics) -> Metrics:
-        """Leave an update out, while the config allows it."""
-        if self.skipped.number >= self.cfg.max_skipped:
+        """Count a skipped update; raises NotFiniteError if the config allows no more of them."""
+        if self.skipped.count >= self.cfg.max_skipped:
             raise NotFiniteError(step + 1, metrics)
-        self.skipped.number += 1
+        self.skipped.count += 1
         if distributed.is_main():
-            left = f"{self.skipped.number} of at most {self.cfg.max_skipped}"
-            log.warning("step %d gave a loss or gradient that is not finite: skipped, %s", step + 1, left)
+            count = f"{self.skipped.count} of at most {self.cfg.max_skipped}"
+            log.warning("step %d gave a loss or gradient that is not finite: skipped, %s", step + 1, count)
         return {"skipped": 1.0}
 
     def finish(self, model: nn.Module) -> None:
-        """Leave the result in `model`: the average where there is one, else the last weights."""
+        """Put the result into `model`: the EMA if there is one, else the last weights."""
         if self.ema is not None:
             self.ema.copy_to_model()
         if self.model is not model:
@@ -202,19 +197,19 @@ def train_sequence_model(
     flops_per_image: float | None = None,
     description: str = "train",
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Train a SequenceModel in place; run again with the same `out` to go on where it stopped.
+    """Train a SequenceModel in place; a second call with the same `out` resumes the run.
 
-    `batches(step)` gives the global batch as keywords of `model.loss`: target (B, M) int64 and, where the model has
-    them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch, label_smoothing=...)`
-    returns the mean loss, (), and a dict of metrics; a model with a `noise(batch, generator)` gets what that draws as
-    further keywords. Put the model on its device first. `batches.rows(step)`, where there is such a method, names the
-    rows of a batch that fails. `validate(model)` sees the model (under fsdp a copy that is cut up, on all ranks) in
-    eval mode, with the averaged weights in it if there is an average.
-    `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) puts the share of the
-    hardware's peak, `mfu`, into the log.
+    `batches(step)` returns the global batch as keyword arguments of `model.loss`: target (B, M) int64 and, if the model
+    has them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch,
+    label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If the model has `noise(batch, generator)`,
+    the tensors that it returns are further keyword arguments. Put the model on its device first. If `batches` has a
+    method `rows(step)`, it names the rows of a batch that fails. `validate(model)` gets the model in eval mode (with
+    fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With `flops_per_image` of
+    forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the hardware's peak,
+    `mfu`.
 
-    Returns the model and the last logged metrics. The model is then in eval mode and holds the average of its weights
-    if `cfg.ema_decay` is set, else the last weights. Raises what `digit.training.loop.train` raises.
+    Returns the model, in eval mode, and the last logged metrics. The model holds the average of its weights if
+    `cfg.ema_decay` is set, else the last weights. Raises the errors of `digit.training.loop.train`.
     """
     update = SequenceUpdate(model, batches, cfg)
     update.model.train()
@@ -223,15 +218,15 @@ def train_sequence_model(
         update.model.eval()
         with torch.no_grad(), update.ema.applied() if update.ema else nullcontext():
             metrics = validate(update.model)
-        parallel.cut_again(update.model)
+        parallel.reshard(update.model)
         update.model.train()
         return metrics
 
-    checked = validate_average if validate is not None else None
     peak = None if flops_per_image is None else peak_flops(update.device) * distributed.world_size() / flops_per_image
     metrics = train(
         update, update.state(), cfg, out,
-        about=about, validate=checked, batches=batches, peak_images_per_second=peak, description=description,
+        about=about, validate=validate_average if validate else None, batches=batches,
+        peak_images_per_second=peak, description=description,
     )  # fmt: skip
     update.finish(model)
     return model.eval(), metrics

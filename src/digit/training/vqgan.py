@@ -1,9 +1,9 @@
-"""Training a VQGAN (Esser et al. 2021, section 3): reconstruction, perceptual and adversarial terms, a living codebook.
+"""Training of a VQGAN (Esser et al. 2021, section 3): reconstruction, perceptual and adversarial loss, EMA codebook.
 
-Everything an update does is a function of the step: the learning rate, the batch, every random number. The
-quantiser's codes are moving averages of the features assigned to them (van den Oord et al. 2017, appendix A.1), are
-started by k-means on the first features, and are put back on a live feature when nothing chooses them any more.
-Under torchrun every rank takes its slice of the batch; gradients and code statistics are those of the whole batch.
+Everything in an update is a function of the step: the learning rate, the batch, every random number. The codes are
+moving averages of the features assigned to them (van den Oord et al. 2017, appendix A.1). K-means on the first features
+starts them, and unused codes restart on a feature of the batch. Under torchrun every rank takes its slice of the batch;
+gradients and code statistics are those of the whole batch.
 
 Shapes: B images, S pixels a side, n = B * M features in a batch, C = z_channels, K = vocab_size.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,26 +28,27 @@ from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
 from digit.runtime.files import write_json
-from digit.runtime.hardware import multiplies_bf16
 from digit.training.config import LoopConfig
 from digit.training.ema import EMA
-from digit.training.ema_codebook import EMACodebook, flat_features, sum_over_ranks
+from digit.training.ema_codebook import EMACodebook, flat_features
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
+from digit.training.parallel import sum_over_ranks
+from digit.training.precision import Precision, autocast
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
 log = logging.getLogger(__name__)
-DEAD_SHARE = 0.5  # of the codes: more than that, again and again, is a codebook that collapses
-SETTLED_RESTARTS = 20  # looks for dead codes before that is said
-NUM_EVALUATED = 8  # batches scored after training, drawn past the last step
+DEAD_SHARE = 0.5  # share of dead codes above which, after many restarts, the codebook has collapsed
+SETTLED_RESTARTS = 20  # checks for dead codes before the warning of a collapse
+NUM_EVALUATED = 8  # batches scored after training, those of the steps after the last
 
 
 @dataclass(frozen=True, kw_only=True)
 class GANConfig(LoopConfig):
-    """How a VQGAN is trained. The defaults suit 64 px on two CPU cores and trained the carried asset."""
+    """Training of a VQGAN. The defaults suit 64 px on two CPU cores; the included 64 px VQGAN was trained with them."""
 
     num_steps: int = 6000
-    """Updates in all; the learning rates fall to zero at the last."""
+    """Updates in the whole run; the learning rates fall to zero at the last."""
     batch_size: int = 16
     """Images per update, over all processes together."""
     learning_rate: float = 8e-4
@@ -61,41 +62,43 @@ class GANConfig(LoopConfig):
     l2_weight: float = 1.0
     """Weight of mean (x - x_hat)^2."""
     commitment_weight: float = 0.25
-    """Weight of mean (z - code)^2, which holds the encoder to its codes."""
+    """Weight of mean (z - code)^2, which keeps the encoder close to its codes."""
     perceptual: str = "vgg"
-    """Trunk of the perceptual term: vgg, alex, none, or encoder (the distance that the caller hands to `train_vqgan`;
-    `digit` hands over EfficientNet-Lite0's). Without its weights training goes on without the term."""
+    """Network of the perceptual loss: vgg, alex, encoder (the distance passed to `train_vqgan`; `digit` passes
+    EfficientNet-Lite0's) or none. If the weights of vgg or alex are missing, training runs without this loss."""
     perceptual_weight: float = 0.5
     """Weight of the perceptual distance."""
     perceptual_stages: int = 3
-    """Trunk stages compared, 1 to 5."""
+    """Stages of the perceptual network that are compared, 1 to 5."""
     perceptual_crop: int = 32
-    """Side in pixels of the random window that the trunk sees each step; 0 = the whole image (4 times slower at 64)."""
+    """Side in pixels of the random window that the perceptual network sees in a step; 0 = the whole image (4 times
+    slower at 64 px)."""
     adversarial_weight: float = 0.25
-    """Factor on the adaptive weight of the adversarial term; 0 trains without a discriminator."""
+    """Factor on the adaptive weight of the adversarial loss; 0 trains without a discriminator."""
     adversarial_start: int = 3000
     """First update with the discriminator."""
     adversarial_ramp: int = 200
-    """Updates over which the adversarial term grows to its full weight, while the discriminator learns."""
+    """Updates over which the adversarial loss grows to its full weight, while the discriminator learns."""
     discriminator_channels: int = 48
     """Channels of the discriminator's first layer."""
     discriminator_learning_rate: float = 4e-4
     """Peak learning rate of the discriminator."""
     codebook_start: int = 200
-    """First update that quantises; features before it pass through, the latest start the codes by k-means. 0 keeps the
-    codes there are (fine-tuning)."""
+    """First update that quantises. Features of earlier updates pass through, and k-means on the latest of them starts
+    the codes. 0 keeps the existing codes (fine-tuning)."""
     codebook_decay: float = 0.99
     """Decay of the codes' moving averages."""
     restart_below: float = 0.05
-    """A code chosen less than this fraction of the average is put on a random feature of the batch."""
+    """A code used less than this fraction of the average moves to a random feature of the batch."""
     restart_every: int = 20
-    """Updates between two looks for dead codes; the last tenth of the run has none, so that the decoder can settle."""
+    """Updates between two checks for dead codes; the last tenth of the run has none, so that the decoder converges."""
     ema_decay: float = 0.998
-    """Decay of the weights' moving average, which is the result."""
+    """Decay of the moving average of the weights, which is the run's result."""
     max_norm: float = 1.0
-    """Gradients of each network are scaled down to this L2 norm; 0 = no clipping."""
-    bf16: bool = True
-    """Run the networks under bfloat16 autocast where there is hardware for it; all else stays float32."""
+    """Largest L2 norm of each network's gradients; larger ones are scaled down to it. 0 = no clipping."""
+    precision: Precision = "auto"
+    """Arithmetic of the networks: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights,
+    losses and codebook stay fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +106,7 @@ class GANConfig(LoopConfig):
         self.require(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, such as 0.998")
         self.require(0 < self.codebook_decay < 1, "codebook_decay", "between 0 and 1, such as 0.99")
         self.require(self.perceptual in ("vgg", "alex", "encoder", "none"), "perceptual", "vgg, alex, encoder or none")
+        self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
         self.require(1 <= self.perceptual_stages <= 5, "perceptual_stages", "1 to 5")
         self.require(self.restart_every >= 1, "restart_every", "at least 1")
 
@@ -112,46 +116,57 @@ class GANConfig(LoopConfig):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Discriminator loss on patch scores."""
-    # (mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2  (Lim and Ye 2017; halved as in VQGAN's code)
+    """(mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2, the discriminator's loss on patch scores.
+
+    Lim and Ye 2017; halved as in VQGAN's released code.
+    """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
-    """Balance of the two terms, () >= 0, from their gradients at the decoder's last layer."""
-    # lambda = ||grad_L L_rec|| / (||grad_L L_gan|| + delta)  (Esser et al. 2021, Eq. 7; delta and the cap as released)
+    """lambda = ||grad_L L_rec|| / (||grad_L L_gan|| + delta), (): the weight of the adversarial loss.
+
+    L is the decoder's last layer (Esser et al. 2021, Eq. 7); delta 1e-4 and the cap 1e4 are those of the released code.
+    """
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)
 
 
 class VQGANTrainer:
-    """One `update(step)` at a time; `objects` are what a checkpoint must hold for an exact resume.
+    """`update(step)` does one step; `objects` must be in a checkpoint for an exact resume.
 
     `vqgan` is trained in place and holds the last weights; `average` holds their moving average.
     """
 
     def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig, perceptual: nn.Module | None = None) -> None:
         if cfg.batch_size % (processes := distributed.world_size()):
-            raise DigitError(f"the batch_size {cfg.batch_size} of a VQGAN cannot be cut into {processes} equal pieces")
+            parts = f"{processes} equal parts, one per process"
+            raise DigitError(
+                f"batch_size {cfg.batch_size} of the VQGAN cannot be split into {parts}: choose a multiple"
+            )
         self.cfg, self.batches = cfg, batches
         self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
         self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))
-        trunk = perceptual
-        assert trunk is not None or cfg.perceptual != "encoder", "perceptual is encoder: hand the distance over"
-        if trunk is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0:
-            trunk = load_perceptual(cfg.perceptual, cfg.perceptual_stages)
-        self.perceptual = None if trunk is None else self._place(trunk)
+        assert perceptual is not None or cfg.perceptual != "encoder", "perceptual is encoder: pass the distance"
+        if perceptual is None and cfg.perceptual != "none" and cfg.perceptual_weight > 0:
+            perceptual = load_perceptual(cfg.perceptual, cfg.perceptual_stages)
+        self.perceptual = None if perceptual is None else self._place(perceptual)
         self.weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
         self.optimizer = torch.optim.Adam(self.weights, lr=cfg.learning_rate, betas=cfg.betas)
-        judged = self.discriminator.parameters()
-        self.discriminator_optimizer = torch.optim.Adam(judged, lr=cfg.discriminator_learning_rate, betas=(0.5, 0.9))
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=cfg.discriminator_learning_rate, betas=(0.5, 0.9)
+        )
         self.average = EMA(vqgan, cfg.ema_decay)
         self.warned = False
 
+    @property
+    def device(self) -> torch.device:
+        return self.codebook.weight.device
+
     def _place(self, network: nn.Module) -> nn.Module:
-        return network.to(self.codebook.weight.device, memory_format=torch.channels_last)
+        return network.to(self.device, memory_format=torch.channels_last)
 
     @property
     def objects(self) -> dict[str, Any]:
@@ -159,17 +174,15 @@ class VQGANTrainer:
         return {name: getattr(self, name) for name in names}
 
     def autocast(self) -> AbstractContextManager:
-        kind = self.codebook.weight.device.type
-        fast = self.cfg.bf16 and multiplies_bf16(self.codebook.weight.device)
-        return torch.autocast(kind, dtype=torch.bfloat16) if fast else nullcontext()
+        return autocast(self.cfg.precision, self.device)
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """One update of everything; returns the step's metrics, 0-d tensors."""
+        """Update encoder, decoder, codebook and discriminator; returns the step's metrics, 0-d tensors."""
         cfg, generator = self.cfg, torch.Generator().manual_seed(step_seed(self.cfg.seed, step))
         schedule = {"num_steps": cfg.num_steps, "warmup_steps": cfg.warmup_steps}
         set_lr(self.optimizer, cosine(step, cfg.learning_rate, **schedule))
         set_lr(self.discriminator_optimizer, cosine(step, cfg.discriminator_learning_rate, **schedule))
-        images = self.batches(step).chunk(distributed.world_size())[distributed.rank()].to(self.codebook.weight.device)
+        images = self.batches(step).chunk(distributed.world_size())[distributed.rank()].to(self.device)
         images = images.contiguous(memory_format=torch.channels_last).float() / 255
         fakes, metrics = self.update_vqgan(images, step, generator)
         if self.is_adversarial(step):
@@ -181,9 +194,9 @@ class VQGANTrainer:
         return self.cfg.adversarial_weight > 0 and step >= self.cfg.adversarial_start
 
     def update_vqgan(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Encoder, codebook and decoder; returns the reconstruction without its graph, and metrics."""
+        """Update encoder, codebook and decoder; returns the detached reconstruction and metrics."""
         reconstruction, commitment, metrics = self.reconstruct(images, step, generator)
-        output = reconstruction.detach().requires_grad_()  # the losses' graphs end here: each is walked once
+        output = reconstruction.detach().requires_grad_()  # the losses' graphs end here, so each is traversed once
         gradient, values = self.reconstruction_gradient(output, images, generator)
         metrics |= values
         if self.is_adversarial(step):
@@ -197,7 +210,7 @@ class VQGANTrainer:
     def apply(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Average the gradients over the ranks, clip, step; returns the gradient norm."""
         parameters = list(parameters)
-        sum_over_ranks([p.grad for p in parameters if p.grad is not None], divide=True)
+        sum_over_ranks([p.grad for p in parameters if p.grad is not None], mean=True)
         norm = clip_gradients(parameters, self.cfg.max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -223,19 +236,19 @@ class VQGANTrainer:
         return reconstruction.float(), commitment, metrics
 
     def restart_dead(self, features: Tensor, step: int, generator: torch.Generator) -> float:
-        """Put dead codes on features (n, C) and return their number; warns once where that does not help."""
-        number, total = self.codebook.restart_dead(features, generator), len(self.codebook.weight)
+        """Restart dead codes on features (n, C), return how many; warns once if most codes stay dead."""
+        num_dead, total = self.codebook.restart_dead(features, generator), len(self.codebook.weight)
         settled = step > self.cfg.codebook_start + SETTLED_RESTARTS * self.cfg.restart_every
-        if settled and number > DEAD_SHARE * total and not self.warned and distributed.is_main():
+        if settled and num_dead > DEAD_SHARE * total and not self.warned and distributed.is_main():
             self.warned = True
             advice = "a smaller vocab_size, more data or a lower learning_rate may help"
-            log.warning("step %d: %d of %d codes are dead in spite of restarts: %s", step, number, total, advice)
-        return float(number)
+            log.warning("step %d: %d of %d codes are dead in spite of restarts: %s", step, num_dead, total, advice)
+        return float(num_dead)
 
     def reconstruction_gradient(
         self, output: Tensor, images: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradient (B, 3, S, S) at the decoder's output of reconstruction and perceptual terms, and their values."""
+        """Gradient (B, 3, S, S) of reconstruction and perceptual loss at the decoder's output, and their values."""
         l1, l2 = F.l1_loss(output, images), F.mse_loss(output, images)
         loss, metrics = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
         if self.perceptual is not None:
@@ -249,20 +262,20 @@ class VQGANTrainer:
     def adversarial_gradient(
         self, output: Tensor, reconstruction: Tensor, gradient: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted gradient (B, 3, S, S) of the adversarial term at the decoder's output, and its metrics."""
+        """Weighted gradient (B, 3, S, S) of the adversarial loss at the decoder's output, and its metrics."""
         self.discriminator.requires_grad_(False)
         with self.autocast():
             loss = -self.discriminator(output).float().mean()  # hinge: the generator wants high scores
         self.discriminator.requires_grad_(True)
-        fooled = torch.autograd.grad(loss, output)[0]
-        # the gradients at the last layer are one convolution's backward away from those at its output
+        adversarial = torch.autograd.grad(loss, output)[0]
+        # the last layer's weight gradients need one convolution's backward from those at its output
         last = self.vqgan.decoder.conv_out.weight
-        at_last = [torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0] for g in (gradient, fooled)]
-        sum_over_ranks(at_last, divide=True)
-        balance = adaptive_weight(*at_last)
+        at_last = [torch.autograd.grad(reconstruction, last, g, retain_graph=True)[0] for g in (gradient, adversarial)]
+        sum_over_ranks(at_last, mean=True)
+        weight = adaptive_weight(*at_last)
         ramp = min(1.0, (step - self.cfg.adversarial_start + 1) / max(1, self.cfg.adversarial_ramp))
-        metrics = {"adversarial": loss.detach(), "adaptive_weight": balance}
-        return ramp * self.cfg.adversarial_weight * balance * fooled, metrics
+        metrics = {"adversarial": loss.detach(), "adaptive_weight": weight}
+        return ramp * self.cfg.adversarial_weight * weight * adversarial, metrics
 
     def update_discriminator(self, images: Tensor, fakes: Tensor) -> Tensor:
         with self.autocast():
@@ -274,7 +287,7 @@ class VQGANTrainer:
 
 
 def random_window(side: int, window: int, generator: torch.Generator) -> tuple[slice, slice]:
-    """A square window as two slices; the whole image for window 0."""
+    """A random square window of side `window` as two slices; the whole image for 0."""
     window = min(window, side) or side
     top, left = torch.randint(side - window + 1, (2,), generator=generator).tolist()
     return slice(top, top + window), slice(left, left + window)
@@ -283,12 +296,12 @@ def random_window(side: int, window: int, generator: torch.Generator) -> tuple[s
 def train_vqgan(
     vqgan: VQGAN, batches: Batches, cfg: GANConfig, out: str | Path, *, perceptual: nn.Module | None = None
 ) -> dict[str, Any]:
-    """Train `vqgan` in place, resuming from OUT/checkpoints; it ends in eval mode holding the averaged weights.
+    """Train `vqgan` in place, resuming from OUT/checkpoints; leaves it in eval mode with the averaged weights.
 
-    `batches(step)` gives uint8 (B, 3, S, S), a function of the step alone. From existing weights (fine-tuning) set
-    codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` takes the place of the trunk that
-    `cfg` names; cfg.perceptual encoder needs it. Returns evaluate_vqgan's metrics on batches past the last step, also
-    written to OUT/metrics.json.
+    `batches(step)` returns uint8 (B, 3, S, S), a function of the step alone. To fine-tune existing weights, set
+    codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` replaces the network that
+    `cfg.perceptual` names and is required if that is encoder. Returns the metrics of `evaluate_vqgan` on the batches
+    after the last step and writes them to OUT/metrics.json.
     """
     trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
     train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.cfg.to_dict(), description="vqgan")
@@ -300,12 +313,12 @@ def train_vqgan(
 
 
 @torch.no_grad()
-def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "b 3 s s"]]) -> dict[str, Any]:
+def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "B 3 S S"]]) -> dict[str, Any]:
     """Reconstruction metrics over uint8 batches (B, 3, S, S).
 
-    psnr: mean over images, dB, of the output clamped and rounded to 8 bits; usage: fraction of codes chosen at least
-    once, dead_codes: how many were not (few images cannot choose all of them: 64 tokens an image); perplexity: exp of
-    the entropy of the chosen codes; num_images.
+    psnr: mean over images, in dB, of the output clamped and rounded to 8 bits; usage: fraction of codes used at least
+    once; dead_codes: number of codes never used (few images cannot use all: each has 64 tokens at 64 px); perplexity:
+    exp of the entropy of code use; num_images.
     """
     training, device = vqgan.training, vqgan.quantize.embedding.weight.device
     vqgan.eval()
@@ -327,7 +340,6 @@ def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "b 3 s s"]]) ->
     }
 
 
-def image_psnr(output: Float[Tensor, "b 3 s s"], images: Float[Tensor, "b 3 s s"]) -> Float[Tensor, " b"]:
-    """Peak signal-to-noise ratio of each image in dB, images in [0, 1]; 100 for identical ones."""
-    # 10 log10(1 / MSE)
+def image_psnr(output: Float[Tensor, "B 3 S S"], images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, " B"]:
+    """10 log10(1 / MSE): peak signal-to-noise ratio of each image in dB, images in [0, 1]; 100 for identical ones."""
     return -10 * (output - images).square().mean((1, 2, 3)).clamp(min=1e-10).log10()

@@ -1,7 +1,8 @@
 """DINO: self-distillation without labels (Caron et al. 2021). Figure 4a's G+D: global, discriminative.
 
-A student's class token of one view is to say what its teacher, a running average of it, says of another view of the
-same image. The teacher's outputs are centred (no prototype wins everywhere) and sharpened (they are not uniform).
+The student's output for one view learns to match the output of its teacher, a moving average of the student, for
+another view of the same image. Centring the teacher's outputs keeps one prototype from winning everywhere; sharpening
+keeps them from being uniform.
 
     L = mean over views x of the teacher and x' != x of the student of  H(P_t(x), P_s(x'))     (Eqs. 2 and 3)
     H(a, b) = -a . log b,  P_s = softmax(g_s / tau_s),  P_t = softmax((g_t - c) / tau_t)       (Eq. 1)
@@ -29,25 +30,25 @@ class DINOConfig:
     """Head, temperatures, momentum and views (paper: 65536 prototypes, head 2048 wide, momentum 0.996)."""
 
     num_prototypes: int = 1024
-    """K: outputs of the head, over which student and teacher spread their probability."""
+    """K: the head's outputs, over which student and teacher give a probability distribution."""
     hidden_dim: int = 512
     """Width of the head's inner layers."""
     bottleneck_dim: int = 256
-    """Channels, of length 1, that meet the prototypes."""
+    """Width of the unit vectors that are compared with the prototypes."""
     student_temperature: float = 0.1
-    """tau_s."""
+    """tau_s: temperature of the student's softmax."""
     teacher_temperature: float = 0.04
-    """tau_t: lower is sharper."""
+    """tau_t: temperature of the teacher's softmax; lower is sharper."""
     centre_momentum: float = 0.9
-    """m of the centre."""
+    """m: momentum of the centre, a moving average of the teacher's outputs."""
     momentum: float = 0.99
-    """Momentum of the teacher at the first step; 1 at the last."""
+    """Momentum of the teacher at the first step; it grows to 1 at the last."""
     num_local_views: int = 0
-    """Small views that the student sees beside the two large ones (multi-crop; paper: 10); each costs a quarter."""
+    """Small views for the student beside the two large ones (multi-crop; paper: 10); each costs a quarter as much."""
     local_scale: tuple[float, float] = (0.05, 0.25)
-    """Area of a small view as a fraction of the image; its side is half a large view's."""
+    """Smallest and largest area of a small view, as fractions of the image. Its side is half a large view's."""
     views: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.25, 1.0)))
-    """The two large views; colours and blur of the small ones too."""
+    """Random large views; the small views share their colours and blur."""
 
     def __post_init__(self) -> None:
         for name in ("num_prototypes", "hidden_dim", "bottleneck_dim"):
@@ -90,8 +91,8 @@ class DINO(Method):
         large, small = self.cfg.views, replace(self.cfg.views, scale=self.cfg.local_scale)
         patch = self.vit.cfg.patch_size
         half = max(patch, self.size // 2 // patch * patch)
-        wanted = [(self.size, large)] * 2 + [(half, small)] * self.cfg.num_local_views
-        return [random_views(images, size, cfg, generator) for size, cfg in wanted]
+        sizes = [(self.size, large)] * 2 + [(half, small)] * self.cfg.num_local_views
+        return [random_views(images, size, cfg, generator) for size, cfg in sizes]
 
     def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         large, small = torch.cat(views[:2]), views[2:]  # (2 B, 3, S, S)
@@ -102,14 +103,14 @@ class DINO(Method):
         return self.distil(targets.chunk(2), [self.head(x) for x in firsts]), {"prototypes": used(targets)}
 
     def small_views(self, views: list[Tensor]) -> tuple[Tensor, ...]:
-        """The student's class tokens (B, D) of the small views."""
+        """The student's class tokens (B, D) for each small view."""
         return encode(self.vit, embed(self.vit, torch.cat(views)))[0].chunk(len(views)) if views else ()
 
     @torch.no_grad()
     def sharpen(self, outputs: Float[Tensor, "B K"], centre: Float[Tensor, " K"]) -> Float[Tensor, "B K"]:
-        """P_t of the teacher's outputs; then moves `centre` towards their mean; the first batch sets it."""
+        """P_t of the teacher's outputs, Eq. 1; then moves `centre` by Eq. 4. The first batch sets it to its mean."""
         outputs = outputs.float()
-        # a centre at zero would have all images share one answer for the first tens of steps
+        # with a centre of zero, all images would share one prototype for tens of steps
         centre.copy_(torch.where(centre.any(), centre, outputs.mean(0)))
         targets = ((outputs - centre) / self.cfg.teacher_temperature).softmax(dim=-1)
         centre.lerp_(outputs.mean(0), 1 - self.cfg.centre_momentum)
@@ -121,7 +122,7 @@ class DINO(Method):
         return torch.stack([self.cross_entropy(t, s).mean() for t, s in pairs]).mean()
 
     def cross_entropy(self, targets: Float[Tensor, "*B K"], outputs: Float[Tensor, "*B K"]) -> Float[Tensor, "*B"]:
-        """H(P_t, P_s) of each row."""
+        """H(P_t, P_s) = -P_t . log P_s of each row."""
         return -(targets * (outputs.float() / self.cfg.student_temperature).log_softmax(dim=-1)).sum(-1)
 
     def end_step(self, progress: float) -> None:
@@ -131,6 +132,6 @@ class DINO(Method):
 
 
 def used(targets: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
-    """Prototypes in use, exp(H(mean P_t)): 1 says that the teacher has collapsed to one answer."""
+    """exp(H(mean P_t)): the effective number of prototypes in use; 1 means that the teacher has collapsed."""
     mean = targets.mean(0)
     return torch.special.entr(mean).sum().exp()

@@ -1,11 +1,11 @@
 """iBOT: DINO on the class token and on masked patches (Zhou et al. 2022). Figure 4a's P+D: patch level, discriminative.
 
-The student sees images with some patches masked; for each of those it is to say what its teacher, which sees the whole
-image, says of that patch. The class token learns across views as in DINO, by the same head.
+The student sees images with some patches masked. Its output for a masked patch learns to match that of the teacher,
+which sees the whole image. The class token learns across views as in DINO, with the same head.
 
     L = L_cls + L_mim,  L_mim = mean over images of  (sum_i m_i H(P_t(u_i), P_s(u^_i))) / sum_i m_i      (Eqs. 2 and 3)
 
-Shapes: B images, N patches, D embed_dim, K num_prototypes.
+Shapes: B images, N patches, M masked patches of the batch, D embed_dim, K num_prototypes.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from digit.training.ssl.method import embed, encode, require
 
 @dataclass(frozen=True, kw_only=True)
 class IBOTConfig(DINOConfig):
-    """DINO's settings and the masks (paper: 8192 prototypes, half of the images unmasked)."""
+    """DINO's settings and those of the masks (paper: 8192 prototypes, half of the images unmasked)."""
 
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Fraction of the patches that is masked, from and to, drawn for each masked view."""
+    """Smallest and largest fraction of the patches that are masked; each masked view gets a random one."""
     masked_views: float = 0.5
-    """Fraction of the large views that is masked at all."""
+    """Fraction of the large views that have masked patches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,32 +59,32 @@ class IBOT(DINO):
 
     @torch.no_grad()
     def targets(self, images: Tensor, masked: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
-        """P_t of the class tokens (B, K), and of the M masked patches (M, K); moves both centres.
+        """P_t of the class tokens (B, K) and of the masked patches (M, K); moves both centres.
 
-        The patches' centre is that of the masked ones, which are a fair draw: the others need no pass of the head.
+        The patch centre is that of the masked patches, an unbiased sample, so the head skips the others.
         """
         first, patches = encode(self.teacher, embed(self.teacher, images))
         class_targets = self.sharpen(self.teacher_head(first), self.centre)
         return class_targets, self.sharpen(self.teacher_head(patches[masked]), self.patch_centre)
 
     def patch_loss(self, targets: Tensor, outputs: Tensor, masked: Bool[Tensor, "B N"]) -> Tensor:
-        """L_mim: every masked image counts the same, however many patches it lacks."""
+        """L_mim, Eq. 2: every masked image has the same weight, however many patches are masked."""
         counts = masked.sum(1)  # (B,)
         weights = (1 / counts)[:, None].expand_as(masked)[masked]  # (M,)
         return (weights * self.cross_entropy(targets, outputs)).sum() / (counts > 0).sum()
 
 
 def random_masked(num: int, side: int, cfg: IBOTConfig, generator: torch.Generator) -> Bool[Tensor, "B N"]:
-    """Masks in blobs for the fraction `masked_views` of the views, round(ratio * N) patches each.
+    """Blob-shaped masks of round(ratio * N) patches for a fraction `masked_views` of the views, none for the others.
 
-    The paper cuts blocks (BEiT's) until enough is hidden; here the lowest places of smoothed noise are, so that the
-    number is exact.
+    The paper adds blocks (BEiT's) until enough patches are masked. Here the lowest values of smoothed noise are masked,
+    so that the number is exact.
     """
     low, high = cfg.mask_ratio
-    chosen = torch.rand(num, generator=generator).argsort() < max(1, round(num * cfg.masked_views))
+    has_mask = torch.rand(num, generator=generator).argsort() < max(1, round(num * cfg.masked_views))
     ratio = low + (high - low) * torch.rand(num, generator=generator)
     noise = torch.rand(num, 1, side, side, generator=generator)
     smooth = F.avg_pool2d(noise, 3, stride=1, padding=1, count_include_pad=False).flatten(1)  # (B, N)
     rank = smooth.argsort(dim=1).argsort(dim=1)
     count = (ratio * side * side).round().clamp(1, side * side - 1)
-    return (rank < count[:, None]) & chosen[:, None]
+    return (rank < count[:, None]) & has_mask[:, None]

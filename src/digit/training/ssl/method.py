@@ -1,4 +1,4 @@
-"""What the methods share: a ViT taken apart, heads, the network that follows another, and what training asks of them.
+"""What the methods share: their interface, the ViT's parts, heads, and momentum networks.
 
 Shapes: B images, S side of a view, g = S / patch_size, N = g * g patches, D embed_dim.
 """
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.positions import sincos_2d
 from digit.models.vit import ViT
 from digit.training.log import Metrics
 
@@ -21,7 +22,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Method(nn.Module, ABC):
-    """A self-supervised method around a ViT; its state dict is all that a resumed run needs beside the optimizer."""
+    """A self-supervised method around a ViT. A resumed run needs its state dict and the optimizer's, nothing else."""
 
     def __init__(self, vit: ViT):
         super().__init__()
@@ -29,30 +30,30 @@ class Method(nn.Module, ABC):
 
     @property
     def size(self) -> int:
-        """Side in pixels of the views: that of the position table."""
+        """Side of the views in pixels, given by the ViT's position table."""
         return self.vit.cfg.table_side * self.vit.cfg.patch_size
 
     @property
     def result(self) -> ViT:
-        """The encoder that the run is for."""
+        """The encoder that training returns."""
         return self.vit
 
     @abstractmethod
     def views(self, images: UInt8[Tensor, "B 3 H H"], generator: torch.Generator) -> list[Tensor]:
-        """What `loss` sees: one or more views of each image, float32 in 0..1; the caller normalises them."""
+        """One or more views of each image for `loss`, float32 in 0..1; the caller normalises them."""
 
     @abstractmethod
     def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
-        """The loss, (), and metrics for the log; `progress` runs from 0 to 1 over the run."""
+        """The loss, (), and metrics for the log; `progress` goes from 0 to 1 over the run."""
 
     def end_step(self, progress: float) -> None:
-        """Called after the optimizer: where a momentum network follows."""
+        """Called after the optimizer step, to update momentum networks."""
 
 
 def embed(
     vit: ViT, images: Tensor, masked: Bool[Tensor, "B N"] | None = None, mask_token: Tensor | None = None
 ) -> Float[Tensor, "B N D"]:
-    """Patches with their positions; those that are `masked` hold `mask_token` (1, 1, D) instead of their content."""
+    """Patch embeddings with positions; `mask_token` (1, 1, D) replaces the content of `masked` patches."""
     side = images.shape[-1] // vit.cfg.patch_size
     patches = vit.patch_embed(images)  # (B, N, D)
     if masked is not None:
@@ -61,7 +62,7 @@ def embed(
 
 
 def encode(vit: ViT, patches: Float[Tensor, "B M D"]) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B M D"]]:
-    """Embedded patches, all or some, through the ViT: its class token and its patches, behind the final norm."""
+    """Run all or some embedded patches through the ViT: its class token and patches after the final norm."""
     start = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(patches), -1, -1)
     x = torch.cat((start, patches), dim=1)  # (B, 1 + M, D)
     for block in vit.blocks:
@@ -71,7 +72,7 @@ def encode(vit: ViT, patches: Float[Tensor, "B M D"]) -> tuple[Float[Tensor, "B 
 
 
 def initialise(module: nn.Module, vit: ViT | None = None) -> None:
-    """Start weights: linear maps Xavier-uniform (as MAE and MoCo v3), tokens normal 0.02, positions sine and cosine."""
+    """Initialise: linear layers Xavier-uniform (as MAE and MoCo v3), tokens normal 0.02, positions sine and cosine."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(part.weight.view(len(part.weight), -1))
@@ -84,18 +85,18 @@ def initialise(module: nn.Module, vit: ViT | None = None) -> None:
 
 
 def sine_positions(side: int, dim: int) -> Float[Tensor, "1 N+1 D"]:
-    """Sines and cosines of row and column, a quarter of the channels each; the class token, first, has zeros."""
-    # sin(p / 10000^(4k/D)), cos(p / 10000^(4k/D)), p the row, then the column  (Vaswani et al. 2017, in two dimensions)
-    frequency = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
-    angles = torch.arange(side)[:, None] * frequency  # (side, D/4)
-    line = torch.cat((angles.sin(), angles.cos()), dim=1)  # (side, D/2)
-    rows, columns = line[:, None].expand(-1, side, -1), line.expand(side, -1, -1)
-    return torch.cat((torch.zeros(1, dim), torch.cat((rows, columns), dim=2).flatten(0, 1)))[None]
+    """sin(p / 10000^(4k/D)), cos(p / 10000^(4k/D)) of the row, then of the column, p; zeros for the class token, first.
+
+    Each of the four takes a quarter of the channels, k from 0 to D/4 - 1 (as MAE and MoCo v3).
+    """
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    patches = sincos_2d(torch.arange(side), torch.arange(side), frequencies).flatten(1)  # (N, D)
+    return torch.cat((torch.zeros(1, dim), patches))[None]
 
 
 def multilayer(dims: list[int], norm: bool = False) -> nn.Sequential:
-    """Linear maps between `dims`: batch norm and ReLU between them and a norm without factors behind (MoCo v3), or
-    GELU between them (DINO)."""
+    """An MLP of widths `dims`: GELU between layers (DINO); with `norm`, batch norm and ReLU between layers and a batch
+    norm without affine parameters at the end (MoCo v3)."""
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(dims)):
         last = i == len(dims) - 2
@@ -108,25 +109,23 @@ def multilayer(dims: list[int], norm: bool = False) -> nn.Sequential:
 
 
 def twin(module: Module) -> Module:
-    """A copy of a network that no gradient reaches."""
+    """A copy of a network without gradients."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, momentum: float) -> None:
-    """Move a twin towards its source."""
-    # theta_t <- m theta_t + (1 - m) theta_s  (He et al. 2020, Eq. 2)
+    """theta_t <- m theta_t + (1 - m) theta_s: move a twin towards its source (He et al. 2020, Eq. 2)."""
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
 
 
 def momentum_at(progress: float, start: float) -> float:
-    """The momentum of a twin, from `start` at the first step to 1 at the last."""
-    # m = 1 - (1 - m_0) (1 + cos(pi s / S)) / 2  (Grill et al. 2020, C.1)
+    """m = 1 - (1 - m_0) (1 + cos(pi s / S)) / 2: a twin's momentum, from m_0 to 1 (Grill et al. 2020, C.1)."""
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def require(cfg: Any, name: str, holds: bool, wanted: str) -> None:
-    """Raise DigitError where a field of a method's config is not one of those wanted."""
-    if not holds:
+def require(cfg: Any, name: str, valid: bool, wanted: str) -> None:
+    """Raise DigitError, naming the field of a method's config and the values `wanted`, unless its value is valid."""
+    if not valid:
         method = type(cfg).__name__.removesuffix("Config")
         raise DigitError(f"{name} of {method} is {getattr(cfg, name)!r}: it must be {wanted}")

@@ -1,10 +1,11 @@
 """MoCo v3: contrastive learning with a momentum encoder (Chen et al. 2021). Figure 4a's G+D: global, discriminative.
 
-Two views of an image are each other's positives, the other images of the batch are the negatives.
+Two views of an image are each other's positives; the other images of the batch are the negatives.
 
     L = ctr(q_1, k_2) + ctr(q_2, k_1),  ctr(q, k) = -2 tau log( exp(q.k+ / tau) / sum_j exp(q.k_j / tau) )   (Eq. 1)
 
-q of the encoder, its projection and its prediction head; k of momentum twins of the first two; both of length 1.
+q comes from the encoder, the projection and the prediction head; k from momentum twins of the first two. Both have
+length 1.
 
 Shapes: B images, D embed_dim, d output_dim.
 """
@@ -27,17 +28,17 @@ class MoCoConfig:
     """Heads, temperature and momentum (paper: heads 4096 wide, 256 out, momentum 0.99, tau 0.2, batch 4096)."""
 
     temperature: float = 0.2
-    """tau: lower lays more weight on the nearest negatives."""
+    """tau: a lower value puts more weight on the nearest negatives."""
     momentum: float = 0.99
-    """Momentum of the twin at the first step; 1 at the last."""
+    """Momentum of the twin at the first step; it grows to 1 at the last."""
     hidden_dim: int = 512
     """Width of the heads' inner layers."""
     output_dim: int = 128
-    """Channels in which views are compared."""
+    """Width of the vectors that are compared."""
     freeze_patch_embed: bool = True
-    """Leave the patch projection at its random start, which the paper found to make training stable (section 4.2)."""
+    """Keep the patch projection at its random initialisation, which makes training stable (paper, section 4.2)."""
     views: ViewConfig = field(default_factory=ViewConfig)
-    """Both views."""
+    """Random views of the images."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_dim", "output_dim"):
@@ -47,7 +48,7 @@ class MoCoConfig:
 
 
 class MoCo(Method):
-    """The result is the encoder that is trained, as in the authors' release, not its twin."""
+    """The result is the trained encoder, not its twin, as in the authors' release."""
 
     def __init__(self, vit: ViT, cfg: MoCoConfig):
         super().__init__(vit)
@@ -65,12 +66,12 @@ class MoCo(Method):
         q = [self.predictor(self.projector(first)) for first in self.class_tokens(self.vit, views)]  # 2 x (B, d)
         with torch.no_grad():
             k = [self.twin_projector(first) for first in self.class_tokens(self.twin_vit, views)]
-        losses, right = zip(
+        losses, accuracies = zip(
             contrast(q[0].float(), k[1].float(), self.cfg.temperature),
             contrast(q[1].float(), k[0].float(), self.cfg.temperature),
             strict=True,
         )
-        return losses[0] + losses[1], {"accuracy": (right[0] + right[1]) / 2}
+        return losses[0] + losses[1], {"accuracy": (accuracies[0] + accuracies[1]) / 2}
 
     @staticmethod
     def class_tokens(vit: ViT, views: list[Tensor]) -> tuple[Tensor, ...]:
@@ -85,7 +86,7 @@ class MoCo(Method):
 def contrast(
     q: Float[Tensor, "B d"], k: Float[Tensor, "B d"], temperature: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """InfoNCE of queries against keys, row i of `k` the positive of row i of `q`; and how often it is the nearest."""
+    """-2 tau mean_i log( exp(q_i.k_i / tau) / sum_j exp(q_i.k_j / tau) ), and the share of q_i nearest to their k_i."""
     logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / temperature  # (B, B)
     positives = torch.arange(len(q), device=q.device)
     loss = 2 * temperature * F.cross_entropy(logits, positives)

@@ -1,10 +1,10 @@
-"""Training of a ViT by one of the methods; everything an update does is a function of the step."""
+"""Training of a ViT by one of the methods. Everything in an update is a function of the step."""
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import UInt8
@@ -15,7 +15,7 @@ from digit.training.config import LoopConfig
 from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
-from digit.training.sequence import autocast
+from digit.training.precision import Precision, autocast
 from digit.training.ssl.dino import DINO, DINOConfig
 from digit.training.ssl.ibot import IBOT, IBOTConfig
 from digit.training.ssl.mae import MAE, MAEConfig
@@ -35,10 +35,10 @@ METHODS: dict[str, tuple[type[Method], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SSLConfig(LoopConfig):
-    """How an encoder is trained, whatever the method. The defaults suit two CPU cores."""
+    """Training of an encoder by any of the methods. The defaults suit two CPU cores."""
 
     num_steps: int = 1500
-    """Updates in all; the learning rate falls to zero at the last."""
+    """Updates in the whole run; the learning rate falls to zero at the last."""
     batch_size: int = 64
     """Images per update."""
     learning_rate: float = 1e-3
@@ -46,21 +46,22 @@ class SSLConfig(LoopConfig):
     warmup_steps: int = 100
     """Updates of linear warm-up before the cosine."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of the matrices; biases, norms and tokens have none."""
+    """Decoupled weight decay of the weight matrices; biases, norms and tokens have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments."""
     max_norm: float = 1.0
-    """Gradients are scaled down to this joint L2 norm; 0 = no clipping."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward pass: fp32, bf16, or auto: bf16 where the hardware multiplies it. Weights stay fp32."""
+    """Largest joint L2 norm of the gradients; larger ones are scaled down to it. 0 = no clipping."""
+    precision: Precision = "auto"
+    """Arithmetic of the forward pass: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights
+    stay fp32."""
     save_every: int = 250
-    """Updates between two checkpoints; the last update always saves."""
+    """Updates between two checkpoints. The last update always saves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
-        self.require(self.batch_size > 1, "batch_size", "at least 2: images are told from each other")
-        self.require(self.precision in ("auto", "fp32", "bf16"), "precision", "auto, fp32 or bf16")
+        self.require(self.batch_size > 1, "batch_size", "at least 2: the methods compare the images of a batch")
+        self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
 
     @property
     def may_grow(self) -> bool:
@@ -68,7 +69,7 @@ class SSLConfig(LoopConfig):
 
 
 class SSLUpdate:
-    """One step: `update(step)` fetches batch `step`, makes its views, and moves the method's networks."""
+    """`update(step)` does one step: it fetches batch `step`, makes its views and updates the method's networks."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class SSLUpdate:
 
 
 def build_optimizer(parameters: list[nn.Parameter], cfg: SSLConfig) -> torch.optim.AdamW:
-    """AdamW whose decay falls on the matrices alone."""
+    """AdamW with weight decay on the weight matrices only."""
     groups = [
         {"params": [p for p in parameters if p.ndim in (2, 4)], "weight_decay": cfg.weight_decay},
         {"params": [p for p in parameters if p.ndim not in (2, 4)], "weight_decay": 0.0},
@@ -116,7 +117,7 @@ def build_optimizer(parameters: list[nn.Parameter], cfg: SSLConfig) -> torch.opt
 
 
 def build_method(name: MethodName, vit: ViT, cfg: MethodConfig, seed: int) -> Method:
-    """A method around `vit`, on its device, both with start weights that depend on the seed alone."""
+    """A method around `vit`, on its device, both initialised from `seed`."""
     device = vit.cls_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -134,13 +135,13 @@ def train_ssl(
     normalisation: Normalisation,
     about: dict[str, Any] | None = None,
 ) -> ViT:
-    """Train `vit` from its start weights; run again with the same `out` to go on where it stopped.
+    """Initialise and train `vit`; a second call with the same `out` resumes the run.
 
-    `batches(step)` gives uint8 (B, 3, H, H), a function of the step alone, H at least the side of the views, which is
-    that of the ViT's position table in pixels; views are normalised by (mean, std). Put the ViT on its device first.
-    Returns the encoder that the method is for (DINO and iBOT: the teacher), in eval mode.
+    `batches(step)` returns uint8 (B, 3, H, H), a function of the step alone. H must be at least the side of the views,
+    that of the ViT's position table in pixels. Views are normalised by (mean, std). Put the ViT on its device first.
+    Returns the method's encoder (DINO and iBOT: the teacher) in eval mode.
 
-    Raises what `digit.training.loop.train` raises.
+    Raises the errors of `digit.training.loop.train`.
     """
     method = build_method(name, vit, method_cfg, cfg.seed).train()
     about = (about or {}) | {"method": name, "settings": asdict(method_cfg), "vit": asdict(vit.cfg)}

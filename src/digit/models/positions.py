@@ -1,0 +1,18 @@
+"""Sine and cosine position tables for grids of patches or tokens."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def sincos_2d(
+    rows: Float[Tensor, " R"], columns: Float[Tensor, " C"], frequencies: Float[Tensor, " F"]
+) -> Float[Tensor, "R*C 4 F"]:
+    """sin(r f), cos(r f), sin(c f), cos(c f) of each cell's row position r and column position c, in raster order.
+
+    The positions and the frequencies f (radians per unit of position) are the caller's, as is the order in which it
+    lays out the four parts (Vaswani et al. 2017, section 3.5, in two dimensions).
+    """
+    row, column = torch.cartesian_prod(rows, columns).unbind(1)  # (R * C,) each
+    row, column = row[:, None] * frequencies, column[:, None] * frequencies  # (R * C, F)
+    return torch.stack([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
