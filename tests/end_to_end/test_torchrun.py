@@ -29,7 +29,7 @@ def cfg(tmp_path_factory) -> Path:
     recipe = tiny_recipe()
     changes = {name: replace(getattr(recipe, name), dropout=0.0) for name in ("prior", "renderer")}
     changes |= {f"{name}_training": replace(getattr(recipe, f"{name}_training"), precision="fp32") for name in changes}
-    changes["vqgan_training"] = replace(recipe.vqgan_training, bf16=False)
+    changes["vqgan_training"] = replace(recipe.vqgan_training, precision="fp32")
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(plain(asdict(replace(recipe, **changes)))))
     return path

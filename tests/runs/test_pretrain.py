@@ -6,21 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_images import NoiseSource
 
 from digit.errors import DigitError, MismatchError
-from digit.runtime.files import load_tensors
 from digit.models.vit import ViT
 from digit.runs.pretrain import PretrainConfig, pretrain
+from digit.runtime.files import load_tensors
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.checkpoint import list_checkpoints, load
 from digit.training.ssl.dino import DINOConfig, used
 from digit.training.ssl.ibot import IBOTConfig, random_masked
-from digit.training.ssl.mae import MAEConfig, random_hidden, normalised_patches
+from digit.training.ssl.mae import MAEConfig, normalised_patches, random_hidden
 from digit.training.ssl.method import embed, encode, follow, momentum_at, sine_positions, twin
 from digit.training.ssl.moco import MoCoConfig, contrast
 from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method
 from digit.training.ssl.views import ViewConfig, random_crops, random_views, turn_hue
-from toy_images import NoiseSource
 
 HEAD = dict(num_prototypes=32, hidden_dim=32, bottleneck_dim=16)
 QUICK = SSLConfig(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from paper_models import paper_config
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.runs.recipes import RECIPES, TokenSpace, digit_base, digit_large, get_recipe
 from digit.runs.roles import ROLES
-from paper_models import paper_config
 
 TOKENS = {"discriminative": TokenSpace(512, 64), "vq": TokenSpace(1024, 64)}
 

@@ -4,15 +4,15 @@ import subprocess
 import sys
 
 import pytest
+from tiny import tiny_recipe
+from toy_task import run_toy
 
 from digit.cli import main
 from digit.errors import Stopped
 from digit.runs.fit import Run
-from digit.runtime.ledger import Ledger, Spans
 from digit.runs.status import describe_run
+from digit.runtime.ledger import Ledger, Spans
 from digit.training import checkpoint
-from tiny import tiny_recipe
-from toy_task import run_toy
 
 DATA = "shapes:num=24,size=32"
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.losses import linear_cross_entropy
+from digit.models.positions import sincos_2d
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
 
 if TYPE_CHECKING:
@@ -147,13 +148,13 @@ class SequenceModel(nn.Module):
             return  # too narrow for a sine and a cosine of row and column: the random table stays
         finest = max(*grid, *(prefix_grid or ()))
         nowhere = torch.zeros(1, half)
-        own = waves(grid, half, finest)  # (M, D / 2)
+        own = grid_positions(grid, half, finest)  # (M, D / 2)
         after_start = torch.cat([nowhere, own])
         predicted = after_start if self.cfg.masked else torch.cat([own, nowhere])
         turn = torch.linalg.qr(torch.randn(width, width))[0][: 2 * half]
         self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
         if self.cfg.prefix_len:
-            self.prefix_positions.copy_(waves(prefix_grid, half, finest).repeat(1, 2) @ turn)
+            self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
     def device(self) -> torch.device:
@@ -329,20 +330,17 @@ def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
     return lifted / lifted.square().mean().sqrt().clamp_min(1e-8) / math.sqrt(width)
 
 
-def waves(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N W"]:
+def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N W"]:
     """Sines and cosines of the row and the column of each cell's middle, in raster order; zeros fill up the width.
 
     Wavelengths run geometrically from four pictures to four cells of a grid with `finest` cells a side, so that the
     rows of two grids over one picture are comparable.
     """
     rows, columns = grid
-    count = width // 4
-    frequency = math.pi / 2 * finest ** torch.linspace(0, 1, count)  # radians per picture, (W / 4,)
-    row, column = torch.meshgrid(
-        (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
-    )
-    phases = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], 1)  # (N, W / 2)
-    return F.pad(torch.cat([phases.sin(), phases.cos()], 1), (0, width - 4 * count))
+    frequencies = math.pi / 2 * finest ** torch.linspace(0, 1, width // 4)  # radians per picture, (W / 4,)
+    table = sincos_2d((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, frequencies)
+    table = table[:, [0, 2, 1, 3]].flatten(1)  # sines before cosines, (N, W)
+    return F.pad(table, (0, width - table.shape[1]))
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:

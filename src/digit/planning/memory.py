@@ -142,7 +142,7 @@ def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
         model = SequenceModel(cfg).train()
         batch = blank_batch(cfg, training.batch_size, "cpu")
         update = SequenceUpdate(model, lambda step: batch, training)
-        update.looks = False  # fake numbers are neither finite nor not
+        update.checks_norm = False  # fake numbers are neither finite nor not
         update(0)
         stays = memory.live
         update(1)

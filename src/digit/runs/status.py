@@ -106,10 +106,7 @@ def describe_work(folder: Path) -> Iterator[str]:
         yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
     else:
         command = str(lock.last_writer(folder).get("command", ""))
-        known = command.split(" ")[0] in (
-            "digit",
-            "torchrun",
-            "srun",
-        )  # a lock file written by anyone else must not tell the user what to type
+        # a lock file that something else wrote must not tell the user what to type
+        known = command.split(" ")[0] in ("digit", "torchrun", "srun")
         again = command if known else "the command that began it, with the same --out"
         yield f"next       not running; to continue: {again}"
