@@ -1,4 +1,4 @@
-"""Weights and node names from an ONNX file, read by the onnx package (`pip install onnx`); nothing in the file is run."""
+"""Weights and node names of an ONNX file, read by the onnx package; nothing in the file is run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from digit.errors import DigitError
 
-WEIGHT_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")  # TensorProto.DataType; strings and others are no weights
+WEIGHT_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")  # of TensorProto.DataType
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read_onnx(path: str | Path) -> tuple[dict[str, Tensor], list[Node]]:
 
 
 def _tensor(proto: Any) -> Tensor:
-    """The value of a TensorProto. Raises ValueError where it lies in another file or its shape does not fit its bytes."""
+    """The value of a TensorProto. Raises ValueError where it lies in another file or has another size than its shape."""
     from onnx import external_data_helper, numpy_helper
 
     if external_data_helper.uses_external_data(proto):
