@@ -46,7 +46,7 @@ def read_onnx(path: str | Path) -> tuple[dict[str, Tensor], list[Node]]:
 
 
 def _tensor(proto: Any) -> Tensor:
-    """The value of a TensorProto. Raises ValueError where it lies in another file or has another size than its shape."""
+    """The value of a TensorProto. Raises ValueError where it lies in another file or does not fit its shape."""
     from onnx import external_data_helper, numpy_helper
 
     if external_data_helper.uses_external_data(proto):
