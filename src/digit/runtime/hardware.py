@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def multiplies_bf16(device: "torch.device") -> bool:
-    """Whether the device multiplies bf16 in hardware; a CPU that emulates it is 45 times slower than in fp32."""
+    """Whether the device multiplies bf16 in hardware; emulation on a CPU took 45 times as long as fp32."""
     import torch
 
     if device.type == "cpu":
