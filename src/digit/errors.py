@@ -1,13 +1,13 @@
-"""Errors that are the user's to mend: one line that says what, got, wanted and the next step. The CLI exits with 2."""
+"""Errors that the user can fix: one line with what is wrong, got, wanted and the next step. The CLI exits with 2."""
 
 MAX_CHARACTERS = 1500
 
 
 class DigitError(Exception):
-    """A mistake or a fault outside the program; its text is one line meant for a person.
+    """A mistake in the request or a fault outside the program; its text is one line for a person to read.
 
-    Names and values that it quotes may come from a stranger's file: characters that would end the line or steer a
-    terminal are spelled out, and the middle of an endless one is left out.
+    The text may quote names and values from an untrusted file: control characters are escaped, and of a text longer
+    than MAX_CHARACTERS the middle is left out.
     """
 
     def __str__(self) -> str:
@@ -23,18 +23,18 @@ def _without_middle(text: str) -> str:
 
 
 class BadImageError(DigitError):
-    """One image cannot be used; the text names the file and the reason."""
+    """An image cannot be used; the text names the file and the reason."""
 
 
 class MismatchError(DigitError):
-    """Two artefacts do not belong together; the text names both values."""
+    """Two files, models or requests do not belong together; the text names both values."""
 
 
 class Stopped(Exception):
-    """The work was asked to stop (SIGINT, SIGTERM) and everything is saved: no mistake. The CLI exits with 0.
+    """A signal asked the work to stop and everything is saved: this is no error. The CLI exits with 0.
 
     Attributes:
-        together: whether all of several processes stop at this point.
+        together: whether every process of the job stops at this point.
     """
 
     def __init__(self, text: str, together: bool = True):

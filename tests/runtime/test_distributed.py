@@ -108,7 +108,7 @@ def test_each_process_finds_its_gpu(monkeypatch):
         monkeypatch.setenv(name, value)
     assert distributed.own_gpu(4) == 1
     assert distributed.own_gpu(1) == 0  # --gpus-per-task shows each task its own alone
-    with pytest.raises(DigitError, match="4 processes on this machine share 2 GPUs: start one a GPU"):
+    with pytest.raises(DigitError, match="4 processes on this machine share 2 GPUs: start one per GPU"):
         distributed.own_gpu(2)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(DigitError, match="4 processes on this machine share 1 GPUs"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
-from digit.training import optim
+from digit.training import muon, optim
 from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.muon import orthogonal
@@ -171,3 +171,24 @@ def test_muon_goes_on_from_its_state():
 def test_muon_wants_a_transformer():
     with pytest.raises(DigitError, match="choose adamw"):
         build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="muon"))
+
+
+def test_muon_is_torchs_on_single_matrices(monkeypatch):
+    """torch.optim.Muon (torch 2.9 and later) computes in bfloat16 and knows no stacked matrices."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    monkeypatch.setattr(muon, "multiplies_bf16", lambda device: True)
+    torch.manual_seed(0)
+    own = [nn.Parameter(torch.randn(shape)) for shape in ((16, 16), (8, 24), (24, 8))]
+    reference = [nn.Parameter(p.detach().clone()) for p in own]
+    settings = dict(lr=0.02, weight_decay=0.1)
+    first = muon.Muon([(p, 1) for p in own], [nn.Parameter(torch.zeros(1))], 0.02, **settings)
+    second = torch.optim.Muon(reference, momentum=muon.MOMENTUM, ns_steps=muon.ITERATIONS, **settings)
+    for _ in range(3):
+        for p, q in zip(own, reference, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        first.step()
+        second.step()
+    for p, q in zip(own, reference, strict=True):
+        torch.testing.assert_close(p, q, rtol=1.6e-2, atol=1e-3)  # bfloat16, summed in another order

@@ -1,4 +1,4 @@
-"""WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
+"""Reads WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from digit.runtime.progress import track
 
 LABEL_KEYS = ("label", "cls", "class")
 MAX_LABEL_BYTES = 2**20
-PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-PLAIN_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # links and devices lead elsewhere
-MANY_SHARDS = 8  # from here on the indexing shows its progress
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+REGULAR_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # no links, no devices
+MANY_SHARDS = 8  # with more shards, indexing shows its progress
 
 
 class TarSource(ImageSource):
-    """Samples of one or several plain tar files; each shard is listed once, images are then read at their offset.
+    """Samples of uncompressed tar files: lists each shard once, then reads an image at its offset.
 
-    A sample's label is its .cls (a number or a name), else label, cls or class in its .json, else none.
+    A sample's label is its .cls (a number or a name), else `label`, `cls` or `class` in its .json, else none.
     """
 
     def __init__(self, root: Path, files: list[Path]):
@@ -68,32 +68,32 @@ def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
     samples: dict[str, dict[str, Any]] = {}
     try:
         with open(file, "rb") as raw:
-            _refuse_packed(file, raw.read(2))
+            _refuse_compressed(file, raw.read(2))
         with BoundedReader(file) as reader, tarfile.open(fileobj=reader, mode="r:") as tar:
-            place = -1
+            previous = -1
             for member in tar:
-                if member.offset <= place or member.size < 0 or member.offset_data > reader.size:
+                if member.offset <= previous or member.size < 0 or member.offset_data > reader.size:
                     raise ValueError(f"{member.name!r} has a size that leads backwards")
-                place = member.offset
-                if member.type in PLAIN_FILES and not member.sparse:
+                previous = member.offset
+                if member.type in REGULAR_FILES and not member.sparse:
                     if member.offset_data + member.size > reader.size:
                         raise ValueError(f"{member.name!r} reaches past the end")
                     _add_member(samples, tar, member)
             reader.seek(tar.offset)
-            if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+            if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile reads a damaged header as the end of the file
                 raise ValueError(f"no header at byte {tar.offset}")
     except DigitError:
         raise
-    except Exception as error:  # damaged headers raise nearly any type
-        read = f"after {len(samples)} samples" if samples else "from its start"
+    except Exception as error:  # damaged headers raise nearly any exception
+        where = f"after {len(samples)} samples" if samples else "from its start"
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DigitError(f"{file} is damaged or cut short {read} ({reason}): fetch it again") from error
+        raise DigitError(f"{file} is damaged or cut short {where} ({reason}): fetch it again") from error
     return samples
 
 
-def _refuse_packed(file: Path, magic: bytes) -> None:
-    if magic in PACKED:
-        raise DigitError(f"{file} is packed with {PACKED[magic]}: unpack it to a plain .tar (random access)")
+def _refuse_compressed(file: Path, magic: bytes) -> None:
+    if magic in COMPRESSED:
+        raise DigitError(f"{file} is packed with {COMPRESSED[magic]}: unpack it to a plain .tar (random access)")
 
 
 def _add_member(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:

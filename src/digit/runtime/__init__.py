@@ -1,1 +1,1 @@
-"""What serves every room: files, locks, progress, ranks, signals, hardware, settings, plots."""
+"""Serves every other package: files, locks, requests, progress, ranks, signals, hardware, settings, plots."""

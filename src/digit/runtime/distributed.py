@@ -1,12 +1,11 @@
-"""Several processes as one job, under torchrun or Slurm's srun. With one process all of it is a no-op.
+"""Ranks: several processes as one job, under torchrun or Slurm's srun. With one process every function is a no-op.
 
     torchrun --nproc-per-node=8 -m digit train ...     # one process per GPU; NCCL between GPUs, gloo between CPUs
-    torchrun --nproc-per-node=8 -m digit -- sample --num 64 ...   # torchrun takes --num for an option of its own
+    torchrun --nproc-per-node=8 -m digit -- sample --num 64 ...   # `--`: torchrun would take --num as its own option
     srun --ntasks-per-node=8 digit train ...
 
-A command calls `start` before its work and `stop` after it. Work is shared out by rank; only rank 0 writes what all
-of them made, and speaks. What the ranks tell each other here goes through the CPU and may be waited for long: rank 0
-may be at work alone.
+A command calls `start` before its work and `stop` after it. Each rank does its share; only rank 0 logs and writes the
+joint results. Messages use gloo with a 12 h timeout, because the other ranks wait while rank 0 works alone.
 """
 
 import os
@@ -21,46 +20,46 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-PATIENCE = timedelta(hours=12)  # for messages of this module; gradients have torch's own limits
-SLURM_PORTS = range(15_000, 32_000)  # below those that Linux gives out
-PEER_LOST = re.compile(  # as gloo and NCCL say it
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them in each process
+MESSAGE_TIMEOUT = timedelta(hours=12)  # of this module's messages; gradients keep torch's own timeouts
+SLURM_PORTS = range(15_000, 32_000)  # below the ports that Linux assigns to clients
+PEER_LOST = re.compile(  # messages of gloo and NCCL
     r"gloo.*(closed by peer|reset by peer|refused|broken pipe|timed ?out)|nccl.*(remote|timed ?out|abort)", re.I | re.S
 )
-_state: dict[str, Any] = {"control": None, "alone": False}
+_state: dict[str, Any] = {"control": None, "on_main": False}
 
 
-# -------------------------------------------------------------------- who am I
+# -------------------------------------------------------------------- launchers and ranks
 
 
-def environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process; empty where it was started alone.
+def environment(variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process; empty for a single process.
 
-    torchrun sets them; in a job step of several tasks (srun) they follow from Slurm's own variables. The batch script
-    itself is no such step.
+    torchrun sets them; in a Slurm job step of several tasks (srun) they are derived from Slurm's variables. Slurm's
+    batch script itself counts as a single process.
     """
-    if all(name in given for name in LAUNCHED):
-        return {name: given[name] for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in given}
-    if int(given.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in given:
+    if all(name in variables for name in LAUNCHED):
+        return {name: variables[name] for name in (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in variables}
+    if int(variables.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in variables:
         return {}
-    job, step = int(given.get("SLURM_JOB_ID", "0")), int(given.get("SLURM_STEP_ID", "0"))
+    job, step = int(variables.get("SLURM_JOB_ID", "0")), int(variables.get("SLURM_STEP_ID", "0"))
     return {
-        "RANK": given["SLURM_PROCID"],
-        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": given.get("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": str(tasks_here(given)),
-        "MASTER_ADDR": given.get("MASTER_ADDR") or first_host(given.get("SLURM_STEP_NODELIST", "localhost")),
-        "MASTER_PORT": given.get("MASTER_PORT") or str(SLURM_PORTS[(31 * job + step) % len(SLURM_PORTS)]),
+        "RANK": variables["SLURM_PROCID"],
+        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": variables.get("SLURM_LOCALID", "0"),
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(variables)),
+        "MASTER_ADDR": variables.get("MASTER_ADDR") or first_host(variables.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": variables.get("MASTER_PORT") or str(SLURM_PORTS[(31 * job + step) % len(SLURM_PORTS)]),
     }
 
 
-def tasks_here(given: Mapping[str, str]) -> int:
-    """Tasks of the job step on this node, from '8(x3),4' and the node's number."""
+def tasks_on_node(variables: Mapping[str, str]) -> int:
+    """Number of the job step's tasks on this node, from Slurm's '8(x3),4' and the node's number."""
     counts: list[int] = []
-    for part in given.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
-            counts += [int(found[1])] * int(found[2] or 1)
-    node = int(given.get("SLURM_NODEID", "0"))
+    for part in variables.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        if match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part):
+            counts += [int(match[1])] * int(match[2] or 1)
+    node = int(variables.get("SLURM_NODEID", "0"))
     return counts[node] if node < len(counts) else 1
 
 
@@ -71,24 +70,24 @@ def first_host(nodes: str) -> str:
 
 
 def launched_size() -> int:
-    """The number of processes that were started together; known before `start`, without torch."""
+    """Number of processes that were launched together; works before `start` and without torch."""
     return int(environment().get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """This process's number among them; known before `start`, without torch."""
+    """This process's rank among them; works before `start` and without torch."""
     return int(environment().get("RANK", "0"))
 
 
 def local_size() -> int:
-    """The number of processes that share this machine, as far as the launcher tells."""
+    """Number of the job's processes on this machine, as the launcher reports it; 1 if it does not."""
     return int(environment().get("LOCAL_WORLD_SIZE", "1"))
 
 
 def start(device: "str | torch.device | None" = None) -> "torch.device":
-    """Join the others where several processes were started, and return this one's device (cuda if there is one).
+    """Connect the ranks, if several were launched, and return this rank's device (cuda if there is a GPU, else cpu).
 
-    Raises DigitError where they cannot be reached.
+    Raises DigitError where the ranks cannot reach each other or share a GPU.
     """
     import torch
     import torch.distributed as dist
@@ -109,33 +108,33 @@ def start(device: "str | torch.device | None" = None) -> "torch.device":
         except (RuntimeError, ValueError) as error:
             where = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
             raise DigitError(f"the other processes cannot be reached through {where} ({first_line(error)})") from error
-        _state["control"] = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _state["control"] = dist.new_group(backend="gloo", timeout=MESSAGE_TIMEOUT)
     if kind.type == "cuda":
         gpus = gather(str(torch.cuda.get_device_properties(kind).uuid))
         if len(set(gpus)) < len(gpus):
-            raise DigitError("several processes share one GPU: start one a GPU, or add --device cpu")
+            raise DigitError("several processes share one GPU: start one per GPU, or add --device cpu")
     return kind
 
 
 def own_gpu(visible: int) -> int:
-    """Number of this process's GPU among the visible ones; Slurm may show each task its own alone (--gpus-per-task).
+    """Index of this rank's GPU among the `visible` ones; with --gpus-per-task, Slurm shows each task only its own.
 
-    Raises DigitError where the processes of this machine are more than its GPUs.
+    Raises DigitError where this machine has fewer GPUs than ranks.
     """
     if visible == 1 and "SLURM_PROCID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0
     if local_size() > visible:
         raise DigitError(
-            f"{local_size()} processes on this machine share {visible} GPUs: start one a GPU, or add --device cpu"
+            f"{local_size()} processes on this machine share {visible} GPUs: start one per GPU, or add --device cpu"
         )
     return int(environment().get("LOCAL_RANK", "0"))
 
 
 def stop(together: bool = False) -> None:
-    """Leave the others, if there are any.
+    """Disconnect the ranks, if several were launched.
 
-    together: wait for them first, as at the end of a run: one that leaves early can abort while others still send. Not
-    after an error, which the others may never reach.
+    together: wait for all ranks first, as at the end of a run, because a rank that leaves while others still send can
+        make them abort. After an error do not wait: the other ranks may never get here.
     """
     import torch.distributed as dist
 
@@ -147,38 +146,38 @@ def stop(together: bool = False) -> None:
 
 
 def world_size() -> int:
-    """The number of processes; 1 for work that rank 0 does alone."""
+    """Number of ranks; 1 inside `on_main`."""
     import torch.distributed as dist
 
-    if _state["alone"]:
+    if _state["on_main"]:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 .. world_size - 1."""
+    """This process's rank, 0 .. world_size - 1."""
     import torch.distributed as dist
 
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that logs and saves."""
+    """Whether this is rank 0, which logs and saves."""
     return rank() == 0
 
 
 def share(total: int, multiple: int = 1) -> range:
-    """This rank's part of 0 .. total - 1: contiguous, in the order of the ranks, cut at multiples of `multiple`."""
-    blocks, ranks, here = -(-total // multiple), world_size(), rank()
-    first, last = (min(total, blocks * r // ranks * multiple) for r in (here, here + 1))
+    """This rank's part of 0 .. total - 1; contiguous, in rank order, starting at a multiple of `multiple`."""
+    blocks, num_ranks, own = -(-total // multiple), world_size(), rank()
+    first, last = (min(total, blocks * r // num_ranks * multiple) for r in (own, own + 1))
     return range(first, last)
 
 
-# -------------------------------------------------------------------- what they tell each other
+# -------------------------------------------------------------------- messages between ranks
 
 
 def control() -> Any:
-    """The process group of these messages, gloo; None with one process."""
+    """The gloo process group of this module's messages; None with one rank."""
     return _state["control"] if world_size() > 1 else None
 
 
@@ -191,7 +190,7 @@ def barrier() -> None:
 
 
 def gather(item: T) -> list[T]:
-    """The item of every rank, in their order; every rank gets the list."""
+    """The items of all ranks, in rank order, on every rank."""
     import torch.distributed as dist
 
     items = [item] * world_size()
@@ -201,7 +200,7 @@ def gather(item: T) -> list[T]:
 
 
 def mean(values: list[float]) -> list[float]:
-    """The mean over the ranks, element by element; every rank gets it."""
+    """The mean over the ranks, element by element, on every rank."""
     import torch
     import torch.distributed as dist
 
@@ -213,14 +212,14 @@ def mean(values: list[float]) -> list[float]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is raised on any rank; every rank gets the same answer."""
+    """Whether `flag` is true on any rank; every rank gets the same answer."""
     return mean([float(flag)])[0] > 0
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 while the others wait; every rank gets its (small) result, or raises its DigitError.
+    """Run `work` on rank 0 while the others wait; every rank returns its (small) result, or raises its DigitError.
 
-    Meanwhile rank 0 is alone: what it calls finds one process.
+    During the call, rank 0 sees a job of one process: `world_size()` is 1.
     """
     import torch.distributed as dist
 
@@ -228,24 +227,24 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     outcome: list[Any] = [None, None]
     if is_main():
-        _state["alone"] = True
+        _state["on_main"] = True
         try:
             outcome[0] = work()
         except (DigitError, Stopped) as error:
             outcome[1] = error
         finally:
-            _state["alone"] = False
+            _state["on_main"] = False
     dist.broadcast_object_list(outcome, group=control())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-# -------------------------------------------------------------------- when one of them fails
+# -------------------------------------------------------------------- failures
 
 
 def first_to_speak() -> bool:
-    """Whether this is the first rank that has something to say about a failure; True where that cannot be told."""
+    """Whether this rank is the first to report a failure; True where the ranks cannot agree on it."""
     import torch.distributed as dist
 
     if world_size() == 1:
@@ -257,11 +256,11 @@ def first_to_speak() -> bool:
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """What to say where an exchange failed because another rank is gone; None for any other error."""
+    """An error message if a message failed because another rank is gone; None for any other error."""
     import torch.distributed as dist
 
-    told_apart = (dist.DistNetworkError, dist.DistStoreError)
-    lost = isinstance(error, told_apart) or (isinstance(error, RuntimeError) and PEER_LOST.search(str(error)))
+    connection_errors = (dist.DistNetworkError, dist.DistStoreError)
+    lost = isinstance(error, connection_errors) or (isinstance(error, RuntimeError) and PEER_LOST.search(str(error)))
     if world_size() == 1 or not lost:
         return None
     return f"rank {rank()} lost contact with another of the {world_size()} processes ({first_line(error)})"

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Writes files atomically (a reader finds the old file or the new one, never a part), and reads JSON and tensors."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line answers --help without either
 
 
 def cache_folder() -> Path:
-    """What can be made again is kept here: DIGIT_CACHE, or digit in the user's cache folder."""
+    """The folder for files that can be computed again: DIGIT_CACHE, or `digit` in the user's cache folder."""
     if chosen := os.environ.get("DIGIT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
@@ -31,11 +31,11 @@ def cache_folder() -> Path:
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP
 )  # fmt: skip
-MENDED_OUTSIDE = {errno.EROFS: "make it writable", errno.EIO: "have the disk checked"}
+FIXED_OUTSIDE = {errno.EROFS: "make it writable", errno.EIO: "have the disk checked"}
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
-    """Raise DigitError now where a result could not be written to `path` after the work; makes the folder."""
+    """Raise DigitError before the work where its result cannot be written to `path`; creates the folder."""
     path = Path(path)
     target = path if folder else path.parent
     with disk_errors(path):
@@ -48,14 +48,16 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
 
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one line that names the file; what was there before stays."""
+    """A context that turns a full disk or a refused write into a DigitError that names the file."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DigitError(f"disk full while writing {path}: free some space and run again, work goes on") from error
-        if error.errno in MENDED_OUTSIDE:
-            hint = f"{MENDED_OUTSIDE[error.errno]} and run again, work goes on, or choose another --out"
+            raise DigitError(
+                f"disk full while writing {path}: free some space and run again, the work continues"
+            ) from error
+        if error.errno in FIXED_OUTSIDE:
+            hint = f"{FIXED_OUTSIDE[error.errno]} and run again, the work continues, or choose another --out"
             raise DigitError(f"cannot write {path}: {error.strerror}; {hint}") from error
         if error.errno in REFUSALS:
             raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
@@ -63,12 +65,12 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 
 def require_space(folder: str | Path, needed: int, what: str) -> None:
-    """Raise DigitError now where the file system of `folder` has less than `needed` bytes free for `what`."""
+    """Raise DigitError where the file system of `folder` has fewer than `needed` bytes free; `what` names the files."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DigitError(
             f"disk full: {what} takes {format_bytes(needed)} and {folder} has {format_bytes(free)} free: "
-            "free some space and run again, work goes on"
+            "free some space and run again, the work continues"
         )
 
 
@@ -80,12 +82,12 @@ def format_bytes(count: float) -> str:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+    """Flush a folder's list of names to the disk, where the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems sync no folders
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(handle)
@@ -93,7 +95,7 @@ def sync_folder(folder: str | Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on failure removed.
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on failure remove it.
 
     Raises DigitError where the disk is full or the folder cannot be written; the previous file stays untouched.
     """
@@ -113,15 +115,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.aside(\.[^.]+)?")  # what `atomic_path` has not renamed yet
+ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.aside(\.[^.]+)?")  # temporary names of `atomic_path`
 
 
 def remove_leftovers(*folders: str | Path) -> None:
-    """Remove what killed writers left of files they had begun; call it where nobody else writes (`lock_folder`)."""
+    """Remove temporary files of killed writers; call it only while no other process writes there (`lock_folder`)."""
     for folder in map(Path, folders):
-        for path in folder.glob(".*.aside*"):  # nothing where the folder is missing
+        for path in folder.glob(".*.aside*"):  # empty where the folder is missing
             if ASIDE.fullmatch(path.name):
-                with suppress(OSError):  # a disk that cannot be written shows where the work writes
+                with suppress(OSError):  # the work reports a read-only disk when it writes
                     path.unlink()
 
 
@@ -132,7 +134,7 @@ def _umask() -> int:
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists, keys strings, NumPy's numbers Python's."""
+    """The value that JSON would give back: tuples become lists, keys strings, NumPy's numbers Python's."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -142,12 +144,12 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def differences(here: Any, asked: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    """Leaves in which two nested dictionaries differ: (dotted name, here, asked)."""
-    if isinstance(here, dict) and isinstance(asked, dict):
-        keys = sorted(here.keys() | asked.keys())
-        return [d for k in keys for d in differences(here.get(k), asked.get(k), f"{name}.{k}" if name else k)]
-    return [] if here == asked else [(name, here, asked)]
+def differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves in which two nested dictionaries differ: (dotted name, old, new), in the order of `new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{name}.{k}" if name else k)]
+    return [] if old == new else [(name, old, new)]
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -157,11 +159,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read JSON. Raises DigitError where the file is missing or is no JSON."""
+    """Read JSON. Raises DigitError where the file is missing or does not hold JSON."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a folder, a pipe, an endless device
-            raise ValueError("it is no ordinary file")
+            raise ValueError("not a regular file")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
@@ -179,21 +181,23 @@ def save_npy(path: str | Path, array: "np.ndarray") -> None:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A float32 tensor to be: several stacked along their first dimension when it is written, so that none waits in
-    memory. The parts may be mapped from a file."""
+    """A float32 tensor given as parts, which are concatenated along dimension 0 only when the tensor is written.
+
+    The parts may be memory-mapped, so that a checkpoint is converted with one tensor in memory at a time.
+    """
 
     parts: "tuple[torch.Tensor, ...]"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole."""
+        """Shape of the concatenated tensor."""
         rest = {tuple(part.shape[1:]) for part in self.parts if part.ndim}
         if len(rest) != 1 or not all(part.ndim for part in self.parts):
             raise ValueError(f"tensors of shapes {[tuple(part.shape) for part in self.parts]} cannot be stacked")
         return (sum(len(part) for part in self.parts), *rest.pop())
 
     def tensor(self) -> "torch.Tensor":
-        """The whole, contiguous."""
+        """The concatenated tensor, contiguous float32."""
         import torch
 
         whole = self.parts[0] if len(self.parts) == 1 else torch.cat([part.float() for part in self.parts])
@@ -203,15 +207,16 @@ class Stacked:
 def save_tensors(
     path: str | Path, tensors: "Mapping[str, torch.Tensor | Stacked]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, atomically; no more than one of them is copied at a time.
+    """Write tensors as safetensors, atomically; the bytes are those of `safetensors.torch.save_file`.
 
-    The format (github.com/huggingface/safetensors): a little-endian uint64, so many bytes of JSON, the tensors' bytes.
+    Copies at most one tensor at a time: `save_file` wants them all in memory, contiguous and without shared storage
+    (measured in docs/libraries.md). Format: a little-endian uint64, so many bytes of JSON, the tensors' bytes.
     """
     import torch
 
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
-    # by element size, largest first, so that every tensor is aligned
+    # the largest elements first, so that every tensor is aligned
     order = sorted(tensors, key=lambda name: (-_dtype(tensors[name]).itemsize, name))
     for name in order:
         dtype, shape, begin = _dtype(tensors[name]), tuple(tensors[name].shape), end
@@ -248,13 +253,13 @@ def _dtype(value: "torch.Tensor | Stacked") -> "torch.dtype":
 
 
 def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
-    """Memory-map a safetensors file to CPU tensors. Raises DigitError where it is missing or damaged."""
+    """Memory-map a safetensors file as CPU tensors. Raises DigitError where it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if (path := Path(path)).exists() and not path.is_file():
-            raise ValueError("it is no ordinary file")
+            raise ValueError("not a regular file")
         return load_file(path)
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
@@ -269,7 +274,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_tensors(tensors: Mapping[str, "torch.Tensor"]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, whatever their order, as 64 hex digits."""
+    """SHA-256 over the names, dtypes, shapes and bytes of tensors, in the order of their names, as 64 hex digits."""
     import torch
 
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What this machine is and does well: half-precision products, and memory that stays with the process."""
+"""This machine: its devices, its speed, whether it multiplies bfloat16, and how malloc treats freed memory."""
 
 import ctypes
 import os
@@ -13,14 +13,15 @@ from digit.errors import DigitError
 if TYPE_CHECKING:
     import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt parameters in glibc's malloc.h
 MIB = 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep memory that is freed, and take blocks up to 32 MiB from it; returns whether this was possible.
+    """Make glibc reuse freed memory for blocks up to 32 MiB instead of returning it to the system.
 
-    Encoders on one core ran 1.2 to 1.7 times as fast with it (docs/results.md). Nothing happens without glibc.
+    Returns whether glibc accepted; without glibc nothing happens. Encoders on one core ran 1.2 to 1.7 times as fast
+    with it (docs/results.md).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -32,7 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def multiplies_bf16(device: "torch.device") -> bool:
-    """Whether the device has bf16 products; a CPU without them emulates bf16 several times slower than fp32."""
+    """Whether the device multiplies bf16 in hardware; emulation on a CPU took 45 times as long as fp32."""
     import torch
 
     if device.type == "cpu":
@@ -41,7 +42,7 @@ def multiplies_bf16(device: "torch.device") -> bool:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores, threads in use, memory and GPU, for results that should be repeatable."""
+    """Processor, cores, threads, memory and GPUs: recorded beside results so that others can repeat them."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -67,7 +68,7 @@ def _processor() -> str:
 
 
 def matmul_flops(device: "torch.device", seconds: float = 0.3) -> float:
-    """Floating-point operations a second of bf16 (fp32 where bf16 is slow) products of 1024 x 1024 matrices."""
+    """Floating-point operations per second of products of 1024 x 1024 matrices in bf16 (fp32 if bf16 is emulated)."""
     import torch
 
     dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
@@ -89,7 +90,7 @@ def matmul_flops(device: "torch.device", seconds: float = 0.3) -> float:
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """cuda where there is one, or the named device. Raises DigitError where it is not to be had."""
+    """The named device; without a name, cuda if there is a GPU, else cpu. Raises DigitError where it does not exist."""
     import torch
 
     try:

@@ -1,10 +1,10 @@
-"""What of a long piece of work is done, on one rank or many, in a form that survives a kill at any moment.
+"""Records which units of a long task are done, so that a killed task continues, on any number of ranks.
 
-    journal.json      rank 0: the request, the units that are done, those of them that failed, notes
-    journal.3.json    rank 3, and so on: the same from its side, while several ranks work
+    journal.json      rank 0: the request, the finished units, those of them that were dropped, notes
+    journal.3.json    rank 3: the same for its own units; so for every other rank
 
-Units are numbers 0 .. total - 1 (rows, images). Every rank writes a file of its own; `collect` joins them when the work
-begins again, on however many ranks.
+Units are numbers 0 .. total - 1 (rows, images). Every rank writes its own file, atomically; `collect` merges the files
+when the task starts again.
 """
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Spans:
-    """A set of whole numbers as disjoint intervals [start, stop) in order; small for work that is done in stretches."""
+    """A set of integers, stored as sorted disjoint intervals [start, stop); compact where units finish in sequence."""
 
     def __init__(self, spans: Iterable[tuple[int, int]] = ()) -> None:
         self.spans: list[tuple[int, int]] = []
@@ -32,22 +32,22 @@ class Spans:
             self.add(start, stop)
 
     def add(self, start: int, stop: int) -> None:
-        """Put in start .. stop - 1."""
+        """Add start .. stop - 1."""
         if start >= stop:
             return
-        first = bisect_left(self.spans, start, key=itemgetter(1))  # those before end before `start`
-        last = bisect_right(self.spans, stop, key=itemgetter(0))  # those from here on begin after `stop`
+        first = bisect_left(self.spans, start, key=itemgetter(1))  # earlier intervals end before `start`
+        last = bisect_right(self.spans, stop, key=itemgetter(0))  # later intervals begin after `stop`
         if first < last:
             start, stop = min(start, self.spans[first][0]), max(stop, self.spans[last - 1][1])
         self.spans[first:last] = [(start, stop)]
 
     def covers(self, start: int, stop: int) -> bool:
-        """Whether all of start .. stop - 1 are in."""
+        """Whether the set has all of start .. stop - 1."""
         place = bisect_right(self.spans, start, key=itemgetter(0)) - 1
         return start >= stop or (place >= 0 and self.spans[place][1] >= stop)
 
     def missing_blocks(self, total: int, size: int) -> list[int]:
-        """First numbers of the blocks of `size` (the last one cut at `total`) that are not in as a whole, in order."""
+        """Starts of the blocks of `size` in 0 .. total - 1 of which any number is missing, in order."""
         return [start for start in range(0, total, size) if not self.covers(start, min(start + size, total))]
 
     def __iter__(self) -> Iterator[int]:
@@ -65,14 +65,14 @@ class Spans:
 
 @dataclass
 class Ledger:
-    """The state of one piece of work, as far as this rank knows it.
+    """The state of one task, as far as this rank knows it.
 
     Attributes:
-        request: what decides the result, as JSON has it.
+        request: the settings that decide the result, as JSON gives them back.
         total: number of units.
         done: units whose results are on the disk.
-        dropped: those of them that came to nothing.
-        notes: by a name that is the same wherever the same is noted; of two the lesser stays.
+        dropped: finished units without a result, such as unreadable images.
+        notes: remarks by name; where two ranks note the same name, the smaller value stays.
     """
 
     request: dict[str, Any]
@@ -87,21 +87,21 @@ class Ledger:
         return self.done.covers(0, self.total)
 
     def join(self, other: "Ledger") -> None:
-        """Take in what another rank did."""
-        for mine, theirs in ((self.done, other.done), (self.dropped, other.dropped)):
-            for start, stop in theirs.spans:
-                mine.add(start, stop)
+        """Add what another rank has done."""
+        for own, others in ((self.done, other.done), (self.dropped, other.dropped)):
+            for start, stop in others.spans:
+                own.add(start, stop)
         for name, note in other.notes.items():
             self.notes[name] = min(note, self.notes.get(name, note))
 
     def save(self, journal: Path) -> None:
-        """Write this rank's file; `journal` is rank 0's. What it calls done has to be on the disk before."""
+        """Write this rank's file; `journal` is rank 0's. The results of finished units must be on the disk already."""
         state = {"done": self.done.spans, "dropped": self.dropped.spans, "notes": self.notes}
         write_json(of_rank(journal, distributed.rank()), {"request": self.request} | state)
 
     @classmethod
     def load(cls, path: Path, total: int) -> Self:
-        """Read one file. Raises DigitError where it is unreadable, ValueError or TypeError where it is no ledger."""
+        """Read one rank's file. Raises DigitError where it is unreadable, ValueError or TypeError for other content."""
         state = read_json(path)
         if not isinstance(state, dict) or not isinstance(state.get("request"), dict):
             raise TypeError("request")
@@ -122,20 +122,20 @@ def _spans(value: Any, total: int, name: str) -> Spans:
 
 
 def of_rank(journal: Path, rank: int) -> Path:
-    """The file of a rank: journal.json, journal.1.json, ..."""
+    """A rank's file: journal.json, journal.1.json, ..."""
     return journal if rank == 0 else journal.with_name(f"{journal.stem}.{rank}{journal.suffix}")
 
 
 def of_others(journal: Path) -> list[Path]:
-    """The files of the ranks beside rank 0, as far as they are there."""
+    """The existing files of ranks 1, 2, ..."""
     found = journal.parent.glob(f"{journal.stem}.*{journal.suffix}")
     return sorted(path for path in found if path.name.split(".")[-2].isdigit())
 
 
 def collect(journal: Path, total: int) -> Ledger | None:
-    """Join what the ranks of an earlier run left into rank 0's file; None where there is none. For rank 0 alone.
+    """Merge the files that an earlier run left into rank 0's; None where rank 0 left none. Only rank 0 calls this.
 
-    Raises as `Ledger.load` does for rank 0's own file; a damaged one of another rank only costs what that rank did.
+    Raises as `Ledger.load` for rank 0's file. If another rank's file is damaged, that rank's units are done again.
     """
     if not journal.exists():
         discard(journal)
@@ -145,12 +145,12 @@ def collect(journal: Path, total: int) -> Ledger | None:
         try:
             part = Ledger.load(path, total)
         except (DigitError, TypeError, ValueError) as error:
-            log.warning("%s is damaged (%s): what it names is done again", path, error)
+            log.warning("%s is damaged (%s): its units are done again", path, error)
             continue
         if part.request == whole.request:
             whole.join(part)
     if of_others(journal):
-        whole.save(journal)  # before the parts go
+        whole.save(journal)  # before the other files are removed
         discard(journal, others_only=True)
     return whole
 
@@ -162,9 +162,9 @@ def discard(journal: Path, others_only: bool = False) -> None:
 
 
 def progress(journal: Path) -> int:
-    """Units that are done by what every rank's file says; for a look from outside, while the work may go on."""
+    """Number of finished units by all ranks' files; any process may call this while the task runs."""
     whole = Ledger({}, 0)
     for path in [journal, *of_others(journal)]:
-        with suppress(DigitError, TypeError, ValueError):  # damaged, or gone by now
+        with suppress(DigitError, TypeError, ValueError):  # damaged, or removed meanwhile
             whole.join(Ledger.load(path, 2**62))
     return len(whole.done)

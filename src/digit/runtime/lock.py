@@ -1,4 +1,4 @@
-"""One writer a folder: a lock that is held by a process and dies with it, however it ends."""
+"""Locks a folder for one writing process; the system releases the lock when the process ends, even if it is killed."""
 
 import errno
 import json
@@ -21,20 +21,20 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 NAME = ".lock"
 ATTEMPTS, ATTEMPT_SECONDS = 3, 0.1
-_held: dict[Path, int] = {}  # folder -> descriptor, open for as long as the process lives
+_held: dict[Path, int] = {}  # folder -> descriptor of its lock; closing it would release the lock
 _about: dict[str, Any] = {}
 
 
 def set_command(command: str) -> None:
-    """What to type for this process's work again; goes into the locks that it takes from here on."""
+    """Record the command line that repeats this work; later locks of this process contain it."""
     _about["command"] = command
 
 
 def lock_folder(folder: str | Path) -> None:
-    """Make this process the one that writes to `folder`, until it ends. A second call changes nothing.
+    """Let only this process write to `folder` until it ends. A second call changes nothing.
 
-    A lock of the operating system on FOLDER/.lock: a process that is killed leaves nothing to clean up. Where the
-    system or the file system has no locks a warning says so. Raises DigitError that names the process which holds it.
+    The lock is POSIX's (fcntl) on FOLDER/.lock, so a killed process leaves nothing to clean up. On a file system
+    without locks it only warns; on Windows it does nothing. Raises DigitError that names the process holding the lock.
     """
     folder = Path(folder).resolve()
     if folder in _held or fcntl is None:
@@ -45,24 +45,26 @@ def lock_folder(folder: str | Path) -> None:
         with disk_errors(folder / NAME):
             descriptor = _open(folder / NAME, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would hold on to
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would keep that lock
         except OSError as error:
             who = describe(_read(descriptor))
             os.close(descriptor)
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                log.warning("%s cannot be locked (%s): see that no other process writes there", folder, error.strerror)
+                log.warning(
+                    "%s cannot be locked (%s): make sure that no other process writes there", folder, error.strerror
+                )
                 return
-            if attempt + 1 == ATTEMPTS:  # not somebody's glance at it either
+            if attempt + 1 == ATTEMPTS:  # `holder` of another process locks the file for a moment too
                 raise DigitError(
                     f"{folder} is in use by {who}: wait for it or stop it, or choose another --out"
                 ) from None
         else:
             if _is_still(folder / NAME, descriptor):
                 break
-            os.close(descriptor)  # its owner released the folder in between, and removed the file
+            os.close(descriptor)  # its owner released the folder meanwhile and removed the file
         time.sleep(ATTEMPT_SECONDS)
     else:
-        raise DigitError(f"{folder} is taken and released again and again: choose another --out")
+        raise DigitError(f"{folder} is locked and released again and again: choose another --out")
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")} | _about
     with disk_errors(folder / NAME):
         os.ftruncate(descriptor, 0)
@@ -71,16 +73,16 @@ def lock_folder(folder: str | Path) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """The lock itself: no link to a file elsewhere, no pipe that would be waited for."""
+    """Open the lock file. Raises OSError for a link, and for a pipe, which would block."""
     descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EEXIST, "it is no ordinary file")
+        raise OSError(errno.EEXIST, "not a regular file")
     return descriptor
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether a file that was opened is the one that has the name now."""
+    """Whether the opened file still has this name."""
     try:
         return os.stat(path, follow_symlinks=False).st_ino == os.fstat(descriptor).st_ino
     except FileNotFoundError:
@@ -88,7 +90,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def release_folder(folder: str | Path) -> None:
-    """Let others write there, and leave no trace: for folders that are done and handed on."""
+    """Release the lock and remove its file: for folders that are finished."""
     folder = Path(folder).resolve()
     if (descriptor := _held.pop(folder, None)) is not None:
         (folder / NAME).unlink(missing_ok=True)
@@ -96,7 +98,7 @@ def release_folder(folder: str | Path) -> None:
 
 
 def holder(folder: str | Path) -> dict[str, Any] | None:
-    """What is known of the other process that writes to `folder` at this moment; None where there is none."""
+    """What the lock tells of another process that is writing to `folder` now; None where there is none."""
     path = Path(folder).resolve() / NAME
     if fcntl is None or path.parent in _held:
         return None
@@ -110,13 +112,13 @@ def holder(folder: str | Path) -> dict[str, Any] | None:
     except OSError:
         return _read(descriptor)
     finally:
-        os.close(descriptor)  # gives the lock back too
+        os.close(descriptor)  # releases the shared lock too
 
 
 def last_writer(folder: str | Path) -> dict[str, Any]:
-    """{"pid", "host", "since", "command"} of the process that wrote to `folder` last, as far as they are known."""
+    """{"pid", "host", "since", "command"} of the process that last locked `folder`, as far as they are known."""
     path = Path(folder).resolve() / NAME
-    if path.parent in _held:  # to open the file again would give our lock away
+    if path.parent in _held:  # closing a second descriptor of the file would release our lock
         return _read(_held[path.parent])
     try:
         descriptor = _open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Pictures of results: grids, token maps and colours; uint8 tensors in, PNG files out."""
+"""Image grids, token maps and charts: tensors in, PNG files out."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,18 +16,18 @@ MARGIN, BACKGROUND, INK = 2, 255, (60, 60, 60)
 
 
 def grid(images: Tensor, columns: int, *, scale: int = 1, row_names: Sequence[str] = ()) -> Image.Image:
-    """(B, 3, H, W) uint8 -> one picture, row by row, enlarged `scale` times without smoothing, with row names."""
+    """(B, 3, H, W) uint8 -> one image, row by row, enlarged `scale` times without smoothing, with row names."""
     num, _, height, width = images.shape
     rows = -(-num // columns)
     names_width = 8 + max((7 * len(n) for n in row_names), default=-8)
     cell_h, cell_w = height * scale + MARGIN, width * scale + MARGIN
     sheet = Image.new("RGB", (names_width + columns * cell_w + MARGIN, rows * cell_h + MARGIN), (BACKGROUND,) * 3)
-    pen = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     for i in range(num):
         tile = to_pil(images[i]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         sheet.paste(tile, (names_width + MARGIN + i % columns * cell_w, MARGIN + i // columns * cell_h))
     for row, name in enumerate(row_names):
-        pen.text((4, MARGIN + row * cell_h + cell_h // 2 - 6), name, fill=INK)
+        canvas.text((4, MARGIN + row * cell_h + cell_h // 2 - 6), name, fill=INK)
     return sheet
 
 
@@ -44,7 +44,7 @@ def save_png(path: str | Path, image: Image.Image | Tensor) -> None:
 
 
 def code_colours(vectors: Tensor) -> Tensor:
-    """Code vectors (K, D) -> colours (K, 3) uint8: near codes get near colours (first three principal components)."""
+    """Code vectors (K, D) -> colours (K, 3) uint8: their first three principal components, so near codes look alike."""
     centred = (vectors - vectors.mean(0)).float()
     _, _, axes = torch.pca_lowrank(centred, q=min(3, *centred.shape), center=False, niter=4)
     plane = torch.nn.functional.pad(centred @ axes, (0, 3 - axes.shape[1]))
@@ -53,13 +53,13 @@ def code_colours(vectors: Tensor) -> Tensor:
 
 
 def token_maps(tokens: Tensor, shape: tuple[int, int], colours: Tensor, size: int) -> Tensor:
-    """Tokens (B, N) -> maps (B, 3, size, size) uint8 in which every code has its colour."""
+    """Tokens (B, N) -> maps (B, 3, size, size) uint8 that show each code in its colour."""
     picture = colours[tokens].reshape(len(tokens), *shape, 3).permute(0, 3, 1, 2)
     return torch.nn.functional.interpolate(picture.float(), size=(size, size), mode="nearest").to(torch.uint8)
 
 
 def dim_below(images: Tensor, keep: float) -> Tensor:
-    """Grey out the rows below the kept fraction, to show what a completion was given."""
+    """Grey out the rows below the fraction `keep`: the rest is what a completion was given."""
     shown = images.clone()
     cut = round(images.shape[2] * keep)
     shown[:, :, cut:] = (shown[:, :, cut:].float() * 0.12 + 200).to(torch.uint8)
@@ -73,7 +73,7 @@ def interleave(*parts: Tensor) -> Tensor:
 
 @contextmanager
 def panels(path: str | Path, columns: int, rows: int = 1, *, size: tuple[float, float] = (6, 3.4)) -> Iterator[Any]:
-    """Axes to draw into, an array (rows, columns) of panels of `size` inches each; on leaving, a PNG, atomically."""
+    """Matplotlib axes (rows, columns), `size` inches each; on leaving the context, writes them as a PNG, atomically."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Progress bars with ETA: a live bar on a terminal, sparse lines in a log file, nothing when quiet."""
+"""Progress with metrics and remaining time: a rich bar on a terminal, a line every 15 s in a log file."""
 
 import sys
 import time
@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
-LINE_EVERY_SECONDS = 15.0  # in a log file; a terminal gets a live bar instead
+LINE_EVERY_SECONDS = 15.0  # in a log file
 _state = {"quiet": False}
 
 
 def quiet(on: bool = True) -> None:
-    """Silence every bar from here on (tests, libraries that embed DiGIT)."""
+    """Turn all progress off (or on again): for tests and for programs that import DiGIT."""
     _state["quiet"] = on
 
 
@@ -43,23 +43,17 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bars
 
-            text, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
-            columns = (
-                text,
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                "ETA",
-                TimeRemainingColumn(),
-                metrics,
+            description, metrics = TextColumn("{task.description}"), TextColumn("{task.fields[metrics]}")
+            times = TimeElapsedColumn(), "ETA", TimeRemainingColumn()
+            self._bar = Bars(
+                description, BarColumn(), MofNCompleteColumn(), *times, metrics, console=Console(stderr=True)
             )
-            self._bar = Bars(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, metrics="")
         return self
 
     def update(self, advance: int = 1, **metrics: Any) -> None:
-        """Move on by `advance` and show the latest metrics."""
+        """Add `advance` to the finished units and show the latest metrics."""
         self.done += advance
         self.metrics.update(metrics)
         if self._bar is not None:
@@ -73,13 +67,12 @@ class Progress:
             return
         elapsed = time.monotonic() - self.started
         rate = (self.done - self.first) / elapsed if elapsed else 0.0
-        known = self.total is not None and rate > 0
-        eta = f"  ETA {format_duration((self.total - self.done) / rate)}" if known else ""
-        of = f"/{self.total}" if self.total is not None else ""
-        took = format_duration(elapsed)
-        sys.stderr.write(
-            f"{self.description}: {self.done}{of} in {took}{eta}  {format_metrics(self.metrics)}".rstrip() + "\n"
-        )
+        total, eta = "", ""
+        if self.total is not None:
+            total = f"/{self.total}"
+            eta = f"  ETA {format_duration((self.total - self.done) / rate)}" if rate > 0 else ""
+        count = f"{self.description}: {self.done}{total} in {format_duration(elapsed)}{eta}"
+        sys.stderr.write(f"{count}  {format_metrics(self.metrics)}".rstrip() + "\n")
         sys.stderr.flush()
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:

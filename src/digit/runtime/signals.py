@@ -1,4 +1,4 @@
-"""Stopping on request: SIGINT, SIGTERM and SIGUSR1 let the work at hand finish and be saved; nothing is lost."""
+"""SIGINT, SIGTERM and SIGUSR1 ask the work to stop: it finishes its current unit, saves and ends."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from typing import Any, Self
 from digit.errors import Stopped
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-ECHO_SECONDS = 2.0  # a launcher passes on the Ctrl-C that its processes got from the terminal too
+ECHO_SECONDS = 2.0  # a launcher forwards the Ctrl-C that its processes already got from the terminal
 
 
 class StopSignals:
-    """Within the context the signals ask for a stop, and `asked` tells; a second SIGINT interrupts at once.
+    """A context in which a signal sets `asked` instead of ending the process; a second SIGINT interrupts at once.
 
         with StopSignals() as signals:
             for batch in work:
@@ -25,20 +25,20 @@ class StopSignals:
                     save()
                     raise Stopped("...")
 
-    Batch systems send SIGTERM, or what was agreed with them (Slurm's --signal), some time before they kill.
+    Batch systems send SIGTERM, or the signal that the user chose (Slurm's --signal), some time before they kill.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.when = 0.0
+        self.received_at = 0.0
 
     @property
     def asked(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal arrived."""
         return self.received is not None
 
     def __enter__(self) -> Self:
-        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
         self.previous = {number: signal.signal(number, self._receive) for number in SIGNALS if main}
         return self
 
@@ -47,21 +47,21 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        echo = "RANK" in os.environ and time.monotonic() - self.when < ECHO_SECONDS
+        echo = "RANK" in os.environ and time.monotonic() - self.received_at < ECHO_SECONDS
         if self.asked and number == signal.SIGINT and not echo:
             raise KeyboardInterrupt
         if not self.asked:
-            self.received, self.when = number, time.monotonic()
+            self.received, self.received_at = number, time.monotonic()
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within it SIGTERM and SIGUSR1 raise Stopped where no StopSignals waits for them; there nothing is lost."""
+    """A context in which SIGTERM and SIGUSR1 raise Stopped, except inside a StopSignals, which handles them itself."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("stopped", together=False)
 
-    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    main = threading.current_thread() is threading.main_thread()  # Python sets handlers only there
     numbers = [number for number in SIGNALS if number != signal.SIGINT and main]
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:

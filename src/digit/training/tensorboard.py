@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written in the caller's thread.
+"""Writes TensorBoard event files in the caller's thread, with tensorboard's own record writer and messages.
 
-`torch.utils.tensorboard.SummaryWriter` writes from a thread of its own: where the disk fills up that thread prints a
-traceback and dies, and what it had not written yet is lost to a kill. The format is the same: a record an event.
+`torch.utils.tensorboard.SummaryWriter` writes the same format from a second thread: a kill loses the queued points, and
+on a full disk the thread prints a traceback and the caller learns of it several points later (docs/libraries.md).
 """
 
 import os
@@ -12,10 +12,10 @@ from typing import Any, Self
 
 
 class TensorBoardWriter:
-    """Curves of one run in a folder, within a context. Raises OSError where the disk fails.
+    """A context that writes the curves of one run to a folder. Raises OSError where the disk fails.
 
     Args:
-        purge_step: what TensorBoard knows of this step and later ones is from before an interruption; it forgets it.
+        purge_step: TensorBoard drops the earlier points of this step and later ones: an interrupted run repeats them.
 
     Raises ImportError where tensorboard is not installed.
     """
@@ -41,14 +41,14 @@ class TensorBoardWriter:
         self._file.close()
 
     def add(self, metrics: dict[str, float], step: int) -> None:
-        """One point of each curve."""
+        """Write one point of each curve."""
         values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(step=step, summary=self._summaries.Summary(value=values))
 
     def sync(self) -> None:
-        """On the disk, not only on its way there."""
+        """Flush the points to the disk."""
         os.fsync(self._file.fileno())
 
     def _write(self, **fields: Any) -> None:
         self._records.write(self._events.Event(wall_time=time.time(), **fields).SerializeToString())
-        self._file.flush()  # a kill loses nothing
+        self._file.flush()  # so that a kill loses no point

@@ -1,0 +1,44 @@
+"""One folder answers one request: the settings, data and weights that decide a result. Any other request is refused."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from digit.errors import MismatchError
+from digit.runtime.files import differences
+
+MAX_SHOWN = 80  # characters of a value in an error
+HASH_SHOWN = 12  # hex digits of a SHA-256 in an error
+
+
+def require_same_request(
+    path: str | Path,
+    existing: Any,
+    requested: Mapping[str, Any],
+    advice: str,
+    ignore: Callable[[str], object] | None = None,
+) -> None:
+    """Raise MismatchError where `path` was made with other settings than `requested`; name one, its old and new value.
+
+    Both requests are nested dictionaries as JSON gives them back (see `files.plain`).
+
+    Args:
+        existing: the request that the folder or file records. Anything but a dictionary has no setting in common.
+        requested: the request of this command.
+        advice: the next step, such as "choose another --out, or the old setting".
+        ignore: says of a setting's dotted name (`train.log_every`) whether it may differ; a set's `__contains__` or a
+            pattern's `fullmatch` will do.
+    """
+    existing = existing if isinstance(existing, Mapping) else {}
+    for name, old, new in differences(existing, requested):
+        if ignore is None or not ignore(name):
+            raise MismatchError(f"{path} was made with {name} = {shown(old)}, now asked for {shown(new)}: {advice}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: hashes and long lists are cut short."""
+    text = str(value)
+    if re.fullmatch("[0-9a-f]{64}", text):
+        return text[:HASH_SHOWN]
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
