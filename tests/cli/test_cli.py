@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_the_drawing_goes_on(capsys, run_folder, tmp
 def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_path):
     command = ["sample", "--from", str(run_folder), "--out", str(tmp_path), "--num"]
     assert main([*command, "2"]) == 0 and main([*command, "2"]) == 0
-    assert "images drawn with num = 2, now asked for 3: choose another --out" in fails(capsys, *command, "3")
+    assert "was made with num = 2, now asked for 3: choose another --out" in fails(capsys, *command, "3")
 
 
 def test_labels_are_numbers_or_names():

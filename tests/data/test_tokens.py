@@ -20,6 +20,7 @@ from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.runtime import files
+from digit.runtime.request import shown
 
 SMALL = PreprocessConfig(image_size=8, encoder_size=8)
 FILES = ["discriminative.npy", "labels.npy", "manifest.json", "vq.npy"]
@@ -256,7 +257,7 @@ def test_another_request_is_refused_with_both_values(tmp_path, finished, change,
     before = contents(tmp_path / "t")
     with pytest.raises(MismatchError) as error:
         write(tmp_path / "t", **change)
-    assert f"{name} = {here}, now asked for {asked}" in str(error.value) and "\n" not in str(error.value)
+    assert f"{name} = {shown(here)}, now asked for {shown(asked)}" in str(error.value) and "\n" not in str(error.value)
     assert contents(tmp_path / "t") == before
 
 

@@ -344,12 +344,12 @@ def test_a_finished_store_holds_checksums(tmp_path):
 
 def test_json_that_is_no_file_or_without_end(tmp_path):
     (tmp_path / "zero.json").symlink_to("/dev/zero")
-    refused(lambda: read_json(tmp_path / "zero.json"), "no ordinary file")
-    refused(lambda: read_json(tmp_path), "no ordinary file")
+    refused(lambda: read_json(tmp_path / "zero.json"), "not a regular file")
+    refused(lambda: read_json(tmp_path), "not a regular file")
     (tmp_path / "deep.json").write_text("[" * 10**5)
     refused(lambda: read_json(tmp_path / "deep.json"), "deep.json")
     (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
-    refused(lambda: load_tensors(tmp_path / "zero.safetensors"), "no ordinary file")
+    refused(lambda: load_tensors(tmp_path / "zero.safetensors"), "not a regular file")
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_from_json_gives_back_what_was_saved():
         ({"count": "1"}, "count"),
         ({"count": 1.0}, "count"),
         ({"count": True}, "count"),
-        ({"count": 2**63}, "past all use"),
+        ({"count": 2**63}, "beyond 64 bits"),
         ({"count": 1, "inner": []}, "inner"),
         ({"count": 1, "inner": {"kind": "c"}}, "inner: kind"),
         ({"count": 1, "inner": {"rate": "x"}}, "inner: rate"),

@@ -23,11 +23,12 @@ import numpy as np
 
 from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore
-from digit.errors import DigitError, MismatchError, Stopped
+from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
 from digit.runtime.files import disk_errors, plain, read_json, remove_leftovers, write_json
 from digit.runtime.ledger import Ledger, Spans, collect, discard
 from digit.runtime.progress import Progress
+from digit.runtime.request import require_same_request
 from digit.runtime.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -184,14 +185,6 @@ def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
     return {"grid": list(tokenizer.grid), "length": int(np.prod(tokenizer.grid)), "vocab_size": tokenizer.vocab_size}
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, entry in value.items():
-            yield from _leaves(entry, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
-
-
 class _Writer:
     """The files of one unfinished store and what is known of them. A journal only ever names rows that are on the disk.
 
@@ -254,13 +247,10 @@ class _Writer:
         return self.ledger
 
     def _compare(self, here: Any) -> None:
-        known, asked = dict(_leaves(here)), dict(_leaves(self.request))
-        for name in asked:
-            if name != "source.name" and known.get(name) != asked[name]:  # a path as typed; the fingerprint decides
-                raise MismatchError(
-                    f"tokens in {self.folder} were made with {name} = {known.get(name)}, now asked for {asked[name]}: "
-                    "choose another folder, or the old setting"
-                )
+        existing = {name: here.get(name) for name in self.request} if isinstance(here, dict) else {}  # not rows, crc32
+        advice = "choose another folder, or the old setting"
+        # source.name is a path as typed; the fingerprint decides
+        require_same_request(self.folder, existing, self.request, advice, ignore={"source.name"}.__contains__)
 
     def __enter__(self) -> "_Writer":
         if not self.ledger.complete:

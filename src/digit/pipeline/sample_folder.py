@@ -14,7 +14,6 @@ the batch size, whoever draws them.
 """
 
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from digit import __version__
 from digit.data.rows import ArrayFile
-from digit.errors import DigitError, MismatchError, Stopped
+from digit.errors import DigitError, Stopped
 from digit.pipeline.batch import SampleBatch
 from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
 from digit.pipeline.sample_journal import (
@@ -47,15 +46,15 @@ from digit.pipeline.sample_journal import (
     void,
 )
 from digit.runtime import distributed, plots
-from digit.runtime.files import atomic_path, differences, plain, sha256_tensors, write_json
+from digit.runtime.files import atomic_path, plain, sha256_tensors, write_json
 from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
+from digit.runtime.request import require_same_request
 from digit.runtime.signals import StopSignals
 
 GRID_IMAGES = 256  # the first so many go into grid.png
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
 WAITING = 1  # batches that may be in the writers' hands while another is drawn
-SHOWN_DIGITS, SHOWN_LETTERS = 12, 60  # of a hash, of any other value in a message
 
 
 def sample(
@@ -151,7 +150,7 @@ def settle_request(
         cfg = pipe.sized(cfg)
         request = describe_request(pipe, num, labels, seed, cfg)
         if there is not None:
-            refuse_other(folder, there, request)
+            require_same_request(folder, there, request, f"{OTHER_FOLDER}, or the old setting")
     except DigitError:
         if not overwrite:
             raise
@@ -183,23 +182,6 @@ def describe_request(
             "device": pipe.device.type,
         }
     )
-
-
-def refuse_other(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise MismatchError that names a setting with both values where two requests differ."""
-    for name, here, wanted in differences(there, asked):
-        raise MismatchError(
-            f"{folder} holds images drawn with {name} = {shown(here)}, now asked for {shown(wanted)}: "
-            f"{OTHER_FOLDER}, or the old setting"
-        )
-
-
-def shown(value: Any) -> str:
-    """A value in a message: hashes and long lists cut short."""
-    text = str(value)
-    if re.fullmatch("[0-9a-f]{64}", text):
-        return text[:SHOWN_DIGITS]
-    return text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]} ..."
 
 
 # -------------------------------------------------------------------- files

@@ -19,7 +19,7 @@ from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, hold_out, open_source
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError
 from digit.evaluation.cache import pipeline_key, remember, request_key
 from digit.evaluation.features import fingerprint
 from digit.evaluation.networks import load_judge_network
@@ -28,10 +28,11 @@ from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
-from digit.runs.fit import RESULTS, Run, differences, merged
+from digit.runs.fit import RESULTS, Run, merged
 from digit.runs.recipes import Recipe
 from digit.runtime.files import plain, read_json, write_json
 from digit.runtime.hardware import choose_device
+from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
@@ -136,10 +137,7 @@ class Study:
         if not path.exists() or not any((self.out / "steps").glob("*.json")):  # nothing made yet: nothing to protect
             return
         here = merged(self.request, read_json(path))  # settings younger than the folder count as equal
-        for name, before, asked in differences(here, self.request):
-            raise MismatchError(
-                f"{self.out} was made with {name} = {before}, now asked for {asked}: choose another --out"
-            )
+        require_same_request(self.out, here, self.request, "choose another --out")
 
     def claim(self) -> None:
         """Write study.json: from here on the folder answers this request alone."""

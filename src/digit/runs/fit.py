@@ -37,6 +37,7 @@ from digit.runtime import distributed
 from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
+from digit.runtime.request import require_same_request
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
@@ -149,13 +150,8 @@ class Run:
             before = read_json(path)
             require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
-            for name, here, asked in differences(before, plain(wanted)):
-                if FREE_SETTING.fullmatch(name):
-                    continue
-                raise MismatchError(
-                    f"{self.out} was made with {name} = {here}, now asked for {asked}: "
-                    "choose another --out, or the old setting"
-                )
+            advice = "choose another --out, or the old setting"
+            require_same_request(self.out, before, plain(wanted), advice, ignore=FREE_SETTING.fullmatch)
         if not path.exists() or read_json(path) != plain(wanted):
             write_json(path, wanted)
 
@@ -278,11 +274,7 @@ class Run:
                 about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
             )  # fmt: skip
             distributed.on_main(lambda: self._save_model(model, folder, tokens))
-        for part, existing, requested in differences(read_json(folder / "tokens.json"), tokens):
-            raise MismatchError(
-                f"{folder} was trained on tokens of {part} {existing[:12]}, now {requested[:12]}: give that one, or "
-                f"delete {folder}"
-            )
+        require_same_request(folder, read_json(folder / "tokens.json"), tokens, f"give that one, or delete {folder}")
         return load_sequence_model(folder, "model").to(self.device)
 
     @staticmethod

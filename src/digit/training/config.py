@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError
 from digit.runtime.files import read_json, write_json
+from digit.runtime.request import require_same_request
 from digit.training.precision import ScaledPrecision
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
@@ -145,21 +146,8 @@ def check_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | No
     saved, current = read_json(path), describe_run(cfg, about)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("train", "about")):
         raise DigitError(f"{path} is not the config of a run: delete {Path(folder).parent} to begin again")
-    saved["train"] = describe_run(type(cfg)(), None)["train"] | renamed(saved["train"])  # defaults: newer settings
-    free = FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())
-    for part in ("train", "about"):
-        before, after = saved[part], current[part]
-        for name in sorted(set(before) | set(after)):
-            if before.get(name) != after.get(name) and not (part == "train" and name in free):
-                raise MismatchError(
-                    f"{name} was {before.get(name)!r} when the run in {Path(folder).parent} began and is "
-                    f"{after.get(name)!r} now: give the old value to go on, or choose another --out"
-                )
-
-
-def renamed(train: dict[str, Any]) -> dict[str, Any]:
-    """Saved settings under their present names: VQGAN training had `bf16`, true for auto and false for fp32."""
-    if "bf16" not in train:
-        return train
-    rest = {name: value for name, value in train.items() if name != "bf16"}
-    return {"precision": "auto" if train["bf16"] else "fp32"} | rest
+    saved["train"] = describe_run(type(cfg)(), None)["train"] | saved["train"]  # defaults of newer settings
+    free = {f"train.{name}" for name in FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())}
+    existing = {part: saved[part] for part in current}
+    advice = "give the old value to continue, or choose another --out"
+    require_same_request(Path(folder).parent, existing, current, advice, ignore=free.__contains__)

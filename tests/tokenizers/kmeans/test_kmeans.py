@@ -356,8 +356,8 @@ def test_the_state_of_another_fit_is_told_and_left(tmp_path, every_iteration, ca
     killed_in(4, x, cfg, UnfinishedFit(path, {"data": "here"}))
     before = path.read_bytes()
     for other, request, told in (
-        (cfg, "there", "data was here, is there"),
-        (replace(cfg, seed=1), "here", "kmeans.seed was 0, is 1"),
+        (cfg, "there", "data = here, now asked for there"),
+        (replace(cfg, seed=1), "here", "kmeans.seed = 0, now asked for 1"),
     ):
         path.write_bytes(before)
         caplog.clear()
@@ -367,7 +367,7 @@ def test_the_state_of_another_fit_is_told_and_left(tmp_path, every_iteration, ca
     caplog.clear()
     path.write_bytes(before)
     fewer = KMeans(cfg).fit(pieces(x[:-1], 70), unfinished=UnfinishedFit(path, {"data": "here"}))
-    assert "kmeans.points was 600, is 599" in caplog.text and fewer.num_points_ == 599
+    assert "kmeans.points = 600, now asked for 599" in caplog.text and fewer.num_points_ == 599
 
 
 # ---- nearest

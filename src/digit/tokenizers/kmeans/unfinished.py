@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from digit.errors import DigitError
-from digit.runtime.files import differences, load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
+from digit.errors import DigitError, MismatchError
+from digit.runtime.files import load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
+from digit.runtime.request import require_same_request
 from digit.tokenizers.kmeans.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,10 @@ class UnfinishedFit:
         except (DigitError, KeyError, TypeError, ValueError, OSError) as error:
             log.warning("%s is damaged (%s): k-means begins anew", self.path, error)
             return None
-        for name, here, asked in differences(request, self.request):
-            log.warning("%s is of another fit (%s was %s, is %s): k-means begins anew", self.path, name, here, asked)
+        try:
+            require_same_request(self.path, request, self.request, "k-means starts again")
+        except MismatchError as error:
+            log.warning("%s", error)
             return None
         return state
 
