@@ -82,7 +82,7 @@ def store(hashed: bool) -> dict[str, bytes | None]:
     arrays["labels"] = numbers.integers(-1, len(CLASSES), ROWS).astype("<i4")
     files: dict[str, bytes | None] = {f"{name}.npy": _npy(array) for name, array in arrays.items()}
     manifest: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "rows": ROWS,
         "crops_per_image": 1,
         "seed": 0,
