@@ -1,4 +1,4 @@
-"""A full-size stand-in for the authors' base checkpoints, and what converting and sampling it costs.
+"""Measures the cost of converting and sampling full-size stand-ins for the authors' base checkpoints.
 
     python bench/standin_release.py --out standin --num 4
 
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from digit.convert.fairseq import BLOCK, NUM_SPECIAL
-from digit.models.prior import prior_config
-from digit.models.renderer import renderer_config
 from digit.models.sequence import SequenceConfig
 from digit.models.vit import SIZES, ViT
 from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.runs.recipes import digit_base
 
 POSITIONS, CODES = 1026, 8192
+SIZES_OF_TOKENS = dict(discriminative_vocab_size=CODES, discriminative_len=256, vq_vocab_size=1024, vq_len=256)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for about 4 GB of files")
-    parser.add_argument("--num", type=int, default=4, help="images to draw")
+    parser.add_argument("--num", type=int, default=4, help="images to sample")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,15 @@ def measured(*command: object) -> dict[str, float]:
 
 
 def write(out: Path) -> None:
-    """stage1.pt and stage2.pt."""
+    """Writes stage1.pt and stage2.pt."""
     torch.manual_seed(0)
     encoder = {f"pretrained_encoder.{n}": t for n, t in ViT(SIZES["dinov2_vitb14_reg4"]).state_dict().items()}
     encoder["pretrained_encoder.mask_token"] = torch.zeros(1, 768)
     shared = encoder | {"centroids": torch.randn(768, CODES)}
     shared["centroid_norm"] = shared["centroids"].square().sum(0, keepdim=True)
-    prior, renderer = prior_config("base", vocab_size=CODES), renderer_config("base", prefix_vocab_size=CODES)
+    prior, renderer = (
+        digit_base().sequence_config(name, num_classes=0, **SIZES_OF_TOKENS) for name in ("prior", "renderer")
+    )
     save(out / "stage1.pt", decoder(prior) | shared, prior)
     vqgan = {f"vqgan.{n}": t for n, t in VQGAN(VQGANConfig()).state_dict().items()}
     save(out / "stage2.pt", decoder(renderer) | shared | vqgan, renderer)

@@ -279,7 +279,7 @@ class _Writer:
             )
 
     def write(self, row: int, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[str, Any]) -> None:
-        """Writes rows from `row` on of every array; `dropped`, (B,) bool, marks the rows of the unreadable images `bad`."""
+        """Writes rows from `row` on of every array; `dropped`, (B,) bool, marks the rows of the `bad` images."""
         for name, array in self.arrays.items():
             array.write(row, values[name])
         dropped_rows = Spans((row + int(place), row + int(place) + 1) for place in np.flatnonzero(dropped))
