@@ -62,7 +62,7 @@ def main() -> int:
     started, runs = time.monotonic(), []
     # each thread waits for one process; only one thread may fork
     with ThreadPoolExecutor(1 if args.short else args.workers) as pool:
-        references = dict(zip((w.name for w in works), pool.map(chaos.untouched, works), strict=True))
+        references = dict(zip((w.name for w in works), pool.map(chaos.uninterrupted, works), strict=True))
         requests = [
             (work, references[work.name], number, signal_sent)
             for work in works
@@ -101,8 +101,8 @@ class Chaos:
     def __init__(self, out: Path, starter: Starter, seed: int, kills: int):
         self.out, self.starter, self.seed, self.kills = out, starter, seed, kills
 
-    def untouched(self, work: Work) -> Reference:
-        return tiny_runs.untouched(work, self.out / f"{work.name}-whole", self.starter)
+    def uninterrupted(self, work: Work) -> Reference:
+        return tiny_runs.uninterrupted(work, self.out / f"{work.name}-whole", self.starter)
 
     def run(self, work: Work, reference: Reference, number: int, sent: signal.Signals) -> Run:
         """Starts, interrupts and resumes one run until it ends, then compares its result."""

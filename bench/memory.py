@@ -22,7 +22,7 @@ from tiny_runs import Sizes, Started, Work
 
 NUM = 10_000
 SAVE_EVERY = 500  # training steps
-WARM_UP = 5_000  # steps or images; the slope is measured from here, after the first full garbage collection at about 4,000 steps
+WARM_UP = 5_000  # steps or images; the slope starts after the first full garbage collection, at about 4,000
 FLAT = 0.5  # MiB per 1,000 steps or images; a run of 100,000 steps may grow by no more than 50 MiB
 LOOK_EVERY = 0.2  # seconds
 KINDS = {"train": "training steps", "sample": "sampled images"}

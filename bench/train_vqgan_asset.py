@@ -6,8 +6,9 @@
 Trains on shaded toy scenes (40 %), grocery photographs (30 %, windows of images whose short side is 64 to 96) and
 CIFAR-10 enlarged to 64 px (30 %); the batch is a function of the step. Every --save-every steps it writes the averaged
 weights and a grid of held-out originals and reconstructions, so that the weights are usable at any time. The bundled
-weights are from one run of this program whose length was changed on the way (`history` in src/digit/assets/vqgan64.json).
-Use one process per core: other load on the machine slows two processes of one thread less than one process of two.
+weights are from one run of this program whose length was changed on the way (`history` in
+src/digit/assets/vqgan64.json). Use one process per core: other load on the machine slows two processes of one thread
+less than one process of two.
 """
 
 from __future__ import annotations

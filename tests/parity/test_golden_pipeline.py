@@ -133,7 +133,10 @@ def test_other_encoders_say_what_they_are(golden, expected, tmp_path, name, fami
         ({"encoder": "vqgan.ckpt"}, "does not tell its encoder family: give --encoder_family"),
         ({"encoder": "mae_vit16.pth", "encoder_family": "dinov2"}, "holds mae weights, --encoder_family says dinov2"),
         ({"encoder": "dinov2_reg4.pth", "encoder_heads": 5}, "48 channels, 5 heads"),
-        ({"encoder": "dinov2_reg4.pth", "encoder_heads": None}, "none of the released sizes: give its number of attention heads, --encoder_heads"),
+        (
+            {"encoder": "dinov2_reg4.pth", "encoder_heads": None},
+            "none of the released sizes: give its number of attention heads, --encoder_heads",
+        ),
         ({"encoder": "dinov2_reg4.pth", "encoder_layer": 9}, "has no layer 9"),
         ({"vqgan": "vqgan.ckpt", "image_size": 9999}, "9999"),
         ({"codebook": "stage1.pt"}, "holds an archive, wanted floats"),
@@ -183,7 +186,7 @@ def test_every_tensor_is_accounted_for(golden, tmp_path):
     for change, message in (
         (lambda state: state.pop("decoder.layers.1.fc2.bias"), "decoder.layers.1.fc2.bias is missing"),
         (lambda state: state.update({"decoder.extra": torch.zeros(1)}), "unexpected tensors: decoder.extra"),
-        (lambda state: state.update({"other.extra": torch.zeros(1)}), "no known part: other.extra"),
+        (lambda state: state.update({"other.extra": torch.zeros(1)}), "unknown parts: other.extra"),
     ):
         path = changed(golden, "stage1.pt", tmp_path / "stage1.pt", change)
         with pytest.raises(DigitError, match=message):
@@ -334,10 +337,10 @@ def odd(state: dict, name: str, tensor: torch.Tensor) -> None:
         ("decoder.output_projection.weight", torch.ones(99, 64), "does not fit|missing"),
         ("decoder.layers.0.self_attn.k_proj.weight", torch.ones(64, 32), "differ in shape"),
         ("decoder.layers.0.fc1.bias", torch.tensor(1.0), "does not fit"),
-        ("decoder.layers.0.fc1.bias", torch.ones(128, dtype=torch.int64), "should be floating point"),
+        ("decoder.layers.0.fc1.bias", torch.ones(128, dtype=torch.int64), "should be floating-point"),
         ("decoder.layers.0.fc1.bias", torch.full((128,), float("nan")), "NaN or Inf"),
         ("centroids", torch.ones(3), "does not fit"),
-        ("centroids_extra", torch.ones(3), "no known part"),
+        ("centroids_extra", torch.ones(3), "unknown parts"),
         ("centroid_norm", torch.ones(3), "centroid_norm is"),
         ("pretrained_encoder.pos_embed", torch.ones(5), "does not fit|no ViT"),
         (5, torch.ones(5), "should be names of tensors"),
