@@ -93,7 +93,7 @@ def enter_namespace() -> int:
             allowed = subprocess.run([*unshare, "sh", "-c", probe], capture_output=True, text=True)
         except FileNotFoundError:
             say(
-                "skipped: `unshare` (util-linux) is not installed, which is needed to mount without changing the machine"
+                "skipped: `unshare` (util-linux) is not installed, which is needed to mount safely"
             )
             return CANNOT
         if allowed.returncode == 0:
@@ -211,7 +211,7 @@ def possible(names: list[str], out: Path) -> list[str]:
             kept.append(name)
         except (OSError, subprocess.CalledProcessError) as error:
             say(
-                f"{name}: skipped, not permitted on this machine ({' '.join(str(getattr(error, 'stderr', error)).split())})"
+                f"{name}: skipped, not permitted here ({' '.join(str(getattr(error, 'stderr', error)).split())})"
             )
     return kept
 
