@@ -1,11 +1,11 @@
-"""Ours beside its peers, in turn in one run: faiss, scikit-learn, transformers, Pillow.
+"""Compares DiGIT's speed with other libraries in one run: faiss, scikit-learn, transformers, Pillow.
 
     make env-bench && .venv/bin/python bench/compare.py            # all, about ten minutes on two cores
     .venv/bin/python bench/compare.py --only gpt2,dinov2 --json compare.json
 
-Same work on both sides: the same points, start and iterations; the same depth, width, vocabulary, length and batch; the
-same blocks and types; the same files. A peer that is not installed is named and left out. Peers run in this process, so
-with the same threads and the same allocator settings.
+Both sides do the same work: the same points, initialisation and iterations; the same depth, width, vocabulary, length
+and batch; the same blocks and dtypes; the same files. Libraries that are not installed are named and skipped. Both run
+in this process, with the same threads and allocator settings.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from digit.tokenizers.kmeans.points import open_points
 TOP_K = 200  # the paper's prior
 NO_TARGET = 0.0
 INERTIA_SLACK = 1.001  # within 0.1% of faiss
-MINIBATCH_PASSES, MINIBATCH_SIZE = 2, 4096  # scikit-learn: passes over the points, points of a batch
-# tokens/s of the released incremental decoding and of GPT-2 beside it, at the small shape, on a machine of this kind
+MINIBATCH_PASSES, MINIBATCH_SIZE = 2, 4096  # scikit-learn: passes over the points, points per batch
+# tokens/s of the released incremental decoding, and of GPT-2 measured beside it, at the size small on such a machine
 RELEASED = {"fp32": (823, 610), "bf16": (1589, 690)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One row: ours over the peer's, and what it should be at least."""
+    """One row: our speed over the peer's, and the least that it should be."""
 
     case: str
     peer: str
@@ -62,26 +62,26 @@ class Comparison:
     theirs: Timing
     target: float = NO_TARGET
     note: str = ""
-    holds: bool = True  # what else the target asks for
+    holds: bool = True  # whether the target's other condition holds
 
     @property
     def ratio(self) -> float:
-        """How many times as fast ours is."""
+        """Our speed / the peer's."""
         return self.theirs.over(self.ours)
 
     @property
     def verdict(self) -> str:
-        """yes or NO; nothing without a target."""
+        """yes or NO; empty without a target."""
         return "" if not self.target else ("yes" if self.ratio >= self.target and self.holds else "NO")
 
     def cells(self) -> tuple[str, ...]:
-        """For the table."""
+        """Returns the row of the table."""
         rates = (f"{number(self.count / t.median)} {self.unit}/s" for t in (self.ours, self.theirs))
-        wanted = f">= {self.target:g}" if self.target else ""
-        return (self.case, *rates, self.peer, f"{self.ratio:.2f}x", wanted, self.verdict, self.note)
+        target = f">= {self.target:g}" if self.target else ""
+        return (self.case, *rates, self.peer, f"{self.ratio:.2f}x", target, self.verdict, self.note)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the row of the JSON results."""
         more = {"ratio": self.ratio, "verdict": self.verdict, "ours": self.ours.seconds, "theirs": self.theirs.seconds}
         return {k: v for k, v in asdict(self).items() if k not in ("ours", "theirs", "holds")} | more
 
@@ -90,7 +90,7 @@ Rows = Iterator[Comparison]
 
 
 def compare_faiss(size: Size, device: torch.device, repeats: int) -> Rows:
-    """Lloyd's iterations from the same points, as many on both sides."""
+    """The same number of Lloyd iterations from the same initial centroids on both sides."""
     for points in size.points:
         yield faiss_row(points, device, min(repeats, kmeans.MAX_REPEATS))
 
@@ -100,7 +100,7 @@ def faiss_row(points: Points, device: torch.device, repeats: int) -> Comparison:
 
     x, fits = kmeans.random_points(points, device), {}
     start = open_points(x, kmeans.kmeans_config(points)).take_start()[: points.clusters].cpu().numpy()
-    table = x.cpu().numpy()
+    points_numpy = x.cpu().numpy()
 
     def theirs() -> None:
         fit = faiss.Kmeans(
@@ -110,7 +110,7 @@ def faiss_row(points: Points, device: torch.device, repeats: int) -> Comparison:
             max_points_per_centroid=points.num,
             min_points_per_centroid=1,
         )
-        fit.train(table, init_centroids=start)
+        fit.train(points_numpy, init_centroids=start)
         fits["theirs"] = torch.from_numpy(fit.centroids).to(device)
 
     times = run(partial(fit_ours, points, x, fits), theirs, repeats, device, warm_up=False)
@@ -138,41 +138,41 @@ def total_distance(x: Tensor, centroids: Tensor) -> float:
 
 
 def compare_sklearn(size: Size, device: torch.device, repeats: int) -> Rows:
-    """MiniBatchKMeans makes fewer and cheaper updates: points a second, with the inertia that they end at."""
+    """MiniBatchKMeans makes fewer and cheaper updates: points per second, with the inertia reached by both."""
     import sklearn
     from sklearn.cluster import MiniBatchKMeans
 
     points = replace(size.points[0], iterations=MINIBATCH_PASSES)
     x, fits = kmeans.random_points(points, device), {}
-    table = x.cpu().numpy()
+    points_numpy = x.cpu().numpy()
     start = open_points(x, kmeans.kmeans_config(points)).take_start()[: points.clusters].cpu().numpy()
     cfg = dict(n_clusters=points.clusters, init=start, n_init=1, batch_size=min(MINIBATCH_SIZE, points.num))
     cfg |= dict(max_iter=MINIBATCH_PASSES, max_no_improvement=None, tol=0.0, compute_labels=False)
 
     def theirs() -> None:
-        fits["theirs"] = torch.from_numpy(MiniBatchKMeans(**cfg).fit(table).cluster_centers_).float().to(device)
+        fits["theirs"] = torch.from_numpy(MiniBatchKMeans(**cfg).fit(points_numpy).cluster_centers_).float().to(device)
 
     times = run(partial(fit_ours, points, x, fits), theirs, min(repeats, 2), device, warm_up=False)
     share = total_distance(x, fits["ours"]) / total_distance(x, fits["theirs"])
-    named = dict(case=f"K-means {points.name}, {MINIBATCH_PASSES} passes", unit="points")
+    labels = dict(case=f"K-means {points.name}, {MINIBATCH_PASSES} passes", unit="points")
     peer, note = f"MiniBatchKMeans {sklearn.__version__}", f"inertia {share - 1:+.3%} of its"
-    yield Comparison(**named, peer=peer, count=points.num * points.iterations, **times, note=note)
+    yield Comparison(**labels, peer=peer, count=points.num * points.iterations, **times, note=note)
 
 
 def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
-    """The prior's decoding against GPT-2's `generate` with its cache, both drawing among the 200 likeliest."""
+    """The prior's sampling against GPT-2's `generate` with its cache, both with top-k 200."""
     import transformers
 
     cfg, targets = size.sequence_config("prior"), {"fp32": 1.5, "bf16": 2.5}
     for precision in size.precisions:
         dtype = PRECISIONS[precision]
-        draw = make_sampler(
+        sample = make_sampler(
             size.model("prior", device), StageSampling(top_k=TOP_K), precision=precision, micro_batch_size=size.batch
         )
-        times = run(partial(draw, range(size.batch)), gpt2(size, device, dtype), repeats, device)
+        times = run(partial(sample, range(size.batch)), gpt2(size, device, dtype), repeats, device)
         count = size.batch * cfg.target_len
-        ours, (released, beside) = count / times["ours"].median, RELEASED[precision]
-        scaled = ours / (count / times["theirs"].median * released / beside)
+        ours, (released, gpt2_then) = count / times["ours"].median, RELEASED[precision]
+        scaled = ours / (count / times["theirs"].median * released / gpt2_then)
         yield Comparison(
             case=f"prior {precision}",
             peer=f"transformers {transformers.__version__} GPT-2",
@@ -180,13 +180,13 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
             count=count,
             **times,
             target=targets[precision],
-            note=f"{scaled:.2f}x the released code, by its lead over GPT-2 elsewhere (>= 1.5)",
+            note=f"{scaled:.2f}x the released code, estimated from its speed relative to GPT-2 (>= 1.5)",
             holds=scaled >= 1.5,
         )
 
 
 def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """GPT-2 in the prior's shape, drawing as many tokens."""
+    """GPT-2 in the prior's shape, sampling as many tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     cfg = size.sequence_config("prior")
@@ -195,12 +195,14 @@ def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], T
     model = GPT2LMHeadModel(cfg).to(device, dtype).eval()
     start = torch.zeros(size.batch, 1, dtype=torch.int64, device=device)
     num = dict(max_new_tokens=cfg.target_len, min_new_tokens=cfg.target_len)
-    how = dict(attention_mask=torch.ones_like(start), do_sample=True, top_k=min(TOP_K, cfg.vocab_size), use_cache=True)
-    return partial(model.generate, start, **num, **how)
+    options = dict(
+        attention_mask=torch.ones_like(start), do_sample=True, top_k=min(TOP_K, cfg.vocab_size), use_cache=True
+    )
+    return partial(model.generate, start, **num, **options)
 
 
 def compare_dinov2(size: Size, device: torch.device, repeats: int) -> Rows:
-    """The same kept blocks in the same type, on the same images."""
+    """The same blocks in the same dtype, on the same images."""
     import transformers
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -220,12 +222,12 @@ def compare_dinov2(size: Size, device: torch.device, repeats: int) -> Rows:
                 model(pixel_values=part)
 
         times = run(ours[precision], theirs, repeats, device)
-        named = dict(case=f"ViT {size.vit_side} px {precision}", unit="images", count=size.encode_batch)
-        yield Comparison(**named, peer=f"transformers {transformers.__version__} Dinov2", **times, target=1.15)
+        labels = dict(case=f"ViT {size.vit_side} px {precision}", unit="images", count=size.encode_batch)
+        yield Comparison(**labels, peer=f"transformers {transformers.__version__} Dinov2", **times, target=1.15)
 
 
 def compare_pillow(size: Size, device: torch.device, repeats: int) -> Rows:
-    """JPEG files to crops: ours with its checks and a seeded crop, Pillow with the fewest calls that give as much."""
+    """JPEG files to crops: ours with its checks and a seeded crop, Pillow with the fewest calls for the same result."""
     files, cfg = read_files(None, size.num_images), PreprocessConfig()
 
     def ours() -> None:
@@ -250,7 +252,7 @@ def run(
     device: torch.device,
     warm_up: bool = True,
 ) -> dict[str, Timing]:
-    """Both in turn."""
+    """Times both, alternating."""
     return alternate({"ours": ours, "theirs": theirs}, repeats, device, warm_up=warm_up)[0]
 
 
@@ -265,14 +267,14 @@ HEAD = ("case", "ours", "peer's", "peer", "ours / peer", "target", "", "")
 
 
 def main() -> int:
-    """Print a row as soon as it is there; returns the exit code."""
+    """Prints each row when it is measured. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
     parser.add_argument("--size", default=None, help="small (default on a CPU), base (default on a GPU) or micro")
-    parser.add_argument("--precision", default=None, help="fp32 or bf16 alone")
+    parser.add_argument("--precision", default=None, help="fp32 or bf16 (default: the size's own)")
     parser.add_argument("--device", default=None, help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=None, help="timed rounds after the warm-up")
-    parser.add_argument("--json", default=None, help="file for all figures")
+    parser.add_argument("--json", default=None, help="file for all measurements")
     args = parser.parse_args()
     try:
         compare(args)
@@ -283,7 +285,7 @@ def main() -> int:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Every chosen comparison whose peer is installed."""
+    """Runs every chosen comparison whose peer is installed."""
     chosen = args.only.split(",")
     if unknown := [name for name in chosen if name not in PEERS]:
         raise DigitError(f"no comparison named {unknown[0]}: choose some of {','.join(PEERS)}")
@@ -296,15 +298,15 @@ def compare(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     size = get_size(args.size, device, args.precision)
     if not args.precision and not multiplies_bf16(device):
-        sys.stdout.write("this machine emulates bf16: expect nothing of it\n")
+        sys.stdout.write("this machine emulates bf16: its bf16 speeds mean little\n")
     rows: list[Comparison] = []
     say_row(HEAD)
     for name in chosen:
-        package, compared = PEERS[name]
+        package, compare_with = PEERS[name]
         if find_spec(package) is None:
             sys.stdout.write(f"{name}: {package} is not installed (make env-bench); left out\n")
             continue
-        for row in compared(size, device, args.repeats or size.repeats):
+        for row in compare_with(size, device, args.repeats or size.repeats):
             rows.append(row)
             say_row(row.cells())
     if args.json:

@@ -1,18 +1,18 @@
-"""Take the disk away from under a running command, in four ways, and see what the command says and leaves.
+"""Makes the disk of a running command fail in four ways, and checks what the command prints and leaves.
 
-    make chaos                                   # after bench/chaos.py; Linux, and the right to mount
-    python bench/disk_faults.py --short          # what the tests run: seconds
+    make chaos                                   # after bench/chaos.py; needs Linux and permission to mount
+    python bench/disk_faults.py --short          # seconds; the tests run this
 
 full      the disk fills up to the last byte
-readonly  a read-only view is mounted over it: whatever is opened from then on is refused
-device    the file system meets an error and makes itself read-only: files that are open are refused too
-power     the power fails: whatever was not synced is lost, and the disk answers no more
+readonly  a read-only view is mounted over it: files can no longer be opened for writing
+device    the file system meets an error and becomes read-only: writes to open files fail too
+power     the power fails: data that was not synced is lost, and the disk stops responding
 
-The runs lie on a disk of their own in a mount namespace of their own (`unshare`), a tmpfs or, for the last two, which
-only root may do, ext4 on a loop device; so nothing else is touched and everything is gone at the end. The fault comes
-at a random moment. The command must end with exit code 2 and one line that begins with `digit: `, and so must the same
-command once more while nothing has changed; every finished file must be as it was (device, power: as far as it was
-synced); and once the disk is well the same command must end with what an undisturbed one leaves.
+The runs use a separate disk in a separate mount namespace (`unshare`): a tmpfs or, for the last two faults, which need
+root, ext4 on a loop device. Nothing else is affected, and everything is gone at the end. The fault happens at a random
+moment. The command must end with exit code 2 and one line that begins with `digit: `, and so must the same command
+again while the fault lasts. Every finished file must be unchanged (device, power: if it was synced). Once the disk is
+repaired, the same command must finish with the result of an uninterrupted run.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from typing import Self
 import tiny_runs
 from tiny_runs import SHORT, Reference, Sizes, Started, Starter, Work
 
-INSIDE = "DIGIT_BENCH_NAMESPACE"  # set within the namespace
-CANNOT = 77  # exit code where nothing may be mounted here; what test runners take for "skipped"
+INSIDE = "DIGIT_BENCH_NAMESPACE"  # set inside the namespace
+CANNOT = 77  # exit code if mounting is not permitted; test runners read it as "skipped"
 DISK_BYTES = 48 * 2**20
 EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2  # linux/fs/ext4/ext4.h
 SECONDS_TO_NOTICE = 120.0
 ATTEMPTS = 4
-GROWING = re.compile(r".*\.jsonl|.*\.partial\.npy|journal\.json|events\.out\..*|\..*")  # a run goes on writing them
-PROGRESS = re.compile(r"[^:]+: \d+(/\d+)? in [\d:]+.*")  # what a bar leaves in a file
+GROWING = re.compile(r".*\.jsonl|.*\.partial\.npy|journal\.json|events\.out\..*|\..*")  # files that a run keeps writing
+PROGRESS = re.compile(r"[^:]+: \d+(/\d+)? in [\d:]+.*")  # a progress bar's lines in a file
 
 
 def main() -> int:
@@ -61,8 +61,8 @@ def main() -> int:
     every = [(work, fault, number) for work in works for fault in faults for number in range(args.runs)]
     trials = [bench.trial(*each) for each in every]
     for work, fault in dict.fromkeys((t.work, t.fault) for t in trials):
-        mine = [t for t in trials if (t.work, t.fault) == (work, fault)]
-        say(f"{work:<10}{fault:<10}{sum(bool(t.said) and not t.wrong for t in mine)} of {len(mine)}")
+        own = [t for t in trials if (t.work, t.fault) == (work, fault)]
+        say(f"{work:<10}{fault:<10}{sum(bool(t.said) and not t.wrong for t in own)} of {len(own)}")
     return int(any(t.wrong or not t.said for t in trials))
 
 
@@ -72,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="train,tokenize,codebook,sample", help="commands, separated by commas")
     parser.add_argument("--faults", default="full,readonly,device,power", help="faults, separated by commas")
     parser.add_argument("--runs", type=int, default=3, help="runs of each command and fault")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--short", action="store_true", help="short commands, started as copies of this process")
     return parser.parse_args()
 
@@ -86,13 +86,13 @@ def say(text: str) -> None:
 
 
 def enter_namespace() -> int:
-    """Run this program again where it may mount; says so and returns CANNOT where there is no such place."""
+    """Runs this program again where it may mount. Prints why and returns CANNOT if it may not."""
     probe = f"mount -t tmpfs -o size=64k tmpfs {tempfile.gettempdir()}"
     for unshare in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         try:
             allowed = subprocess.run([*unshare, "sh", "-c", probe], capture_output=True, text=True)
         except FileNotFoundError:
-            say("skipped: no `unshare` here (util-linux), so nothing can be mounted without touching the machine")
+            say("skipped: `unshare` (util-linux) is not installed, which is needed to mount safely")
             return CANNOT
         if allowed.returncode == 0:
             again = [*unshare, sys.executable, *sys.argv]
@@ -102,14 +102,14 @@ def enter_namespace() -> int:
 
 
 def system(*words: str | Path) -> str:
-    """Output of a system command. Raises CalledProcessError where it fails."""
+    """Returns the output of a system command. Raises CalledProcessError if it fails."""
     return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True).stdout
 
 
 class Fault:
-    """A disk at `folder` and what may happen to it: within `with fault:` the disk is mounted."""
+    """A disk at `folder` and one fault of it. The disk is mounted within `with fault:`."""
 
-    synced_only = False  # what was not synced is lost
+    synced_only = False  # whether data that was not synced is lost
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -120,20 +120,20 @@ class Fault:
         return self
 
     def strike(self) -> None:
-        """Bring the fault about."""
+        """Makes the fault happen."""
 
     def renew(self) -> None:
-        """See to it that it is as bad as before."""
+        """Restores the fault before the retry."""
 
-    def mend(self) -> None:
-        """Make the disk usable again."""
+    def repair(self) -> None:
+        """Makes the disk usable again."""
 
     def __exit__(self, *_: object) -> None:
         system("umount", self.folder)
 
 
 class Full(Fault):
-    """Not one more byte fits."""
+    """The disk is full to the last byte."""
 
     def strike(self) -> None:
         with open(self.folder / "ballast", "ab", buffering=0) as file:
@@ -142,25 +142,25 @@ class Full(Fault):
                     while file.write(bytes(size)) == size:
                         pass
 
-    renew = strike  # what has been given back since
+    renew = strike  # refills space that was freed since
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         (self.folder / "ballast").unlink()
 
 
 class ReadOnly(Fault):
-    """Nothing can be opened for writing, made, renamed or removed; the kernel leaves open files alone."""
+    """Nothing can be opened for writing, created, renamed or removed; open files stay writable."""
 
     def strike(self) -> None:
         system("mount", "--bind", self.folder, self.folder)
         system("mount", "-o", "remount,bind,ro", self.folder)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         system("umount", self.folder)
 
 
 class Device(Fault):
-    """ext4 that meets an error and is set to become read-only then."""
+    """ext4 that meets an error and then becomes read-only."""
 
     synced_only = True
 
@@ -180,14 +180,14 @@ class Device(Fault):
         device = Path(system("findmnt", "--noheadings", "--output", "SOURCE", self.folder).strip())
         Path("/sys/fs/ext4", device.name, "trigger_fs_error").write_text("bench")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         system("umount", self.folder)
-        subprocess.run(["e2fsck", "-f", "-y", str(self.image)], capture_output=True)  # its exit code tells of repairs
+        subprocess.run(["e2fsck", "-f", "-y", str(self.image)], capture_output=True)  # its exit code reports repairs
         self._mount()
 
 
 class Power(Device):
-    """ext4 that is shut down without writing what waits in memory."""
+    """ext4 that is shut down without writing the data still in memory."""
 
     def strike(self) -> None:
         handle = os.open(self.folder, os.O_RDONLY)
@@ -199,13 +199,13 @@ FAULTS: dict[str, type[Fault]] = {"full": Full, "readonly": ReadOnly, "device": 
 
 
 def possible(names: list[str], out: Path) -> list[str]:
-    """Those of the faults that this machine lets happen; says which it does not."""
+    """Selects the faults that can be made on this machine, and prints which cannot."""
     kept = []
     for name in names:
         try:
             with FAULTS[name](out / "probe") as fault:
                 fault.strike()
-                fault.mend()
+                fault.repair()
             kept.append(name)
         except (OSError, subprocess.CalledProcessError) as error:
             say(f"{name}: skipped, not permitted here ({' '.join(str(getattr(error, 'stderr', error)).split())})")
@@ -217,7 +217,7 @@ def possible(names: list[str], out: Path) -> list[str]:
 
 @dataclass
 class Trial:
-    """What a fault did to one run, and what the command said."""
+    """One fault of one run: the command's message, and what went wrong."""
 
     work: str
     fault: str
@@ -227,17 +227,17 @@ class Trial:
 
 
 class Trials:
-    """Trials in a folder; each work runs undisturbed once."""
+    """Trials in a folder; each command also runs uninterrupted once."""
 
     def __init__(self, out: Path, starter: Starter, seed: int):
         self.out, self.starter, self.seed = out, starter, seed
         self.whole: dict[str, Reference] = {}
 
     def trial(self, work: Work, fault: str, number: int) -> Trial:
-        """Start, disturb, look, go on, compare; sooner where the command was done before the fault."""
+        """Starts, disturbs, resumes and compares one run; tries earlier if it ended before the fault."""
         rng = random.Random(f"{self.seed} {work.name} {fault} {number}")
         if work.name not in self.whole:
-            self.whole[work.name] = tiny_runs.untouched(work, self.out / f"{work.name}-whole", self.starter)
+            self.whole[work.name] = tiny_runs.uninterrupted(work, self.out / f"{work.name}-whole", self.starter)
         whole = self.whole[work.name]
         seconds = rng.uniform(0.3, 0.9) * whole.length
         for attempt in range(ATTEMPTS):
@@ -246,32 +246,32 @@ class Trials:
                 self._disturb(done, work, disk, seconds / 2**attempt)
             if done.said:
                 break
-        say(f"{work.name} {fault} {number}: {'; '.join(done.wrong) or 'stood it'} | {done.said or 'never hit'}")
+        say(f"{work.name} {fault} {number}: {'; '.join(done.wrong) or 'passed'} | {done.said or 'no fault happened'}")
         return done
 
     def _disturb(self, done: Trial, work: Work, disk: Fault, seconds: float) -> None:
-        run, told = disk.folder / "run", self.out / f"{done.work}-{done.fault}-{done.number}"
+        run, output = disk.folder / "run", self.out / f"{done.work}-{done.fault}-{done.number}"
         words = work.words(run)
-        process = self.starter(words, told.with_suffix(".first"))
+        process = self.starter(words, output.with_suffix(".first"))
         time.sleep(seconds)
         disk.strike()
         before = {} if disk.synced_only else finished(run)
         self._ends(process, done)
-        if process.wait() == 0:  # it was done already: nothing is learnt
+        if process.wait() == 0:  # it ended before the fault: this attempt does not count
             done.said, done.wrong = "", []
-            return disk.mend()
+            return disk.repair()
         disk.renew()
-        self._ends(self.starter(words, told.with_suffix(".again")), done)
+        self._ends(self.starter(words, output.with_suffix(".again")), done)
         done.wrong += touched(before, finished(run)) if before else []
-        disk.mend()
-        last = self.starter(words, told.with_suffix(".last"))
+        disk.repair()
+        last = self.starter(words, output.with_suffix(".last"))
         if code := last.wait():
-            done.wrong.append(f"exit code {code} once the disk is well: {last.stderr[-300:]}")
-        elif (found := tiny_runs.difference(work.result(run), self.whole[work.name].result)) is not None:
-            done.wrong.append(found)
+            done.wrong.append(f"exit code {code} once the disk was repaired: {last.stderr[-300:]}")
+        elif (fault := tiny_runs.difference(work.result(run), self.whole[work.name].result)) is not None:
+            done.wrong.append(fault)
 
     def _ends(self, process: Started, done: Trial) -> None:
-        """It must end with code 2 and one line."""
+        """Checks that the command ends with exit code 2 and one line."""
         until = time.monotonic() + SECONDS_TO_NOTICE
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
@@ -285,13 +285,13 @@ class Trials:
 
 
 def finished(run: Path) -> dict[str, str]:
-    """{file: SHA-256} of the files that are whole."""
+    """{file: SHA-256} of the finished files."""
     whole = [path for path in tiny_runs.files(run) if not any(map(GROWING.fullmatch, path.relative_to(run).parts))]
     return {str(path.relative_to(run)): tiny_runs.sha256(path) for path in whole}
 
 
 def touched(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """A fault a file that is gone or another one."""
+    """Returns a fault for each file that is gone or has changed."""
     return [f"{name} {'changed' if name in after else 'is gone'}" for name in before if after.get(name) != before[name]]
 
 

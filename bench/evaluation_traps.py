@@ -1,8 +1,8 @@
-"""What each trap of docs/evaluation.md costs, on rendered scenes and EfficientNet-Lite2: a table on stdout.
+"""Measures how each pitfall of docs/evaluation.md changes the distance, on rendered scenes with EfficientNet-Lite2.
 
-    python bench/evaluation_traps.py            # two minutes on one core; features are kept in the cache
+    python bench/evaluation_traps.py            # a table on stdout; two minutes on one core, features are cached
 
-Reference and samples are two draws of 1,000 scenes of 64 px from one distribution, so the distance of many would be 0.
+Reference and samples are two sets of 1,000 scenes of 64 px from one distribution; of many more the distance would be 0.
 """
 
 import io
@@ -47,13 +47,13 @@ def scenes(seed: int) -> Tensor:
     return open_images(f"shapes:num={NUM},size={SIDE},seed={seed}").pixels(range(NUM), None)
 
 
-def shrink(images: Tensor, **how: str | bool) -> Tensor:
-    """Half the side, uint8."""
-    return F.interpolate(images.float(), size=SIDE // 2, **how).round().clamp(0, 255).to(torch.uint8)
+def shrink(images: Tensor, **kwargs: str | bool) -> Tensor:
+    """Resizes to half the side, uint8."""
+    return F.interpolate(images.float(), size=SIDE // 2, **kwargs).round().clamp(0, 255).to(torch.uint8)
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Written and read again."""
+    """Encodes as JPEG and decodes again."""
     arrays = []
     for image in images:
         file = io.BytesIO()

@@ -1,9 +1,10 @@
-"""The program that made src/digit/assets/vqgan64_shapes.safetensors: the carried 64 px VQGAN, tuned to rendered shapes.
+"""Makes src/digit/assets/vqgan64_shapes.safetensors: the bundled 64 px VQGAN, fine-tuned on rendered shapes.
 
     torchrun --nproc-per-node 2 bench/finetune_shapes_vqgan.py --out runs/vqgan64_shapes
 
-Starts from vqgan64, trains on scenes of `shapes:num=6000,size=64,seed=0`, and writes weights, description and a grid of
-held-out scenes (seed 1) above their reconstructions. Two processes of one thread are faster than one of two on CPUs.
+Starts from vqgan64, trains on scenes of `shapes:num=6000,size=64,seed=0`, and writes weights, description, metrics and
+a grid of held-out scenes (seed 1) above their reconstructions. On CPUs, two processes of one thread are faster than one
+process of two.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--num-steps", type=int, default=1800)
-    parser.add_argument("--start", default="vqgan64", help="carried VQGAN to start from")
+    parser.add_argument("--start", default="vqgan64", help="bundled VQGAN to start from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     distributed.start("cpu")
@@ -37,7 +38,7 @@ def main() -> None:
         perceptual_weight=1.0, perceptual_crop=0, adversarial_weight=0.1, adversarial_start=args.num_steps * 2 // 3,
         save_every=300,
     )  # fmt: skip
-    # the features that name things, not a VGG's textures: shapes must stay recognisable through 64 tokens
+    # perceptual loss on classifier features, not VGG's textures: shapes must stay recognisable through 64 tokens
     lite0 = load_encoder(EncoderConfig(name="efficientnet_lite0", layer="pooled", input_size=128)).net
     scenes, held_out = (read(ShapesSource(num=n, size=64, seed=s)) for n, s in ((NUM_SCENES, 0), (256, 1)))
 
@@ -60,7 +61,7 @@ def main() -> None:
             "held_out": {"shapes": metrics},
         }
         save_asset(vqgan, args.out / "vqgan64_shapes", about)
-        write_json(args.out / "figures.json", metrics)
+        write_json(args.out / "metrics.json", metrics)
         shown = held_out[:40]
         output = vqgan.decode_tokens(vqgan.encode(shown.float() / 255)[1]).detach().clamp(0, 1).mul(255).round().byte()
         rows = [part for pair in zip(shown.split(10), output.split(10), strict=True) for part in pair]
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def read(source: ShapesSource) -> torch.Tensor:
-    """Every scene, uint8 (n, 3, 64, 64)."""
+    """Renders every scene: uint8 (n, 3, 64, 64)."""
     return torch.from_numpy(np.stack([np.asarray(source.read(i)[0]) for i in range(len(source))])).permute(0, 3, 1, 2)
 
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Sampling, training, encoding and K-means at the paper's sizes on one GPU, in under ten minutes.
+# Times sampling, training, encoding and K-means at the paper's sizes on one GPU, in under ten minutes.
 #
-#   bench/gpu.sh                    # docs/results/NAME-SIZE-PART.json, NAME-summary.txt and profiles of what was missed
+#   bench/gpu.sh                    # docs/results/NAME-SIZE-PART.json, NAME-summary.txt and profiles of missed targets
 #   PYTHON=python3.12 bench/gpu.sh OUT_FOLDER
 #
-# Needs this repository and a Python with torch, numpy, pillow, safetensors and jaxtyping; no network, nothing installed.
-# Every part is a process of its own, so that one failure loses nothing else. Without a GPU everything runs at the
-# smallest size on the CPU, into a temporary folder: a trial of the script.
+# Needs this repository and a Python with torch, numpy, pillow, safetensors and jaxtyping; no network.
+# Every part runs in its own process, so that a failure does not affect the others. Without a GPU everything runs at the
+# smallest size on the CPU, into a temporary folder, which tests the script.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-python3}
-BUDGET=${BUDGET:-600} LIMIT=${LIMIT:-180}  # seconds in all, and for one part; RUNS="base:train" runs some parts alone
+BUDGET=${BUDGET:-600} LIMIT=${LIMIT:-180}  # seconds in total, and for one part; RUNS="base:train" selects parts
 
-# h100 of "NVIDIA H100 80GB HBM3"; nothing without a GPU
+# "NVIDIA H100 80GB HBM3" -> h100; empty without a GPU
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 |
   sed 's/^NVIDIA //; s/ .*//' | tr '[:upper:]' '[:lower:]' | tr -cd '[:alnum:]')
 if [ -n "$gpu" ]; then
@@ -25,8 +25,8 @@ else
 fi
 mkdir -p "$out" || exit 1
 
-# PART SIZE OPTION...: one process, ended where its time or the whole's is over
-speed() {
+# PART SIZE OPTION...: runs one part, which is stopped after its time limit or the total's
+bench() {
   local part=$1 size=$2 left=$((BUDGET - SECONDS))
   shift 2
   [ $left -gt 0 ] || { echo "out of time: $part at $size"; return 124; }
@@ -38,7 +38,7 @@ for run in $runs; do
   size=${run%:*} part=${run#*:}
   file="$out/$name-$size-$part"
   rm -f "$file.json" "$file-profile.txt"
-  speed "$part" "$size" --json "$file.json" && continue
+  bench "$part" "$size" --json "$file.json" && continue
   echo "FAILED: $part at $size (exit $?)"
   failed=1
 done
@@ -46,7 +46,7 @@ done
 summary="$out/$name-summary.txt"
 "$PYTHON" -m digit.benchmark.targets "$out" --prefix "$name" | tee "$summary" || failed=1
 "$PYTHON" -m digit.benchmark.targets "$out" --prefix "$name" --missed | while read -r part size; do
-  speed "$part" "$size" --profile "$out/$name-$size-$part-profile.txt"
+  bench "$part" "$size" --profile "$out/$name-$size-$part-profile.txt"
 done
 echo "results: $out"
 exit $failed

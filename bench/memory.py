@@ -1,10 +1,10 @@
-"""Resident memory over 10,000 training steps and 10,000 drawn images, one process each: does it stay flat?
+"""Measures whether resident memory stays flat over 10,000 training steps and 10,000 sampled images, one process each.
 
-    python bench/memory.py                                       # minutes on one core; figures on stdout
-    python bench/memory.py --plot docs/pictures/memory.png       # the picture of docs/reliability.md
+    python bench/memory.py                                       # minutes on one core; results on stdout
+    python bench/memory.py --plot docs/pictures/memory.png       # the plot of docs/reliability.md
 
-Tiny models, so that whatever a step or an image leaves behind shows; training writes a checkpoint every 500 steps.
-Linux only: the figures are VmRSS of /proc/PID/status, over the command and what it starts.
+The models are tiny, so that even small leaks show; training writes a checkpoint every 500 steps. Linux only: resident
+memory is VmRSS of /proc/PID/status, summed over the command and its child processes.
 """
 
 import argparse
@@ -22,15 +22,15 @@ from tiny_runs import Sizes, Started, Work
 
 NUM = 10_000
 SAVE_EVERY = 500  # training steps
-WARM_UP = 5_000  # steps or images; the slope begins here: the first full garbage collection comes at about 4,000 steps
+WARM_UP = 5_000  # steps or images; the slope starts after the first full garbage collection, at about 4,000
 FLAT = 0.5  # MiB per 1,000 steps or images; a run of 100,000 steps may grow by no more than 50 MiB
 LOOK_EVERY = 0.2  # seconds
-KINDS = {"train": "training steps", "sample": "drawn images"}
+KINDS = {"train": "training steps", "sample": "sampled images"}
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Resident memory of one command: steps or images done and MiB, a pair a look."""
+    """Resident memory of one command: pairs of (steps or images done, MiB)."""
 
     kind: str
     done: np.ndarray  # (n,)
@@ -38,12 +38,12 @@ class Watched:
 
     @property
     def steady(self) -> np.ndarray:
-        """Which looks fell between the warm-up and the last step or image, after which the results are written."""
+        """Mask of the pairs after the warm-up and before the end, when results are written."""
         return (self.done >= WARM_UP) & (self.done < NUM)
 
     @property
     def slope(self) -> float:
-        """MiB per 1,000 while it is steady, by least squares."""
+        """MiB per 1,000 steps or images in the steady part, by least squares."""
         return float(np.polyfit(self.done[self.steady], self.mib[self.steady], 1)[0]) * 1000
 
     @property
@@ -58,7 +58,7 @@ class Watched:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="folder of the runs; emptied first")
-    parser.add_argument("--plot", type=Path, default=None, help="where a picture goes; none by default")
+    parser.add_argument("--plot", type=Path, default=None, help="file for a plot (default: none)")
     args = parser.parse_args()
     out = args.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def watch(work: Work, kind: str, folder: Path) -> Watched:
-    """Run a command to its end and look at it as it goes."""
+    """Runs a command to its end while recording its progress and memory."""
     process, looks = tiny_runs.start(work.words(folder), folder.with_name(f"{folder.name}.told")), []
     while process.poll() is None:
         looks.append((work.progress(folder), resident(process)))
@@ -87,7 +87,7 @@ def watch(work: Work, kind: str, folder: Path) -> Watched:
 
 
 def resident(process: Started) -> float:
-    """MiB of a command and of what it started; 0 where it has just ended."""
+    """MiB of a command and its child processes; 0 if it has just ended."""
     kib = 0
     for pid in process.group():
         with suppress(OSError):
@@ -97,7 +97,7 @@ def resident(process: Started) -> float:
 
 
 def plot(path: Path, watched: list[Watched]) -> None:
-    """A panel a command, its figures at the start of the slope and at the end written beside the line."""
+    """Plots one panel per command, with the memory at both ends of the steady part."""
     from digit.runtime.plots import panels
 
     with panels(path, len(watched), size=(5.2, 3.4)) as axes:

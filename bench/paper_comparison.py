@@ -2,10 +2,10 @@
 
     python bench/paper_comparison.py DATA --run runs/cifar --out runs/cifar_comparison --seeds 0,1,2
 
-Codebook, VQGAN and tokens come from --run (a finished `digit fit`); every model is trained anew for every seed. The
-figure is the Frechet distance on EfficientNet-Lite2 features between samples and the test split; it is not FID. The
-same distance of the reconstructed test images is the floor that a renderer can reach. Everything is resumable: a model,
-a feature file or a seed that is done is not made again.
+Codebook, VQGAN and tokens come from --run (a finished `digit fit`); every model is trained for every seed. The metric
+is the Frechet distance on EfficientNet-Lite2 features between samples and the test split; it is not FID. The same
+distance of the reconstructed test images is the lowest that a renderer can reach. Everything is resumable: finished
+models, feature files and seeds are reused.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> None:
     results = {"metric": METRIC, "samples": args.num, "test_images": len(test_images), "rows": [], "golden": []}
     for seed in map(int, args.seeds.split(",")):
         reuse = {part: Path(args.run) / part for part in ("codebook", "vqgan", "tokens")}
-        if seed == recipe.seed:  # the fitted run itself: prior and renderer are there; another recipe is refused
+        if seed == recipe.seed:  # the run itself has prior and renderer; another recipe raises
             run = Run(recipe, source, args.run, device=args.device)
         else:
             run = Run(replace(recipe, seed=seed), source, out / f"seed{seed}", reuse=reuse, device=args.device)
@@ -75,13 +75,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True)
     parser.add_argument("--recipe", default="cifar")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--num", type=int, default=5000, help="samples a method and seed")
+    parser.add_argument("--num", type=int, default=5000, help="samples per method and seed")
     parser.add_argument("--device", default=None)
     return parser.parse_args()
 
 
 class Judge:
-    """EfficientNet-Lite2 features of named image sets, kept on disk."""
+    """EfficientNet-Lite2 features of named image sets, cached on disk."""
 
     def __init__(self, folder: Path):
         self.folder, self._net = folder, None
@@ -95,7 +95,7 @@ class Judge:
 
 
 def floor(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor) -> dict[str, float]:
-    """What no renderer can beat: test images through the VQGAN, and real training images against the test split."""
+    """Distances that no renderer can beat: test images through the VQGAN, and real training images."""
     tokens = run.train_vqgan().encode(images)
     decoded = run.train_vqgan().decode(tokens)
     train, _ = real_images(run.source, run.recipe.preprocess, spread(len(run.source), 5000))
@@ -118,10 +118,10 @@ def golden(run: Run, judge: Judge, truth: FeatureStats, images: torch.Tensor, se
 def row(
     run: Run, judge: Judge, truth: FeatureStats, method: str, prior: str | None, renderer: str, args, seed: int
 ) -> dict:
-    """Train (or read) the models of one method, draw, and measure."""
+    """Trains (or loads) the models of one method, samples, and measures."""
     pipe = run.make_pipeline(prior, renderer)
     name = f"{renderer}_{seed}_{args.num}"
-    drawn = judge.stats(name, lambda: draw(pipe, args.num, seed, Path(args.out) / f"{renderer}_{seed}.png"))
+    samples = judge.stats(name, lambda: sample(pipe, args.num, seed, Path(args.out) / f"{renderer}_{seed}.png"))
     models = [m for m in (prior, renderer) if m]
     flops = sum(
         training_flops(run.sequence_config(m)) * (c := run.training_config(m)).num_steps * c.batch_size for m in models
@@ -129,15 +129,15 @@ def row(
     return {
         "method": method,
         "seed": seed,
-        METRIC: fd(drawn, truth),
+        METRIC: fd(samples, truth),
         "training_pflops": flops / 1e15,
         "steps": {m: run.training_config(m).num_steps for m in models},
         "training_seconds": sum(last_metrics(run.out / m)["seconds"] for m in models),
     }
 
 
-def draw(pipe: DigitPipeline, num: int, seed: int, picture: Path) -> torch.Tensor:
-    """Draw `num` images, classes evenly, and keep a grid of ten a class."""
+def sample(pipe: DigitPipeline, num: int, seed: int, picture: Path) -> torch.Tensor:
+    """Samples `num` images, evenly over the classes, and saves a grid of ten per class."""
     sampling = replace(pipe.sampling, precision="bf16", batch_size=250)
     if pipe.prior is None and not pipe.renderer.cfg.masked:
         sampling = replace(sampling, renderer=StageSampling(top_p=pipe.sampling.renderer.top_p))
@@ -159,7 +159,7 @@ def summary(results: dict) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict) -> str:
-    """A Markdown table."""
+    """Formats a Markdown table."""
     lines = [f"| method | {METRIC} (mean ± sd) | seeds |", "|---|---|---|"]
     for method, s in results["summary"].items():
         lines.append(f"| {method} | {s['mean']:.2f} ± {s['std']:.2f} | {', '.join(f'{v:.2f}' for v in s['values'])} |")

@@ -1,4 +1,4 @@
-"""A full-size stand-in for the authors' base checkpoints, and what converting and sampling it costs.
+"""Measures the cost of converting and sampling full-size stand-ins for the authors' base checkpoints.
 
     python bench/standin_release.py --out standin --num 4
 
@@ -30,7 +30,7 @@ POSITIONS, CODES = 1026, 8192
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder for about 4 GB of files")
-    parser.add_argument("--num", type=int, default=4, help="images to draw")
+    parser.add_argument("--num", type=int, default=4, help="images to sample")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def measured(*command: object) -> dict[str, float]:
 
 
 def write(out: Path) -> None:
-    """stage1.pt and stage2.pt."""
+    """Writes stage1.pt and stage2.pt."""
     torch.manual_seed(0)
     encoder = {f"pretrained_encoder.{n}": t for n, t in ViT(SIZES["dinov2_vitb14_reg4"]).state_dict().items()}
     encoder["pretrained_encoder.mask_token"] = torch.zeros(1, 768)

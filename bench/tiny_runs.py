@@ -1,7 +1,7 @@
-"""Small runs of the real command line that bench/chaos.py, disk_faults.py and memory.py interrupt, starve and watch.
+"""Small runs of the real command line that bench/chaos.py, disk_faults.py and memory.py interrupt and measure.
 
-A `Work` is a command: what to type, what it leaves, and how far it is. What it leaves is compared as {name: value}, so
-that two runs can be told apart by name: bytes as hashes, the log line by line without its clock.
+A `Work` is one command: its arguments, its result and its progress. Results are compared as {name: value}, so that a
+difference has a name: files as hashes, the log line by line without times.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from digit.runs.recipes import Recipe
 
-LOG_EVERY = 7  # no divisor of the steps between two checkpoints
-CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")  # of a log line: differs from run to run
+LOG_EVERY = 7  # not a divisor of the steps between two checkpoints
+CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")  # entries of a log line that differ from run to run
 
 # -------------------------------------------------------------------- processes
 
 
 class Started:
-    """A command that is running in a process group of its own; what it prints goes into files."""
+    """A command that runs in its own process group; its output goes to files."""
 
     def __init__(self, pid: int, wait: Callable[[bool], int | None], out: Path, err: Path):
         self.pid, self._wait, self._out, self._err = pid, wait, out, err
 
     def poll(self) -> int | None:
-        """The exit code (negative: the signal that ended it), None while it runs."""
+        """Returns the exit code (negative: the signal that ended it), or None while it runs."""
         return self._wait(False)
 
     def wait(self) -> int:
-        """The exit code, once there is one."""
+        """Waits for the exit code."""
         code = self._wait(True)
         assert code is not None
         return code
@@ -53,22 +53,22 @@ class Started:
         return self._err.read_text(encoding="utf-8")
 
     def group(self) -> list[int]:
-        """Processes of its group that live: itself and what it started."""
+        """Living processes of its group: itself and its child processes."""
         return [pid for pid, group, state in _processes() if group == self.pid and state != "Z"]
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:
-    """(pid, process group, state) of every process, from /proc/PID/stat."""
+    """Yields (pid, process group, state) of every process, from /proc/PID/stat."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
             yield int(folder.name), int(group), state
 
 
-def start(words: Sequence[str], told: Path) -> Started:
-    """Run `digit WORDS` as a user would, one thread; `told` names the files of what it prints."""
-    told.parent.mkdir(parents=True, exist_ok=True)
-    out, err = (told.with_name(told.name + end) for end in (".out", ".err"))
+def start(words: Sequence[str], output: Path) -> Started:
+    """Runs `digit WORDS` as a user would, with one thread; `output` names the files of its output."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    out, err = (output.with_name(output.name + end) for end in (".out", ".err"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(out, "wb") as stdout, open(err, "wb") as stderr:
         process = subprocess.Popen(
@@ -78,18 +78,18 @@ def start(words: Sequence[str], told: Path) -> Started:
     return Started(process.pid, lambda block: process.wait() if block else process.poll(), out, err)
 
 
-def fork(words: Sequence[str], told: Path) -> Started:
-    """As `start`, in a copy of this process that has everything imported: 0.1 s in place of 2 s. For short tests."""
+def fork(words: Sequence[str], output: Path) -> Started:
+    """As `start`, in a fork of this process that has everything imported: 0.1 s instead of 2 s. For short tests."""
     from digit.cli import main
 
     sys.argv = ["digit", *words]
-    return forked(lambda: main(list(words)), told)
+    return forked(lambda: main(list(words)), output)
 
 
-def forked(call: Callable[[], int | None], told: Path) -> Started:
-    """Call a function in a copy of this process; what it returns is the exit code, 0 for None."""
-    told.parent.mkdir(parents=True, exist_ok=True)
-    out, err = (told.with_name(told.name + end) for end in (".out", ".err"))
+def forked(call: Callable[[], int | None], output: Path) -> Started:
+    """Calls a function in a fork of this process; its return value is the exit code, None means 0."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    out, err = (output.with_name(output.name + end) for end in (".out", ".err"))
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
         _replaced(call, out, err)
@@ -106,7 +106,7 @@ def forked(call: Callable[[], int | None], told: Path) -> Started:
 
 
 def _replaced(call: Callable[[], int | None], out: Path, err: Path) -> NoReturn:
-    """The copy's life: its own group and files, one call, no way back into the caller's code."""
+    """Runs in the fork: opens its own group and files, makes the call, and exits without returning to the caller."""
     code = 1
     try:
         os.setsid()
@@ -122,7 +122,7 @@ def _replaced(call: Callable[[], int | None], out: Path, err: Path) -> NoReturn:
 
 
 def preload() -> None:
-    """Import what the commands import, without starting a thread, for `fork`."""
+    """Imports what the commands import, without starting a thread, for `fork`."""
     os.environ["OMP_NUM_THREADS"] = "1"
     import jsonargparse  # noqa: F401
     import torch
@@ -141,38 +141,38 @@ Starter = Callable[[Sequence[str], Path], Started]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How long the commands run; images and steps."""
+    """Lengths of the commands in images and steps."""
 
     images: int = 3000
-    """Tokenized."""
+    """Images to tokenize."""
     steps: int = 1000
     save_every: int = 40
     samples: int = 1600
     sample_batch: int = 16
     start_images: int = 300
-    """Images of the run that the others start from."""
+    """Images of the run that the other runs start from."""
     fitted: int = 500
-    """Images of the codebook, whose features are made anew in every iteration."""
+    """Images of the codebook, whose features are recomputed in every iteration."""
     kmeans_iterations: int = 40
 
 
 SHORT = Sizes(images=240, steps=160, save_every=20, samples=96, start_images=32, fitted=64, kmeans_iterations=4)
-CLUSTERS, LITTLE_MEMORY = 64, 900_000  # bytes: too little for the features of Sizes.fitted images
+CLUSTERS, LITTLE_MEMORY = 64, 900_000  # clusters; bytes, too few for the features of Sizes.fitted images
 
 
 @dataclass(frozen=True)
 class Work:
-    """One command. Folders of what it makes are given as `out`."""
+    """One command. The functions take its output folder."""
 
     name: str
     words: Callable[[Path], list[str]]
-    made: Callable[[Path], Path]  # the folder of its files
+    made: Callable[[Path], Path]  # folder of its files
     result: Callable[[Path], dict[str, Any]]
-    progress: Callable[[Path], int]  # steps, rows or images so far (codebook: when it was last saved); 0 at the start
+    progress: Callable[[Path], int]  # steps, rows or images so far (codebook: time of the last save); 0 at the start
 
 
 def tiny_recipe() -> "Recipe":
-    """32 px images, 2 x 2 discriminative and 4 x 4 VQ tokens, models of one block with dropout and an average."""
+    """32 px images, 2 x 2 discriminative and 4 x 4 VQ tokens, models of one block with dropout and EMA."""
     from digit.data.preprocess import PreprocessConfig
     from digit.models.vqgan import VQGANConfig
     from digit.runs.recipes import ModelSpec, Recipe, cpu_training
@@ -202,7 +202,7 @@ def tiny_recipe() -> "Recipe":
 
 
 def make_base(folder: Path, sizes: Sizes) -> None:
-    """The finished run that the others take their codebook, VQGAN, tokens and models from, and its settings."""
+    """Makes the run from which the others take codebook, VQGAN, tokens and models, and its settings file."""
     if (
         not (folder / "run" / "pipeline" / "pipeline.json").exists()
         and forked(lambda: _make_base(folder, sizes), folder / "base").wait()
@@ -221,7 +221,7 @@ def _make_base(folder: Path, sizes: Sizes) -> None:
 
 
 def works(base: Path, sizes: Sizes) -> dict[str, Work]:
-    """train, tokenize, codebook and sample, by name; `base` was made by `make_base`."""
+    """Returns train, tokenize, codebook and sample, by name; `base` is the folder of `make_base`."""
     start_data, data, fitted_data = (
         f"shapes:num={num},size=32" for num in (sizes.start_images, sizes.images, sizes.fitted)
     )
@@ -252,10 +252,10 @@ def works(base: Path, sizes: Sizes) -> dict[str, Work]:
         fitted,
         lambda out: max((path.stat().st_mtime_ns for path in files(out / "codebook")), default=0),
     )
-    drawing = ["--num", str(sizes.samples), "--batch_size", str(sizes.sample_batch)]
+    sampling = ["--num", str(sizes.samples), "--batch_size", str(sizes.sample_batch)]
     sample = Work(
         "sample",
-        lambda out: ["sample", "--from", str(run), *drawing, "--out", str(out)],
+        lambda out: ["sample", "--from", str(run), *sampling, "--out", str(out)],
         lambda out: out,
         hashes,
         journal,
@@ -265,15 +265,15 @@ def works(base: Path, sizes: Sizes) -> dict[str, Work]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nobody touched: what it left, and in seconds when its first file was there and when it ended."""
+    """An uninterrupted run: its result, and seconds until its first file and until its end."""
 
     result: dict[str, Any]
     ready: float
     length: float
 
 
-def untouched(work: Work, folder: Path, starter: Starter) -> Reference:
-    """The uninterrupted run. Raises RuntimeError with what it printed where it fails."""
+def uninterrupted(work: Work, folder: Path, starter: Starter) -> Reference:
+    """Makes the uninterrupted run. Raises RuntimeError with its output if it fails."""
     started = time.monotonic()
     process, ready = starter(work.words(folder), folder.with_name(f"{folder.name}.told")), None
     while process.poll() is None:
@@ -282,8 +282,8 @@ def untouched(work: Work, folder: Path, starter: Starter) -> Reference:
         time.sleep(0.005)
     length = time.monotonic() - started
     if code := process.wait():
-        raise RuntimeError(f"{work.name} ended with {code}, untouched:\n{process.stderr}")
-    if ready is None or ready > 0.9 * length:  # all is written at the end: the second half is work for sure
+        raise RuntimeError(f"{work.name} ended with {code}, uninterrupted:\n{process.stderr}")
+    if ready is None or ready > 0.9 * length:  # everything is written at the end: the second half is certainly work
         ready = length / 2
     return Reference(work.result(folder), ready, length)
 
@@ -293,25 +293,25 @@ def options(group: str, **settings: Any) -> list[str]:
     return [word for name, value in settings.items() for word in (f"--{group}.{name}", str(value))]
 
 
-# -------------------------------------------------------------------- what they leave
+# -------------------------------------------------------------------- results
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file below a folder, none where it vanishes meanwhile."""
+    """Every file below a folder; none if the folder vanishes meanwhile."""
     return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder is half of one: what is written aside begins with a dot."""
+    """Whether a file or folder is temporary; those begin with a dot."""
     return name.startswith(".") and name != ".lock"
 
 
 def temporaries(folder: Path) -> list[str]:
-    """Names of what is being written aside, or was when its process died."""
-    found = []
+    """Names of temporary files and folders, of this process or of a killed one."""
+    temporary = []
     for _, folders, names in os.walk(folder):
-        found += [name for name in (*folders, *names) if is_temporary(name)]
-    return sorted(found)
+        temporary += [name for name in (*folders, *names) if is_temporary(name)]
+    return sorted(temporary)
 
 
 def sha256(path: Path) -> str:
@@ -319,7 +319,7 @@ def sha256(path: Path) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of a folder, the empty lock file left out."""
+    """{file: SHA-256} of a folder, without the empty lock file."""
     return {str(path.relative_to(folder)): sha256(path) for path in files(folder) if path.name != ".lock"}
 
 
@@ -333,7 +333,7 @@ def tensors(path: Path) -> dict[str, str]:
 
 
 def journal(folder: Path) -> int:
-    """Rows or images that the journals name; -1 once all is done."""
+    """Number of rows or images that the journals name; -1 when all is done."""
     if (folder / "manifest.json").exists() or (folder / "samples.json").exists():
         return -1
     done = 0
@@ -345,7 +345,7 @@ def journal(folder: Path) -> int:
 
 
 def log_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log.jsonl, without the clock and without remarks; a torn last line is left out."""
+    """Lines of a log.jsonl without times and notes; an incomplete last line is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -355,7 +355,7 @@ def log_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def trained(out: Path) -> dict[str, Any]:
-    """Weights and the last checkpoint's tensors by hash, the log and TensorBoard's curves line by line."""
+    """Weights and the last checkpoint's tensors by hash, the log and the TensorBoard curves line by line."""
     folder = out / "prior"
     result: dict[str, Any] = {"names": sorted(p.name for p in folder.iterdir() if p.name != ".lock")}
     result["model.safetensors"] = sha256(folder / "model.safetensors")
@@ -369,26 +369,28 @@ def trained(out: Path) -> dict[str, Any]:
 
 
 def fitted(out: Path) -> dict[str, Any]:
-    """The codebook's files by hash; what it tells of itself without the clock."""
+    """The codebook's files by hash, and its description without times."""
     path = out / "codebook" / "codebook.json"
-    told = without_clock(json.loads(path.read_text()))
-    return hashes(path.parent) | {path.name: None} | {f"{path.name} {name}": value for name, value in told.items()}
+    description = without_clock(json.loads(path.read_text()))
+    return (
+        hashes(path.parent) | {path.name: None} | {f"{path.name} {name}": value for name, value in description.items()}
+    )
 
 
 def without_clock(value: Any) -> Any:
-    """JSON without what a clock decided, at any depth."""
+    """JSON without entries that depend on the clock, at any depth."""
     if isinstance(value, dict):
         return {name: without_clock(entry) for name, entry in value.items() if name not in CLOCK}
     return [without_clock(entry) for entry in value] if isinstance(value, list) else value
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's scalars as it shows them: {tag: [(step, value)]}, without the clock; {} where there is none."""
+    """TensorBoard's scalars, {tag: [(step, value)]}, without times; {} if TensorBoard is not installed."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         return {}
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it says that a run went on, which is no news here
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports that the run was resumed
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     board.Reload()
     return {
@@ -398,9 +400,9 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def difference(got: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """What differs first between two results, in words; None where nothing does."""
-    for name in sorted(got.keys() | wanted.keys()):
-        if got.get(name) != wanted.get(name):
-            return f"{name} is {str(got.get(name))[:200]}, uninterrupted {str(wanted.get(name))[:200]}"
+def difference(result: dict[str, Any], reference: dict[str, Any]) -> str | None:
+    """Describes the first difference between two results; None if they are equal."""
+    for name in sorted(result.keys() | reference.keys()):
+        if result.get(name) != reference.get(name):
+            return f"{name} is {str(result.get(name))[:200]}, uninterrupted {str(reference.get(name))[:200]}"
     return None

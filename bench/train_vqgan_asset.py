@@ -1,14 +1,14 @@
-"""The program that made src/digit/assets/vqgan64.safetensors: one general VQGAN for 64 px, 8 x 8 tokens of 1024 codes.
+"""Makes src/digit/assets/vqgan64.safetensors: one general VQGAN for 64 px, 8 x 8 tokens of 1024 codes.
 
     torchrun --standalone --nproc-per-node 2 bench/train_vqgan_asset.py \\
         --grocery DATA/grocery --cifar DATA/cifar10 --out runs/vqgan64
 
 Trains on shaded toy scenes (40 %), grocery photographs (30 %, windows of images whose short side is 64 to 96) and
-CIFAR-10 enlarged to 64 px (30 %); the batch is a function of the step. Every --save-every updates it writes the
-averaged weights and a grid of held-out originals and reconstructions, so that the weights can be taken at any time.
-The carried weights were made by this program in one run whose length was changed on the way (`history` in
-src/digit/assets/vqgan64.json). One process for each core: two processes of one thread suffer less from what else runs
-than one process of two.
+CIFAR-10 enlarged to 64 px (30 %); the batch is a function of the step. Every --save-every steps it writes the averaged
+weights and a grid of held-out originals and reconstructions, so that the weights are usable at any time. The bundled
+weights are from one run of this program whose length was changed on the way (`history` in
+src/digit/assets/vqgan64.json). Use one process per core: other load on the machine slows two processes of one thread
+less than one process of two.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def mixture(sources: dict[str, np.ndarray | list[np.ndarray]], batch_size: int, 
     def batch(step: int) -> Tensor:
         rng = np.random.default_rng([seed, step])
         chosen = rng.choice(len(names), batch_size, p=shares)
-        images = [draw(names[number], rng) for number in chosen]
+        images = [sample(names[number], rng) for number in chosen]
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
-    def draw(name: str, rng: np.random.Generator) -> np.ndarray:
+    def sample(name: str, rng: np.random.Generator) -> np.ndarray:
         image = prepare[name](sources[name][rng.integers(len(sources[name]))], rng)
         return image[:, ::-1] if rng.random() < 0.5 else image
 
@@ -115,7 +115,7 @@ def held_out(arguments: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def save_grid(path: Path, vqgan: VQGAN, sets: dict[str, Tensor], number: int = 16) -> None:
-    """Originals above reconstructions, two rows a set, enlarged by half."""
+    """Saves originals above reconstructions, two rows per set, enlarged by half."""
     rows = []
     for images in sets.values():
         images = images[:: len(images) // number][:number]
@@ -127,8 +127,8 @@ def save_grid(path: Path, vqgan: VQGAN, sets: dict[str, Tensor], number: int = 1
 
 
 def write_asset(vqgan: VQGAN, sets: dict[str, Tensor], cfg: GANConfig, out: Path, step: int) -> dict[str, float]:
-    """vqgan64.safetensors (fp16), vqgan64.json and a grid of the averaged weights; returns PSNR by set."""
-    number = HELD_OUT if step == cfg.num_steps else 64  # a quick look on the way
+    """vqgan64.safetensors (fp16), vqgan64.json and a grid of the averaged weights. Returns PSNR by set."""
+    number = HELD_OUT if step == cfg.num_steps else 64  # fewer during training
     half = {name: tensor.detach().half() for name, tensor in vqgan.state_dict().items()}
     shipped = VQGAN(MODEL)
     shipped.load_state_dict({name: tensor.float() for name, tensor in half.items()})  # score what is written
@@ -155,7 +155,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="log, checkpoints, grids, vqgan64.*; resumes from it")
     parser.add_argument("--num-steps", type=int, default=GANConfig.num_steps)
     parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     return parser.parse_args()
 
 

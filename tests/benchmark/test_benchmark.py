@@ -1,4 +1,4 @@
-"""The benchmark: floors hold the work they claim, every part gives figures, the GPU script runs without a GPU."""
+"""The benchmark: floors do the work they claim, every part gives measurements, the GPU script runs without a GPU."""
 
 import importlib.util
 import json
@@ -64,7 +64,7 @@ def test_peak_memory_is_what_was_held_at_once():
 
 @pytest.fixture()
 def counted(monkeypatch):
-    """FLOPs of a floor; products by the one kernel that torch can count."""
+    """Counts the FLOPs of a floor, whose products use the one kernel that torch can count."""
     plain = lambda self, x, weight, may_pack=False: partial(torch.nn.functional.linear, x, weight)  # noqa: E731
     monkeypatch.setattr(floors.Operands, "fastest", plain)
 
@@ -112,18 +112,18 @@ def test_refining_and_distance_floors(counted):
 def test_recorded_convolutions_are_the_decoders(counted):
     vq = VQTokenizer(VQGAN(micro().recipe.vqgan))
     tokens = torch.zeros(2, 16, dtype=torch.int64)
-    with floors.recorded_convolutions(vq.vqgan.decoder, torch.bfloat16) as found:
+    with floors.recorded_convolutions(vq.vqgan.decoder, torch.bfloat16) as recorded:
         vq.decode(tokens)
     with torch.no_grad():
-        assert counted(lambda: [run() for run in found]) == counted(lambda: vq.decode(tokens)) > 0
-        assert found[0]().dtype == torch.bfloat16
+        assert counted(lambda: [run() for run in recorded]) == counted(lambda: vq.decode(tokens)) > 0
+        assert recorded[0]().dtype == torch.bfloat16
     assert not any(module._forward_hooks for module in vq.vqgan.modules())
 
 
 def test_the_fastest_kernel_gives_the_product():
-    made = floors.Operands(CPU, torch.float32)
-    weight = made.weight(6, 8)
-    torch.testing.assert_close(made.product(4, weight)(), made.input(4, 8) @ weight.T)
+    operands = floors.Operands(CPU, torch.float32)
+    weight = operands.weight(6, 8)
+    torch.testing.assert_close(operands.product(4, weight)(), operands.input(4, 8) @ weight.T)
 
 
 # -------------------------------------------------------------------- the command
@@ -137,7 +137,7 @@ def run(tmp_path_factory) -> tuple[dict, str]:
     return json.loads(path.read_text()), "\n".join(said)
 
 
-def test_every_part_has_figures_and_floors(run):
+def test_every_part_has_rates_and_floors(run):
     result, text = run
     assert {row["part"] for row in result["results"]} == set(PARTS)
     for row in result["results"]:
@@ -150,7 +150,7 @@ def test_every_part_has_figures_and_floors(run):
 def test_wholes_parts_waits_and_shares(run):
     rows = {(row["part"], row["case"], row["precision"]): row for row in run[0]["results"]}
     prior, step = rows["sample", "prior", "fp32"], rows["train", "step", "bf16"]
-    assert prior["prefill_share"] + prior["steps_share"] + prior["drawing_share"] == pytest.approx(1, abs=0.2)
+    assert prior["prefill_share"] + prior["steps_share"] + prior["sampling_share"] == pytest.approx(1, abs=0.2)
     assert prior["whole_over_parts"] > 0 and 0 < step["data_wait"] < 1 and 0 < step["mfu"] < 1
 
 
@@ -210,10 +210,10 @@ def test_sizes_hold_the_shapes_that_are_asked_for():
         get_size("huge", CPU)
 
 
-def test_targets_find_their_figures():
+def test_targets_find_their_values():
     cases = {(t.part, t.size): [] for t in H100}
     for t in H100:
-        cases[t.part, t.size].append({"case": t.case, "precision": "bf16", t.field: t.wanted})
+        cases[t.part, t.size].append({"case": t.case, "precision": "bf16", t.field: t.threshold})
     runs = {key: {"results": rows} for key, rows in cases.items()}
     assert all(line.endswith("yes") for _, _, line in summary(runs))
     runs["kmeans", "base"]["results"][0]["fit_seconds"] = 11

@@ -102,7 +102,7 @@ def test_16_bit_colour_is_scaled():
 
 
 def test_values_without_a_range_are_refused():
-    with pytest.raises(BadImageError, match="floating point"):
+    with pytest.raises(BadImageError, match="floating-point"):
         decode_image(encode(flat(0.5, mode="F"), "TIFF"))
     with pytest.raises(BadImageError, match="32-bit pixels"):
         decode_image(encode(flat(70000, mode="I"), "TIFF"))

@@ -68,23 +68,23 @@ def test_places_depend_on_seed_index_and_crop_alone():
 
     assert places(1, 2, 3) == places(1, 2, 3)
     grid = {places(seed, index, crop) for seed in (0, 1, -1) for index in range(20) for crop in range(20)}
-    assert len(grid) > 1150  # of 1200: they are different draws, not shifted copies of one
+    assert len(grid) > 1150  # of 1200: they are different samples, not shifted copies of one
 
 
 def test_places_are_uniform_and_reach_the_borders():
-    drawn = [place_crop(18, 16, CFG, seed=0, index=i, crop=0) for i in range(3000)]
-    lefts = np.bincount([left for left, _, _ in drawn], minlength=3)
-    flips = sum(flipped for *_, flipped in drawn)
+    crops = [place_crop(18, 16, CFG, seed=0, index=i, crop=0) for i in range(3000)]
+    lefts = np.bincount([left for left, _, _ in crops], minlength=3)
+    flips = sum(flipped for *_, flipped in crops)
     assert len(lefts) == 3 and lefts.min() > 900 and 1400 < flips < 1600
-    assert {top for _, top, _ in drawn} == {0}
+    assert {top for _, top, _ in crops} == {0}
 
 
 def test_flip_and_random_crop_can_be_switched_off_alone():
     only_crop, only_flip = replace(CFG, flip=False), replace(CFG, random_crop=False)
-    drawn = [place_crop(99, 16, only_crop, seed=0, index=i, crop=0) for i in range(50)]
-    assert len({left for left, _, _ in drawn}) > 20 and not any(flipped for *_, flipped in drawn)
-    drawn = [place_crop(99, 16, only_flip, seed=0, index=i, crop=0) for i in range(50)]
-    assert len({left for left, _, _ in drawn}) == 1 and {flipped for *_, flipped in drawn} == {True, False}
+    crops = [place_crop(99, 16, only_crop, seed=0, index=i, crop=0) for i in range(50)]
+    assert len({left for left, _, _ in crops}) > 20 and not any(flipped for *_, flipped in crops)
+    crops = [place_crop(99, 16, only_flip, seed=0, index=i, crop=0) for i in range(50)]
+    assert len({left for left, _, _ in crops}) == 1 and {flipped for *_, flipped in crops} == {True, False}
 
 
 def test_a_line_of_pixels_is_refused_before_it_fills_memory():

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from digit.data.shapes import CLASSES, ShapesSource, class_of, draw_scene, render_batch, render_scene
+from digit.data.shapes import CLASSES, ShapesSource, class_of, render_batch, render_scene, sample_scene
 from digit.data.solids import SHAPES
 from digit.data.source import ImageSource
 from digit.errors import DigitError
@@ -63,7 +63,7 @@ def test_distances_are_bounds(shape):
 def test_objects_stand_on_the_ground_inside_the_frame(label):
     rng = np.random.default_rng(label)
     for index in (index for index in range(200) if class_of(0, index) == label):
-        scene = draw_scene(0, index)
+        scene = sample_scene(0, index)
         world = rng.uniform(-1.3, 1.3, (3, 20000))
         for low, high, occupied in ((-0.3, -0.05, False), (0.0, 0.08, True)):  # below the ground; just above it
             world[1] = rng.uniform(low, high, 20000) - scene.height

@@ -81,7 +81,7 @@ def test_rows_are_aligned_and_complete(tmp_path):
 def test_manifest_says_what_made_it(tmp_path):
     manifest = write(tmp_path / "t").manifest
     assert (
-        manifest["format"] == 1
+        manifest["format"] == 2
         and manifest["rows"] == 36
         and manifest["crops_per_image"] == 3
         and manifest["seed"] == 5
@@ -194,7 +194,7 @@ def test_another_batch_size_makes_every_row(tmp_path):
 @pytest.mark.parametrize("broken", [(), (2,)], ids=["whole", "broken"])
 @pytest.mark.parametrize("fail_at", [0, 1, 2, 3])
 def test_kill_while_finishing(tmp_path, monkeypatch, fail_at, broken):
-    """Between any two of: disc named, vq named, labels named, manifest written."""
+    """Stops between any two of these: rename discriminative, rename vq, rename labels, write the manifest."""
     source = NoiseSource(broken=broken)
     write(tmp_path / "straight", source=source)
     steps = []
@@ -324,12 +324,29 @@ def test_store_cut_short_or_damaged(tmp_path):
     (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest | {"rows": 35}))
     with pytest.raises(DigitError, match="manifest"):
         TokenStore.open(tmp_path / "t")
-    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(DigitError, match="format 2"):
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps(manifest | {"format": 3}))
+    with pytest.raises(DigitError, match="format 3, this version reads 2"):
         TokenStore.open(tmp_path / "t")
-    (tmp_path / "t" / "manifest.json").write_text(json.dumps({"format": 1}))
+    (tmp_path / "t" / "manifest.json").write_text(json.dumps({"format": 2}))
     with pytest.raises(DigitError, match=r"manifest.json is damaged"):
         TokenStore.open(tmp_path / "t")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "journal.json"])
+def test_a_store_of_format_1_is_refused(tmp_path, name):
+    """Opened, written to, or resumed: one line says which version made it and what to do."""
+    folder = write(tmp_path / "t").folder
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
+    (folder / "manifest.json").unlink()
+    entry = manifest if name == "manifest.json" else {"request": manifest, "done": [[0, 4]], "dropped": [], "notes": {}}
+    (folder / name).write_text(json.dumps(entry))
+    calls = [lambda: write(folder)] + [lambda: TokenStore.open(folder)] * (name == "manifest.json")
+    for call in calls:
+        with pytest.raises(
+            DigitError, match=r"format 1, written by digit 0\.1.*digit tokenize.*or use digit 0\.1"
+        ) as error:
+            call()
+        assert "\n" not in str(error.value)
 
 
 def test_folders_without_a_store(tmp_path):

@@ -17,11 +17,13 @@ from .worker import Verdict, build_input, judge_all
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
     parser.add_argument("--loader", default="all", choices=["all", *LOADERS])
-    parser.add_argument("--num", type=int, default=10_000, help="inputs a loader")
-    parser.add_argument("--start", type=int, default=0, help="number of the first")
+    parser.add_argument("--num", type=int, default=10_000, help="inputs per loader")
+    parser.add_argument("--start", type=int, default=0, help="number of the first input")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, default=None, help="load this one alone, here, and show what it raises")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the inputs that found something")
+    parser.add_argument(
+        "--only", type=int, default=None, help="load only this input, in this process, and show what it raises"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="folder for the inputs with findings")
     args = parser.parse_args()
     names = list(LOADERS) if args.loader == "all" else [args.loader]
     if args.only is not None:
@@ -33,7 +35,7 @@ def main() -> int:
 
 
 def run(name: str, numbers: range, seed: int, out: Path | None) -> int:
-    """Judge the inputs of one loader, print its findings and its row; returns how many there are."""
+    """Judges the inputs of one loader and prints its findings and its row. Returns the number of findings."""
     loader, counts, found = LOADERS[name], Counter(), []
     with Progress(name, len(numbers)) as bar:
         for verdict in judge_all(loader, numbers, seed):
@@ -49,7 +51,7 @@ def run(name: str, numbers: range, seed: int, out: Path | None) -> int:
 
 
 def show(name: str, verdict: Verdict, seed: int, out: Path | None) -> None:
-    """A line for a finding as soon as there is one; its input goes to `out`."""
+    """Prints a finding and saves its input in `out`."""
     sys.stdout.write(f"{name:<12} {verdict.number:>7} {verdict.kind}: {verdict.detail}\n")
     sys.stdout.flush()
     if out is not None:
@@ -59,7 +61,7 @@ def show(name: str, verdict: Verdict, seed: int, out: Path | None) -> None:
 
 
 def replay(name: str, number: int, seed: int, out: Path | None) -> int:
-    """Load one input in this process."""
+    """Loads one input in this process."""
     folder = out or Path(tempfile.mkdtemp(prefix="fuzz"))
     folder.mkdir(parents=True, exist_ok=True)
     build_input(LOADERS[name], folder, number, seed)

@@ -1,4 +1,4 @@
-"""Damage to bytes and to JSON values, drawn from a random.Random alone."""
+"""Random damage to bytes and to JSON values; all randomness comes from a random.Random."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def damage(data: bytes, rng: random.Random, others: tuple[bytes, ...] = (), where: slice = slice(None)) -> bytes:
-    """`data` with one to eight changes, mostly within `where`; `others` are bytes to splice in."""
+    """Makes one to eight changes to `data`, mostly within `where`; `others` are bytes to splice in."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         if not out:
@@ -64,7 +64,7 @@ def _splice(out: bytearray, place: int, rng: random.Random, others: tuple[bytes,
 
 
 def number(rng: random.Random) -> bytes:
-    """A number at the edge of its type, as it lies in a file."""
+    """Bytes of a number at the limits of its type."""
     form = rng.choice(FORMATS)
     if form in ("<f", "<d"):
         return struct.pack(form, rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e30)))
@@ -74,23 +74,23 @@ def number(rng: random.Random) -> bytes:
 
 
 def strange_json(value: Any, rng: random.Random) -> Any:
-    """A copy of a JSON value in which one to three places hold something else, are gone or are there twice."""
+    """Copies a JSON value with one to three entries changed, removed or repeated."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
         if not places:
             return rng.choice(STRANGE)
         holder, key = rng.choice(places)
-        deed = rng.random()
-        if deed < 0.12:
+        action = rng.random()
+        if action < 0.12:
             del holder[key]
-        elif deed < 0.2:
+        elif action < 0.2:
             other = rng.choice((*NAMES, "format", "name", "vocab_size", "x"))
             if isinstance(holder, dict):
                 holder[other] = copy.deepcopy(holder[key])
             else:
                 holder.append(copy.deepcopy(holder[key]))
-        elif deed < 0.32:
+        elif action < 0.32:
             holder[key] = _near(holder[key], rng)
         else:
             holder[key] = copy.deepcopy(rng.choice(STRANGE))
@@ -118,14 +118,14 @@ def _near(value: Any, rng: random.Random) -> Any:
 
 
 def json_bytes(value: Any, rng: random.Random) -> bytes:
-    """JSON text, now and then nested past all use, with numbers of 5,000 digits or keys that come twice."""
+    """JSON text, sometimes with extreme nesting, numbers of 5,000 digits or repeated keys."""
     text = json.dumps(value)
-    deed = rng.random()
-    if deed < 0.02:
+    action = rng.random()
+    if action < 0.02:
         depth = rng.choice((500, 5000, 100_000))
         text = "[" * depth + "]" * rng.choice((0, depth))
-    elif deed < 0.04:
+    elif action < 0.04:
         text = text.replace(": 1", ": 1" + "0" * 5000, 1)
-    elif deed < 0.06 and text.startswith("{") and len(text) > 2:
+    elif action < 0.06 and text.startswith("{") and len(text) > 2:
         text = text[:-1] + ", " + text[1:]
     return text.encode()

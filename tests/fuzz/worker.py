@@ -1,4 +1,4 @@
-"""Judging inputs in processes of their own, so that a crash, a hang or a flood of memory is seen and survived."""
+"""Judges inputs in worker processes, so that a crash, a hang or excessive memory is detected and survived."""
 
 import json
 import os
@@ -18,35 +18,35 @@ from typing import Any, Protocol
 
 from digit.errors import DigitError
 
-MEMORY_BYTES = 3 * 2**29  # resident, above what the worker holds before the first input
-HEADROOM_BYTES = 2**32  # data segment above that: past it the system refuses
+MEMORY_BYTES = 3 * 2**29  # resident, beyond the worker's memory before the first input
+HEADROOM_BYTES = 2**32  # data segment beyond that; the system refuses more
 CPU_SECONDS = 5.0
-WALL_SECONDS = 60.0  # until a worker that says nothing is ended: the machine may be busy
-INPUTS_A_WORKER = 200
+WALL_SECONDS = 60.0  # until a silent worker is killed; long, because the machine may be busy
+INPUTS_PER_WORKER = 200
 MEMORY_WORDS = ("alloc", "out of memory", "bad_array_new_length")
 
 
 class Loader(Protocol):
-    """One way into DiGIT: makes damaged inputs from random numbers, and loads a folder of one."""
+    """One kind of input: builds damaged inputs from random numbers, and loads one from a folder."""
 
     name: str
 
     def prepare(self) -> None:
-        """Optional: make once, before workers are forked, what every input starts from."""
+        """Optional: computes once, before workers are forked, what all inputs need."""
         ...
 
     def build(self, folder: Path, rng: random.Random) -> None:
-        """Write one damaged input into an empty folder."""
+        """Writes one damaged input to an empty folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Load all of it; AssertionError where something got through that must not."""
+        """Loads all of it. Raises AssertionError if something was accepted that must not be."""
         ...
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one input."""
+    """The result of one input."""
 
     number: int
     kind: str  # accepted, refused, or a finding: exception, not one line, memory, slow, hang, killed, not built
@@ -58,7 +58,7 @@ class Verdict:
 
 
 def build_input(loader: Loader, folder: Path, number: int, seed: int = 0) -> None:
-    """Input `number` of a loader: the same bytes in every run."""
+    """Builds input `number` of a loader, with the same bytes in every run."""
     loader.build(folder, random.Random(f"{loader.name} {seed} {number}"))
 
 
@@ -87,7 +87,7 @@ def judge(load: Callable[[Path], None], folder: Path) -> tuple[str, str]:
 
 
 def _memory_cause(error: BaseException | None) -> str:
-    """The failed allocation behind an error; empty where there is none."""
+    """The failed allocation that caused an error; empty if there is none."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         text = str(error).lower()
@@ -101,19 +101,19 @@ def _memory_cause(error: BaseException | None) -> str:
 
 
 def judge_all(loader: Loader, numbers: Sequence[int], seed: int = 0) -> Iterator[Verdict]:
-    """A verdict for each number, in order."""
+    """Yields a verdict for each number, in order."""
     getattr(loader, "prepare", int)()
     waiting = list(numbers)
     while waiting:
         done = 0
-        for verdict in _one_worker(loader, waiting[:INPUTS_A_WORKER], seed):
+        for verdict in _one_worker(loader, waiting[:INPUTS_PER_WORKER], seed):
             yield verdict
             done += 1
         waiting = waiting[done:]
 
 
 def _one_worker(loader: Loader, numbers: Sequence[int], seed: int) -> Iterator[Verdict]:
-    """Verdicts until the worker ends; the last one says how, where it ended early."""
+    """Yields verdicts until the worker ends; if it ends early, the last verdict says how."""
     reading, writing = os.pipe()
     scratch = Path(tempfile.mkdtemp(prefix="fuzz", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     pid = os.fork()
@@ -124,7 +124,7 @@ def _one_worker(loader: Loader, numbers: Sequence[int], seed: int) -> Iterator[V
             _work(loader, numbers, seed, scratch, os.fdopen(writing, "w"))
             code = 0
         finally:
-            os._exit(code)  # whatever happened: the parent's code is not this process's to run
+            os._exit(code)  # in any case: this process must not continue with the parent's code
     os.close(writing)
     done, ended, hung = 0, False, False
     try:
@@ -149,8 +149,8 @@ def _one_worker(loader: Loader, numbers: Sequence[int], seed: int) -> Iterator[V
             if hung:
                 yield Verdict(numbers[done], "hang", f"no answer in {WALL_SECONDS:g} s")
             elif code:
-                how = signal.Signals(-code).name if code < 0 else f"exit {code}"
-                yield Verdict(numbers[done], "killed", how)
+                ending = signal.Signals(-code).name if code < 0 else f"exit {code}"
+                yield Verdict(numbers[done], "killed", ending)
     finally:
         if not ended:
             os.kill(pid, signal.SIGKILL)
@@ -159,7 +159,7 @@ def _one_worker(loader: Loader, numbers: Sequence[int], seed: int) -> Iterator[V
 
 
 def _work(loader: Loader, numbers: Sequence[int], seed: int, scratch: Path, answers: Any) -> None:
-    """In the worker: load each input, answer a line for each; ends after one that took too much memory."""
+    """Runs in the worker: loads each input and answers with a line; stops after one that took too much memory."""
     silence = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):
         os.dup2(silence, handle)
@@ -173,7 +173,7 @@ def _work(loader: Loader, numbers: Sequence[int], seed: int, scratch: Path, answ
         try:
             build_input(loader, folder, number, seed)
         except Exception as error:
-            kind, detail = "not built", f"{type(error).__name__}: {error}"  # a fault of ours
+            kind, detail = "not built", f"{type(error).__name__}: {error}"  # a fault of the fuzzer
         else:
             kind, detail = judge(loader.load, folder)
         grown = _peak_bytes() - before

@@ -127,13 +127,16 @@ def test_other_encoders_say_what_they_are(golden, expected, tmp_path, name, fami
         ({"prior": "stage2_ar.pt"}, "is a renderer"),
         ({"prior": "vq_ar.pt"}, "is a VQ-only baseline: give it as --renderer"),
         ({"renderer": "stage1.pt"}, "is a prior"),
-        ({"renderer": "vq_ar.pt", "prior": "stage1.pt"}, "leave --prior out"),
-        ({"prior": "vqgan.ckpt"}, "is no fairseq checkpoint"),
-        ({"vqgan": "dinov2_reg4.pth"}, "is no VQGAN in MAGE's layout"),
-        ({"encoder": "vqgan.ckpt"}, "does not say of which kind it is: give --encoder_family"),
+        ({"renderer": "vq_ar.pt", "prior": "stage1.pt"}, "omit --prior"),
+        ({"prior": "vqgan.ckpt"}, "is not a fairseq checkpoint"),
+        ({"vqgan": "dinov2_reg4.pth"}, "holds no VQGAN in MAGE's layout"),
+        ({"encoder": "vqgan.ckpt"}, "does not tell its encoder family: give --encoder_family"),
         ({"encoder": "mae_vit16.pth", "encoder_family": "dinov2"}, "holds mae weights, --encoder_family says dinov2"),
         ({"encoder": "dinov2_reg4.pth", "encoder_heads": 5}, "48 channels, 5 heads"),
-        ({"encoder": "dinov2_reg4.pth", "encoder_heads": None}, "of no released size: give --encoder_heads"),
+        (
+            {"encoder": "dinov2_reg4.pth", "encoder_heads": None},
+            "none of the released sizes: give its number of attention heads, --encoder_heads",
+        ),
         ({"encoder": "dinov2_reg4.pth", "encoder_layer": 9}, "has no layer 9"),
         ({"vqgan": "vqgan.ckpt", "image_size": 9999}, "9999"),
         ({"codebook": "stage1.pt"}, "holds an archive, wanted floats"),
@@ -175,7 +178,7 @@ def test_parts_that_disagree_are_refused_with_both_hashes(golden, tmp_path, carr
         prior=str(golden / "stage1.pt"),
         renderer=str(golden / "stage2_ar.pt"),
     ) | {("prior" if carrier == "stage1.pt" else "renderer"): str(path)}
-    with pytest.raises(DigitError, match=rf"the {part} in .* \([0-9a-f]{{12}}\) is another one than in .* \("):
+    with pytest.raises(DigitError, match=rf"the {part} in .* \([0-9a-f]{{12}}\) differs from that in .* \("):
         convert_release(ReleasedFiles(encoder_heads=HEADS, **files), tmp_path / "out")
 
 
@@ -183,7 +186,7 @@ def test_every_tensor_is_accounted_for(golden, tmp_path):
     for change, message in (
         (lambda state: state.pop("decoder.layers.1.fc2.bias"), "decoder.layers.1.fc2.bias is missing"),
         (lambda state: state.update({"decoder.extra": torch.zeros(1)}), "unexpected tensors: decoder.extra"),
-        (lambda state: state.update({"other.extra": torch.zeros(1)}), "no known part: other.extra"),
+        (lambda state: state.update({"other.extra": torch.zeros(1)}), "unknown parts: other.extra"),
     ):
         path = changed(golden, "stage1.pt", tmp_path / "stage1.pt", change)
         with pytest.raises(DigitError, match=message):
@@ -210,7 +213,7 @@ def test_a_file_that_says_its_kind_is_believed(golden, tmp_path):
         notes = convert_release(
             ReleasedFiles(renderer=str(tmp_path / "r.pt"), encoder_heads=HEADS), tmp_path / f"out{masked}"
         )
-        assert not any("does not say" in note for note in notes)
+        assert not any("does not tell" in note for note in notes)
         assert json.loads((tmp_path / f"out{masked}" / "renderer.json").read_text())["masked"] == masked
 
 
@@ -247,10 +250,10 @@ def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeyp
     from digit.released import hub
     from digit.runtime.files import sha256_file
 
-    asked = []
+    downloaded = []
 
     def download(_repository, path, **_options):
-        asked.append(path)
+        downloaded.append(path)
         return shutil.copy(golden / ("stage1.pt" if "stage1" in path else "stage2_ar.pt"), tmp_path)
 
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
@@ -266,9 +269,9 @@ def test_the_hub_files_are_verified_and_converted_once(golden, tmp_path, monkeyp
     names = {"prior": "stage1.pt", "renderer": "stage2_ar.pt"}
     real = {n: replace(file, sha256=sha256_file(golden / names[n])) for n, file in hub.VARIANTS["base"].items()}
     monkeypatch.setitem(hub.VARIANTS, "base", real)
-    asked.clear()
+    downloaded.clear()
     assert main(sample) == 0 and main(sample) == 0
-    assert len(asked) == 2  # the second time nothing is fetched
+    assert len(downloaded) == 2  # the second call downloads nothing
     assert main([*sample[:2], "nobody/nothing", *sample[3:]]) == 2
     assert main([*sample, "--variant", "huge"]) == 2
 
@@ -282,7 +285,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ({"encoder": "mae_vit16.pth"}, "codebook was fitted on dinov2_custom"),
         ({"encoder": "dinov2_reg4.pth", "encoder_layer": 9}, "no layer"),
-        ({"prior": "stage1.pt", "encoder": "ibot_vit16.pth"}, "is another one|does not fit|expected"),
+        ({"prior": "stage1.pt", "encoder": "ibot_vit16.pth"}, "differs from|does not fit|expected"),
         ({"vqgan": "vqgan.ckpt", "image_size": 128}, "renderer length"),
     ],
 )
@@ -306,7 +309,7 @@ def test_later_parts_keep_what_was_settled(golden, tmp_path):
         state["centroids"] = state["centroids"] + 1
 
     other = changed(golden, "stage1.pt", tmp_path / "other.pt", change)
-    with pytest.raises(DigitError, match="codebook in .* is another one"):
+    with pytest.raises(DigitError, match="codebook in .* differs from"):
         convert_release(ReleasedFiles(prior=str(other), encoder_heads=HEADS), tmp_path / "out")
 
 
@@ -334,10 +337,10 @@ def odd(state: dict, name: str, tensor: torch.Tensor) -> None:
         ("decoder.output_projection.weight", torch.ones(99, 64), "does not fit|missing"),
         ("decoder.layers.0.self_attn.k_proj.weight", torch.ones(64, 32), "differ in shape"),
         ("decoder.layers.0.fc1.bias", torch.tensor(1.0), "does not fit"),
-        ("decoder.layers.0.fc1.bias", torch.ones(128, dtype=torch.int64), "should be floating point"),
+        ("decoder.layers.0.fc1.bias", torch.ones(128, dtype=torch.int64), "should be floating-point"),
         ("decoder.layers.0.fc1.bias", torch.full((128,), float("nan")), "NaN or Inf"),
         ("centroids", torch.ones(3), "does not fit"),
-        ("centroids_extra", torch.ones(3), "no known part"),
+        ("centroids_extra", torch.ones(3), "unknown parts"),
         ("centroid_norm", torch.ones(3), "centroid_norm is"),
         ("pretrained_encoder.pos_embed", torch.ones(5), "does not fit|no ViT"),
         (5, torch.ones(5), "should be names of tensors"),
@@ -377,7 +380,7 @@ def test_no_code_in_a_file_runs(golden, tmp_path):
         with pytest.raises(DigitError, match="runs no code from a file"):
             convert_release(ReleasedFiles(prior=str(tmp_path / "trap.pt")), tmp_path / "out")
     (tmp_path / "page.pt").write_text("<html>not found</html>")
-    with pytest.raises(DigitError, match="no readable PyTorch file"):
+    with pytest.raises(DigitError, match="not a readable PyTorch file"):
         convert_release(ReleasedFiles(prior=str(tmp_path / "page.pt")), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 

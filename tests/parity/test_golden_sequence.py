@@ -31,8 +31,8 @@ def test_prior_logits_and_every_hidden_state(golden, expected, name):
 def test_prior_greedy(golden, expected, use_cache):
     for name, labels in (("stage1", None), ("stage1_cond", expected["cls_ids"])):
         model = read_fairseq(golden / f"{name}.pt", target_len=24).model
-        drawn = generate(model, seeds=[0, 1], labels=labels, temperature=0, use_cache=use_cache)
-        assert drawn.equal(expected[f"{name}_greedy24"])
+        sampled = generate(model, seeds=[0, 1], labels=labels, temperature=0, use_cache=use_cache)
+        assert sampled.equal(expected[f"{name}_greedy24"])
 
 
 def test_autoregressive_renderer(golden, expected):
@@ -45,8 +45,8 @@ def test_autoregressive_renderer(golden, expected):
 
 def test_renderer_greedy(golden, expected):
     model = read_fairseq(golden / "stage2_ar.pt", target_len=12).model
-    drawn = generate(model, seeds=[0, 1], prefix=expected["tokens"], temperature=0)
-    assert drawn.equal(expected["stage2_ar_greedy12"])
+    sampled = generate(model, seeds=[0, 1], prefix=expected["tokens"], temperature=0)
+    assert sampled.equal(expected["stage2_ar_greedy12"])
 
 
 def test_masked_renderer(golden, expected):

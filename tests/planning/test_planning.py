@@ -1,4 +1,4 @@
-"""Plans: memory as the real step needs it, FLOPs as counted by hand, and a command that says what to change."""
+"""Plans: memory against a real step, FLOPs against a count by hand, and advice that works when followed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from digit.cli import main
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.planning.machines import GPUS, Machine, get_gpu
-from digit.planning.memory import CPU_HOLES, LiveMemory, blank_batch, training_memory
+from digit.planning.memory import CPU_FRAGMENTATION, LiveMemory, blank_batch, training_memory
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
@@ -77,7 +77,7 @@ def test_weights_moments_and_average_stay_between_steps(cfg, gpu):
     assert plain.peak > plain.weights
 
 
-def test_pieces_checkpointing_and_half_precision_save_memory():
+def test_accumulation_checkpointing_and_half_precision_save_memory():
     def peak(**changes):
         return training_memory(RENDERER, replace(TRAINING, batch_size=64, **changes)).peak
 
@@ -92,7 +92,7 @@ def test_memory_grows_with_the_batch_in_proportion():
 
 
 def test_gpu_keeps_what_cuda_autocast_keeps():
-    """One block by hand: what the backward pass of B x T positions of width D needs, in bytes a position."""
+    """Counts one block by hand: bytes that its backward pass needs, per position and channel."""
     deep = [training_memory(replace(RENDERER, depth=n, dropout=0.1), replace(TRAINING, batch_size=64)) for n in (6, 10)]
     positions = 64 * (RENDERER.prefix_len + RENDERER.target_len)
     block = (deep[1].peak - deep[0].peak - (deep[1].weights - deep[0].weights)) / 4 / positions / RENDERER.embed_dim
@@ -103,12 +103,12 @@ def test_gpu_keeps_what_cuda_autocast_keeps():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and wants glibc")
 def test_predicted_memory_is_what_a_real_step_takes():
-    """Blocks of memory are given back at once, so that the process shows what is alive (no holes)."""
+    """malloc returns blocks to the system at once here, so resident memory is live memory (no fragmentation)."""
     model = dict(vocab_size=4096, target_len=128, depth=3, embed_dim=256, num_heads=4, norm="post")
     training = dict(batch_size=24, precision="auto")
     script = [sys.executable, "-c", REAL_STEP, json.dumps([model, training])]
     shown = subprocess.run(script, capture_output=True, text=True, check=True, env=environment())
-    predicted = training_memory(SequenceConfig(**model), TrainConfig(**training), gpu=False).peak / CPU_HOLES
+    predicted = training_memory(SequenceConfig(**model), TrainConfig(**training), gpu=False).peak / CPU_FRAGMENTATION
     assert predicted == pytest.approx(int(shown.stdout), rel=0.1)
 
 
@@ -153,7 +153,7 @@ def test_plan_of_the_paper_s_base_model():
     assert "checkpoint_activations" in renderer.advice[1]
 
 
-def test_advice_is_the_fewest_pieces_that_fit_and_following_it_fits():
+def test_advice_is_the_fewest_micro_batches_that_fit_and_following_it_fits():
     recipe = tiny_recipe()
     recipe = replace(recipe, prior_training=replace(recipe.prior_training, batch_size=64))
     order = Order(images=1000)
@@ -165,7 +165,7 @@ def test_advice_is_the_fewest_pieces_that_fit_and_following_it_fits():
     followed = replace(recipe, prior_training=replace(recipe.prior_training, accumulate=2))
     assert not Planner(followed, machine, order).training("prior").advice
     hopeless = Planner(recipe, replace(machine, memory=1e5), order).training("prior")
-    assert "fits in no number of pieces" in hopeless.advice[0]
+    assert "does not fit with any number of micro-batches" in hopeless.advice[0]
 
 
 def test_more_images_take_more_where_they_are_seen():
@@ -179,7 +179,7 @@ def test_more_images_take_more_where_they_are_seen():
 
 def test_batch_that_devices_cannot_share_is_refused():
     machine = replace(GPUS["a100"], count=3)
-    with pytest.raises(DigitError, match="batch_size 8 cannot be cut into 3"):
+    with pytest.raises(DigitError, match="batch_size 8 does not split into 3"):
         Planner(tiny_recipe(), machine, Order()).training("prior")
 
 
@@ -193,7 +193,15 @@ def test_command_prints_a_table_and_writes_json(tmp_path, capsys):
     options = ["--gpus", "2", "--gpu-memory", "40", "--price", "2", "--images", "1000000000", "--json", str(path)]
     assert main(["plan", "demo", *options]) == 0
     text = capsys.readouterr().out
-    for word in ("demo: 1 G images on 2 x H100", "bound by", "GPU-hours", "tokens", "sampling", "total", "token store"):
+    for word in (
+        "demo: 1 G images on 2 x H100",
+        "limited by",
+        "GPU-hours",
+        "tokens",
+        "sampling",
+        "total",
+        "token store",
+    ):
         assert word in text, text
     plan = json.loads(path.read_text())
     assert plan["machine"]["count"] == 2 and all(stage["fits"] for stage in plan["stages"])

@@ -144,7 +144,7 @@ def test_a_folder_of_many_files_is_listed_in_little_memory(tmp_path):
 def test_paths_that_no_file_has(tmp_path):
     refused(lambda: open_source("x" * 5000), "cannot open")
     refused(lambda: open_source("a\x00b"), "cannot open")
-    refused(lambda: decode_image(tmp_path), "no ordinary file")
+    refused(lambda: decode_image(tmp_path), "not a regular file")
 
 
 # ---- tar
@@ -470,7 +470,7 @@ def test_code_in_weights_never_runs(tmp_path, zipped):
     ids=["terabytes", "overflow", "meta", "sparse"],
 )
 def test_tensors_that_the_file_does_not_hold(tensor):
-    refused(lambda: require_state({"x": tensor}, "f.pt"), "f.pt", "does not hold the numbers of x")
+    refused(lambda: require_state({"x": tensor}, "f.pt"), "f.pt", "does not hold the elements of x")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])

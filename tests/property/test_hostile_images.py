@@ -16,6 +16,7 @@ from digit.data.images import open_source
 from digit.data.loader import CropLoader
 from digit.data.preprocess import PreprocessConfig, crop_image
 from digit.errors import BadImageError, DigitError
+from fuzz.loaders.images import noise_image
 
 RNG = np.random.default_rng(0)
 MODES = {
@@ -26,15 +27,8 @@ MODES = {
 
 
 def make(kind: str, mode: str) -> bytes:
-    image = Image.fromarray(RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8))
-    if mode == "I;16":
-        image = Image.fromarray(RNG.integers(0, 65536, (12, 17), dtype=np.uint16))
-    elif mode == "LAB":
-        image = Image.frombytes("LAB", image.size, image.tobytes())
-    elif mode != "RGB":
-        image = image.convert(mode)
     out = io.BytesIO()
-    image.save(out, kind)
+    noise_image(mode, RNG).save(out, kind)
     return out.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""A seed fixes its image, whatever is drawn beside it; cached = uncached decoding; filters keep their promises."""
+"""A seed decides its image, whatever the rest of the batch; cached = uncached decoding; properties of filters."""
 
 import torch
 from generate import generate

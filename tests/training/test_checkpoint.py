@@ -15,7 +15,6 @@ from digit.errors import DigitError, MismatchError
 from digit.training import checkpoint, config
 from digit.training.log import read_log
 from digit.training.loop import TrainState
-from digit.training.vqgan import GANConfig
 
 
 def content(step: int) -> dict:
@@ -213,18 +212,6 @@ def test_what_the_run_is_about_is_compared(tmp_path):
     config.check_config(tmp_path, toy_config(), {"codebook": "aa", "sizes": (1, 2)})
     with pytest.raises(MismatchError, match=r"about.codebook = aa, now asked for bb"):
         config.check_config(tmp_path, toy_config(), {"codebook": "bb", "sizes": (1, 2)})
-
-
-@pytest.mark.parametrize(("bf16", "precision"), [(True, "auto"), (False, "fp32")])
-def test_a_vqgan_run_that_began_with_the_setting_bf16_resumes(tmp_path, bf16, precision):
-    path, cfg = tmp_path / config.CONFIG, GANConfig(precision=precision)
-    config.save_config(tmp_path, cfg, None)
-    saved = json.loads(path.read_text())
-    del saved["train"]["precision"]
-    path.write_text(json.dumps({"train": saved["train"] | {"bf16": bf16}, "about": {}}))
-    config.check_config(tmp_path, cfg, None)
-    with pytest.raises(MismatchError, match=f"precision was '{precision}' .* is 'bf16' now"):
-        config.check_config(tmp_path, GANConfig(precision="bf16"), None)
 
 
 def test_other_objects_or_shapes_are_refused(tmp_path):

@@ -1,6 +1,5 @@
-"""How fast each stage is on this machine, beside the floor that the machine sets, measured in the same run.
+"""Measures the speed of each stage on this machine, beside a floor measured in the same run.
 
-Needs torch, numpy, pillow, safetensors and jaxtyping alone: `python -m digit.benchmark` runs where nothing else is.
-A floor is the work that no implementation can leave out: the same matrix products alone, a memory copy, JPEG decoding
-alone.
+`python -m digit.benchmark` needs torch, numpy, pillow, safetensors and jaxtyping only. A floor is the time of the work
+that no implementation can avoid: the same matrix multiplications alone, a memory copy, or JPEG decoding alone.
 """

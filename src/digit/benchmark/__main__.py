@@ -1,4 +1,4 @@
-"""`python -m digit.benchmark` is `digit bench` for machines that have torch but not all of DiGIT's packages."""
+"""`python -m digit.benchmark`: `digit bench` on machines that have torch but not all of DiGIT's dependencies."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    """Run; returns the exit code, 2 for a user's mistake."""
+    """Runs the benchmark. Returns the exit code: 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m digit.benchmark", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
     keep_freed_memory()

@@ -1,4 +1,4 @@
-"""`digit bench` and `python -m digit.benchmark`: one or all parts at one size, a table on the way, JSON at the end."""
+"""`digit bench` and `python -m digit.benchmark`: time one or all parts at one size, print tables, write JSON."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
 PARTS = ("sample", "train", "encode", "kmeans", "data")
 
 
-def option(text: str) -> Any:
-    """A field that is None by default, and what its option's help says."""
+def optional(text: str) -> Any:
+    """A field with default None; `text` is its option's help."""
     return field(default=None, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What is timed, and how often; each field is an argument of the command."""
+    """What to time, and how often. Each field is an argument of the command."""
 
     part: str = field(default="all", metadata={"help": f"{', '.join(PARTS)} or all"})
-    size: str | None = option("small (without it, on a CPU), base (on a GPU), large, or micro for a trial")
-    device: str | None = option("cpu or cuda; without it cuda where there is one")
-    precision: str | None = option("fp32 or bf16 alone; without it both, at base and large bf16")
-    repeats: int | None = option("timed rounds after the warm-up; without it the size's own")
-    json: str | None = option("file for machine, versions, arguments and every figure")
-    images: str | None = option("folder of JPEG files for the part data; without it some are generated")
-    profile: str | None = option("file for torch's profile of one round of each part, taken instead of times")
+    size: str | None = optional("micro (for a trial), small, base or large (default: small on a CPU, base on a GPU)")
+    device: str | None = optional("cpu or cuda (default: cuda if available)")
+    precision: str | None = optional("fp32 or bf16 (default: both; at base and large bf16)")
+    repeats: int | None = optional("timed rounds after the warm-up (default: the size's own)")
+    json: str | None = optional("file for machine, versions, arguments and every measurement")
+    images: str | None = optional("folder of JPEG files for the part data (default: generated ones)")
+    profile: str | None = optional("file for torch's profile of one round of each part, instead of timings")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The fields of BenchConfig as arguments, for argparse's parser or jsonargparse's."""
-    for about in fields(BenchConfig):
-        how: dict[str, Any] = {"default": about.default, "help": about.metadata["help"]}
-        if about.name == "part":
-            parser.add_argument("part", nargs="?", **how)
+    """Adds the fields of BenchConfig to a parser of argparse or jsonargparse."""
+    for option in fields(BenchConfig):
+        kwargs: dict[str, Any] = {"default": option.default, "help": option.metadata["help"]}
+        if option.name == "part":
+            parser.add_argument("part", nargs="?", **kwargs)
         else:
-            parser.add_argument(f"--{about.name}", type=int if about.name == "repeats" else str, **how)
+            parser.add_argument(f"--{option.name}", type=int if option.name == "repeats" else str, **kwargs)
 
 
 def run_bench(cfg: BenchConfig, say: Callable[[str], None]) -> None:
-    """Time the parts, saying each table once it is there. Raises DigitError for an unknown part, size or device."""
+    """Times the parts and says each one's table. Raises DigitError for an unknown part, size or device."""
     chosen = PARTS if cfg.part == "all" else (cfg.part,)
     if unknown := set(chosen) - set(PARTS):
         raise DigitError(f"no part of the benchmark named {unknown.pop()}: choose one of {', '.join(PARTS)} or all")
@@ -77,23 +77,23 @@ def run_bench(cfg: BenchConfig, say: Callable[[str], None]) -> None:
         return
     measurements = []
     for part in chosen:
-        measurements += (found := time_part(part, size, device, arguments["repeats"], cfg.images))
-        say("\n" + table(found))
+        measurements += (timed := time_part(part, size, device, arguments["repeats"], cfg.images))
+        say("\n" + table(timed))
     say("\n" + LEGEND)
     if cfg.json:
         write_json(cfg.json, to_json(measurements, arguments))
 
 
 def time_part(part: str, size: Size, device: torch.device, repeats: int, images: str | None) -> list[Measurement]:
-    """The figures of one part."""
+    """Returns the measurements of one part."""
     from digit.benchmark import data, encode, kmeans, sample, train
 
     if part == "data":
         return data.time_data(size, repeats, images)
-    timed = {
+    functions = {
         "sample": sample.time_sampling,
         "train": train.time_training,
         "encode": encode.time_encoding,
         "kmeans": kmeans.time_kmeans,
     }
-    return timed[part](size, device, repeats)
+    return functions[part](size, device, repeats)

@@ -1,4 +1,4 @@
-"""Timing that two cases can be compared by: warm-up, cases in turn, medians with their spread, peak memory."""
+"""Timings that can be compared: warm-up, alternating cases, medians with their spread, peak memory."""
 
 import ctypes
 import time
@@ -17,37 +17,37 @@ RESET_HIGH_WATER = "5"  # proc(5): writing it to clear_refs sets VmHWM to what i
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock seconds of each round of one case, in the order of the rounds."""
+    """Wall-clock seconds of each round of one case, in order."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle round, in seconds."""
+        """Median over the rounds, in seconds."""
         return median(self.seconds)
 
     def times(self, factor: float) -> "Timing":
-        """The same case run `factor` times as long."""
+        """The timing of `factor` repetitions of the case."""
         return Timing(tuple(s * factor for s in self.seconds))
 
     def plus(self, other: "Timing") -> "Timing":
-        """Both, one after the other, round by round."""
+        """The timing of both cases one after the other, round by round."""
         return Timing(tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=True)))
 
     def over(self, other: "Timing") -> float:
-        """Median over the rounds of this time / the other's: both of a round ran side by side, so drift cancels."""
+        """Median over the rounds of this time / the other's. Both ran in each round, so drift cancels."""
         return median(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
 @dataclass
 class Peak:
-    """Peak memory in bytes, known once the context has ended; None where the system does not say."""
+    """Peak memory in bytes, set when the context ends; None if the system does not report it."""
 
     size: int | None = field(default=None)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; a CPU is never behind."""
+    """Waits until the device has finished; CPU work is synchronous."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -55,11 +55,11 @@ def synchronize(device: torch.device) -> None:
 def alternate(
     cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, *, warm_up: bool = True
 ) -> tuple[dict[str, Timing], dict[str, int | None]]:
-    """Time every case `repeats` times, in turn, after a warm-up each; also the peak memory of each one's first run.
+    """Times every case `repeats` times, alternating between cases after one warm-up round.
 
-    Returns ({case: Timing}, {case: bytes}). On a GPU the peak is all memory that torch had allocated at once, weights
-    included; on a CPU it is the rise of the resident set's high-water mark over what was resident before the case.
-    Without `warm_up` the first round counts: for cases of many seconds, whose start is lost in them.
+    Returns ({case: Timing}, {case: peak bytes of its first run}). On a GPU the peak is the most memory that torch
+    allocated, weights included; on a CPU it is the rise of the resident set's high-water mark during the case.
+    Without `warm_up` the first round counts too: for cases of many seconds, whose start-up time is negligible.
     """
     peaks: dict[str, int | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -77,7 +77,7 @@ def alternate(
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of what runs inside, as `alternate` says."""
+    """Measures the peak memory of what runs inside, as defined in `alternate`."""
     peak = Peak()
     if device.type == "cuda":
         synchronize(device)
@@ -94,7 +94,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
 
 def reset_high_water() -> bool:
-    """Hand freed memory back, so that its reuse counts, and start the high-water mark anew; whether that worked."""
+    """Returns freed memory to the system, so that its reuse counts, and resets the high-water mark, if possible."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
         CLEAR.write_text(RESET_HIGH_WATER)

@@ -1,4 +1,4 @@
-"""What feeds training: random batches of tokens beside a memory copy, JPEG files to crops beside decoding alone."""
+"""Data loading: random batches of tokens beside a memory copy, JPEG files to crops beside decoding alone."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -17,18 +17,18 @@ from digit.data.decode import decode_image
 from digit.data.preprocess import PreprocessConfig, crop_image
 from digit.errors import DigitError
 
-JPEG_SIZE, JPEG_QUALITY = (500, 375), 90  # the usual photograph of ImageNet
+JPEG_SIZE, JPEG_QUALITY = (500, 375), 90  # a typical photograph of ImageNet
 STORE_BATCHES = 100
 NO_ARITHMETIC = "-"
 
 
 def time_data(size: Size, repeats: int, folder: str | None = None) -> list[Measurement]:
-    """Token store and picture files, on the CPU; `folder` holds JPEG files to use instead of generated ones."""
+    """Token store and image files, on the CPU; `folder` holds JPEG files to use instead of generated ones."""
     return [time_store(size, repeats), time_images(size, repeats, read_files(folder, size.num_images))]
 
 
 def time_store(size: Size, repeats: int) -> Measurement:
-    """Sequences a second in random batches as training reads them; the floor copies as many bytes."""
+    """Sequences per second in random batches, as training reads them; the floor copies as many bytes."""
     store = token_store(size.store_rows, size.discriminative_len, size.recipe.quantizer_cfg.vocab_size)
     batches, step = store.batches(size.store_batch, seed=0), count()
     source = batches(next(step))["discriminative"].numpy()
@@ -43,13 +43,13 @@ def time_store(size: Size, repeats: int) -> Measurement:
             np.copyto(target, source)
 
     times, peaks = alternate({"read": read, "copy": copy}, repeats, torch.device("cpu"))
-    named = dict(part="data", case=f"tokens, batch {size.store_batch}", precision=NO_ARITHMETIC, unit="sequences")
+    labels = dict(part="data", case=f"tokens, batch {size.store_batch}", precision=NO_ARITHMETIC, unit="sequences")
     total = size.store_batch * STORE_BATCHES
-    return Measurement(**named, count=total, time=times["read"], floor=times["copy"], peak=peaks["read"])
+    return Measurement(**labels, count=total, time=times["read"], floor=times["copy"], peak=peaks["read"])
 
 
 def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Measurement:
-    """Pictures a second of one process: decode, resize, random crop, flip; the floor is Pillow's decoding alone."""
+    """Images per second of one process: decode, resize, random crop, flip; the floor is Pillow's decoding alone."""
     cfg = PreprocessConfig()
 
     def crop() -> None:
@@ -57,12 +57,12 @@ def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Measurement
             crop_image(decode_image(data), cfg, seed=0, index=index, crop=0)
 
     times, peaks = alternate({"crop": crop, "decode": decoder(files)}, repeats, torch.device("cpu"))
-    named = dict(part="data", case="JPEG to crop", precision=NO_ARITHMETIC, unit="images", count=len(files))
-    return Measurement(**named, time=times["crop"], floor=times["decode"], peak=peaks["crop"])
+    labels = dict(part="data", case="JPEG to crop", precision=NO_ARITHMETIC, unit="images", count=len(files))
+    return Measurement(**labels, time=times["crop"], floor=times["decode"], peak=peaks["crop"])
 
 
 def decoder(files: Sequence[bytes]) -> Callable[[], None]:
-    """Pillow's decoding alone."""
+    """Returns a function that decodes the files with Pillow alone."""
 
     def decode() -> None:
         for data in files:
@@ -73,7 +73,7 @@ def decoder(files: Sequence[bytes]) -> Callable[[], None]:
 
 
 def read_files(folder: str | None, num: int) -> list[bytes]:
-    """`num` JPEG files of a folder, or generated ones. Raises DigitError for a folder without any."""
+    """Reads `num` JPEG files of a folder, or generates them. Raises DigitError for a folder without any."""
     if folder is None:
         return [generated_jpeg(index) for index in range(num)]
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:num]
@@ -83,7 +83,7 @@ def read_files(folder: str | None, num: int) -> list[bytes]:
 
 
 def generated_jpeg(index: int) -> bytes:
-    """Soft blobs with some noise: about 100 kB, as a photograph of this size."""
+    """Soft blobs with noise: about 100 kB, like a photograph of this size."""
     rng = np.random.default_rng(index)
     coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
         JPEG_SIZE, Image.Resampling.BICUBIC

@@ -1,4 +1,4 @@
-"""The frozen encoder: images a second from memory, beside the products of the blocks that it runs."""
+"""The frozen encoder: images per second from memory, beside the matrix multiplications of its blocks alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from digit.tokenizers.encoders import CPU_CHUNK, IMAGENET_MEAN, IMAGENET_STD, Fr
 
 
 def random_encoder(size: Size, device: torch.device) -> FrozenEncoder:
-    """The encoder with random weights."""
+    """Builds the encoder with random weights."""
     numbers = dict(input_size=size.vit_side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     net = ViT(size.vit)
     return FrozenEncoder(net, name="random", layer=size.vit.kept_blocks - 1, about={}, **numbers).to(device)
@@ -26,21 +26,21 @@ def random_images(size: Size, device: torch.device) -> torch.Tensor:
 
 
 def time_encoding(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
-    """Features of a batch of images in every precision, in turn with the floors."""
+    """Times the features of a batch of images in every precision, alternating with the floors."""
     run = cases(size, device)
     for precision in size.precisions:
         shape = (size.vit, size.vit_side, size.encode_batch, chunk_size(size, device))
         run[f"{precision} floor"] = floors.encoding(*shape, device, PRECISIONS[precision])
     times, peaks = alternate(run, repeats, device)
-    named = dict(part="encode", case=f"ViT {size.vit_side} px", unit="images", count=size.encode_batch)
+    labels = dict(part="encode", case=f"ViT {size.vit_side} px", unit="images", count=size.encode_batch)
     return [
-        Measurement(**named, precision=p, time=times[p], floor=times[f"{p} floor"], peak=peaks[p])
+        Measurement(**labels, precision=p, time=times[p], floor=times[f"{p} floor"], peak=peaks[p])
         for p in size.precisions
     ]
 
 
 def chunk_size(size: Size, device: torch.device) -> int:
-    """Images that go through the encoder together."""
+    """Images per forward pass of the encoder."""
     return min(CPU_CHUNK, size.encode_batch) if device.type == "cpu" else size.encode_batch
 
 

@@ -1,4 +1,4 @@
-"""K-means: points times iterations a second, beside the distance products and one read of the points."""
+"""K-means: points times iterations per second, beside the distance matrix multiplications and a read of the points."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +20,9 @@ MAX_REPEATS = 3
 
 
 def random_points(points: Points, device: torch.device) -> Tensor:
-    """(N, D) float32, normal, the j-th feature's variance 1 / j: overlapping clusters, as in real features.
+    """(N, D) float32, normal with variance 1 / j of the j-th feature: overlapping clusters, as in real features.
 
-    With clusters that stand apart, which of them the start has missed would decide the inertia, not the iterations.
+    With well-separated clusters, the inertia would depend on which of them the initialisation missed.
     """
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(points.num, points.dim, generator=generator, device=device)
@@ -30,7 +30,7 @@ def random_points(points: Points, device: torch.device) -> Tensor:
 
 
 def kmeans_config(points: Points) -> KMeansConfig:
-    """All points, all iterations."""
+    """Uses all points and runs all iterations."""
     return KMeansConfig(
         num_clusters=points.clusters,
         num_iterations=points.iterations,
@@ -41,7 +41,7 @@ def kmeans_config(points: Points) -> KMeansConfig:
 
 
 def time_kmeans(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
-    """`KMeans.fit` as it is used; the floor is that of its iterations, without start and last assignment."""
+    """Times `KMeans.fit`; the floor covers its iterations, without initialisation and last assignment."""
     return [time_problem(points, device, min(repeats, MAX_REPEATS)) for points in size.points]
 
 
@@ -60,10 +60,10 @@ def time_problem(points: Points, device: torch.device, repeats: int) -> Measurem
         fits[:] = [KMeans(kmeans_config(points)).fit(x)]
 
     times, peaks = alternate({"fit": fit, "floor": floor}, repeats, device, warm_up=False)
-    named = dict(part="kmeans", case=points.name, precision=precision, unit="points")
+    labels = dict(part="kmeans", case=points.name, precision=precision, unit="points")
     extra = {"fit_seconds": times["fit"].median, "inertia": fits[0].inertia_}
     return Measurement(
-        **named,
+        **labels,
         count=points.num * points.iterations,
         time=times["fit"],
         floor=times["floor"].times(points.iterations),
@@ -73,6 +73,6 @@ def time_problem(points: Points, device: torch.device, repeats: int) -> Measurem
 
 
 def profiled(size: Size, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Cases to look into."""
+    """Cases to profile."""
     x = random_points(size.points[0], device)
     return {size.points[0].name: partial(KMeans(kmeans_config(size.points[0])).fit, x)}

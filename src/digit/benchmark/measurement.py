@@ -1,4 +1,4 @@
-"""One measured figure: a rate, its spread, the floor beside it; as a row of JSON."""
+"""One measurement: a rate, its spread and its floor; as a row of JSON."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,49 +11,49 @@ DIGITS = 6  # significant digits in JSON
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A case of the benchmark."""
+    """Measurement of one case of the benchmark."""
 
     part: str
     """sample, train, encode, kmeans or data."""
     case: str
-    """What ran."""
+    """Name of what ran."""
     precision: str
     """fp32, bf16, or - where no arithmetic is involved."""
     unit: str
-    """What is counted, e.g. tokens."""
+    """What the rate counts, e.g. tokens."""
     count: float
-    """How many of them a round does."""
+    """Units per round."""
     time: Timing
-    """Seconds a round."""
+    """Seconds of each round."""
     floor: Timing | None = None
-    """Seconds of the work that cannot be left out, in the same rounds."""
+    """Seconds of the floor in the same rounds: the work that no implementation can avoid."""
     peak: int | None = None
     """Peak memory in bytes."""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """Other figures by name: data_wait and mfu as fractions, whole_over_parts."""
+    """Other numbers by name: data_wait and mfu as fractions, whole_over_parts."""
 
     @property
     def rate(self) -> float:
-        """Units a second, of the median round."""
+        """Units per second of the median round."""
         return self.count / self.time.median
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Units a second of the slowest and of the fastest round."""
+        """Units per second of the slowest and of the fastest round."""
         return self.count / max(self.time.seconds), self.count / min(self.time.seconds)
 
     @property
     def floor_rate(self) -> float | None:
-        """Units a second that the floor allows."""
+        """Units per second at the floor's median time."""
         return None if self.floor is None else self.count / self.floor.median
 
     @property
     def of_floor(self) -> float | None:
-        """Floor's time / time: 1 is as fast as the products alone."""
+        """Floor's time / time: 1 is as fast as the floor."""
         return None if self.floor is None else self.floor.over(self.time)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a row of the JSON results."""
         low, high = self.spread
         row = {"rate": self.rate, "rate_low": low, "rate_high": high, "floor_rate": self.floor_rate}
         row |= {"of_floor": self.of_floor, "seconds": self.time.median, **self.extra}

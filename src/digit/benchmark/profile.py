@@ -1,4 +1,4 @@
-"""Where the time of a round goes: torch's own profile, for figures that miss what was expected."""
+"""torch's profile of one round, to find where the time goes when a measurement misses its target."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ NUM_ROWS = 25  # operators in a table
 
 
 def write_profile(parts: Sequence[str], size: Size, device: torch.device, path: str | Path) -> None:
-    """One table of operators for each case of the parts, longest first, into a text file."""
+    """Writes one table of operators per case, longest first, to a text file."""
     text = "\n\n".join(f"{part}: {name}\n{table}" for part in parts for name, table in profiles(part, size, device))
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def profiles(part: str, size: Size, device: torch.device) -> Iterator[tuple[str, str]]:
-    """(case, table) of each case that has one; the part data has none."""
+    """Yields (case, table) of each case of a part; the part data has none."""
     cases: dict[str, Callable[[], Any]] = CASES[part](size, device) if part in CASES else {}
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

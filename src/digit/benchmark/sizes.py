@@ -1,4 +1,4 @@
-"""The shapes that are timed: `small` for two CPU cores, the paper's `base` and `large`, and `micro` for tests."""
+"""The sizes to time: `small` for two CPU cores, the paper's `base` and `large`, and `micro` for tests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,53 +21,53 @@ class Points:
     """A K-means problem on random points."""
 
     num: int
-    """Points N."""
+    """Number of points N."""
     dim: int
-    """Features D."""
+    """Dimension D."""
     clusters: int
-    """Centroids K."""
+    """Number of centroids K."""
     iterations: int
-    """Lloyd iterations, all of them run."""
+    """Lloyd iterations; all of them run."""
 
     @property
     def name(self) -> str:
-        """200k x 768, K=1024."""
+        """Such as 200k x 768, K=1024."""
         num = f"{self.num / 1e6:.3g}M" if self.num >= 10**6 else f"{self.num / 1000:.3g}k"
         return f"{num} x {self.dim}, K={self.clusters}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """One set of shapes for every part of the benchmark."""
+    """Sizes of every part of the benchmark."""
 
     recipe: Recipe
-    """Sizes of prior, renderer, codebook, VQGAN, and how tokens are drawn."""
+    """Sizes of prior, renderer, codebook and VQGAN, and the sampling settings."""
     discriminative_len: int = 256
-    """Discriminative tokens of an image."""
+    """Discriminative tokens per image."""
     batch: int
-    """Images drawn together."""
+    """Images sampled per batch."""
     train_batch: int
-    """Images of a training step."""
+    """Images per training step."""
     train_steps: int
-    """Training steps in a round."""
+    """Training steps per round."""
     vit: ViTConfig
-    """The frozen encoder, of which only the blocks up to the third-to-last are kept and run."""
+    """The frozen encoder; only its blocks up to the third-to-last run."""
     vit_side: int = 224
-    """Side of the encoder's images in pixels."""
+    """Side of the encoder's input in pixels."""
     encode_batch: int
-    """Images encoded in a round."""
+    """Images encoded per round."""
     points: tuple[Points, ...]
     """K-means problems."""
     store_rows: int
     """Rows of the token store."""
     store_batch: int = 1024
-    """Rows of a batch read from it."""
+    """Rows per batch read from the token store."""
     num_images: int
-    """JPEG files decoded in a round."""
+    """JPEG files decoded per round."""
     precisions: tuple[str, ...] = ("fp32", "bf16")
-    """Arithmetic that is timed."""
+    """Precisions to time."""
     repeats: int = 5
-    """Rounds; K-means takes three at most."""
+    """Rounds; K-means runs three at most."""
 
     def sequence_config(self, name: str) -> SequenceConfig:
         """Configuration of the unconditional prior, renderer or renderer_masked."""
@@ -79,7 +79,7 @@ class Size:
         return self.recipe.sequence_config(name, tokens, num_classes=0)
 
     def model(self, name: str, device: torch.device) -> SequenceModel:
-        """That model with random float32 weights on the device."""
+        """Builds that model with random float32 weights on the device."""
         with device:
             return SequenceModel(self.sequence_config(name))
 
@@ -89,7 +89,7 @@ def _third_to_last(cfg: ViTConfig) -> ViTConfig:
 
 
 def micro() -> Size:
-    """Seconds on anything: for tests."""
+    """A few seconds on any machine: for tests."""
     vqgan = VQGANConfig(resolution=32, channels=8, channel_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=8,
                         vocab_size=16, num_groups=4)  # fmt: skip
     model = ModelSpec(depth=2, embed_dim=32, num_heads=2)
@@ -155,7 +155,7 @@ def base() -> Size:
 
 
 def large() -> Size:
-    """The paper's large model; everything else as `base`."""
+    """The paper's large model; otherwise as `base`."""
     return replace(base(), recipe=digit_large(), train_batch=64, repeats=3)
 
 
@@ -163,9 +163,9 @@ SIZES: dict[str, Callable[[], Size]] = {"micro": micro, "small": small, "base": 
 
 
 def get_size(name: str | None, device: torch.device, precision: str | None = None) -> Size:
-    """A size by name, in one precision or in its own; by default small on a CPU, base on a GPU.
+    """Returns a size by name, by default small on a CPU and base on a GPU; `precision` replaces its precisions.
 
-    Raises DigitError for a name or a precision that there is not.
+    Raises DigitError for an unknown name or precision.
     """
     name = name or ("small" if device.type == "cpu" else "base")
     if name not in SIZES:

@@ -1,4 +1,4 @@
-"""Figures as a table that is read, and as JSON that is kept."""
+"""Formats measurements as a table, and collects them as JSON."""
 
 import platform
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from digit.runtime.hardware import describe_machine
 COLUMNS = ("part", "case", "", "rate", "slowest .. fastest", "floor", "of floor", "peak", "")
 RIGHT = {3, 4, 5, 6, 7}
 LEGEND = (
-    "floor: the same matrix products alone, by torch's fastest kernels here (a memory copy, JPEG decoding), timed in\n"
-    "turn with the case; of floor: its time / ours. peak: all that torch allocated at once on a GPU; on a CPU the\n"
-    "rise of what is resident in one round."
+    "floor: the same matrix multiplications alone, by torch's fastest kernels here (or a memory copy, JPEG decoding),\n"
+    "timed in alternation with the case; of floor: floor's time / ours. peak: the most that torch allocated on a GPU;\n"
+    "on a CPU the rise of resident memory in one round."
 )
 
 
 def header(arguments: dict[str, Any]) -> str:
-    """Which machine, which versions, which shapes."""
-    machine, made = describe_machine(), versions()
+    """Formats size, machine and versions as one line."""
+    machine = describe_machine()
     gpus = f" · {', '.join(machine['gpus'])}" if machine["gpus"] else ""
     first = f"digit bench · {arguments['size']} · {arguments['device']} · {machine['processor']}, "
-    return f"{first}{machine['threads']} threads{gpus} · torch {made['torch']}"
+    return f"{first}{machine['threads']} threads{gpus} · torch {versions()['torch']}"
 
 
 def table(measurements: Sequence[Measurement]) -> str:
-    """Aligned columns with a head."""
+    """Formats measurements as aligned columns under a header."""
     rows = [COLUMNS, *(_cells(measurement) for measurement in measurements)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = []
@@ -47,14 +47,14 @@ def _cells(measurement: Measurement) -> tuple[str, ...]:
 
 
 def number(value: float) -> str:
-    """Three digits or more: 0.512, 12.3, 1,234."""
+    """Formats with at least three digits: 0.512, 12.3, 1,234."""
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def note(name: str, value: float) -> str:
-    """One of a measurement's other numbers."""
+    """Formats one of a measurement's extra numbers."""
     known = {
         "whole_over_parts": f"whole {value:.2f} x its parts:",
         "data_wait": f"data wait {value:.2%}",
@@ -66,7 +66,7 @@ def note(name: str, value: float) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what decides the speed."""
+    """Versions of the packages that decide the speed."""
     import numpy
     import PIL
     import torch
@@ -76,6 +76,6 @@ def versions() -> dict[str, str | None]:
 
 
 def to_json(measurements: Sequence[Measurement], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Everything that makes the figures repeatable, and the figures."""
+    """Collects the measurements, and the machine, versions and arguments needed to repeat them."""
     results = [measurement.to_dict() for measurement in measurements]
     return {"machine": describe_machine(), "versions": versions(), "arguments": arguments, "results": results}

@@ -1,4 +1,4 @@
-"""What one H100 should reach, beside what it did: `python -m digit.benchmark.targets FOLDER` reads gpu.sh's runs."""
+"""Speed targets for one H100 beside measurements: `python -m digit.benchmark.targets FOLDER` reads gpu.sh's runs."""
 
 import argparse
 import sys
@@ -13,28 +13,28 @@ from digit.runtime.files import read_json
 
 @dataclass(frozen=True)
 class Target:
-    """A figure of one run and the least (of seconds: the most) that it should be."""
+    """One measured value of a run and its target: a minimum, or a maximum if the value is in seconds."""
 
     part: str
     size: str
     case: str
     field: str
-    wanted: float
+    threshold: float
     text: str
 
     @property
     def most(self) -> bool:
-        """Whether less is better."""
+        """Whether the target is a maximum."""
         return self.field.endswith("seconds")
 
     def value(self, run: dict[str, Any]) -> float | None:
-        """The figure, in bf16; None where the run has none."""
+        """The measured value in bf16; None if the run has none."""
         rows = [row for row in run["results"] if row["case"] == self.case and row["precision"] == "bf16"]
         return rows[0].get(self.field) if rows else None
 
     def met(self, value: float) -> bool:
-        """Whether the figure is good enough."""
-        return value <= self.wanted if self.most else value >= self.wanted
+        """Whether `value` meets the target."""
+        return value <= self.threshold if self.most else value >= self.threshold
 
 
 H100 = (
@@ -51,18 +51,18 @@ H100 = (
 
 
 def summary(runs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[tuple[Target, float | None, str]]:
-    """(target, value, line) of every target; `runs` by (part, size)."""
+    """Yields (target, value, line) of every target, from the runs by (part, size)."""
     for target in H100:
         run = runs.get((target.part, target.size))
         value = None if run is None else target.value(run)
         sign = "at most" if target.most else "at least"
         verdict = "not measured" if value is None else ("yes" if target.met(value) else "NO")
         reached = "-" if value is None else f"{value:.4g}"
-        yield target, value, f"{target.text:<52}{reached:>10}   {sign} {target.wanted:<6g}  {verdict}"
+        yield target, value, f"{target.text:<52}{reached:>10}   {sign} {target.threshold:<6g}  {verdict}"
 
 
 def read_runs(folder: str | Path, prefix: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """FOLDER/PREFIX-SIZE-PART.json by (part, size). Raises DigitError for a file that is no JSON."""
+    """Reads FOLDER/PREFIX-SIZE-PART.json, by (part, size). Raises DigitError for a file that is not JSON."""
     runs = {}
     for path in sorted(Path(folder).glob(f"{prefix}-*-*.json")):
         size, part = path.stem.removeprefix(f"{prefix}-").split("-")
@@ -71,11 +71,11 @@ def read_runs(folder: str | Path, prefix: str) -> dict[tuple[str, str], dict[str
 
 
 def main() -> int:
-    """Print the summary, or with --missed `PART SIZE` of each run that missed a target."""
+    """Prints the summary, or with --missed `PART SIZE` of each run that missed a target."""
     parser = argparse.ArgumentParser(prog="python -m digit.benchmark.targets", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", help="where the JSON files are")
-    parser.add_argument("--prefix", required=True, help="what their names begin with")
-    parser.add_argument("--missed", action="store_true", help="name the runs that missed a target, for profiles")
+    parser.add_argument("folder", help="folder of the JSON files")
+    parser.add_argument("--prefix", required=True, help="prefix of their names")
+    parser.add_argument("--missed", action="store_true", help="print the runs that missed a target, for profiling")
     args = parser.parse_args()
     try:
         lines = list(summary(read_runs(args.folder, args.prefix)))

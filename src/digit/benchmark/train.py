@@ -1,4 +1,4 @@
-"""A training step of the prior: images a second, wait for data, share of the machine's peak, products alone."""
+"""A training step of the prior: images per second, wait for data, share of the machine's peak, and its floor."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ MODEL = "prior"
 
 
 class Steps:
-    """Consecutive training steps from a store in memory; `wait` sums the seconds that they waited for data."""
+    """Consecutive training steps from a store in memory; `wait` sums the seconds spent waiting for data."""
 
     def __init__(self, size: Size, precision: str, device: torch.device) -> None:
         model = size.model(MODEL, device).train()
@@ -42,18 +42,18 @@ class Steps:
 
 
 def train_config(size: Size, precision: str) -> TrainConfig:
-    """The recipe's training at this batch."""
+    """The recipe's training settings at this batch size."""
     return replace(size.recipe.prior_training, batch_size=size.train_batch, precision=precision)
 
 
 def token_store(rows: int, length: int, vocab_size: int) -> TokenStore:
-    """Random discriminative tokens in memory."""
+    """A token store in memory with random discriminative tokens."""
     discriminative = np.random.default_rng(0).integers(0, vocab_size, (rows, length), dtype=np.uint16)
     return TokenStore(Path("memory"), {}, discriminative, None, np.full(rows, -1, dtype=np.int32))
 
 
 def time_training(size: Size, device: torch.device, repeats: int) -> list[Measurement]:
-    """The step in every precision, in turn with the others and with their floors."""
+    """Times the step in every precision, alternating with the floors."""
     steps = {precision: Steps(size, precision, device) for precision in size.precisions}
     cfg = size.sequence_config(MODEL)
     cases: dict[str, Callable[[], Any]] = dict(steps)
@@ -63,16 +63,16 @@ def time_training(size: Size, device: torch.device, repeats: int) -> list[Measur
     peak_rate, rows = peak_flops(device), []
     for precision, run in steps.items():
         images = size.train_batch * run.count
-        waited = run.wait * repeats / (repeats + 1)  # the warm-up's rounds waited too
+        waited = run.wait * repeats / (repeats + 1)  # `wait` includes the warm-up round
         extra = {"data_wait": waited / sum(times[precision].seconds)}
         if precision == "bf16" or not multiplies_bf16(device):
             extra["mfu"] = images / times[precision].median * training_flops(cfg) / peak_rate
         floor = times[f"{precision} floor"].times(run.count)
-        named = dict(part="train", case="step", precision=precision, unit="images", count=images)
-        rows.append(Measurement(**named, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))
+        labels = dict(part="train", case="step", precision=precision, unit="images", count=images)
+        rows.append(Measurement(**labels, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))
     return rows
 
 
 def profiled(size: Size, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Cases to look into."""
+    """Cases to profile."""
     return {"step": Steps(size, size.precisions[-1], device)}

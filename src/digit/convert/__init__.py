@@ -1,1 +1,1 @@
-"""Released checkpoints to DiGIT's own state dicts, one file per format; every tensor is accounted for."""
+"""Converts released checkpoints to DiGIT's state dicts, one module per format; every tensor is accounted for."""

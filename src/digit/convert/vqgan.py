@@ -1,6 +1,6 @@
-"""Released VQGAN checkpoints (MAGE's layout, plain or inside the authors' renderer checkpoint) -> ours.
+"""Converts released VQGAN checkpoints in MAGE's layout, alone or inside the authors' renderer checkpoint.
 
-Both use the same names; this file reads the sizes off the shapes and accounts for every key.
+Both use our names; this module infers the sizes from the shapes and accounts for every tensor.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ PREFIX = "vqgan."  # inside the authors' fairseq checkpoints of the renderer
 
 
 def convert_vqgan(path: str | Path, resolution: int = 256) -> VQGAN:
-    """Read `vqgan_jax_strongaug.ckpt` ({'state_dict': ...}) or a released renderer checkpoint that carries `vqgan.*`.
+    """Reads `vqgan_jax_strongaug.ckpt` ({'state_dict': ...}) or a released renderer checkpoint with `vqgan.*`.
 
-    Returns the model in eval mode, float32. Raises DigitError where the file is unreadable, holds more than tensors,
+    Returns the model in eval mode, float32. Raises DigitError if the file is unreadable, holds more than tensors,
     or is not in MAGE's layout (listing missing and unexpected names).
     """
     return convert_state(find_state(read_torch(path), str(path)), resolution, str(path))
 
 
 def convert_state(state: Mapping[str, Tensor], resolution: int = 256, source: str = "VQGAN") -> VQGAN:
-    """A VQGAN from a released state dict (names without `vqgan.`); `source` names it in errors."""
+    """Builds a VQGAN from a released state dict (names without `vqgan.`); `source` names it in errors."""
     with torch.device("meta"):
         model = VQGAN(infer_config(state, resolution, source))
     check_state(state, model, source)
@@ -37,14 +37,16 @@ def convert_state(state: Mapping[str, Tensor], resolution: int = 256, source: st
 
 
 def infer_config(state: Mapping[str, Tensor], resolution: int = 256, source: str = "VQGAN") -> VQGANConfig:
-    """The sizes of a released VQGAN from its tensors' shapes; `resolution` is not in them (256 in the release)."""
+    """Infers the sizes of a released VQGAN from its tensors' shapes, except `resolution` (256 in the release)."""
     try:
         channels = state["encoder.conv_in.weight"].shape[0]
         num_levels = count_children(state, "encoder.down.")
         widths = [state[f"encoder.down.{level}.block.0.conv2.weight"].shape[0] for level in range(num_levels)]
         vocab_size, z_channels = state["quantize.embedding.weight"].shape
     except KeyError as error:
-        raise DigitError(f"{source} is no VQGAN in MAGE's layout: it has no {error}; is it the right file?") from error
+        raise DigitError(
+            f"{source} holds no VQGAN in MAGE's layout: it lacks {error}; is it the right file?"
+        ) from error
     return VQGANConfig(
         resolution=resolution,
         channels=channels,
@@ -60,7 +62,7 @@ def count_children(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def find_state(loaded: Any, source: str) -> dict[str, Tensor]:
-    """The VQGAN's tensors wherever a released file keeps them, names without `vqgan.`."""
+    """Finds the VQGAN's tensors in a released file; names without `vqgan.`."""
     if isinstance(loaded, Mapping):
         inner = [loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)]
         loaded = inner[0] if inner else loaded

@@ -1,4 +1,4 @@
-"""Images in, crops and tokens out: sources, decoding, the one preprocessing, loaders, the token store.
+"""Images to crops and tokens: sources, decoding, the one preprocessing, loaders, the token store.
 
-Nothing is imported here, so that `import digit.data` costs nothing; import from the modules.
+Import from the modules; this package imports none of them, which keeps `import digit.data` fast.
 """

@@ -1,4 +1,4 @@
-"""Centre crops of a collection in batches: what every measurement looks at."""
+"""Centre crops of a source in batches, the images that every evaluation measures."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,13 +15,13 @@ from digit.errors import DigitError
 def centre_crops(
     source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None, batch_size: int = 64
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none), unflipped, in order.
+    """Yields (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none), unflipped, in order.
 
     Args:
-        num: at most so many images, spread evenly over the source; None takes all.
-        batch_size: images at a time; fewer where some cannot be read, which are left out.
+        num: the most images to take, spread evenly over the source; None takes all.
+        batch_size: images per batch; unreadable images are left out.
 
-    Raises DigitError where no image can be read.
+    Raises DigitError if no image can be read.
     """
     centre = replace(cfg, random_crop=False, flip=False)
     loader = CropLoader(source.limit(num), centre, batch_size=batch_size, max_bad_fraction=1.0)
@@ -32,7 +32,7 @@ def centre_crops(
 
 
 def gather_crops(source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None) -> tuple[Tensor, Tensor]:
-    """All of `centre_crops` at once: (images (N, 3, S, S) uint8, labels (N,) int64)."""
+    """Collects all of `centre_crops`: (images (N, 3, S, S) uint8, labels (N,) int64)."""
     batches = list(centre_crops(source, cfg, num=num))
     if not batches:
         raise DigitError(f"{source.name} holds no image that can be read")

@@ -1,4 +1,4 @@
-"""Bytes or a file to one plain RGB picture, whatever the file holds; a broken file raises BadImageError naming it.
+"""Decodes encoded bytes or an image file to RGB. A broken file raises BadImageError that names it.
 
 Colour profiles (ICC) are ignored, as in the released code (PIL convert).
 """
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from digit.errors import BadImageError
 
 MAX_PIXELS = 178_956_970 // 2  # 256 MiB of RGB, Pillow's own warning limit
-# Formats that may be opened. Others (EPS, PDF, WMF ...) start foreign programs or carry no photographs.
+# Formats to open. Others (EPS, PDF, WMF ...) start external programs or hold no photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "MPO")
 EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
@@ -27,15 +27,15 @@ WHITE = (255, 255, 255, 255)
 
 
 def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode to a PIL picture of mode RGB: upright, alpha over white, 16 bits scaled, first frame of an animation.
+    """Decodes to a PIL image of mode RGB: upright, alpha over white, 16 bits scaled, first frame of an animation.
 
     Args:
         data: the encoded bytes, or the path of a file.
-        name: what errors call the picture; the path by default.
-        max_pixels: a picture whose header claims more is refused before any pixel is decoded.
+        name: name of the image in errors; the path by default.
+        max_pixels: an image whose header claims more is refused before its pixels are decoded.
 
     Raises:
-        BadImageError: naming the picture: no image, cut short, too many pixels, a pixel type without a meaning as RGB.
+        BadImageError: names the image: not an image, truncated, too many pixels, a pixel type that RGB cannot express.
     """
     name = name or ("image bytes" if isinstance(data, bytes) else os.fspath(data))
     try:
@@ -45,12 +45,12 @@ def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixel
             return _to_rgb(_upright(image))
     except BadImageError as error:
         raise BadImageError(f"{name}: {error}") from None
-    except Exception as error:  # decoders raise nearly any type on damaged bytes, and each means a damaged file
+    except Exception as error:  # decoders raise nearly any type on damaged bytes
         raise BadImageError(f"{name}: {_reason(error)}") from error
 
 
 def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
-    """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError where there is none."""
+    """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError if there is none."""
     try:
         with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
             return image.format or "?", image.mode, image.size
@@ -68,7 +68,7 @@ def _stream(data: bytes | str | Path) -> IO[bytes]:
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if not stat.S_ISREG(os.stat(data).st_mode):
-        raise OSError("no ordinary file")  # a pipe would be waited for, a device never ends
+        raise OSError("not a regular file")  # reading a pipe would block, reading a device would never end
     return open(data, "rb")
 
 
@@ -92,7 +92,7 @@ def _reason(error: Exception) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Undo the EXIF rotation; damaged EXIF leaves the picture as stored."""
+    """Undoes the EXIF rotation; an image with damaged EXIF stays as stored."""
     try:
         turned = image.getexif().get(EXIF_ORIENTATION, 1) not in (None, 1)
         return ImageOps.exif_transpose(image) if turned else image
@@ -104,7 +104,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode == "F":
-        raise BadImageError("floating point pixels have no known range: save it with 8 or 16 bits a channel")
+        raise BadImageError("floating-point pixels have no known range: save it with 8 or 16 bits per channel")
     if image.mode == "I" or image.mode.startswith("I;"):
         return _scale_16_bit(image)
     if image.has_transparency_data:
@@ -114,11 +114,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_16_bit(image: Image.Image) -> Image.Image:
-    """0..65535 -> 0..255 by 1/257, to the nearest (65535 = 255 * 257); Pillow's own conversion clips at 255."""
+    """Scales 0..65535 to 0..255 by 1/257, rounded (65535 = 255 * 257); Pillow's own conversion clips at 255."""
     values = np.asarray(image)  # (H, W) uint16 or int32
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise BadImageError(f"32-bit pixels {low}..{high} have no known range: save it with 8 or 16 bits a channel")
+        raise BadImageError(f"32-bit pixels {low}..{high} have no known range: save it with 8 or 16 bits per channel")
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -1,4 +1,4 @@
-"""One door for every kind of image collection: open_source(folder | Parquet | WebDataset tar | "shapes")."""
+"""Opens any kind of image source: open_source(folder | Parquet | WebDataset tar | "shapes")."""
 
 import os
 import re
@@ -21,14 +21,14 @@ WANTED = "a folder of images, a Parquet file or folder, WebDataset .tar shards, 
 
 
 def open_source(spec: str | Path, *, split: str | None = None, limit: int | None = None) -> ImageSource:
-    """Open a collection of images by its path, or the embedded default by its name.
+    """Opens a source of images by its path, or the built-in shapes by name.
 
     Args:
-        spec: a folder of images (nested: a class a folder), a Parquet file in the Hub's layout or a folder of them,
+        spec: a folder of images (nested: one folder per class), a Parquet file in the Hub's layout or a folder of them,
             a WebDataset .tar or a folder of them, or "shapes" / "shapes:num=16000,size=64,seed=0" (rendered scenes).
-        split: which part of a folder whose files are named train-*, validation-*, test-* or whose subfolders are train,
-            val, test. Default: train where there is one beside others, else everything.
-        limit: keep so many images, spread evenly over all.
+        split: the part of a folder with files train-*, validation-*, test-* or subfolders train, val, test. Default:
+            train if there is one beside others, else everything.
+        limit: number of images to keep, spread evenly over all.
 
     Raises:
         DigitError: missing path, empty folder, a mixture of kinds, unknown split, unreadable container.
@@ -41,7 +41,7 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
 
 
 def hold_out(source: ImageSource, every: int = 5) -> tuple[ImageSource, ImageSource]:
-    """(train, test): every fifth image apart, for data without a test split."""
+    """Splits off every fifth image as a test set, for data without one. Returns (train, test)."""
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: a split into training and test needs at least 2")
     held_out = np.arange(len(source)) % every == 0
@@ -65,13 +65,13 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
 def _open_path(path: Path, split: str | None) -> ImageSource:
     try:
         os.stat(path)
-        found = True
+        exists = True
     except FileNotFoundError:
-        found = False
+        exists = False
     except (OSError, ValueError) as error:  # a name too long, a zero byte, no permission
         reason = getattr(error, "strerror", None) or error
         raise DigitError(f"cannot open ({reason}): {path}; wanted {WANTED}") from error
-    if not found:
+    if not exists:
         raise DigitError(f"no such path: {path}; wanted {WANTED}")
     if path.is_dir():
         return _open_folder(path, split)
@@ -81,7 +81,7 @@ def _open_path(path: Path, split: str | None) -> ImageSource:
 
 
 def _open_files(root: Path, files: list[Path]) -> ImageSource:
-    """Containers of one kind; `root` names the source."""
+    """Opens containers of one kind; `root` names the source."""
     if files[0].suffix.lower() == ".parquet":
         from digit.data.parquet import ParquetSource
 
@@ -109,7 +109,7 @@ def _open_folder(root: Path, split: str | None) -> ImageSource:
         raise DigitError(f"no images in {root} ({len(found)} other files); wanted {WANTED}")
     if len(present) > 1:
         counts = " and ".join(f"{len(names)} {kind}" for kind, names in present.items())
-        raise DigitError(f"{root} holds {counts}: which are meant? Give a folder or a file with one kind")
+        raise DigitError(f"{root} holds {counts}: give a folder or a file with one kind only")
     names = next(iter(present.values()))
     if "images" not in present:
         names = names if in_subfolder else _split_names(root, names, split)
@@ -125,7 +125,7 @@ def _aliases(split: str) -> tuple[str, ...]:
 
 
 def _split_folder(root: Path, split: str | None) -> Path | None:
-    """root/train for a folder with the subfolders train and val or test; the one asked for where `split` is given."""
+    """The subfolder of `split`; without one, root/train if train stands beside val or test, else None."""
     if split is not None:
         return next((root / name for name in _aliases(split) if (root / name).is_dir()), None)
     others = SPLIT_NAMES["validation"] + SPLIT_NAMES["test"]
@@ -134,7 +134,7 @@ def _split_folder(root: Path, split: str | None) -> Path | None:
 
 
 def _split_names(root: Path, names: list[str], split: str | None) -> list[str]:
-    """The files of one split, told by a word of the path (train-00000-of-00001.parquet, default/test/0000.parquet)."""
+    """Selects a split's files by a word of their path (train-00000-of-00001.parquet, default/test/0000.parquet)."""
     known = {alias for aliases in SPLIT_NAMES.values() for alias in aliases}
     words = {name: re.split(r"[/\\._-]", name.lower()) for name in names}
     of = {name: next((word for word in words[name] if word in known or word == split), None) for name in names}
@@ -146,7 +146,7 @@ def _split_names(root: Path, names: list[str], split: str | None) -> list[str]:
 
 
 def walk_files(root: Path) -> Iterator[tuple[str, int]]:
-    """(path relative to the root with '/', size) of every file below; hidden ones and folder loops are left out."""
+    """Yields (path relative to the root with '/', size) of every file below; skips hidden files and folder loops."""
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:

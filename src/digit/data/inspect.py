@@ -1,4 +1,4 @@
-"""What is in a collection of images: counts, classes, sizes, pixel types, broken files, and a contact sheet."""
+"""Reports on an image source: counts, classes, sizes, pixel types, broken files, and a contact sheet."""
 
 import math
 from collections import Counter
@@ -18,35 +18,35 @@ from digit.errors import BadImageError
 from digit.runtime.files import atomic_path
 from digit.runtime.progress import track
 
-SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # borders of the size histogram, pixels
-NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then pixels
+SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # bin edges of the size histogram, pixels
+NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then sizes in pixels
 NUM_SHOWN = 20  # classes and bad files that the text lists
-CHUNK = 128  # images in flight
+CHUNK = 128  # images decoded at a time
 
 
 @dataclass(kw_only=True)
 class InspectReport:
-    """What `inspect_source` found; `to_text` for people, `to_dict` for programs, `save_contact_sheet` for the eye."""
+    """Result of `inspect_source`, as text (`to_text`), JSON (`to_dict`) and a picture (`save_contact_sheet`)."""
 
     name: str
     fingerprint: str
     num_images: int
     classes: list[str]
-    class_counts: list[int]  # images of each class, broken ones too
+    class_counts: list[int]  # images per class, broken ones included
     num_unlabelled: int
     widths: np.ndarray  # int64 (good images,)
     heights: np.ndarray  # int64 (good images,)
     kinds: Counter[str] = field(default_factory=Counter)  # 'JPEG RGB' -> images; as stored, before conversion
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    thumbnails: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # (caption, None where broken)
+    thumbnails: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # (caption, None if broken)
 
     @property
     def num_good(self) -> int:
-        """Images that can be read."""
+        """Number of readable images."""
         return self.num_images - len(self.bad)
 
     def size_histogram(self) -> dict[str, int]:
-        """Images by the length of their short side: {'32..63 px': 12, ...}."""
+        """Counts images by the length of their short side: {'32..63 px': 12, ...}."""
         short = np.minimum(self.widths, self.heights)
         edges = (0, *SHORT_SIDES, None)
         names = [f"under {high} px" if not low else f"{low}..{high - 1} px" if high else f"{low} px and more"
@@ -55,7 +55,7 @@ class InspectReport:
         return {name: found[bin_] for bin_, name in enumerate(names) if found[bin_]}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the thumbnails, as JSON takes it."""
+        """Returns everything but the thumbnails as JSON."""
         return {
             "name": self.name, "fingerprint": self.fingerprint, "num_images": self.num_images,
             "num_good": self.num_good, "num_classes": len(self.classes), "num_unlabelled": self.num_unlabelled,
@@ -65,7 +65,7 @@ class InspectReport:
         }  # fmt: skip
 
     def to_text(self) -> str:
-        """A page for a terminal."""
+        """Formats the report for a terminal."""
         lines = [f"{self.name}", f"  images       {self.num_images}, of which {len(self.bad)} broken"]
         lines += [*self._class_lines()]
         if self.num_good:
@@ -91,23 +91,23 @@ class InspectReport:
             yield f"               and {len(self.classes) - NUM_SHOWN} more"
 
     def save_contact_sheet(self, path: str | Path) -> None:
-        """Write a PNG of up to 64 pictures spread over the collection, each with its class below; broken ones red."""
+        """Writes a PNG of up to 64 images spread over the source, with class names; broken images are red."""
         columns = max(1, math.ceil(math.sqrt(len(self.thumbnails))))
         rows = max(1, math.ceil(len(self.thumbnails) / columns))
         width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
         sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
-        draw = ImageDraw.Draw(sheet)
+        canvas = ImageDraw.Draw(sheet)
         for number, (caption, picture) in enumerate(self.thumbnails):
             left, top = GAP + number % columns * width, GAP + number // columns * height
             tile = picture or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "darkred")
             sheet.paste(ImageOps.pad(tile, (THUMBNAIL, THUMBNAIL), color="whitesmoke"), (left, top))
-            draw.text((left, top + THUMBNAIL), _fit_caption(draw, caption), fill="black")
+            canvas.text((left, top + THUMBNAIL), _fit_caption(canvas, caption), fill="black")
         with atomic_path(path) as temporary:
             sheet.save(temporary, format="PNG")
 
 
 def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectReport:
-    """Read every image once and say what is there; broken ones are listed, never raised."""
+    """Reads every image once and reports on them; broken images are listed, not raised."""
     labels = source.labels()
     labels = np.full(len(source), -1, dtype=np.int64) if labels is None else labels
     counts = np.bincount(labels[labels >= 0], minlength=len(source.classes)).tolist()
@@ -131,7 +131,7 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
 
 
 def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str, Image.Image | None, str]]:
-    """(index, kind, picture or None, reason) in order; at most CHUNK pictures are in memory."""
+    """Yields (index, kind, image or None, reason) in order, with at most CHUNK images in memory."""
 
     def read(index: int) -> tuple[int, str, Image.Image | None, str]:
         try:
@@ -146,14 +146,14 @@ def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str,
 
 
 def _kind(source: ImageSource, index: int) -> str:
-    """'JPEG RGB': format and pixel type as stored; 'rendered' for sources without files."""
+    """Format and pixel type as stored, such as 'JPEG RGB'; 'rendered RGB' for sources without files."""
     raw = getattr(source, "raw", None)
     data = raw(index) if raw else None
     return "rendered RGB" if data is None else "{} {}".format(*probe_image(data))
 
 
 def _choose(labels: np.ndarray, num: int) -> list[int]:
-    """Up to `num` indices, the classes in turn, evenly spread within each."""
+    """Chooses up to `num` indices, cycling through the classes, evenly spread within each."""
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     if len(groups) > num:
         groups = [groups[place] for place in np.arange(num) * len(groups) // num]
@@ -169,9 +169,9 @@ def _thumbnail(image: Image.Image | None) -> Image.Image | None:
     return image
 
 
-def _fit_caption(draw: ImageDraw.ImageDraw, text: str) -> str:
-    text = text.encode("latin-1", "replace").decode("latin-1")  # what every built-in font has
-    while text and draw.textlength(text) > THUMBNAIL:
+def _fit_caption(canvas: ImageDraw.ImageDraw, text: str) -> str:
+    text = text.encode("latin-1", "replace").decode("latin-1")  # the characters of every built-in font
+    while text and canvas.textlength(text) > THUMBNAIL:
         text = text[:-1]
     return text
 

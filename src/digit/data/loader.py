@@ -1,4 +1,4 @@
-"""From a source to batches of crops: CropLoader goes through everything once, CachedCrops serves training for ever."""
+"""Batches of crops from a source: CropLoader passes over it once, CachedCrops serves training without end."""
 
 import multiprocessing
 import signal
@@ -18,30 +18,30 @@ from digit.errors import BadImageError, DigitError
 from digit.runtime.progress import Progress
 from digit.runtime.signals import SIGNALS
 
-CHUNK = 256  # images decoded between two looks at the budget
-WORTH_A_PROCESS = 1000  # rows
+CHUNK = 256  # images decoded between two checks of the budget
+MIN_ROWS_FOR_WORKERS = 1000  # below, starting processes costs more than it saves
 MAX_WORKERS = 8
-FORKS = sys.platform.startswith("linux") and sys.version_info < (3, 14)  # elsewhere processes start without our memory
+FORKS = sys.platform.startswith("linux") and sys.version_info < (3, 14)  # elsewhere processes do not fork
 
 
 @dataclass(frozen=True)
 class CropBatch:
     """Rows of a CropLoader, in order."""
 
-    images: torch.Tensor  # uint8 (B, 3, S, S), RGB, 0..255; zeros where not ok
+    images: torch.Tensor  # uint8 (B, 3, S, S), RGB, 0..255; zeros if not ok
     labels: torch.Tensor  # int64 (B,), -1 = none
     indices: torch.Tensor  # int64 (B,), which image of the source
     crops: torch.Tensor  # int64 (B,), which crop of the image
-    ok: torch.Tensor  # bool (B,), False where the image could not be read
+    ok: torch.Tensor  # bool (B,), False if the image could not be read
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def on_device(batches: Iterable[CropBatch], device: torch.device | str) -> Iterator[CropBatch]:
-    """The same batches with their images on `device`, the rest as before.
+    """Yields the same batches with their images on `device`.
 
-    On a GPU the next batch is copied, from pinned memory and on a stream of its own, while this one is worked on.
+    On a GPU it copies the next batch from pinned memory on a separate stream while the caller uses this one.
     """
     device = torch.device(device)
     if device.type != "cuda":
@@ -61,15 +61,15 @@ def on_device(batches: Iterable[CropBatch], device: torch.device | str) -> Itera
 
 
 def _received(batch: CropBatch, done: "torch.cuda.Event") -> CropBatch:
-    """The batch, once its copy is done as far as the current stream can tell."""
+    """Returns the batch after making the current stream wait for its copy."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(done)
-    batch.images.record_stream(stream)  # or the copying stream could reuse its memory too early
+    batch.images.record_stream(stream)  # else the copying stream could reuse its memory too early
     return batch
 
 
 class BadImages:
-    """The broken images of one run: named once, counted, and too many of them end the run."""
+    """Counts the broken images of one run, each once, and ends the run if there are too many."""
 
     def __init__(self, total: int, max_fraction: float):
         self.total, self.max_fraction = total, max_fraction
@@ -77,7 +77,7 @@ class BadImages:
         self._lock = threading.Lock()
 
     def add(self, index: int, key: str, reason: str) -> None:
-        """Record one. Raises DigitError past the fraction, or once every image is bad."""
+        """Records one. Raises DigitError above `max_fraction`, or if every image is bad."""
         with self._lock:
             self.found.setdefault(index, (key, reason))
             count = len(self.found)
@@ -91,7 +91,7 @@ class BadImages:
 
 
 def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tuple[np.ndarray, int]:
-    """(uint8 (H, W, 3) with the short side at cfg.crop_size, label). Raises BadImageError naming the image."""
+    """Returns (uint8 (H, W, 3) with short side cfg.crop_size, label). Raises BadImageError naming the image."""
     image, label = source.read(index)
     try:
         return np.asarray(resize_short_side(image, cfg.crop_size)), label
@@ -100,10 +100,10 @@ def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tupl
 
 
 class CropLoader:
-    """Every crop of every image, in order, in batches; broken images are marked, not dropped.
+    """Yields every crop of every image, in order, in batches; broken images are marked, not dropped.
 
-    Row r is crop r % crops_per_image of image indices[r // crops_per_image]. What a row holds depends on
-    (seed, image, crop) alone: not on the batch size, the workers, or where the loader started.
+    Row r is crop r % crops_per_image of image indices[r // crops_per_image]. Its content depends on (seed, image, crop)
+    only, not on the batch size, the workers or the row at which the loader started.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class CropLoader:
         max_bad_fraction: float = 0.01,
         start_row: int = 0,
     ):
-        """num_workers: processes that read ahead; None takes a third of the threads torch has, none for few rows."""
+        """num_workers: processes that read ahead; None uses a third of torch's threads, or 0 for few rows."""
         if crops_per_image < 1 or batch_size < 1:
             raise DigitError(f"crops_per_image is {crops_per_image}, batch_size {batch_size}; wanted 1 or more of each")
         self.source, self.cfg, self.seed = source, cfg, seed
@@ -131,36 +131,36 @@ class CropLoader:
 
     @property
     def num_rows(self) -> int:
-        """Rows from the very first, whatever `start_row` is."""
+        """Number of rows, counted from row 0, not from `start_row`."""
         return len(self.indices) * self.crops_per_image
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """(key, reason) of the broken images met so far, each once."""
+        """(key, reason) of the broken images so far, each once."""
         return list(self._bad.found.values())
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Number of batches in one pass."""
         return -(-max(0, self.num_rows - self.start_row) // self.batch_size)
 
     def __iter__(self) -> Iterator[CropBatch]:
-        """Raises DigitError past max_bad_fraction, and where every image is bad."""
+        """Yields the batches. Raises DigitError above max_bad_fraction, or if every image is bad."""
         for batch, bad in self._batches():
             for index, key, reason in bad:
                 self._bad.add(index, key, reason)
             yield batch
 
     def _default_workers(self) -> int:
-        """0 where a process would not pay or cannot be forked. All rows count, so that resuming changes nothing."""
+        """0 if processes would not pay off or cannot fork. Counts all rows, so that a resumed run uses as many."""
         threads, process = torch.get_num_threads(), multiprocessing.current_process()
         forks = multiprocessing.get_start_method(allow_none=True) in (None, "fork") and FORKS
-        if threads < 2 or self.num_rows < WORTH_A_PROCESS or process.daemon or not forks:
+        if threads < 2 or self.num_rows < MIN_ROWS_FOR_WORKERS or process.daemon or not forks:
             return 0
         return min(max(1, threads // 3), MAX_WORKERS)
 
     @contextmanager
     def sharing_cores(self) -> Iterator[None]:
-        """Within it torch takes as many threads fewer as there are processes: more threads than cores wait in turn."""
+        """Gives up one torch thread per worker process, so that there are no more threads than cores."""
         threads = torch.get_num_threads()
         torch.set_num_threads(max(1, threads - self.num_workers))
         try:
@@ -174,9 +174,9 @@ class CropLoader:
         if self.num_workers:
             from torch.utils.data import DataLoader
 
-            own = torch.Generator()  # else the loader draws from the global one and shifts everybody's numbers
+            generator = torch.Generator()  # else DataLoader advances the global generator
             workers = min(self.num_workers, max(1, len(self)))
-            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=own)
+            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=generator)
             with _signals_held():
                 made = iter(made)
         for arrays, bad in made:
@@ -189,10 +189,10 @@ def _as_is(item: object) -> object:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes that begin within it never see a signal to stop; this one gets what came meanwhile afterwards.
+    """Blocks stop signals: processes started inside ignore them, and this process handles them afterwards.
 
-    Batch systems and terminals signal every process of a job, and stopping is for the parent to decide, which may still
-    want the batch at hand. The workers end with it.
+    Batch systems and terminals signal every process of a job. The parent decides when to stop, because it may still
+    need the current batch; the workers end with it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -202,9 +202,9 @@ def _signals_held() -> Iterator[None]:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Fields of batch b of a CropLoader, perhaps made in a worker process.
+    """The fields of batch b of a CropLoader, computed here or in a worker process.
 
-    NumPy arrays travel through a pipe; tensors would take shared memory and file descriptors.
+    NumPy arrays go through a pipe; tensors would use shared memory and file descriptors.
     """
 
     def __init__(self, loader: CropLoader):
@@ -225,25 +225,25 @@ class _Batches(torch.utils.data.Dataset):
         labels = np.full(len(rows), -1) if known is None else known[indices]
         ok, bad = np.ones(len(rows), dtype=bool), []
         for index in dict.fromkeys(indices.tolist()):
-            mine = np.flatnonzero(indices == index)
+            own_rows = np.flatnonzero(indices == index)
             try:
-                resized, labels[mine] = read_resized(self.source, index, self.cfg)
+                resized, labels[own_rows] = read_resized(self.source, index, self.cfg)
             except BadImageError as error:
-                ok[mine] = False
+                ok[own_rows] = False
                 bad.append((index, self.source.key(index), str(error)))
                 continue
-            for row in mine:
+            for row in own_rows:
                 images[row] = cut(resized, self.cfg, seed=self.seed, index=index, crop=int(crops[row]))
         nchw = images.transpose(0, 3, 1, 2).copy()  # (B, 3, S, S)
         return (nchw, labels.astype(np.int64), indices, crops, ok), bad
 
 
 class CachedCrops:
-    """Endless random batches for training: images wait in memory, resized; each visit gets a fresh crop and flip.
+    """Endless random batches for training. Resized images stay in memory; every epoch crops and flips them again.
 
     Batch `step` is a pure function of (seed, step, batch size): epochs are permutations, and in epoch e image i is
-    crop_image(..., seed=seed, index=i, crop=e). A broken image's turn goes to the next good one. Where the images
-    exceed the budget, the rest is decoded when needed, by threads that run ahead; the batches are the same.
+    crop_image(..., seed=seed, index=i, crop=e). The next readable image replaces a broken one. If the images exceed
+    `budget_bytes`, threads decode the rest ahead of use; the batches are the same.
     """
 
     def __init__(
@@ -293,28 +293,28 @@ class CachedCrops:
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """(key, reason) of the broken images met so far."""
+        """(key, reason) of the broken images so far."""
         return list(self._bad.found.values())
 
     @property
     def num_cached(self) -> int:
-        """Images that wait in memory."""
+        """Number of images in memory."""
         return len(self._cache)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def batch(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none) of one step."""
+        """Returns (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none) of one step."""
         if self.num_cached == len(self):
             return self._make(step, batch_size)
-        wanted = [(step + ahead, batch_size) for ahead in range(self.prefetch + 1)]
-        for stale in set(self._ahead) - set(wanted):
+        upcoming = [(step + ahead, batch_size) for ahead in range(self.prefetch + 1)]
+        for stale in set(self._ahead) - set(upcoming):
             self._ahead.pop(stale).cancel()
-        for key in wanted:
+        for key in upcoming:
             if key not in self._ahead:
                 self._ahead[key] = self._pool.submit(self._make, *key)
-        return self._ahead.pop(wanted[0]).result()
+        return self._ahead.pop(upcoming[0]).result()
 
     def _make(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         size, count = self.cfg.crop_size, len(self)
@@ -328,7 +328,7 @@ class CachedCrops:
         return torch.from_numpy(images), torch.from_numpy(labels)
 
     def _take(self, position: int) -> tuple[tuple[np.ndarray, int], int]:
-        """((picture, label), image index) at a position, or of the next good one."""
+        """((image, label), image index) at a position, or of the next readable image."""
         while True:
             entry = self._cache[position] if position < len(self._cache) else self._decode(position)
             if entry is not None:
@@ -342,7 +342,7 @@ class CachedCrops:
         return self._orders[epoch]
 
     def close(self) -> None:
-        """Stop the threads and let the pictures go."""
+        """Stops the threads and frees the images."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
         self._cache.clear()

@@ -1,4 +1,4 @@
-"""Images in Parquet as the Hugging Face Hub lays them out: a struct column {bytes, path} and a label column."""
+"""Images in Parquet files of the Hugging Face Hub's layout: a struct column {bytes, path} and a label column."""
 
 import json
 import os
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "class", "cls")
 CACHE_BYTES = 2**28  # row groups kept in memory, per process
-BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a row group this large, and so many times its file, is a bomb
+BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a row group larger than this and 50 times its file is a decompression bomb
 
 
 class ParquetSource(ImageSource):
-    """Rows of one or several Parquet files, read a row group at a time; the last ones used stay in memory.
+    """Rows of one or several Parquet files, read one row group at a time; the last used ones stay in memory.
 
-    Classes are the ClassLabel names in the file's metadata where it has them, else the distinct labels, sorted. Going
-    through in order is fast; jumping about in more data than the cache holds decodes a row group for each image.
+    Classes are the ClassLabel names in the file's metadata if there are any, else the distinct labels, sorted. Reading
+    in order is fast; random access to more data than the cache holds decodes a row group for each image.
     """
 
     def __init__(self, root: Path, files: list[Path]):
@@ -40,7 +40,7 @@ class ParquetSource(ImageSource):
         groups = [(f, g, meta.metadata.row_group(g).num_rows) for f, meta in enumerate(metas)
                   for g in range(meta.num_row_groups)]  # fmt: skip
         self.groups = [(file, group) for file, group, _ in groups]
-        self.ends = np.cumsum([rows for *_, rows in groups], dtype=np.int64)  # rows up to and with each group
+        self.ends = np.cumsum([rows for *_, rows in groups], dtype=np.int64)  # rows up to and including each group
         self.starts = np.cumsum([0, *(meta.metadata.num_rows for meta in metas[:-1])], dtype=np.int64)  # of each file
         if not groups or self.ends[-1] == 0:
             raise DigitError(f"{root} holds no rows")
@@ -54,8 +54,8 @@ class ParquetSource(ImageSource):
             return [], np.full(len(self), -1, dtype=np.int64)
         values: list[Any] = []
         for file, meta in zip(self.files, metas, strict=True):
-            found = _guard(file, lambda meta=meta: meta.read(columns=[self.label_column], use_threads=False))
-            values += _only_column(file, found, self.label_column, meta.metadata.num_rows).to_pylist()
+            table = _guard(file, lambda meta=meta: meta.read(columns=[self.label_column], use_threads=False))
+            values += _only_column(file, table, self.label_column, meta.metadata.num_rows).to_pylist()
         if odd := [value for value in values if value is not None and not isinstance(value, int | str)]:
             raise DigitError(f"{self.name}: column {self.label_column} holds {odd[0]!r}, wanted a number or a name")
         if names is None:
@@ -84,14 +84,14 @@ class ParquetSource(ImageSource):
             data = _guard(self.files[self.groups[group][0]], lambda: self._column(group)[row].as_py())
         except DigitError as error:
             raise BadImageError(str(error)) from error
-        if not isinstance(data, bytes):  # never a path: decode_image would open it
-            raise BadImageError(f"{self.key(index)}: no image bytes (only a path?)")
+        if not isinstance(data, bytes):  # a path is refused: decode_image would open it
+            raise BadImageError(f"{self.key(index)}: no image bytes, perhaps only a path")
         return data
 
     def _column(self, group: int) -> "pa.Array":
         """The encoded images of one row group, a binary array."""
         if self._pid != os.getpid():
-            self._forget()  # forked: the parent's file handles and lock are not ours
+            self._forget()  # forked: the parent's file handles and lock cannot be shared
         with self._lock:
             if group in self._cache:
                 self._cache.move_to_end(group)
@@ -145,7 +145,7 @@ def _open(file: Path) -> Any:
 
 
 def _only_column(file: Path, table: "pa.Table", name: str, rows: int) -> "pa.ChunkedArray":
-    """The one column that was asked for. Raises DigitError where the file has none of that name, or two."""
+    """Returns the requested column. Raises DigitError if the file has none or two of that name."""
     if table.num_columns != 1 or len(table) != rows:
         got = f"{table.num_columns} columns {name} of {len(table)} rows"
         raise DigitError(f"{file} has {got}, wanted one of {rows}: its parts differ, or it is damaged")
@@ -153,9 +153,9 @@ def _only_column(file: Path, table: "pa.Table", name: str, rows: int) -> "pa.Chu
 
 
 def _refuse_bomb(file: Path, metadata: Any) -> None:
-    """Raise DigitError where a row group says that it unpacks to far more than encoded images ever do.
+    """Raises DigitError if a row group would unpack to far more than encoded images do.
 
-    By the row groups' own totals: with damaged statistics, pyarrow ends the process where it is asked about a column.
+    It reads the row groups' totals, because pyarrow crashes on a column's metadata if its statistics are damaged.
     """
     packed = file.stat().st_size
     for number in range(metadata.num_row_groups):
@@ -165,7 +165,7 @@ def _refuse_bomb(file: Path, metadata: Any) -> None:
 
 
 def _find_image(file: Path, schema: "pa.Schema") -> str:
-    """The column of encoded images, to be read as 'name.bytes': by type, usual names first."""
+    """Finds the column of encoded images by type, usual names first; structs are read as 'name.bytes'."""
     import pyarrow as pa
 
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
@@ -187,7 +187,7 @@ def _is_binary(kind: "pa.DataType") -> bool:
 
 
 def _find_label(schema: "pa.Schema") -> tuple[str | None, list[str] | None]:
-    """(label column or None, its ClassLabel names or None): by the usual names, else the first ClassLabel."""
+    """Finds (label column or None, its ClassLabel names or None): by the usual names, else the first ClassLabel."""
     import pyarrow as pa
 
     features = _features(schema)
@@ -204,7 +204,7 @@ def _find_label(schema: "pa.Schema") -> tuple[str | None, list[str] | None]:
 
 
 def _features(schema: "pa.Schema") -> dict[str, Any]:
-    """The 'features' of the metadata that the datasets library writes; {} where there is none."""
+    """The 'features' entry of the metadata that the datasets library writes; {} if there is none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError, RecursionError):

@@ -1,4 +1,4 @@
-"""The ONE preprocessing: codebook, tokens, training and evaluation all cut their pictures here.
+"""The one preprocessing, which codebook, tokens, training and evaluation share.
 
 The released code has two paths, and both exist under their names (RELEASED_CODE.md, Encoder):
 
@@ -26,16 +26,16 @@ CROP_STREAM, ORDER_STREAM = 0, 1  # independent random streams of one seed
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """From a picture of any size to a square uint8 crop."""
+    """How an image of any size becomes a square uint8 crop."""
 
     path: PathName = "released"
-    """which of the released code's two paths: released (training, tokens) or released_kmeans (codebook features)"""
+    """the released code's path: released (training, tokens) or released_kmeans (codebook features)"""
     image_size: int = 256
     """side of the crop in pixels on the path `released`; what the VQGAN sees"""
     encoder_size: int = 224
     """side in pixels that the frozen encoder sees"""
     random_crop: bool = True
-    """crop at a random place (else in the centre)"""
+    """crop at a random position (else at the centre)"""
     flip: bool = True
     """mirror left-right with probability 0.5"""
 
@@ -48,19 +48,19 @@ class PreprocessConfig:
 
     @property
     def crop_size(self) -> int:
-        """Side in pixels of what `crop_image` returns; the short side is resized to it first."""
+        """Side in pixels of the crop; the short side is resized to it first."""
         return self.image_size if self.path == "released" else self.encoder_size
 
     @property
     def deterministic(self) -> bool:
-        """True where every crop of an image is the same."""
+        """Whether every crop of an image is the same."""
         return not (self.random_crop or self.flip)
 
 
-def philox(seed: int, stream: int, index: int, draw: int) -> np.random.Generator:
-    """Random numbers as a pure function of four integers mod 2^64: key (seed, stream), counter (0, 0, index, draw)."""
+def philox(seed: int, stream: int, index: int, sample: int) -> np.random.Generator:
+    """Random generator of four integers mod 2^64: Philox with key (seed, stream), counter (0, 0, index, sample)."""
     key = np.array([seed & MASK_64, stream & MASK_64], dtype=np.uint64)
-    counter = np.array([0, 0, index & MASK_64, draw & MASK_64], dtype=np.uint64)
+    counter = np.array([0, 0, index & MASK_64, sample & MASK_64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
@@ -70,9 +70,9 @@ def resized_size(width: int, height: int, short: int) -> tuple[int, int]:
 
 
 def resize_short_side(image: Image.Image, short: int) -> Image.Image:
-    """PIL bicubic (antialiased), the short side to `short` pixels; untouched where it already is.
+    """Resizes the short side to `short` pixels with PIL's bicubic (antialiased); unchanged if it already fits.
 
-    Raises BadImageError where the other side would grow past all use (a line of pixels).
+    Raises BadImageError if the other side would become too long (an image that is a line of pixels).
     """
     size = resized_size(*image.size, short)
     if size[0] * size[1] > MAX_PIXELS:
@@ -84,7 +84,7 @@ def resize_short_side(image: Image.Image, short: int) -> Image.Image:
 def place_crop(
     width: int, height: int, cfg: PreprocessConfig, *, seed: int, index: int, crop: int
 ) -> tuple[int, int, bool]:
-    """(left, top, flipped) of one crop in a resized picture: a pure function of (seed, index, crop)."""
+    """(left, top, flipped) of one crop in a resized image: a pure function of (seed, index, crop)."""
     size = cfg.crop_size
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
     if crop < 0 or cfg.deterministic:
@@ -96,21 +96,21 @@ def place_crop(
 
 
 def crop_image(image: Image.Image, cfg: PreprocessConfig, *, seed: int, index: int, crop: int) -> np.ndarray:
-    """One crop of a picture as uint8 (S, S, 3), RGB, 0..255, S = cfg.crop_size.
+    """Returns one crop of an image: uint8 (S, S, 3), RGB, 0..255, S = cfg.crop_size.
 
     Args:
-        image: PIL picture of mode RGB, any size.
-        seed, index, crop: what the place and the flip depend on, and nothing else; crop -1 is the centre, unflipped.
+        image: PIL image of mode RGB, any size.
+        seed, index, crop: decide position and flip; crop -1 is the centre, unflipped.
 
     Raises:
-        BadImageError: the picture is too long and thin to resize.
+        BadImageError: the image is too long and thin to resize.
     """
     resized = np.asarray(resize_short_side(image, cfg.crop_size))  # (H, W, 3)
     return cut(resized, cfg, seed=seed, index=index, crop=crop)
 
 
 def cut(resized: np.ndarray, cfg: PreprocessConfig, *, seed: int, index: int, crop: int) -> np.ndarray:
-    """As `crop_image`, from the resized picture (H, W, 3) uint8; a view where it can be."""
+    """As `crop_image`, from the resized image (H, W, 3) uint8; returns a view."""
     height, width, _ = resized.shape
     left, top, flipped = place_crop(width, height, cfg, seed=seed, index=index, crop=crop)
     square = resized[top : top + cfg.crop_size, left : left + cfg.crop_size]  # (S, S, 3)
@@ -118,14 +118,14 @@ def cut(resized: np.ndarray, cfg: PreprocessConfig, *, seed: int, index: int, cr
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of a picture, short side resized to `size`: uint8 (size, size, 3). Raises as crop_image."""
+    """The centre crop after resizing the short side to `size`: uint8 (size, size, 3). Raises as crop_image."""
     return crop_image(image, PreprocessConfig(image_size=size), seed=0, index=0, crop=-1)
 
 
 def fit_batch(images: "torch.Tensor", size: int) -> "torch.Tensor":
-    """Centre crops of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, size, size); the batch itself where it fits already.
+    """Centre crops of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, size, size); a batch of that size is unchanged.
 
-    Raises DigitError for anything but uint8 RGB pictures in 0..255.
+    Raises DigitError for anything but uint8 RGB images in 0..255.
     """
     import torch
 

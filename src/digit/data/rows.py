@@ -1,4 +1,4 @@
-"""Plain .npy files filled row by row, which a kill or a full disk leaves in a state that can be told and continued."""
+"""Plain .npy files that are filled row by row, and that can be resumed after a kill or a full disk."""
 
 import math
 import os
@@ -18,15 +18,15 @@ AGAIN = "delete the folder and make the tokens again (digit tokenize ...)"
 
 
 def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory-map a .npy read-only. Raises DigitError where it is missing, cut short or of another shape."""
+    """Memory-maps a .npy read-only. Raises DigitError if it is missing, truncated or of another shape."""
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is no ordinary file")
+            raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             data = _data_offset(file, shape, dtype)
-            size, wanted = os.fstat(file.fileno()).st_size, data + math.prod(shape) * dtype.itemsize
-        if size != wanted:
-            raise DigitError(f"{path} was cut short: it holds {size} bytes, its header says {wanted}: {AGAIN}")
+            size, expected = os.fstat(file.fileno()).st_size, data + math.prod(shape) * dtype.itemsize
+        if size != expected:
+            raise DigitError(f"{path} was truncated: it holds {size} bytes, its header says {expected}: {AGAIN}")
         return np.load(path, mmap_mode="r", allow_pickle=False) if math.prod(shape) else np.zeros(shape, dtype)
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}; {AGAIN}") from error
@@ -38,7 +38,7 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 
 def crc32_file(path: Path) -> int:
-    """CRC-32 of a file's bytes: 6 GB a second, and no single burst of flipped bits escapes it."""
+    """CRC-32 of a file's bytes: 6 GB per second, and it detects any single burst of flipped bits up to 32 long."""
     total = 0
     with open(path, "rb") as file:
         while block := file.read(CRC_BYTES):
@@ -47,7 +47,7 @@ def crc32_file(path: Path) -> int:
 
 
 def check_range(path: Path, array: np.ndarray, low: int, high: int, what: str) -> None:
-    """Raise DigitError unless all numbers of `array`, out of `path`, lie in low..high."""
+    """Raises DigitError unless all numbers of `array`, which was read from `path`, lie in low..high."""
     least, most = int(array.min()), int(array.max())
     if least < low or most > high:
         raise DigitError(f"{path} holds {what} {least}..{most}, its manifest allows {low}..{high}: {AGAIN}")
@@ -63,15 +63,17 @@ def _data_offset(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def _opener(path: str, flags: int) -> int:
-    """Open for writing. With several ranks, every write is synced: where their rows meet within one page of memory, a
-    client of NFS would otherwise write back the whole page, and with it an old state of its neighbour's rows."""
+    """Opens for writing; with several ranks, every write is synced.
+
+    Otherwise an NFS client would write back a whole page of memory, with an old state of another rank's rows in it.
+    """
     return os.open(path, flags | (getattr(os, "O_DSYNC", 0) if distributed.world_size() > 1 else 0))
 
 
 class ArrayFile:
-    """A .npy that is filled row by row: allocated in full first, so that a full disk shows at once and not midway.
+    """A .npy that is filled row by row. It is allocated in full first, so that a full disk fails at once.
 
-    Rows go through write(), not a memory map: on a full disk a map ends the process by signal, write() raises.
+    Rows go through write(), not a memory map: on a full disk write() raises, while a map kills the process by signal.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: str):
@@ -79,14 +81,14 @@ class ArrayFile:
         self.row_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
 
     def allocate(self) -> None:
-        """Header, then zeros to the full length; the blocks are really taken."""
+        """Writes the header and zeros up to the full length, so that the disk blocks are allocated."""
         with disk_errors(self.path), open(self.path, "wb") as file:
             header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
             file.flush()
-            left = self.shape[0] * self.row_bytes
-            while left > 0:
-                left -= file.write(bytes(min(left, 2**22)))
+            remaining = self.shape[0] * self.row_bytes
+            while remaining > 0:
+                remaining -= file.write(bytes(min(remaining, 2**22)))
             file.flush()
             os.fsync(file.fileno())
 
@@ -97,7 +99,7 @@ class ArrayFile:
         return self
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Rows row..row + len(values) - 1."""
+        """Writes `values` to rows row..row + len(values) - 1."""
         with disk_errors(self.path):
             data = memoryview(np.ascontiguousarray(values, dtype=self.dtype)).cast("B")
             self.file.seek(self.offset + row * self.row_bytes)
@@ -105,7 +107,7 @@ class ArrayFile:
                 data = data[self.file.write(data) :]
 
     def sync(self) -> None:
-        """On the disk, not only on its way there."""
+        """Waits until all rows are on disk."""
         with disk_errors(self.path):
             os.fsync(self.file.fileno())
 
@@ -114,7 +116,7 @@ class ArrayFile:
 
 
 def copy_rows(partial: Path, final: Path, keep: np.ndarray, array: ArrayFile) -> None:
-    """The finished file: the rows of `partial` where `keep` holds, in order; replaces `final` at one stroke."""
+    """Writes the rows of `partial` where `keep` is True to `final`, which is replaced atomically."""
     if keep.all():
         os.replace(partial, final)
         return

@@ -1,9 +1,9 @@
-"""The embedded default data set: shaded 3D scenes of ten toy shapes, a pure function of (seed, index, size).
+"""The built-in data set: shaded 3D scenes of ten toy shapes, a pure function of (seed, index, size).
 
-Nothing is downloaded and nothing is stored: a scene is sphere-traced (Hart 1996) in float32 with four samples a pixel.
-Scenes draw their numbers from Philox(seed, index), so a scene does not depend on its neighbours; the drawing does not
-depend on the size, so 64 and 256 pixels show the same scene. Pixel arrays only meet + - * / sqrt, which IEEE 754 rounds
-exactly, so a machine's vector unit does not show in them; a scene's few numbers may differ in the 16th digit.
+Nothing is downloaded or stored: a scene is sphere-traced (Hart 1996) in float32 with four samples per pixel. Its
+parameters come from Philox(seed, index), independent of other scenes and of the size, so 64 and 256 pixels show the
+same scene. Pixel arrays only use + - * / sqrt, which IEEE 754 rounds exactly, so they are the same on every CPU; a
+scene's parameters may differ in the 16th digit.
 
 Axes: x right, y up, z towards the camera; ground y = 0. A point or direction is a tuple (x, y, z) of arrays (n,).
 """
@@ -32,7 +32,7 @@ HIT = 2e-3  # distance at which a ray counts as on the surface, in object units 
 MIN_SIZE, MAX_SIZE = 16, 1024
 
 
-# --- what is drawn for one scene --------------------------------------------------------------------------------------
+# --- parameters of one scene ------------------------------------------------------------------------------------------
 
 
 def _linear(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -51,7 +51,7 @@ def _rotation(yaw: float, pitch: float, roll: float) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Everything a picture depends on, save its size. Lengths are in object units, colours (3, 1) float32 linear."""
+    """Everything that decides an image, except its size. Lengths in object units, colours (3, 1) float32 linear."""
 
     shape: Shape
     rotation: np.ndarray  # (3, 3) object to world
@@ -74,18 +74,18 @@ class Scene:
 
 @lru_cache(maxsize=4096)
 def _classes_of_ten(seed: int, block: int) -> tuple[int, ...]:
-    """The classes of scenes 10 block .. 10 block + 9: each once, shuffled, so that no stride meets one class only."""
+    """The classes of scenes 10 block .. 10 block + 9: each once, shuffled, so no stride selects one class only."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, block, 10])))
     return tuple(np.argsort(rng.random(len(SHAPES))).tolist())
 
 
 def class_of(seed: int, index: int) -> int:
-    """Label 0..9 of scene `index` of the set `seed`; each ten from a multiple of ten hold every class once."""
+    """Label 0..9 of scene `index` of the set `seed`; every aligned block of ten holds each class once."""
     return _classes_of_ten(seed, index // len(SHAPES))[index % len(SHAPES)]
 
 
-def draw_scene(seed: int, index: int) -> Scene:
-    """Draw scene `index` of the set `seed`."""
+def sample_scene(seed: int, index: int) -> Scene:
+    """Samples the parameters of scene `index` of the set `seed`."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, index])))
 
     def between(low: float, high: float) -> float:
@@ -123,9 +123,9 @@ def _rest_height(shape: Shape, rotation: np.ndarray) -> float:
 
 
 def _frame(shape: Shape, rotation: np.ndarray, elevation: float, distance: float, fill: float, right: float, up: float):
-    """Focal length at which the larger extent of the object is `fill` (of a frame 2 wide), and where it lands.
+    """Focal length at which the larger extent of the object is `fill` (of a frame 2 wide), and its position.
 
-    right, up in -1..1 move it within a fifth of the room that is left.
+    right, up in -1..1 move it within a fifth of the remaining space.
     """
     x, y, z = rotation @ shape.hull.T  # (K,) each
     depth = distance - y * math.sin(elevation) - z * math.cos(elevation)
@@ -185,12 +185,12 @@ def _enter_sphere(origin: Points, direction: Points, radius: float) -> tuple[Any
 
 
 def _march(distance: Callable, origin: Points, direction: Points, near: np.ndarray, far: np.ndarray) -> np.ndarray:
-    """First t in near..far at which origin + t direction is within HIT of the surface, inf where there is none."""
+    """First t in near..far at which origin + t direction is within HIT of the surface, inf if there is none."""
     found = np.full(near.shape, np.inf, dtype=np.float32)
     alive, t = np.arange(near.size), near
     for step in range(MARCH_STEPS):
         gap = distance(*_along(origin, direction, t))
-        if step % 3 == 2:  # dropping finished rays costs about as much as a step, so not at every one
+        if step % 3 == 2:  # dropping finished rays costs about as much as a step, so only do it at every third
             hit = gap < HIT
             found[alive[hit]] = t[hit]
             keep = ~hit & (t < far)
@@ -202,7 +202,7 @@ def _march(distance: Callable, origin: Points, direction: Points, near: np.ndarr
 
 
 def _soft_shadow(distance: Callable, start: Points, light: Points, near: np.ndarray, far: np.ndarray) -> np.ndarray:
-    """Visible share of a lamp about 7 degrees across, 0..1: the smallest ratio of gap to way on the way to it."""
+    """Visible share of a lamp about 7 degrees across, 0..1: the smallest ratio of gap to distance along the ray."""
     seen, t = np.ones(near.shape, dtype=np.float32), np.maximum(near, 0.02)
     for _ in range(SHADOW_STEPS):
         gap = distance(*_along(start, light, t))
@@ -306,11 +306,11 @@ def _self_shadow(distance: Callable, points: Points, normal: Points, light: Poin
     return np.maximum(seen, 0.0)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _window(scene: Scene, size: int) -> tuple[slice, slice]:
-    """Rows and columns of the samples that may see the object."""
+    """Rows and columns of the samples that may show the object."""
     left, right, bottom, top = scene.window
     low_x, high_x = (math.floor((x + 1) * size / 2) for x in (left, right))
     low_y, high_y = (math.floor((1 - y) * size / 2) for y in (top, bottom))
@@ -318,7 +318,7 @@ def _window(scene: Scene, size: int) -> tuple[slice, slice]:
 
 
 def _trace(scene: Scene, rays: Points, image: np.ndarray) -> np.ndarray:
-    """Paint the object into image (3, S, S); the mask (S, S) of the samples it covers."""
+    """Renders the object into image (3, S, S); returns the mask (S, S) of the samples it covers."""
     size = image.shape[-1]
     covered, (rows, columns) = np.zeros((size, size), dtype=bool), _window(scene, size)
     directions = _to_object(scene, tuple(axis[rows, columns].reshape(-1) for axis in rays))
@@ -338,12 +338,12 @@ def _trace(scene: Scene, rays: Points, image: np.ndarray) -> np.ndarray:
 
 
 def render_scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, int]:
-    """Render scene `index` of the set `seed`.
+    """Renders scene `index` of the set `seed`.
 
     Returns (uint8 (size, size, 3) RGB, label 0..9). Raises DigitError for a size outside 16..1024.
     """
     _check_size(size)
-    scene, side = draw_scene(seed, index), size * SAMPLES
+    scene, side = sample_scene(seed, index), size * SAMPLES
     rays = _rays(scene, side)
     image = np.empty((3, side, side), dtype=np.float32)
     covered = _trace(scene, rays, image)
@@ -358,7 +358,7 @@ def render_scene(seed: int, index: int, size: int = 64) -> tuple[np.ndarray, int
 
 
 def render_batch(seed: int, indices: Iterable[int], size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Render several scenes: (uint8 (B, size, size, 3), int64 labels (B,)), each as `render_scene` gives it alone."""
+    """Renders several scenes: (uint8 (B, size, size, 3), int64 labels (B,)), each as by `render_scene`."""
     scenes = [render_scene(seed, int(index), size) for index in indices]
     images = np.stack([image for image, _ in scenes]) if scenes else np.zeros((0, size, size, 3), dtype=np.uint8)
     return images, np.array([label for _, label in scenes], dtype=np.int64)
@@ -370,10 +370,10 @@ def _check_size(size: int) -> None:
 
 
 class ShapesSource(ImageSource):
-    """The embedded data set as an ImageSource: `num` balanced scenes of `size` x `size` pixels in ten classes.
+    """The built-in data set as an ImageSource: `num` balanced scenes of `size` x `size` pixels in ten classes.
 
-    Scenes are rendered when read and the latest few hundred are kept. `start` moves to other scenes of the same kind
-    (a validation set is ShapesSource(start=num of the training set)). Picklable; raises DigitError for bad sizes.
+    Scenes are rendered when read; the latest few hundred stay in memory. `start` is the first scene's index (a
+    validation set is ShapesSource(start=num of the training set)). Picklable; raises DigitError for bad sizes.
     """
 
     name = "shapes"
@@ -400,15 +400,15 @@ class ShapesSource(ImageSource):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Scene `index` as (PIL RGB size x size, label)."""
         scene = self._scene(index)
-        found = self._cache.get(scene)  # one look-up: several threads may read
-        if found is None:
-            found = self._cache[scene] = render_scene(self.seed, scene, self.size)
+        rendered = self._cache.get(scene)  # one look-up: several threads may read
+        if rendered is None:
+            rendered = self._cache[scene] = render_scene(self.seed, scene, self.size)
             if len(self._cache) > self.CACHE:
                 self._cache.popitem(last=False)
-        return Image.fromarray(found[0]), found[1]
+        return Image.fromarray(rendered[0]), rendered[1]
 
     def key(self, index: int) -> str:
-        """A stable name: shapes/star/000007."""
+        """Name of the scene, such as shapes/star/000007."""
         scene = self._scene(index)
         return f"{self.name}/{CLASSES[class_of(self.seed, scene)]}/{scene:06d}"
 
@@ -417,4 +417,4 @@ class ShapesSource(ImageSource):
         return np.array([class_of(self.seed, self.start + index) for index in range(self.num)], dtype=np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": OrderedDict()}  # a worker renders its own
+        return {**self.__dict__, "_cache": OrderedDict()}  # a worker renders its own scenes

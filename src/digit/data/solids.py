@@ -83,7 +83,7 @@ def _star(x: Any, y: Any, z: Any) -> Any:
 
 
 def _heart(x: Any, y: Any, z: Any) -> Any:
-    half, mid = 0.58, 0.29 * math.sqrt(2)  # a square on its corner and a disc of radius `half` on each upper side
+    half, mid = 0.58, 0.29 * math.sqrt(2)  # a square on its corner and a circle of radius `half` on each upper side
     u, v = np.abs(x), y + 0.2
     along, across = (u + v) * math.sqrt(0.5), (v - u) * math.sqrt(0.5)
     square = _rounded(0.01, np.abs(along) - half, np.abs(across) - half)
@@ -97,7 +97,7 @@ def _cross(x: Any, y: Any, z: Any) -> Any:
     return _rounded(0.06, largest - 0.95, u + v + w - largest - least - 0.28, least - 0.28)
 
 
-# --- shapes, with the points that decide how they stand and how large they look ---------------------------------------
+# --- shapes, with the points that decide how they stand and how large they appear -------------------------------------
 
 
 def _ring(radius: float, height: float, count: int = 24, plane: str = "xz") -> list[tuple[float, float, float]]:
@@ -123,20 +123,20 @@ def _heart_outline(z: float) -> list[tuple[float, float, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One class: a signed distance bound, and points whose hull, grown by `margin`, holds the solid."""
+    """One class: a signed distance bound, and points whose hull, grown by `margin`, contains the solid."""
 
     name: str
     distance: Callable[[Any, Any, Any], Any]
     hull: np.ndarray  # (K, 3) float64
     margin: float = 0.0
     yaw: float = 180.0  # degrees either side of facing the camera
-    poses: tuple[float, ...] = (0.0,)  # degrees of tilt back from upright, one is drawn
-    wobble: float = 6.0  # degrees of tilt added either way
+    poses: tuple[float, ...] = (0.0,)  # degrees of tilt back from upright; a scene samples one
+    wobble: float = 6.0  # degrees of random tilt in either direction
     convex: bool = True  # a convex solid casts no shadow on its lit side
 
     @property
     def radius(self) -> float:
-        """Radius of a sphere about the origin that holds the solid."""
+        """Radius of a sphere about the origin that contains the solid."""
         return float(np.sqrt((self.hull**2).sum(1)).max()) + self.margin
 
 

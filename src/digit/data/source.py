@@ -1,4 +1,4 @@
-"""What every collection of images looks like: ImageSource, and a part of one."""
+"""The protocol of image sources, subsets of one, and fingerprints."""
 
 import hashlib
 import os
@@ -13,18 +13,18 @@ from PIL import Image
 from digit.data.decode import decode_image
 from digit.errors import DigitError
 
-MAX_DIGITS = 18  # of a label that counts as a number; int() refuses thousands of them
+MAX_DIGITS = 18  # of a label that is a number; int() refuses thousands of digits
 
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """An indexed collection of RGB images, perhaps with labels. Sources can be pickled and read from threads.
+    """An indexed collection of RGB images, optionally with labels. Sources can be pickled and read from threads.
 
-    A source that keeps encoded files implements `raw`; one that makes its pictures overrides `read`.
+    A source of encoded files implements `raw`; one that renders its images overrides `read`.
     """
 
     name: str
-    classes: list[str]  # [] where unlabelled; label k means classes[k]
+    classes: list[str]  # [] if unlabelled; label k means classes[k]
     fingerprint: str  # SHA-256 over names and sizes, 64 hex digits
 
     @abstractmethod
@@ -32,19 +32,19 @@ class ImageSource(Protocol):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """A name of image `index` for messages; the same in every run."""
+        """Name of image `index` in messages; the same in every run."""
         ...
 
     def labels(self) -> np.ndarray | None:
-        """int64 (len,), -1 = none; None where finding out would mean reading everything."""
+        """int64 (len,), -1 = none; None if it would take reading every image."""
         return None
 
     def raw(self, index: int) -> bytes | Path | None:
-        """The encoded image: its bytes or its file; None where there is none (rendered pictures)."""
+        """The encoded image: its bytes or its file; None for rendered images."""
         return None
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """(PIL picture of mode RGB, label or -1). Raises BadImageError that names the image."""
+        """Returns (PIL image of mode RGB, label or -1). Raises BadImageError that names the image."""
         data, labels = self.raw(index), self.labels()
         assert data is not None, "a source without raw() has its own read()"
         return decode_image(data, name=self.key(index)), -1 if labels is None else int(labels[index])
@@ -54,7 +54,7 @@ class ImageSource(Protocol):
         return SubsetSource(self, indices)
 
     def limit(self, num: int | None) -> "ImageSource":
-        """`num` images spread evenly over the source (so over its classes); the source itself where it has no more."""
+        """`num` images spread evenly over the source, hence over its classes; the source itself if it has no more."""
         if num is not None and num < 1:
             raise DigitError(f"limit is {num}, wanted 1 or more")
         if num is None or num >= len(self):
@@ -62,7 +62,7 @@ class ImageSource(Protocol):
         return SubsetSource(self, np.arange(num, dtype=np.int64) * len(self) // num)
 
     def with_classes(self, classes: Sequence[str]) -> "ImageSource":
-        """The same images, labels numbered as in `classes` (a test split after the training set); others become -1."""
+        """The same images, labels numbered as in `classes` (a test split as its training set); others become -1."""
         return self if list(classes) == self.classes else RelabelledSource(self, classes)
 
 
@@ -74,7 +74,7 @@ class SubsetSource(ImageSource):
         self.indices = np.asarray(indices, dtype=np.int64).reshape(-1)
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= len(source)):
             low, high = self.indices.min(), self.indices.max()
-            raise DigitError(f"subset wants images {low}..{high}, {source.name} has 0..{len(source) - 1}")
+            raise DigitError(f"subset asks for images {low}..{high}, {source.name} has 0..{len(source) - 1}")
         self.name = f"{source.name}[{len(self.indices)} of {len(source)}]"
         self.classes = source.classes
         self.fingerprint = digest([source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
@@ -124,7 +124,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def readable(name: str | Path) -> str:
-    """A path or name as text that JSON can hold: what is no UTF-8 in it is spelled out."""
+    """A path or name as valid UTF-8 for JSON; other bytes become backslash escapes."""
     try:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
@@ -132,12 +132,12 @@ def readable(name: str | Path) -> str:
 
 
 def file_digest(files: Iterable[tuple[str, int]]) -> str:
-    """SHA-256 over (path relative to the root, size in bytes) of files; where the root lies does not matter."""
+    """SHA-256 over (path relative to the root, size in bytes) of files, independent of the root's location."""
     return digest(part for name, size in files for part in (os.fsencode(name), str(size).encode()))
 
 
 def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> tuple[list[str], np.ndarray]:
-    """Distinct values, sorted, as class names, and each value's index; None, '' and -1 mean unlabelled (-1).
+    """Returns the distinct values, sorted, as class names, and each value's index; None, '' and -1 are unlabelled (-1).
 
     With `numeric`, values that are all integers ("10", 9) are sorted as numbers; otherwise all are sorted as text.
     """

@@ -1,12 +1,12 @@
-"""Writing a token store: images in, both kinds of tokens of the same crops out, by any number of ranks.
+"""Writes a token store: both kinds of tokens of the same image crops, on one or several ranks.
 
     FOLDER/journal.json      while writing: the request, the rows that are done, the rows to drop
     FOLDER/NAME.partial.npy  while writing: the arrays, in full length
 
 Several ranks (torchrun) write their rows into the same files, on a file system that all of them see. A run that is
-killed at any moment goes on at the last journal entries, on any number of ranks, and its files end byte-identical to
-those of one rank that was never killed (same batch size, same kind of device). Row r is crop r % crops_per_image of
-image r // crops_per_image, less the rows of images that could not be read.
+killed at any moment resumes at the last journal entry, on any number of ranks. The finished files are byte-identical
+to those of an uninterrupted run on one rank (same batch size, same kind of device). Row r is crop r % crops_per_image
+of image r // crops_per_image; the rows of unreadable images are left out.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
-from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore
+from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore, check_format
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
 from digit.runtime.files import disk_errors, plain, read_json, remove_leftovers, write_json
@@ -37,26 +37,17 @@ if TYPE_CHECKING:
     from digit.data.loader import CropBatch, CropLoader
     from digit.data.preprocess import PreprocessConfig
     from digit.data.source import ImageSource
+    from digit.models.tokenizer import ImageTokenizer
 
-JOURNAL_EVERY_SECONDS = 5.0  # at most this much work is done twice after a kill
-
-
-class Tokenizer(Protocol):
-    """What of an ImageTokenizer is needed here; see digit.tokenizers.base."""
-
-    vocab_size: int
-    grid: tuple[int, int]
-    fingerprint: str
-
-    def encode(self, images: "torch.Tensor") -> "torch.Tensor": ...
+JOURNAL_EVERY_SECONDS = 5.0  # a killed run repeats at most this much work
 
 
 def write_tokens(
     folder: str | Path,
     source: "ImageSource",
     preprocess: "PreprocessConfig",
-    tokenizer: Tokenizer | None,
-    vq: Tokenizer | None,
+    tokenizer: "ImageTokenizer | None",
+    vq: "ImageTokenizer | None",
     *,
     crops_per_image: int = 1,
     seed: int = 0,
@@ -65,19 +56,19 @@ def write_tokens(
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
 ) -> TokenStore:
-    """One pass over the images: both kinds of tokens of the same crops. Goes on where an interrupted run stopped.
+    """Tokenizes every crop in one pass over the images, resuming an interrupted run.
 
-    Every rank of a job calls this alike and makes its share of the batches.
+    Every rank of a job makes the same call and processes its share of the batches.
 
     Args:
         tokenizer, vq: discriminative and VQ tokenizer; one of them may be None.
         crops_per_image: random crops (with flips) of each image.
-        indices: images of the source to take; all by default.
+        indices: images of the source to use; all by default.
 
     Raises:
-        MismatchError: the folder holds tokens of another request; names the first setting that differs, both values.
-        DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (make room and run again).
-        Stopped: a signal asked for it; what is done is saved.
+        MismatchError: the folder holds tokens made with other settings; names the first that differs, and both values.
+        DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (free some space and run again).
+        Stopped: a signal asked the run to stop; the finished rows are saved.
     """
     from digit.data.loader import CropLoader
 
@@ -85,16 +76,16 @@ def write_tokens(
     if not writer.begin():
         return TokenStore.open(folder)
     blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
-    mine = [blocks[place] for place in distributed.share(len(blocks))]
+    starts = [blocks[place] for place in distributed.share(len(blocks))]  # of this rank's batches
     crops = partial(
         CropLoader, source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed,
         batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
     device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
     done = len(writer.ledger.done)
-    left = sum(min(batch_size, writer.num_rows - row) for row in mine)
-    with StopSignals() as signals, writer, Progress("tokens", done + left, done) as bar:
-        for row, batch, reasons in _batches(crops, mine, batch_size, device):
+    remaining = sum(min(batch_size, writer.num_rows - row) for row in starts)
+    with StopSignals() as signals, writer, Progress("tokens", done + remaining, done) as bar:
+        for row, batch, reasons in _batches(crops, starts, batch_size, device):
             ok = batch.ok.numpy()
             bad: dict[str, Any] = {}
             for place in np.flatnonzero(~ok).tolist():
@@ -116,7 +107,7 @@ def write_tokens(
 def _batches(
     crops: "Callable[..., CropLoader]", starts: list[int], batch_size: int, device: "str | torch.device"
 ) -> "Iterator[tuple[int, CropBatch, dict[str, str]]]":
-    """(first row, batch, {key: reason} of the bad images so far) for each of the batches that begin at `starts`."""
+    """Yields (first row, batch, {key: reason} of the bad images so far) for the batches that begin at `starts`."""
     from digit.data.loader import on_device
 
     for first, count in _stretches(starts, batch_size):
@@ -128,32 +119,34 @@ def _batches(
 
 
 def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
-    """[0, 4, 8, 20, 24] in steps of 4 -> (0, 3), (20, 2)."""
+    """Groups consecutive batches as (first row, number of batches): [0, 4, 8, 20, 24] of size 4 -> (0, 3), (20, 2)."""
     for _, group in itertools.groupby(enumerate(starts), lambda entry: entry[1] - entry[0] * size):
         members = [start for _, start in group]
         yield members[0], len(members)
 
 
-def _encode(tokenizer: Tokenizer, images: "torch.Tensor", ok: np.ndarray) -> np.ndarray:
-    """(B, N) int64; rows of unreadable images are 0."""
+def _encode(tokenizer: "ImageTokenizer", images: "torch.Tensor", ok: np.ndarray) -> np.ndarray:
+    """Returns (B, N) int64 tokens; rows of unreadable images are 0."""
     length = int(np.prod(tokenizer.grid))
     tokens = np.zeros((len(ok), length), dtype=np.int64)
     if ok.any():
         tokens[ok] = tokenizer.encode(images if ok.all() else images[ok]).cpu().numpy().reshape(int(ok.sum()), -1)
-    assert tokens.min() >= 0 and tokens.max() < tokenizer.vocab_size, "a tokenizer gave a token outside its vocabulary"
+    assert tokens.min() >= 0 and tokens.max() < tokenizer.vocab_size, (
+        "a tokenizer returned a token outside its vocabulary"
+    )
     return tokens
 
 
 def _request(
     source: "ImageSource",
     preprocess: "PreprocessConfig",
-    tokenizer: Tokenizer | None,
-    vq: Tokenizer | None,
+    tokenizer: "ImageTokenizer | None",
+    vq: "ImageTokenizer | None",
     crops_per_image: int,
     seed: int,
     indices: Sequence[int] | np.ndarray | None,
 ) -> dict[str, Any]:
-    """Everything that decides the tokens: the manifest without its results. Two requests are the same if these are."""
+    """Returns every setting that decides the tokens, which the manifest records. Equal requests give equal tokens."""
     if tokenizer is None and vq is None:
         raise DigitError("no tokenizer was given: the store needs a discriminative tokenizer, a VQ tokenizer or both")
     images = np.arange(len(source)) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -177,7 +170,7 @@ def _request(
     return plain(request)
 
 
-def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
+def _layout(tokenizer: "ImageTokenizer | None") -> dict[str, Any] | None:
     if tokenizer is None:
         return None
     if tokenizer.vocab_size > MAX_VOCAB:
@@ -186,9 +179,9 @@ def _layout(tokenizer: Tokenizer | None) -> dict[str, Any] | None:
 
 
 class _Writer:
-    """The files of one unfinished store and what is known of them. A journal only ever names rows that are on the disk.
+    """The files of one unfinished store. A journal only names rows that are already on disk.
 
-    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes.
+    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes the files.
     """
 
     def __init__(self, folder: Path, request: dict[str, Any]) -> None:
@@ -196,7 +189,7 @@ class _Writer:
         self.num_images = request["source"]["num_images"]
         self.num_rows = self.num_images * request["crops_per_image"]
         self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
-        self.ledger = Ledger(request, self.num_rows)  # notes: image -> [row, key, reason] of those that are unreadable
+        self.ledger = Ledger(request, self.num_rows)  # notes: {unreadable image: [row, key, reason]}
         lengths = {name: request[name]["length"] for name in ("discriminative", "vq") if request[name]}
         shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
         shapes["labels"] = ((self.num_rows,), "<i4")
@@ -208,19 +201,19 @@ class _Writer:
         return self.folder / f"{name}.partial.npy"
 
     def begin(self) -> bool:
-        """Whether anything is left to do. Raises MismatchError where the folder, or another rank, has another request.
+        """Returns whether any work is left. Raises MismatchError if the folder or another rank has other settings.
 
-        Only rank 0 looks: a shared file system may remember for a while that a file was not there.
+        Only rank 0 reads the folder: network file systems cache for a while that a file is missing.
         """
-        there = distributed.on_main(self._open_or_allocate)
-        if there is None:
+        existing = distributed.on_main(self._open_or_allocate)
+        if existing is None:
             return False
-        self._compare(there.request)
-        self.ledger = Ledger(self.request, self.num_rows, there.done, there.dropped, there.notes)
+        self._compare(existing.request)
+        self.ledger = Ledger(self.request, self.num_rows, existing.done, existing.dropped, existing.notes)
         return True
 
     def _open_or_allocate(self) -> Ledger | None:
-        """What is done so far; None where the store is whole already."""
+        """Returns the progress so far, or None if the store is complete."""
         remove_leftovers(self.folder)
         if self.manifest.exists():
             self._compare(read_json(self.manifest))
@@ -241,13 +234,15 @@ class _Writer:
             for array in self.arrays.values():
                 array.allocate()
         except DigitError:
-            self._clean()  # give the disk back what could not be used
+            self._clean()  # free the space that was allocated so far
             raise
         self.ledger.save(self.journal)
         return self.ledger
 
-    def _compare(self, here: Any) -> None:
-        existing = {name: here.get(name) for name in self.request} if isinstance(here, dict) else {}  # not rows, crc32
+    def _compare(self, existing: Any) -> None:
+        """Raises MismatchError if `existing`, a manifest or a journal's request, differs from this request."""
+        check_format(self.folder, existing)
+        existing = {name: existing.get(name) for name in self.request}  # without rows and checksums
         advice = "choose another folder, or the old setting"
         # source.name is a path as typed; the fingerprint decides
         require_same_request(self.folder, existing, self.request, advice, ignore={"source.name"}.__contains__)
@@ -258,16 +253,14 @@ class _Writer:
                 self.opened = [array.__enter__() for array in self.arrays.values()]
             except (OSError, ValueError) as error:
                 where = (
-                    ""
-                    if distributed.is_main()
-                    else f" on rank {distributed.rank()}, which has to see the folder of rank 0"
+                    "" if distributed.is_main() else f" on rank {distributed.rank()}, which must see rank 0's folder"
                 )
                 raise DigitError(f"tokens in {self.folder} cannot be continued{where} ({error}): {AGAIN}") from error
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            # what ended the run matters more than a journal that cannot be saved: the older one is valid too
+            # report what ended the run, not that the journal cannot be saved: the older journal is valid too
             with suppress(*(() if kind is None else (DigitError, OSError))):
                 self._save()
         finally:
@@ -275,7 +268,7 @@ class _Writer:
                 array.__exit__()
 
     def check_bad(self, more: dict[str, Any], max_bad_fraction: float) -> None:
-        """Raises DigitError where too many images are unreadable, over every run that wrote to this store."""
+        """Raises DigitError if too many images are unreadable, counted over every run that wrote to this store."""
         bad = self.ledger.notes | more
         if bad and len(bad) > max_bad_fraction * self.num_images:
             _, key, reason = min(bad.values())
@@ -285,7 +278,7 @@ class _Writer:
             )
 
     def write(self, row: int, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[str, Any]) -> None:
-        """Write rows from `row` on of every array; `dropped` (bool, a row each) are of the unreadable images `bad`."""
+        """Writes rows from `row` on of every array; `dropped`, (B,) bool, marks the rows of the `bad` images."""
         for name, array in self.arrays.items():
             array.write(row, values[name])
         dropped_rows = Spans((row + int(place), row + int(place) + 1) for place in np.flatnonzero(dropped))
@@ -295,14 +288,14 @@ class _Writer:
             self._save()
 
     def _save(self) -> None:
-        """The journal, once the rows it names are on the disk."""
+        """Saves the journal once the rows it names are on disk."""
         for array in self.opened:
             array.sync()
         self.saved = time.monotonic()
         self.ledger.save(self.journal)
 
     def finish(self, asked_to_stop: bool, max_bad_fraction: float) -> None:
-        """What every rank does once its rows are on the disk. Raises Stopped where any of them was asked to stop."""
+        """Joins the ranks' ledgers and finishes the store. Raises Stopped if any rank was asked to stop."""
         everyone = distributed.gather((self.ledger, asked_to_stop))
         for ledger, _ in everyone:
             self.ledger.join(ledger)
@@ -312,7 +305,7 @@ class _Writer:
         distributed.on_main(self._finish)
 
     def _finish(self) -> None:
-        """Drop the unreadable rows, give the files their names, write the manifest. Can be cut short and repeated."""
+        """Drops the unreadable rows, renames the files and writes the manifest. Can be interrupted and repeated."""
         assert self.ledger.complete, "every row is written before the store is finished"
         keep = np.ones(self.num_rows, dtype=bool)
         keep[list(self.ledger.dropped)] = False
@@ -327,7 +320,7 @@ class _Writer:
         self._clean()
 
     def _clean(self) -> None:
-        """Remove what only an unfinished store needs."""
+        """Removes the files that only an unfinished store needs."""
         for path in map(self._partial, self.arrays):
             path.unlink(missing_ok=True)
         discard(self.journal)

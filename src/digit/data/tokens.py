@@ -1,9 +1,9 @@
 """The token store: discriminative and VQ tokens of the same crops, aligned row by row, with labels.
 
-    FOLDER/discriminative.npy       (R, N) uint16   discriminative tokens
-    FOLDER/vq.npy         (R, M) uint16   VQ tokens of the same crops
-    FOLDER/labels.npy     (R,)   int32    -1 = none
-    FOLDER/manifest.json  what made them; written last, so a folder with a manifest is whole
+    FOLDER/discriminative.npy  (R, N) uint16   discriminative tokens
+    FOLDER/vq.npy              (R, M) uint16   VQ tokens of the same crops
+    FOLDER/labels.npy          (R,)   int32    -1 = none
+    FOLDER/manifest.json       the settings they were made with; written last, so a folder with a manifest is complete
 
 Written by token_writer.py.
 """
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     import torch
 
 
-FORMAT = 1
+FORMAT = 2  # format 1, of digit 0.1, called the first array disc.npy
 MAX_VOCAB = 65536  # uint16
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """What a manifest says of one kind of tokens."""
+    """The manifest's entry for one kind of tokens."""
 
     grid: tuple[int, int]
     length: int
@@ -39,12 +39,14 @@ class _Layout:
 
     def __post_init__(self) -> None:
         if math.prod(self.grid) != self.length or min(self.grid) < 1 or not 1 <= self.vocab_size <= MAX_VOCAB:
-            raise DigitError(f"{self.length} tokens of {self.vocab_size} on a grid of {self.grid} cannot be: {AGAIN}")
+            raise DigitError(
+                f"{self.length} tokens of {self.vocab_size} on a grid of {self.grid} are impossible: {AGAIN}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """What a manifest says of the images."""
+    """The manifest's entry for the images."""
 
     name: str
     fingerprint: str
@@ -54,7 +56,7 @@ class _Source:
 
 @dataclass(frozen=True, kw_only=True)
 class _Contents:
-    """What of a manifest says how the arrays look."""
+    """The part of a manifest that describes the arrays."""
 
     rows: int
     discriminative: _Layout | None
@@ -62,14 +64,14 @@ class _Contents:
     classes: list
     source: _Source
     crc32: dict | None = None
-    """CRC-32 of each array's file; stores from before there was one have none."""
+    """CRC-32 of each array's file; None in stores that were written without it."""
 
     def __post_init__(self) -> None:
         if self.rows < 1 or not all(isinstance(name, str) for name in self.classes):
-            raise DigitError(f"{self.rows} rows and {len(self.classes)} classes cannot be: {AGAIN}")
+            raise DigitError(f"{self.rows} rows and {len(self.classes)} classes are impossible: {AGAIN}")
 
     def open(self, folder: Path) -> dict[str, np.ndarray | None]:
-        """The arrays, mapped and verified. Raises DigitError naming the file that is damaged."""
+        """Memory-maps and verifies the arrays. Raises DigitError naming the damaged file."""
         layouts = {"discriminative": self.discriminative, "vq": self.vq}
         arrays: dict[str, np.ndarray | None] = dict.fromkeys(layouts)
         expected = {
@@ -99,19 +101,17 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> "TokenStore":
-        """Reads every file once, to see that it is whole and that every token is in its vocabulary.
+        """Opens a finished store, checking every file's checksum and every token against its vocabulary.
 
-        Raises DigitError where the folder is missing, unfinished, of another version, or a file is damaged.
+        Raises DigitError if the folder is missing, unfinished or of another format, or if a file is damaged.
         """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
             if (folder / "journal.json").exists():
-                raise DigitError(f"tokens in {folder} are not finished: run the same command again, it goes on")
+                raise DigitError(f"tokens in {folder} are not finished: run the same command again to resume")
             raise DigitError(f"{folder} holds no tokens (no manifest.json): make them first (digit tokenize ...)")
         manifest = read_json(folder / "manifest.json")
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            got = manifest.get("format") if isinstance(manifest, dict) else manifest
-            raise DigitError(f"tokens in {folder} have format {got}, this version reads {FORMAT}: {AGAIN}")
+        check_format(folder, manifest)
         names = [field.name for field in fields(_Contents)]
         stated = {name: manifest[name] for name in names if name in manifest}
         return cls(folder, manifest, **from_json(_Contents, stated, str(folder / "manifest.json")).open(folder))
@@ -120,21 +120,23 @@ class TokenStore:
         return len(self.labels)
 
     def check(self, *, codebook_hash: str | None = None, vqgan_hash: str | None = None) -> None:
-        """Refuse a model of other tokens: MismatchError that names both values.
+        """Raises MismatchError, naming both values, if these tokens were made with another codebook or VQGAN.
 
-        `codebook_hash` is the codebook's fingerprint, or the whole tokenizer's (encoder and codebook); None skips.
+        `codebook_hash` is the fingerprint of the codebook or of the whole tokenizer (encoder and codebook). None skips
+        the check.
         """
         keys = {"codebook": ("tokenizer_hash", "codebook_hash"), "VQGAN": ("vqgan_hash",)}
-        for what, asked in (("codebook", codebook_hash), ("VQGAN", vqgan_hash)):
-            here = [self.manifest.get(key) for key in keys[what]]
-            if asked is not None and asked not in here:
+        for what, requested in (("codebook", codebook_hash), ("VQGAN", vqgan_hash)):
+            recorded = [self.manifest.get(key) for key in keys[what]]
+            if requested is not None and requested not in recorded:
                 raise MismatchError(
-                    f"tokens in {self.folder} were made with {what} {_short(here[0])}, asked for {_short(asked)}: "
+                    f"tokens in {self.folder} were made with {what} {_short(recorded[0])}, asked for "
+                    f"{_short(requested)}: "
                     f"give that {what}, or other tokens (digit tokenize ...)"
                 )
 
     def batch(self, rows: Sequence[int] | np.ndarray | slice) -> dict[str, "torch.Tensor"]:
-        """{"discriminative": (B, N), "vq": (B, M), "labels": (B,)} int64 of the given rows, without absent tokens."""
+        """Returns {"discriminative": (B, N), "vq": (B, M), "labels": (B,)} int64 of `rows`, without absent tokens."""
         rows = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)]
         held = {"discriminative": self.discriminative, "vq": self.vq, "labels": self.labels}
         return _gather({name: array for name, array in held.items() if array is not None}, rows)
@@ -146,10 +148,10 @@ class TokenStore:
         rows: Sequence[int] | np.ndarray | None = None,
         names: Sequence[str] = ("discriminative", "vq", "labels"),
     ) -> "TokenBatches":
-        """`step -> batch(...)`, a pure function of (seed, step): every epoch is a new permutation of the rows.
+        """Returns `step -> batch`, a pure function of (seed, step). Every epoch is a new permutation of the rows.
 
-        The arrays in `names` are read into RAM, 2 bytes a token; absent tokens are left out. `rows` restricts it to
-        some rows (all by default). A batch that reaches past an epoch's end goes on with the next epoch's permutation.
+        The arrays in `names` are read into RAM, 2 bytes a token; absent tokens are left out. `rows` selects some rows
+        (all by default). A batch that passes an epoch's end continues with the next epoch's permutation.
         """
         chosen = np.arange(len(self)) if rows is None else np.arange(len(self))[np.asarray(rows, dtype=np.int64)]
         if batch_size < 1 or not len(chosen):
@@ -160,7 +162,7 @@ class TokenStore:
 
 
 class TokenBatches:
-    """`batches(step)` -> tokens and labels of one batch; `batches.rows(step)` -> the rows of the store it holds."""
+    """`batches(step)` returns one batch of tokens and labels; `batches.rows(step)` its rows in the store."""
 
     def __init__(self, arrays: dict[str, np.ndarray], chosen: np.ndarray, batch_size: int, seed: int):
         self.arrays, self.chosen, self.batch_size = arrays, chosen, batch_size
@@ -175,7 +177,7 @@ class TokenBatches:
 
 
 class _EpochOrder:
-    """Positions along an endless row of permutations, epoch e's drawn from (seed, e) alone."""
+    """An endless sequence of permutations; epoch e's depends on (seed, e) only."""
 
     def __init__(self, num: int, seed: int):
         self.num, self.seed = num, seed
@@ -195,8 +197,20 @@ class _EpochOrder:
         return self._cached[1]
 
 
+def check_format(folder: Path, manifest: Any) -> None:
+    """Raises DigitError if `manifest`, or a journal's request, is of a store that this version cannot read."""
+    got = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if got == 1:
+        raise DigitError(
+            f"tokens in {folder} have format 1, written by digit 0.1; this version reads format {FORMAT}: {AGAIN}, or "
+            "use digit 0.1"
+        )
+    if got != FORMAT:
+        raise DigitError(f"tokens in {folder} have format {got}, this version reads {FORMAT}: {AGAIN}")
+
+
 def _gather(arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, "torch.Tensor"]:
-    """New int64 tensors of these rows. numpy's take and torch's conversion are the fastest at both."""
+    """Copies these rows into int64 tensors, with numpy's take and torch's conversion: the fastest of each."""
     import torch
 
     return {name: torch.from_numpy(array.take(rows, axis=0)).long() for name, array in arrays.items()}

@@ -1,1 +1,1 @@
-"""What a run would need, before anything runs: memory, time, disk and money of every stage (`digit plan`)."""
+"""Estimates memory, time, disk space and cost of every stage before anything runs (`digit plan`)."""

@@ -1,7 +1,7 @@
-"""What runs a plan: published peaks of GPUs, this machine's measured ones, and which part of them each work reaches.
+"""Machines that run a plan: peaks published for GPUs or measured here, and the share of them that each work reaches.
 
-NVIDIA's datasheets (H100, H200 and A100 Tensor Core GPU), dense, SXM: TF32 products at half the bf16 peak of
-`digit.training.peak`, FP32 at 67, 67 and 19.5 TFLOP/s; 3.35, 4.8 and 2.039 TB/s.
+From NVIDIA's datasheets (H100, H200 and A100 Tensor Core GPU), dense, SXM: TF32 matrix multiplication at half the bf16
+peak of `digit.training.peak`, FP32 at 67, 67 and 19.5 TFLOP/s; bandwidth 3.35, 4.8 and 2.039 TB/s.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Kind = Literal["training", "vqgan training", "transformer", "mobile net", "convolutions", "k-means", "nearest code"]
 Peak = Literal["bf16", "tf32", "fp32"]
 
-# Assumed, not yet measured by us: which peak bounds a kind of work on a GPU, and how much of it the work reaches.
-# Encoders and the nearest code run in float32 today (no TF32 products), VQGANs in TF32.
+# The peak that limits each kind of work on a GPU, and the share of it that the work reaches: assumed, not measured.
+# Encoders and the nearest-code search run in float32 (no TF32), VQGANs in TF32.
 GPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "training": ("bf16", 0.40),
     "vqgan training": ("bf16", 0.20),
@@ -28,8 +28,8 @@ GPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "k-means": ("bf16", 0.10),
     "nearest code": ("fp32", 0.50),
 }
-# Of the bf16 products of `matmul_flops`. Mobile net, convolutions and VQGAN training follow from images a second of
-# 64 px pipelines on two CPU cores (350, 370 and 57) times FLOPs an image, over 4e11; the others are assumed.
+# Shares of the bf16 rate that `matmul_flops` measures. Mobile net, convolutions and VQGAN training: images per second
+# of 64 px pipelines on two CPU cores (350, 370 and 57) times FLOPs per image, over 4e11. The others are assumed.
 CPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "training": ("bf16", 0.50),
     "vqgan training": ("bf16", 0.60),
@@ -39,51 +39,51 @@ CPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "k-means": ("bf16", 0.40),
     "nearest code": ("bf16", 0.20),
 }
-GPU_SAMPLING, CPU_SAMPLING = 0.50, 0.35  # of bandwidth and of products while tokens are drawn; assumed
-KERNEL_SECONDS = 3e-6  # one kernel of a CUDA graph at the least; assumed
-KERNELS_PER_BLOCK = 12  # of one block for one token
-# Decoded and resized to 256 px a second and core: 320 to 370 measured on an AMD EPYC (Pillow, 12 photographs, 500 px a
-# side, 60 kB). ImageNet's files are nearly twice as large, so that theirs may be fewer.
+GPU_SAMPLING, CPU_SAMPLING = 0.50, 0.35  # of bandwidth and of matrix multiplication while sampling tokens; assumed
+KERNEL_SECONDS = 3e-6  # the least that one kernel of a CUDA graph takes; assumed
+KERNELS_PER_BLOCK = 12  # that one transformer block launches for one token
+# JPEGs decoded and resized to 256 px per second and core: 320 to 370 measured on an AMD EPYC (Pillow, 12 photographs of
+# 500 px, 60 kB each). ImageNet's files are nearly twice as large, so its rate may be lower.
 JPEG_PER_CORE = 340.0
-CORES_PER_GPU = 14.0  # of a usual server: 112 cores for 8 GPUs
-GPU_RESERVE, CPU_RESERVE = 0.08, 0.08  # of the memory: CUDA context, workspaces, holes; operating system
+CORES_PER_GPU = 14.0  # a typical server has 112 cores for 8 GPUs
+GPU_RESERVE, CPU_RESERVE = 0.08, 0.08  # of the memory: CUDA context, workspaces, fragmentation; operating system
 CPU_BANDWIDTH = 30e9  # bytes/s, two memory channels; assumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """One kind of device and how many of it."""
+    """A number of devices of one kind."""
 
     name: str
-    """As people call it."""
+    """Name shown in the plan."""
     memory: float
-    """Bytes of one device."""
+    """Memory of one device in bytes."""
     peaks: dict[Peak, float]
-    """Floating-point operations a second of one device, by precision."""
+    """Floating-point operations per second of one device, by precision."""
     bandwidth: float
-    """Bytes a second between one device's memory and its processor."""
+    """Memory bandwidth of one device in bytes per second."""
     price: float
-    """Dollars an hour of one device."""
+    """Dollars per hour of one device."""
     cores: float
-    """CPU cores for each device, to decode images."""
+    """CPU cores per device, which decode images."""
     count: int = 1
-    """Devices."""
+    """Number of devices."""
     gpu: bool = True
-    """A GPU, or a CPU."""
+    """Whether the device is a GPU; else it is a CPU."""
 
     @property
     def usable(self) -> float:
-        """Bytes of one device that a plan may fill."""
+        """Bytes of one device that a plan may use."""
         return self.memory * (1 - (GPU_RESERVE if self.gpu else CPU_RESERVE))
 
     def rate(self, kind: Kind) -> float:
-        """Floating-point operations a second of all devices together at one kind of work."""
+        """Floating-point operations per second of all devices together at one kind of work."""
         peak, share = (GPU_SHARES if self.gpu else CPU_SHARES)[kind]
         return self.peaks[peak] * share * self.count
 
     @property
     def decoded(self) -> float:
-        """JPEGs a second that all cores decode and resize."""
+        """JPEGs per second that all cores decode and resize."""
         return JPEG_PER_CORE * self.cores * self.count
 
 
@@ -100,7 +100,7 @@ def _gpu(key: str, name: str, memory_gib: float, fp32: float, bandwidth: float, 
     )
 
 
-GPUS: dict[str, Machine] = {  # prices are round figures for rented GPUs: give your own
+GPUS: dict[str, Machine] = {  # round prices of rented GPUs: set your own with --price
     "h100": _gpu("H100", "H100 80GB SXM", 79, 67, 3.35, 2.50),
     "h200": _gpu("H200", "H200 141GB SXM", 140, 67, 4.8, 3.00),
     "a100": _gpu("A100", "A100 80GB SXM", 79, 19.5, 2.039, 1.50),
@@ -108,14 +108,14 @@ GPUS: dict[str, Machine] = {  # prices are round figures for rented GPUs: give y
 
 
 def get_gpu(name: str) -> Machine:
-    """A GPU by name. Raises DigitError that lists the names."""
+    """Returns a GPU by name. Raises DigitError that lists the names."""
     if name not in GPUS:
         raise DigitError(f"no GPU named {name}: choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def this_machine(device: "torch.device") -> Machine:
-    """The machine that this runs on: a GPU of the table by its name, else the measured products of what there is."""
+    """Describes this machine: a GPU of GPUS by its name, else by its measured matrix multiplication rate."""
     about = describe_machine()
     if device.type == "cpu":
         peaks: dict[Peak, float] = {"bf16": matmul_flops(device)}
@@ -125,14 +125,14 @@ def this_machine(device: "torch.device") -> Machine:
         )  # fmt: skip
     import torch
 
-    found = torch.cuda.get_device_properties(device)
-    known = next((gpu for key, gpu in GPUS.items() if key in found.name.lower()), None)
+    properties = torch.cuda.get_device_properties(device)
+    known = next((gpu for key, gpu in GPUS.items() if key in properties.name.lower()), None)
     like = known or GPUS["a100"]
-    scale = 1.0 if known else peak_flops(device) / like.peaks["bf16"]  # a GPU that is not in the table
+    scale = 1.0 if known else peak_flops(device) / like.peaks["bf16"]  # a GPU that GPUS lacks
     return replace(
         like,
-        name=found.name,
-        memory=found.total_memory,
+        name=properties.name,
+        memory=properties.total_memory,
         peaks={name: peak * scale for name, peak in like.peaks.items()},
         bandwidth=like.bandwidth * scale,
         cores=(about["cores"] or 1) / torch.cuda.device_count(),

@@ -1,9 +1,9 @@
-"""Memory of a training step, found by running the step on tensors without storage and counting what would be alive.
+"""Memory of a training step: runs the step on tensors without storage and counts the bytes that would be alive.
 
-On a CPU the step is `SequenceUpdate` itself on fake CPU tensors. For a GPU it is the same model, loss, clipping,
-optimizer and average on meta tensors, under `GPURules`: a build of torch without CUDA can neither fake CUDA tensors nor
-autocast them. Not counted: what kernels allocate for themselves, the CUDA context and the allocator's holes; machines
-keep a share of their memory back for those (`digit.planning.machines`).
+For a CPU the step is `SequenceUpdate` itself on fake CPU tensors. For a GPU it is the same model, loss, optimizer and
+EMA on meta tensors under `GPURules`, because torch built without CUDA can neither fake CUDA tensors nor autocast them.
+Not counted: workspaces of kernels, the CUDA context and fragmentation; `digit.planning.machines` reserves memory for
+those.
 """
 
 import math
@@ -28,13 +28,13 @@ from digit.training.optim import build_optimizer
 from digit.training.parallel import LossModule
 from digit.training.sequence import SequenceUpdate
 
-# Resident over live memory of a CPU process, as glibc keeps freed blocks; chosen from 8 runs, of 1.09 to 1.30
-CPU_HOLES = 1.2
-HIDDEN_SHARE = 2 / math.pi  # mean of cos(u pi / 2), u ~ U(0, 1): tokens that a masked model's batch hides
+# Resident over live memory of a CPU process, because glibc keeps freed blocks: 1.09 to 1.30 in 8 runs
+CPU_FRAGMENTATION = 1.2
+MASKED_SHARE = 2 / math.pi  # mean of cos(u pi / 2), u ~ U(0, 1): share of tokens that a masked model's batch masks
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all storages that operations inside the context made and that are still referenced."""
+    """Counts the bytes of storages that operations in this context created and that are still referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,13 +63,14 @@ class LiveMemory(TorchDispatchMode):
 
 
 class GPURules(TorchFunctionMode):
-    """What CUDA kernels and CUDA's autocast to half precision would keep, for meta tensors.
+    """Makes meta tensors keep what CUDA kernels under autocast to half precision would keep.
 
-    Products run in `dtype` on casts of their inputs, norms in float32 (torch's autocast op reference); attention is the
-    flash kernel, which keeps q, k, v, its output and a float32 logsumexp; dropout keeps a mask of one byte an element.
+    Matrix multiplication runs in `dtype` on casts of its inputs, norms in float32 (torch's autocast op reference).
+    Attention is the flash kernel, which keeps q, k, v, its output and a float32 logsumexp. Dropout keeps a mask of one
+    byte per element.
     """
 
-    PRODUCTS = frozenset((F.linear, F.conv2d, torch.bmm, torch.baddbmm, torch.matmul, Tensor.__matmul__))
+    MATMULS = frozenset((F.linear, F.conv2d, torch.bmm, torch.baddbmm, torch.matmul, Tensor.__matmul__))
     IN_FLOAT32 = frozenset((F.layer_norm, F.group_norm, F.softmax, Tensor.softmax, Tensor.log_softmax))
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -78,7 +79,7 @@ class GPURules(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.PRODUCTS:
+        if func in self.MATMULS:
             return func(*cast(args, self.dtype), **cast(kwargs, self.dtype))
         if func in self.IN_FLOAT32 and self.dtype != torch.float32:
             return func(*cast(args, torch.float32), **cast(kwargs, torch.float32))
@@ -91,44 +92,44 @@ class GPURules(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class HiddenRows(TorchFunctionMode):
-    """Rows picked by a mask whose values nobody knows: their expected number."""
+class MaskedRows(TorchFunctionMode):
+    """Replaces rows selected by a boolean mask of unknown values by their expected number of rows."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             rows = args[0].flatten(0, args[1].ndim - 1)
-            count = math.ceil(HIDDEN_SHARE * len(rows))
+            count = math.ceil(MASKED_SHARE * len(rows))
             return rows.index_select(0, torch.zeros(count, dtype=torch.int64, device=rows.device))
         return func(*args, **(kwargs or {}))
 
 
 def cast(values: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors of a tuple or a dictionary in `dtype`."""
+    """Casts the floating-point tensors of a tuple or a dictionary to `dtype`."""
     if isinstance(values, dict):
-        return {name: one(value, dtype) for name, value in values.items()}
-    return tuple(one(value, dtype) for value in values)
+        return {name: cast_tensor(value, dtype) for name, value in values.items()}
+    return tuple(cast_tensor(value, dtype) for value in values)
 
 
-def one(value: Any, dtype: torch.dtype) -> Any:
+def cast_tensor(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingMemory:
-    """Bytes on one device."""
+    """Memory of a training step on one device."""
 
     peak: int
-    """The most that is alive at a time in a step."""
+    """Bytes alive at the step's peak."""
     weights: int
-    """Of that, what stays between steps: weights, their average, the optimizer's moments."""
+    """Bytes of those that stay between steps: weights, their EMA, the optimizer's moments."""
 
 
 def training_memory(
     cfg: SequenceConfig, training: TrainConfig, *, num_devices: int = 1, gpu: bool = True
 ) -> TrainingMemory:
-    """Memory of a step of one of `num_devices` devices, as `training` has it: pieces, precision, checkpointing.
+    """Memory of one of `num_devices` devices, with the accumulation, precision and checkpointing of `training`.
 
-    torch.compile is left out: what it fuses needs less.
+    Ignores torch.compile, whose fused kernels need less memory.
     """
     share = replace(training, batch_size=training.batch_size // num_devices, compile=False)
     assert gpu or num_devices == 1, "a CPU trains in one process"
@@ -137,45 +138,45 @@ def training_memory(
 
 
 def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
-    """Two steps of SequenceUpdate: the first makes the optimizer's moments, the second has them all along."""
-    with FakeTensorMode(), LiveMemory() as memory, HiddenRows():
+    """Runs two steps of SequenceUpdate: the first creates the optimizer's moments, the second starts with them."""
+    with FakeTensorMode(), LiveMemory() as memory, MaskedRows():
         model = SequenceModel(cfg).train()
         batch = blank_batch(cfg, training.batch_size, "cpu")
         update = SequenceUpdate(model, lambda step: batch, training)
         update.checks_norm = False  # fake numbers are neither finite nor not
         update(0)
-        stays = memory.live
+        weights = memory.live
         update(1)
-        return TrainingMemory(peak=round(CPU_HOLES * memory.peak), weights=stays)
+        return TrainingMemory(peak=round(CPU_FRAGMENTATION * memory.peak), weights=weights)
 
 
 def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int) -> TrainingMemory:
-    """The same two steps on meta tensors."""
+    """Runs the same two steps on meta tensors."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(training.precision, torch.bfloat16)
-    with LiveMemory() as memory, HiddenRows():
+    with LiveMemory() as memory, MaskedRows():
         with torch.device("meta"):
             model = SequenceModel(cfg).train()
-        if training.checkpoint_activations:  # the backward pass has none of the forward pass's modes
+        if training.checkpoint_activations:  # the backward pass recomputes outside the forward pass's modes
             for block in model.transformer.blocks:
                 block.forward = under(GPURules(dtype), block.forward)
         optimizer = build_optimizer(model, training)
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=False)  # the fused kernel refuses meta tensors; it needs no memory either
+            group.update(fused=False, foreach=False)  # the fused kernel refuses meta tensors, and needs no extra memory
         average = EMA(model, training.ema_decay) if training.ema_decay else None
-        if num_devices > 1:  # DistributedDataParallel holds the gradients in its buckets, for good
+        if num_devices > 1:  # DistributedDataParallel keeps the gradients in its buckets
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-        piece = blank_batch(cfg, training.batch_size // training.accumulate, "meta")
+        micro_batch = blank_batch(cfg, training.batch_size // training.accumulate, "meta")
         objective = LossModule(model, TransformerForward(model, training))
         for step in range(2):
-            for _ in range(min(training.accumulate, 2)):  # the second finds gradients; later ones find no more
+            for _ in range(min(training.accumulate, 2)):  # gradients exist from the second on; later ones add none
                 with GPURules(dtype):
                     loss, metrics = objective(
-                        piece | model.noise(piece, None), label_smoothing=training.label_smoothing
+                        micro_batch | model.noise(micro_batch, None), label_smoothing=training.label_smoothing
                     )
                     (loss / training.accumulate).backward()
                 del loss, metrics
-            optimizer.step()  # clipping refuses meta tensors too, and works in place
+            optimizer.step()  # clipping, which works in place, refuses meta tensors too
             optimizer.zero_grad(set_to_none=num_devices == 1)
             if average:
                 average.update(step)
@@ -183,7 +184,7 @@ def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int) -> T
 
 
 def under(rules: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, always called under `rules`."""
+    """Returns `function` wrapped so that every call runs under `rules`."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with rules:
@@ -193,7 +194,7 @@ def under(rules: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..
 
 
 def blank_batch(cfg: SequenceConfig, rows: int, device: str) -> dict[str, Tensor | None]:
-    """A batch of that shape, as keywords of `SequenceModel.loss`."""
+    """Returns a batch of zeros as keyword arguments of `SequenceModel.loss`."""
     lengths = {"target": cfg.target_len, "prefix": cfg.prefix_len}
     batch = {k: torch.zeros(rows, n, dtype=torch.int64, device=device) if n else None for k, n in lengths.items()}
     return batch | {"labels": torch.zeros(rows, dtype=torch.int64, device=device) if cfg.num_classes else None}

@@ -1,4 +1,4 @@
-"""A plan as a table with notes, and as JSON."""
+"""Prints a plan as a table with notes, or writes it as JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from digit.planning.machines import GPU_SAMPLING, GPU_SHARES, Machine
 from digit.planning.stages import IMAGENET_BYTES, Planner, Stage, count, size
 
-COLUMNS = ("stage", "what", "memory", "time", "GPU-hours", "cost", "share", "bound by")
+COLUMNS = ("stage", "what", "memory", "time", "GPU-hours", "cost", "share", "limited by")
 
 
 def to_text(planner: Planner) -> str:
-    """The table, and what to know beside it."""
+    """Formats the plan as a table, followed by notes."""
     machine, stages = planner.machine, planner.stages
     total = sum(stage.seconds for stage in stages)
     rows = [cells(stage, machine, total) for stage in stages]
@@ -26,21 +26,21 @@ def to_text(planner: Planner) -> str:
 
 
 def cells(stage: Stage, machine: Machine, total: float) -> tuple[str, ...]:
-    """A stage's line."""
+    """Formats one stage as a row of the table."""
     hours = stage.seconds * machine.count / 3600
     memory = size(stage.memory) + (" !" if stage.memory > machine.usable else "")
     money, share = dollars(hours * machine.price), f"{stage.seconds / total:.0%}"
     shown = f"{hours * per_hour(machine):,.2f}"
-    return stage.name, stage.what, memory, duration(stage.seconds), shown, money, share, stage.bound
+    return stage.name, stage.what, memory, duration(stage.seconds), shown, money, share, stage.bottleneck
 
 
 def per_hour(machine: Machine) -> float:
-    """GPU-hours of an hour of one device; core-hours of a CPU."""
+    """GPU-hours in one hour of a device; core-hours for a CPU."""
     return 1 if machine.gpu else machine.cores
 
 
 def align(rows: list[tuple[str, ...]]) -> list[str]:
-    """Columns of equal width: numbers to the right."""
+    """Pads the cells to columns of equal width, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     right = (False, False, True, True, True, True, True, False)
     return [
@@ -53,58 +53,59 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def notes(planner: Planner) -> list[str]:
-    """What does not fit and what would, disk, passes over the data, what binds, and how sure all this is."""
+    """Lists the bottleneck, stages that do not fit and settings that would, disk space, epochs and the uncertainty."""
     machine, stages, recipe, order = planner.machine, planner.stages, planner.recipe, planner.order
     slowest = max(stages, key=lambda stage: stage.seconds)
     lines = [
-        f"{slowest.name} binds: {slowest.seconds / sum(s.seconds for s in stages):.0%} of the time, by {slowest.bound}"
+        f"bottleneck: {slowest.name}, {slowest.seconds / sum(s.seconds for s in stages):.0%} of the time, limited by "
+        f"{slowest.bottleneck}"
     ]
     lines += [line for stage in stages for line in stage.advice]
     rows = order.images * recipe.crops_per_image
     pixels = order.images * IMAGENET_BYTES
-    lines.append(f"token store {size(planner.store_bytes)} on disk, and in the RAM of every process that trains")
+    lines.append(f"token store {size(planner.store_bytes)} on disk, and in the RAM of every training process")
     tokens = [stage for stage in stages if stage.name == "tokens"]
-    reading = f", read at {size(pixels / tokens[0].seconds)} a second for the tokens" if tokens else ""
-    lines.append(f"images about {size(pixels)} on disk, if as large as ImageNet's{reading}")
-    for name in ("prior", "renderer"):
+    reading = f"; tokenizing reads {size(pixels / tokens[0].seconds)} per second" if tokens else ""
+    lines.append(f"images about {size(pixels)} on disk at ImageNet's mean file size{reading}")
+    for name in recipe.model_names:
         cfg = planner.training_config(name)
         passes = cfg.num_steps * cfg.batch_size / rows
-        lines.append(f"{name} sees every crop {passes:.3g} times (--epochs changes it)")
+        lines.append(f"{name} sees every crop {passes:.3g} times (set with --epochs)")
     if planner.fit_cost.num_passes > 1 and "codebook" not in order.reuse:
         lines.append(
             "the features exceed the quantizer's memory budget: every iteration encodes the images again "
             "(--kmeans.memory_budget_bytes)"
         )
-    wanted = planner.fit_cost.num_points / planner.work.num_tokens / order.images
-    if "codebook" not in order.reuse and wanted < 0.5 * recipe.codebook_subset:
-        lines.append(
-            f"the fit uses {count(planner.fit_cost.num_points)} features: --codebook_subset {wanted:.2g} gives as many"
-        )
+    num_points = planner.fit_cost.num_points
+    needed = num_points / planner.work.num_tokens / order.images
+    if "codebook" not in order.reuse and needed < 0.5 * recipe.codebook_subset:
+        lines.append(f"the fit uses {count(num_points)} features: --codebook_subset {needed:.2g} gives as many")
     if recipe.sampling.precision == "fp32" and machine.gpu:
         lines.append("sampling in bf16 (--sampling.precision bf16) reads half the bytes")
     if machine.count > 1:
-        lines.append(f"every stage is taken to be shared by {machine.count} processes without loss")
+        lines.append(f"every stage is assumed to scale perfectly over {machine.count} processes")
     if machine.gpu:
         training = GPU_SHARES["training"][1]
         lines.append(
             f"shares of the peaks ({training:.2f} of bf16 in training, {GPU_SAMPLING:.2f} of bandwidth in sampling) "
-            f"and ${machine.price:.2f} an hour are assumed, not measured by us: expect a factor of two"
+            f"and ${machine.price:.2f} per hour are assumptions, not measurements: expect a factor of two"
         )
     else:
         lines.append(
-            "rates go by this machine's speed in products, times shares partly assumed: expect a factor of two"
+            "rates are this machine's matrix multiplication rate times shares, some of them assumed: expect a factor "
+            "of two"
         )
     return ["- " + line for line in lines]
 
 
 def as_json(planner: Planner) -> dict[str, Any]:
-    """Everything in plain numbers: bytes, seconds, dollars."""
+    """Returns the plan as JSON: bytes, seconds, dollars."""
     machine = planner.machine
     stages = [
         {
             "name": s.name, "what": s.what, "memory_bytes": s.memory, "fits": s.memory <= machine.usable,
             "seconds": s.seconds, "gpu_hours": s.seconds * machine.count / 3600,
-            "dollars": s.seconds * machine.count / 3600 * machine.price, "bound_by": s.bound,
+            "dollars": s.seconds * machine.count / 3600 * machine.price, "bound_by": s.bottleneck,
             "seconds_by_cause": s.times, "advice": list(s.advice),
         }
         for s in planner.stages
@@ -122,7 +123,7 @@ def as_json(planner: Planner) -> dict[str, Any]:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that a person would take."""
+    """Formats seconds in days, hours, minutes or seconds."""
     for least, unit, name in ((3 * 86400, 86400, "d"), (5400, 3600, "h"), (90, 60, "min")):
         if seconds >= least:
             return f"{seconds / unit:,.1f} {name}"
@@ -130,7 +131,7 @@ def duration(seconds: float) -> str:
 
 
 def dollars(amount: float) -> str:
-    """Whole dollars from ten on; nothing where there is no price."""
+    """Formats dollars, whole from $10 on; '-' without a price."""
     if not amount:
         return "-"
     return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"

@@ -1,4 +1,4 @@
-"""The stages of a recipe on a machine: memory of one device, time, and what bounds it."""
+"""The stages of a recipe on a machine: memory per device, time, and the bottleneck."""
 
 import math
 from collections.abc import Iterator
@@ -22,52 +22,52 @@ from digit.tokenizers.base import FitCost
 from digit.training.config import TrainConfig
 
 IMAGENET_IMAGES = 1_281_167
-IMAGENET_BYTES = 110e3  # of one of its JPEGs
+IMAGENET_BYTES = 110e3  # mean size of its JPEGs
 LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
-ENCODED_TOGETHER = 64  # images
+ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One line of a plan."""
+    """One row of a plan."""
 
     name: str
-    """Of the stage, as in the run folder."""
+    """Name of the stage, as in the run folder."""
     what: str
-    """Counts."""
+    """Amount of work: images, steps, parameters."""
     memory: float
     """Bytes on one device."""
     times: dict[str, float]
-    """Seconds by what could bound the stage; they overlap, so that the longest is the stage's."""
+    """Seconds by what could limit the stage; they overlap, so the stage takes the longest of them."""
     advice: tuple[str, ...] = ()
-    """What to do where it does not fit."""
+    """Settings that would fit, if the stage does not."""
 
     @property
-    def bound(self) -> str:
-        """What binds."""
+    def bottleneck(self) -> str:
+        """What limits the stage: the longest of `times`."""
         return max(self.times, key=self.times.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """Of the whole stage."""
-        return self.times[self.bound]
+        """Seconds of the stage."""
+        return self.times[self.bottleneck]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What is to be planned beside recipe and machine."""
+    """What to plan, beside recipe and machine."""
 
     images: int = IMAGENET_IMAGES
     """Images of the data set."""
     samples: int = 50_000
-    """Images drawn at the end."""
+    """Images sampled at the end."""
     epochs: float | None = None
-    """Passes of each model over the stored crops; by default the recipe's number of steps, whatever the images."""
+    """Passes of each model over the stored crops; None takes the recipe's number of steps."""
     num_classes: int = 0
-    """Classes of the data, where the recipe is class-conditional."""
+    """Classes of the data, for a class-conditional recipe."""
     reuse: frozenset[str] = field(default_factory=frozenset)
-    """Parts that are at hand: codebook, vqgan, tokens."""
+    """Parts that exist already: codebook, vqgan, tokens."""
 
     def __post_init__(self) -> None:
         for name in ("images", "samples"):
@@ -80,7 +80,7 @@ class Order:
 
 
 class Planner:
-    """Plans a recipe on a machine, stage by stage. Raises DigitError where a batch cannot be shared by the devices."""
+    """Plans a recipe on a machine, stage by stage. Raises DigitError if a batch cannot be split over the devices."""
 
     def __init__(self, recipe: Recipe, machine: Machine, order: Order) -> None:
         classes = order.num_classes if recipe.class_conditional else 0
@@ -89,7 +89,7 @@ class Planner:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """All of them, in order."""
+        """All stages, in order."""
         return list(self._stages())
 
     def _stages(self) -> Iterator[Stage]:
@@ -111,19 +111,19 @@ class Planner:
         return flops / self.machine.rate(kind)
 
     def _decoding(self, images: float) -> dict[str, float]:
-        """Seconds of decoding JPEGs on all cores."""
+        """Seconds to decode JPEGs on all cores."""
         return {"JPEG decoding": images / self.machine.decoded}
 
     def _inference_memory(self, net: Network, maps: float) -> float:
-        """Bytes of a network in float32 and of the maps of the images that go through it together."""
+        """Bytes of a float32 network with `maps` elements of feature maps."""
         return 4.0 * (net.weights + maps)
 
     @property
     def codebook_images(self) -> int:
-        """Images that the codebook is fitted on."""
+        """Number of images that the codebook is fitted on."""
         least = math.ceil(self.recipe.quantizer_cfg.min_points / self.work.num_tokens)
-        wanted = math.ceil(self.recipe.codebook_subset * self.order.images)
-        return min(self.order.images, max(wanted, least))
+        subset = math.ceil(self.recipe.codebook_subset * self.order.images)
+        return min(self.order.images, max(subset, least))
 
     @property
     def fit_cost(self) -> FitCost:
@@ -133,7 +133,7 @@ class Planner:
     def _encoder_memory(self) -> float:
         work = self.work
         per_token = 4 * work.dim  # the widest map: the feed-forward layer's
-        return self._inference_memory(work.encoder, ENCODED_TOGETHER * work.num_tokens * per_token * 3)
+        return self._inference_memory(work.encoder, ENCODING_BATCH * work.num_tokens * per_token * 3)
 
     def features(self) -> Stage:
         """Encoder features of the codebook's images."""
@@ -147,7 +147,7 @@ class Planner:
         """The fit of the quantizer to the features."""
         cost = self.fit_cost
         what = f"{count(cost.num_points)} x {self.work.dim}, {cost.description}"
-        times = {"products": self._seconds("k-means", cost.flops)}
+        times = {"matrix multiplication": self._seconds("k-means", cost.flops)}
         return Stage(name="codebook", what=what, memory=cost.memory_bytes, times=times)
 
     def vqgan(self) -> Stage:
@@ -167,11 +167,11 @@ class Planner:
         )
 
     def _vqgan_maps(self) -> Iterator[float]:
-        """Elements that the backward pass of one image needs, level by level of encoder and decoder."""
+        """Elements that one image's backward pass needs, per level of encoder and decoder."""
         cfg = self.work.vqgan
         for level, channels in enumerate(cfg.level_channels):
             side = cfg.resolution / 2**level
-            # a residual block keeps its input, two norms with swish inside and out, two convolutions' outputs
+            # a residual block keeps its input, two norms (each before and after swish) and two convolutions' outputs
             yield 2 * (cfg.num_res_blocks + 1) * 6 * channels * side**2
 
     def tokens(self) -> Stage:
@@ -180,21 +180,21 @@ class Planner:
         seconds = self._seconds(work.encoder.kind, crops * work.encoder.flops)
         seconds += self._seconds("convolutions", crops * work.vq_encoder.flops)
         seconds += self._seconds("nearest code", crops * work.nearest_flops)
-        maps = ENCODED_TOGETHER * 3 * work.vqgan.channels * work.vqgan.resolution**2 / 4  # 16 images at a time
+        maps = ENCODING_BATCH * 3 * work.vqgan.channels * work.vqgan.resolution**2 / 4  # 16 images at a time
         memory = self._encoder_memory() + self._inference_memory(work.vq_encoder, maps)
-        times = {"encoders": seconds} | self._decoding(self.order.images)
+        times = {"encoding": seconds} | self._decoding(self.order.images)
         return Stage(name="tokens", what=f"{count(crops)} crops", memory=memory, times=times)
 
     @property
     def store_bytes(self) -> float:
-        """The token store on disk, and in RAM while models train."""
+        """Bytes of the token store on disk, and in RAM during training."""
         row = TOKEN_BYTES * (self.work.num_tokens + self.work.vqgan.num_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
     # ---------------------------------------------------------------- models
 
     def training_config(self, name: str) -> TrainConfig:
-        """As the recipe says, or with the steps that the epochs take."""
+        """The recipe's training settings, with the number of steps that `epochs` takes if it is set."""
         cfg = self.recipe.training(get_role(name))
         if self.order.epochs is None:
             return cfg
@@ -202,54 +202,54 @@ class Planner:
         return replace(cfg, num_steps=max(1, math.ceil(self.order.epochs * rows / cfg.batch_size)))
 
     def memory(self, name: str, training: TrainConfig) -> TrainingMemory:
-        """Of a training step of one device."""
-        pieces = self.machine.count * training.accumulate
-        if training.batch_size % pieces:
+        """Memory of a training step on one device."""
+        num_micro_batches = self.machine.count * training.accumulate
+        if training.batch_size % num_micro_batches:
             raise DigitError(
-                f"{name}: batch_size {training.batch_size} cannot be cut into {pieces} equal pieces (devices x "
-                "accumulate): choose another --gpus or batch_size"
+                f"{name}: batch_size {training.batch_size} does not split into {num_micro_batches} equal micro-batches "
+                "(devices x accumulate): choose another --gpus or batch_size"
             )
         cfg = self.work.sequence(name)
         return training_memory(cfg, training, num_devices=self.machine.count, gpu=self.machine.gpu)
 
     def training(self, name: str) -> Stage:
-        """Training of a model."""
+        """Training of one sequence model."""
         cfg = self.training_config(name)
         memory = self.memory(name, cfg).peak
         parameters = num_parameters(self.work.sequence(name))
-        pieces = f" in {cfg.accumulate} pieces" if cfg.accumulate > 1 else ""
+        split = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
         return Stage(
             name=name,
-            what=f"{count(parameters)} parameters, {count(cfg.num_steps)} steps of {cfg.batch_size}{pieces}",
+            what=f"{count(parameters)} parameters, {count(cfg.num_steps)} steps of {cfg.batch_size}{split}",
             memory=memory,
-            times={"products": self.training_seconds(name)},
+            times={"matrix multiplication": self.training_seconds(name)},
             advice=self.make_fit(name, cfg) if memory > self.machine.usable else (),
         )
 
     def training_seconds(self, name: str) -> float:
-        """Of a model's whole training."""
+        """Seconds to train one sequence model."""
         cfg = self.training_config(name)
         flops = self.work.training_flops(name) * cfg.num_steps * cfg.batch_size
         return self._seconds("training", flops * (4 / 3 if cfg.checkpoint_activations else 1))  # a second forward pass
 
     def make_fit(self, name: str, cfg: TrainConfig) -> tuple[str, ...]:
         """Ways to make a batch fit: the fewest pieces, and activation checkpointing with the fewest."""
-        section, found = f"--{get_role(name).settings}_training", []
+        section, fitting = f"--{get_role(name).settings}_training", []
         rows = cfg.batch_size // self.machine.count
         for checkpointing in {cfg.checkpoint_activations, True}:
-            for pieces in (n for n in divisors(rows) if n >= (1 if checkpointing else cfg.accumulate)):
-                tried = replace(cfg, accumulate=pieces, checkpoint_activations=checkpointing)
-                if (memory := self.memory(name, tried).peak) <= self.machine.usable:
-                    settings = [f"{section}.accumulate {pieces}"]
+            for accumulate in (n for n in divisors(rows) if n >= (1 if checkpointing else cfg.accumulate)):
+                candidate = replace(cfg, accumulate=accumulate, checkpoint_activations=checkpointing)
+                if (memory := self.memory(name, candidate).peak) <= self.machine.usable:
+                    settings = [f"{section}.accumulate {accumulate}"]
                     settings += [f"{section}.checkpoint_activations true"] if checkpointing else []
-                    found.append(f"{name} fits with {' '.join(settings)}: {size(memory)}")
+                    fitting.append(f"{name} fits with {' '.join(settings)}: {size(memory)}")
                     break
-        if found:
-            return tuple(found)
+        if fitting:
+            return tuple(fitting)
         least = self.memory(name, replace(cfg, accumulate=rows, checkpoint_activations=True))
         return (
-            f"{name} fits in no number of pieces: one image takes {size(least.peak)}, {size(least.weights)} of it "
-            "weights and moments; choose a GPU with more memory or a smaller model",
+            f"{name} does not fit with any number of micro-batches: one image takes {size(least.peak)}, "
+            f"{size(least.weights)} of it weights and moments; choose a GPU with more memory or a smaller model",
         )
 
     # ---------------------------------------------------------------- sampling
@@ -258,7 +258,7 @@ class Planner:
         """Both stages token by token, then pixels."""
         recipe, work = self.recipe, self.work
         names = recipe.model_names
-        how = {name: getattr(recipe.sampling, get_role(name).settings) for name in names}
+        settings = {name: getattr(recipe.sampling, get_role(name).settings) for name in names}
         prior, renderer = (self._stand_in(name) for name in names)
         vq = BlankVQ(work.vqgan, self._device)
         weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
@@ -267,7 +267,7 @@ class Planner:
         memory = weights + sampling_bytes(prior, renderer, vq, recipe.sampling, batch)
         totals: dict[str, float] = {}
         for name in names:
-            for cause, seconds in self.batch_seconds(work.sequence(name), how[name], batch).items():
+            for cause, seconds in self.batch_seconds(work.sequence(name), settings[name], batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
         batches = math.ceil(self.order.samples / batch / self.machine.count)
         pixels = self._seconds("convolutions", self.order.samples * work.vq_decoder.flops)
@@ -277,7 +277,7 @@ class Planner:
 
     @property
     def _device(self) -> torch.device:
-        """What tensors would lie on."""
+        """Device that the plan's tensors would lie on."""
         return torch.device("cuda" if self.machine.gpu else "cpu")
 
     def _stand_in(self, name: str) -> Any:
@@ -286,31 +286,33 @@ class Planner:
         parameters = blank_model(cfg).parameters
         return SimpleNamespace(cfg=cfg, device=self._device, dtype=torch.float32, parameters=parameters)
 
-    def batch_seconds(self, cfg: SequenceConfig, how: StageSampling, batch: int) -> dict[str, float]:
-        """Seconds of one batch of tokens on one device, by what could bound it."""
+    def batch_seconds(self, cfg: SequenceConfig, sampling: StageSampling, batch: int) -> dict[str, float]:
+        """Seconds to sample one batch of tokens on one device, by what could limit it."""
         machine, width = self.machine, 4 if self.recipe.sampling.precision == "fp32" else 2  # bytes
         share = GPU_SAMPLING if machine.gpu else CPU_SAMPLING
-        rows = batch * (2 if how.cfg_scale != 1 else 1)
+        rows = batch * (2 if sampling.cfg_scale != 1 else 1)
         peak = machine.peaks["fp32" if width == 4 and machine.gpu else "bf16"] * share
-        forward = training_flops(cfg) / 3 * rows  # forward alone
+        forward = training_flops(cfg) / 3 * rows  # a forward pass is a third of a training step
         if cfg.masked:
-            return {"products": how.num_steps * forward / peak}
+            return {"matrix multiplication": sampling.num_steps * forward / peak}
         matrices = 12.0 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
-        seen = 2.0 * cfg.depth * rows * (cfg.prefix_len + cfg.target_len / 2) * cfg.embed_dim  # keys and values, mean
-        read = cfg.target_len * (matrices + seen) * width  # bytes: every weight and the cache so far, for each token
-        times = {"products": forward / peak, "memory traffic": read / (machine.bandwidth * share)}
+        cache = (
+            2.0 * cfg.depth * rows * (cfg.prefix_len + cfg.target_len / 2) * cfg.embed_dim
+        )  # keys and values, mean over positions
+        read = cfg.target_len * (matrices + cache) * width  # bytes: all weights and the cache so far, for each token
+        times = {"matrix multiplication": forward / peak, "memory bandwidth": read / (machine.bandwidth * share)}
         if machine.gpu:
-            times["kernel starts"] = cfg.target_len * cfg.depth * KERNELS_PER_BLOCK * KERNEL_SECONDS
+            times["kernel launches"] = cfg.target_len * cfg.depth * KERNELS_PER_BLOCK * KERNEL_SECONDS
         return times
 
 
 def divisors(number: int) -> list[int]:
-    """In ascending order."""
+    """Divisors of a number, ascending."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def count(number: float) -> str:
-    """1,281,167 as 1.28 M."""
+    """Formats 1,281,167 as 1.28 M."""
     for unit, name in ((1e9, " G"), (1e6, " M")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
@@ -318,7 +320,7 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in the unit that a person would take."""
+    """Formats bytes in MiB, GiB, TiB or PiB."""
     for power, name in ((50, "PiB"), (40, "TiB"), (30, "GiB")):
         if number >= 2**power:
             return f"{number / 2**power:.1f} {name}"

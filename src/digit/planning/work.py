@@ -1,4 +1,4 @@
-"""Floating-point operations of one image in each stage of a recipe, counted on tensors without storage."""
+"""Floating-point operations (FLOPs) per image in each stage of a recipe, counted on tensors without storage."""
 
 import json
 import math
@@ -26,8 +26,8 @@ from digit.runs.recipes import Recipe, TokenSpace
 from digit.tokenizers.encoders import load_encoder, resolve_layer
 from digit.tokenizers.vq import VQTokenizer
 
-VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # of each stage of VGG16, over its input's pixels
-LITE0_FLOPS_128 = 0.25e9  # EfficientNet-Lite0 at 128 px: the perceptual distance `encoder`
+VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # FLOPs per input pixel of each stage of VGG16
+LITE0_FLOPS_128 = 0.25e9  # EfficientNet-Lite0 at 128 px: the perceptual loss `encoder`
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Network:
     """A network that turns one image into tokens, or tokens into an image."""
 
     flops: float
-    """Of one image, forward."""
+    """FLOPs of one image's forward pass."""
     weights: int
-    """Parameters."""
+    """Number of parameters."""
     kind: Kind
-    """Of work."""
+    """Kind of work, which decides the rate."""
 
 
 class Work:
-    """What one image costs in every stage of a recipe. Raises DigitError for an encoder whose shape is not known."""
+    """FLOPs of one image in every stage of a recipe. Raises DigitError for an encoder of unknown shape."""
 
     def __init__(self, recipe: Recipe, num_classes: int = 0) -> None:
         self.recipe, self.num_classes = recipe, num_classes
@@ -52,17 +52,17 @@ class Work:
     def _count(
         self, make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], kind: Kind, device: str = "cpu"
     ) -> Network:
-        """FLOPs of `call` on a network without storage, fake on the CPU (autocast knows no meta tensors) or on meta."""
-        plainly = sdpa_kernel(SDPBackend.MATH)  # the counter knows products, not the CPU's fused attention
-        where = self.fake if device == "cpu" else torch.device(device)
-        with where, torch.no_grad(), plainly, FlopCounterMode(display=False) as counter:
+        """Counts the FLOPs of `call(net)` on fake CPU tensors (autocast does not support meta tensors) or on meta."""
+        math_attention = sdpa_kernel(SDPBackend.MATH)  # the counter does not count the CPU's fused attention
+        placement = self.fake if device == "cpu" else torch.device(device)
+        with placement, torch.no_grad(), math_attention, FlopCounterMode(display=False) as counter:
             net = make()
             call(net)
         return Network(counter.get_total_flops(), sum(p.numel() for p in net.parameters()), kind)
 
     @cached_property
     def _encoder_shape(self) -> tuple[Callable[[], nn.Module], Kind]:
-        """Makes the encoder up to its layer; its weights are not needed."""
+        """A function that builds the encoder up to its layer, without its weights, and its kind of work."""
         cfg = self.recipe.encoder
         if cfg.name in VITS:
             shape = VITS[cfg.name]
@@ -78,31 +78,31 @@ class Work:
 
     @cached_property
     def encoder(self) -> Network:
-        """The frozen encoder, up to its layer."""
+        """The frozen encoder up to its layer."""
         make, kind = self._encoder_shape
         side = self.recipe.encoder.input_size
         return self._count(make, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
 
     @cached_property
     def _features(self) -> tuple[int, int]:
-        """(tokens an image, features a token) of the encoder."""
+        """(tokens per image, features per token) of the encoder."""
         with torch.device("meta"):
             net = self._encoder_shape[0]()
         return math.prod(net.grid(self.recipe.encoder.input_size)), net.dim
 
     @property
     def num_tokens(self) -> int:
-        """Discriminative tokens of an image."""
+        """Discriminative tokens per image."""
         return self._features[0]
 
     @property
     def dim(self) -> int:
-        """Features of a discriminative token."""
+        """Feature dimension D of the encoder."""
         return self._features[1]
 
     @cached_property
     def vqgan(self) -> VQGANConfig:
-        """Sizes of the VQGAN that the recipe trains, or of the carried one that it starts from."""
+        """Sizes of the VQGAN that the recipe trains, or of the bundled one that it starts from."""
         if self.recipe.vqgan_start == "scratch":
             return self.recipe.vqgan
         about = (files("digit") / "assets" / f"{self.recipe.vqgan_start}.json").read_text(encoding="utf-8")
@@ -124,27 +124,27 @@ class Work:
 
     @cached_property
     def nearest_flops(self) -> float:
-        """Distances of an image's features to all codes of the codebook."""
+        """FLOPs of the distances from an image's features to all codes of the codebook."""
         return 2.0 * self.num_tokens * self.dim * self.recipe.quantizer_cfg.vocab_size
 
     @cached_property
     def vqgan_training_flops(self) -> float:
-        """Of one training image: forward and backward (three forwards), perceptual distance and discriminator."""
+        """FLOPs per training image: forward and backward (three forwards), perceptual loss and discriminator."""
         cfg, side = self.recipe.vqgan_training, self.vqgan.resolution
         total = 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops)
         if cfg.perceptual == "encoder":
-            total += 3 * LITE0_FLOPS_128  # target, output, and back to the output
+            total += 3 * LITE0_FLOPS_128  # forward for target and output, backward to the output
         elif cfg.perceptual != "none":
             window = min(cfg.perceptual_crop, side) or side
             total += 3 * window**2 * sum(VGG_FLOPS_PER_PIXEL[: cfg.perceptual_stages])
         if cfg.adversarial_weight and cfg.num_steps:
-            judge = self._count(
+            discriminator = self._count(
                 lambda: PatchDiscriminator(cfg.discriminator_channels),
                 lambda d: d(torch.empty(1, 3, side, side)),
                 "convolutions",
             )
             share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
-            total += 8 * judge.flops * share  # trained on two images (6), and 2 for the generator's gradient
+            total += 8 * discriminator.flops * share  # its training on two images (6), the generator's gradient (2)
         return total
 
     def sequence(self, name: str) -> SequenceConfig:
@@ -161,7 +161,7 @@ class Work:
 
 
 class BlankVQ(VQTokenizer):
-    """A VQ tokenizer without storage that says it lies on `device`, which need not be there."""
+    """A VQ tokenizer without storage that reports `device`, which this machine need not have."""
 
     def __init__(self, cfg: VQGANConfig, device: torch.device) -> None:
         with torch.device("meta"):
@@ -174,11 +174,11 @@ class BlankVQ(VQTokenizer):
 
 
 def blank_model(cfg: SequenceConfig) -> SequenceModel:
-    """A sequence model without storage."""
+    """Builds a sequence model without storage."""
     with torch.device("meta"):
         return SequenceModel(cfg)
 
 
 def num_parameters(cfg: SequenceConfig) -> int:
-    """Parameters of a sequence model."""
+    """Number of parameters of a sequence model."""
     return sum(p.numel() for p in blank_model(cfg).parameters())

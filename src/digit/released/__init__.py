@@ -1,1 +1,1 @@
-"""Other people's files, given or fetched, into a pipeline folder."""
+"""Converts released checkpoints, given or downloaded, into a pipeline folder."""

@@ -1,9 +1,9 @@
-"""The authors' files -> a pipeline folder: encoder, codebook, VQGAN, prior and renderer, each given or carried.
+"""Converts the authors' files into a pipeline folder: encoder, codebook, VQGAN, prior and renderer.
 
-A released prior carries encoder and codebook, a released renderer those and the VQGAN (RELEASED_CODE, and the sizes of
-the files). Where a part comes from several files they must agree. Parts are written one after the other and tensors one
-at a time, out of mapped files, so that converting needs little more memory than the files are large. Everything is made
-and checked in a folder beside the wanted one and moved there in the end: a failure leaves what was there.
+A released prior also contains encoder and codebook, a released renderer those and the VQGAN (RELEASED_CODE, and the
+sizes of the files). If several files contain a part, they must agree. Tensors are written one at a time from mapped
+files, so that converting needs little more memory than the size of the files. Everything is written and checked in a
+temporary folder beside the output folder and then moved there: a failure leaves the output folder unchanged.
 """
 
 import math
@@ -35,16 +35,16 @@ from digit.tokenizers.vq import VQTokenizer
 
 ORDER = ("encoder", "codebook", "vqgan", "prior", "renderer")
 LARGE_WIDTH = 1536
-IMAGE_SIZE, ENCODER_SIZE = 256, 224  # px, of everything released
-TOKENS = 256  # of either kind, where no encoder or VQGAN says otherwise
+IMAGE_SIZE, ENCODER_SIZE = 256, 224  # pixels, of all released models
+TOKENS = 256  # per image, of either kind, if there is no encoder or VQGAN to tell
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedFiles:
-    """The files to convert, any subset, and what they cannot say themselves."""
+    """The files to convert, any subset, and settings that the files do not contain."""
 
     encoder: str | None = None
-    """DINOv2, DINO, iBOT, MAE or MoCo v3 weights, as their authors release them."""
+    """DINOv2, DINO, iBOT, MAE or MoCo v3 weights, as released by their authors."""
     codebook: str | None = None
     """Centroids (K, D), .npy (km_8k.npy, km_16k.npy)."""
     vqgan: str | None = None
@@ -54,39 +54,39 @@ class ReleasedFiles:
     renderer: str | None = None
     """fairseq checkpoint of stage 2 (autoregressive or masked), or of the VQ-only baseline."""
     renderer_kind: Literal["ar", "masked"] | None = None
-    """Kind of the renderer; the tensors of both are alike. None goes by the names in the file, and takes ar where it
-    says nothing."""
+    """Kind of the renderer, whose tensors do not tell. None decides by the names in the file, and assumes ar if they do
+    not tell either."""
     encoder_family: str | None = None
-    """dinov2, dino, ibot, mae or mocov3, where the file does not say."""
+    """dinov2, dino, ibot, mae or mocov3, if the file does not tell."""
     encoder_heads: int | None = None
-    """Attention heads of the encoder, where its size is none of the released ones."""
+    """Attention heads of the encoder, if it has none of the released sizes."""
     encoder_layer: int | None = None
-    """Block whose features are the tokens'; None: the third-to-last."""
+    """Block whose features are quantized; None: the third-to-last."""
     position_interpolation: Literal["released", "hub"] = "released"
-    """How the encoder's position table is resized: as the released tokens need it, or as in the encoder's hub entry."""
+    """How to resize the encoder's position table: as for the released tokens, or as in the encoder's hub entry."""
     image_size: int | None = None
-    """Side of the images in pixels; None: as the folder has it, else 256."""
+    """Side of the images in pixels; None: the folder's setting, else 256."""
     encoder_size: int | None = None
-    """Side in pixels that the encoder sees; None: as the folder has it, else 224."""
+    """Side of the encoder's input in pixels; None: the folder's setting, else 224."""
 
     def __post_init__(self) -> None:
         for name in ORDER:
             if getattr(self, name) == "":
-                raise DigitError(f"--{name} is empty: give a file, or leave it out")
+                raise DigitError(f"--{name} is empty: give a file, or omit it")
         if self.encoder_family is not None and self.encoder_family not in FORMATS:
             raise DigitError(f"no encoder family {self.encoder_family}: choose one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
-class Found:
-    """One part's tensors, and the file that holds them."""
+class SourcedState:
+    """The tensors of one part, and the file that contains them."""
 
     source: str
     state: Mapping[str, Tensor]
 
 
 class Folder:
-    """What a pipeline folder holds before the conversion; nothing where there is none."""
+    """The content of a pipeline folder before the conversion; empty if there is no folder."""
 
     def __init__(self, out: Path):
         if (out / "config.json").exists() or (out / "pipeline").exists():
@@ -99,35 +99,35 @@ class Folder:
             raise DigitError(f"{out / MANIFEST} is damaged: delete it, or choose another --out")
 
     def read(self, name: str) -> Any:
-        """Encoder, codebook or VQGAN of the folder, or None."""
+        """Loads encoder, codebook or VQGAN of the folder, or returns None."""
         kinds = {"encoder": FrozenEncoder, "codebook": Codebook, "vqgan": VQTokenizer}
         return kinds[name].load(self.out / name) if name in self.parts else None
 
     def preprocess(self) -> PreprocessConfig:
-        """As the manifest has it, else the released one."""
+        """The manifest's preprocessing, else the released one."""
         default = PreprocessConfig(image_size=IMAGE_SIZE, encoder_size=ENCODER_SIZE)
         return PreprocessConfig(**(asdict(default) | self.manifest.get("preprocess", {})))
 
     def sampling(self) -> SamplingConfig:
-        """As the manifest has it, else the released scripts' for the base model."""
-        if (there := self.manifest.get("sampling")) is None:
+        """The manifest's sampling settings, else those of the released scripts for the base model."""
+        if (saved := self.manifest.get("sampling")) is None:
             return SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8))
-        return read_sampling(there)
+        return read_sampling(saved)
 
 
 class Conversion:
-    """Reads the files, checks that they belong together and to what is in the folder, and writes."""
+    """Reads the files, checks that they fit each other and the parts in the folder, and writes the folder."""
 
     def __init__(self, files: ReleasedFiles, out: Path):
         if not any(getattr(files, name) for name in ORDER):
             raise DigitError(f"nothing to convert: give one or more of {', '.join(f'--{name}' for name in ORDER)}")
         self.files, self.folder, self.notes = files, Folder(out), []
         with unfit(str(out / MANIFEST)):
-            there = self.folder.preprocess()
+            saved = self.folder.preprocess()
             self.preprocess = replace(
-                there,
-                image_size=files.image_size or there.image_size,
-                encoder_size=files.encoder_size or there.encoder_size,
+                saved,
+                image_size=files.image_size or saved.image_size,
+                encoder_size=files.encoder_size or saved.encoder_size,
             )
         loaded = {name: load_fairseq(path) for name in ("prior", "renderer") if (path := getattr(files, name))}
         carriers = list(loaded.values())
@@ -144,24 +144,24 @@ class Conversion:
     # ---------------------------------------------------------------- parts
 
     def _encoder(self, carriers: list[LoadedFairseq]) -> FrozenEncoder | None:
-        files, found, family = self.files, [], self.files.encoder_family or "dinov2"  # what released priors carry
+        files, states, family = self.files, [], self.files.encoder_family or "dinov2"  # the encoder in released priors
         if files.encoder:
             content = read_encoder_file(files.encoder)
             family = self._family(content)
-            found = [Found(files.encoder, convert_vit(content, FORMATS[family], files.encoder))]
-            check_tensors(found[0].state, files.encoder)  # carried ones have been looked at
-        there = None if files.encoder else self.folder.read("encoder")
-        if there is not None:
-            found = [Found(str(self.folder.out), there.net.state_dict())]
+            states = [SourcedState(files.encoder, convert_vit(content, FORMATS[family], files.encoder))]
+            check_tensors(states[0].state, files.encoder)  # load_fairseq has checked its own
+        existing = None if files.encoder else self.folder.read("encoder")
+        if existing is not None:
+            states = [SourcedState(str(self.folder.out), existing.net.state_dict())]
         for file in carriers:
             if file.encoder:
-                found.append(Found(file.source, convert_vit(file.encoder, FORMATS[family], file.source)))
-        if not found:
+                states.append(SourcedState(file.source, convert_vit(file.encoder, FORMATS[family], file.source)))
+        if not states:
             return None
-        self._agree("encoder", found)
-        if there is not None:
-            return there
-        source, state = found[0].source, found[0].state
+        self._agree("encoder", states)
+        if existing is not None:
+            return existing
+        source, state = states[0].source, states[0].state
         with unfit(source):
             shape = infer_shape(state, source, files.encoder_heads or known_heads(family, state))
             cfg = EncoderConfig(
@@ -175,63 +175,63 @@ class Conversion:
         return self.new["encoder"]
 
     def _family(self, content: Any) -> str:
-        """The release format of --encoder: what its names tell, which must not be what the user denies."""
-        path, asked = self.files.encoder, self.files.encoder_family
-        seen = guess_family(content) if isinstance(content, Mapping) else None
-        if asked is None and seen is None:
+        """The release format of --encoder, by its tensors' names; --encoder_family must not contradict them."""
+        path, requested = self.files.encoder, self.files.encoder_family
+        guessed = guess_family(content) if isinstance(content, Mapping) else None
+        if requested is None and guessed is None:
             choice = f"give --encoder_family, one of {', '.join(FORMATS)}"
-            raise DigitError(f"{path} does not say of which kind it is: {choice}")
-        if asked and seen and asked != seen:
-            raise DigitError(f"{path} holds {seen} weights, --encoder_family says {asked}: leave that out")
-        return asked or seen
+            raise DigitError(f"{path} does not tell its encoder family: {choice}")
+        if requested and guessed and requested != guessed:
+            raise DigitError(f"{path} holds {guessed} weights, --encoder_family says {requested}: omit that option")
+        return requested or guessed
 
     def _codebook(self, carriers: list[LoadedFairseq], encoder: FrozenEncoder | None) -> None:
         books: list[tuple[str, Codebook]] = []
-        there = None if self.files.codebook else self.folder.read("codebook")
+        existing = None if self.files.codebook else self.folder.read("codebook")
         if self.files.codebook:
             books.append((self.files.codebook, Codebook.from_npy(self.files.codebook)))
-        elif there is not None:
-            books.append((str(self.folder.out), there))
+        elif existing is not None:
+            books.append((str(self.folder.out), existing))
         for file in carriers:
             if file.centroids is not None:
                 name = {"released_file": Path(file.source).name}
                 with unfit(file.source):
                     books.append((file.source, Codebook(file.centroids, name)))
-        self._agree("codebook", [Found(source, {"centroids": book.centroids}) for source, book in books])
-        if not books or there is not None:
+        self._agree("codebook", [SourcedState(source, {"centroids": book.centroids}) for source, book in books])
+        if not books or existing is not None:
             return
         book = self.new["codebook"] = books[0][1]
         if encoder is not None:
             book.meta |= {"encoder": encoder.describe(), "layer": encoder.layer}
 
     def _vqgan(self, carriers: list[LoadedFairseq]) -> VQTokenizer | None:
-        found, there = [], None if self.files.vqgan else self.folder.read("vqgan")
+        states, existing = [], None if self.files.vqgan else self.folder.read("vqgan")
         if path := self.files.vqgan:
-            found.append(Found(path, find_state(read_torch(path), path)))
-        elif there is not None:
-            found.append(Found(str(self.folder.out), there.vqgan.state_dict()))
-        found += [Found(file.source, file.vqgan) for file in carriers if file.vqgan]
-        if not found:
+            states.append(SourcedState(path, find_state(read_torch(path), path)))
+        elif existing is not None:
+            states.append(SourcedState(str(self.folder.out), existing.vqgan.state_dict()))
+        states += [SourcedState(file.source, file.vqgan) for file in carriers if file.vqgan]
+        if not states:
             return None
-        self._agree("VQGAN", found)
-        if there is not None:
-            return there
-        with unfit(found[0].source):
-            vqgan = convert_state(found[0].state, self.preprocess.image_size, found[0].source)
-        # the released code cuts pixels to 8 bits, it does not round
+        self._agree("VQGAN", states)
+        if existing is not None:
+            return existing
+        with unfit(states[0].source):
+            vqgan = convert_state(states[0].state, self.preprocess.image_size, states[0].source)
+        # the released code truncates pixels to 8 bits instead of rounding
         self.new["vqgan"] = VQTokenizer(vqgan, rounding="truncate")
         return self.new["vqgan"]
 
-    def _agree(self, part: str, found: list[Found]) -> None:
-        """Raise MismatchError that names two files and their hashes where a part is not the same in all."""
-        for other in found[1:]:
-            first = found[0]
+    def _agree(self, part: str, states: list[SourcedState]) -> None:
+        """Raises MismatchError, naming two files and their hashes, if a part differs between files."""
+        for other in states[1:]:
+            first = states[0]
             shared = sorted(first.state.keys() & other.state.keys())
-            here, there = fingerprints(first.state, other.state, shared)
-            if here != there or len(shared) < min(len(first.state), len(other.state)):
+            hash_first, hash_other = fingerprints(first.state, other.state, shared)
+            if hash_first != hash_other or len(shared) < min(len(first.state), len(other.state)):
                 raise MismatchError(
-                    f"the {part} in {first.source} ({here[:12]}) is another one than in {other.source} ({there[:12]}): "
-                    "these files do not belong together"
+                    f"the {part} in {first.source} ({hash_first[:12]}) differs from that in {other.source} "
+                    f"({hash_other[:12]}): these files do not belong together"
                 )
 
     def _sequence_model(self, name: str, file: LoadedFairseq, *, target_len: int, vq_len: int) -> FairseqParts:
@@ -248,18 +248,18 @@ class Conversion:
         if parts.cfg.norm == "post":
             raise DigitError(f"{parts.source} is a prior (stage 1): give it as --prior")
         if not parts.cfg.prefix_len and (self.files.prior or "prior" in self.folder.parts):
-            raise DigitError(f"{parts.source} is a VQ-only baseline, which needs no prior: leave --prior out")
+            raise DigitError(f"{parts.source} is a VQ-only baseline, which needs no prior: omit --prior")
         if not parts.kind_is_said:
             self.notes.append(
-                f"{parts.source} does not say whether it is autoregressive or masked: taken as autoregressive "
-                "(--renderer_kind masked otherwise)"
+                f"{parts.source} does not tell whether it is autoregressive or masked: assumed autoregressive "
+                "(else give --renderer_kind masked)"
             )
         return parts
 
     # ---------------------------------------------------------------- folder
 
     def sampling(self) -> SamplingConfig:
-        """As the released scripts draw: top-k 200 (base), 400 (large), 300 (class-conditional); top-p 0.8."""
+        """The released scripts' settings: top-k 200 (base), 400 (large), 300 (class-conditional); top-p 0.8."""
         sampling = self.folder.sampling()
         if prior := self.new.get("prior"):
             top_k = 300 if prior.cfg.num_classes else 400 if prior.cfg.embed_dim >= LARGE_WIDTH else 200
@@ -269,7 +269,7 @@ class Conversion:
         return sampling
 
     def write(self, staging: Path) -> None:
-        """A whole pipeline folder at `staging`: the parts that are kept as links, the new ones, the manifest."""
+        """Writes the pipeline folder to `staging`: links to the parts that are kept, the new parts, the manifest."""
         out, manifest = self.folder.out, self.folder.manifest
         for name in self.folder.parts:
             if name not in self.new:
@@ -292,10 +292,10 @@ class Conversion:
 
 
 def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
-    """Convert released files into the pipeline folder `out`; returns notes for the user.
+    """Converts released files into the pipeline folder `out`; returns notes for the user.
 
-    Parts that are in the folder already stay, and are held against what the new files carry. Raises DigitError for
-    unreadable or unfit files, MismatchError where they do not belong together; `out` is then as it was.
+    Parts that the folder has already stay, and must agree with the new files. Raises DigitError for unreadable or
+    unfit files, MismatchError if they do not belong together; `out` is then unchanged.
     """
     out = Path(out)
     conversion = Conversion(files, out)
@@ -305,8 +305,8 @@ def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
     try:
         conversion.write(staging)
         new, notes = list(conversion.new), list(conversion.notes)
-        del conversion  # and with it the mapped files
-        pipe = DigitPipeline.from_pretrained(staging)  # maps the weights; refuses parts that do not fit each other
+        del conversion  # closes the mapped files
+        pipe = DigitPipeline.from_pretrained(staging)  # maps the weights; raises if parts do not fit each other
         with disk_errors(out):
             for path in sorted(staging.rglob("*"), key=lambda path: path.name == MANIFEST):  # the manifest last
                 if path.is_file():
@@ -317,18 +317,18 @@ def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
         shutil.rmtree(staging, ignore_errors=True)
     missing = [name for name in PARTS if getattr(pipe, name) is None]
     if missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
-        notes.append(f"not in it yet: {', '.join(missing)} (run again with the same --out to add them)")
+        notes.append(f"still missing: {', '.join(missing)} (run again with the same --out to add them)")
     return [f"{out}: {listed(new)}", *notes]
 
 
 def files_of(folder: Path, name: str) -> list[Path]:
-    """The files of one part in a pipeline folder."""
+    """Paths of the files of one part in a pipeline folder."""
     inside = folder / name
     return sorted(inside.iterdir()) if inside.is_dir() else [folder / f"{name}.safetensors", folder / f"{name}.json"]
 
 
 def link(path: Path, target: Path) -> None:
-    """The same file in two places, by a hard link where the file system has them."""
+    """Makes `target` a hard link to `path`, or a copy if the file system has no hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(target):
         try:
@@ -338,19 +338,19 @@ def link(path: Path, target: Path) -> None:
 
 
 def known_heads(family: str, state: Mapping[str, Tensor]) -> int | None:
-    """Attention heads of the released size that a state dict is of; None where it is none of them."""
+    """Attention heads of the released size that a state dict has; None if it is another size."""
     shape = infer_shape(state, family, 1)
     alike = [size for name, size in SIZES.items() if name.startswith(f"{family}_") and sized(size) == sized(shape)]
     return alike[0].num_heads if alike else None
 
 
 def sized(shape: ViTConfig) -> ViTConfig:
-    """All of a shape that a state dict shows."""
+    """The shape without the fields that a state dict does not show."""
     return replace(shape, num_heads=1, position_offset=0.1, position_antialias=False)
 
 
 def encoder_name(family: str, shape: ViTConfig) -> str:
-    """The name of the released size that `shape` is, else FAMILY_custom."""
+    """The name of the released size equal to `shape`, else FAMILY_custom."""
     matches = [
         name
         for name, size in SIZES.items()
@@ -360,7 +360,7 @@ def encoder_name(family: str, shape: ViTConfig) -> str:
 
 
 def fingerprints(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: list[str]) -> tuple[str, str]:
-    """SHA-256 of the named tensors of both; where one file is in half precision, both rounded to it."""
+    """SHA-256 of the named tensors of both; if one is in half precision, both are rounded to it."""
 
     def common(name: str) -> torch.dtype:
         return min((a[name].dtype, b[name].dtype), key=lambda dtype: dtype.itemsize)

@@ -1,7 +1,7 @@
-"""The authors' checkpoints on the Hugging Face Hub: fetched into its ordinary cache, verified, converted once.
+"""The authors' checkpoints on the Hugging Face Hub: downloaded into its cache, verified, converted once.
 
-Which files there are, how large, and their SHA-256: the repository's own pages (huggingface.co/DAMO-NLP-SG/DiGIT,
-commits 0e4f60e, 0f79f06, 0e1109c). A prior carries encoder and codebook, a renderer those and the VQGAN.
+Names, sizes and SHA-256 of the files are from the repository's own pages (huggingface.co/DAMO-NLP-SG/DiGIT, commits
+0e4f60e, 0f79f06, 0e1109c). A prior also contains encoder and codebook, a renderer those and the VQGAN.
 """
 
 import os
@@ -15,7 +15,7 @@ from digit.runtime.files import cache_folder, sha256_file
 
 REPOSITORY = "DAMO-NLP-SG/DiGIT"
 TRUE_WORDS = ("1", "true", "yes", "on")
-TIMEOUT = 10  # seconds until the Hub counts as out of reach
+TIMEOUT = 10  # seconds until the Hub counts as unreachable
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HubFile:
     folder: str
     size: int
     sha256: str | None = None
-    """None where it is not known to us: the size below is then worked out from the parameters."""
+    """None if unknown; the size is then estimated from the number of parameters."""
 
     @property
     def path(self) -> str:
@@ -78,10 +78,10 @@ def offline() -> bool:
 
 
 def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Path:
-    """The folder of a released pipeline, fetched, verified and converted where it is not there yet.
+    """Returns the folder of a released pipeline, which is downloaded, verified and converted on first use.
 
-    Raises DigitError for another repository or variant, and where a file cannot be had: the message then lists the
-    files, their sizes, and the command that uses local copies.
+    Raises DigitError for an unknown repository or variant, and if a file cannot be downloaded: the message then lists
+    the files, their sizes, and the command that uses local copies.
     """
     if repository != REPOSITORY:
         raise DigitError(f"no released checkpoints known at {repository}: give {REPOSITORY}, or a folder")
@@ -96,25 +96,25 @@ def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Pa
 
 
 def fetch(file: HubFile, variant: str) -> Path:
-    """One file's path in huggingface_hub's cache; downloaded, unless offline, and verified."""
+    """Returns a file's path in huggingface_hub's cache, after downloading (unless offline) and verifying it."""
     import huggingface_hub
     from huggingface_hub.utils import logging
 
-    found = huggingface_hub.try_to_load_from_cache(REPOSITORY, file.path)  # without the network
-    if not isinstance(found, str):
+    cached = huggingface_hub.try_to_load_from_cache(REPOSITORY, file.path)  # without the network
+    if not isinstance(cached, str):
         if offline():
-            raise DigitError(unreachable(variant, "offline, as the environment asks"))
+            raise DigitError(unreachable(variant, "offline, as set by DIGIT_OFFLINE or HF_HUB_OFFLINE"))
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # one message, ours
+        logging.set_verbosity_error()  # so that only our message appears
         try:
             url = huggingface_hub.hf_hub_url(REPOSITORY, file.path)
-            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # asks once; a download would try for long
-            found = huggingface_hub.hf_hub_download(REPOSITORY, file.path, etag_timeout=TIMEOUT)
+            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # fails fast; a download would retry for long
+            cached = huggingface_hub.hf_hub_download(REPOSITORY, file.path, etag_timeout=TIMEOUT)
         except Exception as error:  # huggingface_hub's own errors, and whatever its HTTP library raises behind a proxy
             raise DigitError(unreachable(variant, type(error).__name__)) from error
         finally:
             logging.set_verbosity(verbosity)
-    path = Path(found)
+    path = Path(cached)
     if file.sha256 and (hashed := sha256_file(path)) != file.sha256:
         raise MismatchError(
             f"{path} has SHA-256 {hashed[:12]}, the released file {file.sha256[:12]}: delete it and fetch it again"
@@ -123,10 +123,10 @@ def fetch(file: HubFile, variant: str) -> Path:
 
 
 def unreachable(variant: str, why: str) -> str:
-    """What to do where the files cannot be fetched."""
+    """The error message for files that cannot be downloaded: what is needed and what to do."""
     files = VARIANTS[variant]
     options = " ".join(f"--{name} {name.upper()}.pt" for name in files)
     return (
-        f"cannot fetch {variant} of {REPOSITORY} ({why}). Needed: {'; '.join(map(str, files.values()))}. With copies "
-        f"from elsewhere: digit convert {options} --out FOLDER, then --from FOLDER"
+        f"cannot fetch {variant} of {REPOSITORY} ({why}). Needed: {'; '.join(map(str, files.values()))}. With local "
+        f"copies: digit convert {options} --out FOLDER, then --from FOLDER"
     )

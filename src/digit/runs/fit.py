@@ -34,7 +34,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request

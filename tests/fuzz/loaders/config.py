@@ -1,4 +1,4 @@
-"""Command lines and YAML files through the real parsers, up to where the work would begin."""
+"""Command lines and YAML files through the real parsers, up to where the work would start."""
 
 import contextlib
 import io
@@ -83,7 +83,7 @@ RECIPES = ("demo", "small", "cifar", "digit_base", "digit_large", "nothing", "")
 
 
 class ConfigLoader:
-    """`digit COMMAND ...` with the work itself taken out; the files are argv.json and config.yaml."""
+    """`digit COMMAND ...` with the work mocked out; the files are argv.json and config.yaml."""
 
     name = "config"
 
@@ -95,7 +95,7 @@ class ConfigLoader:
             for command in (["fit"], ["codebook"], ["tokenize"], ["train", "prior"]):
                 for recipe in RECIPES[:2]:
                     argv = [*command, DATA, "--recipe", recipe, "--out", folder, "--seed", "x"]
-                    with work_taken_out(), contextlib.redirect_stderr(io.StringIO()):
+                    with work_mocked_out(), contextlib.redirect_stderr(io.StringIO()):
                         main(argv)
 
     def build(self, folder: Path, rng: random.Random) -> None:
@@ -129,7 +129,7 @@ class ConfigLoader:
         said, before = io.StringIO(), os.getcwd()
         os.chdir(folder)
         try:
-            with work_taken_out(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            with work_mocked_out(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 code = main(argv)
         except SystemExit as ended:
             code = 0 if ended.code in (0, None) else 1
@@ -144,12 +144,12 @@ class ConfigLoader:
 
 
 @contextlib.contextmanager
-def work_taken_out() -> Iterator[None]:
-    """Commands end where they would begin to compute."""
+def work_mocked_out() -> Iterator[None]:
+    """Ends commands where they would start to compute."""
     from digit.cli.runs import _value_of, add_run_arguments
 
     def remembered(parser: Any, argv: list[str]) -> str:
-        """add_run_arguments, which is most of the time, once for each command and recipe."""
+        """Calls add_run_arguments, which takes most of the time, once for each command and recipe."""
         name = _value_of(argv, "--recipe") or "small"
         if (parser.prog, name) in PARSERS:
             vars(parser).update(PARSERS[parser.prog, name])
@@ -158,10 +158,11 @@ def work_taken_out() -> Iterator[None]:
             PARSERS[parser.prog, name] = dict(vars(parser))
         return name
 
+    from digit.runs.recipes import TokenSpace
+
     def used(run: Any) -> None:
-        run.recipe.sequence_config(
-            "prior", discriminative_vocab_size=8, discriminative_len=4, vq_vocab_size=8, vq_len=4, num_classes=2
-        )
+        tokens = {"discriminative": TokenSpace(8, 4), "vq": TokenSpace(8, 4)}
+        run.recipe.sequence_config("prior", tokens, num_classes=2)
 
     nothing = mock.MagicMock(name="nothing")
     with contextlib.ExitStack() as stack:
@@ -169,10 +170,10 @@ def work_taken_out() -> Iterator[None]:
             ("jsonargparse.set_parsing_settings", nothing),  # help texts, which are not looked at
             ("digit.cli.runs.add_run_arguments", remembered),
             ("digit.runs.fit.fit", used),
-            ("digit.runs.fit.Run.codebook", nothing),
-            ("digit.runs.fit.Run.tokens", nothing),
-            ("digit.runs.fit.Run.vq", nothing),
-            ("digit.runs.fit.Run.model", lambda run, name: used(run)),
+            ("digit.runs.fit.Run.fit_codebook", nothing),
+            ("digit.runs.fit.Run.write_tokens", nothing),
+            ("digit.runs.fit.Run.train_vqgan", nothing),
+            ("digit.runs.fit.Run.train_model", lambda run, name: used(run)),
             ("digit.runs.report.write_report", nothing),
             ("digit.runs.pretrain.pretrain", nothing),
             ("digit.benchmark.bench.run_bench", nothing),
@@ -207,13 +208,13 @@ def names(command: str) -> list[str]:
 
 
 def yaml_file(command: str, rng: random.Random) -> bytes:
-    """Settings with strange values; damaged text now and then, and the traps of YAML itself."""
+    """Settings with strange values, sometimes damaged text or YAML's own pitfalls."""
     whole = settings("pretrain" if command == "pretrain" else "fit")
     kept = {key: whole[key] for key in rng.sample(sorted(whole), rng.randrange(1, 6))}
-    deed = rng.random()
-    if deed < 0.1:
+    action = rng.random()
+    if action < 0.1:
         return damage(yaml.safe_dump(kept).encode(), rng)
-    if deed < 0.2:
+    if action < 0.2:
         return rng.choice(
             (
                 laughs(),
@@ -243,7 +244,7 @@ def yaml_file(command: str, rng: random.Random) -> bytes:
 
 
 def laughs() -> bytes:
-    """Nine levels of ten references each: 10^9 words, once written out."""
+    """Nine levels of ten references each, which expand to 10^9 words."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     return "\n".join(lines).encode()

@@ -1,4 +1,4 @@
-"""Folders of image files: damaged pictures of every format under honest, wrong and odd names."""
+"""Folders of image files: damaged images of every format with right, wrong and odd names."""
 
 import io
 import os
@@ -37,7 +37,7 @@ ODD_NAMES = (b"a\nb.png", b"\xff\xfe.png", b"x" * 240 + b".png", b" .png", b"-rf
 
 
 class ImagesLoader:
-    """open_source of a folder, then every picture read, cropped and probed."""
+    """Opens a folder with open_source; reads, crops and probes every image."""
 
     name = "images"
 
@@ -59,7 +59,7 @@ class ImagesLoader:
 
 
 def read_all(source: ImageSource) -> None:
-    """Every picture of a source; bad ones must say which they are."""
+    """Reads every image of a source; errors must name the image."""
     labels = source.labels()
     assert labels is None or (len(labels) == len(source) and labels.max(initial=-1) < max(1, len(source.classes)))
     for text in (source.name, *source.classes, *(source.key(index) for index in range(min(len(source), 50)))):
@@ -72,7 +72,7 @@ def read_all(source: ImageSource) -> None:
         except BadImageError as error:
             assert "\n" not in str(error), "a message of several lines"
             if isinstance(error.__cause__, MemoryError):
-                raise  # counts as a flood
+                raise  # counts as a memory finding
         try:
             probe_image(source.raw(index))
         except BadImageError as error:
@@ -81,19 +81,23 @@ def read_all(source: ImageSource) -> None:
 
 @cache
 def samples() -> dict[str, tuple[bytes, ...]]:
-    """Small whole pictures by format, the same in every run."""
-    numbers = np.random.default_rng(0)
-    return {kind: tuple(_make(kind, mode, numbers) for mode in modes) for kind, modes in MODES.items()}
+    """Small undamaged images by format, the same in every run."""
+    rng = np.random.default_rng(0)
+    return {kind: tuple(_make(kind, mode, rng) for mode in modes) for kind, modes in MODES.items()}
 
 
-def _make(kind: str, mode: str, numbers: np.random.Generator) -> bytes:
-    image = Image.fromarray(numbers.integers(0, 256, (12, 17, 3), dtype=np.uint8))
+def noise_image(mode: str, rng: np.random.Generator) -> Image.Image:
+    """A 17 x 12 image of random pixels in a PIL mode."""
+    image = Image.fromarray(rng.integers(0, 256, (12, 17, 3), dtype=np.uint8))
     if mode == "I;16":
-        image = Image.fromarray(numbers.integers(0, 65536, (12, 17), dtype=np.uint16))
-    elif mode == "LAB":
-        image = Image.frombytes("LAB", image.size, image.tobytes())
-    elif mode != "RGB":
-        image = image.convert(mode)
+        return Image.fromarray(rng.integers(0, 65536, (12, 17), dtype=np.uint16))
+    if mode == "LAB":
+        return Image.frombytes("LAB", image.size, image.tobytes())
+    return image if mode == "RGB" else image.convert(mode)
+
+
+def _make(kind: str, mode: str, rng: np.random.Generator) -> bytes:
+    image = noise_image(mode, rng)
     out, options = io.BytesIO(), {}
     if kind in ("JPEG", "WEBP", "PNG", "TIFF"):
         exif = Image.Exif()
@@ -108,20 +112,20 @@ def _make(kind: str, mode: str, numbers: np.random.Generator) -> bytes:
 
 
 def picture(rng: random.Random) -> bytes:
-    """A damaged picture; a bomb now and then."""
+    """A damaged image, sometimes a decompression bomb."""
     kind = rng.choice(sorted(samples()))
     data = rng.choice(samples()[kind])
     others = tuple(one for many in samples().values() for one in many)
-    deed = rng.random()
-    if deed < 0.02:
+    action = rng.random()
+    if action < 0.02:
         return b""
-    if deed < 0.05:
+    if action < 0.05:
         return png_bomb(rng)
-    if kind == "PNG" and deed < 0.5:
+    if kind == "PNG" and action < 0.5:
         return png_with_changed_chunks(data, rng)
-    if deed < 0.85:
+    if action < 0.85:
         return damage(data, rng, others, slice(0, 200) if rng.random() < 0.7 else slice(None))
-    return data if deed < 0.9 else data + damage(rng.choice(others), rng)
+    return data if action < 0.9 else data + damage(rng.choice(others), rng)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:

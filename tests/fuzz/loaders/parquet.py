@@ -22,19 +22,19 @@ FEATURES = {
 
 
 class ParquetLoader:
-    """open_source of a file or a folder of shards, then every picture read."""
+    """Opens a file or a folder of shards with open_source, and reads every image."""
 
     name = "parquet"
 
     def build(self, folder: Path, rng: random.Random) -> None:
         for shard in range(rng.choice((1, 1, 1, 2))):
             data = odd_table(rng) if rng.random() < 0.35 else rng.choice(seeds())
-            deed = rng.random()
-            if deed < 0.3:
+            action = rng.random()
+            if action < 0.3:
                 data = damage(data, rng, seeds())
-            elif deed < 0.55:
+            elif action < 0.55:
                 data = damage(data, rng, seeds(), slice(max(0, len(data) - 900), len(data)))
-            elif deed < 0.6:
+            elif action < 0.6:
                 data = data[:-8] + number(rng)[:4].ljust(4, b"\0") + data[-4:]
             (folder / f"train-{shard:05d}-of-00002.parquet").write_bytes(data)
 

@@ -113,10 +113,10 @@ def in_one_storage(content: dict[str, Any]) -> dict[str, Any]:
 
 def changed(part: str, content: Any, rng: random.Random) -> bytes:
     """One damaged file."""
-    deed = rng.random()
-    if isinstance(content, bytes | np.ndarray) or deed < 0.2:
+    action = rng.random()
+    if isinstance(content, bytes | np.ndarray) or action < 0.2:
         data = packed(content)
-        if isinstance(content, np.ndarray) and deed < 0.3:
+        if isinstance(content, np.ndarray) and action < 0.3:
             odd = (
                 content.astype("f2"),
                 content.astype("O"),
@@ -127,15 +127,15 @@ def changed(part: str, content: Any, rng: random.Random) -> bytes:
             )
             return packed(rng.choice(odd))
         return damage(data, rng, where=slice(0, rng.choice((200, 3000, len(data)))))
-    if deed < 0.25:
+    if action < 0.25:
         zipped = rng.random() < 0.5
         tree = (content if zipped else in_one_storage(content)) | {"trap": Trap(f"touch {MARKER}")}
         return packed(tree, _use_new_zipfile_serialization=zipped)
-    if deed < 0.3:
+    if action < 0.3:
         return damage(packed(in_one_storage(content), _use_new_zipfile_serialization=False), rng)
-    tree = content if deed < 0.45 else strange_tree(content, rng)
+    tree = content if action < 0.45 else strange_tree(content, rng)
     data = packed(tree)
-    return changed_zip(data, rng) if deed < 0.6 else data
+    return changed_zip(data, rng) if action < 0.6 else data
 
 
 def strange_tree(content: Any, rng: random.Random) -> Any:
@@ -147,14 +147,14 @@ def strange_tree(content: Any, rng: random.Random) -> Any:
         if not holder:
             continue
         name = rng.choice(list(holder))
-        deed = rng.random()
-        if deed < 0.1:
+        action = rng.random()
+        if action < 0.1:
             del holder[name]
-        elif deed < 0.2:
+        elif action < 0.2:
             holder[rng.choice((*NAMES, f"{name}.x", "decoder.layers.999999.fc1.weight", 5, None, (1, 2), True))] = (
                 holder[name]
             )
-        elif isinstance(holder[name], Tensor) and deed < 0.85:
+        elif isinstance(holder[name], Tensor) and action < 0.85:
             if not is_hollow(holder[name]):
                 holder[name] = strange_tensor(holder[name], rng)
         else:
@@ -221,11 +221,11 @@ def changed_zip(data: bytes, rng: random.Random) -> bytes:
             for name in names:
                 content = old.read(name)
                 if name == chosen:
-                    deed = rng.random()
-                    if deed < 0.1:
+                    action = rng.random()
+                    if action < 0.1:
                         continue
                     content = changed_pickle(content, rng) if name.endswith(".pkl") else damage(content, rng)
-                    if deed < 0.2 and packing == zipfile.ZIP_DEFLATED:
+                    if action < 0.2 and packing == zipfile.ZIP_DEFLATED:
                         content += bytes(3 * 10**7)
                 if rng.random() < 0.02:
                     name = rng.choice(("../up", "/abs", "x" * 300, name + "x"))

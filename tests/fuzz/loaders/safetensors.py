@@ -64,10 +64,10 @@ class SafetensorsLoader:
                 value = with_fingerprint(value)
             return json_bytes(value, rng)
         head = 8 + int.from_bytes(data[:8], "little")
-        deed = rng.random()
-        if deed < 0.3:
+        action = rng.random()
+        if action < 0.3:
             return damage(data, rng, others)
-        if deed < 0.5:
+        if action < 0.5:
             return damage(data, rng, others, slice(0, min(head, len(data))))
         try:
             header = json.loads(data[8:head])
@@ -86,13 +86,13 @@ class SafetensorsLoader:
         for name in ("prior", "renderer"):
             refusals.append(_refused(lambda name=name: load_sequence_model(folder, name)))
         if not any(refusals):
-            refusals.append(_refused(lambda: draw(folder)))
+            refusals.append(_refused(lambda: sample(folder)))
         if found := [refusal for refusal in refusals if refusal is not None]:
             raise found[0]
 
 
-def draw(folder: Path) -> None:
-    """Open a pipeline and draw with it: what was let in must work."""
+def sample(folder: Path) -> None:
+    """Opens a pipeline and samples from it: what was accepted must work."""
     pipe = DigitPipeline.from_pretrained(folder)
     if {"tokenizer", "vq", "prior", "renderer"} <= {
         n for n in ("tokenizer", "vq", "prior", "renderer") if getattr(pipe, n)
@@ -114,7 +114,7 @@ def _refused(action: Any) -> Exception | None:
 
 
 def with_fingerprint(settings: Any) -> Any:
-    """Encoder settings with the fingerprint that belongs to them, so that it is not what refuses them."""
+    """Gives encoder settings their own fingerprint, so that they are not refused for a wrong one."""
     if not isinstance(settings, dict) or not isinstance(settings.get("fingerprint"), str):
         return settings
     from digit.runtime.files import sha256_tensors
@@ -130,7 +130,7 @@ def with_fingerprint(settings: Any) -> Any:
 
 @cache
 def pipeline() -> dict[str, bytes]:
-    """The files of a whole small pipeline."""
+    """The files of a complete small pipeline."""
     torch.manual_seed(0)
     vit = ViT(ViTConfig(embed_dim=8, depth=2, num_heads=2, patch_size=4, table_side=2, num_registers=1))
     randomise(vit.state_dict())
@@ -156,7 +156,7 @@ def pipeline() -> dict[str, bytes]:
 
 
 def randomise(state: dict[str, Tensor]) -> None:
-    """Whatever an initialisation left uninitialised gets numbers."""
+    """Fills all floating-point tensors with random numbers."""
     for tensor in state.values():
         if tensor.is_floating_point():
             tensor.normal_(std=0.1)

@@ -1,4 +1,4 @@
-"""WebDataset shards: damaged headers under right checksums, odd members, names that lead elsewhere."""
+"""WebDataset shards: damaged headers with right checksums, odd members, names that lead out of the folder."""
 
 import io
 import random
@@ -77,17 +77,17 @@ PAX = (
 
 
 class TarLoader:
-    """open_source of a shard, or of a folder of them, then every picture read."""
+    """Opens a shard or a folder of shards with open_source, and reads every image."""
 
     name = "tar"
 
     def build(self, folder: Path, rng: random.Random) -> None:
         for shard in range(rng.choice((1, 1, 1, 2))):
             data = odd_tar(rng) if rng.random() < 0.5 else rng.choice(seeds())
-            deed = rng.random()
-            if deed < 0.35:
+            action = rng.random()
+            if action < 0.35:
                 data = damage(data, rng, seeds(), slice(0, rng.choice((BLOCK, len(data)))))
-            elif deed < 0.8:
+            elif action < 0.8:
                 data = changed_fields(data, rng)
             (folder / f"{shard:04d}{rng.choice(('.tar',) * 9 + ('.tar.gz',))}").write_bytes(data)
 
@@ -97,7 +97,7 @@ class TarLoader:
 
 @cache
 def seeds() -> tuple[bytes, ...]:
-    """Whole shards in every format of tar."""
+    """Undamaged shards in every tar format."""
     members = [
         (f"{n:04d}.{kind}", data)
         for n in range(4)
@@ -146,7 +146,7 @@ def _content(kind: str, rng: random.Random) -> bytes:
 
 
 def changed_fields(data: bytes, rng: random.Random) -> bytes:
-    """One to three header fields changed, the checksum put right again."""
+    """Changes one to three header fields and corrects the checksum."""
     out = bytearray(data)
     headers = [at for at in range(0, len(out) - BLOCK + 1, BLOCK) if out[at + 257 : at + 262] == b"ustar"]
     for _ in range(rng.choice((1, 1, 2, 3))):

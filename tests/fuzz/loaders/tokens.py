@@ -1,4 +1,4 @@
-"""Token stores: damaged manifests and arrays, tokens that no vocabulary has."""
+"""Token stores: damaged manifests and arrays, tokens outside their vocabulary."""
 
 import io
 import json
@@ -36,19 +36,19 @@ class TokensLoader:
 
     def _change(self, files: dict[str, bytes | None], rng: random.Random) -> None:
         array = rng.choice(("discriminative.npy", "vq.npy", "labels.npy"))
-        deed = rng.random()
-        if deed < 0.4:
+        action = rng.random()
+        if action < 0.4:
             manifest = json.loads(store(rng.random() < 0.2)["manifest.json"])
             files["manifest.json"] = json_bytes(strange_json(manifest, rng), rng)
-        elif deed < 0.5:
+        elif action < 0.5:
             files["manifest.json"] = damage(files.get("manifest.json") or b"", rng)
-        elif deed < 0.75:
+        elif action < 0.75:
             files[array] = damage(files.get(array) or b"", rng, where=slice(0, rng.choice((128, 5000))))
-        elif deed < 0.85:
+        elif action < 0.85:
             files[array] = _odd_array(rng)
-        elif deed < 0.9:
+        elif action < 0.9:
             del files[rng.choice(list(files))]
-        elif deed < 0.95:
+        elif action < 0.95:
             files[array] = files[rng.choice(list(files))]
         else:
             files[rng.choice(list(files))] = None
@@ -74,7 +74,7 @@ class TokensLoader:
 
 
 def store(hashed: bool) -> dict[str, bytes | None]:
-    """The files of a small whole store; with `hashed` the manifest holds a checksum of each array."""
+    """The files of a small complete store; with `hashed` the manifest holds a checksum of each array."""
     numbers = np.random.default_rng(0)
     arrays = {
         name: numbers.integers(0, vocab, (ROWS, length)).astype("<u2") for name, (length, vocab) in LENGTHS.items()
@@ -82,7 +82,7 @@ def store(hashed: bool) -> dict[str, bytes | None]:
     arrays["labels"] = numbers.integers(-1, len(CLASSES), ROWS).astype("<i4")
     files: dict[str, bytes | None] = {f"{name}.npy": _npy(array) for name, array in arrays.items()}
     manifest: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "rows": ROWS,
         "crops_per_image": 1,
         "seed": 0,
@@ -111,7 +111,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _odd_array(rng: random.Random) -> bytes:
-    """A .npy of another type or shape, or a header that claims what is not there."""
+    """A .npy of another dtype or shape, or one with a false header."""
     if rng.random() < 0.5:
         shape = rng.choice(((ROWS, 4), (ROWS, 9), (ROWS,), (), (0, 4), (4, ROWS), (1, ROWS, 4), (5, 9)))
         return _npy(np.zeros(shape, dtype=np.dtype(rng.choice(DTYPES))))
