@@ -118,7 +118,7 @@ def test_misuse_says_what_to_do():
         FeatureStats.of(np.array([[1.0, np.nan]]))
     with pytest.raises(DigitError, match="shape"):
         FeatureStats.of(np.zeros((2, 3, 4)))
-    with pytest.raises(MismatchError, match="5 numbers, statistics 4"):
+    with pytest.raises(MismatchError, match="5 dimensions, statistics 4"):
         FeatureStats.of(np.zeros((2, 4))).update(np.zeros((2, 5)))
     with pytest.raises(MismatchError, match="2 and 3"):
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
