@@ -64,7 +64,9 @@ def run_completion(
     completed, features, curves = {}, {}, {}
     for name, pipe in pipes.items():
         completed[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
-        plot_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, completed[name], pipe.image_size)
+        plot_grid(
+            out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, completed[name], pipe.image_size
+        )
         features[name] = {keep: entry["features"] for keep, entry in completed[name].items()}
         curves[name] = distance_curve(features[name], reference)
     result = {

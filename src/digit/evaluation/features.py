@@ -54,7 +54,7 @@ class Shard:
 
 
 def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
-    """Split an image set into parts of SHARD images; `side` as for `ImageSet.pixels`. Keys hash content, not position."""
+    """Split an image set into parts of SHARD images; `side` as for `ImageSet.pixels`. Keys hash content alone."""
     digests = images.survey.digests
     for start in range(0, len(images), SHARD):
         rows = range(start, min(start + SHARD, len(images)))

@@ -1,10 +1,10 @@
 """What the paper reports (Zhu et al., NeurIPS 2024, arXiv:2410.12490): ImageNet-1k, 256 px, FID and IS by
 torch-fidelity.
 
-Facts carried over for comparison; nothing here was measured by this software.
+Copied from the paper for comparison; none of these values was computed by this software.
 """
 
-TABLE1 = {  # DINOv2 and MAGE's VQGAN; it does not say which cosine: of features or of codes
+TABLE1 = {  # DINOv2 and MAGE's VQGAN; the paper does not say whether cosines are of features or of codes
     "snr": [30, 25, 20, 15, 10, 5, 1, 0.01],
     "vq": {
         "token_change": [0.187, 0.317, 0.487, 0.663, 0.805, 0.901, 0.948, 0.956],
