@@ -111,7 +111,7 @@ def test_error_is_the_derivative_by_the_weights_also_where_the_covariance_is_sin
 def test_json_names_the_protocol_and_the_table_shows_every_metric(cfg, tmp_path):
     result = run(pictures(40), pictures(50, seed=1), cfg, out=tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["protocol"]["name"] == "released" and "Inception's place" in result["protocol"]["about"]
+    assert result["protocol"]["name"] == "released" and "not the Inception network" in result["protocol"]["about"]
     assert result["protocol"]["network"]["weights_sha256"] == "1"
     assert (result["samples"]["num"], result["reference"]["num"]) == (40, 50)
     table = to_table(result)

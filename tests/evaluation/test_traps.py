@@ -86,14 +86,14 @@ def test_repeats_and_copies(cfg):
     images, reference = pictures(20), pictures(20, seed=1)
     assert not warned(run(images, reference, cfg), "pixel by pixel")
     assert warned(run(torch.cat([images, images[:3]]), reference, cfg), "3 of 23 samples repeat")
-    assert warned(run(images, torch.cat([reference, images[:2]]), cfg), "2 of 20 samples equal reference images")
+    assert warned(run(images, torch.cat([reference, images[:2]]), cfg), "2 of 20 samples are reference images")
     assert warned(run(images, torch.cat([reference, reference[:1]]), cfg), "1 of 21 reference images repeat")
 
 
 def test_repeats_are_told_across_formats(cfg, tmp_path):
     images = pictures(20)
     folder = save_folder(tmp_path / "s", images, ".bmp")
-    assert warned(run(folder, images, cfg), "20 of 20 samples equal reference images")
+    assert warned(run(folder, images, cfg), "20 of 20 samples are reference images")
 
 
 def test_grey_and_16_bit(cfg, tmp_path):

@@ -33,7 +33,7 @@ from digit.runtime.files import cache_folder, write_json
 
 NO_CACHE = "none"
 INCEPTION = "inception"  # the network of all published metrics
-STAND_IN = "another network than Inception: its metrics compare with each other alone, never with published ones"
+STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,8 +102,8 @@ def to_table(result: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"± half the {100 * protocol['confidence']:g} % interval over {protocol['num_images']} images"
     return "\n".join(lines) + (
-        f"\n\n{note} ({protocol['images']}). The paper: DINOv2 and MAGE's VQGAN on ImageNet; it does not say which "
-        "cosine it reports.\n"
+        f"\n\n{note} ({protocol['images']}). The paper used DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
+        "which cosine it reports.\n"
     )
 
 

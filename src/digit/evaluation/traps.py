@@ -127,7 +127,7 @@ def _repeats(samples: Side, reference: Side) -> Iterator[str]:
             yield f"{repeated} of {len(own)} {noun} repeat another one pixel by pixel: were they sampled with one seed?"
     reference_keys = set(keys.get("reference images", ()))
     if copied := sum(key in reference_keys for key in keys["samples"]):
-        yield f"{copied} of {len(keys['samples'])} samples equal reference images pixel by pixel: they are no samples"
+        yield f"{copied} of {len(keys['samples'])} samples are reference images pixel by pixel, not new samples"
 
 
 def _grey(side: Side) -> Iterator[str]:
