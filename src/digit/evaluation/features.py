@@ -17,7 +17,7 @@ from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
 from digit.evaluation.sharing import together
 from digit.metrics.frechet import FeatureStats
-from digit.metrics.judge import JudgeNetwork
+from digit.metrics.judge import Judged, JudgeNetwork
 from digit.runtime import distributed
 from digit.runtime.files import load_tensors, save_tensors
 from digit.runtime.progress import Progress
@@ -117,13 +117,10 @@ def judge(images: Tensor, network: JudgeNetwork, batch_size: int) -> dict[str, T
     """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,)."""
     batches = [network.judge(batch) for batch in images.split(batch_size)]
     return {
-        **{name: torch.cat([getattr(batch, name).float().cpu() for batch in batches]) for name in NAMES},
+        **{name: values.float().cpu() for name, values in vars(Judged.cat(batches)).items()},
         "digests": torch.stack([_pixel_digest(image) for image in images]),
         "grey": (images == images[:, :1]).flatten(1).all(1).cpu(),
     }
-
-
-NAMES = ("pooled", "spatial", "logits")
 
 
 def _pixel_digest(image: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from digit.errors import DigitError, MismatchError
+from digit.metrics.arrays import as_float64
 
 BLOCK = 16_384  # images in float64 at a time
 
@@ -53,7 +54,7 @@ class FeatureStats:
         if len(features.shape) != 2:
             raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
         for start in range(0, len(features), BLOCK):
-            block = _as_float64(features[start : start + BLOCK])
+            block = as_float64(features[start : start + BLOCK])
             if not np.isfinite(block).all():
                 raise DigitError("features hold NaN or infinity: check the images and the network's weights")
             mean = block.mean(0)
@@ -79,12 +80,6 @@ class FeatureStats:
         self.count = total
 
 
-def _as_float64(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
 def frechet_distance(mu1: Any, s1: Any, mu2: Any, s2: Any) -> float:
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
@@ -93,7 +88,7 @@ def frechet_distance(mu1: Any, s1: Any, mu2: Any, s2: Any) -> float:
     eigenproblems alone and no complex square root of a nearly singular product, and is exact for S1 = S2 with fewer
     images than features too.
     """
-    mu1, s1, mu2, s2 = (_as_float64(value) for value in (mu1, s1, mu2, s2))
+    mu1, s1, mu2, s2 = (as_float64(value) for value in (mu1, s1, mu2, s2))
     if mu1.shape != mu2.shape or s1.shape != s2.shape:
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
     cross = np.linalg.svd(_square_root(s1) @ _square_root(s2), compute_uv=False).sum()
@@ -114,7 +109,7 @@ def bootstrap_std(first: Any, second: Any, *, num_rounds: int = 20, seed: int = 
     varies with the sample of images. It does not contain the upward bias of small samples: compare only distances of
     equally many images.
     """
-    first, second = _as_float64(first), _as_float64(second)
+    first, second = as_float64(first), as_float64(second)
     rng = np.random.default_rng(seed)
     distances = []
     for _ in range(num_rounds):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from digit.errors import DigitError
+from digit.metrics.arrays import as_float64
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.intervals import Interval
 
@@ -73,8 +74,7 @@ def frechet_influence(features: Any, mean: Any, cov: Any) -> np.ndarray:
     N(m, S) to N(m2, S2). S may be singular, since every x lies in its range, where T is defined. The code multiplies x
     by S^(-1/2) first, so small eigenvalues do no harm.
     """
-    x = features.detach().cpu().double().numpy() if hasattr(features, "detach") else np.asarray(features, np.float64)
-    mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
+    x, mean, cov = (as_float64(values) for values in (features, mean, cov))
     shift, x = x.mean(0) - mean, x - x.mean(0)
     unbiased = len(x) / (len(x) - 1)
     values, vectors = np.linalg.eigh(x.T @ x / len(x) * unbiased)

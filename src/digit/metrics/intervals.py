@@ -3,16 +3,14 @@
 They cover the choice of images alone; another training run or another seed of the model may differ by more.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 import numpy as np
-from torch import Tensor
 
 from digit.errors import DigitError
+from digit.metrics.arrays import Values, as_float64
 
-Values = np.ndarray | Tensor | Sequence[float]
 CHUNK = 2**22  # resampled values in memory at a time
 
 
@@ -38,7 +36,7 @@ def mean_interval(values: Values, *, confidence: float = 0.95, seed: int = 0, nu
     Percentile bootstrap of `values` (N,), one per image. Raises DigitError for fewer than 2 values, other shapes, NaN,
     and a confidence outside (0, 1).
     """
-    x = _as_float64(values)
+    x = as_float64(values)
     if x.ndim != 1 or len(x) < 2:
         raise DigitError(f"an interval needs an array (N,) of at least 2 values, got shape {x.shape}: give more images")
     if not np.isfinite(x).all():
@@ -75,14 +73,10 @@ def difference_interval(
     Pairing removes the variation between images, so it can decide where two separate intervals overlap. Raises
     DigitError for different shapes, else as `mean_interval`.
     """
-    first, second = _as_float64(a), _as_float64(b)
+    first, second = as_float64(a), as_float64(b)
     if first.shape != second.shape:
         raise DigitError(f"{first.shape} and {second.shape} values cannot be paired: compute both on the same images")
     return mean_interval(first - second, confidence=confidence, seed=seed, num_rounds=num_rounds)
-
-
-def _as_float64(values: Values) -> np.ndarray:
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
 
 
 def _tail(confidence: float) -> float:
@@ -100,7 +94,7 @@ def seeds_interval(values: Values, *, confidence: float = 0.95) -> Interval:
     """
     from scipy.stats import t
 
-    x = _as_float64(values)
+    x = as_float64(values)
     if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all():
         raise DigitError(f"an interval over seeds needs at least 2 finite values, got {x.tolist()}: train more seeds")
     mean, half = float(x.mean()), float(t.ppf(1 - _tail(confidence), len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))

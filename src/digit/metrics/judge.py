@@ -5,7 +5,7 @@ METRIC (on EfficientNet-Lite2), JUDGE_INPUT_SIZE and the number of images. Its d
 never with an FID, which needs the Inception network. Networks are callables, so any features can be used.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,6 +76,11 @@ class Judged:
     def __len__(self) -> int:
         return len(self.pooled)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Judged"]) -> "Judged":
+        """Concatenate the outputs for several sets of images."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 class JudgeNetwork(Protocol):
     """A network whose features and logits the metrics use (ours are in evaluation/networks.py)."""
@@ -106,7 +111,7 @@ def collect_judged(
             bar.update(len(images))
     if not parts:
         raise DigitError("judge got no images: give at least 2")
-    return Judged(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Judged)))
+    return Judged.cat(parts)
 
 
 def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:
@@ -178,8 +183,7 @@ def fit_linear_classifier(
     num_classes = _check_labels(features, labels, num_classes)
     with torch.inference_mode(False), torch.enable_grad():
         x, labels = features.detach().cpu().double().clone(), labels.clone()  # (N, D); caller may use inference_mode
-        mean, scale = x.mean(0), x.std(0, unbiased=False)
-        scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0  # a constant feature is only centred
+        mean, scale = x.mean(0), nonzero_scale(x.std(0, unbiased=False))
         x = (x - mean) / scale
         weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
         bias = torch.zeros(num_classes, dtype=x.dtype, requires_grad=True)
@@ -190,6 +194,12 @@ def fit_linear_classifier(
         _minimise(loss, [weight, bias], max_iterations, tolerance)
     weight, bias = weight.detach(), bias.detach()
     return LinearClassifier(weight=weight.float(), bias=bias.float(), mean=mean.float(), scale=scale.float())
+
+
+def nonzero_scale(scale: Tensor) -> Tensor:
+    """Replace standard deviations of constant features (up to 1e-6 of the largest) by 1, in place."""
+    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
+    return scale
 
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int, tolerance: float) -> None:

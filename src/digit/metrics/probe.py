@@ -19,7 +19,7 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.metrics.intervals import Interval, difference_interval, proportion_interval
-from digit.metrics.judge import fit_linear_classifier
+from digit.metrics.judge import fit_linear_classifier, nonzero_scale
 from digit.runtime.progress import Progress
 
 MAX_ITERATIONS = 1000  # of L-BFGS
@@ -264,8 +264,7 @@ def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     parts = rows.to(features.device).split(CHUNK)
     mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
     scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
-    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
-    return mean.float(), scale.float()
+    return mean.float(), nonzero_scale(scale).float()
 
 
 def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> int:

@@ -51,7 +51,7 @@ def fig3a(study: Study) -> Experiment:
         recipe = replace(study.recipe, **changes)
         seconds = study.costs.model("prior", recipe) + study.costs.model("renderer", recipe)
         seconds += study.costs.sampling(study.scale.num_samples)
-        steps.append(Step(name=name, seconds=seconds, make=partial(variant, study, name, changes, seed)))
+        steps.append(Step(name=name, seconds=seconds, make=partial(changed_recipe_scores, study, name, changes, seed)))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         names = (f"plain_vq_ar_{seed}_samples", f"plain_renderer_{seed}_samples", *variants)
@@ -73,7 +73,9 @@ def longer(study: Study) -> dict[str, TrainConfig]:
     }
 
 
-def variant(study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int) -> dict[str, float]:
+def changed_recipe_scores(
+    study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int
+) -> dict[str, float]:
     """Train, sample and judge DiGIT + AR with a changed recipe."""
     run = study.run(name, seed=seed, class_conditional=False, **changes)
     return study.scores(study.samples(name, run, *METHODS["DiGIT + AR"], seed))

@@ -67,9 +67,9 @@ def _samples(x: np.ndarray, num: int) -> np.ndarray:
     return x
 
 
-def _top_directions(wanted: np.ndarray, unwanted: np.ndarray, num: int) -> np.ndarray:
-    """argmax_w w' A w / w' B w, A w = r B w with the largest r: unit rows w (num, D); A wanted, B unwanted (D, D)."""
-    vectors = eigh(wanted, unwanted)[1][:, ::-1].T[:num]
+def _top_directions(between: np.ndarray, within: np.ndarray, num: int) -> np.ndarray:
+    """argmax_w w' A w / w' B w, A w = r B w with the largest r: unit rows w (num, D), A between, B within (D, D)."""
+    vectors = eigh(between, within)[1][:, ::-1].T[:num]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

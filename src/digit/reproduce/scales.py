@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from digit.errors import DigitError
 from digit.evaluation.sweep import SweepConfig
+from digit.metrics.completion import KEEPS
 from digit.metrics.probe import ProbeConfig
 from digit.pipeline.pipeline import SamplingConfig, StageSampling
 from digit.runs.pretrain import PretrainConfig
@@ -45,7 +46,7 @@ class Scale:
     """Size of "scale up" in Figure 3a."""
     probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(l2=(1e-3, 1e-2)))
     """Settings of every linear probe."""
-    prefixes: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+    prefixes: tuple[float, ...] = KEEPS
     """Kept fractions of Figure 4b."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """Settings of Figure 5."""

@@ -37,7 +37,6 @@ from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 PARTS = ("codebook", "vqgan", "tokens")
 BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64
 PART = 1000  # samples per cache file
-FIELDS = ("pooled", "spatial", "logits")
 
 
 def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageSource, ImageSource]:
@@ -65,6 +64,11 @@ def labelled(source: ImageSource) -> bool:
     """Whether any image of a source has a class."""
     labels = source.labels()
     return bool(source.classes) and (labels is None or bool((labels >= 0).any()))
+
+
+def variant(conditional: bool) -> str:
+    """Start of the names of runs and steps: class for class-conditional models, plain for unconditional ones."""
+    return "class" if conditional else "plain"
 
 
 class Study:
@@ -179,8 +183,7 @@ class Study:
         """A run of the recipe with another seed, with or without classes, on the base run's tokens."""
         if seed == self.recipe.seed and conditional == self.recipe.class_conditional:
             return self.base
-        name = f"{'class' if conditional else 'plain'}_{seed}"
-        return self.run(name, seed=seed, class_conditional=conditional)
+        return self.run(f"{variant(conditional)}_{seed}", seed=seed, class_conditional=conditional)
 
     @cached_property
     def costs(self) -> Costs:
@@ -226,8 +229,7 @@ class Study:
         def make() -> dict[str, Tensor]:
             batch = images()
             batches = batch.split(JUDGE_BATCH_SIZE)
-            judged = collect_judged(batches, self.network, total=len(batch), description=f"judge {name}")
-            return {field: getattr(judged, field) for field in FIELDS}
+            return vars(collect_judged(batches, self.network, total=len(batch), description=f"judge {name}"))
 
         return Judged(**remember(self.out / "judged" / f"{name}.safetensors", make))
 
@@ -272,7 +274,7 @@ class Study:
         parts = [
             self.judged(f"{name}_{seed}_{key}_{start}", partial(generate, start)) for start in range(0, total, PART)
         ]
-        return Judged(*(torch.cat([getattr(part, field) for part in parts]) for field in FIELDS))
+        return Judged.cat(parts)
 
     def save_grid(self, name: str, images: Tensor) -> None:
         """Save images as a grid, ten per row, as OUT/pictures/NAME.png."""

@@ -13,7 +13,7 @@ from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
-from digit.reproduce.study import BATCH_SIZE, Study, as_tensor
+from digit.reproduce.study import BATCH_SIZE, Study, as_tensor, variant
 from digit.runs.fit import Run
 from digit.runtime import plots
 from digit.training.log import last_metrics
@@ -42,7 +42,7 @@ def parts_step(study: Study) -> Step:
 
 def training_step(study: Study, model: str, seed: int, conditional: bool) -> Step:
     """Step: one trained model, with images seen, FLOPs, seconds and likelihood."""
-    name = f"{'class' if conditional else 'plain'}_{model}_{seed}"
+    name = f"{variant(conditional)}_{model}_{seed}"
     return Step(
         name=name,
         seconds=study.costs.model(model),
@@ -62,7 +62,7 @@ def trained(run: Run, model: str) -> dict[str, Any]:
 def samples_step(study: Study, method: str, seed: int, conditional: bool) -> Step:
     """Step: scores of the samples of one method and seed."""
     prior, renderer = METHODS[method]
-    label = f"{'class' if conditional else 'plain'}_{renderer}"
+    label = f"{variant(conditional)}_{renderer}"
 
     def make() -> dict[str, Any]:
         run = study.seeded(seed, conditional=conditional)
@@ -189,7 +189,7 @@ def generation(study: Study, title: str, conditional: bool, reported: dict[str, 
     """Four methods at equal training FLOPs, for every seed, and the two rows of validation data."""
     if conditional:
         study.require_labels(title)
-    seeds, kind = study.scale.seeds, "class" if conditional else "plain"
+    seeds, kind = study.scale.seeds, variant(conditional)
     steps = [parts_step(study)]
     for seed in seeds:
         for model in ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"):
@@ -259,7 +259,7 @@ def protocol(study: Study) -> str:
 
 def golden_step(study: Study, conditional: bool) -> Step:
     """Step: the AR renderer on the test images' own discriminative tokens, as if from a perfect prior."""
-    kind, count = "class" if conditional else "plain", min(study.scale.num_samples, len(study.test))
+    kind, count = variant(conditional), min(study.scale.num_samples, len(study.test))
 
     def make() -> dict[str, Any]:
         run = study.seeded(study.scale.seeds[0], conditional=conditional)
