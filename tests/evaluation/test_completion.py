@@ -1,4 +1,4 @@
-"""Completion: distances by kept prefix, what whole token rows allow, the cache of a measure that is killed."""
+"""Completion: distances by kept prefix, fractions of whole token rows, the cache after an interruption."""
 
 import math
 
@@ -43,13 +43,13 @@ def reference() -> torch.Tensor:
     return ToyJudge().judge(real).pooled
 
 
-# -------------------------------------------------------------------- the protocol, on any callable
+# -------------------------------------------------------------------- the metric, on any callable
 
 
 def black_below(images, keep, first):
-    done = images.clone()
-    done[:, :, round(keep * images.shape[2]) :] = 0
-    return done
+    completed = images.clone()
+    completed[:, :, round(keep * images.shape[2]) :] = 0
+    return completed
 
 
 def test_batches_are_numbered_and_put_together(images):
@@ -59,10 +59,10 @@ def test_batches_are_numbered_and_put_together(images):
         seen.append((len(batch), keep, first))
         return black_below(batch, keep, first)
 
-    held = complete_and_judge(complete, images, 0.5, lambda x: x.float().mean((2, 3)), batch_size=4, num_shown=5)
+    result = complete_and_judge(complete, images, 0.5, lambda x: x.float().mean((2, 3)), batch_size=4, num_shown=5)
     assert seen == [(4, 0.5, 0), (4, 0.5, 4), (1, 0.5, 8)]
-    torch.testing.assert_close(held["features"], black_below(images, 0.5, 0).float().mean((2, 3)))
-    assert torch.equal(held["shown"], black_below(images[:5], 0.5, 0))
+    torch.testing.assert_close(result["features"], black_below(images, 0.5, 0).float().mean((2, 3)))
+    assert torch.equal(result["shown"], black_below(images[:5], 0.5, 0))
 
 
 def test_a_completion_of_another_shape_is_refused(images):
@@ -105,7 +105,7 @@ def test_differences_are_paired_by_image():
 # -------------------------------------------------------------------- whole rows
 
 
-def test_only_exact_fractions_are_measured(pipes):
+def test_only_exact_fractions_are_evaluated(pipes):
     discriminative, vq = pipes["discriminative"], pipes["VQ-only"]  # 2 x 2 and 4 x 4 tokens; 4 x 4 tokens
     assert exact_fractions(discriminative, KEEPS) == [0.5] and exact_fractions(vq, KEEPS) == [0.25, 0.5, 0.75]
     assert kept(discriminative, 0.25) == {"discriminative": 0.5, "vq": 0.25} and kept(vq, 0.25) == {"vq": 0.25}
@@ -121,7 +121,7 @@ def test_fractions_that_cannot_be_kept_name_those_that_can(pipes):
         exact_fractions(pipes["VQ-only"], [0.5, 1.5])
 
 
-# -------------------------------------------------------------------- the measure
+# -------------------------------------------------------------------- the evaluation
 
 
 def test_run_completion_writes_curve_differences_and_pictures(pipes, images, reference, tmp_path):
@@ -140,7 +140,7 @@ def test_run_completion_writes_curve_differences_and_pictures(pipes, images, ref
         assert min(Image.open(tmp_path / name).size) > 100
 
 
-def test_figures_are_those_of_the_pipeline_itself(pipes, images, reference, tmp_path):
+def test_metrics_equal_those_of_the_pipeline_itself(pipes, images, reference, tmp_path):
     labels = [k % 10 for k in range(9)]
     result = run_completion(pipes, images, reference, ToyJudge(), [0.5], tmp_path, seed=3, labels=labels)
     done = pipes["discriminative"].complete(images, 0.5, seed=3, labels=labels)
@@ -153,29 +153,29 @@ def test_figures_are_those_of_the_pipeline_itself(pipes, images, reference, tmp_
     assert result["pipes"]["VQ-only"]["labels"] == "given"
 
 
-def test_what_is_done_is_not_drawn_again_and_a_killed_measure_goes_on(pipes, images, reference, tmp_path, monkeypatch):
-    drawn, complete = [], DigitPipeline.complete
+def test_completions_are_cached_and_an_interrupted_run_resumes(pipes, images, reference, tmp_path, monkeypatch):
+    calls, complete = [], DigitPipeline.complete
 
     def counted(self, pictures, keep, seed, labels):
-        drawn.append(keep)
-        if len(drawn) == 3:
+        calls.append(keep)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return complete(self, pictures, keep, seed, labels)
 
     monkeypatch.setattr(DigitPipeline, "complete", counted)
     with pytest.raises(KeyboardInterrupt):
         run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path)
-    assert drawn == [0.5, 1.0, 0.25]  # discriminative at 0.5, its reconstruction, VQ-only at 0.25
+    assert calls == [0.5, 1.0, 0.25]  # discriminative at 0.5, its reconstruction, VQ-only at 0.25
     result = run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path)
-    assert drawn[3:] == [0.25, 0.5, 1.0]
+    assert calls[3:] == [0.25, 0.5, 1.0]
     again = run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path)
-    assert len(drawn) == 6 and again == result
+    assert len(calls) == 6 and again == result
     fresh = run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path / "fresh")
     assert fresh == result, "interrupted equals uninterrupted"
     for changes in ({"seed": 1}, {"labels": [0] * 9}):
-        before = len(drawn)
+        before = len(calls)
         run_completion(pipes, images, reference, ToyJudge(), [0.5], tmp_path, **changes)
-        assert len(drawn) == before + 4, f"{changes} is another request"
+        assert len(calls) == before + 4, f"{changes} is another request"
 
 
 def test_a_damaged_cache_is_made_again(pipes, images, reference, tmp_path):

@@ -160,7 +160,7 @@ def test_scale_of_the_features_does_not_matter_and_half_precision_is_taken():
 def test_misuse_says_what_to_do():
     (train, labels), (test, test_labels) = blobs(num=40), blobs(num=40, seed=1)
     for wrong, message in (
-        ((train[:, 0], labels, test, test_labels), "wanted one for each"),
+        ((train[:, 0], labels, test, test_labels), "wanted N labels"),
         ((train, labels - 1, test, test_labels), "have no label"),
         ((train, labels, test, test_labels + 1), "one list of classes"),
         ((train, labels, test[..., :3], test_labels), "from one model"),

@@ -1,4 +1,4 @@
-"""`digit evaluate`: figures on a stand-in network, the cache, kept statistics, hostile files, validation rows."""
+"""`digit evaluate`: metrics of a stand-in network, the cache, saved statistics, hostile files, validation rows."""
 
 import json
 
@@ -20,7 +20,7 @@ def cfg(tmp_path):
     return EvaluateConfig(cache=str(tmp_path / "cache"), kernel_subset_size=20, kernel_subsets=5)
 
 
-# -------------------------------------------------------------------- figures
+# -------------------------------------------------------------------- metrics
 
 
 def test_equal_sets_have_distance_zero_and_cover_each_other(cfg):
@@ -32,7 +32,7 @@ def test_equal_sets_have_distance_zero_and_cover_each_other(cfg):
     assert metrics["is_fake"]["value"] >= 1 and metrics["is_fake"]["std"] >= 0
 
 
-def test_figures_are_those_of_the_formulas(cfg):
+def test_metrics_equal_their_formulas(cfg):
     a, b = pictures(60), pictures(80, seed=1, shift=40)
     metrics = run(a, b, cfg)["metrics"]
     x, y = (FeatureStats.of(FakeNetwork().judge(images).pooled) for images in (a, b))
@@ -54,17 +54,17 @@ def test_folder_npz_tensor_and_source_give_the_same(cfg, tmp_path):
     assert isinstance(read_npz_images(tmp_path / "plain.npz"), np.memmap), "not read into memory"
 
 
-def test_error_agrees_with_drawing_again():
+def test_error_agrees_with_resampling():
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(6, 6))
     truth = FeatureStats.of(rng.normal(size=(20000, 6)) @ (mixing + 0.3))
 
-    def draw():
+    def sample():
         return rng.normal(size=(400, 6)) @ mixing + 0.2
 
-    stats = [FeatureStats.of(draw()) for _ in range(300)]
+    stats = [FeatureStats.of(sample()) for _ in range(300)]
     spread = np.std([frechet_distance(s.mean, s.cov, truth.mean, truth.cov) for s in stats], ddof=1)
-    errors = [frechet_error(draw(), truth.mean, truth.cov) for _ in range(20)]
+    errors = [frechet_error(sample(), truth.mean, truth.cov) for _ in range(20)]
     assert np.mean(errors) == pytest.approx(spread, rel=0.15)
 
 
@@ -76,16 +76,16 @@ def test_error_holds_with_fewer_images_than_features_where_the_bootstrap_does_no
     other = mixing + 0.3 * rng.normal(size=(dim, dim)) * scale
     truth = FeatureStats.of(rng.normal(size=(5000, dim)) @ other.T)
 
-    def draw():
+    def sample():
         return rng.normal(size=(num, dim)) @ mixing.T + 0.2
 
     def distance(x):
         stats = FeatureStats.of(x)
         return frechet_distance(stats.mean, stats.cov, truth.mean, truth.cov)
 
-    spread = np.std([distance(draw()) for _ in range(100)], ddof=1)
-    errors = [frechet_error(draw(), truth.mean, truth.cov) for _ in range(10)]
-    x = draw()
+    spread = np.std([distance(sample()) for _ in range(100)], ddof=1)
+    errors = [frechet_error(sample(), truth.mean, truth.cov) for _ in range(10)]
+    x = sample()
     rounds = [distance(x[rng.integers(num, size=num)]) for _ in range(30)]
     assert spread < np.mean(errors) < 1.5 * spread < np.std(rounds, ddof=1)
     assert min(rounds) > distance(x), "the interval of the rounds would not hold the distance itself"
@@ -108,10 +108,10 @@ def test_error_is_the_derivative_by_the_weights_also_where_the_covariance_is_sin
     assert interval.low <= interval.value <= interval.high
 
 
-def test_json_names_the_protocol_and_the_table_shows_every_figure(cfg, tmp_path):
+def test_json_names_the_protocol_and_the_table_shows_every_metric(cfg, tmp_path):
     result = run(pictures(40), pictures(50, seed=1), cfg, out=tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert result["protocol"]["name"] == "released" and "Inception's place" in result["protocol"]["about"]
+    assert result["protocol"]["name"] == "released" and "not the Inception network" in result["protocol"]["about"]
     assert result["protocol"]["network"]["weights_sha256"] == "1"
     assert (result["samples"]["num"], result["reference"]["num"]) == (40, 50)
     table = to_table(result)
@@ -200,8 +200,8 @@ def test_reference_batch_with_statistics_and_images(cfg, tmp_path):
     arrays = reference.permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "batch.npz", arr_0=arrays, mu=stats.mean, sigma=stats.cov)
     result = run(samples, tmp_path / "batch.npz", cfg)
-    drawn = FeatureStats.of(FakeNetwork().judge(samples).pooled)
-    wanted = frechet_distance(drawn.mean, drawn.cov, stats.mean, stats.cov)
+    fake = FeatureStats.of(FakeNetwork().judge(samples).pooled)
+    wanted = frechet_distance(fake.mean, fake.cov, stats.mean, stats.cov)
     assert result["metrics"]["fd_fake"]["value"] == pytest.approx(wanted, rel=1e-6)
     assert result["metrics"]["precision_fake"] == run(samples, reference, cfg)["metrics"]["precision_fake"]
     assert set(result["left_out"]) == {"sfd_fake"} and not warned(result, "against 80")
@@ -328,6 +328,6 @@ def test_validation_rows(cfg, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == result["rows"]
     assert network.seen == 120
     assert validation_rows(pipe, images, 40, network, cfg) == result
-    assert network.seen == 120 and len(pipe.seeds) == 3, "neither drawn nor judged again"
+    assert network.seen == 120 and len(pipe.seeds) == 3, "neither rendered nor judged again"
     alone = validation_rows(FakeTokenizers(prefix_len=0), images, 40, network, cfg)
     assert set(alone["rows"]) == {VQ_ROW} and DIGIT_ROW in alone["left_out"]

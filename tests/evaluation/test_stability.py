@@ -1,4 +1,4 @@
-"""Noise of the strength that was asked for, and what it does to tokens; the measure on toy images."""
+"""Noise has the requested strength; its effect on tokens; the evaluation on toy images."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ SMALL = PreprocessConfig(image_size=16, encoder_size=16)
 
 
 class Threshold:
-    """One token a pixel of the red channel: dark or bright. No features."""
+    """One token per pixel of the red channel: dark or bright. No features."""
 
     vocab_size, grid = 2, (48, 48)
 
@@ -47,7 +47,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("unit", ["db", "ratio"])
 @pytest.mark.parametrize("power", ["mean_square", "variance"])
-def test_noise_has_the_power_that_was_asked_for(unit, power):
+def test_noise_has_the_requested_power(unit, power):
     cfg = StabilityConfig(unit=unit, power=power)
     snr = {"db": 20.0, "ratio": 100.0}[unit]  # the same strength: a tenth of the signal's amplitude, hardly clipped
     noise = (add_noise(GREY, snr, cfg=cfg).double() - GREY.double()) / 255
@@ -100,7 +100,7 @@ def test_misuse_says_what_to_do():
         measure_stability({}, [GREY], StabilityConfig())
 
 
-# ---------------------------------------------------------------- measurement
+# ---------------------------------------------------------------- metrics
 
 
 def test_without_noise_nothing_changes():
@@ -113,7 +113,7 @@ def test_without_noise_nothing_changes():
     assert result["snr_as_fed_db"] == [None]
 
 
-def test_figures_are_those_of_a_loop_over_images():
+def test_metrics_equal_a_loop_over_images():
     images, cfg = gather_crops(NoiseSource(), SMALL)[0], StabilityConfig(snrs=(10, 1))
     tokenizer = patches()
     found = measure_stability({"patches": tokenizer}, [images], cfg)["tokenizers"]["patches"]
@@ -128,9 +128,9 @@ def test_figures_are_those_of_a_loop_over_images():
                 (codes, tokenizer.codebook.centroids[a], tokenizer.codebook.centroids[b]),
             ):
                 rows.append(float(((u * v).sum(1) / (u.norm(dim=1) * v.norm(dim=1))).mean()))
-        for measure, values in (("token_change", change), ("feature_cosine", features), ("code_cosine", codes)):
-            assert found[measure][column]["value"] == pytest.approx(np.mean(values), rel=1e-5)
-            assert found[measure][column]["low"] <= np.mean(values) <= found[measure][column]["high"]
+        for metric, values in (("token_change", change), ("feature_cosine", features), ("code_cosine", codes)):
+            assert found[metric][column]["value"] == pytest.approx(np.mean(values), rel=1e-5)
+            assert found[metric][column]["low"] <= np.mean(values) <= found[metric][column]["high"]
 
 
 def test_batches_do_not_matter_and_the_seed_does():

@@ -1,4 +1,4 @@
-"""The sampling sweep: its settings, their figures, what is drawn and what is reused, and a sweep that is killed."""
+"""The sampling sweep: its settings and metrics, what is sampled and what is reused, and interrupted sweeps."""
 
 from dataclasses import replace
 
@@ -41,12 +41,12 @@ def reference() -> torch.Tensor:
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list[str]:
-    """What the pipeline is asked to draw, in order: "both" stages or the "renderer" alone."""
-    calls, both, renderer = [], DigitPipeline.generate_tokens, DigitPipeline.render_tokens
-    monkeypatch.setattr(DigitPipeline, "generate_tokens", lambda *a, **k: calls.append("both") or both(*a, **k))
-    monkeypatch.setattr(DigitPipeline, "render_tokens", lambda *a, **k: calls.append("renderer") or renderer(*a, **k))
-    return calls
+def calls(monkeypatch) -> list[str]:
+    """Sampling calls of the pipeline, in order: "both" stages or the "renderer" alone."""
+    made, both, renderer = [], DigitPipeline.generate_tokens, DigitPipeline.render_tokens
+    monkeypatch.setattr(DigitPipeline, "generate_tokens", lambda *a, **k: made.append("both") or both(*a, **k))
+    monkeypatch.setattr(DigitPipeline, "render_tokens", lambda *a, **k: made.append("renderer") or renderer(*a, **k))
+    return made
 
 
 def test_one_filter_of_one_stage_varies(pipe):
@@ -55,22 +55,22 @@ def test_one_filter_of_one_stage_varies(pipe):
     assert varied(pipe, "renderer", "top_k", 7) == replace(own, renderer=replace(own.renderer, top_k=7, top_p=1.0))
 
 
-def test_num_settings_bounds_what_is_drawn(pipe, reference, tmp_path, drawn):
+def test_num_settings_bounds_what_is_sampled(pipe, reference, tmp_path, calls):
     run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
     assert SweepConfig(top_k=(1, 2), top_p=(0.5,)).num_settings == 7
-    assert len(drawn) <= CFG.num_settings == 1 + 8 + 4
+    assert len(calls) <= CFG.num_settings == 1 + 8 + 4
 
 
-def test_a_prior_setting_is_drawn_once(pipe, reference, tmp_path, drawn):
+def test_a_prior_setting_is_sampled_once(pipe, reference, tmp_path, calls):
     result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
     # priors: the default (200 of 12 codes are all, as are 100 of them and probability 1), top-k 3, top-p 0.5
-    assert drawn.count("both") == 3
+    assert calls.count("both") == 3
     renderers = {str(entry["sampling"]["renderer"]) for entry in module._settings(result)}
     pairs = {str(entry["sampling"]) for entry in module._settings(result)}
-    assert len(renderers) == 4 and len(drawn) == len(pairs)
+    assert len(renderers) == 4 and len(calls) == len(pairs)
 
 
-def test_figures_are_those_of_the_pipeline_itself(pipe, reference, tmp_path):
+def test_metrics_equal_those_of_the_pipeline_itself(pipe, reference, tmp_path):
     result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM, seed=5)
     assert result == read_json(tmp_path / "sweep.json")
     real = FeatureStats.of(reference)
@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_pipeline_itself(pipe, reference, tmp_path):
     assert sweeps["prior"]["top_k"][0]["top_k"] == 3
     assert got(sweeps["prior"]["top_k"][0]) == expected(prior=off | {"top_k": 3})
     assert got(sweeps["renderer"]["top_p"][0]) == expected(renderer=off | {"top_p": 0.5})
-    assert got(result["joint"]["rows"][0][1]) == expected(prior=off | {"top_k": 3}, renderer=off)
+    assert got(result["joint"]["metrics"][0][1]) == expected(prior=off | {"top_k": 3}, renderer=off)
     values = [got(entry) for entry in module._settings(result)]
     assert result["best"]["fd_toy"]["value"] == min(v[0] for v in values)
     assert result["best"]["is_toy"]["value"] == max(v[1] for v in values)
@@ -97,35 +97,35 @@ def test_figures_are_those_of_the_pipeline_itself(pipe, reference, tmp_path):
         assert min(Image.open(tmp_path / name).size) > 300
 
 
-def test_what_is_done_is_not_drawn_or_judged_again(pipe, reference, tmp_path, drawn):
+def test_cached_settings_are_not_sampled_or_judged_again(pipe, reference, tmp_path, calls):
     result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
-    count, judge = len(drawn), ToyJudge()
+    count, judge = len(calls), ToyJudge()
     assert run_sweep(pipe, reference, judge, CFG, tmp_path, num=NUM) == result
-    assert len(drawn) == count and judge.seen == 0
+    assert len(calls) == count and judge.seen == 0
     run_sweep(pipe, reference, ToyJudge(num_classes=3), CFG, tmp_path, num=NUM)
-    assert len(drawn) == count, "another network judges the same tokens"
+    assert len(calls) == count, "another network judges the same tokens"
 
 
 @pytest.mark.parametrize("changes", [{"num": NUM + 1}, {"seed": 1}])
-def test_another_request_is_drawn_afresh(pipe, reference, tmp_path, drawn, changes):
+def test_another_request_is_sampled_again(pipe, reference, tmp_path, calls, changes):
     cfg = SweepConfig(top_k=(3,), top_p=(0.5,))
     run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, num=NUM)
-    count = len(drawn)
+    count = len(calls)
     run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, **{"num": NUM} | changes)
-    assert len(drawn) == 2 * count
+    assert len(calls) == 2 * count
 
 
-def test_another_pipeline_is_drawn_afresh(run, pipe, reference, tmp_path, drawn):
+def test_another_pipeline_is_sampled_again(run, pipe, reference, tmp_path, calls):
     cfg = SweepConfig(top_k=(3,), top_p=(0.5,))
     run_sweep(pipe, reference, ToyJudge(), cfg, tmp_path, num=NUM)
-    count, other = len(drawn), run.make_pipeline("prior", "renderer")
+    count, other = len(calls), run.make_pipeline("prior", "renderer")
     other.renderer.positions.data += 0.1
     run_sweep(other, reference, ToyJudge(), cfg, tmp_path, num=NUM)
-    assert len(drawn) == 2 * count
+    assert len(calls) == 2 * count
 
 
 @pytest.mark.parametrize("after", [1, 4, 6])
-def test_a_killed_sweep_goes_on_where_it_was(pipe, reference, tmp_path, monkeypatch, after):
+def test_an_interrupted_sweep_resumes(pipe, reference, tmp_path, monkeypatch, after):
     whole = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "whole", num=NUM)
     decoded, decode = [], DigitPipeline.decode
 
@@ -140,7 +140,7 @@ def test_a_killed_sweep_goes_on_where_it_was(pipe, reference, tmp_path, monkeypa
         run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "killed", num=NUM)
     assert run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "killed", num=NUM) == whole
     settings = len({str(entry["sampling"]) for entry in module._settings(whole)})
-    assert len(decoded) == settings + 1, "only the setting in the making was decoded twice"
+    assert len(decoded) == settings + 1, "only the interrupted setting was decoded twice"
 
 
 def test_vq_only_pipelines_sweep_their_renderer(run, reference, tmp_path):
@@ -160,7 +160,7 @@ def test_one_image_is_no_sample(pipe, reference, tmp_path):
         run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=1)
 
 
-def test_stage_2_alone_draws_the_same_tokens(pipe):
+def test_stage_2_alone_samples_the_same_tokens(pipe):
     tokens = pipe.generate_tokens(4, seed=9)
     assert torch.equal(pipe.render_tokens(tokens["discriminative"], seed=9), tokens["vq"])
     assert torch.equal(pipe.render(tokens["discriminative"], seed=9), pipe.decode(tokens["vq"]))

@@ -1,4 +1,4 @@
-"""`digit evaluate`: every trap, sprung and not sprung, and what samples.json and class folders tell."""
+"""`digit evaluate`: every warning, raised and not raised, and the content of samples.json and class folders."""
 
 import json
 from dataclasses import replace
@@ -47,12 +47,12 @@ def test_jpeg_is_told_by_content_not_by_name(cfg, tmp_path):
         path.rename(path.with_suffix(".jpg"))
     assert not warned(run(named, reference, cfg), "JPEG")
     large = save_folder(tmp_path / "large", pictures(20, size=64)[:, :, :40], ".jpg")
-    assert not warned(run(images, large, cfg), "JPEG"), "a reference that is shrunk loses nothing"
+    assert not warned(run(images, large, cfg), "JPEG"), "a reference that is resized loses nothing"
 
 
 def test_sizes(cfg, tmp_path):
     same = run(pictures(20), pictures(20, seed=1), cfg)
-    assert not warned(same, "the reference") and not warned(same, "cut out")
+    assert not warned(same, "the reference") and not warned(same, "centre cropped")
     other = run(pictures(20), pictures(20, seed=1, size=32), cfg)
     assert warned(other, "samples are 16 px, the reference 32 px")
     fitted = run(pictures(20), pictures(20, seed=1, size=32), EvaluateConfig(cache=cfg.cache, image_size=16))
@@ -70,7 +70,7 @@ def test_published_figures_need_the_size_the_reference_and_the_numbers_of_their_
 
     small, large = pictures(6), pictures(6, size=256)
     assert "validation" in against(large, large)["protocol"]["about"]
-    assert warned(against(small, small), "samples are 16 px, protocol released is of 256 px")
+    assert warned(against(small, small), "samples are 16 px, those of protocol released 256 px")
     assert not warned(against(large, large), " px")
     assert warned(against(large, large), "6 samples, 50,000 in protocol released")
     assert warned(against(large, large), "6 reference images, 50,000 in protocol released")
@@ -79,7 +79,7 @@ def test_published_figures_need_the_size_the_reference_and_the_numbers_of_their_
     assert not warned(against(tmp_path / "s.npz", large, protocol="adm"), "the reference is")
     assert warned(against(large, large, protocol="adm"), "the reference is images, that of protocol adm is statistics")
     assert not warned(against(small, small, protocol="clean"), "published")
-    assert not warned(run(small, small, cfg), "published"), "no protocol's figures are of this network"
+    assert not warned(run(small, small, cfg), "published"), "no protocol publishes metrics of this network"
 
 
 def test_repeats_and_copies(cfg):
@@ -131,7 +131,7 @@ def test_rounding_is_known_from_samples_json(cfg, tmp_path):
         (folder / "samples.json").write_text(json.dumps(about | {"rounding": rounding}))
         result = run(folder, pictures(6), cfg, network=network)
         assert result["samples"]["rounding"] == rounding
-        assert bool(warned(result, "made uint8 by nearest")) == (rounding == "nearest")
+        assert bool(warned(result, "rounded to uint8 by nearest")) == (rounding == "nearest")
 
 
 def test_labels_against_those_of_the_reference(cfg, tmp_path):
@@ -144,8 +144,10 @@ def test_labels_against_those_of_the_reference(cfg, tmp_path):
     assert warned(run(even, reference, cfg), "labels of the samples are unbalanced against the shares of the reference")
     only = sample_folder(tmp_path / "only", pictures(40), [0] * 40)
     assert warned(run(only, reference, cfg), "0 of class dog")
-    drawn = np.random.default_rng(0).permutation([0] * 26 + [1] * 14).tolist()
-    assert not warned(run(sample_folder(tmp_path / "d", pictures(40), drawn), reference, cfg), "labels of the samples")
+    sampled = np.random.default_rng(0).permutation([0] * 26 + [1] * 14).tolist()
+    assert not warned(
+        run(sample_folder(tmp_path / "d", pictures(40), sampled), reference, cfg), "labels of the samples"
+    )
 
 
 def test_an_unfinished_sample_folder_is_refused(tmp_path):

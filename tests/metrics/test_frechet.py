@@ -118,17 +118,17 @@ def test_misuse_says_what_to_do():
         FeatureStats.of(np.array([[1.0, np.nan]]))
     with pytest.raises(DigitError, match="shape"):
         FeatureStats.of(np.zeros((2, 3, 4)))
-    with pytest.raises(MismatchError, match="5 numbers, statistics 4"):
+    with pytest.raises(MismatchError, match="5 dimensions, statistics 4"):
         FeatureStats.of(np.zeros((2, 4))).update(np.zeros((2, 5)))
     with pytest.raises(MismatchError, match="2 and 3"):
         frechet_distance(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3))
 
 
-def test_bootstrap_measures_the_spread_over_samples():
+def test_bootstrap_estimates_the_spread_over_samples():
     rng = np.random.default_rng(0)
-    draws = [(rng.normal(0, 1, (200, 2)), rng.normal(1, 1, (200, 2))) for _ in range(40)]
-    stats = [(FeatureStats.of(a), FeatureStats.of(b)) for a, b in draws]
+    samples = [(rng.normal(0, 1, (200, 2)), rng.normal(1, 1, (200, 2))) for _ in range(40)]
+    stats = [(FeatureStats.of(a), FeatureStats.of(b)) for a, b in samples]
     truth = np.std([frechet_distance(a.mean, a.cov, b.mean, b.cov) for a, b in stats], ddof=1)
-    estimate = bootstrap_std(*draws[0], num_rounds=60)
+    estimate = bootstrap_std(*samples[0], num_rounds=60)
     assert 0.6 < estimate / truth < 1.6
-    assert estimate == bootstrap_std(*draws[0], num_rounds=60)
+    assert estimate == bootstrap_std(*samples[0], num_rounds=60)

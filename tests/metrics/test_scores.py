@@ -21,7 +21,7 @@ class AsIs(torch.nn.Module):
         return x
 
 
-def draw(num: int, dim: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
+def gaussian(num: int, dim: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
     return torch.randn(num, dim, generator=torch.Generator().manual_seed(seed)) + shift
 
 
@@ -30,7 +30,7 @@ def draw(num: int, dim: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
 
 def test_inception_score_equals_torchmetrics(monkeypatch):
     module = reference("torchmetrics.image.inception")
-    logits = 3 * draw(205, 30).double()  # torchmetrics keeps the type it is given
+    logits = 3 * gaussian(205, 30).double()  # torchmetrics keeps the type it is given
     monkeypatch.setattr(torch, "randperm", torch.arange)  # it shuffles with torch's generator, ours is NumPy's
     theirs = module.InceptionScore(feature=AsIs(), splits=5)
     theirs.update(logits)
@@ -41,7 +41,7 @@ def test_inception_score_equals_torchmetrics(monkeypatch):
 
 
 def test_inception_score_of_uneven_splits_equals_the_formula():
-    logits = 3 * draw(23, 6).double().numpy()  # splits of 7, 8 and 8
+    logits = 3 * gaussian(23, 6).double().numpy()  # splits of 7, 8 and 8
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     parts = (p[:7], p[7:15], p[15:])
     wanted = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in parts]
@@ -61,7 +61,7 @@ def test_inception_score_in_closed_form():
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.floats(0, 50), st.integers(0, 99))
 def test_inception_score_lies_between_1_and_the_classes(num, classes, scale, seed):
-    mean, _ = inception_score(scale * draw(num, classes, seed=seed), num_splits=1, seed=seed)
+    mean, _ = inception_score(scale * gaussian(num, classes, seed=seed), num_splits=1, seed=seed)
     assert 1 - 1e-9 <= mean <= classes * (1 + 1e-9)
 
 
@@ -70,8 +70,10 @@ def test_inception_score_lies_between_1_and_the_classes(num, classes, scale, see
 
 def test_kernel_distance_equals_torchmetrics():
     module = reference("torchmetrics.image.kid")
-    first, second = draw(60, 16).double(), draw(60, 16, 0.5, seed=1).double()
-    theirs = module.KernelInceptionDistance(feature=AsIs(), subsets=2, subset_size=60)  # whole sets: nothing is drawn
+    first, second = gaussian(60, 16).double(), gaussian(60, 16, 0.5, seed=1).double()
+    theirs = module.KernelInceptionDistance(
+        feature=AsIs(), subsets=2, subset_size=60
+    )  # whole sets: no subset is sampled
     theirs.update(first, real=True)
     theirs.update(second, real=False)
     assert kernel_distance(first, second) == pytest.approx((float(theirs.compute()[0]), 0.0), rel=1e-5, abs=1e-12)
@@ -80,7 +82,7 @@ def test_kernel_distance_equals_torchmetrics():
 @pytest.mark.parametrize("num_subsets", [3, 60])  # each subset by itself, or all in one pass
 def test_kernel_distance_of_subsets_equals_torchmetrics(monkeypatch, num_subsets):
     poly_mmd = reference("torchmetrics.image.kid").poly_mmd
-    first, second = draw(90, 8), draw(40, 8, 0.3, seed=1)
+    first, second = gaussian(90, 8), gaussian(40, 8, 0.3, seed=1)
     rng, wanted = np.random.default_rng(3), []
     for _ in range(num_subsets):
         a, b = (x[rng.choice(len(x), 15, replace=False)].double() for x in (first, second))
@@ -92,10 +94,10 @@ def test_kernel_distance_of_subsets_equals_torchmetrics(monkeypatch, num_subsets
 
 
 def test_kernel_distance_is_unbiased():
-    distances = [kernel_distance(draw(30, 4, seed=2 * s), draw(30, 4, seed=2 * s + 1))[0] for s in range(200)]
+    distances = [kernel_distance(gaussian(30, 4, seed=2 * s), gaussian(30, 4, seed=2 * s + 1))[0] for s in range(200)]
     error = np.std(distances) / len(distances) ** 0.5
     assert abs(np.mean(distances)) < 4 * error and min(distances) < 0
-    assert kernel_distance(draw(30, 4), draw(30, 4, 1.0, seed=1))[0] > 10 * np.std(distances)
+    assert kernel_distance(gaussian(30, 4), gaussian(30, 4, 1.0, seed=1))[0] > 10 * np.std(distances)
 
 
 # -------------------------------------------------------------------- precision and recall
@@ -115,22 +117,22 @@ def naive_share(points, centres, k):
 @settings(max_examples=20, deadline=None)
 @given(st.integers(5, 25), st.integers(5, 25), st.integers(1, 4), st.floats(0, 3), st.integers(0, 99))
 def test_precision_and_recall_equal_the_definition(num_real, num_fake, k, shift, seed):
-    real, fake = draw(num_real, 3, seed=seed).double(), draw(num_fake, 3, shift, seed=seed + 1).double()
+    real, fake = gaussian(num_real, 3, seed=seed).double(), gaussian(num_fake, 3, shift, seed=seed + 1).double()
     wanted = naive_share(fake.numpy(), real.numpy(), k), naive_share(real.numpy(), fake.numpy(), k)
     assert precision_recall(real, fake, k) == wanted
 
 
 def test_blocks_change_nothing(monkeypatch):
-    real, fake = draw(101, 5), draw(77, 5, 0.5, seed=1)
+    real, fake = gaussian(101, 5), gaussian(77, 5, 0.5, seed=1)
     whole = precision_recall(real, fake)
     monkeypatch.setattr(scores, "MAX_DISTANCES", 500)
     assert precision_recall(real, fake) == whole
 
 
 def test_what_precision_and_recall_mean():
-    real = draw(200, 4)
+    real = gaussian(200, 4)
     assert precision_recall(real, real.clone()) == (1.0, 1.0)
-    near_one = real[:1] + 1e-4 * draw(100, 4, seed=1)  # good images of one kind only
+    near_one = real[:1] + 1e-4 * gaussian(100, 4, seed=1)  # good images of one kind only
     precision, recall = precision_recall(real, near_one)
     assert precision == 1.0 and recall < 0.02
     assert precision_recall(real, real + 100) == (0.0, 0.0)
@@ -142,8 +144,8 @@ def test_what_precision_and_recall_mean():
 
 
 def test_misuse_says_what_to_do():
-    good = draw(10, 4)
-    with pytest.raises(DigitError, match="at least one image a split"):
+    good = gaussian(10, 4)
+    with pytest.raises(DigitError, match="at least one image per split"):
         inception_score(good, num_splits=11)
     with pytest.raises(DigitError, match="NaN"):
         inception_score(good * float("inf"))

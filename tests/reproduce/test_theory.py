@@ -83,7 +83,7 @@ def test_principal_angles_equal_scipy_and_resolve_small_ones():
     np.testing.assert_allclose(principal_angles(tiny, np.array([[1.0, 0.0]])), np.degrees(1e-9), rtol=1e-6)
 
 
-def test_misuse_says_what_is_wanted():
+def test_misuse_says_what_to_do():
     x, labels = _blobs()
     with pytest.raises(DigitError, match="3 classes have 2 discriminant directions, asked for 3"):
         fisher_directions(x, labels, 3)
@@ -154,7 +154,7 @@ def test_views_are_distributed_alike_whatever_they_share(share):
         views = two_views(max(share, 0.1) if kind == "amount" else share, kind=kind)
         np.testing.assert_allclose(views.within, reference.within)
         assert np.linalg.eigvalsh(views.image_cov)[0] > -1e-12 and np.linalg.eigvalsh(views.view_cov)[0] > 0
-        x, positive, labels = views.draw(200_000, np.random.default_rng(0))
+        x, positive, labels = views.sample(200_000, np.random.default_rng(0))
         np.testing.assert_allclose(np.cov(x, rowvar=False), views.between + views.within, atol=0.06)
         np.testing.assert_allclose(x.T @ positive / len(x), views.between + views.image_cov, atol=0.06)
         assert principal_angles(fisher_directions(x, labels), views.lda)[0] < 1
@@ -229,7 +229,7 @@ def test_accuracy_meets_its_closed_form(data):
 def test_threshold_equals_scikit_learns_discriminant():
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    (x, labels), (test, truth) = (PAPER_LIKE.draw(300, np.random.default_rng(seed)) for seed in (0, 1))
+    (x, labels), (test, truth) = (PAPER_LIKE.sample(300, np.random.default_rng(seed)) for seed in (0, 1))
     w = fisher_directions(x, labels)[0]
     theirs = LinearDiscriminantAnalysis().fit((x @ w)[:, None], labels).score((test @ w)[:, None], truth)
     assert theory._threshold_accuracy(x @ w, labels, test @ w, truth) == pytest.approx(theirs)
@@ -255,14 +255,14 @@ def test_results_are_seeded():
 
 def test_noise_unit_is_the_spread_of_the_data():
     data = ToyData(offset=(3.0, 1.0), correlation=0.2)
-    x, _ = data.draw(200_000, np.random.default_rng(0))
+    x, _ = data.sample(200_000, np.random.default_rng(0))
     assert data.scale == pytest.approx(np.sqrt(x.var(0).mean()), rel=0.01)
 
 
-# -------------------------------------------------------------------- the measure
+# -------------------------------------------------------------------- the whole run
 
 
-def test_run_theory_writes_figures_outcomes_and_pictures(tmp_path):
+def test_run_theory_writes_json_outcomes_and_plots(tmp_path):
     cfg = TheoryConfig(num_seeds=5, num_levels=3, training_seeds=1, training_steps=120, shares=(0, 1))
     result = run_theory(tmp_path, scale=cfg)
     assert result == read_json(tmp_path / "theory.json")

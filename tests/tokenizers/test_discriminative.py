@@ -8,8 +8,8 @@ from toy_images import NoiseSource, PatchEncoder
 
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
+from digit.models.tokenizer import ImageTokenizer
 from digit.runtime.files import read_json, write_json
-from digit.tokenizers.base import ImageTokenizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, choose_images, fit_codebook
 from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.kmeans.config import KMeansConfig

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from digit.errors import DigitError, MismatchError
+from digit.models.tokenizer import ImageTokenizer
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.files import load_tensors, save_tensors
 from digit.tokenizers import encoders
-from digit.tokenizers.base import ImageTokenizer
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, interpolated, load_encoder, load_vit
 
 TINY = ViTConfig(embed_dim=24, depth=4, num_heads=3, patch_size=4, layer_scale=False, table_side=4)

@@ -1,4 +1,4 @@
-"""What the paper measures, of a pipeline and images; each collects, computes in `evaluation/`, writes and returns.
+"""Evaluations of the paper, of a pipeline or of image sets, with the metrics of `metrics/`.
 
-A measure writes NAME.json (protocol, figures, intervals) and NAME.png into a folder, and returns what the JSON holds.
+Each evaluation writes NAME.json (protocol, metrics, intervals) and NAME.png into a folder, and returns the former.
 """

@@ -1,4 +1,4 @@
-"""What was drawn once is kept under a hash of all it depends on: a killed measure goes on, another starts afresh."""
+"""Cache of sampled tensors under a hash of all that they depend on: an interrupted evaluation resumes."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ def request_key(**request: Any) -> str:
 
 
 def remember(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The tensors of a file that `make` once gave; a missing or damaged file is made."""
+    """Load the tensors of a file; if it is missing or damaged, make them with `make` and save them."""
     try:
         return load_tensors(path)
     except DigitError:
@@ -29,7 +29,7 @@ def remember(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[st
 
 
 def pipeline_key(pipe: DigitPipeline) -> str:
-    """SHA-256 over the parts of a pipeline that decide what it draws and completes, less its sampling."""
+    """SHA-256 over the parts of a pipeline that decide its samples and completions, without its sampling settings."""
     models = (pipe.prior, pipe.renderer)
     parts = [model.fingerprint if model else "-" for model in (pipe.tokenizer, pipe.vq)]
     parts += [sha256_tensors(model.state_dict()) if model else "-" for model in models]

@@ -1,8 +1,8 @@
-"""Figure 4b of the paper: distance of completed images against the kept prefix, a curve a pipeline.
+"""Figure 4b of the paper: distance of completed images against the kept prefix, one curve per pipeline.
 
-Whole token rows are kept, of every grid of a pipeline. A fraction that one of its grids cannot keep exactly is left out
-for that pipeline: of 4 x 4 discriminative and 8 x 8 VQ tokens, "12.5 %" would keep a quarter of the ones and an eighth
-of the others, and give the curve an advantage that is not its own.
+Completion keeps whole token rows of every grid of a pipeline. A fraction that one of its grids cannot keep exactly is
+left out for that pipeline: with 4 x 4 discriminative and 8 x 8 VQ tokens, "12.5 %" would keep a quarter of the former
+and an eighth of the latter, which would favour that pipeline.
 """
 
 import math
@@ -29,8 +29,8 @@ from digit.pipeline.pipeline import DigitPipeline, kept_tokens
 from digit.runtime import plots
 from digit.runtime.files import plain, sha256_tensors, write_json
 
-SHOWN = 8  # images of the grid pictures
-NOTE = "kept tokens are computed from whole pictures: a wide receptive field lets some of the hidden part through"
+SHOWN = 8  # images in the grids
+NOTE = "kept tokens are computed from whole images: a wide receptive field reveals some of the hidden part"
 
 
 def run_completion(
@@ -47,25 +47,27 @@ def run_completion(
     """Complete images by every pipeline at every fraction; write completion.json, completion.png, completed_NAME.png.
 
     Args:
-        pipes: by name; the first is set against each other one, usually "discriminative" against "VQ-only".
+        pipes: by name; the first is compared with each other one, usually "discriminative" against "VQ-only".
         images: uint8 (N, 3, S, S), held out from training; cropped to the size of the pipelines.
         reference: pooled features (M, D) of real images from `network`, or their statistics.
         network: gives the features and the metric's name.
-        keeps: fractions of the rows (evaluation.completion.KEEPS are the paper's).
-        out: folder; OUT/cache holds features by pipeline and fraction, and what is there is not drawn again.
+        keeps: fractions of the rows (the paper's: metrics.completion.KEEPS).
+        out: folder; OUT/cache keeps features by pipeline and fraction, and cached completions are not sampled again.
         seed: of the first image.
-        labels: classes (N,) of the images; None lets a conditional pipeline guess each from its whole picture.
+        labels: classes (N,) of the images; with None a conditional pipeline predicts each from its whole image.
 
-    Returns what the JSON holds: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
-    Raises DigitError where a pipeline can keep none of the fractions exactly, and before anything is drawn.
+    Returns the JSON's content: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
+    Raises DigitError, before any sampling, where a pipeline can keep none of the fractions exactly.
     """
     out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     exact = {name: exact_fractions(pipe, keeps) for name, pipe in pipes.items()}
-    found, features, curves = {}, {}, {}
+    completed, features, curves = {}, {}, {}
     for name, pipe in pipes.items():
-        found[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
-        plot_grid(out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, found[name], pipe.image_size)
-        features[name] = {keep: held["features"] for keep, held in found[name].items()}
+        completed[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
+        plot_grid(
+            out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, completed[name], pipe.image_size
+        )
+        features[name] = {keep: entry["features"] for keep, entry in completed[name].items()}
         curves[name] = distance_curve(features[name], reference)
     result = {
         "metric": network.metric("fd"),
@@ -92,13 +94,13 @@ def completions(
     seed: int,
     labels: Sequence[int] | None,
 ) -> dict[float, Mapping[str, Tensor]]:
-    """Fraction -> {"features" (N, D), "shown"}, cached; 1 is among them: all kept, the VQGAN's reconstruction."""
-    ready, complete = fit_batch(images, pipe.image_size), completer(pipe, seed, labels)
+    """Fraction -> {"features" (N, D), "shown"}, cached; fraction 1 keeps all: the VQGAN's reconstruction."""
+    fitted, complete = fit_batch(images, pipe.image_size), completer(pipe, seed, labels)
     request = {"pipe": pipeline_key(pipe), "sampling": asdict(pipe.sampling), "network": fingerprint(network)}
-    request |= {"images": sha256_tensors({"images": ready}), "seed": seed, "labels": labels and list(labels)}
+    request |= {"images": sha256_tensors({"images": fitted}), "seed": seed, "labels": labels and list(labels)}
 
     def make(keep: float) -> dict[str, Tensor]:
-        return complete_and_judge(complete, ready, keep, lambda done: network.judge(done).pooled, num_shown=SHOWN)
+        return complete_and_judge(complete, fitted, keep, lambda batch: network.judge(batch).pooled, num_shown=SHOWN)
 
     paths = {keep: cache / f"{request_key(**request, keep=keep)}.safetensors" for keep in (*keeps, 1.0)}
     return {keep: remember(path, partial(make, keep)) for keep, path in paths.items()}
@@ -107,7 +109,7 @@ def completions(
 def describe(
     pipe: DigitPipeline, curve: Mapping[float, Interval], keeps: Sequence[float], labels: Sequence[int] | None
 ) -> dict[str, Any]:
-    """A pipeline's part of the JSON."""
+    """The JSON entry of one pipeline."""
     skipped = sorted(set(keeps) - curve.keys())
     points = {keep: distance for keep, distance in curve.items() if keep < 1}
     return {
@@ -122,72 +124,72 @@ def describe(
 
 
 def differences(features: Mapping[str, Mapping[float, Tensor]], reference: FeatureStats) -> list[dict[str, Any]]:
-    """The first curve less each other one, at the fractions that both have; below 0 the first completes better."""
-    (first, mine), *others = features.items()
+    """The first curve minus each other one, at the fractions that both have; below 0 the first completes better."""
+    (first, first_features), *others = features.items()
     return [
         {"first": first, "second": name, "keep": keep, "difference": difference.to_dict()}
-        for name, theirs in others
-        for keep, difference in curve_difference(mine, theirs, reference).items()
+        for name, other_features in others
+        for keep, difference in curve_difference(first_features, other_features, reference).items()
         if keep < 1
     ]
 
 
 def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> Complete:
-    """A pipeline as `evaluation.completion.Complete`; image i draws with seed + i and its own label."""
+    """A pipeline as `metrics.completion.Complete`; image i is sampled with seed + i and its own label."""
 
     def complete(images: Tensor, keep: float, first: int) -> Tensor:
-        known = labels is not None and bool(first_model(pipe).cfg.num_classes)
-        these = list(labels[first : first + len(images)]) if known else None
-        return pipe.complete(images, keep, seed + first, these)
+        labelled = labels is not None and bool(first_model(pipe).cfg.num_classes)
+        batch_labels = list(labels[first : first + len(images)]) if labelled else None
+        return pipe.complete(images, keep, seed + first, batch_labels)
 
     return complete
 
 
 def first_model(pipe: DigitPipeline) -> Any:
-    """The model that draws first: it carries the classes."""
+    """The model that samples first; it takes the class labels."""
     pipe.require("vq", "renderer")
     return pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
 
 
 def label_source(pipe: DigitPipeline, labels: Sequence[int] | None) -> str:
-    """Where the classes of the images came from, in words."""
+    """Where the classes of the images came from, as text for the JSON."""
     if not first_model(pipe).cfg.num_classes:
         return "none: the pipeline is unconditional"
-    return "guessed from each whole picture, which tells of its hidden part" if labels is None else "given"
+    return "predicted from each whole image, which reveals something of its hidden part" if labels is None else "given"
 
 
 # -------------------------------------------------------------------- what can be kept
 
 
 def grids(pipe: DigitPipeline) -> dict[str, tuple[int, int]]:
-    """(rows, columns) of each kind of token that takes part in a completion."""
+    """(rows, columns) of each kind of token that a completion keeps."""
     names = ("discriminative", "vq") if pipe.renderer.cfg.prefix_len else ("vq",)
     return {name: pipe.tokenizers[name].grid for name in names}
 
 
 def kept(pipe: DigitPipeline, keep: float) -> dict[str, float]:
-    """The fraction of each kind of token that `keep` comes to in whole rows."""
+    """The fraction of each kind of token that is kept when `keep` is rounded to whole rows."""
     return {name: kept_tokens(grid, keep) / math.prod(grid) for name, grid in grids(pipe).items()}
 
 
 def exact_fractions(pipe: DigitPipeline, keeps: Sequence[float]) -> list[float]:
-    """Those that every grid of the pipeline can keep exactly, sorted. Raises DigitError where there is none."""
+    """The fractions that every grid of the pipeline can keep exactly, sorted. Raises DigitError if there are none."""
     if not all(0 < keep < 1 for keep in keeps):
         raise DigitError(f"fractions to keep are {list(keeps)}: wanted numbers between 0 and 1, such as 0.5")
-    chosen = sorted(set(keeps))
-    exact = [keep for keep in chosen if all(math.isclose(got, keep) for got in kept(pipe, keep).values())]
+    requested = sorted(set(keeps))
+    exact = [keep for keep in requested if all(math.isclose(got, keep) for got in kept(pipe, keep).values())]
     if not exact:
         rows = math.gcd(*(grid[0] for grid in grids(pipe).values()))
         possible = ", ".join(f"{row / rows:g}" for row in range(1, rows)) or "none"
-        raise DigitError(f"token grids {grids(pipe)} keep none of {chosen} in whole rows: choose among {possible}")
+        raise DigitError(f"token grids {grids(pipe)} keep none of {requested} in whole rows: choose among {possible}")
     return exact
 
 
-# -------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------- plots
 
 
 def plot_curves(path: Path, result: dict[str, Any]) -> None:
-    """Distance against prefix length in percent, as Figure 4b; dashed, what the VQGAN alone costs."""
+    """Plot distance against prefix length in percent, as Figure 4b; dashed, the distance of VQGAN reconstructions."""
     curves, floors = [], {}
     for colour, (name, pipe) in enumerate(result["pipes"].items()):
         x = [100 * point["keep"] for point in pipe["curve"]]
@@ -198,18 +200,18 @@ def plot_curves(path: Path, result: dict[str, Any]) -> None:
     curves_png(path, {result["metric"]: curves}, xlabel="prefix length / %")
 
 
-def plot_grid(path: Path, images: Tensor, found: Mapping[float, Mapping[str, Tensor]], size: int) -> None:
-    """The pictures, and below them a row a fraction; a pale line ends the kept part."""
-    rows, names = [fit_batch(images[:SHOWN].cpu(), size)], ["picture"]
-    for keep, held in sorted(found.items()):
-        rows.append(held["shown"] if keep == 1 else with_cut(held["shown"], keep))
+def plot_grid(path: Path, images: Tensor, completed: Mapping[float, Mapping[str, Tensor]], size: int) -> None:
+    """Save a grid: the images, then one row per fraction; a pale line marks the end of the kept part."""
+    rows, names = [fit_batch(images[:SHOWN].cpu(), size)], ["image"]
+    for keep, entry in sorted(completed.items()):
+        rows.append(entry["shown"] if keep == 1 else with_cut(entry["shown"], keep))
         names.append("all kept" if keep == 1 else f"{100 * keep:g}%")
     scale = max(1, 96 // size)
     plots.save_png(path, plots.grid(torch.cat(rows), len(rows[0]), scale=scale, row_names=names))
 
 
 def with_cut(images: Tensor, keep: float) -> Tensor:
-    """The last kept row of pixels half white."""
+    """Copies of the images with the last kept row of pixels blended half with white."""
     marked, row = images.clone(), round(images.shape[2] * keep) - 1
     marked[:, :, row] = ((marked[:, :, row].int() + 255) // 2).to(torch.uint8)
     return marked

@@ -1,6 +1,6 @@
-"""Features of an image set in one pass, kept on disk by content, so that no image goes through a network twice.
+"""Features of an image set in one pass, cached on disk by content, so that no image goes through a network twice.
 
-Several ranks take turns with its parts; rank 0 gets all of them, in order.
+Ranks share the parts in turn; rank 0 receives all of them, in order.
 """
 
 import json
@@ -17,23 +17,23 @@ from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
 from digit.evaluation.sharing import together
 from digit.metrics.frechet import FeatureStats
-from digit.metrics.judge import JudgeNetwork
+from digit.metrics.judge import Judged, JudgeNetwork
 from digit.runtime import distributed
 from digit.runtime.files import load_tensors, save_tensors
 from digit.runtime.progress import Progress
 
-SHARD = 1000  # images of one file of the cache; what a killed run has to do again at most
-FORMAT = b"judged 1"  # changes with what a shard holds
+SHARD = 1000  # images per cache file; an interrupted run repeats at most so many
+FORMAT = b"judged 1"  # change it with the content of a shard
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the network said of N images, in order, on the CPU."""
+    """Outputs of a network for N images, in order, on the CPU."""
 
     pooled: Tensor  # (N, D) float32
     logits: Tensor  # (N, C) float32
-    spatial: FeatureStats  # of (N, E); only its mean and covariance are ever needed
-    digests: Tensor  # (N, 32) uint8, SHA-256 of the pixels as the network got them
+    spatial: FeatureStats  # of (N, E); only its mean and covariance are needed
+    digests: Tensor  # (N, 32) uint8, SHA-256 of the pixels that the network received
     grey: Tensor  # (N,) bool, all three channels equal
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images: what they are a function of, and how to get them."""
+    """A part of an image set: a hash of all that its images depend on, and how to make them."""
 
     key: str
     num: int
@@ -54,7 +54,7 @@ class Shard:
 
 
 def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
-    """An image set in parts of SHARD; `side` as for `ImageSet.pixels`. A part's key is of its bytes, not its place."""
+    """Split an image set into parts of SHARD images; `side` as for `ImageSet.pixels`. Keys hash content alone."""
     digests = images.survey.digests
     for start in range(0, len(images), SHARD):
         rows = range(start, min(start + SHARD, len(images)))
@@ -65,27 +65,27 @@ def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
 def collect(
     parts: list[Shard], network: JudgeNetwork, *, batch_size: int, cache: Path | None, description: str
 ) -> Features | None:
-    """Features of every part; what the cache holds is not computed again, and what is computed goes there at once.
+    """Features of every part, read from the cache or else computed and cached at once.
 
-    None on ranks other than 0.
+    Returns None on ranks other than 0.
     """
     kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": []}
-    spatial, who, several = FeatureStats(), fingerprint(network).encode(), distributed.world_size()
+    spatial, network_key, world_size = FeatureStats(), fingerprint(network).encode(), distributed.world_size()
 
-    def turn(part: Shard) -> dict[str, Tensor]:
-        path = cache and cache / f"{digest([FORMAT, who, part.key.encode()])}.safetensors"
+    def judged_part(part: Shard) -> dict[str, Tensor]:
+        path = cache and cache / f"{digest([FORMAT, network_key, part.key.encode()])}.safetensors"
         judged = _read(path, part.num) if path else None
         if judged is None:
             judged = judge(part.make(), network, batch_size)
             if path:
                 save_tensors(path, judged)
-        # a mapped tensor would be sent with the whole file
-        return {name: values.clone() for name, values in judged.items()} if several > 1 else judged
+        # cloned, because sending a memory-mapped tensor sends its whole file
+        return {name: values.clone() for name, values in judged.items()} if world_size > 1 else judged
 
     with Progress(description, sum(part.num for part in parts)) as bar:
-        for first in range(0, len(parts), several):
-            mine = parts[first + distributed.rank() :][:1]
-            for judged in chain.from_iterable(together(lambda mine=mine: [turn(part) for part in mine])):
+        for first in range(0, len(parts), world_size):
+            own = parts[first + distributed.rank() :][:1]
+            for judged in chain.from_iterable(together(lambda own=own: [judged_part(part) for part in own])):
                 bar.update(len(judged["grey"]))
                 if distributed.is_main():
                     spatial.update(judged["spatial"])
@@ -97,19 +97,19 @@ def collect(
 
 
 def fingerprint(network: JudgeNetwork) -> str:
-    """SHA-256 over what the network says of itself: weights, resize, input size; their file's name is left out."""
+    """SHA-256 over the network's description (weights, resize, input size), without the name of the weights file."""
     about = {name: value for name, value in network.describe().items() if name != "weights"}
     return digest([json.dumps(about, sort_keys=True).encode()])
 
 
 def _read(path: Path, num: int) -> dict[str, Tensor] | None:
-    """A shard of the cache; None where it is missing or damaged, since it can be made again."""
+    """Read a shard from the cache; None where it is missing or damaged."""
     try:
-        held = load_tensors(path)
+        cached = load_tensors(path)
     except DigitError:
         return None
-    whole = {"pooled", "spatial", "logits", "digests", "grey"} == set(held)
-    return held if whole and all(len(values) == num for values in held.values()) else None
+    whole = {"pooled", "spatial", "logits", "digests", "grey"} == set(cached)
+    return cached if whole and all(len(values) == num for values in cached.values()) else None
 
 
 @torch.no_grad()
@@ -117,13 +117,10 @@ def judge(images: Tensor, network: JudgeNetwork, batch_size: int) -> dict[str, T
     """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,)."""
     batches = [network.judge(batch) for batch in images.split(batch_size)]
     return {
-        **{name: torch.cat([getattr(batch, name).float().cpu() for batch in batches]) for name in NAMES},
+        **{name: values.float().cpu() for name, values in vars(Judged.cat(batches)).items()},
         "digests": torch.stack([_pixel_digest(image) for image in images]),
         "grey": (images == images[:, :1]).flatten(1).all(1).cpu(),
     }
-
-
-NAMES = ("pooled", "spatial", "logits")
 
 
 def _pixel_digest(image: Tensor) -> Tensor:

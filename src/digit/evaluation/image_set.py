@@ -1,4 +1,4 @@
-"""Images to be measured, whatever they come in: a folder, .npz, a tensor or any source."""
+"""Image sets to evaluate: a folder, .npz, tensor or any other source."""
 
 import hashlib
 import re
@@ -27,14 +27,16 @@ from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runtime import distributed
 from digit.runtime.files import read_json
 
-PIXELS = "pixels"  # the kind of an image that was never in a file of its own
+PIXELS = "pixels"  # the format of images without a file of their own
 READERS = 4  # threads that read and decode
-FIRST = re.compile(r"0{5,}\.png")  # of `digit sample` and `digit complete`, whose grid.png is no image of the set
+FIRST = re.compile(
+    r"0{5,}\.png"
+)  # names in folders of `digit sample` and `digit complete`, whose grid.png is no sample
 Images = str | Path | Tensor | ImageSource
 
 
 class ArraySource(ImageSource):
-    """uint8 (N, H, W, 3) in memory or mapped from a file, as a source without labels."""
+    """A source without labels: uint8 (N, H, W, 3) in memory or memory-mapped from a file."""
 
     def __init__(self, images: np.ndarray, name: str):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
@@ -54,7 +56,7 @@ class ArraySource(ImageSource):
 
 @dataclass(frozen=True)
 class Survey:
-    """What the files of a set say before any of them is decoded."""
+    """What the files of a set contain, read without decoding them."""
 
     digests: tuple[bytes, ...]  # SHA-256 of each encoded image, in order
     sizes: Counter[tuple[int, int]]  # (width, height) -> images
@@ -63,13 +65,13 @@ class Survey:
 
     @property
     def side(self) -> int | None:
-        """Pixels of a side where all images are squares of one size, else None."""
+        """Side in pixels if all images are squares of one size, else None."""
         (width, height), *others = self.sizes
         return width if not others and width == height else None
 
 
 class ImageSet:
-    """Some images of a source; where known, the names of their classes and how they became uint8."""
+    """The images of a source and, where known, the names of their classes and how they were rounded to uint8."""
 
     def __init__(self, source: ImageSource, class_names: list[str] | None = None, rounding: str | None = None):
         self.source, self.name, self.class_names, self.rounding = source, source.name, class_names, rounding
@@ -81,31 +83,31 @@ class ImageSet:
     def survey(self) -> Survey:
         """Formats, sizes and content hashes; reads every file once. Raises BadImageError naming the first broken one.
 
-        Several ranks read a share each, so that all of them have to ask for it.
+        Each rank reads a share, so all of them must access this property.
         """
-        parts = together(lambda: self._read_all(self._look, distributed.share(len(self))))
+        parts = together(lambda: self._read_all(self._inspect, distributed.share(len(self))))
         digests, sizes, kinds, modes = zip(*chain.from_iterable(parts), strict=True)
         return Survey(tuple(digests), Counter(sizes), Counter(kinds), Counter(modes))
 
-    def _look(self, index: int) -> tuple[bytes, tuple[int, int], str, str]:
+    def _inspect(self, index: int) -> tuple[bytes, tuple[int, int], str, str]:
         data = self.source.raw(index)
         if data is None:
-            picture = self.source.read(index)[0]
-            return hashlib.sha256(picture.tobytes()).digest(), picture.size, PIXELS, picture.mode
+            image = self.source.read(index)[0]
+            return hashlib.sha256(image.tobytes()).digest(), image.size, PIXELS, image.mode
         try:
             data = data.read_bytes() if isinstance(data, Path) else data
             kind, mode, size = probe_image(data)
         except (BadImageError, OSError) as error:
-            raise BadImageError(f"{self.source.key(index)}: {error}; mend it or take it out") from error
+            raise BadImageError(f"{self.source.key(index)}: {error}; repair or remove it") from error
         return hashlib.sha256(data).digest(), size, kind, mode
 
     def pixels(self, rows: Iterable[int], side: int | None) -> Tensor:
-        """uint8 (B, 3, H, W): as they are, or the short side resized to `side` (PIL bicubic) and the centre cut out."""
+        """uint8 (B, 3, H, W): unchanged, or with the short side resized to `side` (PIL bicubic) and centre-cropped."""
 
         def read(index: int) -> np.ndarray:
-            picture = self.source.read(index)[0]
+            image = self.source.read(index)[0]
             try:
-                return np.array(picture) if side is None else centre_crop(picture, side)
+                return np.array(image) if side is None else centre_crop(image, side)
             except BadImageError as error:
                 raise BadImageError(f"{self.source.key(index)}: {error}") from error
 
@@ -117,14 +119,14 @@ class ImageSet:
 
 
 def open_images(spec: Images, num: int | None = None) -> ImageSet:
-    """Open what is to be measured.
+    """Open the images to evaluate.
 
     Args:
         spec: uint8 tensor (N, 3, H, W), .npz with arr_0 uint8 (N, H, W, 3), an ImageSource, or what `open_source`
-            takes. The grid.png and samples.json of a `digit sample` folder are no samples; the latter gives labels.
-        num: keep the first so many; of a set that is sorted by class, so many spread evenly over it.
+            takes. In a folder of `digit sample`, grid.png is left out and samples.json gives the labels.
+        num: keep the first `num`; of a set that is sorted by class, `num` spread evenly over it.
 
-    Raises DigitError where there are fewer than 2 images, or nothing to read.
+    Raises DigitError for fewer than 2 images and for sources that cannot be read.
     """
     if num is not None and num < 2:
         raise DigitError(f"num is {num}: a covariance needs at least 2 images")
@@ -153,7 +155,7 @@ def _open(spec: Images) -> ImageSource:
 
 
 def _without_grid(source: FolderSource) -> ImageSource:
-    """Less the overview of a folder whose images are numbered as `digit sample` numbers them."""
+    """The source without grid.png, if its images are numbered as in a folder of `digit sample`."""
     if GRID not in source.files or not any(FIRST.fullmatch(name) for name in source.files):
         return source
     kept = source.subset([row for row, name in enumerate(source.files) if name != GRID])
@@ -162,28 +164,28 @@ def _without_grid(source: FolderSource) -> ImageSource:
 
 
 def _samples_json(source: FolderSource) -> dict[str, Any]:
-    """What `digit sample` wrote beside the images; {} for other folders. Raises DigitError where it is not done."""
+    """samples.json of a folder of `digit sample`, {} for others. Raises DigitError where sampling is not finished."""
     if (source.root / JOURNAL).is_file():
-        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again, it goes on")
+        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again to continue it")
     path = source.root / SAMPLES
     about = read_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}
 
 
 def _class_names(source: ImageSource, about: dict[str, Any]) -> list[str] | None:
-    """Class of each image; None where some are unlabelled, or samples.json is of another number of images."""
+    """Class of each image; None where some have no label, or samples.json has another number of images."""
     labels, names = about.get("labels"), about.get("classes")
     if labels is not None:
         if not isinstance(labels, list) or len(labels) != len(source) or any(label in (None, -1) for label in labels):
             return None
         named = isinstance(names, list) and len(names) == len(labels) and all(isinstance(name, str) for name in names)
         return names if named else [str(label) for label in labels]
-    known = source.labels()
-    if known is None or not source.classes or (known < 0).any():
+    source_labels = source.labels()
+    if source_labels is None or not source.classes or (source_labels < 0).any():
         return None
-    return [source.classes[label] for label in known]
+    return [source.classes[label] for label in source_labels]
 
 
 def _in_runs(names: list[str]) -> bool:
-    """Whether the images of each class follow each other."""
+    """Whether the images of each class are consecutive."""
     return sum(a != b for a, b in pairwise(names)) == len(set(names)) - 1

@@ -1,6 +1,6 @@
-"""The networks that judge: the InceptionV3 of FID where its weights are at hand, EfficientNet-Lite2 everywhere.
+"""Judge networks: the InceptionV3 of FID if its weights are given, else EfficientNet-Lite2.
 
-Metrics carry FID's names on Inception alone; on Lite2 they are fd_efficientnet_lite2, kd_efficientnet_lite2, ...
+Metrics are called fid, kid, ... with Inception alone; with Lite2 fd_efficientnet_lite2, kd_efficientnet_lite2, ...
 """
 
 from abc import ABC, abstractmethod
@@ -33,10 +33,10 @@ INCEPTION_METRICS = {
 def load_judge_network(
     inception: str | Path | None = None, *, resize: Resize = "tensorflow", device: str | torch.device | None = None
 ) -> JudgeNetwork:
-    """The InceptionV3 of FID from a released weights file, or EfficientNet-Lite2 where none is given.
+    """Load the InceptionV3 of FID from a released weights file, or EfficientNet-Lite2 if no file is given.
 
-    resize is Inception's: tensorflow as torch-fidelity and ADM's evaluator have it, clean as clean-fid. device None
-    takes cuda where there is one. Raises DigitError for a missing or foreign file, saying how to get the weights.
+    resize is for Inception: tensorflow as in torch-fidelity and ADM's evaluator, or clean as in clean-fid. device None
+    uses cuda if available. Raises DigitError for a missing or wrong file, with how to get the weights.
     """
     device = choose_device(None if device is None else str(device))
     if inception is None:
@@ -45,25 +45,25 @@ def load_judge_network(
 
 
 class Judge(ABC):
-    """Runs `_see` on pieces that suit the device."""
+    """Runs `_outputs` on batches whose size suits the device."""
 
     name: str
     device: torch.device
 
     def judge(self, images: Tensor) -> Judged:
-        """uint8 (B, 3, H, W) RGB -> what the network sees, on the CPU. On a CPU 16 images at a time, for speed."""
+        """uint8 (B, 3, H, W) RGB -> features and logits on the CPU. A CPU takes 16 images at a time, for speed."""
         pieces = images.split(CPU_CHUNK if self.device.type == "cpu" else max(len(images), 1))
         with torch.no_grad():
-            seen = [self._see(piece) for piece in pieces]
-        return Judged(*(torch.cat(part).float().cpu() for part in zip(*seen, strict=True)))
+            outputs = [self._outputs(piece) for piece in pieces]
+        return Judged(*(torch.cat(part).float().cpu() for part in zip(*outputs, strict=True)))
 
     @abstractmethod
-    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pooled features, spatial features and logits of one piece."""
+    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features (B, D), spatial features (B, E) and logits (B, C)."""
 
 
 class InceptionJudge(Judge):
-    """Its logits are those without the bias, of which torch-fidelity and ADM's evaluator make the Inception Score."""
+    """InceptionV3. Its logits have no bias, as in the Inception Score of torch-fidelity and ADM's evaluator."""
 
     name = "inception"
 
@@ -71,23 +71,23 @@ class InceptionJudge(Judge):
         self.net, self.device = net, net.fc.weight.device
         self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
 
-    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.net(images)
         return features.pooled, features.spatial, features.logits_unbiased
 
     def metric(self, name: str) -> str:
-        """fd -> fid and so on, see INCEPTION_METRICS."""
+        """Full name of a metric: fd -> fid and so on, see INCEPTION_METRICS."""
         return INCEPTION_METRICS[name]
 
     def describe(self) -> dict[str, Any]:
-        """For a results file; weights_released says whether the file's hash is the one in the releases' names."""
+        """Description for a results file; weights_released: whether the file has the released hash."""
         released = self._file["weights_sha256"].startswith(RELEASED_SHA256)
         resize = {"resize": self.net.resize, "input_size": INPUT_SIZE}
         return {"network": self.name} | self._file | {"weights_released": released} | resize
 
 
 class Lite2Judge(Judge):
-    """The judge of `METRIC`: pooled features at 128 px, beside them the last map at stride 16 and ImageNet's logits."""
+    """EfficientNet-Lite2, the judge of `METRIC`: pooled features at 128 px, the last stride-16 map, ImageNet logits."""
 
     name = LITE2
 
@@ -99,18 +99,18 @@ class Lite2Judge(Judge):
         self._classifier = tuple(part.to(device) for part in read_classifier(path))
         self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
 
-    def _see(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         net, x = self.encoder.net, self.encoder.prepare(judge_input(images))
         cells, inner = net.with_inner_map(x, net.cfg.default_layer)  # (B, 16, 1280), (B, 120, 8, 8)
         pooled = cells.mean(1)
         return pooled, first_channels(inner), F.linear(pooled, *self._classifier)
 
     def metric(self, name: str) -> str:
-        """fd -> fd_efficientnet_lite2 and so on, for the names of INCEPTION_METRICS."""
+        """Full name of a metric: fd -> fd_efficientnet_lite2 and so on, for the names in INCEPTION_METRICS."""
         assert name in INCEPTION_METRICS, name
         return f"{name}_{LITE2}"
 
     def describe(self) -> dict[str, Any]:
-        """For a results file."""
+        """Description for a results file."""
         resize = {"resize": "antialiased bicubic, rounded to uint8", "input_size": JUDGE_INPUT_SIZE}
         return {"network": self.name} | self._file | resize

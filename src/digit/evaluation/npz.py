@@ -1,4 +1,4 @@
-"""Images and statistics in .npz files, as ADM, pytorch-fid and other programs keep them; nothing in a file is run."""
+"""Images and statistics in .npz files of ADM, pytorch-fid and other programs; pickled code is never executed."""
 
 import math
 import zipfile
@@ -13,9 +13,9 @@ from digit.runtime.files import atomic_path
 
 
 def read_npz_images(path: str | Path) -> np.ndarray:
-    """arr_0 of an .npz, uint8 (N, H, W, 3); mapped where it is stored uncompressed (50,000 of 256 px are 9.8 GB).
+    """Read arr_0 of an .npz, uint8 (N, H, W, 3); memory-mapped if uncompressed (50,000 images of 256 px: 9.8 GB).
 
-    Nothing in the file is run: pickled arrays are refused. Raises DigitError for a missing, damaged or foreign file.
+    Pickled arrays are refused, so no code is executed. Raises DigitError for a missing, damaged or other file.
     """
     with _Archive(path) as (archive, names):
         if "arr_0" not in names:
@@ -27,23 +27,25 @@ def read_npz_images(path: str | Path) -> np.ndarray:
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise DigitError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
         if entry.file_size != header + math.prod(shape):
-            raise DigitError(f"{path}: arr_0 says {shape} and holds {entry.file_size - header} bytes: it is damaged")
+            raise DigitError(
+                f"{path}: arr_0 has shape {shape} and holds {entry.file_size - header} bytes: it is damaged"
+            )
         if entry.compress_type != zipfile.ZIP_STORED:
             return _load(path, "arr_0")
     with open(path, "rb") as file:
         file.seek(entry.header_offset + 26)  # lengths of name and extra field of the local header (PKWARE 4.3.7)
-        begin = file.tell() + 4 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
-    return np.memmap(path, dtype=np.uint8, mode="r", offset=begin + header, shape=shape)
+        start = file.tell() + 4 + sum(int.from_bytes(file.read(2), "little") for _ in range(2))
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=start + header, shape=shape)
 
 
 def read_npz_names(path: str | Path) -> list[str]:
-    """Names of the arrays in an .npz. Raises DigitError for a missing or foreign file."""
+    """Names of the arrays in an .npz. Raises DigitError for a missing file and one that is no .npz."""
     with _Archive(path) as (_, names):
         return names
 
 
 class _Archive:
-    """An .npz as (zip archive, names of its arrays); whatever is wrong with it becomes a DigitError."""
+    """Opens an .npz as (zip archive, names of its arrays); errors in the file become DigitError."""
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -80,21 +82,21 @@ def _listing(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of a reference whose images are not at hand (or need not be read), float64."""
+    """Mean and covariance (float64) of a reference, used instead of its images."""
 
     mu: np.ndarray  # (D,) pooled features
     sigma: np.ndarray  # (D, D)
     mu_s: np.ndarray | None = None  # (E,) spatial features, for sFID
     sigma_s: np.ndarray | None = None  # (E, E)
-    num: int | None = None  # images behind them; other programs do not say
-    network: str | None = None  # fingerprint of the network; other programs do not say
+    num: int | None = None  # number of images; None in files of other programs
+    network: str | None = None  # fingerprint of the network; None in files of other programs
 
     def check(self, network: str, dim: int) -> None:
-        """Raise MismatchError where these are features of another network."""
+        """Raise MismatchError if the statistics belong to another network."""
         if self.network not in (None, network):
             raise MismatchError(
-                f"the reference statistics are of network {self.network[:12]}, this one is {network[:12]}: "
-                "make them again with this network, or give the images"
+                f"the reference statistics are of network {self.network[:12]}, this network is {network[:12]}: "
+                "compute them again with this network, or give the images"
             )
         if len(self.mu) != dim:
             raise MismatchError(
@@ -103,36 +105,38 @@ class Statistics:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write .npz with mu, sigma and, where known, mu_s, sigma_s, num, network; others read the first two."""
+        """Write .npz with mu, sigma and, if set, mu_s, sigma_s, num, network; other programs read the first two."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
         with atomic_path(path) as temporary, open(temporary, "wb") as out:
             np.savez(out, **arrays)
 
 
 def read_statistics(path: str | Path) -> Statistics | None:
-    """mu and sigma (mu_s, sigma_s) of an .npz as ADM, pytorch-fid or `Statistics.save` write it; None without them.
+    """Read mu, sigma (and mu_s, sigma_s) from an .npz of ADM, pytorch-fid or `Statistics.save`; None without them.
 
-    Raises DigitError for a damaged file, pickled arrays, shapes that do not fit, NaN, or one of a pair alone.
+    Raises DigitError for a damaged file, pickled arrays, wrong shapes, NaN, and a mean without its covariance.
     """
     with _Archive(path) as (_, names):
         if not {"mu", "sigma"} & set(names):
             return None
-        held = {name: _load(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
+        moments = {name: _load(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
         extra = {name: _load(path, name).item() for name in ("num", "network") if name in names}
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        if (mean in held) != (cov in held):
+        if (mean in moments) != (cov in moments):
             raise DigitError(f"{path} holds {_listing(names)}, wanted both {mean} and {cov}")
-        if mean in held:
-            held[mean], held[cov] = _checked(path, mean, held[mean], cov, held[cov])
+        if mean in moments:
+            moments[mean], moments[cov] = _checked(path, mean, moments[mean], cov, moments[cov])
     network = extra.get("network")
-    return Statistics(**held, num=extra.get("num"), network=None if network is None else str(network))
+    return Statistics(**moments, num=extra.get("num"), network=None if network is None else str(network))
 
 
 def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if m.ndim != 1 or s.shape != (len(m), len(m)) or m.dtype.kind != "f" or s.dtype.kind != "f":
         raise DigitError(f"{path}: {mean} is {m.dtype} {m.shape} and {cov} {s.dtype} {s.shape}, wanted (D,) and (D, D)")
     if not (np.isfinite(m).all() and np.isfinite(s).all()):
-        raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: make the statistics again")
+        raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: compute the statistics again")
     if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6 * abs(s).max()) or (np.diag(s) < 0).any():
-        raise DigitError(f"{path}: {cov} is no covariance (symmetric, no negative variance): make the statistics again")
+        raise DigitError(
+            f"{path}: {cov} is no covariance (symmetric, no negative variance): compute the statistics again"
+        )
     return m.astype(np.float64), s.astype(np.float64)

@@ -1,10 +1,10 @@
 """What the paper reports (Zhu et al., NeurIPS 2024, arXiv:2410.12490): ImageNet-1k, 256 px, FID and IS by
 torch-fidelity.
 
-Facts carried over for comparison; nothing here was measured by this software.
+Copied from the paper for comparison; none of these values was computed by this software.
 """
 
-TABLE1 = {  # DINOv2 and MAGE's VQGAN; it does not say which cosine: of features or of codes
+TABLE1 = {  # DINOv2 and MAGE's VQGAN; the paper does not say whether cosines are of features or of codes
     "snr": [30, 25, 20, 15, 10, 5, 1, 0.01],
     "vq": {
         "token_change": [0.187, 0.317, 0.487, 0.663, 0.805, 0.901, 0.948, 0.956],
@@ -16,22 +16,22 @@ TABLE1 = {  # DINOv2 and MAGE's VQGAN; it does not say which cosine: of features
     },
 }
 TABLE2 = {"DiGIT, 219 M": 71.7, "DiGIT, 732 M": 80.3, "VIM + VQGAN, 650 M": 61.8}  # top-1, %
+VALIDATION = {  # last rows of Tables 3 and 4
+    "validation data: DiGIT + VQ": (1.92, 184.40),
+    "validation data: VQ only": (1.67, 175.56),
+}
 TABLE3 = {  # method -> (FID, IS), unconditional
     "DiGIT + AR": (9.13, 73.85),
     "DiGIT + MaskGIT": (9.04, 75.04),
     "VQ-only AR": (24.38, 30.93),
     "VQ-only MaskGIT": (20.7, 42.08),
-    "validation data: DiGIT + VQ": (1.92, 184.40),
-    "validation data: VQ only": (1.67, 175.56),
-}
+} | VALIDATION
 TABLE4 = {  # class-conditional
     "DiGIT + AR": (4.79, 142.87),
     "DiGIT + MaskGIT": (4.62, 146.19),
     "VQ-only AR": (18.65, 80.4),
     "VQ-only MaskGIT": (6.18, 182.1),
-    "validation data: DiGIT + VQ": (1.92, 184.40),
-    "validation data: VQ only": (1.67, 175.56),
-}
+} | VALIDATION
 FIG3A = {
     "VQ tokens": (24.38, 30.93),
     "+ discriminative tokens": (9.66, 69.15),

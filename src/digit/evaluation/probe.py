@@ -1,10 +1,10 @@
 """Table 2, Figure 3b and Acc@OL of Figure 4a: linear probes of priors, VQ-only models and encoders.
 
-Features of a sequence model are those of the released code but for the last position (`prior_features`): the mean over
-positions, the start symbol among them, of each layer n; n = 0 is the embedding, n = depth the last block (before a
-pre-norm model's final norm). The released code trains heads on n = 0 .. depth - 1; here n = depth is probed too. Unlike
-it, training images are cropped once, not at random anew in every epoch: one pass of the frozen networks gives the
-features of every layer.
+Features of a sequence model are those of the released code except for the last position (`prior_features`): the mean
+over positions, including the start symbol, of each layer n; n = 0 is the embedding, n = depth the last block (before a
+pre-norm model's final norm). The released code trains heads on n = 0 .. depth - 1; here n = depth is probed too. The
+released code crops training images at random in every epoch; here they are cropped once, so that one pass of the frozen
+networks gives the features of every layer.
 """
 
 from collections import defaultdict
@@ -51,11 +51,11 @@ def prior_features(
 ) -> Tensor:
     """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over positions of every layer.
 
-    Positions are the start symbol and the tokens; the last token is an input of no training step of ours, and its
-    position's row stays as it began, so it is left out unless `last_position` asks for it. Released models end in a
-    symbol of their own and were trained on it: there the released code's mean is over all.
-    A conditional model is shown the plain start symbol, not the class, which would give the answer away (`notes_on`
-    says where that symbol was never trained). Raises DigitError for a model with a prefix and for other lengths.
+    Positions are the start symbol and the tokens. The last token is never a training input in our models, so its
+    position embedding is untrained, and it is left out unless `last_position` is set. Released models end in an extra
+    symbol that they were trained on, and the released code's mean is over all positions. A conditional model gets the
+    unconditional start symbol, since the class would reveal the label (`notes_on` tells if that symbol is untrained).
+    Raises DigitError for a model with a prefix and for other lengths.
     """
     if model.cfg.prefix_len:
         raise DigitError("a renderer reads the prefix too: probe the prior, or a VQ-only model")
@@ -80,14 +80,14 @@ def encoder_features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
 
 
 def notes_on(model: SequenceModel) -> list[str]:
-    """What a reader has to know about a model's features."""
+    """Caveats about a model's features, for the results."""
     if model.cfg.num_classes and not model.cfg.label_dropout:
-        return ["trained with a class at every sequence: the plain start symbol that it is shown here is untrained"]
+        return ["trained with a class on every sequence: the unconditional start symbol that is used here is untrained"]
     return []
 
 
 def training_of(pipe: DigitPipeline) -> str:
-    """What the encoder was trained on, as far as known."""
+    """What the encoder was trained on, if known."""
     return str(pipe.tokenizer.encoder.describe().get("training", "on what is not recorded"))
 
 
@@ -95,24 +95,24 @@ def collect(
     pipe: DigitPipeline, source: ImageSource, *, num: int | None = None, batch_size: int = 64,
     precision: Precision = "fp32", description: str = "features",
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-    """Everything of a pipeline that can be probed, from centre crops of the labelled images of a source.
+    """Features of each model of a pipeline that can be probed, from centre crops of the labelled images of a source.
 
-    Returns ({"prior", "vq_only", "encoder": (N, L, D) float32}, as far as the pipeline has them, labels (N,) int64).
-    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix. Several ranks
-    take a share each; rank 0 gets all features and labels, the others none.
-    Raises DigitError where the source has no labels or the pipeline nothing to probe.
+    Returns ({"prior", "vq_only", "encoder": (N, L, D) float32}, those that the pipeline has, and labels (N,) int64).
+    The encoder runs once for its own features and for the tokens. vq_only is a renderer without prefix. Each rank
+    takes a share; rank 0 gets all features and labels, the others none.
+    Raises DigitError if the source has no labels or the pipeline holds nothing to probe.
     """
     vq_only = pipe.renderer if pipe.renderer is not None and not pipe.renderer.cfg.prefix_len else None
     if pipe.tokenizer is None and vq_only is None:
         raise DigitError("nothing to probe: the pipeline holds neither a discriminative tokenizer nor a VQ-only model")
-    chosen, how, read = source.limit(num), dict(batch_size=batch_size, precision=precision), 0
+    chosen, settings, num_read = source.limit(num), dict(batch_size=batch_size, precision=precision), 0
 
     def share() -> dict[str, Tensor]:
-        nonlocal read
+        nonlocal num_read
         parts = defaultdict(list)
         with Progress(description, len(distributed.share(len(chosen), batch_size))) as bar:
             for images, labels in _shared_crops(chosen, pipe.preprocess, batch_size):
-                read += len(images)
+                num_read += len(images)
                 bar.update(len(images))
                 images, labels = images[labels >= 0], labels[labels >= 0]
                 if not len(images):
@@ -122,13 +122,13 @@ def collect(
                     tokens, features = pipe.tokenizer.encode_features(images)
                     parts["encoder"].append(features.mean(1, keepdim=True).cpu())
                     if pipe.prior is not None:
-                        parts["prior"].append(prior_features(pipe.prior, tokens, **how))
+                        parts["prior"].append(prior_features(pipe.prior, tokens, **settings))
                 if vq_only is not None:
-                    parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **how))
+                    parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **settings))
         return {name: torch.cat(part) for name, part in parts.items()}
 
     features = rows_to_main(share)
-    if not sum(distributed.gather(read)):
+    if not sum(distributed.gather(num_read)):
         raise DigitError(f"{source.name} holds no image that can be read")
     if not distributed.any_rank(LABELS in features):
         raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
@@ -137,16 +137,16 @@ def collect(
 
 
 def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the batches of `centre_crops`, cut as one rank cuts them."""
+    """This rank's share of the batches of `centre_crops`; batch boundaries are the same for any number of ranks."""
     share = distributed.share(len(source), batch_size)
-    how = dict(batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start)
-    loader = CropLoader(source, replace(cfg, random_crop=False, flip=False), **how)
+    settings = dict(batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start)
+    loader = CropLoader(source, replace(cfg, random_crop=False, flip=False), **settings)
     with loader.sharing_cores():
         for batch in islice(loader, -(-len(share) // batch_size)):
             yield batch.images[batch.ok], batch.labels[batch.ok]
 
 
-# ---------------------------------------------------------------- measurement
+# ---------------------------------------------------------------- probes
 
 
 def run_probe(
@@ -154,42 +154,43 @@ def run_probe(
     cfg: ProbeConfig | None = None, *, out: str | Path, num_train: int | None = None, num_test: int | None = None,
     batch_size: int = 64, precision: Precision = "fp32",
 ) -> dict[str, Any]:  # fmt: skip
-    """Probe what pipelines hold, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
+    """Probe the models of pipelines, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
 
-    Several ranks call it together: they share the images, rank 0 trains the classifiers, every one gets the result.
+    All ranks call it together: they share the images, rank 0 trains the classifiers, and each gets the result.
 
     Args:
-        pipes: one pipeline, or several by name ("K = 1024"), whose curves share the plot; an encoder that several
-            share is probed once.
-        train, test: labelled sources; the test images are numbered by the training source's classes.
-        num_train, num_test: at most so many images, spread evenly.
+        pipes: one pipeline, or several by name ("K = 1024"), whose curves share the plot; an encoder that
+            several pipelines share is probed once.
+        train, test: labelled sources; the test images get the class numbers of the training source.
+        num_train, num_test: maximum numbers of images, spread evenly.
     """
     named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
     if not named:
         raise DigitError("no pipeline to probe: give at least one")
     test = test.with_classes(train.classes)
-    known = test.labels()
-    unknown = 0 if known is None else int((known < 0).sum())
+    all_labels = test.labels()
+    num_unknown = 0 if all_labels is None else int((all_labels < 0).sum())
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
-    how, seen = dict(batch_size=batch_size, precision=precision), set()
+    settings, probed_encoders = dict(batch_size=batch_size, precision=precision), set()
     for name, pipe in named.items():
-        trained, labels = collect(pipe, train, num=num_train, description="training features", **how)
-        tested, test_labels = collect(pipe, test, num=num_test, description="test features", **how)
+        trained, labels = collect(pipe, train, num=num_train, description="training features", **settings)
+        tested, test_labels = collect(pipe, test, num=num_test, description="test features", **settings)
         encoder = (pipe.tokenizer and pipe.tokenizer.encoder.fingerprint, pipe.preprocess)
-        if encoder in seen:
+        if encoder in probed_encoders:
             trained.pop("encoder", None)
-        seen.add(encoder)
+        probed_encoders.add(encoder)
         for kind, values in trained.items():
             label = f"{name} {kind}".strip()
             features[label] = (values, tested[kind])
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
             notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
-    if unknown:
-        about["left_out"] = f"{unknown} of {len(test)} test images have no class that the training images have"
-    how = dict(out=out, notes=notes, about=about)
-    return distributed.on_main(lambda: probe_features(features, labels, test_labels, cfg, **how))
+    if num_unknown:
+        about["left_out"] = f"{num_unknown} of {len(test)} test images have no class that the training images have"
+    return distributed.on_main(
+        lambda: probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
+    )
 
 
 def probe_features(
@@ -197,7 +198,7 @@ def probe_features(
     cfg: ProbeConfig | None = None, *, out: str | Path, notes: Mapping[str, list[str]] | None = None,
     about: Mapping[str, Any] | None = None, groups: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """As `run_probe`, from features by name: (train (N, L, D), test (M, L, D)), all of the same images.
+    """As `run_probe`, from features by name, (train (N, L, D), test (M, L, D)), all of the same images.
 
     groups (N,) says which training rows are crops of one image.
     """
@@ -229,7 +230,7 @@ def probe_features(
 
 
 def layer_names(num: int) -> list[str]:
-    """embedding, block 1, ...; a single one is an encoder's."""
+    """Names of a model's layers: embedding, block 1, ...; a single layer is an encoder's patches."""
     return ["patches"] if num == 1 else ["embedding", *(f"block {n}" for n in range(1, num))]
 
 
@@ -239,7 +240,7 @@ def describe(layers: list[LayerResult], best: LayerResult, notes: list[str]) -> 
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Top-1 over layers, as Figure 3b; an encoder has one layer and lies across."""
+    """Plot top-1 over layers, as Figure 3b; an encoder has one layer, plotted as a horizontal line."""
     curves, depth = [], max(len(entry["layers"]) for entry in result["probes"].values()) - 1
     for colour, (name, entry) in enumerate(result["probes"].items()):
         intervals = [layer["top1"] for layer in entry["layers"]]
@@ -250,7 +251,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 
 def to_table(result: Mapping[str, Any]) -> str:
-    """Markdown: the best layer of each probe, then the paper's figures."""
+    """Markdown: the best layer of each probe, then the paper's values."""
     protocol, lines = result["protocol"], ["| features | best layer | top-1 (%) | setting |", "|---|---|---|---|"]
     for name, entry in result["probes"].items():
         best = entry["best"]

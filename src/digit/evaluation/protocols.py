@@ -1,4 +1,4 @@
-"""What published numbers were made with, beside the network's weights: three protocols by name."""
+"""Three protocols of published metrics: everything besides the network's weights that changes them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,26 +8,26 @@ ProtocolName = Literal["released", "adm", "clean"]
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How images reach the network, and what the published numbers of a protocol were compared with."""
+    """How images are prepared for the network, and which samples and reference the published metrics used."""
 
     name: ProtocolName
     about: str
     resize: Literal["tensorflow", "clean"]
     """The network's own resize to 299 px."""
     num_samples: int | None = None
-    """Samples of the published numbers; None for any."""
+    """Number of samples of the published metrics; None for any."""
     num_reference: int | None = None
-    """Reference images of the published numbers; None for any."""
+    """Number of reference images of the published metrics; None for any."""
     reference: Literal["images", "statistics", "any"] = "any"
-    """What the reference of the published numbers is."""
+    """Reference of the published metrics."""
     rounding: Literal["truncate", "nearest"] | None = None
-    """How decoded pixels of the published samples became uint8; None where that is not said."""
+    """How the published samples were rounded to uint8; None if not published."""
     sizes: tuple[int, ...] = ()
-    """Sides in pixels of the images it was published for; () for any."""
+    """Image sizes in pixels for which metrics were published; () for any."""
     shuffled_splits: bool = True
     """Whether images are shuffled before the Inception Score splits them."""
     fallback_size: int = 256
-    """Side in pixels for sets of many sizes, where neither the samples nor --image_size say another."""
+    """Size in pixels for sets of mixed sizes, if neither the samples nor --image_size give one."""
 
 
 PROTOCOLS: dict[str, Protocol] = {

@@ -1,8 +1,9 @@
-"""FID, IS and their kin of one image set against another (Tables 3 and 4), by a protocol that the result names.
+"""FID, IS and similar metrics of one image set against another (Tables 3 and 4), by a named protocol.
 
-    images -> uint8 -> network, once -> pooled, spatial, logits -> distances and scores; and every trap that was found
+    images -> uint8 -> network, once -> pooled, spatial, logits -> distances and scores; and warnings about pitfalls
 
-`digit evaluate SAMPLES REFERENCE`. Inception's figures carry FID's names; EfficientNet-Lite2's carry its own.
+`digit evaluate SAMPLES REFERENCE`. Metrics of Inception are called fid, kid, ...; those of EfficientNet-Lite2 have
+names of their own.
 """
 
 import platform
@@ -31,8 +32,8 @@ from digit.runtime import distributed
 from digit.runtime.files import cache_folder, write_json
 
 NO_CACHE = "none"
-INCEPTION = "inception"  # the network of every published figure
-STAND_IN = "another network in Inception's place: its figures compare with each other alone, never with published ones"
+INCEPTION = "inception"  # the network of all published metrics
+STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,51 +44,51 @@ class EvaluateConfig:
     """released (torch-fidelity's network and resize, against 50,000 validation PNGs of 256 px), adm (statistics .npz of
     the training set, precision and recall against its images) or clean (clean-fid's resize)"""
     inception: str | None = None
-    """Weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth); without them EfficientNet-Lite2 judges, and
-    its figures are no FID."""
+    """Weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth); without them EfficientNet-Lite2 is used,
+    and the metrics are no FID."""
     num: int | None = None
     """Use the first NUM samples; all by default."""
     num_reference: int | None = None
-    """Use so many reference images: the first, or spread evenly where they are sorted by class; all by default."""
+    """Use NUM_REFERENCE reference images: the first, or spread evenly if sorted by class; all by default."""
     image_size: int | None = None
-    """Resize the short side of both sets to so many pixels (PIL bicubic) and cut out the centre. By default sets of one
-    square size stay as they are and others are brought to the samples' size."""
+    """Resize the short side of both sets to IMAGE_SIZE pixels (PIL bicubic) and crop the centre. By default sets of one
+    square size stay unchanged and others are resized to the samples' size."""
     num_splits: int = 10
-    """Splits of the Inception Score."""
+    """Number of splits of the Inception Score."""
     num_neighbours: int = 3
-    """k of precision and recall."""
+    """Neighbours k of precision and recall."""
     kernel_subsets: int = 100
     """Random subsets of the kernel distance (KID)."""
     kernel_subset_size: int = 1000
-    """Images in each of them; fewer where there are fewer."""
+    """Images in each subset; at most as many as there are."""
     seed: int = 0
-    """Of the splits and the subsets."""
+    """Seed of the splits and the subsets."""
     batch_size: int = 64
     """Images that go through the network at a time."""
     cache: str | None = None
-    """Folder for features, by content: 11 to 20 MB per 1,000 images. Default: features in DIGIT_CACHE or in the user's
-    cache folder for digit; none to keep nothing."""
+    """Folder that caches features by content: 11 to 20 MB per 1,000 images. Default: features in DIGIT_CACHE or in the
+    user's cache folder for digit; none to cache nothing."""
 
     def __post_init__(self) -> None:
         if self.protocol not in get_args(ProtocolName):
             raise DigitError(f"protocol is {self.protocol!r}: choose one of {', '.join(get_args(ProtocolName))}")
         for name in ("num_splits", "num_neighbours", "kernel_subsets", "batch_size"):
             if getattr(self, name) < 1:
-                raise DigitError(f"{name} is {getattr(self, name)}: at least 1")
+                raise DigitError(f"{name} is {getattr(self, name)}: give at least 1")
         if self.kernel_subset_size < 2:
-            raise DigitError(f"kernel_subset_size is {self.kernel_subset_size}: at least 2")
+            raise DigitError(f"kernel_subset_size is {self.kernel_subset_size}: give at least 2")
         if self.image_size is not None and not 8 <= self.image_size <= 4096:
-            raise DigitError(f"image_size is {self.image_size}: wanted 8 to 4096 pixels")
+            raise DigitError(f"image_size is {self.image_size}: give 8 to 4096 pixels")
 
     @property
     def cache_folder(self) -> Path | None:
-        """Where features are kept; None for nowhere."""
+        """Folder that caches features; None for no cache."""
         if self.cache == NO_CACHE:
             return None
         return Path(self.cache).expanduser() if self.cache else cache_folder() / "features"
 
     def load_network(self, device: str | torch.device | None = None) -> JudgeNetwork:
-        """The network of the protocol. Raises DigitError for missing or foreign weights."""
+        """Load the network of the protocol. Raises DigitError for missing or wrong weights."""
         return load_judge_network(self.inception, resize=PROTOCOLS[self.protocol].resize, device=device)
 
 
@@ -100,31 +101,31 @@ def evaluate(
     *,
     network: JudgeNetwork | None = None,
 ) -> dict[str, Any]:
-    """Compare two image sets: figures with intervals, what could not be computed and why, and every trap found.
+    """Compare two image sets: metrics with intervals, which metrics were left out and why, and warnings.
 
     Args:
         samples: folder of images, .npz with arr_0 uint8 (N, H, W, 3), uint8 tensor (N, 3, H, W), or any source.
         reference: the same, or an .npz of statistics (mu, sigma[, mu_s, sigma_s]), with or without images.
-        cfg: the protocol and its numbers.
-        out: JSON file for what is returned.
-        device: cpu or cuda; None takes cuda where there is one.
-        network: judges instead of the one that cfg names.
+        cfg: the protocol and its settings.
+        out: JSON file for the result.
+        device: cpu or cuda; None uses cuda if available.
+        network: replaces the network that cfg names.
 
-    Several ranks call it together and judge a share each; every one gets the result, rank 0 writes it.
+    All ranks call it together and judge a share each; each gets the result, and rank 0 writes it.
 
-    Returns {"protocol", "samples", "reference", "figures", "left_out", "warnings", "versions"}.
+    Returns {"protocol", "samples", "reference", "metrics", "left_out", "warnings", "versions"}.
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
     cfg = cfg or EvaluateConfig()
-    drawn = open_images(samples, cfg.num)
-    truth, statistics = open_reference(reference, cfg.num_reference)
-    sizes = fitted_sizes(drawn, truth, cfg)
+    sample_images = open_images(samples, cfg.num)
+    real_images, statistics = open_reference(reference, cfg.num_reference)
+    sizes = fitted_sizes(sample_images, real_images, cfg)
     network = network or cfg.load_network(device)
     sides = [
-        Side(role, images, size, images and _features(images, size, network, cfg, role), kept)
-        for role, images, size, kept in (
-            ("samples", drawn, sizes[0], None),
-            ("reference", truth, sizes[1], statistics),
+        Side(role, images, size, images and _features(images, size, network, cfg, role), moments)
+        for role, images, size, moments in (
+            ("samples", sample_images, sizes[0], None),
+            ("reference", real_images, sizes[1], statistics),
         )
     ]
     return distributed.on_main(lambda: _compare(*sides, network, cfg, out))
@@ -133,7 +134,7 @@ def evaluate(
 def _compare(
     samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None
 ) -> dict[str, Any]:
-    """What `evaluate` returns, once the features are there."""
+    """Compute and write the result of `evaluate` from features."""
     sides = (samples, reference)
     if reference.statistics is not None:
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
@@ -152,7 +153,7 @@ def _compare(
 
 
 def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Statistics | None]:
-    """Images, statistics, or both (ADM's reference batches): whatever is there. Raises DigitError for neither."""
+    """Open images, statistics, or both (ADM's reference batches). Raises DigitError for neither."""
     if not isinstance(spec, str | Path) or Path(spec).suffix.lower() != ".npz":
         return open_images(spec, num), None
     statistics = read_statistics(spec)
@@ -162,11 +163,11 @@ def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Stat
 
 
 def fitted_sizes(samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig) -> tuple[int | None, int | None]:
-    """Side to which each set is resized and cropped; None for a set that is taken as it is."""
+    """Side to which each set is resized and cropped; None for a set that stays unchanged."""
     own, other = (images and images.survey.side for images in (samples, reference))
-    wanted = cfg.image_size or own or other or PROTOCOLS[cfg.protocol].fallback_size
-    asked = cfg.image_size is not None
-    return tuple(wanted if side is None or (asked and side != wanted) else None for side in (own, other))
+    target = cfg.image_size or own or other or PROTOCOLS[cfg.protocol].fallback_size
+    requested = cfg.image_size is not None
+    return tuple(target if side is None or (requested and side != target) else None for side in (own, other))
 
 
 def _features(
@@ -179,32 +180,32 @@ def _features(
 def scores(
     samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """({figure: {"value", and its interval or deviation}}, {figure: why it is left out}), by the network's names."""
-    drawn, truth, kept = samples.features, reference.features, reference.statistics
+    """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names."""
+    fake, real, moments = samples.features, reference.features, reference.statistics
     metrics, left_out = {}, {}
-    stats = FeatureStats.of(truth.pooled) if kept is None else None
-    mean, cov = (stats.mean, stats.cov) if stats else (kept.mu, kept.sigma)
-    metrics["fd"] = frechet_interval(drawn.pooled, mean, cov).to_dict()
+    stats = FeatureStats.of(real.pooled) if moments is None else None
+    mean, cov = (stats.mean, stats.cov) if stats else (moments.mu, moments.sigma)
+    metrics["fd"] = frechet_interval(fake.pooled, mean, cov).to_dict()
     seed = cfg.seed if PROTOCOLS[cfg.protocol].shuffled_splits else None
-    if len(drawn) < cfg.num_splits:
-        left_out["is"] = f"{len(drawn)} samples do not fill {cfg.num_splits} splits"
+    if len(fake) < cfg.num_splits:
+        left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
     else:
-        metrics["is"] = _with_std(inception_score(drawn.logits, cfg.num_splits, seed))
-    mean, cov = (truth.spatial.mean, truth.spatial.cov) if kept is None else (kept.mu_s, kept.sigma_s)
+        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed))
+    mean, cov = (real.spatial.mean, real.spatial.cov) if moments is None else (moments.mu_s, moments.sigma_s)
     if mean is None:
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
-        metrics["sfd"] = {"value": frechet_distance(drawn.spatial.mean, drawn.spatial.cov, mean, cov)}
-    if truth is None:
+        metrics["sfd"] = {"value": frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)}
+    if real is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
     else:
         subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        metrics["kd"] = _with_std(kernel_distance(drawn.pooled, truth.pooled, **subsets))
-        if min(len(drawn), len(truth)) <= cfg.num_neighbours:
+        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets))
+        if min(len(fake), len(real)) <= cfg.num_neighbours:
             left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
         else:
-            shares = precision_recall(truth.pooled, drawn.pooled, cfg.num_neighbours)
-            for name, share, total in zip(("precision", "recall"), shares, (len(drawn), len(truth)), strict=True):
+            shares = precision_recall(real.pooled, fake.pooled, cfg.num_neighbours)
+            for name, share, total in zip(("precision", "recall"), shares, (len(fake), len(real)), strict=True):
                 metrics[name] = proportion_interval(round(share * total), total).to_dict()
     return tuple({network.metric(name): entry for name, entry in part.items()} for part in (metrics, left_out))
 
@@ -214,7 +215,7 @@ def _with_std(pair: tuple[float, float]) -> dict[str, float]:
 
 
 def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, Any]:
-    """Everything a reader must know to compare a figure, or to know that it cannot be compared."""
+    """Everything that decides whether two metrics can be compared."""
     return {
         "name": cfg.protocol,
         "about": PROTOCOLS[cfg.protocol].about if network.name == INCEPTION else STAND_IN,
@@ -225,8 +226,8 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
         "kernel_subsets": [cfg.kernel_subsets, cfg.kernel_subset_size],
         "seed": cfg.seed,
         "intervals": {
-            "frechet distance": "95%, another draw of the samples, reference kept: infinitesimal jackknife "
-            "(evaluation/influence.py); without the upward bias of few images",
+            "frechet distance": "95%, over the choice of samples, reference fixed: infinitesimal jackknife "
+            "(metrics/influence.py); without the upward bias of few images",
             "inception score": "std over splits",
             "kernel distance": "std over subsets",
             "precision, recall": "95%, Wilson",
@@ -235,7 +236,7 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
 
 
 def describe_side(side: Side) -> dict[str, Any]:
-    """Which images, how many, what was done to them, and hashes by which to know them again."""
+    """Which images, how many, how they were resized, and hashes that identify them."""
     about: dict[str, Any] = {}
     if side.images is not None:
         survey = side.images.survey
@@ -249,13 +250,14 @@ def describe_side(side: Side) -> dict[str, Any]:
             "sha256": digest(survey.digests),
         }
     if side.statistics is not None:
-        kept = side.statistics
-        about["statistics"] = {"num": kept.num, "features": len(kept.mu), "sha256": digest([kept.mu.tobytes()])}
+        moments = side.statistics
+        sha256 = digest([moments.mu.tobytes()])
+        about["statistics"] = {"num": moments.num, "features": len(moments.mu), "sha256": sha256}
     return about
 
 
 def versions() -> dict[str, str]:
-    """What computed it."""
+    """Versions of the software that computed a result."""
     return {
         "digit": __version__,
         "torch": torch.__version__,
@@ -272,11 +274,11 @@ def statistics_npz(
     *,
     network: JudgeNetwork | None = None,
 ) -> Statistics:
-    """Keep a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
+    """Save a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
 
     The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
-    and of other programs that read mu and sigma. cfg as for `evaluate`; of its numbers `num_reference` counts.
-    Several ranks call it together, as they do `evaluate`.
+    and of other programs that read mu and sigma. cfg is as for `evaluate`, with
+    `num_reference` as the number of images. All ranks call it together.
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference)
@@ -284,40 +286,40 @@ def statistics_npz(
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
 
-    def keep() -> Statistics:
+    def save() -> Statistics:
         pooled, spatial = FeatureStats.of(features.pooled), features.spatial
-        kept = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
-        kept.save(path)
-        return kept
+        moments = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
+        moments.save(path)
+        return moments
 
-    return distributed.on_main(keep)
+    return distributed.on_main(save)
 
 
 def to_table(result: dict[str, Any]) -> str:
-    """A result of `evaluate` as Markdown for a terminal: figures, what is left out, and the warnings."""
+    """A result of `evaluate` as Markdown for a terminal: metrics, what is left out, and the warnings."""
     protocol, samples, reference = result["protocol"], result["samples"], result["reference"]
-    kept = reference.get("statistics")
+    has_statistics = bool(reference.get("statistics"))
     against = f"{reference['num']} images of {reference['name']}" if "name" in reference else ""
-    against += f"{' and ' if against and kept else ''}{'kept statistics' if kept else ''}"
+    against += f"{' and ' if against and has_statistics else ''}{'saved statistics' if has_statistics else ''}"
     lines = [
         f"protocol {protocol['name']}, network {protocol['network']['network']}; "
         f"{samples['num']} samples of {samples['name']} against {against}",
         "",
-        "| figure | value | 95% interval or deviation |",
+        "| metric | value | 95% interval or deviation |",
         "|---|---|---|",
     ]
-    for name, figure in result["metrics"].items():
-        lines.append(f"| {name} | {_short(figure['value'])} | {_spread(figure)} |")
+    for name, metric in result["metrics"].items():
+        lines.append(f"| {name} | {_short(metric['value'])} | {_spread(metric)} |")
     lines += [f"| {name} | – | {reason} |" for name, reason in result["left_out"].items()]
     return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
 
 
-def _spread(figure: dict[str, float]) -> str:
-    if "low" in figure:
-        return f"{_short(figure['low'])} to {_short(figure['high'])}"
-    return f"± {_short(figure['std'])}" if "std" in figure else ""
+def _spread(metric: dict[str, float]) -> str:
+    if "low" in metric:
+        return f"{_short(metric['low'])} to {_short(metric['high'])}"
+    return f"± {_short(metric['std'])}" if "std" in metric else ""
 
 
 def _short(value: float) -> str:
-    """Four digits or so, never in powers of ten that a reader must count."""
+    """About four digits, never in exponent notation."""
     return f"{value:.{2 if abs(value) >= 10 else 4 if abs(value) >= 0.01 else 6}f}"

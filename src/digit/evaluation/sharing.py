@@ -1,4 +1,4 @@
-"""Measurements on several ranks: each makes its part, rank 0 gets the whole in order, and an error is everybody's."""
+"""Evaluation on several ranks: each computes a part, rank 0 receives all in order, and errors reach every rank."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -10,11 +10,11 @@ from digit.errors import DigitError
 from digit.runtime import distributed
 
 T = TypeVar("T")
-PIECE = 1000  # rows that all ranks send at a time
+PIECE = 1000  # rows that each rank sends at a time
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on each rank, in their order. The first rank's DigitError is raised on all of them."""
+    """Results of `work` on every rank, in rank order. A DigitError is raised on all ranks, the lowest rank's first."""
     if distributed.world_size() == 1:
         return [work()]
     outcome: tuple[T | None, DigitError | None]
@@ -22,15 +22,15 @@ def together(work: Callable[[], T]) -> list[T]:
         outcome = work(), None
     except DigitError as error:
         outcome = None, error
-    found = distributed.gather(outcome)
-    for _, problem in found:
-        if problem is not None:
-            raise problem
-    return [made for made, _ in found]
+    outcomes = distributed.gather(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
 
 
 def rows_to_main(work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors (n, ...) that `work` makes on each rank, any n, stacked in the order of the ranks; {} beside rank 0."""
+    """Concatenate tensors (n, ...) that `work` makes on each rank, any n, in rank order; {} on ranks other than 0."""
     own: dict[str, Tensor] = {}
 
     def make() -> int:
@@ -40,9 +40,9 @@ def rows_to_main(work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     longest = max(together(make))
     if distributed.world_size() == 1:
         return own
-    pieces: list[list[dict[str, Tensor]]] = []  # rounds of a piece from each rank
+    pieces: list[list[dict[str, Tensor]]] = []  # one list per round: a piece from each rank
     for start in range(0, longest, PIECE):
-        # copies: a slice would be sent with all the memory that it is a part of
+        # cloned, because sending a slice sends all the memory of its tensor
         piece = {name: rows[start : start + PIECE].clone() for name, rows in own.items()}
         received = distributed.gather(piece)
         if distributed.is_main():

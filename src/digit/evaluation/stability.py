@@ -1,4 +1,4 @@
-"""Table 1: how much tokens, features and codes change under pixel noise, for every tokenizer of a pipeline."""
+"""Table 1: change of tokens, features and codes under pixel noise, for every tokenizer of a pipeline."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +11,8 @@ from digit.data.preprocess import PreprocessConfig
 from digit.data.source import ImageSource
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.paper import TABLE1
-from digit.metrics.stability import StabilityConfig, Tokenizer, measure_stability
+from digit.metrics.stability import StabilityConfig, measure_stability
+from digit.models.tokenizer import ImageTokenizer
 from digit.runtime.files import plain, write_json
 
 GROUPS = {"token_change": ("token_change",), "cosine": ("feature_cosine", "code_cosine")}  # Table 1's -> ours
@@ -19,7 +20,7 @@ ARROWS = {"token_change": "↓", "cosine": "↑"}
 
 
 def run_stability(
-    tokenizers: Mapping[str, Tokenizer],
+    tokenizers: Mapping[str, ImageTokenizer],
     images: ImageSource | Tensor,
     preprocess: PreprocessConfig,
     cfg: StabilityConfig | None = None,
@@ -28,13 +29,13 @@ def run_stability(
     out: str | Path,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """Measure, write OUT/stability.json and OUT/stability.png, return what the JSON holds.
+    """Compute the metrics, write OUT/stability.json and OUT/stability.png, return what the JSON holds.
 
     Args:
         tokenizers: by name, `pipe.tokenizers` for example.
-        images: a source, of which `num` images spread evenly are cropped in the centre; or uint8 (N, 3, S, S), all
-            of it as it is.
-        preprocess: the tokenizers' preprocessing; of it only the size of the crop counts here.
+        images: a source, of which `num` evenly spread images are centre-cropped; or uint8 (N, 3, S, S), all of which
+            are used unchanged.
+        preprocess: the tokenizers' preprocessing; only its crop size is used.
         batch_size: images at a time; the result does not depend on it.
     """
     cfg = cfg or StabilityConfig()
@@ -53,56 +54,56 @@ def run_stability(
 
 
 def published(result: Mapping[str, Any]) -> list[str]:
-    """Tokenizers whose figures can stand beside Table 1's: of its names, with the SNR meant as we read the paper."""
+    """Names of tokenizers that compare with Table 1: named as there, and with the SNR defined as we read the paper."""
     protocol = result["protocol"]
     same = protocol["unit"] == "db" and protocol["power"] == "mean_square"
     return [name for name in result["tokenizers"] if same and name in TABLE1]
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Token change and cosine against SNR, the noise growing to the right; the paper's Table 1 thin and dashed."""
-    snrs, measured, ratio = result["protocol"]["snrs"], result["tokenizers"], result["protocol"]["unit"] == "ratio"
-    colours = {name: place for place, name in enumerate(measured)}
-    shown: dict[str, list[Curve]] = {}
-    for group, measures in GROUPS.items():
-        shown[words(group)] = [
+    """Plot token change and cosine against SNR, noise increasing to the right; the paper's Table 1 thin and dashed."""
+    snrs, tokenizers, ratio = result["protocol"]["snrs"], result["tokenizers"], result["protocol"]["unit"] == "ratio"
+    colours = {name: index for index, name in enumerate(tokenizers)}
+    panels: dict[str, list[Curve]] = {}
+    for group, metrics in GROUPS.items():
+        panels[words(group)] = [
             Curve.of(
-                measured[name][measure], snrs, name=f"{name}, {words(measure)}", colour=colour,
-                line=":" if measure == "code_cosine" else "-",
+                tokenizers[name][metric], snrs, name=f"{name}, {words(metric)}", colour=colour,
+                line=":" if metric == "code_cosine" else "-",
             )
-            for measure in measures
+            for metric in metrics
             for name, colour in colours.items()
-            if measure in measured[name]
+            if metric in tokenizers[name]
         ] + [
             Curve(name=f"{name}, paper", x=TABLE1["snr"], y=TABLE1[name][group], colour=colours[name], reference=True)
             for name in published(result)
         ]  # fmt: skip
     xlabel = "signal-to-noise ratio" + ("" if ratio else " (dB)")
-    curves_png(path, shown, xlabel=xlabel, falling=True, logarithmic=ratio)
+    curves_png(path, panels, xlabel=xlabel, falling=True, logarithmic=ratio)
 
 
-def words(measure: str) -> str:
+def words(metric: str) -> str:
     """token_change -> token change."""
-    return measure.replace("_", " ")
+    return metric.replace("_", " ")
 
 
 def to_table(result: Mapping[str, Any]) -> str:
-    """Markdown in the layout of Table 1, a column an SNR: ours with half the interval, then the paper's."""
-    protocol, measured = result["protocol"], result["tokenizers"]
+    """Markdown in the layout of Table 1, one column per SNR: our values with half the interval, then the paper's."""
+    protocol, tokenizers = result["protocol"], result["tokenizers"]
     snrs, unit = protocol["snrs"], "dB" if protocol["unit"] == "db" else "ratio"
     rows = [[f"SNR ({unit})", *(f"{snr:g}" for snr in snrs)], ["---"] * (1 + len(snrs))]
-    for group, measures in GROUPS.items():
-        shown = [(name, measure) for measure in measures for name in measured if measure in measured[name]]
-        for name, measure in shown:
-            rows.append([f"{name} {words(measure)} {ARROWS[group]}", *map(with_half_width, measured[name][measure])])
+    for group, metrics in GROUPS.items():
+        shown = [(name, metric) for metric in metrics for name in tokenizers if metric in tokenizers[name]]
+        for name, metric in shown:
+            rows.append([f"{name} {words(metric)} {ARROWS[group]}", *map(with_half_width, tokenizers[name][metric])])
         for name in published(result):
-            at = {snr: f"{value:.3f}" for snr, value in zip(TABLE1["snr"], TABLE1[name][group], strict=True)}
-            rows.append([f"*paper: {name} {words(group)}* {ARROWS[group]}", *(at.get(snr, "–") for snr in snrs)])
+            by_snr = {snr: f"{value:.3f}" for snr, value in zip(TABLE1["snr"], TABLE1[name][group], strict=True)}
+            rows.append([f"*paper: {name} {words(group)}* {ARROWS[group]}", *(by_snr.get(snr, "–") for snr in snrs)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"± half the {100 * protocol['confidence']:g} % interval over {protocol['num_images']} images"
     return "\n".join(lines) + (
-        f"\n\n{note} ({protocol['images']}). The paper measured DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
-        "which cosine it gives.\n"
+        f"\n\n{note} ({protocol['images']}). The paper used DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
+        "which cosine it reports.\n"
     )
 
 

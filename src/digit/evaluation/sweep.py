@@ -1,7 +1,7 @@
 """Figure 5 of the paper: distance and inception score by top-k and top-p of prior (stage 1) and renderer (stage 2).
 
-A sweep varies one filter of one stage; the stage's other filter is off, the other stage draws as the pipeline does. The
-joint sweep crosses the prior's top-k with the renderer's top-p, the two that the paper uses (A.3).
+A sweep varies one filter of one stage; the stage's other filter is off, and the other stage keeps the pipeline's
+setting. The joint sweep crosses the prior's top-k with the renderer's top-p, the two that the paper uses (A.3).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ from digit.runtime.files import plain, write_json
 from digit.runtime.plots import panels
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
-FILTERS = {"top_k": 0, "top_p": 1.0}  # and the value that switches it off
-DECODED = 256  # images in memory at a time
+FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off
+DECODE_BATCH = 256  # images in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class SweepConfig:
     """The settings of a sampling sweep."""
 
     top_k: tuple[int, ...] = (10, 50, 100, 200, 400, 800)
-    """Values of top-k, for either stage; those of the whole vocabulary and above are the same as 0, off."""
+    """Values of top-k, for both stages; 0 and values of at least the vocabulary size are off."""
     top_p: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
-    """Values of top-p, for either stage; 1 is off."""
+    """Values of top-p, for both stages; 1 is off."""
     joint: bool = False
-    """Cross the prior's top-k with the renderer's top-p too: a heat map, len(top_k) * len(top_p) settings."""
+    """Also cross the prior's top-k with the renderer's top-p: a heat map of len(top_k) * len(top_p) settings."""
 
     def __post_init__(self) -> None:
         if not self.top_k or not self.top_p:
@@ -45,11 +45,11 @@ class SweepConfig:
         if min(self.top_k) < 0:
             raise DigitError(f"top_k holds {min(self.top_k)}: it is a number of tokens, 0 keeps all")
         if not 0 < min(self.top_p) <= max(self.top_p) <= 1:
-            raise DigitError(f"top_p is {list(self.top_p)}: probabilities above 0 and at most 1")
+            raise DigitError(f"top_p is {list(self.top_p)}: give probabilities above 0 and at most 1")
 
     @property
     def num_settings(self) -> int:
-        """Settings drawn at most, the pipeline's own among them."""
+        """Maximum number of settings to sample, including the pipeline's own."""
         return 1 + 2 * (len(self.top_k) + len(self.top_p)) + self.joint * len(self.top_k) * len(self.top_p)
 
 
@@ -63,22 +63,22 @@ def run_sweep(
     num: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Draw and score every setting; write sweep.json, sweep.png and, of a joint sweep, joint.png into `out`.
+    """Sample and score every setting; write sweep.json, sweep.png and, for a joint sweep, joint.png into `out`.
 
     Args:
         pipe: with a prior, or VQ-only (its renderer alone is swept).
         reference: pooled features (M, D) of real images from `network`, or their statistics.
-        network: gives features and logits; without logits (no columns) there is no inception score.
+        network: gives features and logits; without logits (no columns) it computes no inception score.
         cfg: the settings.
-        out: folder; OUT/cache holds each setting's tokens and features, and what is there is not drawn again.
-        num: images a setting, of all classes evenly.
-        seed: of the first image; every setting draws with the same seeds.
+        out: folder; OUT/cache keeps the tokens and features of each setting, and cached settings are not sampled again.
+        num: images per setting, spread evenly over the classes.
+        seed: of the first image; every setting uses the same seeds.
 
-    Returns what the JSON holds; a setting's figures are under the metrics' full names, as protocol.metrics maps them.
+    Returns what the JSON holds; the metrics of a setting have their full names, which protocol.metrics maps.
     """
     out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     if num < 2:
-        raise DigitError(f"num is {num}: a distance needs at least 2 images a setting")
+        raise DigitError(f"num is {num}: a distance needs at least 2 images per setting")
     sweep = Sweep(pipe, reference, network, out / "cache", num, seed)
     stages = [stage for stage in STAGES if getattr(pipe, stage) is not None]
     result: dict[str, Any] = {
@@ -103,23 +103,23 @@ def run_sweep(
 
 
 def varied(pipe: DigitPipeline, stage: str, name: str, value: float) -> SamplingConfig:
-    """The pipeline's sampling with one filter of one stage, and that stage's other filter off."""
-    how = replace(getattr(pipe.sampling, stage), **FILTERS | {name: value})
-    return replace(pipe.sampling, **{stage: how})
+    """The pipeline's sampling with one filter of one stage set, and that stage's other filter off."""
+    changed = replace(getattr(pipe.sampling, stage), **FILTERS | {name: value})
+    return replace(pipe.sampling, **{stage: changed})
 
 
 def joint(sweep: "Sweep", cfg: SweepConfig) -> dict[str, Any]:
-    """Figures of every pair, a list of rows: rows are the prior's top-k, columns the renderer's top-p."""
+    """Metrics of every pair as a list of rows: rows are the prior's top-k, columns the renderer's top-p."""
     rows = []
     for k in cfg.top_k:
         prior = varied(sweep.pipe, "prior", "top_k", k).prior
         pairs = [replace(varied(sweep.pipe, "renderer", "top_p", p), prior=prior) for p in cfg.top_p]
         rows.append([sweep.measure(pair) for pair in pairs])
-    return {"prior_top_k": cfg.top_k, "renderer_top_p": cfg.top_p, "rows": rows}
+    return {"prior_top_k": cfg.top_k, "renderer_top_p": cfg.top_p, "metrics": rows}
 
 
 class Sweep:
-    """Draws and scores settings, each once; discriminative tokens are shared by settings with the same prior."""
+    """Samples and scores each setting once; settings with the same prior share its discriminative tokens."""
 
     def __init__(
         self, pipe: DigitPipeline, reference: FeatureStats, network: JudgeNetwork, cache: Path, num: int, seed: int
@@ -130,48 +130,48 @@ class Sweep:
         self.request = {"pipe": pipeline_key(pipe), "num": num, "seed": seed, "precision": pipe.sampling.precision}
         self.vocab_sizes = {stage: getattr(pipe, stage).cfg.vocab_size for stage in STAGES if getattr(pipe, stage)}
         self.metrics = {name: network.metric(name) for name in ("fd", "is")}
-        self._measured: dict[str, dict[str, Any]] = {}
+        self._results: dict[str, dict[str, Any]] = {}
 
-    def measure(self, how: SamplingConfig) -> dict[str, Any]:
+    def measure(self, sampling: SamplingConfig) -> dict[str, Any]:
         """{"sampling": both stages, metric name: {"value", ...}} of one setting."""
-        stages = self.stages(how)
+        stages = self.stages(sampling)
         key = request_key(**self.request, **stages)
-        if key not in self._measured:
-            self._measured[key] = {"sampling": stages} | self._score(self._features(key, how))
-        return self._measured[key]
+        if key not in self._results:
+            self._results[key] = {"sampling": stages} | self._score(self._features(key, sampling))
+        return self._results[key]
 
-    def stages(self, how: SamplingConfig) -> dict[str, dict[str, Any]]:
-        """What decides the tokens, by stage; a top-k that keeps the whole vocabulary is 0."""
-        chosen = {stage: asdict(getattr(how, stage)) for stage in self.vocab_sizes}
+    def stages(self, sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
+        """Sampling settings by stage; a top-k of at least the vocabulary size becomes 0."""
+        settings = {stage: asdict(getattr(sampling, stage)) for stage in self.vocab_sizes}
         for stage, size in self.vocab_sizes.items():
-            if chosen[stage]["top_k"] >= size:
-                chosen[stage]["top_k"] = 0
-        return chosen
+            if settings[stage]["top_k"] >= size:
+                settings[stage]["top_k"] = 0
+        return settings
 
-    def tokens(self, how: SamplingConfig) -> Tensor:
-        """VQ tokens (num, M) int64 of a setting; both kinds are kept as int32."""
-        sampling = {stage: StageSampling(**values) for stage, values in self.stages(how).items()}
-        path = self.cache / f"vq-{request_key(**self.request, **self.stages(how))}.safetensors"
-        return remember(path, lambda: {"vq": self._draw(sampling).int()})["vq"].long()
+    def tokens(self, sampling: SamplingConfig) -> Tensor:
+        """VQ tokens (num, M) int64 of a setting; the cache keeps both kinds as int32."""
+        stages = {stage: StageSampling(**values) for stage, values in self.stages(sampling).items()}
+        path = self.cache / f"vq-{request_key(**self.request, **self.stages(sampling))}.safetensors"
+        return remember(path, lambda: {"vq": self._sample(stages).int()})["vq"].long()
 
-    def _draw(self, sampling: Mapping[str, StageSampling]) -> Tensor:
-        if "prior" not in sampling:
-            return self.pipe.generate_tokens(self.num, None, self.seed, **sampling)["vq"]
-        drawn: dict[str, Tensor] = {}
+    def _sample(self, stages: Mapping[str, StageSampling]) -> Tensor:
+        if "prior" not in stages:
+            return self.pipe.generate_tokens(self.num, None, self.seed, **stages)["vq"]
+        tokens: dict[str, Tensor] = {}
 
         def both() -> dict[str, Tensor]:
-            drawn.update(self.pipe.generate_tokens(self.num, None, self.seed, **sampling))
-            return {"discriminative": drawn["discriminative"].int()}
+            tokens.update(self.pipe.generate_tokens(self.num, None, self.seed, **stages))
+            return {"discriminative": tokens["discriminative"].int()}
 
-        key = request_key(**self.request, prior=asdict(sampling["prior"]))
+        key = request_key(**self.request, prior=asdict(stages["prior"]))
         discriminative = remember(self.cache / f"discriminative-{key}.safetensors", both)["discriminative"].long()
-        if "vq" in drawn:
-            return drawn["vq"]
-        return self.pipe.render_tokens(discriminative, self.seed, renderer=sampling["renderer"])
+        if "vq" in tokens:
+            return tokens["vq"]
+        return self.pipe.render_tokens(discriminative, self.seed, renderer=stages["renderer"])
 
-    def _features(self, key: str, how: SamplingConfig) -> Mapping[str, Tensor]:
+    def _features(self, key: str, sampling: SamplingConfig) -> Mapping[str, Tensor]:
         def make() -> dict[str, Tensor]:
-            batches = (self.pipe.decode(part) for part in self.tokens(how).split(DECODED))
+            batches = (self.pipe.decode(part) for part in self.tokens(sampling).split(DECODE_BATCH))
             judged = collect_judged(batches, self.network, self.num)
             return {"pooled": judged.pooled, "logits": judged.logits}
 
@@ -188,12 +188,12 @@ class Sweep:
 
     @property
     def num_splits(self) -> int:
-        """Splits of the inception score."""
+        """Number of splits of the inception score."""
         return splits_of(self.num)
 
 
 def protocol(sweep: Sweep) -> dict[str, Any]:
-    """What a reader must know to compare the figures."""
+    """Everything that decides whether the metrics of two sweeps can be compared."""
     return {
         "num_images": sweep.num,
         "seed": sweep.seed,
@@ -203,24 +203,24 @@ def protocol(sweep: Sweep) -> dict[str, Any]:
         "inception_score_splits": sweep.num_splits,
         "pipeline": sweep.request["pipe"],
         "vocab_sizes": sweep.vocab_sizes,
-        "note": "one filter of one stage varies, its other filter is off, the other stage draws as the pipeline does",
+        "note": "one filter of one stage varies, its other filter is off, the other stage keeps the pipeline's setting",
     }
 
 
 def best(result: Mapping[str, Any]) -> dict[str, Any]:
-    """By metric, the setting with the lowest distance or the highest score, and whether it clearly beats the default.
+    """For each metric, the setting with the lowest distance or highest score, and whether it clearly beats the default.
 
-    Chosen among many on the images that score it: its figure is flattered, the more the nearer the settings lie.
+    The setting is chosen on the samples that score it, so its metrics are biased, the more the closer the settings are.
     """
-    settings, found = list(_settings(result)), {}
+    settings, chosen = list(_settings(result)), {}
     for short, sign in (("fd", 1), ("is", -1)):
         name = result["protocol"]["metrics"][short]
         if name in result["default"]:
             setting = min(settings, key=lambda s: sign * s[name]["value"])
-            found[name] = {"sampling": setting["sampling"]} | setting[name]
+            chosen[name] = {"sampling": setting["sampling"]} | setting[name]
     distance = result["protocol"]["metrics"]["fd"]
-    found[distance]["intervals_apart"] = found[distance]["high"] < result["default"][distance]["low"]
-    return found
+    chosen[distance]["intervals_apart"] = chosen[distance]["high"] < result["default"][distance]["low"]
+    return chosen
 
 
 def _settings(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -228,15 +228,15 @@ def _settings(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for stage in result["sweeps"].values():
         for values in stage.values():
             yield from values
-    for row in (result["joint"] or {"rows": []})["rows"]:
+    for row in (result["joint"] or {"metrics": []})["metrics"]:
         yield from row
 
 
-# -------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------- plots
 
 
 def plot_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, int]) -> None:
-    """Figure 5: a column a filter, a row a metric, a line a stage; dashed, the pipeline's own setting."""
+    """Plot Figure 5: one column per filter, row per metric, line per stage; dashed, the pipeline's own setting."""
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
     with panels(path, 2, len(names), size=(5.2, 3.4)) as axes:
         for row, metric in zip(axes, names, strict=True):
@@ -254,33 +254,33 @@ def plot_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, in
         axes[0, 0].legend(fontsize=8)
 
 
-def _line(panel: Any, points: Sequence[tuple[float, Mapping[str, float]]], **look: Any) -> None:
+def _line(panel: Any, points: Sequence[tuple[float, Mapping[str, float]]], **style: Any) -> None:
     x, points = zip(*points, strict=True)
-    panel.plot(x, [figure["value"] for figure in points], marker=".", linewidth=1.8, **look)
+    panel.plot(x, [point["value"] for point in points], marker=".", linewidth=1.8, **style)
     if "low" in points[0]:
-        low, high = ([figure[end] for figure in points] for end in ("low", "high"))
-        panel.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        low, high = ([point[end] for point in points] for end in ("low", "high"))
+        panel.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def plot_joint(path: Path, result: dict[str, Any]) -> None:
-    """Heat maps of the joint sweep, a panel a metric, values written in; a frame marks the best."""
+    """Plot heat maps of the joint sweep, one panel per metric, with the values; a frame marks the best."""
     grid = result["joint"]
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
     with panels(path, len(names), size=(5.4, 4.2)) as axes:
         for panel, metric in zip(axes[0], names, strict=True):
-            values = np.array([[entry[metric]["value"] for entry in row] for row in grid["rows"]])
+            values = np.array([[entry[metric]["value"] for entry in row] for row in grid["metrics"]])
             falling = metric == result["protocol"]["metrics"]["fd"]
-            picture = panel.imshow(values, cmap="viridis_r" if falling else "viridis", aspect="auto")
-            spread = (values - values.min()) / max(np.ptp(values), 1e-9)
+            heat_map = panel.imshow(values, cmap="viridis_r" if falling else "viridis", aspect="auto")
+            relative = (values - values.min()) / max(np.ptp(values), 1e-9)
             for row, entries in enumerate(values.tolist()):
                 for column, value in enumerate(entries):
-                    dark = spread[row, column] > 0.5 if falling else spread[row, column] < 0.5
-                    text, ink = f"{value:.0f}" if value >= 100 else f"{value:.3g}", "w" if dark else "k"
-                    panel.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
+                    dark = relative[row, column] > 0.5 if falling else relative[row, column] < 0.5
+                    text, colour = f"{value:.0f}" if value >= 100 else f"{value:.3g}", "w" if dark else "k"
+                    panel.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
             row, column = divmod(int(values.argmin() if falling else values.argmax()), values.shape[1])
             frame = dict(fill=False, edgecolor="C3", linewidth=2.5, clip_on=False)
             panel.add_patch(type(panel.patch)((column - 0.5, row - 0.5), 1, 1, **frame))
             panel.set(xlabel="renderer top-p", ylabel="prior top-k", title=metric)
             panel.set_xticks(range(len(grid["renderer_top_p"])), [f"{p:g}" for p in grid["renderer_top_p"]])
             panel.set_yticks(range(len(grid["prior_top_k"])), [str(k or "all") for k in grid["prior_top_k"]])
-            panel.figure.colorbar(picture, ax=panel)
+            panel.figure.colorbar(heat_map, ax=panel)

@@ -1,10 +1,10 @@
-"""The last rows of Tables 3 and 4: what a perfect model of the tokens would score, by tokenizing the validation images.
+"""The last rows of Tables 3 and 4: metrics of a perfect model of the tokens, from tokenized validation images.
 
     VQ only      image -> VQ tokens -> VQGAN decoder
     DiGIT + VQ   image -> discriminative tokens -> renderer -> VQ tokens -> VQGAN decoder
 
-Both against the images themselves: the first is the floor of every model over these VQ tokens, the second the floor of
-every prior before this renderer.
+Both are compared with the images themselves. The first is a lower bound for every model of these VQ tokens, the second
+for every prior with this renderer.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,34 +37,34 @@ def validation_rows(
     out: str | Path | None = None,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Figures of validation images that went through the tokens, against the images themselves.
+    """Metrics of validation images after encoding and decoding, against the images themselves.
 
     Args:
-        pipe: needs vq; with tokenizer and renderer the row "DiGIT + VQ" too, drawn as the pipeline is set to.
+        pipe: needs vq; with tokenizer and renderer the row "DiGIT + VQ" too, with the pipeline's sampling settings.
         source: validation images; resized to the pipeline's size and cropped as everywhere.
-        num: use so many of them, spread evenly where they are sorted by class; all by default.
-        network, cfg, out, device: as for `evaluate`; cfg.seed is that of the first rendered image.
+        num: number of images to use, spread evenly if they are sorted by class; all by default.
+        network, cfg, out, device: as for `evaluate`; cfg.seed is the seed of the first rendered image.
 
-    Returns {"protocol", "images", "rows": {row: figures}, "left_out", "rounding", "versions"}. Drawing is kept in the
-    cache of features, 1,000 images at a time.
+    Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "rounding", "versions"}. The features of
+    rendered images are cached, 1,000 images at a time.
     """
     pipe.require("vq")
     cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size)
     network = network or cfg.load_network(device)
     images = open_images(source, num)
-    truth = list(shards(images, pipe.image_size))
+    real_shards = list(shards(images, pipe.image_size))
 
     def features(parts: list[Shard], name: str) -> Side:
         judged = collect(parts, network, batch_size=cfg.batch_size, cache=cfg.cache_folder, description=name)
         return Side("reference", images, pipe.image_size, judged)
 
-    real = features(truth, "judge validation images")
+    real = features(real_shards, "judge validation images")
     rows, left_out = {}, {}
     for row, make in _routes(pipe, cfg.seed).items():
         if make is None:
             left_out[row] = "the pipeline has no tokenizer, or no renderer that takes its tokens"
             continue
-        side = features(list(_through(truth, make, _identity(pipe, row, cfg.seed))), row)
+        side = features(list(_through(real_shards, make, _identity(pipe, row, cfg.seed))), row)
         rows[row], missing = distributed.on_main(
             lambda side=side: scores(replace(side, role="samples"), real, network, cfg)
         )
@@ -86,7 +86,7 @@ Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the fir
 
 
 def _routes(pipe: DigitPipeline, seed: int) -> dict[str, Route | None]:
-    """How each row makes its images; image i is rendered with seed + i."""
+    """The function that makes the images of each row; image i is rendered with seed + i."""
     renders = pipe.tokenizer is not None and pipe.renderer is not None and bool(pipe.renderer.cfg.prefix_len)
     return {
         VQ_ROW: lambda images, first: pipe.vq.decode(pipe.vq.encode(images)),
@@ -105,7 +105,7 @@ def _through(parts: list[Shard], make: Route, identity: bytes) -> Iterator[Shard
 
 
 def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
-    """What the images of a row depend on, beside the validation images."""
+    """Hash of all that the images of a row depend on, besides the validation images."""
     parts = [row, pipe.vq.fingerprint, pipe.vq.rounding]
     if row == DIGIT_ROW:
         renderer = sha256_tensors(pipe.renderer.state_dict())

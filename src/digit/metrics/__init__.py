@@ -1,1 +1,1 @@
-"""Protocols that score images, features or a callable, whoever made them; a leaf: nothing of the models is imported."""
+"""Metrics of images, features, tokens or a callable from any source; imports only models, runtime and errors."""

@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of features (the formula of FID, Heusel et al. 2017), in float64.
 
-The number depends on the network that gave the features, its input size and the number of images: name all three with
-it. Only features of the Inception network of the paper make it an FID (see evaluation/judge.py for ours).
+The distance depends on the feature network, its input size and the number of images: report all three with it. It is
+an FID only on the Inception network of Heusel et al. (metrics/judge.py describes our own network).
 """
 
 from typing import Any, Self
@@ -9,14 +9,15 @@ from typing import Any, Self
 import numpy as np
 
 from digit.errors import DigitError, MismatchError
+from digit.metrics.arrays import as_float64
 
 BLOCK = 16_384  # images in float64 at a time
 
 
 class FeatureStats:
-    """Mean and covariance of features that arrive in batches, in float64 (pairwise update of Chan et al. 1979).
+    """m = sum_i x_i / N and S = sum_i (x_i - m)(x_i - m)' / (N - 1), of batched features (Chan et al. 1979); float64.
 
-    `update` takes (B, D), `merge` another FeatureStats; neither the order nor the batch size matters beyond rounding.
+    `update` takes (B, D), `merge` another FeatureStats. Order and batch size change the result by rounding alone.
     """
 
     def __init__(self) -> None:
@@ -26,34 +27,34 @@ class FeatureStats:
 
     @classmethod
     def of(cls, features: Any) -> Self:
-        """Statistics of one array or tensor (N, D)."""
+        """Compute the statistics of one array or tensor (N, D)."""
         return cls().update(features)
 
     @property
     def dim(self) -> int:
-        """Number of features D. Raises DigitError before the first update."""
+        """Number D of features. Raises DigitError before the first update."""
         return self.mean.shape[0]
 
     @property
     def mean(self) -> np.ndarray:
         """Mean (D,) float64. Raises DigitError before the first update."""
         if self._mean is None:
-            raise DigitError("feature statistics are empty: update them with at least 2 images first")
+            raise DigitError("feature statistics are empty: update them with at least 2 images")
         return self._mean
 
     @property
     def cov(self) -> np.ndarray:
-        """Unbiased covariance (D, D) float64, sum / (N - 1). Raises DigitError below 2 images."""
+        """Unbiased covariance (D, D) float64. Raises DigitError for fewer than 2 images."""
         if self.count < 2:
             raise DigitError(f"feature statistics hold {self.count} images: a covariance needs at least 2")
         return self._scatter / (self.count - 1)
 
     def update(self, features: Any) -> Self:
-        """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for another shape or NaN."""
+        """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for other shapes, NaN and infinity."""
         if len(features.shape) != 2:
             raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
         for start in range(0, len(features), BLOCK):
-            block = _as_float64(features[start : start + BLOCK])
+            block = as_float64(features[start : start + BLOCK])
             if not np.isfinite(block).all():
                 raise DigitError("features hold NaN or infinity: check the images and the network's weights")
             mean = block.mean(0)
@@ -62,7 +63,7 @@ class FeatureStats:
         return self
 
     def merge(self, other: "FeatureStats") -> Self:
-        """Add what another process has seen."""
+        """Add the statistics of other images, for example from another process."""
         if other.count:
             self._add(other.count, other._mean, other._scatter)
         return self
@@ -72,48 +73,43 @@ class FeatureStats:
             self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
             return
         if mean.shape != self._mean.shape:
-            raise MismatchError(f"features have {len(mean)} numbers, statistics {self.dim}: use one network for both")
+            raise MismatchError(f"features have {len(mean)} dimensions, statistics {self.dim}: use one network")
         total, shift = self.count + count, mean - self._mean
         self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
         self._mean += shift * (count / total)
         self.count = total
 
 
-def _as_float64(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
 def frechet_distance(mu1: Any, s1: Any, mu2: Any, s2: Any) -> float:
-    # ||mu1 - mu2||^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6)
-    """Squared Fréchet (2-Wasserstein) distance of two Gaussians: means (D,), covariances (D, D); at least 0.
+    """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
-    Tr (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2): symmetric eigenproblems only, no complex
-    square root of a nearly singular product, and exactly the trace where both are equal, also with fewer images than
-    features.
+    Squared Fréchet (2-Wasserstein) distance of two Gaussians with means (D,) and covariances (D, D); at least 0.
+    Tr (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2). That takes symmetric
+    eigenproblems alone and no complex square root of a nearly singular product, and is exact for S1 = S2 with fewer
+    images than features too.
     """
-    mu1, s1, mu2, s2 = (_as_float64(value) for value in (mu1, s1, mu2, s2))
+    mu1, s1, mu2, s2 = (as_float64(value) for value in (mu1, s1, mu2, s2))
     if mu1.shape != mu2.shape or s1.shape != s2.shape:
-        raise MismatchError(f"statistics have {mu1.size} and {mu2.size} features: use one network for both")
+        raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
     cross = np.linalg.svd(_square_root(s1) @ _square_root(s2), compute_uv=False).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
 
 
 def _square_root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semidefinite matrix; negative eigenvalues are rounding and become 0."""
+    """Symmetric square root of a positive semidefinite matrix; negative eigenvalues come from rounding and become 0."""
     values, vectors = np.linalg.eigh((cov + cov.T) * 0.5)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def bootstrap_std(first: Any, second: Any, *, num_rounds: int = 20, seed: int = 0) -> float:
-    """Standard deviation of the distance when both sets of features (N, D), (M, D) are drawn again with replacement.
+    """std_r d(resample_r(first), resample_r(second)), r = 1 .. num_rounds: the bootstrap of the Fréchet distance.
 
-    It tells how far another sample of images would move the number. It says nothing of the upward bias of a small
-    sample: compare only distances of equally many images.
+    Both sets of features (N, D) and (M, D) are resampled with replacement. The result estimates how much the distance
+    varies with the sample of images. It does not contain the upward bias of small samples: compare only distances of
+    equally many images.
     """
-    first, second = _as_float64(first), _as_float64(second)
+    first, second = as_float64(first), as_float64(second)
     rng = np.random.default_rng(seed)
     distances = []
     for _ in range(num_rounds):

@@ -1,11 +1,11 @@
 """The judge: features of a network, a Fréchet distance in them, and a linear classifier on them.
 
-The encoder of the tokenizer is another network, so a model cannot please the judge by construction. The protocol is
-METRIC (on EfficientNet-Lite2), JUDGE_INPUT_SIZE and the number of images; its numbers compare with each other and never
-with an FID, which needs the Inception network. Networks come as a callable, so anybody's features can be judged.
+The judge is not the tokenizer's encoder, so models are not trained on the features that evaluate them. The protocol is
+METRIC (on EfficientNet-Lite2), JUDGE_INPUT_SIZE and the number of images. Its distances compare with each other and
+never with an FID, which needs the Inception network. Networks are callables, so any features can be used.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) RGB -> (B, D)
 def judge_input(images: Tensor, size: int = JUDGE_INPUT_SIZE) -> Tensor:
     """Resize uint8 (B, 3, H, W) to uint8 (B, 3, size, size): bicubic with antialiasing, the same for real and sampled.
 
-    Without antialiasing a larger image would be judged by its moiré (Parmar et al. 2022).
+    Without antialiasing, aliasing would change the distance of larger images (Parmar et al. 2022).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise DigitError(f"judge got {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, H, W) with 0..255 RGB")
@@ -49,7 +49,7 @@ def collect_features(
 ) -> Tensor:
     """Features of every image: batches of uint8 (B, 3, H, W) -> float32 (N, D) on the CPU, in order.
 
-    input_size None hands the images over as they are. total is the number of images, for the progress bar only.
+    input_size None passes the images on unchanged. total is the number of images, for the progress bar only.
     """
     parts = []
     with Progress(description, total) as bar:
@@ -67,23 +67,28 @@ def collect_features(
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge sees in N images, float32 on the CPU, in their order; some 20 kB an image with Inception."""
+    """Outputs of a judge network for N images, float32 on the CPU, in order; about 20 kB per image with Inception."""
 
     pooled: Tensor  # (N, D)
-    spatial: Tensor  # (N, E), an inner map's first channels
+    spatial: Tensor  # (N, E), the first channels of an inner feature map
     logits: Tensor  # (N, C)
 
     def __len__(self) -> int:
         return len(self.pooled)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Judged"]) -> "Judged":
+        """Concatenate the outputs for several sets of images."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 class JudgeNetwork(Protocol):
-    """A network that metrics stand on (measures/networks.py has ours)."""
+    """A network whose features and logits the metrics use (ours are in evaluation/networks.py)."""
 
     name: str
 
     def judge(self, images: Tensor) -> Judged:
-        """uint8 (B, 3, H, W) RGB of any size -> what it sees."""
+        """uint8 (B, 3, H, W) RGB of any size -> features and logits."""
 
     def metric(self, name: str) -> str:
         """The full name of "fd", "is", "kd", "sfd", "precision" or "recall" on this network."""
@@ -95,7 +100,7 @@ class JudgeNetwork(Protocol):
 def collect_judged(
     batches: Iterable[Tensor], network: JudgeNetwork, total: int | None = None, description: str = "judge"
 ) -> Judged:
-    """All that the metrics want from one pass over batches of uint8 (B, 3, H, W).
+    """Features and logits of every image, in one pass over batches of uint8 (B, 3, H, W).
 
     total is the number of images, for the progress bar only. Raises DigitError without images.
     """
@@ -106,12 +111,14 @@ def collect_judged(
             bar.update(len(images))
     if not parts:
         raise DigitError("judge got no images: give at least 2")
-    return Judged(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Judged)))
+    return Judged.cat(parts)
 
 
 def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:
-    # ||mu1 - mu2||^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)) in the judge's features
-    """METRIC between two sets of features (N, D), or their statistics where they are kept. 0 for equal sets."""
+    """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), between two sets of the judge's features.
+
+    Each set is features (N, D) or their statistics; 0 for equal sets. On our judge's features this is METRIC.
+    """
     a, b = (x if isinstance(x, FeatureStats) else FeatureStats.of(x) for x in (first, second))
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
@@ -136,11 +143,10 @@ class LinearClassifier:
         return self.logits(features).argmax(1)
 
     def accuracy(self, features: Tensor, labels: Tensor | np.ndarray) -> float:
-        # 1/N sum [argmax_c logits = label]
-        """Share of images (N, D) whose class is labels (N,), 0..1."""
+        """1/N sum_i [argmax_c logits_ic = label_i]: accuracy 0..1 on features (N, D) with labels (N,)."""
         labels = torch.as_tensor(labels)
         if len(labels) != len(features):
-            raise DigitError(f"{len(labels)} labels for {len(features)} images")
+            raise DigitError(f"{len(labels)} labels for {len(features)} images: give one label per image")
         return float((self.predict(features) == labels.cpu()).double().mean())
 
     def save(self, path: str | Path) -> None:
@@ -149,11 +155,11 @@ class LinearClassifier:
 
     @classmethod
     def load(cls, path: str | Path) -> "LinearClassifier":
-        """Read what `save` wrote. Raises DigitError for a missing or a foreign file."""
+        """Read what `save` wrote. Raises DigitError for a missing file and for one of another kind."""
         tensors = load_tensors(path)
         if set(tensors) != {"weight", "bias", "mean", "scale"}:
             held = ", ".join(sorted(tensors)[:4]) or "nothing"
-            raise DigitError(f"{path} is no linear classifier, it holds {held}: fit it again")
+            raise DigitError(f"{path} is no linear classifier, it holds {held}: fit the classifier again")
         return cls(**tensors)
 
 
@@ -166,18 +172,18 @@ def fit_linear_classifier(
     max_iterations: int = 200,
     tolerance: float = 1e-9,
 ) -> LinearClassifier:
-    # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
-    """Fit by L-BFGS in float64 from zero, hence without a seed: features (N, D), labels (N,) in 0..C-1.
+    """min_W,b  1/N sum_i CE(W (x_i - m) / s + b, y_i) + l2/2 ||W||²,  W (C, D), b (C,).
 
-    It stops where a step changes the loss by less than `tolerance`; 1e-14 brings weights to 1e-6 of the optimum's.
-    Raises DigitError for labels that are missing (-1), too large or not as many as the images.
+    Fits by L-BFGS in float64 from zero, so there is no seed. x are features (N, D) with mean m and deviation s (D,),
+    y labels (N,) in 0..C-1. The fit stops when a step changes the loss by less than `tolerance`; 1e-14 brings the
+    weights within 1e-6 of the optimum. Raises DigitError for missing labels (-1), labels that are too large, and a
+    wrong number of labels.
     """
     labels = torch.as_tensor(labels).long().cpu()
     num_classes = _check_labels(features, labels, num_classes)
     with torch.inference_mode(False), torch.enable_grad():
-        x, labels = features.detach().cpu().double().clone(), labels.clone()  # (N, D); the caller may be in inference
-        mean, scale = x.mean(0), x.std(0, unbiased=False)
-        scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0  # constant features stay constant
+        x, labels = features.detach().cpu().double().clone(), labels.clone()  # (N, D); caller may use inference_mode
+        mean, scale = x.mean(0), nonzero_scale(x.std(0, unbiased=False))
         x = (x - mean) / scale
         weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
         bias = torch.zeros(num_classes, dtype=x.dtype, requires_grad=True)
@@ -190,9 +196,15 @@ def fit_linear_classifier(
     return LinearClassifier(weight=weight.float(), bias=bias.float(), mean=mean.float(), scale=scale.float())
 
 
+def nonzero_scale(scale: Tensor) -> Tensor:
+    """Replace standard deviations of constant features (up to 1e-6 of the largest) by 1, in place."""
+    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
+    return scale
+
+
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int, tolerance: float) -> None:
-    ends = dict(tolerance_grad=1e-6 if tolerance >= 1e-9 else 1e-9, tolerance_change=tolerance)
-    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe", **ends)
+    tolerances = dict(tolerance_grad=1e-6 if tolerance >= 1e-9 else 1e-9, tolerance_change=tolerance)
+    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe", **tolerances)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -205,11 +217,13 @@ def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iteratio
 
 def _check_labels(features: Tensor, labels: Tensor, num_classes: int | None) -> int:
     if features.ndim != 2 or len(features) != len(labels) or not len(labels):
-        raise DigitError(f"{len(labels)} labels for features {tuple(features.shape)}, wanted one for each of (N, D)")
+        raise DigitError(f"{len(labels)} labels for features {tuple(features.shape)}, wanted N labels for (N, D)")
     if not torch.isfinite(features).all():
         raise DigitError("features hold NaN or infinity: check the images and the network's weights")
     least, most = int(labels.min()), int(labels.max())
     num_classes = most + 1 if num_classes is None else num_classes
     if least < 0 or most >= num_classes:
-        raise DigitError(f"labels run from {least} to {most}, wanted 0 to {num_classes - 1}: leave out the unlabelled")
+        raise DigitError(
+            f"labels run from {least} to {most}, wanted 0 to {num_classes - 1}: leave out unlabelled images"
+        )
     return num_classes

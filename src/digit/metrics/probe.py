@@ -1,9 +1,9 @@
-"""Linear probes: what a linear classifier reads out of frozen features, by layer (paper, 4.2, Table 2, Figure 3b).
+"""Linear probes: accuracy of a linear classifier on frozen features, layer by layer (paper, 4.2, Table 2, Figure 3b).
 
-Two solvers. SGD as released (momentum 0.9, cosine schedule, learning rate 0.4), which takes any number of images; all
-layers and all learning rates are trained at once, a head each. L-BFGS to the optimum, without a seed or a learning
-rate, for features that fit in memory. Whatever is swept is chosen on images held out of the training set; the test
-images are looked at once, at the end.
+Two solvers. SGD as released (momentum 0.9, cosine schedule, learning rate 0.4) takes any number of images and trains
+one head for each layer and learning rate at the same time. L-BFGS runs to the optimum, without a seed or a learning
+rate, on features that fit in memory. The settings of the sweep are chosen on images held out of the training set; the
+test images are used once, at the end.
 
 Shapes: N training and M test images, L layers, D features, C classes, S settings of the sweep.
 """
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.metrics.intervals import Interval, difference_interval, proportion_interval
-from digit.metrics.judge import fit_linear_classifier
+from digit.metrics.judge import fit_linear_classifier, nonzero_scale
 from digit.runtime.progress import Progress
 
 MAX_ITERATIONS = 1000  # of L-BFGS
-READ_TOGETHER = 1024  # images whose features are copied at a time
+CHUNK = 1024  # images whose features are copied at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,16 @@ class ProbeConfig:
     num_epochs: int = 80
     """sgd: passes over the training images (released: 100,000 updates of 1024 images, 80 passes over ImageNet)."""
     batch_size: int = 1024
-    """sgd: images an update."""
+    """sgd: images per update."""
     momentum: float = 0.9
     """sgd: momentum."""
     standardise: bool = True
-    """sgd: features to mean 0 and deviation 1 over the training images; lbfgs always does, or its l2 would depend on
-    the features' scale."""
+    """sgd: scale features to mean 0 and standard deviation 1 over the training images; lbfgs always does, since its l2
+    would otherwise depend on the features' scale."""
     validation_fraction: float = 0.1
     """Fraction of the training images held out to choose settings and the best layer; never the test images."""
     seed: int = 0
-    """Seed of the split and of sgd's order."""
+    """Seed of the split and of sgd's image order."""
     confidence: float = 0.95
     """Confidence of the intervals (Wilson over test images; paired bootstrap for differences)."""
 
@@ -62,13 +62,13 @@ class ProbeConfig:
         if not self.l2 or not self.learning_rates or not self.weight_decays:
             raise DigitError("the probe's l2, learning_rates and weight_decays need at least one number each")
         if not 0 < self.validation_fraction < 1:
-            raise DigitError(f"validation_fraction is {self.validation_fraction}: a fraction between 0 and 1")
+            raise DigitError(f"validation_fraction is {self.validation_fraction}: give a fraction between 0 and 1")
         if min(self.num_epochs, self.batch_size) < 1:
             raise DigitError(f"num_epochs {self.num_epochs} and batch_size {self.batch_size} must both be at least 1")
 
     @property
     def settings(self) -> list[dict[str, float]]:
-        """What is swept, S entries."""
+        """The settings of the sweep, S entries."""
         if self.solver == "lbfgs":
             return [{"l2": l2} for l2 in self.l2]
         pairs = product(self.learning_rates, self.weight_decays)
@@ -77,17 +77,17 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """One layer's probe."""
+    """The probe of one layer."""
 
     name: str
     top1: Interval
-    """Share of test images whose class is recognised, 0..1."""
+    """Accuracy on the test images, 0..1."""
     setting: dict[str, float]
-    """Chosen of the sweep."""
+    """The chosen setting of the sweep."""
     validation_top1: float
-    """The same on the held-out training images, with the chosen setting: what to choose a layer by."""
+    """Accuracy on the held-out training images with the chosen setting; choose layers by this."""
     correct: Tensor
-    """(M,) bool, image by image, to compare two probes of the same test images."""
+    """(M,) bool, for each test image, to compare two probes of the same test images."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but `correct`, for JSON."""
@@ -96,12 +96,12 @@ class LayerResult:
 
 
 def best_layer(results: Sequence[LayerResult]) -> LayerResult:
-    """The layer with the best validation accuracy; choosing by the test images would flatter it."""
+    """argmax_n validation_top1_n: the best layer on held-out images; choosing on test images would be biased."""
     return max(results, key=lambda result: result.validation_top1)
 
 
 def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -> Interval:
-    """First minus second on the same test images, paired."""
+    """mean_i ([first is correct on i] - [second is correct on i]) over the same test images (M,), paired bootstrap."""
     return difference_interval(first.correct.double(), second.correct.double(), confidence=cfg.confidence)
 
 
@@ -114,13 +114,14 @@ def probe_layers(
     names: Sequence[str] = (),
     groups: Tensor | None = None,
 ) -> list[LayerResult]:
-    """Probe every layer: train (N, L, D) with labels (N,), test (M, L, D) with test_labels (M,), classes 0..C-1.
+    """top1_n = 1/M sum_i [argmax_c (W_n z_i + b_n)_c = y_i], z the standardised features of layer n = 0..L-1.
 
-    The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd computes where
-    the features are, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image: they are held out
-    together, or a setting that learns images by heart would win.
+    train (N, L, D) has labels (N,), test (M, L, D) has test_labels y (M,), classes 0..C-1. The setting is chosen on
+    held-out training images; the classifier is then trained on all of them. sgd runs on the features' device, lbfgs on
+    the CPU. groups (N,) int64 says which rows are crops of one image; they are held out together, since otherwise a
+    setting that memorises images would win.
 
-    Raises DigitError for labels that are missing or do not fit, NaN, and too few images to hold any out.
+    Raises DigitError for missing labels, labels that do not fit, NaN, and too few images to hold any out.
     """
     labels, test_labels = labels.long().cpu(), test_labels.long().cpu()
     num_classes = _check(train, labels, test, test_labels)
@@ -130,9 +131,9 @@ def probe_layers(
     data, settings = ProbeData(train, labels, num_classes), cfg.settings
     with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
         heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar.update)
-        right = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
-        scores = right.double().mean(0)  # (L, S)
-        chosen = scores.argmax(1).tolist()  # the first of equals
+        hits = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
+        scores = hits.double().mean(0)  # (L, S)
+        chosen = scores.argmax(1).tolist()  # ties: the first setting
         heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
     correct = _predict(heads, test, torch.arange(len(test)))[:, :, 0] == test_labels[:, None]  # (M, L)
     return [
@@ -148,20 +149,20 @@ def probe_layers(
 
 
 def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
-    """(rows in random order, group by group, how many of the first are held out)."""
+    """(rows in random order, group by group; number of the first rows that are held out)."""
     groups = torch.unique(groups, return_inverse=True)[1]
     num = int(groups.max()) + 1
     place = torch.randperm(num, generator=torch.Generator().manual_seed(cfg.seed % 2**63)).argsort()
     held = max(1, round(cfg.validation_fraction * num))
     if held >= num:
-        raise DigitError(f"{num} training images leave none to train on beside {held} held out: give more")
+        raise DigitError(f"{num} training images, {held} of them held out, leave none to train on: give more")
     rank = place[groups]
     return rank.argsort(stable=True), int((rank < held).sum())
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear classifiers, S for each of L layers, on features standardised by mean and scale (L, D)."""
+    """Linear classifiers, S for each of L layers, on features standardised with mean and scale (L, D)."""
 
     weight: Tensor  # (L, D, S, C)
     bias: Tensor  # (L, S, C)
@@ -176,7 +177,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """What classifiers are trained on."""
+    """Training data of the classifiers."""
 
     features: Tensor  # (N, L, D)
     labels: Tensor  # (N,) int64 on the CPU
@@ -184,7 +185,7 @@ class ProbeData:
 
 
 Sweep = list[list[dict[str, float]]]  # (L, S) settings
-Advance = Callable[[int], object]  # told of every step
+Advance = Callable[[int], object]  # called with the number of steps just done
 
 
 def _ignore(advance: int) -> None:
@@ -192,27 +193,30 @@ def _ignore(advance: int) -> None:
 
 
 def _num_updates(cfg: ProbeConfig, train: Tensor, kept: int) -> int:
-    """Of the progress bar: classifiers (lbfgs) or updates (sgd) of the sweep and of the final fit."""
+    """Length of the progress bar: classifiers (lbfgs) or updates (sgd), of the sweep and the final fit together."""
     if cfg.solver == "lbfgs":
         return train.shape[1] * (len(cfg.settings) + 1)
     return cfg.num_epochs * sum(-(-num // cfg.batch_size) for num in (kept, len(train)))
 
 
 def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of (N, L, D) -> classes (B, L, S) int64 on the CPU."""
-    parts = (features[part.to(features.device)].to(heads.weight.device) for part in rows.split(READ_TOGETHER))
+    """Predict classes (B, L, S) int64 on the CPU for the given rows (B,) of features (N, L, D)."""
+    parts = (features[part.to(features.device)].to(heads.weight.device) for part in rows.split(CHUNK))
     return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
 
 
 def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
-    # min_W,b  1/N sum CE(W (x - m) / s + b, y) + l2/2 ||W||^2
-    """A classifier for every layer and setting on some rows of the data, each at its optimum."""
+    """min_W,b  1/N sum_i CE(W (x_i - m) / s + b, y_i) + l2/2 ||W||²,  W (C, D), b (C,).
+
+    Fits a classifier for every layer and setting on the given rows (N,) of the data, each to its optimum; m and s (D,)
+    are the mean and standard deviation of these rows.
+    """
     fitted = []
     for layer, settings in enumerate(sweep):
         features = data.features[rows.to(data.features.device), layer]  # (N, D)
         for setting in settings:
-            how = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
-            fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **how))
+            options = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
+            fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **options))
             advance(1)
     shape = (len(sweep), len(sweep[0]))
     weight = torch.stack([one.weight for one in fitted]).unflatten(0, shape)  # (L, S, C, D)
@@ -223,8 +227,12 @@ def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, adv
 
 @torch.no_grad()
 def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
-    # g = d/dW CE + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v, from zero
-    """A classifier for every layer and setting on some rows of the data, all at once and where the features are."""
+    """g = dCE/dW + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v;  from W = v = 0.
+
+    Fits a classifier W (C, D), and b (C,) without decay, for every layer and setting on the given rows (N,) of data.
+    lambda is the weight decay, mu the momentum, eta the learning rate, t of T the update. All classifiers train at the
+    same time, on the features' device.
+    """
     device, (_, num_layers, dim) = data.features.device, data.features.shape
     rates, decays = (
         torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
@@ -233,7 +241,7 @@ def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advan
     mean, scale = _moments(data.features, rows) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
     weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
     bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
-    heads, weight_speed, bias_speed = Heads(weight, bias, mean, scale), torch.zeros_like(weight), torch.zeros_like(bias)
+    heads, weight_momentum, bias_momentum = Heads(weight, bias, mean, scale), weight.clone(), bias.clone()  # all 0
     generator = torch.Generator().manual_seed(cfg.seed % 2**63)
     total, step = cfg.num_epochs * -(-len(rows) // cfg.batch_size), 0
     for _ in range(cfg.num_epochs):
@@ -244,42 +252,41 @@ def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advan
             error /= len(batch)  # (B, L, S, C), d CE / d logits
             gradient = torch.einsum("bld,blsc->ldsc", x, error).addcmul_(weight, decays[:, None])
             rate = rates * (0.5 * (1 + math.cos(math.pi * step / total)))  # (L, S, 1)
-            weight -= rate[:, None] * weight_speed.mul_(cfg.momentum).add_(gradient)
-            bias -= rate * bias_speed.mul_(cfg.momentum).add_(error.sum(0))
+            weight -= rate[:, None] * weight_momentum.mul_(cfg.momentum).add_(gradient)
+            bias -= rate * bias_momentum.mul_(cfg.momentum).add_(error.sum(0))
             step += 1
             advance(1)
     return heads
 
 
 def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (L, D) float32 of some rows, without a copy of all; a constant feature keeps deviation 1."""
-    parts = rows.to(features.device).split(READ_TOGETHER)
+    """Mean and standard deviation (L, D) float32 of the rows, CHUNK at a time; a constant feature has deviation 1."""
+    parts = rows.to(features.device).split(CHUNK)
     mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
     scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
-    scale[scale <= 1e-6 * scale.max().clamp(min=1e-12)] = 1.0
-    return mean.float(), scale.float()
+    return mean.float(), nonzero_scale(scale).float()
 
 
 def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
-    """Number of classes."""
-    for what, features, own in (("training", train, labels), ("test", test, test_labels)):
+    """Check labels and features; returns the number of classes."""
+    for split, features, own in (("training", train, labels), ("test", test, test_labels)):
         if features.ndim != 3 or len(features) != len(own) or not len(own):
             raise DigitError(
-                f"{len(own)} labels for {what} features {tuple(features.shape)}, wanted one for each of (N, L, D)"
+                f"{len(own)} labels for {split} features {tuple(features.shape)}, wanted N labels for (N, L, D)"
             )
         if own.min() < 0:
-            raise DigitError(f"{int((own < 0).sum())} {what} images have no label: leave them out")
+            raise DigitError(f"{int((own < 0).sum())} {split} images have no label: leave them out")
         if not torch.isfinite(features).all():
-            raise DigitError(f"{what} features hold NaN or infinity: check the images and the network's weights")
+            raise DigitError(f"{split} features hold NaN or infinity: check the images and the network's weights")
     if train.shape[1:] != test.shape[1:]:
         raise DigitError(f"training features are {tuple(train.shape[1:])}, test features {tuple(test.shape[1:])} "
                          "(layers, features): take both from one model")  # fmt: skip
     num_classes = int(labels.max()) + 1
     if num_classes < 2 and len(labels) > 1:
-        raise DigitError("all training images are of one class: a probe tells at least 2 apart")
+        raise DigitError("all training images are of one class: a probe needs at least 2")
     if test_labels.max() >= num_classes:
         raise DigitError(
             f"test labels run to {int(test_labels.max())}, training labels to {num_classes - 1}: "
-            "number both by one list of classes, or give training images of every class"
+            "number both with one list of classes, or give training images of every class"
         )
     return num_classes

@@ -1,7 +1,7 @@
-"""Scores on features and logits, whichever network gave them: Inception Score, kernel distance, precision and recall.
+"""Scores on the features and logits of any network: Inception Score, kernel distance, precision and recall.
 
-All sums run in float64. A number compares only with numbers of the same network, resize and number of images; its full
-name (inception_score, kid, ... on Inception alone) is the network's business, see `JudgeNetwork.metric`.
+All sums run in float64. A score compares only with scores of the same network, resize and number of images.
+`JudgeNetwork.metric` gives its full name: inception_score, kid, ... on Inception alone.
 """
 
 from collections.abc import Iterator
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 
-MAX_DISTANCES = 2**24  # float64 numbers of one block, 128 MiB
-IMAGES_A_SPLIT = 500  # the score of fewer says little: it is at most their number
+MAX_DISTANCES = 2**24  # float64 values per block, 128 MiB
+MIN_IMAGES_PER_SPLIT = 500  # fewer give a useless score, which is at most the number of images
 
 
 def splits_of(num: int) -> int:
-    """Splits for the Inception Score of `num` images: 10 as usual, fewer where a split would hold under 500."""
-    return max(1, min(10, num // IMAGES_A_SPLIT))
+    """Number of splits for the Inception Score of `num` images: 10, or fewer so that each holds at least 500."""
+    return max(1, min(10, num // MIN_IMAGES_PER_SPLIT))
 
 
 def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
-    # exp( mean_x KL( p(y|x) || mean_x p(y|x) ) )  (IS, Salimans et al. 2016, section 4), per split
-    """Mean and standard deviation (over N, not N - 1) over splits of logits (N, C); at least 1, at most C.
+    """exp( mean_x KL( p(y|x) || mean_x p(y|x) ) )  (IS, Salimans et al. 2016, section 4), for each split.
 
-    Images are shuffled by `seed` before they are split, as in torch-fidelity; None keeps their order, as ADM's
-    evaluator does, where samples sorted by class give splits of few classes each and so lower scores.
+    Returns the mean and the standard deviation (over n, not n - 1) over the splits of logits (N, C); the score lies in
+    1..C. `seed` shuffles the images before they are split, as in torch-fidelity. None keeps their order, as ADM's
+    evaluator does; samples sorted by class then give splits of few classes each and so lower scores.
     """
     logits = _checked(logits, "logits")
     if not 1 <= num_splits <= len(logits):
-        raise DigitError(f"{num_splits} splits of {len(logits)} images: give at least one image a split")
+        raise DigitError(f"{num_splits} splits of {len(logits)} images: give at least one image per split")
     if seed is not None:
         logits = logits[torch.from_numpy(np.random.default_rng(seed % 2**64).permutation(len(logits)))]
     bounds = [len(logits) * split // num_splits for split in range(num_splits + 1)]
@@ -46,12 +46,12 @@ def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) 
 def kernel_distance(
     first: Tensor, second: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    # MMD^2 = sum_{i != j} k(x_i, x_j) / m(m-1) + sum_{i != j} k(y_i, y_j) / m(m-1) - 2 sum_{ij} k(x_i, y_j) / m^2,
-    # k(x, y) = (x.y / D + 1)^3  (KID, Bińkowski et al. 2018, section 4)
-    """Mean and standard deviation over random subsets of features (N, D) and (M, D); unbiased, so it may be below 0.
+    """sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / m(m-1) - 2 sum_{ij} k(x_i, y_j) / m²,  k(x, y) = (x.y / D + 1)³.
 
-    subset_size is cut to the smaller set. Where both sets are no larger, every subset is the whole and the deviation 0:
-    it tells of the drawing of subsets, not of the images.
+    Unbiased MMD² (KID, Bińkowski et al. 2018, section 4); it may be below 0. Returns its mean and standard deviation
+    over random subsets of m = subset_size rows of features (N, D) and (M, D), sampled without replacement. subset_size
+    is at most the size of the smaller set. Where it is the size of both, every subset is the whole set and the
+    deviation is 0: it shows the choice of subsets, not of images.
     """
     first, second = _pair(first, second)
     size = min(subset_size, len(first), len(second))
@@ -59,20 +59,20 @@ def kernel_distance(
         raise DigitError(f"kernel distance of {len(first)} and {len(second)} images: give at least 2 of each")
     rng = np.random.default_rng(seed % 2**64)
     chosen = [[rng.choice(len(x), size, replace=False) for x in (first, second)] for _ in range(num_subsets)]
-    if len(first) ** 2 + len(second) ** 2 > 2 * num_subsets * size**2:  # then each subset by itself costs less
-        everyone = torch.ones(1, size, dtype=torch.float64)
-        distances = torch.cat([_mmd(first[a], second[b], everyone, everyone) for a, b in chosen])
+    if len(first) ** 2 + len(second) ** 2 > 2 * num_subsets * size**2:  # then separate subsets cost less
+        all_rows = torch.ones(1, size, dtype=torch.float64)
+        distances = torch.cat([_mmd(first[a], second[b], all_rows, all_rows) for a, b in chosen])
     else:
         members = [torch.zeros(num_subsets, len(x), dtype=torch.float64) for x in (first, second)]
-        for row, drawn in enumerate(chosen):
-            for member, indices in zip(members, drawn, strict=True):
+        for row, subsets in enumerate(chosen):
+            for member, indices in zip(members, subsets, strict=True):
                 member[row, indices] = 1
         distances = _mmd(first, second, *members)
     return float(distances.mean()), float(distances.std(unbiased=False))
 
 
 def _mmd(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
-    """(R,) unbiased MMD^2 of R subsets of x (N, D) and y (M, D), told by members of 0 and 1, (R, N) and (R, M)."""
+    """Unbiased MMD² (R,) of R subsets of x (N, D) and y (M, D), given as 0/1 masks in_x (R, N) and in_y (R, M)."""
     size = in_x[0].sum()
     within = sum(
         _kernel_sums(z, z, in_z, in_z) - in_z @ (z.double().square().mean(1) + 1) ** 3
@@ -82,7 +82,7 @@ def _mmd(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
-    """(R,) sums of k(x_i, y_j) over the members of each subset."""
+    """sum_{ij} in_x_ri k(x_i, y_j) in_y_rj for each of R subsets, (R,)."""
     y, sums = y.double(), torch.zeros(len(in_x), dtype=torch.float64)
     for rows in torch.arange(len(x)).split(max(1, MAX_DISTANCES // len(y))):
         kernel = (x[rows].double() @ y.T / y.shape[1] + 1) ** 3  # (n, M)
@@ -91,11 +91,11 @@ def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    # precision = 1/M sum_j [ exists i: |f_j - r_i| <= NN_k(r_i) ],  recall with the roles exchanged, NN_k the distance
-    # to the k-th nearest neighbour of the own set  (Kynkäänniemi et al. 2019, Eqs. 1 and 2)
-    """Share of fake features (M, D) within the real ones' (N, D) manifold, and of real ones within the fake ones'.
+    """precision = 1/M sum_j [exists i: ||f_j - r_i|| <= NN_k(r_i)];  recall: the same with f and r exchanged.
 
-    The two depend on N and M: papers take 10,000 or 50,000 of each.
+    Kynkäänniemi et al. 2019, Eqs. 1 and 2. r are real features (N, D), f fake ones (M, D); NN_k(r_i) is the distance of
+    r_i to its k-th nearest neighbour among r. Both depend on N and M: papers use 10,000 or 50,000 of each. Raises
+    DigitError unless both sets hold more than k images.
     """
     real, fake = _pair(real, fake)
     if not 1 <= k < min(len(real), len(fake)):
@@ -104,15 +104,15 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of points (N, D) in a ball of any centre (M, D) that reaches to its k-th nearest fellow."""
+    """Share of points (N, D) within the distance of any centre (M, D) to its k-th nearest other centre."""
     centres = centres.double()
-    # k + 1, since the nearest to a centre is itself
+    # k + 1: the nearest centre is the centre itself
     radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distances(centres, centres)])  # (M,)
     return sum(int((block <= radii).any(1).sum()) for block in _distances(points, centres)) / len(points)
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows of the squared distances (N, M); what rounding leaves between equal points is 0."""
+    """Blocks of rows of ||x_i - y_j||² (N, M); rounding errors between equal points are set to 0."""
     squares = y.square().sum(1)  # (M,)
     for rows in x.split(max(1, MAX_DISTANCES // len(y))):
         rows = rows.double()
@@ -124,14 +124,14 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     first, second = _checked(first, "features"), _checked(second, "features")
     if first.shape[1] != second.shape[1]:
-        raise MismatchError(f"features have {first.shape[1]} and {second.shape[1]} numbers: use one network for both")
+        raise MismatchError(f"features have {first.shape[1]} and {second.shape[1]} dimensions: use one network")
     return first, second
 
 
 def _checked(values: Tensor, what: str) -> Tensor:
     values = torch.as_tensor(values).detach().cpu()
     if values.ndim != 2 or not values.numel():
-        raise DigitError(f"{what} have shape {tuple(values.shape)}, wanted (images, numbers) of at least one image")
+        raise DigitError(f"{what} have shape {tuple(values.shape)}, wanted (images, values) of at least one image")
     if not torch.isfinite(values).all():
         raise DigitError(f"{what} hold NaN or infinity: check the images and the network's weights")
     return values

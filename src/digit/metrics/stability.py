@@ -1,14 +1,14 @@
 """Stability of image tokens under pixel noise (paper, section 2.2 and Table 1).
 
-Gaussian noise is added to the pixels; what comes out of a tokenizer is compared with what it gives for the clean image:
+Gaussian noise is added to the pixels, and the tokenizer's output is compared with its output for the clean image:
 
-    token change      share of positions with another token
+    token change      share of positions whose token changes
     feature cosine    cosine of the features before quantisation, mean over positions
     code cosine       cosine of the code vectors (centroids) of the tokens, mean over positions
 
-The paper leaves three things open. The unit of its SNR: decibels here, since its values at SNR 1 and 0.01 are nearly
-equal, which ratios would not give. The power of an image: the mean square of its pixels here, their variance as the
-alternative. Which cosine it means, features or codes: both are given, vectors as they are, not centred.
+The paper leaves three things open. The unit of its SNR: decibels here, since the paper's values at SNR 1 and 0.01 are
+nearly equal, which ratios would not give. The power of an image: the mean square of its pixels here, or their variance
+by option. Which cosine it reports, of features or of codes: both are computed, on vectors that are not centred.
 
 Shapes: B images, N positions of a tokenizer's grid, D channels of its features and codes, S SNRs.
 """
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,24 +26,25 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
+from digit.models.tokenizer import ImageTokenizer
 from digit.runtime.progress import Progress
 
 MAX_DECIBELS = 200
-MEASURES = ("token_change", "feature_cosine", "code_cosine")
+METRICS = ("token_change", "feature_cosine", "code_cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityConfig:
-    """The noise, and how its strength is meant."""
+    """The noise and the definition of its strength."""
 
     snrs: tuple[float, ...] = (30, 25, 20, 15, 10, 5, 1, 0.01)
     """Signal-to-noise ratios (paper, Table 1)."""
     unit: Literal["db", "ratio"] = "db"
     """db: noise power = signal power / 10^(snr / 10); ratio: noise power = signal power / snr."""
     power: Literal["mean_square", "variance"] = "mean_square"
-    """Signal power of an image with pixel values in 0..1: mean square, or variance about the image's mean."""
+    """Signal power of an image with pixel values in 0..1: the mean square, or the variance about the image's mean."""
     seed: int = 0
-    """Seed of the noise; image i has a random stream of its own."""
+    """Seed of the noise; each image has its own random stream."""
     confidence: float = 0.95
     """Confidence of the intervals over images (bootstrap)."""
 
@@ -55,34 +56,16 @@ class StabilityConfig:
         if self.power not in ("mean_square", "variance"):
             raise DigitError(f"power is {self.power!r}: choose mean_square or variance")
         if self.unit == "db" and max(map(abs, self.snrs)) > MAX_DECIBELS:
-            raise DigitError(f"snrs are {self.snrs}: decibels from -{MAX_DECIBELS} to {MAX_DECIBELS}")
+            raise DigitError(f"snrs are {self.snrs}: decibels lie between -{MAX_DECIBELS} and {MAX_DECIBELS}")
         if self.unit == "ratio" and min(self.snrs) <= 0:
-            raise DigitError(f"snrs hold {min(self.snrs)}: a ratio is above 0 (unit db takes any number)")
-
-
-class Tokenizer(Protocol):
-    """What is measured. Images are uint8 (B, 3, H, W), tokens int64 (B, N).
-
-    Optional, for the cosine of features: `encode_features(images) -> (tokens, features (B, N, D))` in one pass of the
-    encoder, or `features(images)`, at the price of a second one.
-    """
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def grid(self) -> tuple[int, int]: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def embed(self, tokens: Tensor) -> Tensor: ...
+            raise DigitError(f"snrs hold {min(self.snrs)}: a ratio is above 0 (use unit db for other numbers)")
 
 
 # ---------------------------------------------------------------- noise
 
 
 def unit_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> Tensor:
-    """Standard normal noise (B, 3, H, W) float32; row i is a function of (seed, first + i) and H, W alone."""
+    """Standard normal noise (B, 3, H, W) float32; row i depends on (seed, first + i), H and W alone."""
     noise = np.empty(shape, dtype=np.float32)
     for i, row in enumerate(noise):
         np.random.default_rng([seed % 2**64, first + i]).standard_normal(out=row, dtype=np.float32)
@@ -90,33 +73,35 @@ def unit_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> Tensor:
 
 
 def noise_scale(images: Tensor, snr: float, cfg: StabilityConfig) -> Tensor:
-    # sigma^2 = P / 10^(snr / 10) (db) or P / snr (ratio);  P = mean x^2 or mean (x - mean x)^2
-    """Standard deviation (B, 1, 1, 1) of the noise of each image, pixel values in 0..1."""
+    """sigma = sqrt(P / 10^(snr / 10)) for unit db, sqrt(P / snr) for unit ratio; P is `signal_power`.
+
+    Standard deviation (B, 1, 1, 1) of the noise of each image (B, 3, H, W), for pixel values in 0..1.
+    """
     power = signal_power(images, cfg)
     return (power / (10 ** (snr / 10) if cfg.unit == "db" else snr)).sqrt().view(-1, 1, 1, 1)
 
 
 def signal_power(images: Tensor, cfg: StabilityConfig) -> Tensor:
-    """(B,) float32, of uint8 images as values in 0..1."""
+    """P = mean x², or mean (x - mean x)² for power variance: (B,) float32 of uint8 images as x in 0..1."""
     x = images.flatten(1).float() / 255
     return x.square().mean(1) if cfg.power == "mean_square" else x.var(1, unbiased=False)
 
 
 def noise_power(images: Tensor, noisy: Tensor) -> Tensor:
-    """Mean square of the pixels' change (values 0..1), summed over the images: scalar float64."""
+    """sum_images mean (x_noisy - x)², for pixel values x in 0..1: a float64 scalar."""
     return ((noisy.float() - images.float()) / 255).square().flatten(1).mean(1).double().sum()
 
 
 def add_noise(
     images: Tensor, snr: float, *, cfg: StabilityConfig, first: int = 0, noise: Tensor | None = None
 ) -> Tensor:
-    """Noisy copies of uint8 images (B, 3, H, W), clipped to 0..255 and rounded to uint8, as tokenizers take them.
+    """x + sigma * noise, clipped to 0..1 and rounded to uint8: noisy copies of uint8 images (B, 3, H, W).
 
-    Image i is number first + i of all, which its noise depends on; every SNR scales the same noise. Clipping takes
-    power from strong noise; `measure_stability` reports the SNR that is left.
+    Image i has index first + i in the data set, which selects its noise; every SNR scales the same noise. Clipping
+    reduces the power of strong noise; `measure_stability` reports the SNR after clipping.
 
     Args:
-        noise: `unit_noise` of these images, where it is at hand already.
+        noise: `unit_noise` of these images, if it was computed before.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise DigitError(f"noise is added to uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -125,29 +110,34 @@ def add_noise(
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-# ---------------------------------------------------------------- measurement
+# ---------------------------------------------------------------- metrics
 
 
 def measure_stability(
-    tokenizers: Mapping[str, Tokenizer], batches: Iterable[Tensor], cfg: StabilityConfig, total: int | None = None
+    tokenizers: Mapping[str, ImageTokenizer], batches: Iterable[Tensor], cfg: StabilityConfig, total: int | None = None
 ) -> dict[str, Any]:
-    """Change of tokens, features and codes at every SNR, with intervals over images, as a dict for JSON.
+    """token_change = mean_n [t'_n != t_n], feature_cosine and code_cosine = mean_n cos(v'_n, v_n), at every SNR.
+
+    t are the tokens (B, N) of the clean images, v their features or code vectors (B, N, D); t' and v' are those of the
+    noisy images. Means over images, with intervals, as a dict for JSON.
 
     Args:
-        tokenizers: by name; all see the same noisy images.
-        batches: uint8 images (B, 3, H, W); what comes out does not depend on their sizes.
+        tokenizers: by name; all get the same noisy images. For the cosine of features a tokenizer also has
+            `encode_features(images) -> (tokens, features (B, N, D))`, which runs the encoder once, or
+            `features(images)`, which runs it again.
+        batches: uint8 images (B, 3, H, W); the result does not depend on the batch sizes.
         total: number of images, for the progress bar only.
 
     Returns:
         protocol: all settings. snr_as_fed_db: the SNRs after clipping and rounding, over all images.
-        tokenizers: for each its vocab_size, grid, codebook health on the clean images, and a list over SNRs of
-            intervals {value, low, high} of each measure (feature_cosine only where it gives features).
-        differences: for each pair the intervals of first minus second, paired by image. One interval tells of one SNR:
-            at 95 % confidence one in twenty misses.
+        tokenizers: for each its vocab_size, grid, codebook health on the clean images, and for each metric a list over
+            SNRs of intervals {value, low, high} (feature_cosine only for tokenizers with features).
+        differences: for each pair the intervals of first minus second, paired by image. Each interval holds for one SNR
+            alone: at 95 % confidence one in twenty misses the true value.
     """
     if not tokenizers:
-        raise DigitError("no tokenizer to measure: give at least one")
-    found = {name: _Found() for name in tokenizers}
+        raise DigitError("no tokenizer to evaluate: give at least one")
+    results = {name: _TokenizerResults() for name in tokenizers}
     signal, error, count = 0.0, torch.zeros(len(cfg.snrs), dtype=torch.float64), 0
     with Progress("stability", total) as bar:
         for images in batches:
@@ -156,7 +146,7 @@ def measure_stability(
             signal += float(signal_power(images, cfg).double().sum())
             error += torch.stack([noise_power(images, other) for other in noisy])
             for name, tokenizer in tokenizers.items():
-                found[name].add(tokenizer, images, noisy)
+                results[name].add(tokenizer, images, noisy)
             count += len(images)
             bar.update(len(images))
     if count < 2:
@@ -165,84 +155,83 @@ def measure_stability(
     return {
         "protocol": {"about": f"{about} (paper, Table 1)", "num_images": count} | asdict(cfg),
         "snr_as_fed_db": [10 * math.log10(signal / e) if e > 0 and signal else None for e in error.tolist()],
-        "tokenizers": {name: found[name].summary(tokenizers[name], cfg) for name in tokenizers},
+        "tokenizers": {name: results[name].summary(tokenizers[name], cfg) for name in tokenizers},
         "differences": [
-            {"first": a, "second": b} | found[a].minus(found[b], cfg) for a, b in combinations(tokenizers, 2)
+            {"first": a, "second": b} | results[a].minus(results[b], cfg) for a, b in combinations(tokenizers, 2)
         ],
     }
 
 
-class _Found:
-    """What one tokenizer gave: per image and SNR the measures, and the tokens of the clean images."""
+class _TokenizerResults:
+    """Results of one tokenizer: the metrics for each image and SNR, and the tokens of the clean images."""
 
     def __init__(self) -> None:
         self.tokens: list[Tensor] = []
-        self.rows: dict[str, list[Tensor]] = {}  # measure -> (S, B) each
+        self.batches: dict[str, list[Tensor]] = {}  # metric -> (S, B) for each batch
 
-    def add(self, tokenizer: Tokenizer, images: Tensor, noisy: list[Tensor]) -> None:
-        tokens, features = read(tokenizer, images)
+    def add(self, tokenizer: ImageTokenizer, images: Tensor, noisy: list[Tensor]) -> None:
+        tokens, features = tokens_and_features(tokenizer, images)
         codes = tokenizer.embed(tokens)
-        rows: dict[str, list[Tensor]] = {}
-        for other in noisy:
-            their_tokens, their_features = read(tokenizer, other)
-            rows.setdefault("token_change", []).append((their_tokens != tokens).double().mean(1))
-            rows.setdefault("code_cosine", []).append(cosine(tokenizer.embed(their_tokens), codes))
+        by_snr: dict[str, list[Tensor]] = {}
+        for noisy_images in noisy:
+            noisy_tokens, noisy_features = tokens_and_features(tokenizer, noisy_images)
+            by_snr.setdefault("token_change", []).append((noisy_tokens != tokens).double().mean(1))
+            by_snr.setdefault("code_cosine", []).append(cosine(tokenizer.embed(noisy_tokens), codes))
             if features is not None:
-                rows.setdefault("feature_cosine", []).append(cosine(their_features, features))
+                by_snr.setdefault("feature_cosine", []).append(cosine(noisy_features, features))
         self.tokens.append(tokens.cpu())
-        for measure, values in rows.items():
-            self.rows.setdefault(measure, []).append(torch.stack(values).cpu())
+        for metric, values in by_snr.items():
+            self.batches.setdefault(metric, []).append(torch.stack(values).cpu())
 
-    def values(self, measure: str) -> Tensor:
-        """(S, N)."""
-        return torch.cat(self.rows[measure], 1)
+    def values(self, metric: str) -> Tensor:
+        """One metric of every image at every SNR, (S, number of images)."""
+        return torch.cat(self.batches[metric], 1)
 
-    def summary(self, tokenizer: Tokenizer, cfg: StabilityConfig) -> dict[str, Any]:
+    def summary(self, tokenizer: ImageTokenizer, cfg: StabilityConfig) -> dict[str, Any]:
         health = codebook_health(torch.cat(self.tokens), tokenizer.vocab_size)
         about = {"vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid), "codebook": health}
-        how = {"confidence": cfg.confidence, "seed": cfg.seed % 2**64}
+        bootstrap = {"confidence": cfg.confidence, "seed": cfg.seed % 2**64}
         return about | {
-            measure: [mean_interval(values, **how).to_dict() for values in self.values(measure)]
-            for measure in MEASURES
-            if measure in self.rows
+            metric: [mean_interval(values, **bootstrap).to_dict() for values in self.values(metric)]
+            for metric in METRICS
+            if metric in self.batches
         }
 
-    def minus(self, other: "_Found", cfg: StabilityConfig) -> dict[str, Any]:
-        how = {"confidence": cfg.confidence, "seed": cfg.seed % 2**64}
+    def minus(self, other: "_TokenizerResults", cfg: StabilityConfig) -> dict[str, Any]:
+        bootstrap = {"confidence": cfg.confidence, "seed": cfg.seed % 2**64}
         return {
-            measure: [
-                difference_interval(a, b, **how).to_dict()
-                for a, b in zip(self.values(measure), other.values(measure), strict=True)
+            metric: [
+                difference_interval(a, b, **bootstrap).to_dict()
+                for a, b in zip(self.values(metric), other.values(metric), strict=True)
             ]
-            for measure in MEASURES
-            if measure in self.rows and measure in other.rows
+            for metric in METRICS
+            if metric in self.batches and metric in other.batches
         }
 
 
-def read(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, N) and, where the tokenizer gives them, features (B, N, D); the encoder runs once if it can."""
+def tokens_and_features(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, N) and features (B, N, D), or None for tokenizers without; one encoder pass where possible."""
     if hasattr(tokenizer, "encode_features"):
         return tokenizer.encode_features(images)
     return tokenizer.encode(images), tokenizer.features(images) if hasattr(tokenizer, "features") else None
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    # mean_n a_n . b_n / (||a_n|| ||b_n||)
-    """Mean cosine (B,) float64 over the positions of (B, N, D); vectors that are equal count as 1, zeros too."""
+    """mean_n a_n . b_n / (||a_n|| ||b_n||): (B,) float64 of a, b (B, N, D); equal vectors, zeros too, count as 1."""
     similarity = F.cosine_similarity(a.float(), b.float(), dim=2).double()  # (B, N)
     return similarity.masked_fill((a == b).all(2), 1.0).mean(1)
 
 
 def codebook_health(tokens: Tensor | np.ndarray, vocab_size: int) -> dict[str, float]:
-    # H = -sum_k p_k log2 p_k,  perplexity = 2^H
-    """How many codes the tokens (any shape) use: usage 0..1, entropy_bits, perplexity, dead_codes, num_tokens.
+    """usage = 1 - dead_codes / K,  entropy_bits = H = -sum_k p_k log2 p_k,  perplexity = 2^H.
 
-    Usage grows with the number of tokens: compare only equally many. Raises DigitError for tokens outside 0..K-1.
+    p_k is the share of code k = 0..K-1 among the tokens (any shape), and dead codes never occur; num_tokens is returned
+    too. Usage grows with the number of tokens: compare only equally many. Raises DigitError for tokens outside 0..K-1.
     """
     flat = torch.as_tensor(tokens).flatten().long().cpu()
     if not len(flat) or flat.min() < 0 or flat.max() >= vocab_size:
-        held = f"{int(flat.min())} to {int(flat.max())}" if len(flat) else "no tokens"
-        raise DigitError(f"tokens hold {held}, wanted 0 to {vocab_size - 1}: they are of another codebook")
+        values = f"{int(flat.min())} to {int(flat.max())}" if len(flat) else "no tokens"
+        raise DigitError(f"tokens hold {values}, wanted 0 to {vocab_size - 1}: they belong to another codebook")
     counts = torch.bincount(flat, minlength=vocab_size).double()
     entropy = abs(float(torch.special.entr(counts / counts.sum()).sum())) / math.log(2)
     dead = int((counts == 0).sum())

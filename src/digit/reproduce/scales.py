@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from digit.errors import DigitError
 from digit.evaluation.sweep import SweepConfig
+from digit.metrics.completion import KEEPS
 from digit.metrics.probe import ProbeConfig
 from digit.pipeline.pipeline import SamplingConfig, StageSampling
 from digit.runs.pretrain import PretrainConfig
@@ -15,7 +16,7 @@ from digit.training.ssl.train import SSLConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes and counts of every experiment; what it leaves open is the recipe's."""
+    """Sizes and counts of every experiment; all other settings are the recipe's."""
 
     name: str
     """tiny, small or paper."""
@@ -24,19 +25,19 @@ class Scale:
     num_train: int | None
     """Training images, spread evenly over the data; None takes all."""
     min_rows: int = 0
-    """Rows of the token store at least: small data gets several crops an image."""
+    """Minimum rows of the token store: small data gets several crops per image."""
     num_test: int = 10_000
-    """Test images: the reference of every distance, and what probes are tested on."""
+    """Test images: the reference of every distance and the test set of probes."""
     num_samples: int = 50_000
-    """Samples a method and seed."""
+    """Samples per method and seed."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Every model of the comparisons is trained once a seed."""
+    """Seeds; every model of the comparisons is trained once per seed."""
     num_stability: int = 1000
     """Images for Table 1."""
     num_completed: int = 1000
     """Images for Figure 4b."""
     num_swept: int = 1000
-    """Samples a setting in Figure 5."""
+    """Samples per setting in Figure 5."""
     clusters: tuple[int, ...] = (1024, 4096, 8192)
     """Codebook sizes of Figure 3b."""
     longer: float = 2.0
@@ -44,16 +45,16 @@ class Scale:
     larger: ModelSpec = field(default_factory=ModelSpec)
     """Size of "scale up" in Figure 3a."""
     probe: ProbeConfig = field(default_factory=lambda: ProbeConfig(l2=(1e-3, 1e-2)))
-    """Classifiers of every linear probe."""
-    prefixes: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+    """Settings of every linear probe."""
+    prefixes: tuple[float, ...] = KEEPS
     """Kept fractions of Figure 4b."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     """Settings of Figure 5."""
     encoders: tuple[tuple[str, EncoderConfig | PretrainConfig], ...] = ()
-    """Figure 4a: a name, and an encoder or how to train one."""
+    """Figure 4a: names with an encoder, or with the settings to train one."""
 
     def with_encoder(self, name: str | None, weights: str | None = None, size: int | None = None) -> "Scale":
-        """The same with another encoder of the tokens, third-to-last layer, that sees `size` pixels."""
+        """This scale with another encoder for the tokens, third-to-last layer, with inputs of `size` pixels."""
         if name is None and weights is None and size is None:
             return self
         encoder = replace(self.recipe.encoder, weights=weights)
@@ -65,24 +66,24 @@ class Scale:
         return replace(self, recipe=replace(self.recipe, encoder=encoder, preprocess=preprocess))
 
     def with_encoder_files(self, files: Mapping[str, str]) -> "Scale":
-        """The encoders of Figure 4a with their weights files, by name. Raises DigitError for other names."""
+        """This scale with weights files for the encoders of Figure 4a, by name. Raises DigitError for other names."""
         for name in files:
             if name not in dict(self.encoders) or isinstance(dict(self.encoders)[name], PretrainConfig):
-                known = [n for n, how in self.encoders if isinstance(how, EncoderConfig)]
+                known = [n for n, encoder in self.encoders if isinstance(encoder, EncoderConfig)]
                 raise DigitError(f"scale {self.name} takes no weights for {name}: {', '.join(known) or 'none'}")
         chosen = {name: replace(dict(self.encoders)[name], weights=file) for name, file in files.items()}
-        return replace(self, encoders=tuple((name, chosen.get(name, how)) for name, how in self.encoders))
+        return replace(self, encoders=tuple((name, chosen.get(name, encoder)) for name, encoder in self.encoders))
 
 
 def pretrained(cfg: PretrainConfig) -> tuple[tuple[str, PretrainConfig], ...]:
-    """The three encoders of Figure 4a, each trained on the images at hand."""
+    """The three encoders of Figure 4a, each trained on the training images."""
     return tuple(
         (name, replace(cfg, method=method)) for name, method in (("MAE", "mae"), ("MoCo", "moco"), ("iBOT", "ibot"))
     )
 
 
 def tiny() -> Scale:
-    """Minutes: does everything run, and what do the pictures look like. Its verdicts mean little."""
+    """Minutes: shows that everything runs and what the plots look like; its verdicts mean little."""
     base, size = demo(), ModelSpec(depth=2, embed_dim=128, num_heads=2, dropout=0.0)
     recipe = replace(
         base,
@@ -105,7 +106,7 @@ def tiny() -> Scale:
 
 
 def small() -> Scale:
-    """One to two hours on two CPU cores an experiment, 64 px; trends, with intervals over three seeds."""
+    """64 px, one to two hours per experiment on two CPU cores: trends, with intervals over three seeds."""
     base = cifar()
     recipe = replace(
         base,
@@ -122,7 +123,7 @@ def small() -> Scale:
 
 
 def paper() -> Scale:
-    """The paper's sizes (A.3) on ImageNet-1k: GPUs, DINOv2's and the VQGAN's weights, FID's Inception network."""
+    """The paper's sizes (A.3) on ImageNet-1k; needs GPUs, weights of DINOv2 and VQGAN, and FID's Inception network."""
     large = digit_large()
     named = (("MAE", "mae_vitb16"), ("MoCo", "mocov3_vitb16"), ("iBOT", "ibot_vitb16"))
     return Scale(

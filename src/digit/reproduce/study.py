@@ -1,8 +1,8 @@
-"""The workshop of every experiment: one data set, one scale, one folder; runs, test tokens and judged images by name.
+"""What all experiments share: one data set, one scale, one folder; runs, test tokens and judged images by name.
 
-OUT/study.json    scale, data, judge: another request in the same folder is refused
-OUT/runs/NAME/    a `digit fit` run each; codebook, VQGAN and tokens of `base` serve all runs that don't change them
-OUT/judged/       features of every image set that was judged
+OUT/study.json    scale, data, judge; the folder refuses other settings
+OUT/runs/NAME/    `digit fit` runs; those that do not change codebook, VQGAN or tokens use those of `base`
+OUT/judged/       features of every judged image set
 """
 
 from collections.abc import Callable, Sequence
@@ -36,15 +36,14 @@ from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 
 PARTS = ("codebook", "vqgan", "tokens")
-BATCH_SIZE, JUDGED_TOGETHER = 250, 64
-PART = 1000  # samples drawn between two savings
-FIELDS = ("pooled", "spatial", "logits")
+BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64
+PART = 1000  # samples per cache file
 
 
 def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageSource, ImageSource]:
-    """(train, test): the data's own test or validation split, fresh scenes of shapes, or else every fifth image.
+    """Open (train, test): test is the data's test or validation split, new scenes of shapes, or every fifth image.
 
-    A test split without labels (as ImageNet's) is passed over where the training images have them.
+    A test split without labels (as ImageNet's) is skipped if the training images have labels.
     """
     if data.split(":")[0] == "shapes":
         train = open_source(data).limit(num_train)
@@ -68,15 +67,20 @@ def labelled(source: ImageSource) -> bool:
     return bool(source.classes) and (labels is None or bool((labels >= 0).any()))
 
 
+def variant(conditional: bool) -> str:
+    """Start of the names of runs and steps: class for class-conditional models, plain for unconditional ones."""
+    return "class" if conditional else "plain"
+
+
 class Study:
-    """What experiments share. Everything is made on first use and found again afterwards.
+    """What experiments share. Everything is made on first use and saved for the next.
 
     Args:
         data: what `open_source` takes; labelled for probes.
         scale: sizes and counts.
-        out: folder of all experiments of this data and scale.
+        out: folder of all experiments with this data and scale.
         reuse: folders of a finished run's codebook, vqgan and tokens.
-        inception: weights of FID's network; None judges by EfficientNet-Lite2, never under the name FID.
+        inception: weights of FID's network; None uses EfficientNet-Lite2, whose distances are not called FID.
     """
 
     def __init__(
@@ -100,27 +104,27 @@ class Study:
         """Raise DigitError unless training and test images have classes."""
         for source in (self.train, self.test):
             if not labelled(source):
-                raise DigitError(f"{source.name} has no classes: {what} needs them (a class a folder, or labels)")
+                raise DigitError(f"{source.name} has no classes: {what} needs them (one folder per class, or labels)")
 
     def validate(self) -> None:
-        """Find now, before anything is written, what would fail after hours: encoder, weights, folders to reuse."""
+        """Check, before anything is written, what would fail after hours: encoder, weights, folders to reuse."""
         for part, folder in self.reuse.items():
             if not (Path(folder) / RESULTS[part]).is_file():
                 raise DigitError(f"{folder} holds no {RESULTS[part]}: give the {part} folder of a run, RUN/{part}")
         if "tokens" not in self.reuse or "codebook" not in self.reuse:
             _ = self._encoder
-        training = self.recipe.vqgan_training.num_steps
-        if self.recipe.vqgan_start == "scratch" and not training and "vqgan" not in self.reuse:
+        num_steps = self.recipe.vqgan_training.num_steps
+        if self.recipe.vqgan_start == "scratch" and not num_steps and "vqgan" not in self.reuse:
             raise DigitError(f"scale {self.scale.name} trains no VQGAN: give one, --reuse_vqgan FOLDER")
 
     @cached_property
     def _encoder(self) -> FrozenEncoder:
-        """The recipe's encoder, loaded once however often the study is validated."""
+        """The recipe's encoder, loaded once for all validations."""
         return load_encoder(self.recipe.encoder)
 
     @property
     def request(self) -> dict[str, Any]:
-        """All that decides a result but the code."""
+        """Everything besides the code that decides a result."""
         return plain(
             {
                 "scale": asdict(self.scale),
@@ -132,21 +136,21 @@ class Study:
         )
 
     def check(self) -> None:
-        """Raise MismatchError where the folder holds results of another request."""
+        """Raise MismatchError if the folder holds results of other settings."""
         path = self.out / "study.json"
-        if not path.exists() or not any((self.out / "steps").glob("*.json")):  # nothing made yet: nothing to protect
+        if not path.exists() or not any((self.out / "steps").glob("*.json")):  # no results to protect yet
             return
-        here = merged(self.request, read_json(path))  # settings younger than the folder count as equal
-        require_same_request(self.out, here, self.request, "choose another --out")
+        existing = merged(self.request, read_json(path))  # settings that older versions lack count as equal
+        require_same_request(self.out, existing, self.request, "choose another --out")
 
     def claim(self) -> None:
-        """Write study.json: from here on the folder answers this request alone."""
+        """Write study.json; from then on the folder takes these settings alone."""
         self.check()
         if not any((self.out / "steps").glob("*.json")) or not (self.out / "study.json").exists():
             write_json(self.out / "study.json", self.request)
 
     def describe(self) -> dict[str, Any]:
-        """For results.json: the scale with every setting, the data, the judge."""
+        """The scale with every setting, the data and the judge, for results.json."""
         return {
             "scale": self.scale.name,
             "config": asdict(self.scale) | {"recipe": asdict(self.recipe)},
@@ -160,13 +164,13 @@ class Study:
 
     @cached_property
     def base(self) -> Run:
-        """The run whose codebook, VQGAN and tokens serve the others; made as far as its tokens."""
+        """The run whose codebook, VQGAN and tokens the other runs use; trained up to its tokens."""
         run = Run(self.recipe, self.train, self.out / "runs" / "base", reuse=self.reuse, device=str(self.device))
         run.write_tokens()
         return run
 
     def run(self, name: str = "base", *, shared: Sequence[str] = PARTS, **changes: Any) -> Run:
-        """A run by name with changed settings of the recipe; `shared` parts are the base run's."""
+        """A run by name with changed settings of the recipe; its `shared` parts are those of the base run."""
         if name == "base" and not changes:
             return self.base
         folder = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
@@ -174,15 +178,14 @@ class Study:
         return Run(recipe, self.train, self.out / "runs" / name, reuse=folder, device=str(self.device))
 
     def seeded(self, seed: int, *, conditional: bool = False) -> Run:
-        """The recipe under another seed, with or without classes, on the base run's tokens."""
+        """A run of the recipe with another seed, with or without classes, on the base run's tokens."""
         if seed == self.recipe.seed and conditional == self.recipe.class_conditional:
             return self.base
-        name = f"{'class' if conditional else 'plain'}_{seed}"
-        return self.run(name, seed=seed, class_conditional=conditional)
+        return self.run(f"{variant(conditional)}_{seed}", seed=seed, class_conditional=conditional)
 
     @cached_property
     def costs(self) -> Costs:
-        """Estimates for this machine."""
+        """Time estimates for this machine."""
         return Costs(self.recipe, self.device)
 
     # ---------------------------------------------------------------- images
@@ -202,12 +205,12 @@ class Study:
         return gather_crops(self.test, self.recipe.preprocess)
 
     def some_test_images(self, num: int) -> Tensor:
-        """`num` test images, evenly spread."""
+        """`num` test images, spread evenly."""
         total = len(self.test_images)
         return self.test_images[torch.arange(min(num, total)) * total // min(num, total)]
 
     def test_tokens(self, run: Run) -> TokenStore:
-        """Both kinds of tokens of the test images' centre crops, by the tokenizers of a run."""
+        """Both kinds of tokens of the test images' centre crops, from the tokenizers of a run."""
         centre = replace(self.recipe.preprocess, random_crop=False, flip=False)
         return write_tokens(run.out / "test_tokens", self.test, centre, run.tokenizer(), run.train_vqgan())
 
@@ -215,17 +218,16 @@ class Study:
 
     @cached_property
     def network(self) -> Any:
-        """The judge: FID's Inception network where its weights are given, else EfficientNet-Lite2."""
+        """The judge: FID's Inception network if its weights are given, else EfficientNet-Lite2."""
         return load_judge_network(self.inception, device=self.device)
 
     def judged(self, name: str, images: Callable[[], Tensor]) -> Judged:
-        """Features of an image set, kept under its name."""
+        """Features of an image set, cached under its name."""
 
         def make() -> dict[str, Tensor]:
-            made = images()
-            batches = made.split(JUDGED_TOGETHER)
-            found = collect_judged(batches, self.network, total=len(made), description=f"judge {name}")
-            return {field: getattr(found, field) for field in FIELDS}
+            batch = images()
+            batches = batch.split(JUDGE_BATCH_SIZE)
+            return vars(collect_judged(batches, self.network, total=len(batch), description=f"judge {name}"))
 
         return Judged(**remember(self.out / "judged" / f"{name}.safetensors", make))
 
@@ -234,48 +236,50 @@ class Study:
         """The test images, judged."""
         return self.judged("test", lambda: self.test_images)
 
-    def scores(self, found: Judged) -> dict[str, float]:
+    def scores(self, judged: Judged) -> dict[str, float]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
-        mean, deviation = inception_score(found.logits, splits_of(len(found)))
+        mean, deviation = inception_score(judged.logits, splits_of(len(judged)))
         return {
-            self.network.metric("fd"): fd(found.pooled, self.reference.pooled),
+            self.network.metric("fd"): fd(judged.pooled, self.reference.pooled),
             self.network.metric("is"): mean,
             self.network.metric("is") + "_std": deviation,
-            "images": len(found.pooled),
+            "images": len(judged.pooled),
         }
 
     def sampler(self, run: Run, prior: str | None, renderer: str) -> DigitPipeline:
-        """A pipeline of a run's models that draws in bf16."""
+        """A pipeline of a run's models that samples in bf16."""
         pipe = run.make_pipeline(prior, renderer)
         pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=BATCH_SIZE)
         return pipe
 
     def samples(self, name: str, run: Run, prior: str | None, renderer: str, seed: int) -> Judged:
-        """`num_samples` drawn images, judged, PART at a time; pictures/NAME_SEED.png shows the first hundred.
+        """Sample and judge `num_samples` images, PART at a time; pictures/NAME_SEED.png shows 100 of the first part.
 
-        A conditional model draws the classes of the test images, in their shares.
+        A conditional model samples the classes of the test images, in their proportions.
         """
         pipe, total = self.sampler(run, prior, renderer), self.scale.num_samples
         labels = self.test_labels[torch.arange(total) * len(self.test_labels) // total] if run.num_classes else None
 
-        def draw(start: int) -> Tensor:
+        def generate(start: int) -> Tensor:
             rows = slice(start, min(start + PART, total))
-            wanted = None if labels is None else labels[rows].tolist()
-            images = pipe.generate(rows.stop - rows.start, wanted, seed=1_000_000 * seed + start)
+            part_labels = None if labels is None else labels[rows].tolist()
+            images = pipe.generate(rows.stop - rows.start, part_labels, seed=1_000_000 * seed + start)
             if start == 0:
-                self.show(f"{name}_{seed}", images[torch.arange(min(100, len(images))) * len(images) // 100])
+                self.save_grid(f"{name}_{seed}", images[torch.arange(min(100, len(images))) * len(images) // 100])
             return images
 
         key = request_key(pipe=pipeline_key(pipe), sampling=asdict(pipe.sampling), seed=seed, num=total)
-        parts = [self.judged(f"{name}_{seed}_{key}_{start}", partial(draw, start)) for start in range(0, total, PART)]
-        return Judged(*(torch.cat([getattr(part, field) for part in parts]) for field in FIELDS))
+        parts = [
+            self.judged(f"{name}_{seed}_{key}_{start}", partial(generate, start)) for start in range(0, total, PART)
+        ]
+        return Judged.cat(parts)
 
-    def show(self, name: str, images: Tensor) -> None:
-        """OUT/pictures/NAME.png: a grid, ten a row."""
+    def save_grid(self, name: str, images: Tensor) -> None:
+        """Save images as a grid, ten per row, as OUT/pictures/NAME.png."""
         from digit.runtime import plots
 
-        picture = plots.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
-        plots.save_png(self.out / "pictures" / f"{name}.png", picture)
+        grid = plots.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
+        plots.save_png(self.out / "pictures" / f"{name}.png", grid)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
-from digit.reproduce.study import BATCH_SIZE, Study, as_tensor
+from digit.reproduce.study import BATCH_SIZE, Study, as_tensor, variant
 from digit.runs.fit import Run
 from digit.runs.roles import get_role
 from digit.runtime import plots
@@ -31,7 +31,7 @@ METHODS = {  # name -> (prior, renderer)
 
 
 def parts_step(study: Study) -> Step:
-    """Codebook, VQGAN and tokens of the base run."""
+    """Step: codebook, VQGAN and tokens of the base run."""
     rows = len(study.train) * study.recipe.crops_per_image
 
     def make() -> dict[str, Any]:
@@ -46,8 +46,8 @@ def parts_step(study: Study) -> Step:
 
 
 def training_step(study: Study, model: str, seed: int, conditional: bool) -> Step:
-    """One trained model: steps, FLOPs, seconds, likelihood."""
-    name = f"{'class' if conditional else 'plain'}_{model}_{seed}"
+    """Step: one trained model, with images seen, FLOPs, seconds and likelihood."""
+    name = f"{variant(conditional)}_{model}_{seed}"
     return Step(
         name=name,
         seconds=study.costs.model(model),
@@ -56,7 +56,7 @@ def training_step(study: Study, model: str, seed: int, conditional: bool) -> Ste
 
 
 def trained(run: Run, model: str) -> dict[str, Any]:
-    """Train a model of a run, or find it; what it cost."""
+    """Train a model of a run, unless it is trained; returns its cost and likelihood."""
     run.train_model(model)
     cfg, last = run.training_config(model), last_metrics(run.out / model)
     images = cfg.num_steps * cfg.batch_size
@@ -65,19 +65,19 @@ def trained(run: Run, model: str) -> dict[str, Any]:
 
 
 def samples_step(study: Study, method: str, seed: int, conditional: bool) -> Step:
-    """Samples of one method and seed, judged."""
+    """Step: scores of the samples of one method and seed."""
     prior, renderer = METHODS[method]
-    label = f"{'class' if conditional else 'plain'}_{renderer}"
+    label = f"{variant(conditional)}_{renderer}"
 
     def make() -> dict[str, Any]:
         run = study.seeded(seed, conditional=conditional)
         return study.scores(study.samples(label, run, prior, renderer, seed))
 
-    return Step(name=f"{label}_{seed}_samples", seconds=study.costs.drawn(study.scale.num_samples), make=make)
+    return Step(name=f"{label}_{seed}_samples", seconds=study.costs.sampling(study.scale.num_samples), make=make)
 
 
 def probe_step(study: Study, model: str, seed: int) -> Step:
-    """Linear probe of every layer of an unconditional model: prior or vq_ar."""
+    """Step: linear probe of every layer of an unconditional model, prior or vq_ar."""
     rows = len(study.train) * study.recipe.crops_per_image + len(study.test)
 
     def make() -> dict[str, Any]:
@@ -96,8 +96,8 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
         for store in stores
     ]
     labels = [as_tensor(store.labels) for store in stores]
-    if min(int(known.min()) for known in labels) < 0:
-        raise DigitError(f"{study.train.name} has images without a class: a probe needs one for each")
+    if min(int(split.min()) for split in labels) < 0:
+        raise DigitError(f"{study.train.name} has images without a class: a probe needs one for each image")
     crops = run.recipe.crops_per_image
     result = probing.probe_features(
         {model: tuple(features)},
@@ -128,7 +128,7 @@ def table1(study: Study) -> Experiment:
 
 
 def stability_step(study: Study) -> Step:
-    """Token change and cosine at every SNR; the intervals hold for all SNRs together (Bonferroni)."""
+    """Step: token change and cosine at every SNR; the intervals hold for all SNRs together (Bonferroni)."""
     count = study.scale.num_stability
 
     def make() -> dict[str, Any]:
@@ -173,7 +173,7 @@ def table2(study: Study) -> Experiment:
 
 
 def best_top1(result: dict[str, Any]) -> float:
-    """Test accuracy in % of the layer that is best on held-out training rows."""
+    """Test accuracy in % of the layer that is best on held-out training images."""
     return 100 * result["best"]["top1"]["value"]
 
 
@@ -191,10 +191,10 @@ def table4(study: Study) -> Experiment:
 
 
 def generation(study: Study, title: str, conditional: bool, reported: dict[str, tuple[float, float]]) -> Experiment:
-    """Four methods at equal training FLOPs, every seed, and the two rows of validation data."""
+    """Four methods at equal training FLOPs, for every seed, and the two rows of validation data."""
     if conditional:
         study.require_labels(title)
-    seeds, kind = study.scale.seeds, "class" if conditional else "plain"
+    seeds, kind = study.scale.seeds, variant(conditional)
     steps = [parts_step(study)]
     for seed in seeds:
         for model in ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"):
@@ -225,69 +225,71 @@ def generation_outcome(
     out: Path,
     costs: dict[str, float] | None = None,
 ) -> Outcome:
-    """Table, bars and figures of distances and inception scores by method; the paper's beside ours."""
+    """Table, bar plot and metrics: distance and inception score by method, the paper's beside ours."""
     distance, score = study.network.metric("fd"), study.network.metric("is")
     lines = [
         f"| method | {distance} | {score} | images | training PFLOPs | paper FID | paper IS |",
         "|---|---|---|---|---|---|---|",
     ]
-    for method, found in rows.items():
+    for method, by_seed in rows.items():
         fid, inception = reported.get(method, ("", ""))
         cost = f"{costs[method]:.3g}" if costs and method in costs else ""
-        values = [over_seeds([row[name] for row in found]) for name in (distance, score)]
-        lines.append(f"| {method} | {values[0]} | {values[1]} | {found[0]['images']} | {cost} | {fid} | {inception} |")
+        values = [over_seeds([row[name] for row in by_seed]) for name in (distance, score)]
+        lines.append(
+            f"| {method} | {values[0]} | {values[1]} | {by_seed[0]['images']} | {cost} | {fid} | {inception} |"
+        )
     picture = out / "distances.png"
     plots.bars_png(
-        picture, {m: whiskers([row[distance] for row in found]) for m, found in rows.items()}, xlabel=distance
+        picture, {m: whiskers([row[distance] for row in by_seed]) for m, by_seed in rows.items()}, xlabel=distance
     )
-    seeds = max(len(found) for found in rows.values())
-    spread = f" ± is one standard deviation over {seeds} seeds." if seeds > 1 else " One seed."
-    counts = {row["images"] for found in rows.values() for row in found}
-    unequal = " Rows of fewer images have larger distances for that alone." if len(counts) > 1 else ""
+    num_seeds = max(len(by_seed) for by_seed in rows.values())
+    spread = f" ± is one standard deviation over {num_seeds} seeds." if num_seeds > 1 else " One seed."
+    counts = {row["images"] for by_seed in rows.values() for row in by_seed}
+    unequal = " Fewer images alone give larger distances." if len(counts) > 1 else ""
     lines += ["", protocol(study) + spread + unequal]
     return Outcome(table="\n".join(lines), metrics={"rows": rows, "paper": reported}, pictures=[picture])
 
 
 def protocol(study: Study) -> str:
-    """What the distances are, in two sentences."""
+    """Definition of the distances, as text."""
     rounding = study.base.vq.rounding
     compared = f"{study.scale.num_samples} samples ({rounding} 8 bits) against {len(study.reference)} test images"
     if study.inception:
         return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}."
     return (
-        f"Distances on EfficientNet-Lite2 features, {compared}; they are not FID, and the paper's figures beside "
-        "them are of ImageNet at 256 px."
+        f"Distances on EfficientNet-Lite2 features, {compared}; they are not FID, and the paper's values beside "
+        "them are for ImageNet at 256 px."
     )
 
 
 def golden_step(study: Study, conditional: bool) -> Step:
-    """The AR renderer on the test images' own discriminative tokens: a perfect prior."""
-    kind, count = "class" if conditional else "plain", min(study.scale.num_samples, len(study.test))
+    """Step: the AR renderer on the test images' own discriminative tokens, as if from a perfect prior."""
+    kind, count = variant(conditional), min(study.scale.num_samples, len(study.test))
 
     def make() -> dict[str, Any]:
         run = study.seeded(study.scale.seeds[0], conditional=conditional)
         pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(count)
         return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(pipe.tokenizer.encode(images))))
 
-    return Step(name=f"{kind}_golden", seconds=study.costs.drawn(count), make=make)
+    return Step(name=f"{kind}_golden", seconds=study.costs.sampling(count), make=make)
 
 
 def floor_step(study: Study) -> Step:
-    """The test images through the VQGAN: no renderer can beat it."""
+    """Step: VQGAN reconstructions of the test images, a lower bound for every renderer."""
     count = min(study.scale.num_samples, len(study.test))
 
     def make() -> dict[str, Any]:
         vq, images = study.base.vq, study.some_test_images(count)
         return study.scores(study.judged("floor", lambda: vq.decode(vq.encode(images))))
 
-    return Step(name="floor", seconds=study.costs.drawn(count), make=make)
+    return Step(name="floor", seconds=study.costs.sampling(count), make=make)
 
 
-# -------------------------------------------------------------------- words for figures
+# -------------------------------------------------------------------- values as text
 
 
 def over_seeds(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the value alone where there is one."""
+    """`mean ± standard deviation`, or the value alone if there is only one."""
     if len(values) == 1:
         return f"{values[0]:.4g}"
     mean = sum(values) / len(values)
@@ -300,7 +302,7 @@ def listed(values: Sequence[float]) -> str:
 
 
 def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of the 95% interval over seeds; no whiskers for one seed."""
+    """(mean, low, high) of the 95% interval over seeds; three equal values for one seed."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     interval: Interval = seeds_interval(values)
@@ -308,7 +310,7 @@ def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def shown(interval: dict[str, float] | None, digits: int = 4, missing: str = "") -> str:
-    """`123.4 [120.1, 126.7]`, or `missing` for none."""
+    """`123.4 [120.1, 126.7]`, or `missing` for None."""
     if interval is None:
         return missing
     value, low, high = (f"{interval[end]:.{digits}g}" for end in ("value", "low", "high"))

@@ -1,6 +1,6 @@
 """Propositions 2.1 and 2.2 and Figure 6 of the paper: theory.json, fig6.png and propositions.png.
 
-Each statement gets an outcome: "holds", "holds on a condition" (that the paper leaves unsaid) or "does not hold".
+Each statement gets an outcome: "holds", "holds on a condition" (that the paper does not state) or "does not hold".
 """
 
 from dataclasses import asdict, dataclass
@@ -16,25 +16,25 @@ from digit.runtime.files import plain, write_json
 from digit.runtime.plots import panels
 from digit.runtime.progress import track
 
-SAME_SPAN = 1.0  # degrees: below this two spans that gradient descent should bring together count as one
-ALIGNED = 5.0  # degrees: the same for a direction learnt from noisy batches
+SAME_SPAN = 1.0  # degrees: spans learnt by gradient descent with a smaller angle count as equal
+ALIGNED = 5.0  # degrees: the same for directions learnt from noisy batches
 NAMES = {"pca": "PCA", "lda": "LDA"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TheoryConfig:
-    """How much is computed."""
+    """Sizes of the experiments."""
 
     num_seeds: int = 20
-    """Draws of the toy data of Figure 6."""
+    """Samples of the toy data of Figure 6."""
     num_levels: int = 11
     """Noise levels from 0 to 1."""
     training_seeds: int = 3
-    """Contrastive encoders trained for each setting."""
+    """Contrastive encoders trained per setting."""
     training_steps: int = 400
-    """Steps of each; 256 fresh pairs a step."""
+    """Training steps of each; 256 new pairs per step."""
     shares: tuple[float, ...] = (0, 0.1, 0.25, 0.5, 0.75, 1)
-    """How far the augmentation has the shape of the within-class noise."""
+    """Shape of the augmentation, from isotropic (0) to that of the within-class noise (1)."""
 
 
 SCALES = {
@@ -47,7 +47,7 @@ SCALES = {
 def run_theory(out: str | Path, *, scale: Literal["tiny", "small", "paper"] | TheoryConfig = "small") -> dict[str, Any]:
     """Compute all, write theory.json, fig6.png and propositions.png into `out`; returns what the JSON holds.
 
-    Nothing but seeded random numbers goes in. On one core: 5 seconds (tiny), half a minute (small), 2 minutes (paper).
+    The only input is seeded random numbers. On one core: 5 seconds (tiny), half a minute (small), 2 minutes (paper).
     """
     if isinstance(scale, str) and scale not in SCALES:
         raise DigitError(f"no scale named {scale}: choose one of {', '.join(SCALES)}")
@@ -77,7 +77,7 @@ NOISE = (
 
 
 def with_intervals(figure: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies over seeds become intervals a level, and lda_minus_pca is their paired difference."""
+    """Replace accuracies over seeds by intervals for each level; lda_minus_pca is their paired difference."""
     for example in ("paper_like", "along_the_spread"):
         for fitted in ("kept", "refitted"):
             pca, lda = (np.array(figure[example][fitted][name]).T for name in ("pca", "lda"))  # (levels, seeds)
@@ -93,7 +93,7 @@ def with_intervals(figure: dict[str, Any]) -> dict[str, Any]:
 
 
 def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the paper states, how it came out here, and on which condition."""
+    """The paper's statements with their outcome here and the evidence for it."""
     angles, loadings = (result["proposition_2_1"][key] for key in ("subspace_angle", "loading_angle"))
     spans = max(angles["gradient"], angles["normal_equations"])
     same_class, isotropic = (worst_angle(result, "shape", share, "lda") for share in (1, 0))
@@ -115,8 +115,8 @@ def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
         statement(
             "2.2: a contrastive encoder learns LDA's direction", max(same_class, same_shape) < ALIGNED,
             isotropic > ALIGNED,
-            f"at most {same_class:.1f} degrees off where a pair is two draws of one class, {same_shape:.1f} where the "
-            f"augmentation has the shape of the within-class noise, whatever its size; {isotropic:.0f} off, and "
+            f"at most {same_class:.1f} degrees off where a pair is two samples of one class, {same_shape:.1f} where "
+            f"the augmentation has the shape of the within-class noise, whatever its size; {isotropic:.0f} off, and "
             f"{worst_angle(result, 'shape', 0, 'pca'):.0f} from PCA's direction, where the augmentation is isotropic "
             "and the within-class noise is not",
         ),
@@ -124,49 +124,49 @@ def statements(result: dict[str, Any]) -> list[dict[str, Any]]:
             "A.2, after Eq. 15: the sum of all inner products bounds the largest eigenvalue of their matrix",
             jensen["sum"] >= jensen["largest_eigenvalue"], False,
             f"centred codes have sum {abs(jensen['sum']):.1g}, largest eigenvalue {jensen['largest_eigenvalue']:.0f}: "
-            "it takes inner products without a negative one, and the sum says nothing of their spread",
+            "the bound needs inner products that are not negative, and the sum does not depend on their variance",
         ),
         statement(
             "Figure 6(d): LDA's accuracy consistently surpasses PCA's under noise", surpasses(like["kept"]),
             not surpasses(along["kept"]),
             f"where the classes differ across the main spread, {leader(like['kept'], levels)}; where they differ along "
             f"it, {leader(along['kept'], levels)} if the projection of the clean data is kept, and "
-            f"{leader(along['refitted'], levels)} if it is fitted anew",
+            f"{leader(along['refitted'], levels)} if it is refitted",
         ),
     ]  # fmt: skip
 
 
-def statement(text: str, holds: bool, conditional: bool, metrics: str) -> dict[str, Any]:
+def statement(text: str, holds: bool, conditional: bool, evidence: str) -> dict[str, Any]:
     outcome = "does not hold" if not holds else "holds on a condition" if conditional else "holds"
-    return {"statement": text, "outcome": outcome, "metrics": metrics}
+    return {"statement": text, "outcome": outcome, "evidence": evidence}
 
 
 def worst_angle(result: dict[str, Any], kind: str, share: float | None, target: str) -> float:
-    """The largest angle of a trained encoder to `target`, codes normalised or not; share None takes all."""
+    """Largest angle of a trained encoder to `target`, over codes normalised or not; share None takes all shares."""
     entries = [e for e in result["proposition_2_2"][kind] if share is None or e["share"] == share]
     return max(angle for entry in entries for codes in ("linear", "normalised") for angle in entry[codes][target])
 
 
 def surpasses(fitted: dict[str, Any]) -> bool:
-    """LDA's lead excludes 0 at every noise level."""
+    """Whether the interval of LDA's lead lies above 0 at every noise level."""
     return all(lead["low"] > 0 for lead in fitted["lda_minus_pca"])
 
 
 def leader(fitted: dict[str, Any], levels: list[float]) -> str:
-    """In words, which of both leads where."""
+    """Which of PCA and LDA leads at which noise, as text."""
     if surpasses(fitted):
         return "LDA leads at every noise level"
     behind = [level for level, lead in zip(levels, fitted["lda_minus_pca"], strict=True) if lead["high"] < 0]
     return f"PCA leads from noise {behind[0]:.2g} on" if behind else "neither leads at some levels"
 
 
-# -------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------- plots
 
 
 def plot_figure6(path: Path, figure: dict[str, Any]) -> None:
-    """The paper's four panels: points, PCA's and LDA's histogram, accuracy against noise."""
+    """Plot the paper's four panels: points, histograms of PCA's and LDA's codes, accuracy against noise."""
     data = theory.PAPER_LIKE
-    x, labels = data.draw(figure["points_per_class"], np.random.default_rng(6))
+    x, labels = data.sample(figure["points_per_class"], np.random.default_rng(6))
     directions = {"pca": theory.principal_components(x, 1)[0][0], "lda": theory.fisher_directions(x, labels)[0]}
     directions = {name: w * np.sign(w @ np.array(data.offset)) for name, w in directions.items()}
     with panels(path, 2, 2, size=(4.6, 3.4)) as axes:
@@ -187,10 +187,10 @@ def plot_figure6(path: Path, figure: dict[str, Any]) -> None:
 
 
 def plot_accuracy(plot: Any, figure: dict[str, Any], example: str, fitted: str, line: str = "-") -> None:
-    """Both accuracies of one example against the noise level, intervals shaded."""
+    """Plot both accuracies of one example against the noise level, with shaded intervals."""
     for colour, name in enumerate(NAMES, start=2):
         ends = {end: [i[end] for i in figure[example][fitted][name]] for end in ("value", "low", "high")}
-        label = NAMES[name] + (", fitted anew" if fitted == "refitted" else "")
+        label = NAMES[name] + (", refitted" if fitted == "refitted" else "")
         plot.plot(figure["levels"], ends["value"], line, color=f"C{colour}", marker=".", label=label)
         plot.fill_between(figure["levels"], ends["low"], ends["high"], color=f"C{colour}", alpha=0.2, linewidth=0)
     plot.set(xlabel="noise level", ylabel="accuracy")
@@ -199,7 +199,7 @@ def plot_accuracy(plot: Any, figure: dict[str, Any], example: str, fitted: str, 
 
 
 def plot_propositions(path: Path, result: dict[str, Any]) -> None:
-    """Angles over training (2.1), direction against the shape of the augmentation (2.2), Figure 6's counterexample."""
+    """Plot angles during training (2.1), direction by shape of the augmentation (2.2), Figure 6's counterexample."""
     with panels(path, 3, size=(4.8, 3.6)) as axes:
         training, alignment, noise = axes[0]
         for name, (steps, angles) in result["proposition_2_1"]["curves"].items():
@@ -216,7 +216,7 @@ def plot_propositions(path: Path, result: dict[str, Any]) -> None:
 
 
 def plot_alignment(plot: Any, proposition: dict[str, Any]) -> None:
-    """Angles to LDA's and PCA's direction: closed form as lines, trained encoders as marks."""
+    """Plot angles to LDA's and PCA's direction: closed form as lines, trained encoders as marks."""
     entries = proposition["shape"]
     shares = [entry["share"] for entry in entries]
     dense = np.linspace(0, 1, 101)

@@ -5,41 +5,13 @@ Shapes: B images, N = rows * columns tokens an image in raster order, D features
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64, UInt8
-
-
-@runtime_checkable
-class ImageTokenizer(Protocol):
-    """Images to a grid of integers, and integers to the vectors they stand for. B images, N = rows * columns tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number K of codes; tokens lie in 0..K-1."""
-        ...
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns); tokens are in raster order."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest that changes when any image would get other tokens."""
-        ...
-
-    def encode(self, images: 'UInt8[Tensor, "B 3 H W"]') -> 'Int64[Tensor, "B N"]':
-        """RGB images in 0..255 to tokens."""
-        ...
-
-    def embed(self, tokens: 'Int64[Tensor, "B N"]') -> 'Float[Tensor, "B N D"]':
-        """The vector (centroid or code) of each token, float32."""
-        ...
+    from jaxtyping import Float, Int64
 
 
 class Encoder(Protocol):
