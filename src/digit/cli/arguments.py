@@ -192,6 +192,8 @@ def load_pipeline(args: Any) -> Any:
     from digit.pipeline.pipeline import DigitPipeline
     from digit.runtime.hardware import choose_device
 
+    if not args.source:
+        raise DigitError("--from is empty: give a run or pipeline folder")
     source, device = Path(args.source), choose_device(args.device)
     if not source.exists() and HUB_NAME.fullmatch(args.source):
         from digit.released.hub import released_pipeline
@@ -201,7 +203,10 @@ def load_pipeline(args: Any) -> Any:
         raise DigitError(
             f"--variant chooses one of the released checkpoints, but --from {source} is a folder: leave --variant out"
         )
-    return DigitPipeline.from_pretrained(source, device)
+    try:
+        return DigitPipeline.from_pretrained(source, device)
+    except DigitError as error:
+        raise type(error)(f"--from: {error}") from error
 
 
 def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
@@ -220,5 +225,7 @@ def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
             numbers.append(int(word))
         else:
             known = ", ".join(classes[:20]) or "none (unconditional model)"
-            raise DigitError(f"--labels: no class named {word!r}{did_you_mean(word, classes)}: classes are {known}")
+            raise DigitError(
+                f"--labels: no class named {word!r}{did_you_mean(word, classes) or ':'} classes are {known}"
+            )
     return numbers

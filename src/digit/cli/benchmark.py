@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     "digit bench                      # every part at this machine's size\n  digit bench train --json train.json",
 )
 def run_bench(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Time sampling, training, encoding, K-means and data loading, each beside the fastest time possible here (floor).
+    """Time every stage on this machine, beside the fastest possible time (the floor).
 
     A floor is the time of the matrix products alone (or of a memory copy, or of JPEG decoding), measured in the same
     run. Weights and data are random. `python -m digit.benchmark` takes the same arguments and needs only torch.

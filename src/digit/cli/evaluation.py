@@ -32,7 +32,7 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
     ranks=True,
 )
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Score samples against a reference: Frechet distance (FID), inception score, KID, sFID, precision and recall.
+    """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
 
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
     EfficientNet-Lite2 is used, and its metrics have other names: they do not compare with any published FID.
@@ -89,7 +89,10 @@ def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
 
 @command("stability", "digit stability photos/ --from runs/photos --out stability/")
 def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Measure how much tokens and features change under pixel noise (paper, Table 1), and codebook usage."""
+    """Measure how much tokens and features change under pixel noise (paper, Table 1).
+
+    It also reports how much of each codebook is used.
+    """
     from digit.metrics.stability import StabilityConfig
 
     parser.add_argument("data", help=DATA_HELP)
@@ -121,7 +124,10 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train linear classifiers on each layer of prior, encoder and, if trained, VQ-only baseline (paper, Table 2)."""
+    """Train linear classifiers on the features of each layer (paper, Table 2).
+
+    The layers are those of prior, encoder and, if the run has trained one, the VQ-only baseline.
+    """
     from digit.metrics.probe import ProbeConfig
 
     parser.add_argument("data", help=DATA_HELP + "; labelled, to train the classifiers")
@@ -168,7 +174,7 @@ def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
     "  digit sweep photos/val --from runs/photos --out sweep/ --joint true --top_k 50,100,200 --top_p 0.6,0.8,1",
 )
 def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Find good sampling settings: distance and Inception Score by top-k and top-p of both stages (paper, Figure 5)."""
+    """Find good sampling settings: Frechet distance by top-k and top-p (paper, Figure 5)."""
     from digit.evaluation import sweep
 
     parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
@@ -206,7 +212,7 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     "  digit reproduce table3 --scale small --data photos/",
 )
 def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Reproduce a table or figure of the paper, or test its three claims, on your images at a chosen scale.
+    """Reproduce a table or figure of the paper, or test its claims, at a chosen scale.
 
     TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a
     (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims. It prints a plan with

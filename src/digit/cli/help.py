@@ -6,6 +6,7 @@ FIRST_SCREEN decides what the short page shows; tests/cli/test_help.py checks it
 import argparse
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Collection, Iterator
 from types import NoneType, UnionType
@@ -183,7 +184,8 @@ class CommandParser(ArgumentParser):
         """The page that was asked for."""
         page = self._get_formatter() if formatter is None else formatter
         page._max_help_position, page.required = 36, self.required
-        page.add_text(self.description)
+        paragraphs = (self.description or "").split("\n\n")
+        page.add_text("\n\n".join(textwrap.fill(paragraph, page._width) for paragraph in paragraphs))
         for heading, actions in self.all_groups() if self.show_all else self.first_screen():
             page.start_section(heading)
             page.add_arguments(actions)
@@ -241,13 +243,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return "YAML file with the settings of this group"
         if action.dest == "print_config":
             return "print the settings as YAML, for --config, and exit"
-        if text[1:2].islower() and not text.startswith(PROPER_NAMES):
+        if re.match(r"[A-Z][a-z]+\b", text) and not text.startswith(PROPER_NAMES):
             text = text[0].lower() + text[1:]
         if action.dest in self.required:
             return f"{text} (required)"
         if value_name(action) in ("", "FILE") or not action.option_strings or re.search(r"\bdefault\b", text, re.I):
             return text
-        return f"{text} (default: {'not set' if action.default is None else default_text(action.default)})"
+        return f"{text} (default: {'not set' if action.default in (None, '') else default_text(action.default)})"
 
     def _expand_help(self, action: argparse.Action) -> str:
         return self._get_help_string(action)  # as it stands: a percent sign is text

@@ -17,20 +17,21 @@ def closest(word: str, names: Iterable[str]) -> list[str]:
     last = word.lstrip("-").rpartition(".")[2]
     if same_end := [name for name in names if "." in name and name.rpartition(".")[2] == last and "." not in word]:
         return same_end[:3]
-    return difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return difflib.get_close_matches(word, names, n=1, cutoff=0.65)
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """` (did you mean X?)`, or nothing where no name is like the word."""
+    """`: did you mean X?`, or nothing where no name is like the word."""
     found = closest(word, names)
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    return f": did you mean {' or '.join(found)}?" if found else ""
 
 
 def with_suggestion(text: str) -> str:
     """A message `no X named Y: choose one of A, B`, as every room writes it, with the closest name before the list."""
     if (match := UNKNOWN_NAME.search(text)) is None:
         return text
-    if not (found := closest(match["name"], re.split(r", | or |; ", match["names"]))):
+    names = re.split(r", | or |; ", match["names"])
+    if len(names) < 3 or not (found := closest(match["name"], names)):
         return text
     return f"{text[: match.start('list')]}did you mean {found[0]}? {text[match.start('list') :]}"
 
@@ -65,7 +66,7 @@ def explain(parser: argparse.ArgumentParser, message: str) -> str:
     if match := re.match(r"Parser key \"(?P<dest>[^\"]+)\": (?P<reason>.*)", message):
         return f"{_wrong_value(parser, match['dest'], match['reason'])} {more}"
     if match := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
-        return f"--config: the file is no YAML with one NAME: VALUE per line: {match[1]} {more}"
+        return f"--config: not a YAML file of NAME: VALUE lines: {match[1]} {more}"
     return f"{message} {more}"
 
 
@@ -108,7 +109,7 @@ def _wrong_value(parser: argparse.ArgumentParser, dest: str, reason: str) -> str
         return f"{option}: {reason}"
     kind = value_name(action)
     if "," in kind:
-        return f"{option} is {value[1]}: give {kind}, with commas between the values"
+        return f"{option} is {value[1].strip('[]')}: give {kind}, with commas between the values"
     if "|" in kind and kind not in TYPES:
         choices = [TYPES.get(choice, choice) for choice in kind.split("|")]
         found = closest(value[1], choices)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @command("inspect", "digit inspect photos/            # counts, classes, sizes, broken files, contact sheet")
 def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Describe the images at PATH: counts, classes, sizes, broken files; write a contact sheet."""
+    """Describe the images at PATH: counts, classes, sizes, broken files, a contact sheet."""
     parser.add_argument("path", help=DATA_HELP)
     parser.add_argument("--split", default=None, help=SPLIT_HELP)
     parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
@@ -47,7 +47,10 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     "  digit convert --prior stage1.pt --renderer stage2.pt --out digit-base   # these two files hold all parts",
 )
 def run_convert(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Convert the authors' files (encoder, codebook, VQGAN, prior, renderer, or some of them) to a pipeline folder."""
+    """Convert the authors' checkpoint files to a pipeline folder.
+
+    Give any of encoder, codebook, VQGAN, prior and renderer; a renderer's file holds the other parts too.
+    """
     from digit.released.convert import ReleasedFiles, convert_release
 
     add_config(parser, ReleasedFiles)
@@ -99,7 +102,10 @@ def sampling_changes(args: Any) -> dict[str, Any]:
     ranks=True,
 )
 def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Sample new images from a trained pipeline. Run the same command again to continue an interrupted one."""
+    """Sample new images from a trained pipeline.
+
+    Run the same command again to continue after an interruption.
+    """
     add_sampling_arguments(parser)
     parser.add_argument("--num", type=int, default=16, help="how many images")
     parser.add_argument(
@@ -141,7 +147,10 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     "info", "digit info                # the recipes\n  digit info runs/demo      # a run: progress and next command"
 )
 def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
-    """List the recipes, or describe a folder: progress and next command of a run, or the parts of a pipeline."""
+    """List the recipes, or describe a folder: a run, samples or a pipeline.
+
+    For a run or samples it prints the progress and the next command.
+    """
     parser.add_argument(
         "folder", nargs="?", default=None, help="run, samples or pipeline folder (default: list the recipes)"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "  digit plan digit_large --gpus 256 --images 1000000000 --epochs 1",
 )
 def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Estimate a recipe's memory, time and cost of each stage, and its disk space, before anything runs.
+    """Estimate memory, time, cost and disk space of a recipe before anything runs.
 
     Training memory comes from running one step on tensors without storage. Time is the longest of three: floating-point
     operations at an assumed share of the machine's peak, decoding images, and reading bytes. Where a batch does not fit

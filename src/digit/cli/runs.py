@@ -84,7 +84,7 @@ def make_run(args: Any, base: str) -> Any:
     ranks=True,
 )
 def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train everything on your images: codebook, VQGAN, tokens, prior, renderer; then write samples and a report.
+    """Train everything on your images, from codebook to renderer; write samples and a report.
 
     Run the same command again to continue: finished stages are kept.
     """
@@ -109,7 +109,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos", ranks=True)
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Write discriminative and VQ tokens of every image; makes codebook and VQGAN first if they are missing."""
+    """Write discriminative and VQ tokens of every image; makes missing tokenizers first."""
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
     store = run.tokens
@@ -126,7 +126,10 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
+    """Train one model: vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked.
+
+    vq_ar and vq_masked are the paper's VQ-only baselines. Missing codebook, VQGAN and tokens are made first.
+    """
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
@@ -146,7 +149,7 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("replay", "digit replay runs/photos/prior/crash/step_00067000")
 def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Repeat a failed training step (NaN, Inf) from its crash dump and find the first operation that goes wrong."""
+    """Repeat a failed training step from its crash dump and find what goes wrong first."""
     parser.add_argument("dump", help="crash dump of the failed run: RUN/MODEL/crash/step_...")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parse(parser, argv)
@@ -161,7 +164,7 @@ def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
     "  digit fit scans/ --encoder.name folder:runs/ibot/encoder --encoder.input_size 64 --out runs/scans",
 )
 def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train a small encoder without labels (MAE, MoCo v3, DINO or iBOT) on your own images."""
+    """Train a small encoder without labels (MAE, MoCo v3, DINO or iBOT) on your images."""
     from digit.runs.pretrain import PretrainConfig
 
     parser.add_argument("data", help=DATA_HELP)
