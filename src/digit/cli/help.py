@@ -208,11 +208,11 @@ class CommandParser(ArgumentParser):
 
     def all_groups(self) -> list[tuple[str, list[argparse.Action]]]:
         """(heading, actions) of the full page: one group for each part of the settings."""
-        groups = [
-            ((group.title or "").rstrip(".:"), [a for a in group._group_actions if not isinstance(a, _HELP)])
-            for group in self._action_groups
-        ]
-        return [(heading, actions) for heading, actions in groups if actions]
+        groups = []
+        for group in self._action_groups:
+            actions = [a for a in group._group_actions if not isinstance(a, _HELP) and a.help != argparse.SUPPRESS]
+            groups += [((group.title or "").rstrip(".:"), actions)] if actions else []
+        return groups
 
 
 class HelpAll(_HELP):
