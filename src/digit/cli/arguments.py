@@ -113,7 +113,7 @@ def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
         refuse_nulls(parser, args)
         return parser.instantiate(args)
     except UnicodeDecodeError as error:
-        raise DigitError(f"the settings file is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+        raise DigitError(f"the settings file is no UTF-8 text ({error.reason}): save it as UTF-8") from error
     except RecursionError as error:
         raise DigitError("the settings are nested too deeply: give each as --NAME.FIELD, see --help") from error
     except ArgumentError as error:
