@@ -223,7 +223,7 @@ def test_a_store_cut_short(capsys, cfg, run_folder, tmp_path):
     assert "vq.npy" in line
 
 
-def test_a_full_disk_is_one_line_and_the_drawing_goes_on(capsys, run_folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_sampling_continues(capsys, run_folder, tmp_path, monkeypatch):
     import errno
 
     from digit.runtime import plots

@@ -57,7 +57,7 @@ def test_probe_takes_the_baseline_along(run_folder, tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_sweep_refuses_settings_before_drawing(run_folder, tmp_path, capsys):
+def test_sweep_refuses_settings_before_sampling(run_folder, tmp_path, capsys):
     how = ["sweep", DATA, "--from", str(run_folder), "--out", str(tmp_path), "--num", "8"]
     assert "top_p" in fails(capsys, *how, "--top_p", "0.5,2") and not (tmp_path / "cache").exists()
     assert "at least one" in fails(capsys, *how, "--top_k", "[]")
@@ -84,8 +84,6 @@ def test_reproduce_plans_and_refuses_before_the_work(tmp_path, capsys):
 
 
 def test_lists_may_come_with_commas_alone():
-    from digit.cli import arguments
-
-    arguments.LISTS.add("--snrs")
-    assert bracketed(["a", "--snrs", "10,20", "--x", "1,2"]) == ["a", "--snrs", "[10,20]", "--x", "1,2"]
-    assert bracketed(["--snrs=5", "--snrs", "[1]"]) == ["--snrs=[5]", "--snrs", "[1]"]
+    lists = {"--snrs"}
+    assert bracketed(["a", "--snrs", "10,20", "--x", "1,2"], lists) == ["a", "--snrs", "[10,20]", "--x", "1,2"]
+    assert bracketed(["--snrs=5", "--snrs", "[1]"], lists) == ["--snrs=[5]", "--snrs", "[1]"]

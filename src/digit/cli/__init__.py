@@ -1,4 +1,4 @@
-"""argv -> one call. A user's mistake ends in one line on stderr and exit code 2; only this package prints."""
+"""argv -> one call. A user's mistake ends in one line on stderr and exit code 2."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
+from digit.cli.mistakes import closest, with_suggestion, with_typed_option
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
 from digit.runtime.hardware import keep_freed_memory
@@ -19,19 +20,25 @@ from digit.runtime.lock import set_command
 from digit.runtime.progress import quiet
 from digit.runtime.signals import stoppable
 
-# each module registers its commands
-SECTIONS = {runs: "train", pipelines: "look and draw", evaluation: "measure", benchmark: "speed", planning: "plan"}
+# sections of `digit --help`; each module registers its commands
+SECTIONS = {
+    runs: "train",
+    pipelines: "look and sample",
+    evaluation: "measure",
+    benchmark: "speed",
+    planning: "plan",
+}
 
 
 def usage() -> str:
     """The page of `digit --help`."""
     lines = []
     for module, title in SECTIONS.items():
-        there = [(name, c) for name, c in COMMANDS.items() if c.run.__module__ == module.__name__]
-        lines += [title, *(f"  {name:<11}{c.summary.splitlines()[0]}" for name, c in there), ""]
+        commands = [(name, c) for name, c in COMMANDS.items() if c.run.__module__ == module.__name__]
+        lines += [title, *(f"  {name:<11}{c.summary.splitlines()[0]}" for name, c in commands), ""]
     return "\n".join(
         [
-            "usage: digit COMMAND ...        (digit COMMAND --help teaches each)",
+            "usage: digit COMMAND ...        (digit COMMAND --help explains each)",
             "",
             "DiGIT: discriminative image tokens and autoregressive image generation.",
             "",
@@ -44,10 +51,13 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, or stopped on request and saved; 2 a user's mistake, 130
-    interrupted before anything could be saved. Of several processes (torchrun, srun) one speaks for all."""
+    """Run one command and return the exit code.
+
+    0: done, or stopped on request and saved. 2: a user's mistake. 130: interrupted before anything could be saved. Of
+    several processes (torchrun, srun) one prints.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = argv[argv[:1] == ["--"] :]  # behind it torchrun looks for no options of its own
+    argv = argv[argv[:1] == ["--"] :]  # torchrun reads no options after it
     if not argv or argv[0] in ("-h", "--help", "help"):
         say(usage())
         return 0
@@ -60,37 +70,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable():
             run_command(argv[0], argv[1:])
     except Stopped as stopped:
-        say(f"{stopped}; go on with:\n  {same_command(argv)}")
+        say(f"{stopped}; to continue:\n  {same_command(argv)}")
         distributed.stop(together=stopped.together)
     except DigitError as error:
-        return fail(str(error), 2)
+        return fail(with_typed_option(with_suggestion(str(error)), argv), 2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return fail(str(error), 2)
     except KeyboardInterrupt:
-        return fail("interrupted; run the same command again to go on", 130)
+        return fail("interrupted; run the same command again to continue", 130)
     except Exception as error:
         if (lost := distributed.lost_peer(error)) is None:
             if distributed.first_to_speak():
                 raise
             return 1
-        return fail(f"{lost}: what was saved is whole, run the same command again to go on", 2)
+        return fail(f"{lost}: what was saved is intact, run the same command again to continue", 2)
     return 0
 
 
 def run_command(name: str, argv: list[str]) -> None:
-    """Run a command in this process, as one of several where several were started."""
+    """Run a command in this process, which may be one of several."""
     if name not in COMMANDS:
-        raise DigitError(f"no command named {name}: choose one of {', '.join(COMMANDS)}")
-    asks_for_help = "-h" in argv or "--help" in argv
+        raise DigitError(f"no command named {name}: {suggestion(name)}")
+    asks_for_help = not {"-h", "--help", "--help-all"}.isdisjoint(argv)
     if distributed.launched_size() == 1 or asks_for_help:
         return COMMANDS[name].run(make_parser(name), argv)
     if not COMMANDS[name].ranks:
         shared = ", ".join(other for other, c in COMMANDS.items() if c.ranks)
         raise DigitError(
-            f"digit {name} runs as one process, {distributed.launched_size()} were started: these may be {shared}"
+            f"digit {name} runs as one process, but {distributed.launched_size()} were started: "
+            f"the commands that can share work are {shared}"
         )
     quiet(distributed.launched_rank() > 0)
     distributed.start(given_device(argv))
@@ -98,8 +109,14 @@ def run_command(name: str, argv: list[str]) -> None:
     distributed.stop(together=True)
 
 
+def suggestion(name: str) -> str:
+    """What to type instead of an unknown command."""
+    found = [] if name.startswith("-") else closest(name, COMMANDS)
+    return f"did you mean {found[0]}? (see digit --help)" if found else "see digit --help"
+
+
 def given_device(argv: Sequence[str]) -> str | None:
-    """Value of --device, before there is a parser: the processes must meet first."""
+    """The value of --device, read without a parser: the processes must connect first."""
     for i, word in enumerate(argv):
         if word.startswith("--device="):
             return word.partition("=")[2]
@@ -109,7 +126,7 @@ def given_device(argv: Sequence[str]) -> str | None:
 
 
 def same_command(argv: Sequence[str]) -> str:
-    """What to type for the same work again."""
+    """The command line that starts the same work again."""
     size = distributed.launched_size()
     if size == 1:
         return shlex.join(["digit", *argv])
@@ -121,7 +138,7 @@ def same_command(argv: Sequence[str]) -> str:
 
 
 def fail(text: str, code: int) -> int:
-    """Say what went wrong, if no other process has, and return the exit code."""
+    """Print what went wrong, unless another process does, and return the exit code."""
     if first_message():
         sys.stderr.write(f"digit: {text}\n")
         report_to_launcher(text)
@@ -129,7 +146,7 @@ def fail(text: str, code: int) -> int:
 
 
 def first_message() -> bool:
-    """Whether this process is the one to say it: before they meet the first of each machine, later who fails first."""
+    """Whether this process prints an error: before they connect the first of each machine, later the first to fail."""
     if distributed.launched_size() == 1:
         return True
     return (
@@ -140,7 +157,7 @@ def first_message() -> bool:
 
 
 def report_to_launcher(text: str) -> None:
-    """Leave the message where torchrun looks for the first failure, for the summary that it prints."""
+    """Write the message to the file from which torchrun takes its summary of the first failure."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with suppress(OSError):

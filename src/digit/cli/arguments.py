@@ -1,4 +1,4 @@
-"""What the commands share: the register of commands, parsers that teach, and the arguments that several take."""
+"""What the commands share: the table of commands, their parsers, and the arguments that several of them take."""
 
 import inspect
 import itertools
@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
 from digit.runtime.distributed import launched_rank
 
@@ -19,36 +20,35 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
-    "a folder of images (a class a folder, nested, or flat), Hub-layout Parquet, WebDataset .tar shards, "
+    "folder of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset .tar shards, "
     "or shapes[:num=16000,size=64,seed=0] for rendered scenes"
 )
 FROM_HELP = (
-    "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints, which are "
-    "fetched and converted once"
+    "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints (fetched and "
+    "converted once)"
 )
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word after `digit`: what runs it, and an example for its help page."""
+    """One command: the function that runs it, and an example for its help page."""
 
     run: Callable[["ArgumentParser", list[str]], None]
     example: str
-    ranks: bool = False  # whether several processes may share its work (torchrun, srun)
+    ranks: bool = False  # whether several processes can share its work (torchrun, srun)
 
     @property
     def summary(self) -> str:
-        """The docstring of the function: its first line stands in `digit --help`, the whole in the command's own."""
+        """The function's docstring: `digit --help` shows its first line, `digit COMMAND --help` all of it."""
         return inspect.cleandoc(self.run.__doc__ or "")
 
 
 MAX_SETTINGS, MAX_SETTINGS_BYTES = 100_000, 2**22
-LISTS: set[str] = set()  # options that take several values
-COMMANDS: dict[str, Command] = {}  # in the order of `digit --help`
+COMMANDS: dict[str, Command] = {}  # by name
 
 
 def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callable], Callable]:
-    """Register `run(parser, argv)` under a name; `ranks` where several processes may share its work."""
+    """Register `run(parser, argv)` under a name; set `ranks` where several processes can share its work."""
 
     def register(run: Callable) -> Callable:
         COMMANDS[name] = Command(run, example, ranks)
@@ -57,54 +57,59 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
     return register
 
 
+DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
+CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
+SPLIT_HELP = "split of a data set that has splits (default: train)"
+LIMIT_HELP = "use LIMIT images only, spread evenly"
 SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit -- {name} ..."
 
 
 def make_parser(name: str) -> "ArgumentParser":
-    """A parser that never abbreviates, raises instead of exiting, and shows an example."""
-    import argparse
+    """A parser of one command that takes no abbreviations and raises instead of exiting."""
+    from jsonargparse import set_parsing_settings
 
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from digit.cli.help import CommandParser, HelpFormatter
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     several = SEVERAL.format(name=name) if COMMANDS[name].ranks else ""
-    return ArgumentParser(
+    return CommandParser(
+        command=name,
         prog=f"digit {name}",
         description=COMMANDS[name].summary,
         epilog=f"example:\n  {COMMANDS[name].example}{several}",
         exit_on_error=False,
         allow_abbrev=False,
-        formatter_class=_help_formatter(argparse.RawDescriptionHelpFormatter),
+        formatter_class=HelpFormatter,
     )
 
 
-def _help_formatter(base: type) -> type:
-    from jsonargparse import DefaultHelpFormatter
+def list_options(parser: "ArgumentParser") -> set[str]:
+    """The options that take several values, such as --snrs."""
+    lists = [action for action in parser._actions if str(getattr(action, "_typehint", "")).startswith("tuple[")]
+    return {option for action in lists for option in action.option_strings}
 
-    return type("HelpFormatter", (DefaultHelpFormatter, base), {})
 
-
-def bracketed(argv: Sequence[str]) -> list[str]:
-    """Values of list options, given with commas alone, in the brackets that the parser wants."""
+def bracketed(argv: Sequence[str], lists: set[str]) -> list[str]:
+    """Put the values of list options in the brackets that the parser needs: `--snrs 10,20` to `--snrs [10,20]`."""
     words: list[str] = []
     for word in argv:
         option, equals, value = word.partition("=")
-        if equals and option in LISTS and not value.startswith("["):
+        if equals and option in lists and not value.startswith("["):
             word = f"{option}=[{value}]"
-        elif words and words[-1] in LISTS and not word.startswith(("[", "--")):
+        elif words and words[-1] in lists and not word.startswith(("[", "--")):
             word = f"[{word}]"
         words.append(word)
     return words
 
 
 def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
-    """Parse and build dataclasses; a mistake becomes one line."""
+    """Parse the arguments and build their dataclasses. Raises DigitError with one line for a mistake."""
     from jsonargparse import ArgumentError
 
     try:
         for path in settings_files(argv):
             refuse_bomb(path)
-        args = parser.parse_args(bracketed(argv))
+        args = parser.parse_args(bracketed(argv, list_options(parser)))
         refuse_nulls(parser, args)
         return parser.instantiate(args)
     except UnicodeDecodeError as error:
@@ -112,25 +117,25 @@ def parse(parser: "ArgumentParser", argv: list[str]) -> Any:
     except RecursionError as error:
         raise DigitError("the settings are nested too deeply: give each as --NAME.FIELD, see --help") from error
     except ArgumentError as error:
-        raise DigitError(f"{' '.join(str(error).split())} (see {parser.prog} --help)") from error
+        raise DigitError(explain(parser, str(error))) from error
     except (TypeError, ValueError, OverflowError, AttributeError) as error:  # odd values in a settings file
         reason = " ".join(str(error).split())[:200]
         raise DigitError(f"a setting cannot be used ({reason}): see {parser.prog} --help") from error
 
 
 def settings_files(argv: Sequence[str]) -> list[Path]:
-    """The files that --config names, as far as they are there; of one that is not, the parser tells."""
+    """The existing files that --config names; the parser reports a missing one."""
     words = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     words += [value for word, value in itertools.pairwise(argv) if word == "--config"]
     return [path for word in words if "\0" not in word and os.path.isfile(path := Path(word))]
 
 
 def refuse_bomb(path: Path) -> None:
-    """Raise DigitError for a YAML file that is too large, or is once its references are written out."""
+    """Raise DigitError for a YAML file that is too large, as it stands or with its references written out."""
     import yaml
 
     if path.stat().st_size > MAX_SETTINGS_BYTES:
-        raise DigitError(f"{path} is larger than {MAX_SETTINGS_BYTES} bytes: that is no file of settings")
+        raise DigitError(f"{path} is larger than {MAX_SETTINGS_BYTES} bytes, too large for a settings file")
     try:
         root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -152,66 +157,75 @@ def refuse_bomb(path: Path) -> None:
 
 
 def refuse_nulls(parser: "ArgumentParser", args: Any) -> None:
-    """Raise DigitError for null where a setting needs a value: the parser lets it through in a nested group. And for a
-    zero byte, which a settings file can hold, and which no path has.
+    """Raise DigitError for null where a setting needs a value, and for a zero byte.
+
+    The parser accepts null in a nested group. A settings file can hold a zero byte, a path cannot.
     """
     if odd := [name for name, value in args.items() if isinstance(value, str) and "\0" in value]:
-        raise DigitError(f"{odd[0]} holds a zero byte: write it without (see {parser.prog} --help)")
+        raise DigitError(f"{typed_name(parser, odd[0])} holds a zero byte: write it without (see {parser.prog} --help)")
     for option in parser._actions:
         optional = option.default is None or "None" in str(getattr(option, "_typehint", "")) or option.dest == "help"
         if not optional and option.option_strings and args.get(option.dest, option.default) is None:
-            raise DigitError(f"{option.dest} is null: give it a value, or leave it out (see {parser.prog} --help)")
+            name = typed_name(parser, option.dest)
+            raise DigitError(f"{name} is null: give it a value, or leave it out (see {parser.prog} --help)")
 
 
 def say(text: str) -> None:
-    """Print a result; one of several processes speaks for all."""
+    """Print a result, in the first process only."""
     if launched_rank() == 0:
         sys.stdout.write(text.rstrip("\n") + "\n")
         sys.stdout.flush()
 
 
 def add_config(parser: "ArgumentParser", cfg: type) -> None:
-    """Every field of a config dataclass as an option of its own; `--snrs 10,20` is `--snrs '[10,20]'`."""
+    """Add one option for each field of a config dataclass."""
     parser.add_class_arguments(cfg, as_group=True)
-    LISTS.update(f"--{f.name}" for f in fields(cfg) if str(f.type).startswith("tuple["))
 
 
 def read_config(args: Any, cfg: type) -> Any:
-    """The config dataclass out of parsed arguments."""
+    """Build the config dataclass from parsed arguments."""
     return cfg(**{f.name: getattr(args, f.name) for f in fields(cfg)})
 
 
 def load_pipeline(args: Any) -> Any:
-    """The pipeline of --from on --device."""
+    """Load the pipeline of --from on --device."""
     from digit.pipeline.pipeline import DigitPipeline
     from digit.runtime.hardware import choose_device
 
+    if not args.source:
+        raise DigitError("--from is empty: give a run or pipeline folder")
     source, device = Path(args.source), choose_device(args.device)
     if not source.exists() and HUB_NAME.fullmatch(args.source):
         from digit.released.hub import released_pipeline
 
         source = released_pipeline(args.source, args.variant or "base")
     elif args.variant:
-        raise DigitError(f"--variant chooses among released checkpoints, and {source} is a folder: leave it out")
-    return DigitPipeline.from_pretrained(source, device)
+        raise DigitError(
+            f"--variant chooses one of the released checkpoints, but --from {source} is a folder: leave --variant out"
+        )
+    try:
+        return DigitPipeline.from_pretrained(source, device)
+    except DigitError as error:
+        raise type(error)(f"--from: {error}") from error
 
 
 def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
-    """'0,3' or 'cube,torus' -> class numbers."""
+    """Turn '0,3' or 'cube,torus' into class numbers."""
     if text is None:
         return None
-    if classes and all(name.isdecimal() for name in classes):
-        raise_ambiguous = [w for w in text.split(",") if w.strip() not in classes]
-        if raise_ambiguous:
-            raise DigitError(f"classes are named by numbers, and none is {raise_ambiguous[0]!r}: give names of classes")
+    words = [word.strip() for word in text.split(",")]
+    unknown = [word for word in words if word not in classes]
+    if unknown and classes and all(name.isdecimal() for name in classes):
+        raise DigitError(f"--labels: the class names are numbers, and none is {unknown[0]!r}: give names of classes")
     numbers = []
-    for word in (w.strip() for w in text.split(",")):
+    for word in words:
         if word in classes:
             numbers.append(list(classes).index(word))
         elif word.removeprefix("-").isdecimal():
             numbers.append(int(word))
         else:
+            known = ", ".join(classes[:20]) or "none (unconditional model)"
             raise DigitError(
-                f"no class named {word!r}: classes are {', '.join(classes[:20]) or 'none (unconditional model)'}"
+                f"--labels: no class named {word!r}{did_you_mean(word, classes) or ':'} classes are {known}"
             )
     return numbers

@@ -1,4 +1,4 @@
-"""Commands about speed: what this machine reaches, beside what it could."""
+"""Commands about speed: the measured speed of this machine, beside its limit."""
 
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     "digit bench                      # every part at this machine's size\n  digit bench train --json train.json",
 )
 def run_bench(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Speed of sampling, training, encoding, K-means and data, each beside its floor on this machine.
+    """Time every stage on this machine, beside the fastest possible time (the floor).
 
-    A floor is the same matrix products alone (a memory copy, JPEG decoding), timed in turn with the case in one run.
-    Weights and data are random. `python -m digit.benchmark` takes the same arguments and needs torch alone.
+    A floor is the time of the matrix products alone (or of a memory copy, or of JPEG decoding), measured in the same
+    run. Weights and data are random. `python -m digit.benchmark` takes the same arguments and needs only torch.
     """
     from digit.benchmark.bench import BenchConfig, add_arguments
     from digit.benchmark.bench import run_bench as bench

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
     DATA_HELP,
+    DEVICE_HELP,
     FROM_HELP,
+    SPLIT_HELP,
     add_config,
     command,
     load_pipeline,
@@ -20,29 +22,29 @@ if TYPE_CHECKING:
     from digit.data.images import ImageSource
 
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
-DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 
 
 @command(
     "evaluate",
-    "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and its kin\n"
+    "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and related metrics\n"
     "  digit evaluate samples/ imagenet/val --inception pt_inception-2015-12-05-6726825d.pth\n"
     "  digit evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm --inception pt_inception-....pth",
     ranks=True,
 )
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Score samples against a reference: Frechet distance (FID), inception score, KID, sFID, precision and recall.
+    """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
 
-    The figures carry FID's names with the weights of FID's Inception network alone; EfficientNet-Lite2, which judges
-    without them, gives figures of its own names, which compare with no published FID. docs/evaluation.md says which
-    protocol goes with which paper. Traps that were found (JPEG samples, wrong size, repeated images, ...) are printed.
+    The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
+    EfficientNet-Lite2 is used, and its metrics have other names: they do not compare with any published FID.
+    docs/evaluation.md says which protocol belongs to which paper. The command warns of problems such as JPEG samples, a
+    wrong size or repeated images.
     """
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("samples", help=IMAGES_HELP)
     parser.add_argument("reference", help="the same, or an .npz of statistics (mu, sigma)")
     add_config(parser, EvaluateConfig)
-    parser.add_argument("--out", default=None, help="JSON file for everything that was found")
+    parser.add_argument("--out", default=None, help="JSON file for all results")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
     from digit.evaluation.samples import evaluate, to_table
@@ -58,12 +60,12 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     "statistics", "digit statistics photos/val --out val.npz      # then: digit evaluate samples/ val.npz", ranks=True
 )
 def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Keep a reference's statistics (mu, sigma, mu_s, sigma_s) as .npz, for `digit evaluate`."""
+    """Save a reference's statistics (mu, sigma, mu_s, sigma_s) as .npz for `digit evaluate`."""
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("images", help=IMAGES_HELP)
     add_config(parser, EvaluateConfig)
-    parser.add_argument("--out", required=True, help="the .npz")
+    parser.add_argument("--out", required=True, help=".npz file for the statistics")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
     from digit.evaluation.samples import statistics_npz
@@ -75,17 +77,22 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
-    """--from, --out, --split, --device."""
+    """Add --from, --variant, --out, --split and --device."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
-    parser.add_argument("--variant", default=None, help="released checkpoint, with --from DAMO-NLP-SG/DiGIT")
+    parser.add_argument(
+        "--variant", default=None, help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT (default: base)"
+    )
     parser.add_argument("--out", required=True, help=f"folder for {out}")
-    parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
+    parser.add_argument("--split", default=None, help=SPLIT_HELP)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
 
 
 @command("stability", "digit stability photos/ --from runs/photos --out stability/")
 def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Measure how much tokens and features change under pixel noise (paper, Table 1), and the codebooks' health."""
+    """Measure how much tokens and features change under pixel noise (paper, Table 1).
+
+    It also reports how much of each codebook is used.
+    """
     from digit.metrics.stability import StabilityConfig
 
     parser.add_argument("data", help=DATA_HELP)
@@ -107,7 +114,7 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
         f"{found['codebook']['entropy_bits']:.2f} bits, {found['codebook']['dead_codes']} never"
         for name, found in result["tokenizers"].items()
     ]
-    say("\n".join([stability.to_table(result), *lines, f"plot and figures: {args.out}"]))
+    say("\n".join([stability.to_table(result), *lines, f"plot and metrics: {args.out}"]))
 
 
 @command(
@@ -117,15 +124,22 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Probe the prior, the encoder and a trained VQ-only baseline with linear classifiers, layer by layer (Table 2)."""
+    """Train linear classifiers on the features of each layer (paper, Table 2).
+
+    The layers are those of prior, encoder and, if the run has trained one, the VQ-only baseline.
+    """
     from digit.metrics.probe import ProbeConfig
 
-    parser.add_argument("data", help=DATA_HELP + "; labelled, for training the classifiers")
+    parser.add_argument("data", help=DATA_HELP + "; labelled, to train the classifiers")
     parser.add_argument("--test", default=None, help="labelled test images (default: every fifth image of DATA)")
     parser.add_argument("--test_split", default=None, help="split of DATA, or of --test, to test on")
     add_pipeline_arguments(parser, "probe.json and probe.png")
-    parser.add_argument("--num_train", type=int, default=None, help="at most so many training images, spread evenly")
-    parser.add_argument("--num_test", type=int, default=None, help="at most so many test images, spread evenly")
+    parser.add_argument(
+        "--num_train", type=int, default=None, help="at most this many training images, spread evenly (default: all)"
+    )
+    parser.add_argument(
+        "--num_test", type=int, default=None, help="at most this many test images, spread evenly (default: all)"
+    )
     add_config(parser, ProbeConfig)
     args = parse(parser, argv)
     from digit.evaluation import probe
@@ -137,15 +151,15 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     pipe = load_pipeline(args)
     baseline = vq_only_baseline(args.source, pipe)
     pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
-    how = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
-    say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **how)))
+    kwargs = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
+    say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **kwargs)))
     if args.test is None and args.test_split is None:
         say(f"Tested on every fifth image of {args.data}; a pipeline fitted on {args.data} has seen them, unlabelled.")
-    say(f"plot and figures: {args.out}")
+    say(f"plot and metrics: {args.out}")
 
 
 def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
-    """(train, test) as asked for; every fifth image where no test set is named."""
+    """(train, test) as requested; every fifth image where no test set is named."""
     from digit.data.images import hold_out, open_source
 
     if args.test is None and args.test_split is None:
@@ -160,15 +174,17 @@ def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
     "  digit sweep photos/val --from runs/photos --out sweep/ --joint true --top_k 50,100,200 --top_p 0.6,0.8,1",
 )
 def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Find good sampling settings: distance and inception score by top-k and top-p of both stages (Figure 5)."""
+    """Find good sampling settings: Frechet distance by top-k and top-p (paper, Figure 5)."""
     from digit.evaluation import sweep
 
     parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
     add_pipeline_arguments(parser, "sweep.json, sweep.png and the cache that makes it resumable")
-    parser.add_argument("--num", type=int, default=1000, help="samples a setting")
+    parser.add_argument("--num", type=int, default=1000, help="samples per setting")
     parser.add_argument("--num_reference", type=int, default=10_000, help="real images, spread evenly")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the same for every setting")
-    parser.add_argument("--inception", default=None, help="weights of FID's Inception network")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; the same for every setting")
+    parser.add_argument(
+        "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"
+    )
     add_config(parser, sweep.SweepConfig)
     args = parse(parser, argv)
     from digit.data.crops import centre_crops
@@ -186,43 +202,52 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     distance = network.metric("fd")
     best = result["best"][distance]
     say(f"lowest {distance}: {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] with {best['sampling']}")
-    say(f"plots and figures: {args.out}")
+    say(f"plots and metrics: {args.out}")
 
 
 @command(
     "reproduce",
     "digit reproduce claims --scale tiny                              # on rendered shapes, minutes\n"
-    "  digit reproduce table3 --scale small --data photos/ --plan       # what it would take\n"
+    "  digit reproduce table3 --scale small --data photos/ --plan       # the plan alone\n"
     "  digit reproduce table3 --scale small --data photos/",
 )
 def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Reproduce a table or figure of the paper, or test its three claims, on your images at a scale you can afford.
+    """Reproduce a table or figure of the paper, or test its claims, at a chosen scale.
 
     TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a
-    (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims. A plan with estimated times comes first;
-    work that is done is read, not made again, and targets of one folder share codebook, VQGAN, tokens and models.
+    (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims. It prints a plan with
+    estimated times first. Finished work is reused, and targets of one folder share codebook, VQGAN, tokens and models.
     """
     parser.add_argument(
         "target", help="table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6 or claims"
     )
     parser.add_argument("--scale", default="tiny", help="tiny (minutes), small (an hour or two on two cores) or paper")
     parser.add_argument(
-        "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is kept out"
+        "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is held out"
     )
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
-        "--inception", default=None, help="weights of FID's Inception network; without, EfficientNet-Lite2 judges"
+        "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"
     )
-    parser.add_argument("--encoder", default=None, help="encoder of the tokens, as --encoder.name of digit fit")
-    parser.add_argument("--encoder_size", type=int, default=None, help="pixels it sees, as --encoder.input_size")
+    parser.add_argument(
+        "--encoder", default=None, help="encoder of the tokens, as --encoder.name of digit fit (default: the scale's)"
+    )
+    parser.add_argument(
+        "--encoder_size",
+        type=int,
+        default=None,
+        help="side of its input in pixels, as --encoder.input_size (default: the scale's)",
+    )
     parser.add_argument("--encoder_weights", default=None, help="its weights file, as --encoder.weights of digit fit")
     parser.add_argument(
         "--encoders", default="", help="weights files for fig4a --scale paper: MAE=mae.pth,MoCo=moco.pth,iBOT=ibot.pth"
     )
     for part in ("codebook", "vqgan", "tokens"):
-        parser.add_argument(f"--reuse_{part}", default=None, help=f"folder of another run's {part}")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+        parser.add_argument(
+            f"--reuse_{part}", default=None, help=f"folder of another run's {part} to use instead of making one"
+        )
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
     from digit.reproduce import Study, build, get_scale, plan, reproduce
 

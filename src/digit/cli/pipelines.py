@@ -1,11 +1,14 @@
-"""Commands that show or draw: inspect, convert, sample, complete, info."""
+"""Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, info."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
     DATA_HELP,
+    DEVICE_HELP,
     FROM_HELP,
+    LIMIT_HELP,
+    SPLIT_HELP,
     add_config,
     command,
     load_pipeline,
@@ -19,13 +22,13 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-@command("inspect", "digit inspect photos/            # counts, classes, sizes, bad files, contact sheet")
+@command("inspect", "digit inspect photos/            # counts, classes, sizes, broken files, contact sheet")
 def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Say what is found at PATH: counts, classes, sizes, bad files; write a contact sheet."""
+    """Describe the images at PATH: counts, classes, sizes, broken files, a contact sheet."""
     parser.add_argument("path", help=DATA_HELP)
-    parser.add_argument("--split", default=None, help="split of a Hub-layout data set")
-    parser.add_argument("--limit", type=int, default=None, help="look at LIMIT images only, spread evenly")
-    parser.add_argument("--sheet", default="contact_sheet.png", help="where the contact sheet goes; empty for none")
+    parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    parser.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet; '' for none")
     args = parse(parser, argv)
     from digit.data.images import open_source
     from digit.data.inspect import inspect_source
@@ -41,42 +44,45 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     "convert",
     "digit convert --encoder dinov2_vitb14_reg4_pretrain.pth --codebook km_8k.npy "
     "--vqgan vqgan_jax_strongaug.ckpt --prior stage1.pt --renderer stage2.pt --out digit-base\n"
-    "  digit convert --prior stage1.pt --renderer stage2.pt --out digit-base   # all of it is in these two",
+    "  digit convert --prior stage1.pt --renderer stage2.pt --out digit-base   # these two files hold all parts",
 )
 def run_convert(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Turn the authors' files into a pipeline folder: encoder, codebook, VQGAN, prior, renderer, or any of them."""
+    """Convert the authors' checkpoint files to a pipeline folder.
+
+    Give any of encoder, codebook, VQGAN, prior and renderer; a renderer's file holds the other parts too.
+    """
     from digit.released.convert import ReleasedFiles, convert_release
 
     add_config(parser, ReleasedFiles)
-    parser.add_argument("--out", required=True, help="pipeline folder; parts that are there already stay")
+    parser.add_argument("--out", required=True, help="pipeline folder; parts that it already holds stay")
     args = parse(parser, argv)
     for line in convert_release(read_config(args, ReleasedFiles), args.out):
         say(line)
 
 
 def add_sampling_arguments(parser: "ArgumentParser") -> None:
-    """--from, --out, --seed and how both stages draw; what is left out is what the pipeline was saved with."""
+    """Add --from, --out, --seed and the sampling options of both stages; without one the saved setting applies."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
     parser.add_argument(
         "--variant",
         default=None,
-        help="released checkpoints, with --from DAMO-NLP-SG/DiGIT: base (default), base_cls, "
+        help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT: base (default), base_cls, "
         "base_200epoch, base_cls_400epoch, large or large_cls",
     )
     parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
     parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i, whatever the batch")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument(
-        "--batch_size", type=int, default=None, help="images drawn together; by default as many as fit into memory"
+        "--batch_size", type=int, default=None, help="images sampled together (default: as many as fit into memory)"
     )
     parser.add_argument("--precision", default=None, help="fp32 or bf16 (faster)")
     for stage in ("prior", "renderer"):
         for name, kind, text in (
-            ("temperature", float, "divides the logits; 0 takes the likeliest token"),
-            ("top_k", int, "keep the k likeliest tokens; 0: all"),
-            ("top_p", float, "keep the likeliest tokens up to this probability"),
-            ("cfg_scale", float, "guidance; 1: off"),
-            ("num_steps", int, "iterations of a masked model"),
+            ("temperature", float, "divides the logits; 0 takes the most likely token"),
+            ("top_k", int, "keep the k most likely tokens; 0 keeps all"),
+            ("top_p", float, "keep the most likely tokens up to this probability"),
+            ("cfg_scale", float, "classifier-free guidance; 1 is off"),
+            ("num_steps", int, "iterations of a masked model (MaskGIT)"),
         ):
             parser.add_argument(f"--{stage}.{name}", type=kind, default=None, help=f"{stage}: {text}")
 
@@ -96,7 +102,10 @@ def sampling_changes(args: Any) -> dict[str, Any]:
     ranks=True,
 )
 def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Draw new images from a trained pipeline. Killed at any moment and run again, it goes on where it was."""
+    """Sample new images from a trained pipeline.
+
+    Run the same command again to continue after an interruption.
+    """
     add_sampling_arguments(parser)
     parser.add_argument("--num", type=int, default=16, help="how many images")
     parser.add_argument(
@@ -115,11 +124,11 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("complete", "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/")
 def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Keep the first rows of pictures and draw the rest."""
+    """Keep the first rows of pictures and sample the rest."""
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
     add_sampling_arguments(parser)
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows that is kept")
-    parser.add_argument("--num", type=int, default=8, help="how many pictures of the folder")
+    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows to keep")
+    parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
     parser.add_argument("--labels", default=None, help="class numbers or names, separated by commas, used in turn")
     args = parse(parser, argv)
     from digit.runs.report import load_images, write_completions
@@ -134,10 +143,17 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     say(f"{len(done)} completions in {args.out} (grid.png: original, kept part, completion)")
 
 
-@command("info", "digit info                       # recipes\n  digit info runs/demo             # a pipeline")
+@command(
+    "info", "digit info                # the recipes\n  digit info runs/demo      # a run: progress and next command"
+)
 def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
-    """List recipes, or say how far a run or a drawing is and what to type next, or what a pipeline folder holds."""
-    parser.add_argument("folder", nargs="?", default=None, help="run or pipeline folder; leave out to list the recipes")
+    """List the recipes, or describe a folder: a run, samples or a pipeline.
+
+    For a run or samples it prints the progress and the next command.
+    """
+    parser.add_argument(
+        "folder", nargs="?", default=None, help="run, samples or pipeline folder (default: list the recipes)"
+    )
     args = parse(parser, argv)
     if args.folder is None:
         from digit.runs.recipes import RECIPES

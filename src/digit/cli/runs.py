@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import DATA_HELP, add_config, command, parse, read_config, say
+from digit.cli.arguments import (
+    CONFIG_HELP,
+    DATA_HELP,
+    DEVICE_HELP,
+    LIMIT_HELP,
+    SPLIT_HELP,
+    add_config,
+    command,
+    parse,
+    read_config,
+    say,
+)
 from digit.errors import DigitError
 from digit.runtime import distributed
 
@@ -13,26 +24,24 @@ if TYPE_CHECKING:
 
 
 def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
-    """DATA, --recipe, --out and every field of the recipe as a dotted option; returns the recipe of the defaults."""
+    """Add DATA, --recipe, --out and one dotted option for each field of the recipe. Returns the recipe's name."""
     from digit.runs.recipes import RECIPES, Recipe, get_recipe
 
-    name = _value_of(argv, "--recipe") or "small"
+    name = _value_of(argv, "--recipe") or "small"  # sets the defaults, so it is read before the parser exists
     recipe = get_recipe(name)
     parser.add_argument("data", help=DATA_HELP)
-    parser.add_argument("--recipe", default="small", help=f"named run to start from: {', '.join(sorted(RECIPES))}")
     parser.add_argument(
-        "--out", required=True, help="run folder; a later run with the same one goes on from what is done"
+        "--recipe", default="small", help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}"
     )
-    parser.add_argument(
-        "--split", default=None, help="split of a Hub-layout data set (default: train where there is one)"
-    )
-    parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
+    parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(
-            f"--reuse_{part}", default=None, help=f"folder of another run's {part}, used instead of making it"
+            f"--reuse_{part}", default=None, help=f"folder of another run's {part} to use instead of making one"
         )
-    parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(Recipe, as_group=True)
     parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
     return name
@@ -43,7 +52,7 @@ def _default(value: Any) -> Any:
 
 
 def _value_of(argv: Sequence[str], option: str) -> str | None:
-    """Value of an option before the real parser exists: the recipe decides the defaults."""
+    """The value of an option, read without a parser."""
     for i, word in enumerate(argv):
         if word == option and i + 1 < len(argv):
             return argv[i + 1]
@@ -53,13 +62,15 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
 
 
 def make_run(args: Any, base: str) -> Any:
-    """The Run that parsed arguments describe; `base` is the recipe whose settings are the defaults."""
+    """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
     from digit.data.images import open_source
     from digit.runs.fit import Run
     from digit.runs.recipes import Recipe
 
     if args.recipe != base:
-        raise DigitError(f"recipe {args.recipe} is not where the defaults came from: give it as --recipe")
+        raise DigitError(
+            f"--recipe {args.recipe} stands in a settings file, which is read too late for it: give it as an option"
+        )
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     source = open_source(args.data, split=args.split, limit=args.limit)
@@ -73,7 +84,10 @@ def make_run(args: Any, base: str) -> Any:
     ranks=True,
 )
 def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Images -> codebook, VQGAN, tokens, prior, renderer, pipeline, samples and report."""
+    """Train everything on your images, from codebook to renderer; write samples and a report.
+
+    Run the same command again to continue: finished stages are kept.
+    """
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
     from digit.runs.fit import fit
@@ -81,7 +95,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
 
     pipe = fit(run)
     page = distributed.on_main(lambda: write_report(run, pipe))
-    say(f"done: open {page}; draw more with: digit sample --from {run.out} --num 64 --out samples")
+    say(f"done: open {page}; more images: digit sample --from {run.out} --num 64 --out samples")
 
 
 @command("codebook", "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048", ranks=True)
@@ -95,7 +109,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos", ranks=True)
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Write discriminative and VQ tokens of every image (makes codebook and VQGAN first where they are missing)."""
+    """Write discriminative and VQ tokens of every image; makes missing tokenizers first."""
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), base)
     store = run.write_tokens()
@@ -112,7 +126,10 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model: vqgan, prior, renderer, renderer_masked, or a baseline of the paper: vq_ar, vq_masked."""
+    """Train one model: vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked.
+
+    vq_ar and vq_masked are the paper's VQ-only baselines. Missing codebook, VQGAN and tokens are made first.
+    """
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar or vq_masked")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
@@ -127,14 +144,14 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     else:
         run.train_model(args.model)
     metrics = run.out / args.model / "metrics.json"
-    say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'taken as it is'}")
+    say(f"{run.out / args.model}: {read_json(metrics) if metrics.exists() else 'used as it was'}")
 
 
 @command("replay", "digit replay runs/photos/prior/crash/step_00067000")
 def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Run a training step that failed (NaN, Inf) again from its crash dump, and say where it goes wrong first."""
-    parser.add_argument("dump", help="RUN/MODEL/crash/step_..., which a run that stopped at such a step leaves")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    """Repeat a failed training step from its crash dump and find what goes wrong first."""
+    parser.add_argument("dump", help="crash dump of the failed run: RUN/MODEL/crash/step_...")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parse(parser, argv)
     from digit.training.replay import replay
 
@@ -147,15 +164,15 @@ def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
     "  digit fit scans/ --encoder.name folder:runs/ibot/encoder --encoder.input_size 64 --out runs/scans",
 )
 def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train a small encoder without labels (MAE, MoCo v3, DINO, iBOT) on images that no released encoder knows."""
+    """Train a small encoder without labels (MAE, MoCo v3, DINO or iBOT) on your images."""
     from digit.runs.pretrain import PretrainConfig
 
     parser.add_argument("data", help=DATA_HELP)
-    parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
-    parser.add_argument("--out", required=True, help="run folder; run again with the same one to go on")
-    parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
-    parser.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--config", action="config", help="YAML file with settings; later options win")
+    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
+    parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    parser.add_argument("--device", default=None, help=DEVICE_HELP)
+    parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)
     args = parse(parser, argv)
     from digit.data.images import open_source

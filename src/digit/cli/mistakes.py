@@ -1,0 +1,118 @@
+"""Turns a mistake into one line that names what the person typed, and suggests what they may have meant."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+TYPES = {"INT": "a whole number", "FLOAT": "a number", "true|false": "true or false"}
+UNKNOWN_NAME = re.compile(
+    r"\b(?:no|nothing) [\w ]*?named '?(?P<name>[^\s':]+)'?[^:]*: (?P<list>choose (?:one of )?(?P<names>.+))"
+)
+
+
+def closest(word: str, names: Iterable[str]) -> list[str]:
+    """At most three names like `word`, the likeliest first; an option may be known by its last part alone."""
+    names = list(dict.fromkeys(names))
+    last = word.lstrip("-").rpartition(".")[2]
+    if same_end := [name for name in names if "." in name and name.rpartition(".")[2] == last and "." not in word]:
+        return same_end[:3]
+    return difflib.get_close_matches(word, names, n=1, cutoff=0.65)
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """`: did you mean X?`, or nothing where no name is like the word."""
+    found = closest(word, names)
+    return f": did you mean {' or '.join(found)}?" if found else ""
+
+
+def with_suggestion(text: str) -> str:
+    """A message `no X named Y: choose one of A, B`, as every room writes it, with the closest name before the list."""
+    if (match := UNKNOWN_NAME.search(text)) is None:
+        return text
+    names = re.split(r", | or |; ", match["names"])
+    if len(names) < 3 or not (found := closest(match["name"], names)):
+        return text
+    return f"{text[: match.start('list')]}did you mean {found[0]}? {text[match.start('list') :]}"
+
+
+def with_typed_option(text: str, argv: Sequence[str]) -> str:
+    """A message `depth is 0: ...` about `--prior.depth 0` names the option, where one typed option fits."""
+    typed: dict[str, set[str]] = {}
+    for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        typed.setdefault(option.lstrip("-").rpartition(".")[2].replace("-", "_"), set()).add(option)
+    for match in re.finditer(r"(?<![\w./'-])\w+(?= is )", text):
+        if len(options := typed.get(match[0], set())) == 1:
+            return text[: match.start()] + options.pop() + text[match.end() :]
+    return text
+
+
+def explain(parser: argparse.ArgumentParser, message: str) -> str:
+    """The parser's message in the words that the person typed."""
+    from digit.cli.help import options_of
+
+    more = f"(see {parser.prog} --help)"
+    message = " ".join(message.split())
+    if match := re.fullmatch(r"unrecognized arguments: (.*)", message):
+        return f"{_unknown(match[1].split(), list(options_of(parser)))} {more}"
+    if match := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"missing: {', '.join(typed_name(parser, dest) for dest in match[1].split(', '))} {more}"
+    if match := re.fullmatch(r"argument (\S+?)(?:/\S+)?: expected (?:one|at least one) argument", message):
+        return f"{match[1]} needs a value {more}"
+    if match := re.fullmatch(r"Group '(.*)' does not accept option '(.*)'", message):
+        return f"{_unknown_setting(f'{match[1]}.{match[2]}', parser)} {more}"
+    if match := re.fullmatch(r"Option '(.*)' is not accepted", message):
+        return f"{_unknown_setting(match[1], parser)} {more}"
+    if match := re.match(r"Parser key \"(?P<dest>[^\"]+)\": (?P<reason>.*)", message):
+        return f"{_wrong_value(parser, match['dest'], match['reason'])} {more}"
+    if match := re.match(r"(?:Problems parsing config|Unexpected config): (.*)", message):
+        return f"--config: not a YAML file of NAME: VALUE lines: {match[1]} {more}"
+    return f"{message} {more}"
+
+
+def typed_name(parser: argparse.ArgumentParser, dest: str) -> str:
+    """How a person types the argument that the program calls `dest`: --from for source, DATA for data."""
+    from digit.cli.help import spelling
+
+    for action in parser._actions:
+        if dest == action.dest or dest in action.option_strings:
+            return spelling(action)
+    return dest
+
+
+def _unknown(words: list[str], options: list[str]) -> str:
+    for word in words:
+        if word.startswith("-"):
+            name = word.partition("=")[0]
+            return f"no option named {name}{did_you_mean('--' + name.lstrip('-'), options)}"
+    return f"unexpected argument {words[0]}"
+
+
+def _unknown_setting(name: str, parser: argparse.ArgumentParser) -> str:
+    settings = {action.dest for action in parser._actions}
+    groups = {dest.rpartition(".")[0] for dest in settings}
+    group = name.partition(".")[0]
+    if group not in groups | settings and (near := difflib.get_close_matches(group, groups - {""}, n=1)):
+        return f"no setting named {group}: did you mean {near[0]}?"
+    return f"no setting named {name}{did_you_mean(name, settings)}"
+
+
+def _wrong_value(parser: argparse.ArgumentParser, dest: str, reason: str) -> str:
+    from digit.cli.help import value_name
+
+    option = typed_name(parser, dest)
+    action = next((action for action in parser._actions if action.dest == dest), None)
+    value = re.search(r"(?:Got|Given) value: (.*)$", reason)
+    if "nable to load config" in reason and (file := re.search(r"config '([^']*)'", reason)):
+        return f"{option}: cannot read {file[1]}: give a YAML file, or single settings as {option}.NAME VALUE"
+    if action is None or value is None:
+        return f"{option}: {reason}"
+    kind = value_name(action)
+    if "," in kind:
+        return f"{option} is {value[1].strip('[]')}: give {kind}, with commas between the values"
+    if "|" in kind and kind not in TYPES:
+        choices = [TYPES.get(choice, choice) for choice in kind.split("|")]
+        found = closest(value[1], choices)
+        hint = f"did you mean {found[0]}? " if found else ""
+        return f"{option} is {value[1]}: {hint}choose {', '.join(choices[:-1])} or {choices[-1]}"
+    return f"{option} is {value[1]}: it must be {TYPES.get(kind, 'text')}"
