@@ -1,0 +1,1 @@
+"""A run: recipe, stages, status and report of one folder."""
