@@ -50,13 +50,10 @@ def keep_text(outputs: list[dict[str, Any]], text: io.StringIO) -> None:
 
 
 def picture(figure: Any) -> dict[str, Any]:
-    """A matplotlib figure as a notebook's output; a palette of 256 colours keeps the file small."""
-    from PIL import Image
-
-    buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, dpi=90, format="png")
-    Image.open(buffer).convert("RGB").quantize(256).save(small, format="PNG", optimize=True)
-    data = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": ["<Figure>"]}
+    """A matplotlib figure as a notebook's output."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=75, format="png", bbox_inches="tight")
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": ["<Figure>"]}
     return {"output_type": "display_data", "data": data, "metadata": {}}
 
 

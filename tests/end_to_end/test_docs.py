@@ -1,18 +1,20 @@
 """The documentation: its notebook runs, its commands parse, its site builds without a warning and asks for no other server."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from digit.cli import COMMANDS
-from digit.cli.arguments import make_parser
+from digit.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -48,9 +50,13 @@ def test_every_command_has_the_options_that_it_is_given(page):
         assert not unknown, f"{page.name}: digit {' '.join(argv)} has no {unknown}"
 
 
+@cache
 def option_names(command: str) -> set[str]:
     """What `digit COMMAND --help` lists."""
-    return set(re.findall(r"--[\w.]+", make_parser(command).format_help()))
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[\w.]+", page.getvalue()))
 
 
 @pytest.fixture(scope="module")
