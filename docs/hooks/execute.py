@@ -1,4 +1,4 @@
-"""Run a notebook's code cells in one process and keep what they print and plot: `python docs/hooks/execute.py NOTEBOOK`.
+"""Run a notebook's code cells and keep what they print and plot: `python docs/hooks/execute.py NOTEBOOK`.
 
 The cells need no Jupyter kernel: they are plain Python, `print` writes text, `plt.show()` ends a figure.
 """
@@ -24,7 +24,7 @@ def execute(notebook: dict[str, Any]) -> dict[str, Any]:
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for count, cell in enumerate(cells, 1):
         outputs: list[dict[str, Any]] = []
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         text = io.StringIO()
 
         def show(outputs: list[dict[str, Any]] = outputs, text: io.StringIO = text) -> None:
@@ -36,7 +36,8 @@ def execute(notebook: dict[str, Any]) -> dict[str, Any]:
         with contextlib.redirect_stdout(text):
             exec(compile("".join(cell["source"]), f"cell {count}", "exec"), names)
         keep_text(outputs, text)
-        print(f"cell {count} of {len(cells)}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        seconds, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+        print(f"cell {count} of {len(cells)}: {seconds:.1f} s, {cpu:.1f} s of CPU time", file=sys.stderr)
         cell["outputs"], cell["execution_count"] = outputs, count
     return names
 

@@ -1,7 +1,8 @@
-"""MkDocs hook: each docs/*.ipynb becomes a page, as it was committed: cells, printed text and pictures. Runs no code."""
+"""MkDocs hook: docs/*.ipynb become pages, as committed: cells, printed text and pictures. Runs no code."""
 
 import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,8 @@ def to_markdown(notebook: dict[str, Any], picture_stem: str) -> tuple[str, dict[
 def joined(text: str | list[str]) -> str:
     """A notebook's text, which is one string or a list of lines."""
     return text if isinstance(text, str) else "".join(text)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Links to a notebook lead to its page."""
+    return re.sub(r"\]\(([\w/-]+)\.ipynb\)", r"](\1.md)", markdown)

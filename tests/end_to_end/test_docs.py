@@ -1,4 +1,4 @@
-"""The documentation: its notebook runs, its commands parse, its site builds without a warning and asks for no other server."""
+"""The documentation: the notebook runs, commands parse, the site builds without a warning and loads nothing remote."""
 
 import contextlib
 import importlib.util
@@ -30,7 +30,7 @@ def test_the_notebook_runs(monkeypatch):
     with torch.random.fork_rng(devices=[]):
         names = execute.execute(notebook)
     assert [len(cell["outputs"]) for cell in notebook["cells"] if cell["cell_type"] == "code"] == committed
-    assert names["metrics"]["loss"] < 6.0  # nats a VQ token; log 1024 = 6.9 without training
+    assert names["metrics"]["loss"] < 6.2  # nats a VQ token; log 1024 = 6.9 without training
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -72,7 +72,10 @@ def site(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_site_needs_no_other_server(site):
-    loaded = r"""<(?:script|img|iframe|source)[^>]*src=["']?(?:https?:)?//|<link[^>]*rel=["']?(?:stylesheet|preconnect)["']?[^>]*//"""
+    loaded = (
+        r"""<(?:script|img|iframe|source)[^>]*src=["']?(?:https?:)?//"""
+        r"""|<link[^>]*rel=["']?(?:stylesheet|preconnect)["']?[^>]*//"""
+    )
     pages = list(site.rglob("*.html"))
     assert len(pages) > 25
     for page in pages:
