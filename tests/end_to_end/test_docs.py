@@ -1,0 +1,93 @@
+"""The documentation: the notebook runs, commands parse, the site builds without a warning and loads nothing remote."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from digit.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "hooks"))
+    import execute
+
+    notebook = json.loads((ROOT / "docs" / "journey.ipynb").read_text(encoding="utf-8"))
+    committed = [len(cell["outputs"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    with torch.random.fork_rng(devices=[]):
+        names = execute.execute(notebook)
+    assert [len(cell["outputs"]) for cell in notebook["cells"] if cell["cell_type"] == "code"] == committed
+    assert names["metrics"]["loss"] < 6.2  # nats a VQ token; log 1024 = 6.9 without training
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `digit ...` lines of a page's code blocks, continued lines joined, without comments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^(?:    )+(?:torchrun [^\n]*-m )?(digit [a-z][^\n]*)$", text, re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_has_the_options_that_it_is_given(page):
+    for argv in commands(page):
+        name, *rest = [word for word in argv if word != "--"]
+        assert name in COMMANDS, f"{page.name}: digit {' '.join(argv)}"
+        known = option_names(name)
+        unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
+        assert not unknown, f"{page.name}: digit {' '.join(argv)} has no {unknown}"
+
+
+@cache
+def option_names(command: str) -> set[str]:
+    """What `digit COMMAND --help` lists."""
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"--[\w.]+", page.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_needs_no_other_server(site):
+    loaded = (
+        r"""<(?:script|img|iframe|source)[^>]*src=["']?(?:https?:)?//"""
+        r"""|<link[^>]*rel=["']?(?:stylesheet|preconnect)["']?[^>]*//"""
+    )
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        assert not re.findall(loaded, page.read_text(encoding="utf-8")), page
+    styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+    assert not re.findall(r"url\(\s*[\"']?(?:https?:)?//", styles)
+
+
+@pytest.mark.slow
+def test_every_room_has_a_page_of_reference(site):
+    rooms = [path.parent.name for path in (ROOT / "src" / "digit").glob("*/__init__.py")]
+    for room in rooms:
+        page = (site / "api" / f"{room}.html").read_text(encoding="utf-8")
+        assert f"digit.{room}" in page and "doc-heading" in page, room
+    assert (site / "pictures" / "journey_0.png").is_file()
