@@ -8,11 +8,16 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
+from tiny import tiny_recipe
 
 from digit.cli import COMMANDS, main
 
@@ -91,3 +96,41 @@ def test_every_room_has_a_page_of_reference(site):
         page = (site / "api" / f"{room}.html").read_text(encoding="utf-8")
         assert f"digit.{room}" in page and "doc-heading" in page, room
     assert (site / "pictures" / "journey_0.png").is_file()
+
+
+SHORTER = {  # what a command of the tutorial gets besides, so that it takes seconds
+    "fit": ["--config", "tiny.yaml", "--renderer.depth", "1", "--renderer_training.num_steps", "4"],
+    "pretrain": [
+        "--depth",
+        "2",
+        "--embed_dim",
+        "32",
+        "--num_heads",
+        "2",
+        "--training.num_steps",
+        "2",
+        "--training.batch_size",
+        "4",
+        "--training.warmup_steps",
+        "1",
+    ],
+    "sweep": ["--top_k", "0", "--top_p", "0.9"],
+}
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("apple", "pear"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(12):
+            picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
+            picture.save(tmp_path / "photos" / name / f"{i}.jpg")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(tiny_recipe())))))
+    for argv in commands(ROOT / "docs" / "own-pictures.md"):
+        more = list(SHORTER.get(argv[0], []))
+        for option in ("--encoder.name", "--encoder.input_size"):  # said again after the tiny recipe
+            if option in argv:
+                more += [option, argv[argv.index(option) + 1]]
+        assert main([*argv, *more]) == 0, argv
