@@ -72,7 +72,7 @@ def make_codebook(folder: Path, encoder: PatchEncoder | None = None, source: Noi
     return codebook
 
 
-KEPT = KMeansConfig(num_clusters=12, num_iterations=6, tolerance=0, dtype="float32", init="k-means++")
+KEPT = KMeansConfig(num_clusters=12, num_iterations=6, tolerance=0, precision="fp32", init="k-means++")
 STREAMED = replace(
     KEPT, num_clusters=4, max_points_per_centroid=None, memory_budget_bytes=2600
 )  # holds no sample of all
