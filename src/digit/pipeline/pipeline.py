@@ -33,7 +33,7 @@ from digit.pipeline.manifest import (
 )
 from digit.runtime.progress import Progress
 from digit.sampling.config import SamplingConfig, StageSampling
-from digit.sampling.kinds import make_sampler
+from digit.sampling.kinds import get_kind, make_sampler
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
@@ -108,8 +108,9 @@ class DigitPipeline:
         prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
         prefix = renderer.prefix_vocab_size if renderer else 0
         codes = self.tokenizer and self.tokenizer.vocab_size
+        vq = None if self.renders_pixels else self.vq
         pairs = [
-            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", self.vq and self.vq.vocab_size),
+            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", vq and vq.vocab_size),
             ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
@@ -120,7 +121,7 @@ class DigitPipeline:
             ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
-            ("renderer length", renderer and renderer.target_len, "VQ tokens", self.vq and math.prod(self.vq.grid)),
+            ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -138,11 +139,18 @@ class DigitPipeline:
 
     def _require_sampling(self) -> SequenceModel:
         """Check that sampling can start; returns the model that samples first."""
-        self.require("vq", "renderer")
+        self.require("renderer")
+        if not self.renders_pixels:
+            self.require("vq")
         if not self.renderer.cfg.prefix_len:
             return self.renderer
         self.require("prior")
         return self.prior
+
+    @property
+    def renders_pixels(self) -> bool:
+        """Whether the renderer gives images, not VQ tokens."""
+        return self.renderer is not None and get_kind(self.renderer.cfg.kind).sampler.output == "images"
 
     @property
     def device(self) -> torch.device:
@@ -303,7 +311,7 @@ class DigitPipeline:
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
-        nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
+        nothing = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
     def _sample(
