@@ -60,7 +60,7 @@ def option_names(command: str) -> set[str]:
     """What `digit COMMAND --help` lists."""
     page = io.StringIO()
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        main([command, "--help"])
+        main([command, "--help-all"])
     return set(re.findall(r"--[\w.]+", page.getvalue()))
 
 

@@ -216,4 +216,4 @@ def test_command_names_mistakes(capsys):
     assert "no GPU named tpu" in fails(capsys, "demo", "--gpu", "tpu")
     assert "images is 0" in fails(capsys, "demo", "--gpus", "1", "--images", "0")
     assert "reuse names prior" in fails(capsys, "demo", "--gpus", "1", "--reuse", "prior")
-    assert "gpu_memory is -1.0" in fails(capsys, "demo", "--gpu-memory=-1")
+    assert "--gpu-memory is -1.0" in fails(capsys, "demo", "--gpu-memory=-1")

@@ -81,7 +81,10 @@ def test_a_command_for_one_process_is_refused_by_one_message(monkeypatch, capsys
     for name, value in (TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     assert main(["inspect", "photos/"]) == 2
-    assert "digit inspect runs as one process, 8 were started: these may be " in capsys.readouterr().err
+    assert (
+        "digit inspect runs as one process, but 8 were started: the commands that can share work are "
+        in capsys.readouterr().err
+    )
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["inspect", "photos/"]) == 2 and not first_message()

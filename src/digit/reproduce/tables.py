@@ -252,7 +252,7 @@ def generation_outcome(
 
 def protocol(study: Study) -> str:
     """Definition of the distances, as text."""
-    rounding = study.base.vq.rounding
+    rounding = study.base.train_vqgan().rounding
     compared = f"{study.scale.num_samples} samples ({rounding} 8 bits) against {len(study.reference)} test images"
     if study.inception:
         return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}."
@@ -279,7 +279,7 @@ def floor_step(study: Study) -> Step:
     count = min(study.scale.num_samples, len(study.test))
 
     def make() -> dict[str, Any]:
-        vq, images = study.base.vq, study.some_test_images(count)
+        vq, images = study.base.train_vqgan(), study.some_test_images(count)
         return study.scores(study.judged("floor", lambda: vq.decode(vq.encode(images))))
 
     return Step(name="floor", seconds=study.costs.sampling(count), make=make)

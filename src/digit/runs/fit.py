@@ -410,7 +410,7 @@ def require_format(cfg: Any, path: Path) -> None:
     if found != FORMAT:
         raise DigitError(
             f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, "
-            "or go on with the digit that made it (format 1: version 0.1)"
+            "or use the digit that made it (format 1: version 0.1)"
         )
 
 
