@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenBatches, TokenStore
 from digit.errors import DigitError, MismatchError
+from digit.models.efficientnet import EfficientNet
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
@@ -222,6 +224,7 @@ class Run:
     def _encoder_distance(self) -> EncoderDistance:
         """The perceptual distance in EfficientNet-Lite0's features; the judge is another network, Lite2."""
         lite0 = load_encoder(EncoderConfig(name="efficientnet_lite0", layer="pooled", input_size=128))
+        assert isinstance(lite0.net, EfficientNet)
         return EncoderDistance(lite0.net).to(self.device)
 
     def write_tokens(self) -> TokenStore:
@@ -298,6 +301,7 @@ class Run:
     def sequence_config(self, name: str) -> SequenceConfig:
         """SequenceConfig of a model, from the tokens at hand; makes the tokens where they are not done."""
         tokens, vocab_sizes = self.write_tokens(), (self.tokenizer().vocab_size, self.train_vqgan().vocab_size)
+        assert tokens.discriminative is not None and tokens.vq is not None  # a run's store holds both
         spaces = {
             "discriminative": TokenSpace(vocab_sizes[0], tokens.discriminative.shape[1]),
             "vq": TokenSpace(vocab_sizes[1], tokens.vq.shape[1]),
@@ -339,7 +343,7 @@ class Run:
             return np.zeros(len(images), dtype=bool)
         return images % max(2, round(1 / self.recipe.validation_fraction)) == 0
 
-    def validation(self, name: str) -> Callable[[SequenceModel], dict[str, float]]:
+    def validation(self, name: str) -> Callable[[nn.Module], dict[str, float]]:
         """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
         rows = np.flatnonzero(self.held_out_rows())
         chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
@@ -348,10 +352,11 @@ class Run:
         if get_role(name).target == "pixels":
             found["pixels"] = self._crops(chosen)
         batch = loss_arguments(get_role(name), found, labelled=labelled)
-        batch = {name: None if value is None else value.to(self.device) for name, value in batch.items()}
+        batch: dict[str, Any] = {k: None if v is None else v.to(self.device) for k, v in batch.items()}
 
-        def validate(model: SequenceModel) -> dict[str, float]:
-            noise = model.noise(batch, torch.Generator(self.device).manual_seed(0))
+        def validate(model: nn.Module) -> dict[str, float]:
+            assert isinstance(model, SequenceModel)
+            noise: dict[str, Any] = model.noise(batch, torch.Generator(self.device).manual_seed(0))
             return {"val_nll": float(model.loss(**batch, **noise)[1]["nll"])}
 
         return validate

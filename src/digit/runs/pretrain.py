@@ -91,8 +91,14 @@ class PretrainConfig:
     @property
     def vit(self) -> ViTConfig:
         """Shape of the encoder; its position table is the grid of image_size."""
-        size = dict(depth=self.depth, embed_dim=self.embed_dim, num_heads=self.num_heads, patch_size=self.patch_size)
-        return ViTConfig(layer_scale=False, table_side=self.image_size // self.patch_size, **size)
+        return ViTConfig(
+            layer_scale=False,
+            table_side=self.image_size // self.patch_size,
+            depth=self.depth,
+            embed_dim=self.embed_dim,
+            num_heads=self.num_heads,
+            patch_size=self.patch_size,
+        )
 
     @property
     def settings(self) -> MethodConfig:

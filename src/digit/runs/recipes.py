@@ -222,10 +222,10 @@ def demo() -> Recipe:
     """
     return Recipe(
         **SMALL_64
-        | dict(
-            preprocess=PreprocessConfig(image_size=64, encoder_size=128, random_crop=False),
-            vqgan_start="vqgan64_shapes",
-        ),
+        | {
+            "preprocess": PreprocessConfig(image_size=64, encoder_size=128, random_crop=False),
+            "vqgan_start": "vqgan64_shapes",
+        },
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
         codebook_subset=0.1,
         vqgan_training=replace(FINE_TUNING, num_steps=0),

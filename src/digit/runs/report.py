@@ -125,6 +125,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
 
 def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:
     """reconstructions.png: picture, VQGAN reconstruction, the same picture rendered from its discriminative tokens."""
+    assert pipe.vq is not None
     rows = [real, pipe.vq.decode(pipe.vq.encode(real))]
     if pipe.tokenizer is not None:
         rows.append(pipe.render(pipe.tokenizer.encode(real)))
@@ -161,6 +162,7 @@ def write_loss_curves(run: Run) -> None:
 def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dict[str, Any]:
     """PSNR of the VQGAN and usage of both codebooks on training images."""
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
+    assert pipe.vq is not None
     vq_tokens = pipe.vq.encode(real)
     metrics = {
         "psnr_db": float(image_psnr(pipe.vq.decode(vq_tokens) / 255, real / 255).mean()),
@@ -207,6 +209,7 @@ def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitP
     cut = len(features) * 3 // 4
     classifier = fit_linear_classifier(features[:cut], truth[:cut])
     right = classifier.predict(drawn) == labels
+    assert pipe.vq is not None
     held_out = images[cut:][:RECONSTRUCTED]
     decoded = collect_features(pipe.vq.decode(pipe.vq.encode(held_out)).split(64), judge.pooled)
     return {

@@ -1,6 +1,6 @@
 """Image grids, token maps and charts: tensors in, PNG files out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def panels(path: str | Path, columns: int, rows: int = 1, *, size: tuple[float, 
 
 
 def curve_png(
-    path: str | Path, curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+    path: str | Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
 ) -> None:
     """Line plot of named (x, y) series."""
     with panels(path, 1) as axes:

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
 class Encoder(Protocol):
     """A frozen network that turns images into patch features; see encoders.FrozenEncoder."""
 
-    dim: int
-    """Features D of a patch."""
-    grid: tuple[int, int]
-    """(rows, columns) of the patches."""
-    fingerprint: str
-    """Hex digest that changes when any image would get other features."""
+    @property
+    def dim(self) -> int:
+        """Features D of a patch."""
+        ...
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest that changes when any image would get other features."""
+        ...
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 to (B, N, D) float32."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,11 @@ class SavedEncoder:
 class FrozenEncoder(nn.Module):
     """A net without gradients and without dropout, the normalisation of its input, and where it came from."""
 
+    net: Any
+    """The network: `dim`, `cfg`, `grid(size)`, a forward to features, and `pooled`."""
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         net: nn.Module,
@@ -99,7 +104,7 @@ class FrozenEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._numbers = {"mean": list(mean), "std": list(std)}
-        self._fast: list[nn.Module] = []  # the net for bfloat16, once needed; in a list, so that it is no submodule
+        self._fast: list[ViT] = []  # the net for bfloat16, once needed; in a list, so that it is no submodule
 
     @property
     def dim(self) -> int:
@@ -136,7 +141,7 @@ class FrozenEncoder(nn.Module):
     def _settings(self) -> dict[str, Any]:
         kind = next(kind for kind, (_, net_class) in NETS.items() if isinstance(self.net, net_class))
         settings = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._numbers
-        settings |= {"net": kind, "config": asdict(self.net.cfg), "about": self.about}
+        settings |= {"net": kind, "config": asdict(cast(Any, self.net.cfg)), "about": self.about}
         return settings | self._named_precision()
 
     def _named_precision(self) -> dict[str, str]:
@@ -158,7 +163,9 @@ class FrozenEncoder(nn.Module):
         if side == self.input_size:
             return x
         scale = self.input_size / side
-        size = {"scale_factor": scale} if int(side * scale) == self.input_size else {"size": self.input_size}
+        size: dict[str, Any] = (
+            {"scale_factor": scale} if int(side * scale) == self.input_size else {"size": self.input_size}
+        )
         return F.interpolate(x, mode="bicubic", align_corners=False, antialias=False, **size)
 
     def features(
@@ -179,7 +186,7 @@ class FrozenEncoder(nn.Module):
         return self._run(lambda net, x: net.pooled(x), images, dtype)
 
     @torch.no_grad()
-    def _run(self, call: Callable[[nn.Module, Tensor], Tensor], images: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _run(self, call: Callable[[Any, Tensor], Tensor], images: Tensor, dtype: torch.dtype | None) -> Tensor:
         device, dtype = self.device.type, dtype or PRECISIONS[self.precision]
         if device == "cpu" and len(images) > CPU_CHUNK:
             return torch.cat([self._run(call, part, dtype) for part in images.split(CPU_CHUNK)])
@@ -240,7 +247,7 @@ class FrozenEncoder(nn.Module):
         return encoder
 
 
-def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> nn.Module:
+def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> Any:
     """`net_class(cfg)` holding the tensors that it needs of `state`; others (later blocks) are left behind."""
     if net_class is HubNet:
         return HubNet.from_state(cfg, state)
@@ -248,7 +255,8 @@ def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> 
         net = net_class(cfg)
     wanted = net.state_dict().keys()
     net.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    return net.to(memory_format=torch.channels_last) if net_class is EfficientNet else net
+    convert: Any = net.to  # torch's stubs know no memory_format here
+    return convert(memory_format=torch.channels_last) if net_class is EfficientNet else net
 
 
 def resolve_layer(name: str, layer: int | str | None, total: int, default: int) -> int | Literal["pooled"]:
@@ -353,7 +361,9 @@ def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
             f"encoder {name} holds {kept} of {shape.depth} blocks, asked for is {layer}: choose an earlier one"
         )
     net = build(ViT, replace(shape, num_blocks=layer + 1), saved.net.state_dict())
-    numbers = {key: tuple(saved._numbers[key]) for key in ("mean", "std")} | {"input_size": saved.input_size}
+    numbers: dict[str, Any] = {key: tuple(saved._numbers[key]) for key in ("mean", "std")} | {
+        "input_size": saved.input_size
+    }
     return FrozenEncoder(net, name=saved.name, layer=layer, about=saved.about, **numbers)
 
 

@@ -40,10 +40,10 @@ class HubConfig:
 class HubNet(nn.Module):
     """A transformers vision model, cut behind its last needed block, with `forward`, `pooled`, `dim` and `grid`."""
 
-    def __init__(self, cfg: HubConfig, model: nn.Module):
+    def __init__(self, cfg: HubConfig, model: Any):
         super().__init__()
         self.cfg = cfg
-        self.model = model
+        self.model: Any = model  # of the transformers library: its config is no type of ours
         blocks = find_blocks(model)
         del blocks[cfg.num_blocks :]
         self.patch_size = int(model.config.patch_size)
@@ -74,7 +74,7 @@ class HubNet(nn.Module):
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of the patches."""
-        return (size // self.patch_size,) * 2
+        return size // self.patch_size, size // self.patch_size
 
     def tokens(self, x: Tensor) -> Tensor:
         """All tokens (B, L, D) behind the last kept block and the final norm."""
@@ -98,7 +98,7 @@ class HubNet(nn.Module):
         return tokens[:, 0] if tokens.shape[1] > rows * columns else tokens.mean(1)
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
+def find_blocks(model: Any) -> nn.ModuleList:
     """The list of transformer blocks. Raises DigitError where the model is no plain ViT."""
     depth = getattr(model.config, "num_hidden_layers", None)
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -108,7 +108,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return lists[0]
 
 
-def vision_part(model: nn.Module) -> nn.Module:
+def vision_part(model: Any) -> Any:
     """The image half of a model of images and text (CLIP, SigLIP); other models as they are."""
     return getattr(model, "vision_model", model)
 
@@ -116,13 +116,13 @@ def vision_part(model: nn.Module) -> nn.Module:
 def import_transformers() -> Any:
     """The transformers library, or a DigitError with its pip command."""
     try:
-        import transformers
+        import transformers  # pyright: ignore[reportMissingImports]  # the optional extra `hub`
     except ImportError as error:
         raise DigitError("encoders hf:<name> need the transformers library: pip install transformers") from error
     return transformers
 
 
-def load_hub(name: str, input_size: int) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+def load_hub(name: str, input_size: int) -> tuple[Any, int, tuple[float, ...], tuple[float, ...]]:
     """(vision model, its number of blocks, mean, std) of a model on the Hub or in a local folder, in float32."""
     transformers = import_transformers()
     mean, std = read_processor(name)
@@ -154,6 +154,12 @@ def read_processor(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor.get("do_normalize") is False:
         return (0.0,) * 3, (1.0,) * 3
-    if not all(isinstance(v, list) and len(v) == 3 and all(isinstance(c, int | float) for c in v) for v in (mean, std)):
+    if (
+        mean is None
+        or std is None
+        or not all(
+            isinstance(v, list) and len(v) == 3 and all(isinstance(c, int | float) for c in v) for v in (mean, std)
+        )
+    ):
         raise DigitError(f"{path} gives no image_mean and image_std of 3 channels: is hf:{name} an image encoder?")
     return tuple(float(c) for c in mean), tuple(float(c) for c in std)

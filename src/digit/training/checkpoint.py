@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from digit.errors import DigitError, MismatchError
 from digit.runtime import distributed
@@ -111,7 +112,7 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write one synced file per process."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _without_torch_warning():
-        dcp.save(
+        state_dict_saver.save(
             dict(tensors),
             storage_writer=writer,
             process_group=distributed.control(),
@@ -308,7 +309,8 @@ def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tens
     existing: dict[str, Tensor] = {}
     _extract_tensors(templates, (), existing)
     reader = HuggingFaceStorageReader(str(path))
-    sizes = {k: m for k, m in reader.read_metadata().state_dict_metadata.items() if hasattr(m, "size")}
+    saved = reader.read_metadata().state_dict_metadata
+    sizes = {k: m for k, m in saved.items() if isinstance(m, TensorStorageMetadata)}
     skeleton, tensors = read_json(path / STATE), {}
     file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     if sum(math.prod(m.size) * m.properties.dtype.itemsize for m in sizes.values()) > file_bytes:
@@ -321,7 +323,7 @@ def _load(path: Path, templates: dict[str, Any], parameters: dict[str, list[Tens
         dtype = metadata.properties.dtype
         tensors[name] = torch.empty(metadata.size, dtype=dtype) if like is None else like
     with _without_torch_warning():
-        dcp.load(
+        state_dict_loader.load(
             tensors, storage_reader=reader, process_group=distributed.control(), no_dist=distributed.world_size() == 1
         )
     return _insert_tensors(skeleton, tensors)

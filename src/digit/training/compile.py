@@ -28,7 +28,7 @@ class TransformerForward:
         if transformer is None and (cfg.checkpoint_activations or cfg.compile is True):
             name = "checkpoint_activations" if cfg.checkpoint_activations else "compile"
             raise DigitError(f"{name} is for transformers, {type(model).__name__} is not one: leave it out")
-        if cfg.checkpoint_activations:
+        if cfg.checkpoint_activations and transformer is not None:
             for block in transformer.blocks:
                 self.replacements.append((block, partial(checkpoint, block.forward, use_reentrant=False)))
         if transformer is not None and compiles(cfg, next(model.parameters()).device):
@@ -70,9 +70,11 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.run is self.function:
             return self.function(*args, **kwargs)
+        from torch._dynamo.exc import TorchDynamoException  # imports torch's compiler: only once it is in use
+
         try:
             return self.run(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             log.warning(
                 "the transformer cannot be compiled (%s): it runs uncompiled; silence this with compile=false", reason

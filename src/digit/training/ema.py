@@ -31,7 +31,7 @@ class EMA:
     def update(self, step: int) -> None:
         """Move the average towards the weights; `step` is the number of earlier updates."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]  # torch's stubs do not export it
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -41,12 +41,12 @@ class EMA:
         try:
             yield
         finally:
-            torch._foreach_copy_(self.parameters, own)
+            torch._foreach_copy_(self.parameters, own)  # pyright: ignore[reportPrivateImportUsage]  # torch's stubs do not export it
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Overwrite the model's weights with the average, permanently."""
-        torch._foreach_copy_(self.parameters, self.averages)
+        torch._foreach_copy_(self.parameters, self.averages)  # pyright: ignore[reportPrivateImportUsage]  # torch's stubs do not export it
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by parameter name; the model loads them with `load_state_dict(..., strict=False)`."""
@@ -56,4 +56,4 @@ class EMA:
         """Load averages saved by `state_dict`; raises RuntimeError if names or shapes differ."""
         if set(state) != set(self.names):
             raise RuntimeError(f"saved averages and parameters differ in {sorted(set(state) ^ set(self.names))[:5]}")
-        torch._foreach_copy_(self.averages, [local(state[name]).to(self.averages[0].device) for name in self.names])
+        torch._foreach_copy_(self.averages, [local(state[name]).to(self.averages[0].device) for name in self.names])  # pyright: ignore[reportPrivateImportUsage]  # torch's stubs do not export it

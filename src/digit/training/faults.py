@@ -61,7 +61,8 @@ def dump_crash(
     `save_state(folder)` writes the present state. It is called if that is the state before the step (not error.moved).
     """
     folder = out / "crash" / f"step_{error.step:08d}"
-    rows = batches.rows(error.step - 1).tolist() if hasattr(batches, "rows") else None
+    read_rows: Any = getattr(batches, "rows", None)  # of the batches that know which rows of the store they read
+    rows = None if read_rows is None else read_rows(error.step - 1).tolist()
     report = {
         "step": error.step,
         "metrics": error.metrics,

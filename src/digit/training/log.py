@@ -64,6 +64,7 @@ class RunLog:
         self.description, self.num_steps = description, num_steps
         self.path, self.step = out / "log.jsonl", step
         self.pending: list[tuple[int, Metrics]] = []
+        self.bar: Progress | None = None
         self.num_averaged = 0  # the first entries of pending, from a checkpoint, are already means over the ranks
         self._file: IO[bytes] | None = None
         self.tensorboard_folder = out / "tensorboard" if tensorboard else None
@@ -80,9 +81,12 @@ class RunLog:
     def _means(self) -> list[tuple[int, dict[str, float]]]:
         """The pending metrics, averaged over the ranks in one exchange."""
         own = self.pending[self.num_averaged :]
-        means = iter(distributed.mean([value for _, metrics in own for value in metrics.values()]))
+        means = iter(distributed.mean([float(value) for _, metrics in own for value in metrics.values()]))
         averaged = [(step, {k: next(means) for k in metrics}) for step, metrics in own]
-        return self.pending[: self.num_averaged] + averaged
+        kept = [
+            (step, {k: float(v) for k, v in metrics.items()}) for step, metrics in self.pending[: self.num_averaged]
+        ]
+        return kept + averaged
 
     def __enter__(self) -> Self:
         self._stack, self._board = ExitStack(), None
@@ -109,6 +113,7 @@ class RunLog:
         self._file = None
 
     def _open_tensorboard(self) -> None:
+        assert self.tensorboard_folder is not None
         try:
             board = TensorBoardWriter(self.tensorboard_folder, purge_step=self.step + 1)
         except ImportError:
@@ -133,18 +138,18 @@ class RunLog:
     def check(self) -> None:
         """Raise NotFiniteError for the first pending NaN or Inf, on all ranks if any has one."""
         self._fetch()
-        error = find_not_finite(self.pending)
+        error = find_not_finite((step, {k: float(v) for k, v in metrics.items()}) for step, metrics in self.pending)
         all_ranks = distributed.gather(error and (error.step, error.metrics))
         if failures := [failure for failure in all_ranks if failure is not None]:
             raise NotFiniteError(*min(failures, key=itemgetter(0)), moved=True)
 
     def _fetch(self) -> None:
         """Fetch the pending metrics to the CPU, in one transfer per device."""
-        tensors = [(metrics, k) for _, metrics in self.pending for k, v in metrics.items() if isinstance(v, Tensor)]
-        for device in {metrics[k].device for metrics, k in tensors}:
-            entries = [(metrics, k) for metrics, k in tensors if metrics[k].device == device]
-            values = torch.stack([metrics[k].double().reshape(()) for metrics, k in entries]).tolist()
-            for (metrics, k), value in zip(entries, values, strict=True):
+        tensors = [(metrics, k, v) for _, metrics in self.pending for k, v in metrics.items() if isinstance(v, Tensor)]
+        for device in {v.device for _, _, v in tensors}:
+            entries = [entry for entry in tensors if entry[2].device == device]
+            values = torch.stack([v.double().reshape(()) for _, _, v in entries]).tolist()
+            for (metrics, k, _), value in zip(entries, values, strict=True):
                 metrics[k] = value
 
     def write(self, images_per_step: int) -> None:
@@ -180,8 +185,9 @@ class RunLog:
             return
         self._line({"step": self.step, **metrics})
         shown = ("loss", "lr", "images_per_second", "mfu", "data_wait")
+        assert self.bar is not None
         self.bar.update(0, **{name: value for name, value in metrics.items() if name in shown})
-        if self._board is not None:
+        if self._board is not None and self.tensorboard_folder is not None:
             with disk_errors(self.tensorboard_folder):
                 self._board.add(metrics, self.step)
 
@@ -200,6 +206,7 @@ class RunLog:
             self._line({"step": self.step, "note": text})
 
     def _line(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
         with disk_errors(self.path):
             data = memoryview((json.dumps(line) + "\n").encode())
             while data:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +65,13 @@ def build_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     muon: Muon for the model's `hidden_matrices()`, AdamW for the others. Raises DigitError if the model has none.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(lr=cfg.learning_rate, betas=cfg.betas, weight_decay=cfg.weight_decay)
+    settings: dict[str, Any] = dict(lr=cfg.learning_rate, betas=cfg.betas, weight_decay=cfg.weight_decay)
     if cfg.optimizer == "adamw":
         return torch.optim.AdamW(trainable, fused=True, **settings)
     if not hasattr(model, "hidden_matrices"):
         raise DigitError(f"optimizer muon is for transformers, {type(model).__name__} is not one: choose adamw")
-    matrices = [(p, parts) for p, parts in model.hidden_matrices() if p.requires_grad]
+    hidden_matrices: Any = model.hidden_matrices
+    matrices = [(p, parts) for p, parts in hidden_matrices() if p.requires_grad]
     in_muon = {id(p) for p, _ in matrices}
     return Muon(matrices, [p for p in trainable if id(p) not in in_muon], cfg.muon_learning_rate, **settings)
 

@@ -23,7 +23,8 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, context: AbstractContextManager | None = None):
         super().__init__()
-        self.model, self.context = model, context or nullcontext()
+        self.model: Any = model  # its `loss` is no part of nn.Module
+        self.context = context or nullcontext()
 
     def forward(self, batch: dict[str, Tensor | None], **options: Any) -> tuple[Tensor, dict[str, Any]]:
         with self.context:

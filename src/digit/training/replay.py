@@ -78,7 +78,7 @@ def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.devi
     except (DigitError, TypeError) as error:
         raise DigitError(f"the dump is not of a prior or renderer ({error})") from error
     num_micro_batches = cfg.accumulate * report.get("processes", 1)
-    return SequenceUpdate(model, lambda step: batch, replace(cfg, accumulate=num_micro_batches))
+    return SequenceUpdate(model, lambda step: dict(batch), replace(cfg, accumulate=num_micro_batches))
 
 
 def run_again(update: SequenceUpdate, step: int) -> Replay:

@@ -106,8 +106,10 @@ class SequenceUpdate:
     def forward_backward(self, batch: Batch, step: int) -> Metrics:
         """Compute the gradients of the global batch's mean loss; returns metrics, to be averaged over the ranks."""
         accumulate, first = self.cfg.accumulate, distributed.rank() * self.cfg.accumulate
-        if batch["target"].shape[0] != self.cfg.batch_size:
-            raise DigitError(f"batch {step} has {batch['target'].shape[0]} rows, batch_size is {self.cfg.batch_size}")
+        target = batch["target"]
+        assert target is not None
+        if target.shape[0] != self.cfg.batch_size:
+            raise DigitError(f"batch {step} has {target.shape[0]} rows, batch_size is {self.cfg.batch_size}")
         batch = batch | self.noise(batch, step)
         totals: Metrics = {}
         micro_batches = parallel.split_batch(batch, self.num_micro_batches)[first : first + accumulate]
@@ -127,16 +129,19 @@ class SequenceUpdate:
 
     def noise(self, batch: Batch, step: int) -> Batch:
         """The loss's random numbers for the global batch, the same on every rank; {} if it has none."""
-        if not hasattr(self.model, "noise"):
+        draw: Any = getattr(self.model, "noise", None)
+        if draw is None:
             return {}
         self.generator.manual_seed(step_seed(self.cfg.seed, step))
-        return self.model.noise(batch, self.generator)
+        return draw(batch, self.generator)
 
     def weight(self, batch: Batch, micro_batch: Batch) -> Tensor | float:
         """Weight of a micro-batch's mean loss, 1 on average: a masked model averages over its hidden tokens only."""
         if (hide := batch.get("hide")) is None or self.num_micro_batches == 1:
             return 1.0
-        return micro_batch["hide"].sum() * self.num_micro_batches / hide.sum()
+        part = micro_batch["hide"]
+        assert part is not None
+        return part.sum() * self.num_micro_batches / hide.sum()
 
     def seed(self, step: int, micro_batch: int) -> None:
         """Seed the dropout of one micro-batch by (seed, step, micro_batch)."""
@@ -215,6 +220,7 @@ def train_sequence_model(
     update.model.train()
 
     def validate_average(step: int) -> dict[str, float]:
+        assert validate is not None
         update.model.eval()
         with torch.no_grad(), update.ema.applied() if update.ema else nullcontext():
             metrics = validate(update.model)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from digit.runtime.files import write_json
 from digit.training.config import LoopConfig
 from digit.training.ema import EMA
 from digit.training.ema_codebook import EMACodebook, flat_features
+from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 from digit.training.parallel import sum_over_ranks
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 DEAD_SHARE = 0.5  # share of dead codes above which, after many restarts, the codebook has collapsed
 SETTLED_RESTARTS = 20  # checks for dead codes before the warning of a collapse
 NUM_EVALUATED = 8  # batches scored after training, those of the steps after the last
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,12 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)
 
 
+def channels_last(network: Module) -> Module:
+    """The network with its convolutions' weights in channels-last order, in place."""
+    convert: Any = network.to  # torch's stubs know no memory_format here
+    return convert(memory_format=torch.channels_last)
+
+
 class VQGANTrainer:
     """`update(step)` does one step; `objects` must be in a checkpoint for an exact resume.
 
@@ -144,7 +153,7 @@ class VQGANTrainer:
                 f"batch_size {cfg.batch_size} of the VQGAN cannot be split into {parts}: choose a multiple"
             )
         self.cfg, self.batches = cfg, batches
-        self.vqgan = vqgan.to(memory_format=torch.channels_last).train()
+        self.vqgan = channels_last(vqgan).train()
         self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
@@ -166,7 +175,7 @@ class VQGANTrainer:
         return self.codebook.weight.device
 
     def _place(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device, memory_format=torch.channels_last)
+        return channels_last(network.to(self.device))
 
     @property
     def objects(self) -> dict[str, Any]:
@@ -176,7 +185,7 @@ class VQGANTrainer:
     def autocast(self) -> AbstractContextManager:
         return autocast(self.cfg.precision, self.device)
 
-    def update(self, step: int) -> dict[str, Tensor]:
+    def update(self, step: int) -> Metrics:
         """Update encoder, decoder, codebook and discriminator; returns the step's metrics, 0-d tensors."""
         cfg, generator = self.cfg, torch.Generator().manual_seed(step_seed(self.cfg.seed, step))
         schedule = {"num_steps": cfg.num_steps, "warmup_steps": cfg.warmup_steps}
@@ -193,7 +202,7 @@ class VQGANTrainer:
     def is_adversarial(self, step: int) -> bool:
         return self.cfg.adversarial_weight > 0 and step >= self.cfg.adversarial_start
 
-    def update_vqgan(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def update_vqgan(self, images: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         """Update encoder, codebook and decoder; returns the detached reconstruction and metrics."""
         reconstruction, commitment, metrics = self.reconstruct(images, step, generator)
         output = reconstruction.detach().requires_grad_()  # the losses' graphs end here, so each is traversed once
@@ -230,7 +239,7 @@ class VQGANTrainer:
         codes = self.vqgan.quantize.lookup(tokens.view(len(z), *z.shape[-2:]))
         commitment = F.mse_loss(z.float(), codes.detach())
         self.codebook.update(flat_features(z), tokens.flatten())
-        metrics = {"commitment": commitment.detach()}
+        metrics: Metrics = {"commitment": commitment.detach()}
         if step % self.cfg.restart_every == 0 and step < 0.9 * self.cfg.num_steps:
             metrics["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
         return reconstruction.float(), commitment, metrics
@@ -247,7 +256,7 @@ class VQGANTrainer:
 
     def reconstruction_gradient(
         self, output: Tensor, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Metrics]:
         """Gradient (B, 3, S, S) of reconstruction and perceptual loss at the decoder's output, and their values."""
         l1, l2 = F.l1_loss(output, images), F.mse_loss(output, images)
         loss, metrics = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
@@ -261,7 +270,7 @@ class VQGANTrainer:
 
     def adversarial_gradient(
         self, output: Tensor, reconstruction: Tensor, gradient: Tensor, step: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Metrics]:
         """Weighted gradient (B, 3, S, S) of the adversarial loss at the decoder's output, and its metrics."""
         self.discriminator.requires_grad_(False)
         with self.autocast():

@@ -95,7 +95,7 @@ class KMeans:
                         unfinished.keep(state)
                 self._close(points, state, bar)
             except Stopped:  # in the middle of a pass, which leaves the state as it was before
-                if self._shares.rank == 0:
+                if unfinished and self._shares.rank == 0:
                     unfinished.save(state)
                 raise Stopped(
                     f"k-means: {len(state.history)} of at most {cfg.num_iterations} iterations are done"
@@ -225,7 +225,8 @@ class _Sums(_Counts):
 
 def _accumulate(points: Points, find: Finder, centroids: Tensor, shift: Tensor, shares: Shares, bar: Progress) -> _Sums:
     """Assign every point and sum up."""
-    sums, dim = _Sums(*centroids.shape, centroids.device), centroids.shape[1]
+    num, dim = centroids.shape
+    sums = _Sums(num, dim, centroids.device)
     buffer = shift.new_empty(0, dim + 2)
     for chunk in points.chunks():
         if len(chunk) > len(buffer):  # allocated once; the last column stays 1

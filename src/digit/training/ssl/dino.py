@@ -13,6 +13,7 @@ Shapes: B images, D embed_dim, K num_prototypes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,9 @@ class PrototypeHead(nn.Module):
 
 class DINO(Method):
     """The result is the teacher, as in the authors' release."""
+
+    cfg: Any
+    centre: Tensor
 
     def __init__(self, vit: ViT, cfg: DINOConfig):
         super().__init__(vit)

@@ -40,6 +40,8 @@ class IBOTConfig(DINOConfig):
 class IBOT(DINO):
     """The result is the teacher, as in the authors' release."""
 
+    patch_centre: Tensor
+
     def __init__(self, vit: ViT, cfg: IBOTConfig):
         super().__init__(vit, cfg)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, vit.dim))
@@ -53,7 +55,7 @@ class IBOT(DINO):
         firsts = [*first.chunk(2), *self.small_views(small)]
         class_loss = self.distil(class_targets.chunk(2), [self.head(x) for x in firsts])
         patch_loss = self.patch_loss(patch_targets, self.head(patches[masked]), masked)
-        metrics = {"class_loss": class_loss, "patch_loss": patch_loss}
+        metrics: Metrics = {"class_loss": class_loss, "patch_loss": patch_loss}
         metrics |= {"prototypes": used(class_targets), "patch_prototypes": used(patch_targets)}
         return class_loss + patch_loss, metrics
 

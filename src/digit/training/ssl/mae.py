@@ -46,6 +46,8 @@ class MAEConfig:
 class MAE(Method):
     """The encoder is `vit`; the decoder is discarded after training."""
 
+    decoder_positions: Tensor
+
     def __init__(self, vit: ViT, cfg: MAEConfig):
         super().__init__(vit)
         self.cfg, dim, side = cfg, cfg.decoder_dim, vit.cfg.table_side

@@ -57,6 +57,7 @@ def embed(
     side = images.shape[-1] // vit.cfg.patch_size
     patches = vit.patch_embed(images)  # (B, N, D)
     if masked is not None:
+        assert mask_token is not None
         patches = torch.where(masked[..., None], mask_token.to(patches.dtype), patches)
     return patches + vit.positions(side, side)[:, 1:]
 
@@ -116,7 +117,7 @@ def twin(module: Module) -> Module:
 @torch.no_grad()
 def follow(target: nn.Module, source: nn.Module, momentum: float) -> None:
     """theta_t <- m theta_t + (1 - m) theta_s: move a twin towards its source (He et al. 2020, Eq. 2)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]  # torch's stubs do not export it
 
 
 def momentum_at(progress: float, start: float) -> float:

@@ -121,7 +121,8 @@ def build_method(name: MethodName, vit: ViT, cfg: MethodConfig, seed: int) -> Me
     device = vit.cls_token.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return METHODS[name][0](vit.cpu(), cfg).to(device)
+        build: Any = METHODS[name][0]  # each class takes settings of its own
+        return build(vit.cpu(), cfg).to(device)
 
 
 def train_ssl(

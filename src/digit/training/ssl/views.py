@@ -73,7 +73,7 @@ def random_crops(images: Tensor, uniforms: Tensor, size: int, cfg: ViewConfig) -
     sign = torch.where(flip < 0.5, -1.0, 1.0) if cfg.flip else torch.ones_like(flip)
     zero = torch.zeros_like(width)
     rows = [width * sign, zero, (1 - width) * (2 * x - 1), zero, height, (1 - height) * (2 * y - 1)]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), (len(images), 3, size, size), align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), [len(images), 3, size, size], align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
