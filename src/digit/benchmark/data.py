@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ def time_store(size: Size, repeats: int) -> Measurement:
             np.copyto(target, source)
 
     times, peaks = alternate({"read": read, "copy": copy}, repeats, torch.device("cpu"))
-    labels = dict(part="data", case=f"tokens, batch {size.store_batch}", precision=NO_ARITHMETIC, unit="sequences")
+    labels: dict[str, Any] = dict(
+        part="data", case=f"tokens, batch {size.store_batch}", precision=NO_ARITHMETIC, unit="sequences"
+    )
     total = size.store_batch * STORE_BATCHES
     return Measurement(**labels, count=total, time=times["read"], floor=times["copy"], peak=peaks["read"])
 
@@ -57,7 +60,9 @@ def time_images(size: Size, repeats: int, files: Sequence[bytes]) -> Measurement
             crop_image(decode_image(data), cfg, seed=0, index=index, crop=0)
 
     times, peaks = alternate({"crop": crop, "decode": decoder(files)}, repeats, torch.device("cpu"))
-    labels = dict(part="data", case="JPEG to crop", precision=NO_ARITHMETIC, unit="images", count=len(files))
+    labels: dict[str, Any] = dict(
+        part="data", case="JPEG to crop", precision=NO_ARITHMETIC, unit="images", count=len(files)
+    )
     return Measurement(**labels, time=times["crop"], floor=times["decode"], peak=peaks["crop"])
 
 

@@ -15,7 +15,7 @@ from digit.tokenizers.encoders import CPU_CHUNK, IMAGENET_MEAN, IMAGENET_STD, Fr
 
 def random_encoder(size: Size, device: torch.device) -> FrozenEncoder:
     """Builds the encoder with random weights."""
-    numbers = dict(input_size=size.vit_side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    numbers: dict[str, Any] = dict(input_size=size.vit_side, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     net = ViT(size.vit)
     return FrozenEncoder(net, name="random", layer=size.vit.kept_blocks - 1, about={}, **numbers).to(device)
 
@@ -32,7 +32,7 @@ def time_encoding(size: Size, device: torch.device, repeats: int) -> list[Measur
         shape = (size.vit, size.vit_side, size.encode_batch, chunk_size(size, device))
         run[f"{precision} floor"] = floors.encoding(*shape, device, PRECISIONS[precision])
     times, peaks = alternate(run, repeats, device)
-    labels = dict(part="encode", case=f"ViT {size.vit_side} px", unit="images", count=size.encode_batch)
+    labels: dict[str, Any] = dict(part="encode", case=f"ViT {size.vit_side} px", unit="images", count=size.encode_batch)
     return [
         Measurement(**labels, precision=p, time=times[p], floor=times[f"{p} floor"], peak=peaks[p])
         for p in size.precisions

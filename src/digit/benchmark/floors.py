@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def cached_attention(shape: tuple[int, int, int, int], operands: Operands) -> Ca
     """
 
     def kernel(depth: int, dtype: torch.dtype, scores: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., None]:
-        options = operands.options | {"dtype": dtype}
+        options: dict[str, Any] = operands.options | {"dtype": dtype}
         keys, values = (torch.randn(depth, *shape[1:], **options) for _ in range(2))
         q = torch.randn(shape[1], 1, shape[3], **options)
 

@@ -18,7 +18,7 @@ from digit.sampling.kinds import make_sampler
 from digit.sampling.next_token import NextTokenSampler
 from digit.sampling.requests import make_request
 from digit.sampling.sampler import Sampler
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import Precision, VQTokenizer
 
 MASKED_STEPS = 8  # as in the released code
 PIECES = ("prefill", "steps", "sampling")
@@ -56,7 +56,7 @@ def pieces(next_token: NextTokenSampler, prefix: Tensor | None) -> dict[str, Cal
 class Sampling:
     """The models in one precision, and their cases by name."""
 
-    def __init__(self, size: Size, precision: str, device: torch.device) -> None:
+    def __init__(self, size: Size, precision: Precision, device: torch.device) -> None:
         self.size, self.precision = size, precision
         dtype, cfg, seeds = PRECISIONS[precision], size.recipe.sampling, range(size.batch)
         settings = {
@@ -102,7 +102,9 @@ class Sampling:
     def measurement(
         self, case: str, unit: str, count: int, time: Timing, floor: Timing, peak: int | None
     ) -> Measurement:
-        labels = dict(part="sample", case=case.replace("_", " "), precision=self.precision, unit=unit, count=count)
+        labels: dict[str, Any] = dict(
+            part="sample", case=case.replace("_", " "), precision=self.precision, unit=unit, count=count
+        )
         return Measurement(**labels, time=time, floor=floor, peak=peak)
 
 

@@ -12,8 +12,9 @@ from digit.models.vit import ViTConfig
 from digit.models.vqgan import VQGANConfig
 from digit.runs.recipes import ModelSpec, Recipe, TokenSpace, digit_base, digit_large
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.vq import Precision
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Size:
     """Rows per batch read from the token store."""
     num_images: int
     """JPEG files decoded per round."""
-    precisions: tuple[str, ...] = ("fp32", "bf16")
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
     """Precisions to time."""
     repeats: int = 5
     """Rounds; K-means runs three at most."""

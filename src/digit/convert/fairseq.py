@@ -179,7 +179,8 @@ def model_settings(loaded: Mapping[str, Any]) -> dict[str, Any]:
 
 def kind_in(loaded: Mapping[str, Any]) -> tuple[bool, bool]:
     """(whether the file names its kind, whether that is masked), by the names of model, task and criterion."""
-    cfg = loaded.get("cfg") if isinstance(loaded.get("cfg"), Mapping) else {}
+    found = loaded.get("cfg")
+    cfg: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     parts = [model_settings(loaded), *(cfg.get(part) for part in ("task", "criterion"))]
     names = [str(part.get(key)).lower() for part in parts if isinstance(part, Mapping) for key in ("_name", "arch")]
     masked = any(word in MASKED_WORDS for name in names for word in re.split(r"[^a-z]+", name))

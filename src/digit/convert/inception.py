@@ -1,6 +1,7 @@
 """Weights of the FID InceptionV3 as released by pytorch-fid and torch-fidelity, with BatchNorm folded in."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def load_inception(path: str | Path, resize: Resize = "tensorflow") -> Inception
     except DigitError as error:
         raise DigitError(f"{error}; {HOW_TO_GET}") from error
     net.load_state_dict(state, assign=True)
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    convert: Any = net.eval().requires_grad_(False).to  # torch's stubs know no memory_format here
+    return convert(memory_format=torch.channels_last)
 
 
 def convert_inception(foreign: dict[str, Tensor], source: str) -> dict[str, Tensor]:

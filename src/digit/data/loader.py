@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def on_device(batches: Iterable[CropBatch], device: torch.device | str) -> Itera
         yield from batches
         return
     copies = torch.cuda.Stream(device)
-    ahead: tuple[CropBatch, torch.cuda.Event] | None = None
+    ahead: tuple[CropBatch, Any] | None = None  # with the event of its copy
     for batch in batches:
         with torch.cuda.stream(copies):
             moved = replace(batch, images=batch.images.pin_memory().to(device, non_blocking=True))

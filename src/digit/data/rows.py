@@ -101,7 +101,7 @@ class ArrayFile:
     def write(self, row: int, values: np.ndarray) -> None:
         """Writes `values` to rows row..row + len(values) - 1."""
         with disk_errors(self.path):
-            data = memoryview(np.ascontiguousarray(values, dtype=self.dtype)).cast("B")
+            data = np.ascontiguousarray(values, dtype=self.dtype).data.cast("B")
             self.file.seek(self.offset + row * self.row_bytes)
             while data:
                 data = data[self.file.write(data) :]

@@ -148,11 +148,13 @@ def _dot(a: Points, b: Points) -> Any:
 
 
 def _along(origin: Points, direction: Points, t: Any) -> Points:
-    return tuple(o + d * t for o, d in zip(origin, direction, strict=True))
+    x, y, z = (o + d * t for o, d in zip(origin, direction, strict=True))
+    return x, y, z
 
 
 def _pick(points: Points, where: np.ndarray) -> Points:
-    return tuple(axis[where] if isinstance(axis, np.ndarray) else axis for axis in points)
+    x, y, z = (axis[where] if isinstance(axis, np.ndarray) else axis for axis in points)
+    return x, y, z
 
 
 def _to_object(scene: Scene, vector: Points) -> Points:

@@ -5,7 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -146,7 +146,7 @@ def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> t
     meaning = {value: int(value) if numeric else str(value) for value in known}
     order = sorted(set(meaning.values()))
     place = {name: index for index, name in enumerate(order)}
-    look_up = {value: place[meaning[value]] for value in known}
+    look_up: dict[Any, int] = {value: place[meaning[value]] for value in known}
     labels = np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
     return [readable(str(name)) for name in order], labels
 

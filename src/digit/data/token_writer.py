@@ -81,7 +81,7 @@ def write_tokens(
         CropLoader, source, preprocess, indices=indices, crops_per_image=crops_per_image, seed=seed,
         batch_size=batch_size, num_workers=num_workers, max_bad_fraction=max_bad_fraction,
     )  # fmt: skip
-    device = next((t.device for t in (tokenizer, vq) if hasattr(t, "device")), "cpu")
+    device: Any = next((d for t in (tokenizer, vq) if (d := getattr(t, "device", None)) is not None), "cpu")
     done = len(writer.ledger.done)
     remaining = sum(min(batch_size, writer.num_rows - row) for row in starts)
     with StopSignals() as signals, writer, Progress("tokens", done + remaining, done) as bar:
@@ -155,7 +155,8 @@ def _request(
     subset = None if indices is None else hashlib.sha256(images.astype("<i8").tobytes()).hexdigest()
     described = {"encoder": None, "encoder_hash": None, "layer": None, "codebook_hash": None, "tokenizer_hash": None}
     if tokenizer is not None:
-        own = tokenizer.describe() if hasattr(tokenizer, "describe") else {}
+        describe: Any = getattr(tokenizer, "describe", dict)
+        own = describe()
         described |= {"codebook_hash": tokenizer.fingerprint, "tokenizer_hash": tokenizer.fingerprint} | own
     request = {"format": FORMAT} | described | {
         "vqgan_hash": None if vq is None else vq.fingerprint,
@@ -191,7 +192,9 @@ class _Writer:
         self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
         self.ledger = Ledger(request, self.num_rows)  # notes: {unreadable image: [row, key, reason]}
         lengths = {name: request[name]["length"] for name in ("discriminative", "vq") if request[name]}
-        shapes = {name: ((self.num_rows, length), "<u2") for name, length in lengths.items()}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            name: ((self.num_rows, length), "<u2") for name, length in lengths.items()
+        }
         shapes["labels"] = ((self.num_rows,), "<i4")
         self.opened: list[ArrayFile] = []
         self.saved = time.monotonic()

@@ -74,14 +74,14 @@ class _Contents:
         """Memory-maps and verifies the arrays. Raises DigitError naming the damaged file."""
         layouts = {"discriminative": self.discriminative, "vq": self.vq}
         arrays: dict[str, np.ndarray | None] = dict.fromkeys(layouts)
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], str, int, int, str]] = {
             n: ((self.rows, of.length), "<u2", 0, of.vocab_size - 1, "tokens") for n, of in layouts.items() if of
         }
         expected["labels"] = ((self.rows,), "<i4", -1, len(self.classes) - 1, "labels")
         for name, (shape, dtype, low, high, what) in expected.items():
             path = folder / f"{name}.npy"
-            arrays[name] = open_array(path, shape, np.dtype(dtype))
-            check_range(path, arrays[name], low, high, what)
+            array = arrays[name] = open_array(path, shape, np.dtype(dtype))
+            check_range(path, array, low, high, what)
             if self.crc32 is not None and self.crc32.get(name) != (found := crc32_file(path)):
                 raise DigitError(
                     f"{path} has CRC-32 {found}, its manifest {self.crc32.get(name)}: bits flipped; {AGAIN}"
@@ -114,7 +114,8 @@ class TokenStore:
         check_format(folder, manifest)
         names = [field.name for field in fields(_Contents)]
         stated = {name: manifest[name] for name in names if name in manifest}
-        return cls(folder, manifest, **from_json(_Contents, stated, str(folder / "manifest.json")).open(folder))
+        arrays: dict[str, Any] = from_json(_Contents, stated, str(folder / "manifest.json")).open(folder)
+        return cls(folder, manifest, **arrays)
 
     def __len__(self) -> int:
         return len(self.labels)

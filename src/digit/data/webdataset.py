@@ -106,7 +106,9 @@ def _add_member(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member
     if f".{kind}" in EXTENSIONS:
         sample.setdefault("image", (member.name, member.offset_data, member.size))
     elif kind in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
-        text = tar.extractfile(member).read().decode("utf-8", "replace")
+        file = tar.extractfile(member)
+        assert file is not None, "only regular files come here"
+        text = file.read().decode("utf-8", "replace")
         sample[kind] = text.strip() if kind == "cls" else _json_label(text)
 
 

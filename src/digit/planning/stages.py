@@ -12,7 +12,7 @@ import torch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, training_flops
 from digit.pipeline.batch_size import choose_batch_size, sampling_bytes
-from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Machine
+from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Kind, Machine
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.runs.recipes import Recipe
@@ -107,7 +107,7 @@ class Planner:
 
     # ---------------------------------------------------------------- pixels
 
-    def _seconds(self, kind: str, flops: float) -> float:
+    def _seconds(self, kind: Kind, flops: float) -> float:
         return flops / self.machine.rate(kind)
 
     def _decoding(self, images: float) -> dict[str, float]:

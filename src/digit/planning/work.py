@@ -87,7 +87,7 @@ class Work:
     def _features(self) -> tuple[int, int]:
         """(tokens per image, features per token) of the encoder."""
         with torch.device("meta"):
-            net = self._encoder_shape[0]()
+            net: Any = self._encoder_shape[0]()
         return math.prod(net.grid(self.recipe.encoder.input_size)), net.dim
 
     @property

@@ -183,7 +183,9 @@ class Conversion:
             raise DigitError(f"{path} does not tell its encoder family: {choice}")
         if requested and guessed and requested != guessed:
             raise DigitError(f"{path} holds {guessed} weights, --encoder_family says {requested}: omit that option")
-        return requested or guessed
+        family = requested or guessed
+        assert family is not None
+        return family
 
     def _codebook(self, carriers: list[LoadedFairseq], encoder: FrozenEncoder | None) -> None:
         books: list[tuple[str, Codebook]] = []

@@ -7,6 +7,7 @@ Names, sizes and SHA-256 of the files are from the repository's own pages (huggi
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from digit.errors import DigitError, MismatchError
 from digit.pipeline.manifest import MANIFEST
@@ -90,7 +91,7 @@ def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Pa
     out = cache_folder() / REPOSITORY / variant
     if (out / MANIFEST).exists():
         return out
-    paths = {name: str(fetch(file, variant)) for name, file in VARIANTS[variant].items()}
+    paths: dict[str, Any] = {name: str(fetch(file, variant)) for name, file in VARIANTS[variant].items()}
     convert_release(ReleasedFiles(**paths, renderer_kind="ar"), out)
     return out
 

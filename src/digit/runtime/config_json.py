@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import UnionType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from digit.errors import DigitError
 
@@ -21,7 +21,7 @@ def from_json(config_class: type[T], value: Any, source: str) -> T:
     """
     if not isinstance(value, Mapping):
         raise DigitError(f"{source} is damaged: {_shown(value)} instead of an object")
-    known = {field.name: field for field in fields(config_class)}
+    known = {field.name: field for field in fields(cast(Any, config_class))}
     if unknown := [name for name in value if name not in known]:
         raise DigitError(f"{source} has a setting {_shown(unknown[0])} that this version does not know: update digit")
     required = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
@@ -48,7 +48,7 @@ def _checked(kind: Any, value: Any, source: str) -> Any:
         if any(value == choice and type(value) is type(choice) for choice in inner):
             return value
     elif is_dataclass(kind):
-        return from_json(kind, value, source)
+        return from_json(cast(type, kind), value, source)
     elif origin is tuple:
         entries = value if isinstance(value, list | tuple) else ()
         kinds = [inner[0]] * len(entries) if inner[1:] == (...,) else inner

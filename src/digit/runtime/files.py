@@ -229,7 +229,7 @@ def save_tensors(
         for name in order:
             value = tensors[name]
             tensor = value.tensor() if isinstance(value, Stacked) else value.detach().cpu().contiguous()
-            out.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            out.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 SAFETENSORS_NAMES = {
@@ -281,5 +281,5 @@ def sha256_tensors(tensors: Mapping[str, "torch.Tensor"]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -259,7 +259,8 @@ class VQGANTrainer:
     ) -> tuple[Tensor, Metrics]:
         """Gradient (B, 3, S, S) of reconstruction and perceptual loss at the decoder's output, and their values."""
         l1, l2 = F.l1_loss(output, images), F.mse_loss(output, images)
-        loss, metrics = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2, {"l1": l1.detach(), "l2": l2.detach()}
+        loss = self.cfg.l1_weight * l1 + self.cfg.l2_weight * l2
+        metrics: Metrics = {"l1": l1.detach(), "l2": l2.detach()}
         if self.perceptual is not None:
             window = random_window(output.shape[-1], self.cfg.perceptual_crop, generator)
             with self.autocast():
