@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 
-from digit.runtime import progress
+CHECKED = (  # rooms whose annotations, shapes included, are checked in every call; an int may stand for a float
+    "digit.models",
+    "digit.pipeline",
+    "digit.sampling",
+)
+install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from digit.runtime import progress  # noqa: E402  (after the hook)
 
 torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
 

@@ -26,7 +26,10 @@ class StepTransformer:
     """`transformer(x[:, None], causal=True, cache=cache)[:, 0]` for one position, without its modules."""
 
     def __init__(self, transformer: Transformer, num_rows: int) -> None:
-        self.blocks = [StepBlock(block, num_rows) for block in transformer.blocks]
+        self.blocks: list[StepBlock] = []
+        for block in transformer.blocks:
+            assert isinstance(block, Block)
+            self.blocks.append(StepBlock(block, num_rows))
         self.final_norm = normaliser(transformer.final_norm)
 
     def __call__(self, x: Tensor, cache: KVCache | SteppedCache) -> Tensor:

@@ -7,14 +7,12 @@ float32; with the 8192 codes of a large VQGAN on CPU it took a third of a traini
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
 
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # logits that are looked at together: on CPU they stay in the cache
 
@@ -61,9 +59,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch annotates once_differentiable without the name ctx
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor, Tensor, None, None]:
         features, weight, slopes = ctx.saved_tensors
-        scale = gradient / len(features)  # put on the products: the slopes are the larger array
+        scale = grad_outputs[0] / len(features)  # scales the products, which are smaller than the (n, V) slopes
         return (slopes @ weight).mul_(scale), (slopes.t() @ features).mul_(scale), None, None
 
 

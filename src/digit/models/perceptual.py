@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -54,6 +55,9 @@ class PerceptualDistance(nn.Module):
     `num_stages` keeps the first stages only: at 64 px the last ones see a few pixels and cost a third of the time.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, name: str, weights: dict[str, Tensor], num_stages: int = 5) -> None:
         super().__init__()
         self.stages = TRUNKS[name][:num_stages]
@@ -90,7 +94,8 @@ class PerceptualDistance(nn.Module):
         """Distance (B,) >= 0 between images in [0, 1]; 0 for identical ones, about 0.3 to 0.7 for a strong blur."""
         # d = sum_l mean_hw sum_c w_lc (y_hat_lhwc - y_lhwc)^2  (Zhang et al. 2018, Eq. 1)
         pairs = zip(self.heads, self.features(image), self.features(target), strict=True)
-        return sum(F.conv2d((a - b).square(), head).float().mean((1, 2, 3)) for head, a, b in pairs)
+        distances = (F.conv2d((a - b).square(), head).float().mean((1, 2, 3)) for head, a, b in pairs)
+        return reduce(torch.add, distances)
 
 
 class EncoderDistance(nn.Module):
@@ -123,7 +128,7 @@ class EncoderDistance(nn.Module):
         with torch.no_grad():
             wanted = self.features(target)
         pairs = list(zip(self.features(image), wanted, strict=True))
-        return sum((a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs) / len(pairs)
+        return reduce(torch.add, ((a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs)) / len(pairs)
 
 
 def unit_length(x: Tensor) -> Tensor:

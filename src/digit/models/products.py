@@ -6,10 +6,13 @@ without it costs speed alone.
 """
 
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @cache
@@ -36,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     return F.gelu(y) if gelu else y
 
 
-def arranged(weight: Tensor, num_rows: int | None = None) -> Tensor:
+def prepacked(weight: Tensor, num_rows: int | None = None) -> Tensor:
     """`weight` (O, I) as the kernels of `linear` read it, for many products of about `num_rows` rows; it is good for
     nothing else. The weight itself where `linear` would not take those kernels.
     """
@@ -52,7 +55,7 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear, num_rows: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight = arranged(layer.weight.detach(), num_rows)
+        self.weight = prepacked(layer.weight.detach(), num_rows)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,10 +67,10 @@ class PackedLinear(nn.Module):
 def can_pack(layer: nn.Linear) -> bool:
     """Whether this torch build packs this layer, and its processor gains by it."""
     gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
-    return gains and uses_onednn(layer.weight, layer.weight) and arranged(layer.weight[:1]).is_mkldnn
+    return gains and uses_onednn(layer.weight, layer.weight) and prepacked(layer.weight[:1]).is_mkldnn
 
 
-def pack_linears(module: nn.Module, num_rows: int) -> nn.Module:
+def pack_linears(module: Module, num_rows: int) -> Module:
     """Replace every nn.Linear inside `module` that can be packed, in place; returns the module."""
     for name, child in module.named_children():
         if type(child) is nn.Linear and can_pack(child):

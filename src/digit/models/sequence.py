@@ -12,20 +12,19 @@ so the softmax is over codes alone and no end-of-sequence symbol is predicted.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import sincos_2d
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +153,7 @@ class SequenceModel(nn.Module):
         turn = torch.linalg.qr(torch.randn(width, width))[0][: 2 * half]
         self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
         if self.cfg.prefix_len:
+            assert prefix_grid is not None, "a model with a prefix needs the grid of its prefix"
             self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
@@ -208,18 +208,17 @@ class SequenceModel(nn.Module):
 
     def _prefix(self, prefix: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
         """Prefix embeddings (B, P, D), the learned null prefix where dropped or absent."""
-        null = getattr(self, "null_prefix", None)
-        if null is None and (prefix is None or drop is not None):
+        if not self.cfg.prefix_dropout and (prefix is None or drop is not None):
             raise DigitError(
                 f"this model needs a prefix of {self.cfg.prefix_len} tokens: pass prefix=, "
-                "or train with prefix_dropout above 0 to draw without one"
+                "or train with prefix_dropout above 0 to sample without one"
             )
         if prefix is None:
-            return null.expand(batch, self.cfg.prefix_len, -1)
+            return self.null_prefix.expand(batch, self.cfg.prefix_len, -1)
         if prefix.shape[1] != self.cfg.prefix_len:
             raise DigitError(f"prefix has {prefix.shape[1]} tokens, the model was built for {self.cfg.prefix_len}")
         x = self.prefix_embed(prefix)  # (B, P, D)
-        return x if drop is None else torch.where(drop[:, None, None], null, x)
+        return x if drop is None else torch.where(drop[:, None, None], self.null_prefix, x)
 
     # ---------------------------------------------------------------- forward
 
@@ -269,20 +268,21 @@ class SequenceModel(nn.Module):
 
     # ---------------------------------------------------------------- training
 
-    def noise(self, batch: dict[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
-        """What the loss of a batch draws, row by row, for its keywords hide (B, M), drop_labels and drop_prefix (B,).
+    def noise(self, batch: Mapping[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Sample the random masks of a batch's loss: hide (B, M), drop_labels (B,) and drop_prefix (B,), bool.
 
-        Those that this model has, bool, on the generator's device. Drawn for a whole batch before it is cut into
-        pieces, they make the pieces' losses those of the whole (dropout aside).
+        Returns only those that this model uses, on the generator's device. Sampled for a whole batch before it is split
+        into micro-batches, they give the micro-batches the losses of the whole batch (apart from dropout).
         """
-        cfg, target, drawn = self.cfg, batch["target"], {}
-        device = target.device if generator is None else generator.device  # where the pieces will go
+        cfg, target, masks = self.cfg, batch["target"], {}
+        assert target is not None, "a batch has target tokens"
+        device = target.device if generator is None else generator.device  # where the micro-batches will go
         for name, rate in (("drop_labels", cfg.label_dropout), ("drop_prefix", cfg.prefix_dropout)):
             if rate and (name == "drop_prefix" or batch.get("labels") is not None):
-                drawn[name] = uniform((len(target),), generator, device) < rate
+                masks[name] = uniform((len(target),), generator, device) < rate
         if cfg.masked:
-            drawn["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
-        return drawn
+            masks["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
+        return masks
 
     def loss(
         self,

@@ -8,16 +8,14 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 CACHE_SPAN = 32  # positions
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # past all use: a larger number in a file is a fault, and would build for hours

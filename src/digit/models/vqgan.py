@@ -95,11 +95,11 @@ class NormSwish(nn.GroupNorm):
     def __init__(self, num_groups: int, channels: int) -> None:
         super().__init__(num_groups, channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # on CUDA autocast would run group_norm in fp32 and hand fp32 maps on, twice the memory traffic
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
+    def forward(self, input: Tensor) -> Tensor:
+        # on CUDA autocast would run group_norm in fp32 and return fp32 maps, twice the memory traffic
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.silu(F.group_norm(input, self.num_groups, weight, bias, self.eps))
 
 
 class ResBlock(nn.Module):

@@ -136,13 +136,28 @@ class DigitPipeline:
                 "add what is missing (digit convert, digit fit)"
             )
 
-    def _require_sampling(self) -> SequenceModel:
-        """Check that sampling can start; returns the model that samples first."""
+    def _require_vq(self) -> VQTokenizer:
+        """The VQ tokenizer. Raises DigitError without it."""
+        self.require("vq")
+        assert self.vq is not None
+        return self.vq
+
+    def _require_renderer(self) -> SequenceModel:
+        """The renderer. Raises DigitError without it, or without the VQ tokenizer that decodes its tokens."""
         self.require("vq", "renderer")
-        if not self.renderer.cfg.prefix_len:
-            return self.renderer
+        assert self.renderer is not None
+        return self.renderer
+
+    def _require_prior(self) -> SequenceModel:
+        """The prior. Raises DigitError without it."""
         self.require("prior")
+        assert self.prior is not None
         return self.prior
+
+    def _require_sampling(self) -> SequenceModel:
+        """The model that samples first. Raises DigitError where a part is missing."""
+        renderer = self._require_renderer()
+        return self._require_prior() if renderer.cfg.prefix_len else renderer
 
     @property
     def device(self) -> torch.device:
@@ -150,7 +165,10 @@ class DigitPipeline:
         for model in (self.renderer, self.prior):
             if model is not None:
                 return next(model.parameters()).device
-        return self.vq.device if self.vq else self.tokenizer.codebook.device
+        if self.vq is not None:
+            return self.vq.device
+        assert self.tokenizer is not None, "a pipeline has at least one part"
+        return self.tokenizer.codebook.device
 
     @property
     def image_size(self) -> int:
@@ -199,10 +217,9 @@ class DigitPipeline:
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
-        request, cfg = (
-            GenerationRequest(seed=seed, labels=self.labels(num, labels)),
-            self.sized(self.settings(**sampling)),
-        )
+        request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
+        cfg = self.sized(self.settings(**sampling))
+        assert cfg.batch_size is not None, "sized"
         last = len(request.labels) if end is None else min(end, len(request.labels))
         for name, place in (("start", start), ("end", end or 0)):
             if place < 0 or (place % cfg.batch_size and place < len(request.labels)):
@@ -274,7 +291,9 @@ class DigitPipeline:
             raise DigitError("a masked model gives no likelihood to tell classes by: give labels")
         if first is self.prior:
             self.require("tokenizer")
-        tokens = (self.tokenizer if first is self.prior else self.vq).encode(images).to(self.device)  # (B, N)
+        tokenizer = self.tokenizer if first is self.prior else self.vq
+        assert tokenizer is not None
+        tokens = tokenizer.encode(images).to(self.device)  # (B, N)
         scores, size = torch.empty(len(tokens), first.cfg.num_classes), self.sized(self.sampling).batch_size
         for label in range(first.cfg.num_classes):
             for rows in torch.arange(len(tokens)).split(size):
@@ -285,8 +304,7 @@ class DigitPipeline:
 
     def decode(self, vq_tokens: Tensor) -> Tensor:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
-        self.require("vq")
-        return self.vq.decode(vq_tokens)
+        return self._require_vq().decode(vq_tokens)
 
     def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
@@ -294,16 +312,16 @@ class DigitPipeline:
 
     def render_tokens(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
-        self.require("vq", "renderer")
-        if not self.renderer.cfg.prefix_len:
+        renderer = self._require_renderer()
+        if not renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         request = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
         batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False)
-        nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
+        nothing = torch.empty(0, renderer.cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
-        nothing = self.decode(torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64))
+        nothing = self.decode(torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64))
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
     def _sample(
@@ -316,21 +334,23 @@ class DigitPipeline:
         pixels: bool = True,
     ) -> Iterator[SampleBatch]:
         """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
-        num, prefix_len = len(request.labels) if end is None else end, self.renderer.cfg.prefix_len
+        num, model, vq = len(request.labels) if end is None else end, self._require_renderer(), self._require_vq()
+        prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
+        assert batch_size is not None, "sized"
         prior = self._sampler(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
-        renderer = self._sampler(self.renderer, cfg.renderer, cfg)
+        renderer = self._sampler(model, cfg.renderer, cfg)
         with Progress("sample", num, done=start) as bar:
-            for first in range(start, num, cfg.batch_size):
-                rows = request.rows(first, cfg.batch_size)
+            for first in range(start, num, batch_size):
+                rows = request.rows(first, batch_size)
                 prefix = self._prefix(prior, rows) if prefix_len else None
                 tensors = {} if prefix is None else {"discriminative": prefix}
-                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(self.renderer), given=rows.vq)
+                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(model), given=rows.vq)
                 if renderer.output == "images":
                     tensors[IMAGES] = rendered
                 else:
                     tensors["vq"] = rendered
                     if pixels:
-                        tensors[IMAGES] = self.vq.decode(rendered, "bf16" if cfg.precision == "bf16" else None)
+                        tensors[IMAGES] = vq.decode(rendered, "bf16" if cfg.precision == "bf16" else None)
                 batch = SampleBatch(first, rows.labels, tensors)
                 bar.update(len(batch))
                 yield batch
@@ -338,14 +358,15 @@ class DigitPipeline:
     def _prefix(self, prior: Sampler | None, rows: GenerationRequest) -> Tensor:
         """Discriminative tokens (B, N) of these images: as given, or sampled after those that are given."""
         given = rows.discriminative
-        if given is not None and given.shape[1] == self.renderer.cfg.prefix_len:
+        if given is not None and given.shape[1] == self._require_renderer().cfg.prefix_len:
             return given.to(self.device)
-        assert prior is not None, "_require_sampling"
-        return prior(rows.seeds, labels=rows.labels_of(self.prior), given=given)
+        assert prior is not None, "checked by _require_sampling"
+        return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
 
-    def _sampler(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Sampler:
+    def _sampler(self, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig) -> Sampler:
+        assert cfg.batch_size is not None, "sized"
         size = micro_batch_size(model, cfg.batch_size)
-        return make_sampler(model, how, precision=cfg.precision, micro_batch_size=size)
+        return make_sampler(model, stage, precision=cfg.precision, micro_batch_size=size)
 
     def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
         """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
@@ -378,8 +399,9 @@ class DigitPipeline:
         """`cfg` with a batch size: its own, else one that fits into the memory that is free now."""
         if cfg.batch_size is not None:
             return cfg
-        prior = self.prior if self.renderer.cfg.prefix_len else None
-        return replace(cfg, batch_size=choose_batch_size(prior, self.renderer, self.vq, cfg, free_bytes(self.device)))
+        renderer, vq = self._require_renderer(), self._require_vq()
+        prior = self.prior if renderer.cfg.prefix_len else None
+        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free_bytes(self.device)))
 
     # ---------------------------------------------------------------- folder
 

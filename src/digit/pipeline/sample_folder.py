@@ -15,7 +15,7 @@ the batch size, whoever draws them.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ from digit import __version__
 from digit.data.rows import ArrayFile
 from digit.errors import DigitError, Stopped
 from digit.pipeline.batch import SampleBatch
-from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
+from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_journal import (
     GRID,
     JOURNAL,
@@ -51,10 +51,12 @@ from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
 from digit.runtime.request import require_same_request
 from digit.runtime.signals import StopSignals
+from digit.sampling.config import SamplingConfig
 
 GRID_IMAGES = 256  # the first so many go into grid.png
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
-WAITING = 1  # batches that may be in the writers' hands while another is drawn
+WAITING = 1  # batches that the writers may hold while another is sampled
+Stream = Callable[[int, int], Iterator[SampleBatch]]
 
 
 def sample(
@@ -87,6 +89,7 @@ def sample(
         return settle_request(pipe, folder, len(classes), labels, seed, pipe.settings(**sampling), overwrite)
 
     cfg, request = distributed.on_main(settle)
+    assert pipe.renderer is not None, "pipe.labels checked the parts"
     lengths = {"vq": pipe.renderer.cfg.target_len}
     if pipe.renderer.cfg.prefix_len:
         lengths["discriminative"] = pipe.renderer.cfg.prefix_len
@@ -96,17 +99,17 @@ def sample(
     return [whole.picture(i) for i in range(whole.num)]
 
 
-def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[SampleBatch]]) -> None:
-    """Write what is missing of a folder, this rank its share; `draw(start, end)` gives the batches of these images.
+def write_samples(whole: "SampleFolder", stream: Stream) -> None:
+    """Write this rank's share of the missing images; `stream(start, end)` samples images `start` .. `end - 1`.
 
-    Raises Stopped where a signal came before all was drawn, on any rank.
+    Raises Stopped where a signal came, on any rank, before all images were sampled.
     """
     if distributed.on_main(lambda: whole.finished):
         return
     whole.begin()
     with StopSignals() as signals:
-        if left := whole.share():
-            with whole, closing(each(left, draw)) as batches:
+        if spans := whole.share():
+            with whole, closing(sample_spans(spans, stream)) as batches:
                 for batch in batches:
                     whole.append(batch)
                     if signals.asked:
@@ -119,10 +122,10 @@ def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Sam
     release_folder(whole.folder)
 
 
-def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[SampleBatch]]) -> Iterator[SampleBatch]:
+def sample_spans(spans: list[tuple[int, int]], stream: Stream) -> Generator[SampleBatch, None, None]:
     """The batches of several spans of images."""
-    for start, end in left:
-        yield from draw(start, end)
+    for start, end in spans:
+        yield from stream(start, end)
 
 
 # -------------------------------------------------------------------- request
@@ -165,7 +168,11 @@ def describe_request(
     pipe: DigitPipeline, num: int, labels: Sequence[int] | int | None, seed: int, cfg: SamplingConfig
 ) -> dict[str, Any]:
     """Everything that decides the images, as JSON has it. Two requests are the same if these are."""
-    models = {"renderer": pipe.renderer} | ({"prior": pipe.prior} if pipe.renderer.cfg.prefix_len else {})
+    assert pipe.vq is not None and pipe.renderer is not None, "pipe.labels checked the parts"
+    models = {"renderer": pipe.renderer}
+    if pipe.renderer.cfg.prefix_len:
+        assert pipe.prior is not None, "pipe.labels checked the parts"
+        models["prior"] = pipe.prior
     weights = {name: sha256_tensors(model.state_dict()) for name, model in models.items()}
     if labels is not None:
         labels = [labels] if isinstance(labels, int) else [int(k) for k in labels]

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Int64
 
 NEVER = float("-inf")
 

@@ -9,6 +9,8 @@ bfloat16.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -61,8 +63,13 @@ def make_request(
     check_range("given token", given, 0, cfg.vocab_size - 1 + cfg.masked)
     check_range("prefix token", prefix, 0, cfg.prefix_vocab_size - 1)
     check_range("label", labels, -1, cfg.num_classes - 1)
-    moved = {k: None if v is None else v.to(device=device, dtype=torch.int64) for k, v in rows.items()}
-    return TokenRequest(seeds=[int(s) for s in seeds], **moved)
+    move = partial(torch.Tensor.to, device=device, dtype=torch.int64)
+    return TokenRequest(
+        seeds=[int(s) for s in seeds],
+        prefix=None if prefix is None else move(prefix),
+        labels=None if labels is None else move(labels),
+        given=move(given),
+    )
 
 
 def check_range(name: str, values: Tensor | None, low: int, high: int) -> None:
@@ -91,7 +98,15 @@ def micro_batches(request: TokenRequest, size: int) -> Iterator[tuple[TokenReque
         yield request.rows(index), min(size, total - begin)
 
 
-def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> dict[str, Tensor | None]:
+class Conditions(TypedDict):
+    """Keywords of `SequenceModel.embed` and `SequenceModel.features`."""
+
+    prefix: Tensor | None
+    labels: Tensor | None
+    drop_prefix: Tensor | None
+
+
+def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> Conditions:
     """prefix, labels and drop_prefix for `SequenceModel.embed`; guided: rows twice, the second time unconditional."""
     prefix, labels, drop = request.prefix, request.labels, None
     if guided:

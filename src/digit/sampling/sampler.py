@@ -6,9 +6,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -16,9 +17,6 @@ from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
 from digit.sampling.filters import check_filters, guide, image_uniforms, sample_filtered
 from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
 
 
 class Sampler(ABC):
