@@ -7,12 +7,12 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-CHECKED = (  # rooms whose annotations, shapes included, are checked in every call; an int may stand for a float
+CHECKED = (  # rooms whose annotations, shapes included, are checked at every call
     "digit.models",
     "digit.pipeline",
     "digit.sampling",
 )
-install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+install_import_hook(CHECKED, "typecheck.check")
 
 from digit.runtime import progress  # noqa: E402  (after the hook)
 

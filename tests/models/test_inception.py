@@ -62,7 +62,7 @@ def test_all_outputs_equal_torch_fidelity(weights: Path):
 
 def test_spatial_features_are_in_the_order_of_the_released_statistics():
     # ADM's evaluator flattens TensorFlow's (row, column, channel); its .npz statistics are in this order
-    cells = torch.arange(8 * 2 * 3).view(1, 8, 2, 3)
+    cells = torch.arange(8.0 * 2 * 3).view(1, 8, 2, 3)
     flat = first_channels(cells)
     assert flat.shape == (1, 2 * 3 * 7)
     assert flat[0, (1 * 3 + 2) * 7 + 5] == cells[0, 5, 1, 2]

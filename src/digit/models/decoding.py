@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.products import PackedLinear
@@ -32,8 +33,8 @@ class StepTransformer:
             self.blocks.append(StepBlock(block, num_rows))
         self.final_norm = normaliser(transformer.final_norm)
 
-    def __call__(self, x: Tensor, cache: KVCache | SteppedCache) -> Tensor:
-        """(R, D) to (R, D), the features after the final norm; the cache is extended by one position."""
+    def __call__(self, x: Float[Tensor, "R D"], cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
+        """Features after the final norm; extends the cache by one position."""
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
         cache.advance(1)
@@ -51,15 +52,14 @@ class StepBlock:
         self.fc1, self.fc2 = product(mlp.fc1, gelu=True, num_rows=num_rows), product_and_sum(mlp.fc2)
         self.norm1, self.norm2 = normaliser(block.norm1), normaliser(block.norm2)
 
-    def __call__(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
-        """(R, D) to (R, D)."""
+    def __call__(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
         if self.pre:
             x = self.out(self.attend(self.norm1(x), layer, cache), x)
             return self.fc2(self.fc1(self.norm2(x)), x)
         x = self.norm1(self.out(self.attend(x, layer, cache), x))
         return self.norm2(self.fc2(self.fc1(x), x))
 
-    def attend(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
+    def attend(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
         """Attention before its output projection."""
         rows, width = x.shape
         q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)

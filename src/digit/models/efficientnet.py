@@ -165,7 +165,9 @@ class EfficientNet(nn.Module):
         """Normalised images, (255 x - 127) / 128 for x in 0..1, to the output cells in raster order."""
         return self.with_inner_map(x, None)[0]
 
-    def with_inner_map(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
+    def with_inner_map(
+        self, x: Float[Tensor, "B 3 S S"], layer: int | None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B C H W"] | None]:
         """As `forward`, and beside it the map (B, C, s, s) that block `layer` of the same pass gave."""
         inner = None
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))  # (B, 32, S/2, S/2)

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -34,9 +34,8 @@ class InceptionFeatures(NamedTuple):
 # -------------------------------------------------------------------- input
 
 
-def resize_tensorflow(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    # src = dst * in / out;  out = lo + (hi - lo) * frac(src)
-    """Float (B, 3, H, W) -> (B, 3, size, size) as TensorFlow 1's resize_bilinear does, and so torch-fidelity.
+def resize_tensorflow(images: Float[Tensor, "B 3 H W"], size: int = INPUT_SIZE) -> Float[Tensor, "B 3 {size} {size}"]:
+    """src = dst in / out;  out = lo + (hi - lo) frac(src): TensorFlow 1's resize_bilinear, used by torch-fidelity.
 
     No half-pixel centres and no antialiasing: a larger image is sampled at single points (Parmar et al. 2022).
     """
@@ -50,8 +49,8 @@ def resize_tensorflow(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
     return images
 
 
-def resize_clean(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Float (B, 3, H, W) -> (B, 3, size, size): antialiased bicubic, neither rounded nor clipped (Parmar et al. 2022).
+def resize_clean(images: Float[Tensor, "B 3 H W"], size: int = INPUT_SIZE) -> Float[Tensor, "B 3 {size} {size}"]:
+    """Resize by antialiased bicubic interpolation, neither rounded nor clipped (Parmar et al. 2022).
 
     It equals Pillow's BICUBIC on channels in mode F, which clean-fid uses, hence the coefficients in float64.
     """
@@ -64,7 +63,7 @@ def resize_clean(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 RESIZES = {"tensorflow": resize_tensorflow, "clean": resize_clean}
 
 
-def first_channels(cells: Tensor) -> Tensor:
+def first_channels(cells: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H*W*7"]:
     """Map (B, C, h, w) -> (B, h * w * 7), the first 7 channels in the order row, column, channel."""
     return cells[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
@@ -189,7 +188,7 @@ def mixed_e(channels: int, pool: nn.Module) -> Parallel:
 class InceptionV3(nn.Module):
     """The network behind FID, KID, sFID and the Inception Score, resize included."""
 
-    def __init__(self, resize: Resize = "tensorflow"):
+    def __init__(self, resize: str = "tensorflow"):
         super().__init__()
         if resize not in RESIZES:
             raise DigitError(f"unknown resize {resize!r} for Inception: choose {' or '.join(get_args(Resize))}")

@@ -1,6 +1,6 @@
 """Projection to logits and label-smoothed cross-entropy in one, without float32 copies of all logits.
 
-Shapes: n positions, D width, V codes; r positions of one chunk. Of (n, V) arrays one is kept, in the type of the
+Shapes: N positions, D width, V codes; R positions of one chunk. Of (N, V) arrays one is kept, in the type of the
 products: the logits, which the slopes of the loss then take the place of. torch's own chain keeps five, most of them in
 float32; with the 8192 codes of a large VQGAN on CPU it took a third of a training step.
 """
@@ -18,9 +18,9 @@ CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # logits that are looked at together: on CP
 
 
 def linear_cross_entropy(
-    features: Float[Tensor, "n D"],
+    features: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    target: Int64[Tensor, " n"],
+    target: Int64[Tensor, " N"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Mean smoothed cross-entropy of the logits `features @ weight.T`, in float32, and its metrics.
@@ -44,13 +44,13 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(loss, nll, accuracy) of features (n, D) and weight (V, D) of one type; the loss alone has a gradient."""
+    """(loss, nll, accuracy) of features (N, D) and weight (V, D) of one type; the loss alone has a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, rows = features @ weight.t(), _chunk_rows(weight)  # (n, V)
+        logits, rows = features @ weight.t(), _chunk_rows(weight)  # (N, V)
         chunks = zip(logits.split(rows), target.split(rows), strict=True)
         loss, nll, accuracy = _means([_score(z, wanted, label_smoothing) for z, wanted in chunks], label_smoothing)
         ctx.save_for_backward(features, weight, logits)  # by now its slopes
@@ -63,7 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor, Tensor, None, None]:
         features, weight, slopes = ctx.saved_tensors
-        scale = grad_outputs[0] / len(features)  # scales the products, which are smaller than the (n, V) slopes
+        scale = grad_outputs[0] / len(features)  # scales the products, which are smaller than the (N, V) slopes
         return (slopes @ weight).mul_(scale), (slopes.t() @ features).mul_(scale), None, None
 
 
@@ -71,8 +71,10 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // len(weight))
 
 
-def _score(logits: Float[Tensor, "r V"], target: Int64[Tensor, " r"], slopes: float | None = None) -> Tensor:
-    """(3, r) float32: nll, mean_v(-log p_v), whether the target is the likeliest code.
+def _score(
+    logits: Float[Tensor, "R V"], target: Int64[Tensor, " R"], slopes: float | None = None
+) -> Float[Tensor, "3 R"]:
+    """(3, R) float32: nll, mean_v(-log p_v), whether the target is the likeliest code.
 
     slopes: where given it is eps, and each row of `logits` becomes the gradient of its own smoothed loss.
     """

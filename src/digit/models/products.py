@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,17 +32,24 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     return has_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """(..., I) and (O, I) to (..., O), x W^T + b; with `gelu` the exact GELU of it."""
+def linear(
+    x: Float[Tensor, "*B I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None = None,
+    *,
+    gelu: bool = False,
+) -> Float[Tensor, "*B O"]:
+    """x W^T + b, or with `gelu` the exact GELU of that."""
     if weight.is_mkldnn or (x.numel() and uses_onednn(x, weight)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 
 
-def prepacked(weight: Tensor, num_rows: int | None = None) -> Tensor:
-    """`weight` (O, I) as the kernels of `linear` read it, for many products of about `num_rows` rows; it is good for
-    nothing else. The weight itself where `linear` would not take those kernels.
+def prepacked(weight: Float[Tensor, "O I"], num_rows: int | None = None) -> Float[Tensor, "O I"]:
+    """`weight` prepacked for oneDNN, for products of about `num_rows` rows; pass the result only to `linear`.
+
+    Returns the weight itself where `linear` would not use oneDNN.
     """
     with torch.no_grad():
         if uses_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -58,8 +66,8 @@ class PackedLinear(nn.Module):
         self.weight = prepacked(layer.weight.detach(), num_rows)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), in the weight's type."""
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """x W^T + b in the weight's type."""
         return linear(x, self.weight, self.bias)
 
 

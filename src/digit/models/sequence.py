@@ -174,15 +174,15 @@ class SequenceModel(nn.Module):
 
     def embed(
         self,
-        target: Int64[Tensor, "B n"],
+        target: Int64[Tensor, "B L"],
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B P+1+n D"]:
-        """Embedded [prefix | start | target] with positions. `drop_prefix` marks rows that see the null prefix."""
+    ) -> Float[Tensor, "B T D"]:
+        """Embedded [prefix | start | target] with positions, T = P + 1 + L. `drop_prefix` marks rows that see the null prefix."""
         batch, length = target.shape
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
-        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + n, D)
+        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + L, D)
         x = self.with_positions(tokens, self.positions[: 1 + length])
         if not self.cfg.prefix_len:
             if prefix is not None:
@@ -224,13 +224,13 @@ class SequenceModel(nn.Module):
 
     def features(
         self,
-        target: Tensor,
-        prefix: Tensor | None = None,
-        labels: Tensor | None = None,
-        drop_prefix: Tensor | None = None,
+        target: Int64[Tensor, "B L"],
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Tensor:
-        """(B, M, D): the features whose `head` gives the logits of each target token."""
+    ) -> Float[Tensor, "B L D"]:
+        """The features whose `head` gives the logits of each target token."""
         cfg = self.cfg
         if target.shape[1] > cfg.target_len:
             raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
@@ -321,7 +321,7 @@ def training_flops(cfg: SequenceConfig) -> float:
     return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
 
 
-def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
+def lift(codes: Float[Tensor, "V C"], width: int) -> Float[Tensor, "V {width}"]:
     """Code vectors (V, C) as embeddings (V, D) with elements of variance 1/D; distances keep their proportions."""
     centred = codes.float() - codes.float().mean(0)
     basis = torch.randn(max(width, codes.shape[1]), min(width, codes.shape[1]), device=codes.device)
@@ -330,7 +330,7 @@ def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
     return lifted / lifted.square().mean().sqrt().clamp_min(1e-8) / math.sqrt(width)
 
 
-def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N W"]:
+def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N {width}"]:
     """Sines and cosines of the row and the column of each cell's middle, in raster order; zeros fill up the width.
 
     Wavelengths run geometrically from four pictures to four cells of a grid with `finest` cells a side, so that the
@@ -343,15 +343,15 @@ def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tens
     return F.pad(table, (0, width - table.shape[1]))
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """U(0, 1) drawn where the generator lives, then moved."""
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Float[Tensor, "..."]:
+    """U(0, 1), sampled on the generator's device and moved to `device`."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
 def cosine_mask(
     batch: int, length: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-) -> Bool[Tensor, "B M"]:
+) -> Bool[Tensor, "{batch} {length}"]:
     """Tokens to hide: min(M, floor(M cos(u pi / 2)) + 1) random ones a row, u ~ U(0, 1) (MaskGIT; released code)."""
     device = torch.device(device)
     u = uniform((batch, 1), generator, device)

@@ -130,7 +130,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -151,7 +151,7 @@ class KeysValues(NamedTuple):
     mask: Tensor | None = None
 
 
-def attend(q: Tensor, seen: KeysValues, *, causal: bool = False) -> Tensor:
+def attend(q: Float[Tensor, "B H N C"], seen: KeysValues, *, causal: bool = False) -> Float[Tensor, "B H N C"]:
     """softmax(q k^T / sqrt(d)) v for (B, H, n, d) queries over (B, H, t, d); causal needs n == t.
 
     torch's fused kernel, but on CPU in half precision or for one query: there two batched matmuls and a softmax are 3
@@ -213,7 +213,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(cfg.embed_dim, cfg.mlp_dim)
         self.fc2 = nn.Linear(cfg.mlp_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         first: int = 0,
         cache: KVCache | SteppedCache | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Float[Tensor, "B T-first D"]:
+    ) -> Float[Tensor, "B T-{first} D"]:
         """Features after the last block and the final norm, of positions from `first` on.
 
         Args:

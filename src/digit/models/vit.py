@@ -222,7 +222,7 @@ class ViT(nn.Module):
         side = size // self.cfg.patch_size
         return side, side
 
-    def positions(self, rows: int, columns: int) -> Float[Tensor, "1 N+1 D"]:
+    def positions(self, rows: int, columns: int) -> Float[Tensor, "1 {1+rows*columns} D"]:
         """The position table for a grid: as stored where it fits, else its patches resized by bicubic interpolation."""
         side, offset = self.cfg.table_side, self.cfg.position_offset
         if (rows, columns) == (side, side):

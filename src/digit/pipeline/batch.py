@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 IMAGES = "images"
@@ -21,7 +22,7 @@ class SampleBatch:
         tokens: {"discriminative": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
     """
 
-    def __init__(self, first: int, labels: Tensor, tensors: Mapping[str, Tensor]):
+    def __init__(self, first: int, labels: Int64[Tensor, " B"], tensors: Mapping[str, Tensor]):
         self.first, self.labels = first, labels
         self._host, self._arrived = to_host(tensors)
 
@@ -29,7 +30,7 @@ class SampleBatch:
         return len(self.labels)
 
     @property
-    def images(self) -> Tensor:
+    def images(self) -> UInt8[Tensor, "B 3 H W"]:
         return self._whole()[IMAGES]
 
     @property

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from digit.data.preprocess import PreprocessConfig, fit_batch
@@ -48,19 +49,19 @@ class GenerationRequest:
     """Images to sample: the seed of the first, their classes, and tokens that are given (completion)."""
 
     seed: int
-    labels: Tensor
-    """(num,) int64, -1 for none."""
-    discriminative: Tensor | None = None
-    """(num, n) the first discriminative tokens."""
-    vq: Tensor | None = None
-    """(num, m) the first VQ tokens."""
+    labels: Int64[Tensor, " B"]
+    """Class of each image, -1 for none."""
+    discriminative: Int64[Tensor, "B N"] | None = None
+    """The first N discriminative tokens of each image."""
+    vq: Int64[Tensor, "B M"] | None = None
+    """The first M VQ tokens of each image."""
 
     @property
     def seeds(self) -> list[int]:
         """Seed of each image."""
         return [self.seed + i for i in range(len(self.labels))]
 
-    def labels_of(self, model: SequenceModel) -> Tensor | None:
+    def labels_of(self, model: SequenceModel) -> Int64[Tensor, " B"] | None:
         """The labels for a model that knows classes, None for another."""
         return self.labels if model.cfg.num_classes else None
 
@@ -228,7 +229,7 @@ class DigitPipeline:
 
     def generate(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
-    ) -> Tensor:
+    ) -> UInt8[Tensor, "B 3 S S"]:
         """As `stream`, all at once: (num, 3, H, W) uint8."""
         return self._pixels(self.stream(num, labels, seed, **sampling))
 
@@ -245,12 +246,12 @@ class DigitPipeline:
 
     def complete(
         self,
-        images: Tensor,
+        images: UInt8[Tensor, "B 3 H W"],
         keep: float = 0.5,
         seed: int = 0,
         labels: Sequence[int] | int | None = None,
         **sampling: Any,
-    ) -> Tensor:
+    ) -> UInt8[Tensor, "B 3 S S"]:
         """Keep the first rows of each picture and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
@@ -278,7 +279,7 @@ class DigitPipeline:
         return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
 
     @torch.inference_mode()
-    def guess_labels(self, images: Tensor) -> Tensor:
+    def guess_labels(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, " B"]:
         """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
 
         A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
@@ -302,15 +303,15 @@ class DigitPipeline:
                 scores[rows, label] = -nll.sum(1).cpu()
         return scores.argmax(1)
 
-    def decode(self, vq_tokens: Tensor) -> Tensor:
+    def decode(self, vq_tokens: Int64[Tensor, "B M"]) -> UInt8[Tensor, "B 3 S S"]:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
         return self._require_vq().decode(vq_tokens)
 
-    def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+    def render(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
         return self.decode(self.render_tokens(tokens, seed, **sampling))
 
-    def render_tokens(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+    def render_tokens(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
         renderer = self._require_renderer()
         if not renderer.cfg.prefix_len:
@@ -368,8 +369,8 @@ class DigitPipeline:
         size = micro_batch_size(model, cfg.batch_size)
         return make_sampler(model, stage, precision=cfg.precision, micro_batch_size=size)
 
-    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
-        """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
+    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Int64[Tensor, " B"]:
+        """The class of each requested image, (num,), -1 for none. Raises DigitError as `stream` does."""
         if num is None:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:

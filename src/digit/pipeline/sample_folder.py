@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -202,7 +203,7 @@ class SampleFolder:
         folder: Path,
         request: dict[str, Any],
         lengths: dict[str, int],
-        labels: Tensor,
+        labels: Int64[Tensor, " B"],
         names: Sequence[str | None],
     ):
         """`request` has num, seed, batch_size and rounding at least; `lengths` are tokens an image by kind; `labels`
@@ -343,8 +344,8 @@ def write_picture(path: Path, batch: SampleBatch, row: int) -> None:
     plots.save_png(path, batch.images[row])
 
 
-def read_pictures(paths: Sequence[Path]) -> Tensor:
-    """PNGs of one size -> (B, 3, H, W) uint8."""
+def read_pictures(paths: Sequence[Path]) -> UInt8[Tensor, "B 3 H W"]:
+    """Read PNGs of one size."""
     arrays = []
     for path in paths:
         with Image.open(path) as image:

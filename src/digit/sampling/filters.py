@@ -66,7 +66,7 @@ def ascending(logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     return logits.sort(dim=-1).values
 
 
-def guide(logits: Float[Tensor, "2B V"], scale: float) -> Float[Tensor, "B V"]:
+def guide(logits: Float[Tensor, "R *V"], scale: float) -> Float[Tensor, "R//2 *V"]:
     """u + s (c - u) of the stacked [conditional c | unconditional u] (classifier-free guidance, Ho & Salimans 2022)."""
     conditional, unconditional = logits.float().chunk(2)
     return unconditional + scale * (conditional - unconditional)
@@ -84,7 +84,7 @@ def sample_from_uniform(logits: Float[Tensor, "*B V"], u: Float64[Tensor, " *B"]
 
 
 def sample_filtered(
-    logits: Float[Tensor, "B V"], u: Tensor, temperature: float, top_k: int, top_p: float
+    logits: Float[Tensor, "B V"], u: Float64[Tensor, " B"], temperature: float, top_k: int, top_p: float
 ) -> Int64[Tensor, " B"]:
     """One code a row: the most likely at temperature 0, else by inverse CDF on the filtered logits."""
     if temperature == 0:

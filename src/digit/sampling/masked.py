@@ -44,7 +44,9 @@ class MaskedSampler(Sampler):
         """Every step takes one number for the code and one for the confidence of each token."""
         return (self.num_steps, 2, self.model.cfg.target_len)
 
-    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(
+        self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]
+    ) -> Int64[Tensor, "C M"]:
         model, cfg, guided = self.model, self.model.cfg, self.guided
         condition = conditions(model, rows, guided)
         tokens = F.pad(rows.given, (0, cfg.target_len - rows.given.shape[1]), value=cfg.mask_token)  # (C, M)
@@ -86,6 +88,6 @@ def least_confident(
     return order.argsort(1) < count[:, None]
 
 
-def gumbel(u: Tensor) -> Tensor:
+def gumbel(u: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """Standard Gumbel noise, -log(-log u)."""
     return -torch.log(-torch.log(u.clamp_min(torch.finfo(u.dtype).tiny)))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from digit.models.decoding import StepTransformer
@@ -56,7 +57,9 @@ class NextTokenSampler(Sampler):
         """One number a token."""
         return (self.model.cfg.target_len,)
 
-    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(
+        self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]
+    ) -> Int64[Tensor, "C M"]:
         decoder = self._recorded or (CachedSteps() if self.use_cache else UncachedSteps())
         decoder.begin(self, rows, u)
         for i in range(rows.given.shape[1], self.model.cfg.target_len):
@@ -68,14 +71,16 @@ class NextTokenSampler(Sampler):
         """Room for all positions of one micro-batch."""
         return self.model.new_cache(self.num_rows)
 
-    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Tensor:
-        """Logits (R, V) of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
+    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Float[Tensor, "R V"]:
+        """Logits of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
         x = self.model.embed(twice(rows.given, self.guided), **conditions(self.model, rows, self.guided))
         features = self.model.transformer(x, causal=True, first=x.shape[1] - 1, cache=cache)  # (R, 1, D)
         return self.model.head(features[:, 0])
 
-    def next_logits(self, token: Tensor, index: int | Tensor, cache: KVCache | SteppedCache) -> Tensor:
-        """Logits (R, V) of the token after target token number `index`, token (C,)."""
+    def next_logits(
+        self, token: Int64[Tensor, " C"], index: int | Tensor, cache: KVCache | SteppedCache
+    ) -> Float[Tensor, "R V"]:
+        """Logits of the token after target token number `index`."""
         x = self.model.embed_token(twice(token, self.guided), index)  # (R, D)
         return self.model.head(self.step(x, cache))
 

@@ -58,7 +58,7 @@ class Sampler(ABC):
         *,
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
-        given: Int64[Tensor, "B m"] | None = None,
+        given: Int64[Tensor, "B L"] | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Int64[Tensor, "B M"]:
         """Sample the target tokens of B images.
@@ -67,7 +67,7 @@ class Sampler(ABC):
             seeds: one an image; seed, conditions and settings fix an image's tokens, whatever is sampled beside it.
             prefix: prefix tokens (renderers).
             labels: class numbers; -1 or None is unconditional.
-            given: tokens to keep (completion): the first m of a next-token model. A masked model keeps all but
+            given: tokens to keep (completion): the first L of a next-token model. A masked model keeps all but
                 `model.cfg.mask_token`, in any place.
             on_token: called after every step with the number of tokens just decided, over all images of it.
 
@@ -89,7 +89,7 @@ class Sampler(ABC):
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         """Tokens (C, M) of a micro-batch with the uniforms u; reports how many tokens it decided, a row or all."""
 
-    def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
+    def combine(self, logits: Float[Tensor, "R *V"]) -> Float[Tensor, "C *V"]:
         """Float32 logits of the images from those of all rows, R = 2C under guidance."""
         return guide(logits, self.cfg_scale) if self.guided else logits.float()
 
@@ -109,6 +109,6 @@ def report(on_token: Callable[[int], None] | None, count: int, decided: Tensor |
         on_token(decided * count if isinstance(decided, int) else int(decided[:count].sum()))
 
 
-def twice(x: Tensor, guided: bool) -> Tensor:
+def twice(x: Int64[Tensor, "C ..."], guided: bool) -> Int64[Tensor, "R ..."]:
     """The rows stacked on themselves for guidance."""
     return torch.cat([x, x]) if guided else x
