@@ -124,7 +124,7 @@ def test_a_missing_or_foreign_file_says_how_to_get_the_weights(tmp_path: Path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     with pytest.raises(DigitError, match="tensorflow or clean"):
         InceptionV3("bilinear")
     with torch.device("meta"):

@@ -101,7 +101,7 @@ def test_the_grid_shows_the_first(pipe, tmp_path, monkeypatch):
 
 def test_names_sort_as_numbers(tmp_path):
     request = {"num": 200_000, "batch_size": 1}
-    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(0), [])
+    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(0, dtype=torch.int64), [])
     names = [folder.picture(i).name for i in (99_999, 100_000)]
     assert names == sorted(names) and all(sample_journal.OURS.fullmatch(name) for name in names)
 

@@ -203,7 +203,7 @@ def test_ranks_share_what_is_missing_in_order(pipe, tmp_path, monkeypatch):
     for i in (5, 20, 24, 39):
         (tmp_path / f"{i:05d}.png").unlink()
     request = json.loads((tmp_path / "journal.json").read_text())["request"]
-    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(40), [])
+    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(40, dtype=torch.int64), [])
     folder.begin()
     shares = []
     for rank in range(3):

@@ -188,7 +188,7 @@ def mixed_e(channels: int, pool: nn.Module) -> Parallel:
 class InceptionV3(nn.Module):
     """The network behind FID, KID, sFID and the Inception Score, resize included."""
 
-    def __init__(self, resize: str = "tensorflow"):
+    def __init__(self, resize: Resize = "tensorflow"):
         super().__init__()
         if resize not in RESIZES:
             raise DigitError(f"unknown resize {resize!r} for Inception: choose {' or '.join(get_args(Resize))}")
