@@ -1,4 +1,4 @@
-"""A batch of drawn images on its way to host memory."""
+"""A batch of sampled images that is copied to host memory."""
 
 from collections.abc import Mapping
 
@@ -12,14 +12,14 @@ IMAGES = "images"
 class SampleBatch:
     """Images `first` .. `first + B - 1` of a stream.
 
-    On a GPU the copies to host memory go on while the next batch is drawn; whoever looks at them, in any thread, waits
-    until they are whole.
+    On a GPU the copies to host memory run while the next batch is sampled. Reading `images` or `tokens`, in any thread,
+    waits until the copies are complete.
 
     Attributes:
         first: number of the first image; image i has seed `seed + i`.
         labels: (B,) int64, -1 for none.
         images: (B, 3, H, W) uint8.
-        tokens: {"discriminative": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
+        tokens: {"discriminative": (B, N), "vq": (B, M)} int64; only those that the pipeline has.
     """
 
     def __init__(self, first: int, labels: Int64[Tensor, " B"], tensors: Mapping[str, Tensor]):
@@ -44,7 +44,7 @@ class SampleBatch:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-    """CPU tensors, and for a GPU the event after which they are whole: pinned memory is filled without waiting."""
+    """CPU tensors, and for a GPU the event that ends their asynchronous copies into pinned memory."""
     device = next(iter(tensors.values())).device
     if device.type != "cuda":
         return {name: tensor.cpu() for name, tensor in tensors.items()}, None

@@ -1,4 +1,4 @@
-"""DigitPipeline: label or picture -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
+"""DigitPipeline: label or image -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
 
     stage 1   [label or start] -> prior -> discriminative tokens (B, N)
     stage 2   [discriminative tokens | start] -> renderer -> VQ tokens (B, M) -> VQGAN decoder -> pixels
@@ -46,7 +46,7 @@ PARTS = ("tokenizer", "vq", "prior", "renderer")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Images to sample: the seed of the first, their classes, and tokens that are given (completion)."""
+    """Images to sample: the seed of the first, their classes, and tokens to keep (completion)."""
 
     seed: int
     labels: Int64[Tensor, " B"]
@@ -62,7 +62,7 @@ class GenerationRequest:
         return [self.seed + i for i in range(len(self.labels))]
 
     def labels_of(self, model: SequenceModel) -> Int64[Tensor, " B"] | None:
-        """The labels for a model that knows classes, None for another."""
+        """The labels if the model is class-conditional, else None."""
         return self.labels if model.cfg.num_classes else None
 
     def rows(self, first: int, count: int) -> "GenerationRequest":
@@ -75,7 +75,7 @@ class GenerationRequest:
 
 
 class DigitPipeline:
-    """Tokenizer, prior, renderer and VQGAN of one image space. Parts may be missing; what needs them says so.
+    """Tokenizer, prior, renderer and VQGAN trained together. A method whose part is missing raises DigitError.
 
     Attributes:
         tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
@@ -128,12 +128,12 @@ class DigitPipeline:
                 raise DigitError(f"{left} is {first}, {right} {second}: these parts were not trained together")
 
     def require(self, *names: str) -> None:
-        """Raise DigitError unless the named parts are there (tokenizer, vq, prior, renderer)."""
+        """Raise DigitError unless the pipeline has the named parts (tokenizer, vq, prior, renderer)."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             there = [name for name in PARTS if getattr(self, name) is not None]
             raise DigitError(
-                f"this needs {' and '.join(missing)}, and the pipeline holds {', '.join(there) or 'nothing'} alone: "
+                f"this needs {' and '.join(missing)}, but the pipeline has only {', '.join(there) or 'nothing'}: "
                 "add what is missing (digit convert, digit fit)"
             )
 
@@ -162,7 +162,7 @@ class DigitPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         for model in (self.renderer, self.prior):
             if model is not None:
                 return next(model.parameters()).device
@@ -209,11 +209,11 @@ class DigitPipeline:
         """Sample batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
-            num: how many; by default one a label.
+            num: number of images; by default one per label.
             labels: class numbers, repeated in turn up to `num`; None takes all classes evenly.
             seed: of image 0.
             start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
-                size, or end is `num`. The batches are those of the whole stream, bit for bit: machines can share it.
+                size, or end is `num`. The batches equal those of the whole stream bit for bit: machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
@@ -252,16 +252,16 @@ class DigitPipeline:
         labels: Sequence[int] | int | None = None,
         **sampling: Any,
     ) -> UInt8[Tensor, "B 3 S S"]:
-        """Keep the first rows of each picture and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+        """Keep the first rows of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
             images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
             keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
             seed: of the first image.
-            labels: class numbers; None takes for each picture the class under which its tokens are likeliest.
+            labels: class numbers; None takes for each image the class under which its tokens are most likely.
 
-        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
-        of view lets some of the hidden part through.
+        Note: as in the paper, the kept tokens are computed from the whole image, so that an encoder with a wide
+        receptive field reveals some of the hidden part.
         """
         if self._require_sampling() is self.prior:
             self.require("tokenizer")
@@ -282,14 +282,14 @@ class DigitPipeline:
     def guess_labels(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, " B"]:
         """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
 
-        A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
-        without a class would start from noise.
+        A class-conditional model trained without label dropout never saw the plain start symbol, whose embedding is
+        therefore untrained.
         """
         first = self._require_sampling()
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
-            raise DigitError("a masked model gives no likelihood to tell classes by: give labels")
+            raise DigitError("a masked model has no likelihood from which to predict the classes: give labels")
         if first is self.prior:
             self.require("tokenizer")
         tokenizer = self.tokenizer if first is self.prior else self.vq
@@ -334,7 +334,7 @@ class DigitPipeline:
         *,
         pixels: bool = True,
     ) -> Iterator[SampleBatch]:
-        """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
+        """The batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
         num, model, vq = len(request.labels) if end is None else end, self._require_renderer(), self._require_vq()
         prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
         assert batch_size is not None, "sized"
@@ -357,7 +357,7 @@ class DigitPipeline:
                 yield batch
 
     def _prefix(self, prior: Sampler | None, rows: GenerationRequest) -> Tensor:
-        """Discriminative tokens (B, N) of these images: as given, or sampled after those that are given."""
+        """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
         given = rows.discriminative
         if given is not None and given.shape[1] == self._require_renderer().cfg.prefix_len:
             return given.to(self.device)
@@ -374,7 +374,7 @@ class DigitPipeline:
         if num is None:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:
-            raise DigitError(f"num is {num}: at least 1 image")
+            raise DigitError(f"num is {num}: it must be at least 1")
         known = self._require_sampling().cfg.num_classes
         if labels is None:
             chosen = range(known) if known else [-1]
@@ -390,14 +390,14 @@ class DigitPipeline:
         return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
 
     def settings(self, **changes: Any) -> SamplingConfig:
-        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for one out of range."""
+        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for bad values."""
         for stage in ("prior", "renderer"):
             if isinstance(changes.get(stage), dict):
                 changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
         return replace(self.sampling, **changes)
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
-        """`cfg` with a batch size: its own, else one that fits into the memory that is free now."""
+        """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
         if cfg.batch_size is not None:
             return cfg
         renderer, vq = self._require_renderer(), self._require_vq()
@@ -452,7 +452,7 @@ class DigitPipeline:
 
 
 def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
-    """The paper's VQ-only baseline of a run (`digit train vq_ar`), over the VQGAN of its pipeline; None without one."""
+    """The paper's VQ-only baseline of a run (`digit train vq_ar`), with the pipeline's VQGAN; None without one."""
     model = Path(folder) / "vq_ar"
     if not (model / "model.json").is_file():
         return None
