@@ -99,6 +99,18 @@ def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tupl
         raise BadImageError(f"{source.key(index)}: {error}") from error
 
 
+def read_rows(
+    source: ImageSource, cfg: PreprocessConfig, rows: np.ndarray, *, crops_per_image: int = 1, seed: int = 0
+) -> torch.Tensor:
+    """(B, 3, S, S) uint8: some rows of a `CropLoader` over the whole source. Raises BadImageError for broken images."""
+    images = np.empty((len(rows), 3, cfg.crop_size, cfg.crop_size), dtype=np.uint8)
+    for place, row in enumerate(rows):
+        index, crop = divmod(int(row), crops_per_image)
+        square = cut(read_resized(source, index, cfg)[0], cfg, seed=seed, index=index, crop=crop)  # (S, S, 3)
+        images[place] = square.transpose(2, 0, 1)
+    return torch.from_numpy(images)
+
+
 class CropLoader:
     """Yields every crop of every image, in order, in batches; broken images are marked, not dropped.
 

@@ -34,7 +34,7 @@ from digit.pipeline.manifest import (
 )
 from digit.runtime.progress import Progress
 from digit.sampling.config import SamplingConfig, StageSampling
-from digit.sampling.kinds import make_sampler
+from digit.sampling.kinds import get_kind, make_sampler
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
@@ -109,8 +109,9 @@ class DigitPipeline:
         prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
         prefix = renderer.prefix_vocab_size if renderer else 0
         codes = self.tokenizer and self.tokenizer.vocab_size
+        vq = None if self.renders_pixels else self.vq
         pairs = [
-            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", self.vq and self.vq.vocab_size),
+            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", vq and vq.vocab_size),
             ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
@@ -121,7 +122,7 @@ class DigitPipeline:
             ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
-            ("renderer length", renderer and renderer.target_len, "VQ tokens", self.vq and math.prod(self.vq.grid)),
+            ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -144,8 +145,10 @@ class DigitPipeline:
         return self.vq
 
     def _require_renderer(self) -> SequenceModel:
-        """The renderer. Raises DigitError without it, or without the VQ tokenizer that decodes its tokens."""
-        self.require("vq", "renderer")
+        """The renderer. Raises DigitError without it, or without the VQ tokenizer that its tokens need."""
+        self.require("renderer")
+        if not self.renders_pixels:
+            self.require("vq")
         assert self.renderer is not None
         return self.renderer
 
@@ -159,6 +162,11 @@ class DigitPipeline:
         """The model that samples first. Raises DigitError where a part is missing."""
         renderer = self._require_renderer()
         return self._require_prior() if renderer.cfg.prefix_len else renderer
+
+    @property
+    def renders_pixels(self) -> bool:
+        """Whether the renderer gives images, not VQ tokens."""
+        return self.renderer is not None and get_kind(self.renderer.cfg.kind).sampler.output == "images"
 
     @property
     def device(self) -> torch.device:
@@ -313,6 +321,7 @@ class DigitPipeline:
 
     def render_tokens(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
+        self.require("vq", "renderer")
         renderer = self._require_renderer()
         if not renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
@@ -322,7 +331,7 @@ class DigitPipeline:
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
-        nothing = self.decode(torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64))
+        nothing = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
     def _sample(
@@ -335,7 +344,7 @@ class DigitPipeline:
         pixels: bool = True,
     ) -> Iterator[SampleBatch]:
         """The batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
-        num, model, vq = len(request.labels) if end is None else end, self._require_renderer(), self._require_vq()
+        num, model = len(request.labels) if end is None else end, self._require_renderer()
         prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
         assert batch_size is not None, "sized"
         prior = self._sampler(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
@@ -351,7 +360,9 @@ class DigitPipeline:
                 else:
                     tensors["vq"] = rendered
                     if pixels:
-                        tensors[IMAGES] = vq.decode(rendered, "bf16" if cfg.precision == "bf16" else None)
+                        tensors[IMAGES] = self._require_vq().decode(
+                            rendered, "bf16" if cfg.precision == "bf16" else None
+                        )
                 batch = SampleBatch(first, rows.labels, tensors)
                 bar.update(len(batch))
                 yield batch

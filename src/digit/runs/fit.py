@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from digit.data.images import ImageSource, open_source
-from digit.data.loader import CachedCrops
+from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenBatches, TokenStore
 from digit.errors import DigitError, MismatchError
@@ -320,10 +320,17 @@ class Run:
     def batches(self, name: str, cfg: TrainConfig) -> "ModelBatches":
         """step -> {"target", "prefix", "labels"} for one of ROLES, from tokens in RAM."""
         labelled = bool(self.sequence_config(name).num_classes)
-        names = [*get_role(name).inputs, *(["labels"] if labelled else [])]
+        role = get_role(name)
+        names = [*role.tokens, *(["labels"] if labelled else [])]
         rows = np.flatnonzero(~self.held_out_rows())
         read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
-        return ModelBatches(read, partial(loss_arguments, get_role(name), labelled=labelled))
+        pixels = self._crops if role.target == "pixels" else None
+        return ModelBatches(read, partial(loss_arguments, role, labelled=labelled), pixels)
+
+    def _crops(self, rows: np.ndarray) -> torch.Tensor:
+        """(B, 3, H, W) uint8: the crops that these rows of the token store were made of."""
+        recipe = self.recipe
+        return read_rows(self.source, recipe.preprocess, rows, crops_per_image=recipe.crops_per_image, seed=recipe.seed)
 
     def held_out_rows(self) -> np.ndarray:
         """bool (R,): rows kept out of training: every 1 / validation_fraction-th image, with all its crops."""
@@ -337,7 +344,10 @@ class Run:
         rows = np.flatnonzero(self.held_out_rows())
         chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
         labelled = bool(self.sequence_config(name).num_classes)
-        batch = loss_arguments(get_role(name), self.write_tokens().batch(chosen), labelled=labelled)
+        found = self.write_tokens().batch(chosen)
+        if get_role(name).target == "pixels":
+            found["pixels"] = self._crops(chosen)
+        batch = loss_arguments(get_role(name), found, labelled=labelled)
         batch = {name: None if value is None else value.to(self.device) for name, value in batch.items()}
 
         def validate(model: SequenceModel) -> dict[str, float]:
@@ -373,9 +383,13 @@ class ModelBatches:
 
     read: TokenBatches
     arguments: Callable[[dict[str, torch.Tensor]], dict[str, Any]]
+    pixels: Callable[[np.ndarray], torch.Tensor] | None = None
 
     def __call__(self, step: int) -> dict[str, Any]:
-        return self.arguments(self.read(step))
+        rows = self.read(step)
+        if self.pixels is not None:
+            rows["pixels"] = self.pixels(self.read.rows(step))
+        return self.arguments(rows)
 
     def rows(self, step: int) -> np.ndarray:
         return self.read.rows(step)

@@ -4,14 +4,14 @@ Every field can be changed on the command line (`digit fit DATA --recipe small -
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig
 from digit.models.vqgan import VQGANConfig
-from digit.runs.roles import RENDERERS, Role, get_role
+from digit.runs.roles import RENDERERS, RendererKind, Role, get_role
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
@@ -50,6 +50,9 @@ class TokenSpace(NamedTuple):
     length: int
 
 
+NO_TOKENS = TokenSpace(0, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides a run but the data and the output folder."""
@@ -85,7 +88,7 @@ class Recipe:
     """Training of stage 1."""
     renderer: ModelSpec = field(default_factory=ModelSpec)
     """Stage 2: VQ tokens from discriminative tokens; also the size of the VQ-only baselines."""
-    renderer_kind: Literal["ar", "masked"] = "ar"
+    renderer_kind: RendererKind = "ar"
     """Next-token renderer (ar) or MaskGIT (masked)."""
     renderer_training: TrainConfig = RELEASED_TRAINING
     """Training of stage 2."""
@@ -122,11 +125,9 @@ class Recipe:
     def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
         """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}."""
         role = get_role(name)
-        size, target = self.size(role), tokens[role.target]
-        prefix = TokenSpace(0, 0) if role.prefix is None else tokens[role.prefix]
-        settings = dict(
-            vocab_size=target.vocab_size,
-            target_len=target.length,
+        size = self.size(role)
+        prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
+        settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             num_classes=num_classes if role.labels else 0,
@@ -139,7 +140,13 @@ class Recipe:
             num_heads=size.num_heads,
             dropout=size.dropout,
         )
-        return get_kind(role.kind).config(**settings)
+        if role.target == "pixels":
+            settings["image_size"] = self.preprocess.crop_size
+        else:
+            settings |= {"vocab_size": tokens[role.target].vocab_size, "target_len": tokens[role.target].length}
+        config = get_kind(role.kind).config
+        known = {setting.name for setting in fields(config)}
+        return config(**{name: value for name, value in settings.items() if name in known})
 
     def with_seed(self) -> "Recipe":
         """The recipe with its one seed in every part."""

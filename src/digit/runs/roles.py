@@ -13,6 +13,7 @@ from torch import Tensor
 from digit.errors import DigitError
 
 Tokens = Literal["discriminative", "vq"]
+RendererKind = Literal["ar", "masked"]
 Settings = Literal["prior", "renderer"]
 
 
@@ -22,8 +23,8 @@ class Role:
 
     name: str
     """Its folder in a run, and its name on the command line."""
-    target: Tokens
-    """Tokens that it predicts."""
+    target: Tokens | Literal["pixels"]
+    """What it predicts: tokens, or the crop itself."""
     prefix: Tokens | None = None
     """Tokens that it sees whole, before the target."""
     kind: str = "next_token"
@@ -38,9 +39,9 @@ class Role:
     """Models that it stands in for. It trains for as many FLOPs as they take together."""
 
     @property
-    def inputs(self) -> tuple[Tokens, ...]:
+    def tokens(self) -> tuple[Tokens, ...]:
         """Kinds of tokens that training reads."""
-        return (self.target,) if self.prefix is None else (self.prefix, self.target)
+        return tuple(kind for kind in (self.prefix, self.target) if kind not in (None, "pixels"))
 
 
 ROLES = {
@@ -53,7 +54,7 @@ ROLES = {
         Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer")),
     )
 }
-RENDERERS = {"ar": "renderer", "masked": "renderer_masked"}  # recipe.renderer_kind to the role
+RENDERERS: dict[RendererKind, str] = {"ar": "renderer", "masked": "renderer_masked"}  # recipe.renderer_kind to the role
 
 
 def get_role(name: str) -> Role:
@@ -64,7 +65,10 @@ def get_role(name: str) -> Role:
 
 
 def loss_arguments(role: Role, rows: Mapping[str, Tensor], *, labelled: bool) -> dict[str, Any]:
-    """Rows of the token store, {"discriminative": (B, N), "vq": (B, M), "labels": (B,)}, as keywords of the loss."""
+    """Rows of the token store, {"discriminative": (B, N), "vq": (B, M), "labels": (B,)}, as keywords of the loss.
+
+    A role whose target is pixels also needs "pixels", (B, 3, H, W) uint8.
+    """
     return {
         "target": rows[role.target],
         "prefix": None if role.prefix is None else rows[role.prefix],
