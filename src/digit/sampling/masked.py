@@ -41,7 +41,7 @@ class MaskedSampler(Sampler):
 
     @property
     def uniform_shape(self) -> tuple[int, ...]:
-        """Every step takes one number for the code and one for the confidence of each token."""
+        """Every step takes two numbers per token: one for its code, one for its confidence."""
         return (self.num_steps, 2, self.model.cfg.target_len)
 
     def sample_micro_batch(

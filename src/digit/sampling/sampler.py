@@ -1,4 +1,4 @@
-"""What every sampler does: prepare the model once, check each request, cut it into micro-batches, sample them."""
+"""Base class of samplers: prepares the model once, checks each request, splits it into micro-batches, samples them."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidan
 class Sampler(ABC):
     """A model prepared for sampling, once for many batches.
 
-    It may not see later changes of the model's weights: make another one. Not thread-safe.
+    Later changes of the model's weights may not take effect: make a new sampler. Not thread-safe.
     """
 
     output: Literal["tokens", "images"] = "tokens"
-    """What a call gives: tokens, or the images themselves, (B, 3, H, W) uint8."""
+    """What a call returns: tokens, or images (B, 3, H, W) uint8."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Sampler(ABC):
         check_guidance(model, cfg_scale)
         self.micro_batch_size = MICRO_BATCH_SIZE if micro_batch_size is None else micro_batch_size
         if self.micro_batch_size < 1:
-            raise DigitError(f"micro_batch_size is {micro_batch_size}: at least 1")
+            raise DigitError(f"micro_batch_size is {micro_batch_size}: it must be at least 1")
         self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
         self.num_rows = self.micro_batch_size * (2 if self.guided else 1)
         self.model = prepare(model, dtype, self.num_rows)
@@ -64,12 +64,12 @@ class Sampler(ABC):
         """Sample the target tokens of B images.
 
         Args:
-            seeds: one an image; seed, conditions and settings fix an image's tokens, whatever is sampled beside it.
+            seeds: one per image. Seed, conditions and settings determine an image's tokens, whatever the other images.
             prefix: prefix tokens (renderers).
             labels: class numbers; -1 or None is unconditional.
             given: tokens to keep (completion): the first L of a next-token model. A masked model keeps all but
-                `model.cfg.mask_token`, in any place.
-            on_token: called after every step with the number of tokens just decided, over all images of it.
+                `model.cfg.mask_token`, at any position.
+            on_token: called after every step with the number of tokens just sampled, summed over the micro-batch.
 
         Raises DigitError for conditions that do not fit the model.
         """
@@ -83,32 +83,32 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def uniform_shape(self) -> tuple[int, ...]:
-        """Shape of the uniform random numbers that one image takes."""
+        """Shape of the uniform random numbers of one image."""
 
     @abstractmethod
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
-        """Tokens (C, M) of a micro-batch with the uniforms u; reports how many tokens it decided, a row or all."""
+        """Sample a micro-batch from the uniforms u; reports the number of tokens sampled, per row or the same for all."""
 
-    def combine(self, logits: Float[Tensor, "R *V"]) -> Float[Tensor, "C *V"]:
-        """Float32 logits of the images from those of all rows, R = 2C under guidance."""
+    def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
+        """Float32 logits of the C images from those of all R rows; R = 2C with guidance."""
         return guide(logits, self.cfg_scale) if self.guided else logits.float()
 
 
 def prepare(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:
-    """A copy in `dtype`, cast once, where autocast would cast for every token; its matrices packed on a CPU.
+    """A copy cast to `dtype` once (autocast would cast for every token), with matrices packed on a CPU.
 
-    In the model's own type it shares all parameters that are not packed.
+    Without a cast, it shares all parameters that are not packed with the model.
     """
     cast = {id(p): nn.Parameter(p.detach().to(dtype or p.dtype), requires_grad=False) for p in model.parameters()}
     return pack_linears(copy.deepcopy(model, cast).eval(), num_rows)
 
 
 def report(on_token: Callable[[int], None] | None, count: int, decided: Tensor | int) -> None:
-    """Tell of the tokens decided in the first `count` rows; the others only fill the micro-batch."""
+    """Report the tokens sampled in the first `count` rows; the other rows only pad the micro-batch."""
     if on_token:
         on_token(decided * count if isinstance(decided, int) else int(decided[:count].sum()))
 
 
 def twice(x: Int64[Tensor, "C ..."], guided: bool) -> Int64[Tensor, "R ..."]:
-    """The rows stacked on themselves for guidance."""
+    """The rows twice for guidance, else once."""
     return torch.cat([x, x]) if guided else x
