@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from digit.convert.reading import read_torch
 from digit.convert.vit_checkpoints import FORMATS, read_vit
 from digit.errors import DigitError
-from digit.models.products import prepacked, linear
+from digit.models.products import linear, prepacked
 from digit.models.vit import SIZES, Attention, SwiGLU, ViT, ViTConfig
 from digit.runtime.files import save_tensors
 

@@ -167,7 +167,7 @@ def test_a_signal_lets_the_batch_at_hand_be_written(pipe, whole, tmp_path, monke
         if at == 12:
             draw(pipe, tmp_path / "s")
         else:
-            with pytest.raises(Stopped, match=f"^{at + SIZE} of 13 images are drawn$"):
+            with pytest.raises(Stopped, match=f"^{at + SIZE} of 13 images are sampled$"):
                 draw(pipe, tmp_path / "s")
             assert json.loads((tmp_path / "s" / "journal.json").read_text())["done"] == [[0, at + SIZE]]
     assert signal.getsignal(number) == handler

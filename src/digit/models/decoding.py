@@ -1,7 +1,7 @@
-"""The backbone for decoding: one position a row against a cache, as flat products instead of modules.
+"""Decoding step of the backbone: one position per row with a key-value cache, as plain functions instead of modules.
 
-A step of a small model takes as long to call as to compute, so the residual sums and, for few rows, the GELU go into
-the products. The same arithmetic as `Transformer.forward`, up to rounding.
+Call overhead equals compute in small models, so residual adds and, for few rows, the GELU are fused into matmuls.
+Equals `Transformer.forward` up to rounding.
 
 Shapes: R rows, D width, H heads, d = D / H.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from digit.models.products import PackedLinear
 from digit.models.transformer import Block, KVCache, SteppedCache, Transformer, attend
 
-FUSED_GELU_ROWS = 16  # from about here on oneDNN's own GELU is slower than torch's (measured at 8 and 64 rows)
+FUSED_GELU_ROWS = 16  # above this, oneDNN's GELU is slower than torch's (measured at 8 and 64 rows)
 Product = Callable[..., Tensor]
 
 
@@ -42,7 +42,7 @@ class StepTransformer:
 
 
 class StepBlock:
-    """One block."""
+    """One block of the backbone."""
 
     def __init__(self, block: Block, num_rows: int) -> None:
         attention, mlp = block.attention, block.mlp

@@ -30,7 +30,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280  # the Lite family scales neither
-MAX_MULTIPLIER = 32  # past all use: a larger number in a file is a fault
+MAX_MULTIPLIER = 32  # larger numbers in a file are errors
 
 
 @dataclass(frozen=True, kw_only=True)

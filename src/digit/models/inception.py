@@ -23,7 +23,7 @@ Resize = Literal["tensorflow", "clean"]
 
 
 class InceptionFeatures(NamedTuple):
-    """All that the metrics want of one pass, float32."""
+    """Everything that the metrics need, from one forward pass, float32."""
 
     pooled: Tensor  # (B, 2048): FID, KID, precision and recall
     spatial: Tensor  # (B, 2023): sFID, in the order row, column, channel

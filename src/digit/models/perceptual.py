@@ -99,7 +99,7 @@ class PerceptualDistance(nn.Module):
 
 
 class EncoderDistance(nn.Module):
-    """Distance in the features of a frozen EfficientNet: what a thing is weighs more than in a VGG's first stages.
+    """Perceptual distance in the features of a frozen EfficientNet classifier.
 
     Args:
         net: the network with its head or without; its parameters are frozen.

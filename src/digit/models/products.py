@@ -1,8 +1,8 @@
-"""x W^T + b without gradients, on the kernels that are fastest for the CPU at hand.
+"""x W^T + b without gradients, by the fastest kernels of the CPU.
 
 torch hands float32 products to MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which torch ships too, uses
-it everywhere (measured on an AVX-512 EPYC: 430 against 200 GFLOP/s). Its entry in torch is private, so that a build
-without it costs speed alone.
+it everywhere (measured on an AVX-512 EPYC: 430 against 200 GFLOP/s). It is a private operator of torch; builds
+without it use F.linear, which is only slower.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @cache
 def has_onednn() -> bool:
-    """Whether this build of torch hands linear layers to oneDNN, and the processor has AVX-512 for it."""
+    """Whether this build of torch has oneDNN's linear operator, and the processor AVX-512."""
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return built and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
 
 @torch.no_grad()
 def can_pack(layer: nn.Linear) -> bool:
-    """Whether this torch build packs this layer, and its processor gains by it."""
+    """Whether this torch build can pack this layer, and packing makes it faster on this processor."""
     gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
     return gains and uses_onednn(layer.weight, layer.weight) and prepacked(layer.weight[:1]).is_mkldnn
 

@@ -5,8 +5,8 @@
 
 Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. As released, prefix and [start | target]
 have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
-output projection are separate. Not as released: no special symbols (they are never drawn, and forbidden when decoding),
-so the softmax is over codes alone and no end-of-sequence symbol is predicted.
+output projection are separate. Not as released: no special symbols (released decoding forbids them), so
+the softmax is over codes alone and no end-of-sequence symbol is predicted.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class SequenceConfig(TransformerConfig):
 class SequenceModel(nn.Module):
     """Transformer over [prefix | start | target] with logits over the target's codes."""
 
-    uses_every_parameter = True  # by the loss of every batch, labelled or not
+    uses_every_parameter = True  # in the loss of every batch, with or without labels
 
     def __init__(self, cfg: SequenceConfig) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class SequenceModel(nn.Module):
         """Set position tables from places in the picture, so that near tokens, prefix and target alike, start near.
 
         Not as released (random tables); for short training: a renderer of rendered shapes gains 0.3 nats a token in its
-        first 24,000 images. One half of a row says where its token is, the other where the token is that it predicts; a
+        first 24,000 images. One half of a row says where its token is, the other where the token that it predicts is; a
         random orthogonal map mixes both. `grid` and `prefix_grid` are (rows, columns) of target and prefix.
         """
         width = self.cfg.embed_dim
@@ -179,7 +179,10 @@ class SequenceModel(nn.Module):
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Embedded [prefix | start | target] with positions, T = P + 1 + L. `drop_prefix` marks rows that see the null prefix."""
+        """Embedded [prefix | start | target] with positions, T = P + 1 + L.
+
+        `drop_prefix` marks rows that see the null prefix.
+        """
         batch, length = target.shape
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
         tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + L, D)
@@ -250,7 +253,7 @@ class SequenceModel(nn.Module):
 
         Args:
             target: codes 0..V-1; a masked model also takes `cfg.mask_token`. A next-token model shifts them itself.
-            prefix: prefix codes; None draws on the null prefix (models trained with prefix_dropout).
+            prefix: prefix codes; None uses the null prefix (models trained with prefix_dropout).
             labels: class numbers; -1 or None is the plain start symbol.
             return_hidden: also return the embedding output and every block's output over the whole sequence
                 [prefix | start | target], T = P + 1 + M (linear probes average over all of it).
@@ -296,16 +299,16 @@ class SequenceModel(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean cross-entropy over the target (masked models: over the hidden tokens), and metrics.
 
-        `hide`, `drop_labels` and `drop_prefix` are what `noise` draws: tokens to predict (a masked model must have
-        them), rows that lose their label or prefix. Dropout draws from torch's global generator. Figures are detached
-        scalars: nll (nats per token, without smoothing), perplexity, accuracy.
+        `noise` samples `hide` (tokens to predict, required by a masked model), `drop_labels` and `drop_prefix` (rows
+        that lose their label or prefix). Dropout uses torch's global generator. Metrics are detached scalars: nll
+        (nats per token, without smoothing), perplexity, accuracy.
         """
         if drop_labels is not None and labels is not None:
             labels = labels.masked_fill(drop_labels, -1)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
             return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
-        assert hide is not None, "a masked model predicts hidden tokens: pass what noise() draws"
+        assert hide is not None, "a masked model predicts hidden tokens: pass the result of noise()"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
         return linear_cross_entropy(features[hide], self.head.weight, target[hide], label_smoothing)
 
@@ -343,7 +346,7 @@ def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tens
     return F.pad(table, (0, width - table.shape[1]))
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Float[Tensor, "..."]:
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Float[Tensor, " ..."]:
     """U(0, 1), sampled on the generator's device and moved to `device`."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)

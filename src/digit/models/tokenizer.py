@@ -1,4 +1,4 @@
-"""What a tokenizer of images is, whatever stands behind it."""
+"""Protocol of image tokenizers."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images to a grid of integers, and integers to the vectors they stand for. B images, N = rows * columns tokens."""
+    """Encodes images as a grid of tokens, and embeds tokens as vectors. B images, N = rows * columns tokens."""
 
     @property
     def vocab_size(self) -> int:

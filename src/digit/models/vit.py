@@ -37,7 +37,7 @@ class ViTConfig:
     num_registers: int = 0
     """Register tokens between class token and patches."""
     layer_scale: bool = True
-    """A learned factor per channel behind each attention and each MLP."""
+    """A learned factor per channel after each attention and each MLP."""
     swiglu: bool = False
     """SwiGLU MLP (DINOv2 giant) instead of GELU."""
     mlp_ratio: float = 4.0
@@ -58,7 +58,7 @@ class ViTConfig:
         if not 1 <= self.depth <= MAX_DEPTH or not 1 <= self.kept_blocks <= self.depth:
             raise DigitError(f"ViT: {self.kept_blocks} of {self.depth} blocks: wanted 1 to {MAX_DEPTH}")
         if self.num_registers < 0 or not 0 < self.mlp_ratio <= MAX_MLP_RATIO or self.hidden_dim < 1:
-            raise DigitError(f"ViT: {self.num_registers} registers and mlp_ratio {self.mlp_ratio} make no ViT")
+            raise DigitError(f"ViT: {self.num_registers} registers and mlp_ratio {self.mlp_ratio} are out of range")
         if self.embed_dim % self.num_heads:
             raise DigitError(f"ViT: embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
@@ -204,7 +204,7 @@ class ViT(nn.Module):
         return self.cfg.embed_dim
 
     def with_bfloat16_products(self) -> Self:
-        """A copy for inference whose linear layers multiply in bfloat16; sums, norms and all else stay float32.
+        """A copy for inference whose linear layers multiply in bfloat16; everything else stays float32.
 
         What autocast does, but with weights that are rounded once, not at every call.
         """

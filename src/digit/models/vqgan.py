@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 
-MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # past all use: a larger number in a file is a fault
+MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,7 +107,7 @@ class Conditions(TypedDict):
 
 
 def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> Conditions:
-    """prefix, labels and drop_prefix for `SequenceModel.embed`; with guidance the rows twice, the second half unconditional."""
+    """prefix, labels and drop_prefix for `SequenceModel.embed`; with guidance, a second, unconditional half."""
     prefix, labels, drop = request.prefix, request.labels, None
     if guided:
         if labels is not None:

@@ -87,7 +87,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
-        """Sample a micro-batch from the uniforms u; reports the number of tokens sampled, per row or the same for all."""
+        """Sample a micro-batch with the uniforms u; report the number of tokens sampled, per row or for all rows."""
 
     def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
         """Float32 logits of the C images from those of all R rows; R = 2C with guidance."""
