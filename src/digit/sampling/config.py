@@ -41,6 +41,6 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
-            raise DigitError(f"batch_size is {self.batch_size}: it must be at least 1, or left out")
+            raise DigitError(f"batch_size is {self.batch_size}: at least 1, or leave it out")
         if self.precision not in ("fp32", "bf16"):
             raise DigitError(f"precision is {self.precision!r}: choose fp32 or bf16")
