@@ -134,7 +134,7 @@ class DigitPipeline:
         if missing:
             there = [name for name in PARTS if getattr(self, name) is not None]
             raise DigitError(
-                f"this needs {' and '.join(missing)}, but the pipeline has only {', '.join(there) or 'nothing'}: "
+                f"this needs {' and '.join(missing)}, and the pipeline holds {', '.join(there) or 'nothing'} alone: "
                 "add what is missing (digit convert, digit fit)"
             )
 
@@ -146,9 +146,7 @@ class DigitPipeline:
 
     def _require_renderer(self) -> SequenceModel:
         """The renderer. Raises DigitError without it, or without the VQ tokenizer that its tokens need."""
-        self.require("renderer")
-        if not self.renders_pixels:
-            self.require("vq")
+        self.require(*(["renderer"] if self.renders_pixels else ["vq", "renderer"]))
         assert self.renderer is not None
         return self.renderer
 
