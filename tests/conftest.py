@@ -3,10 +3,18 @@
 import os
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
-from digit.runtime import progress
+CHECKED = (  # rooms whose annotations, shapes included, are checked at every call
+    "digit.models",
+    "digit.pipeline",
+    "digit.sampling",
+)
+jaxtyping.install_import_hook(CHECKED, "typecheck.check")
+
+from digit.runtime import progress  # noqa: E402  (after the hook)
 
 torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
 
@@ -15,6 +23,14 @@ torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded proce
 def _quiet_and_seeded():
     progress.quiet()
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked():
+    """No annotation is checked: for tests of the package's own errors for wrong types and shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_all_outputs_equal_torch_fidelity(weights: Path):
 
 def test_spatial_features_are_in_the_order_of_the_released_statistics():
     # ADM's evaluator flattens TensorFlow's (row, column, channel); its .npz statistics are in this order
-    cells = torch.arange(8 * 2 * 3).view(1, 8, 2, 3)
+    cells = torch.arange(8.0 * 2 * 3).view(1, 8, 2, 3)
     flat = first_channels(cells)
     assert flat.shape == (1, 2 * 3 * 7)
     assert flat[0, (1 * 3 + 2) * 7 + 5] == cells[0, 5, 1, 2]
@@ -124,7 +124,7 @@ def test_a_missing_or_foreign_file_says_how_to_get_the_weights(tmp_path: Path):
         assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     with pytest.raises(DigitError, match="tensorflow or clean"):
         InceptionV3("bilinear")
     with torch.device("meta"):

@@ -122,7 +122,7 @@ def test_dropped_labels_follow_the_generator_and_the_rate():
     assert torch.equal(lost, model.loss(batch["target"][few], labels=labels[few])[0])
 
 
-def test_noise_is_what_the_model_draws():
+def test_noise_is_what_the_model_samples():
     target, labels = torch.zeros(4, 6, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     assert make(num_classes=5).noise({"target": target, "labels": labels}, None) == {}
     assert make(num_classes=5, label_dropout=0.3).noise({"target": target, "labels": None}, None) == {}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from digit.convert.reading import read_torch
 from digit.convert.vit_checkpoints import FORMATS, read_vit
 from digit.errors import DigitError
-from digit.models.products import arranged, linear
+from digit.models.products import linear, prepacked
 from digit.models.vit import SIZES, Attention, SwiGLU, ViT, ViTConfig
 from digit.runtime.files import save_tensors
 
@@ -60,7 +60,7 @@ def test_products_are_those_of_torch(shape, gelu: bool):
     wanted = F.gelu(F.linear(x, weight, bias)) if gelu else F.linear(x, weight, bias)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight, bias, gelu=gelu), wanted, rtol=1e-5, atol=1e-5)
-        for fixed in (weight.bfloat16(), arranged(weight.bfloat16()))[: 2 if x.numel() else 1]:
+        for fixed in (weight.bfloat16(), prepacked(weight.bfloat16()))[: 2 if x.numel() else 1]:
             half = linear(x.bfloat16(), fixed, bias.bfloat16(), gelu=gelu)
             torch.testing.assert_close(half.float(), wanted, rtol=0.03, atol=0.2)
 

@@ -1,4 +1,4 @@
-"""Folders of drawn images: what they hold, which requests they refuse; and the stream that fills them."""
+"""Folders of sampled images: what they hold, which requests they refuse; and the stream that fills them."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def pipe() -> DigitPipeline:
 
 @pytest.fixture(scope="module")
 def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
-    """Every file of a drawing that nothing interrupted."""
+    """Every file of a request that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "samples"
     draw(pipe, folder)
     return contents(folder)
@@ -101,7 +101,7 @@ def test_the_grid_shows_the_first(pipe, tmp_path, monkeypatch):
 
 def test_names_sort_as_numbers(tmp_path):
     request = {"num": 200_000, "batch_size": 1}
-    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(0), [])
+    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(0, dtype=torch.int64), [])
     names = [folder.picture(i).name for i in (99_999, 100_000)]
     assert names == sorted(names) and all(sample_journal.OURS.fullmatch(name) for name in names)
 
@@ -121,18 +121,18 @@ def test_images_are_not_kept(pipe, tmp_path, monkeypatch):
     assert len(alive) == NUM and max(alive) <= 3
 
 
-def test_writing_overlaps_with_drawing(pipe, tmp_path, monkeypatch):
-    """The first batch is on its way to the disk until the second is being drawn."""
-    save, stream, drawing = plots.save_png, DigitPipeline.stream, threading.Event()
+def test_writing_overlaps_with_sampling(pipe, tmp_path, monkeypatch):
+    """The first batch is on its way to the disk until the second is being sampled."""
+    save, stream, sampling = plots.save_png, DigitPipeline.stream, threading.Event()
 
     def watched(*args, **how):
         for batch in stream(*args, **how):
             if batch.first:
-                drawing.set()
+                sampling.set()
             yield batch
 
     def patient(path, image):
-        assert drawing.wait(20), "nothing was drawn while this was to be written"
+        assert sampling.wait(20), "nothing was sampled while this was to be written"
         save(path, image)
 
     monkeypatch.setattr(DigitPipeline, "stream", watched)
@@ -157,7 +157,7 @@ def test_a_whole_folder_is_left_alone(pipe, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     monkeypatch.setattr(DigitPipeline, "stream", None)
     draw(pipe, tmp_path)
-    draw(pipe, tmp_path, batch_size=None)  # whatever it was drawn with
+    draw(pipe, tmp_path, batch_size=None)  # whatever it was sampled with
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
@@ -206,7 +206,7 @@ def test_overwriting_leaves_nothing_of_the_old(pipe, whole, tmp_path):
     assert contents(tmp_path) == whole
 
 
-def test_a_request_that_cannot_be_drawn_leaves_nothing(pipe, tmp_path, whole):
+def test_a_request_that_cannot_be_sampled_leaves_nothing(pipe, tmp_path, whole):
     with pytest.raises(DigitError, match="cfg_scale is 3.0"):
         draw(pipe, tmp_path / "s", prior={"cfg_scale": 3.0})
     assert contents(tmp_path / "s") == {}
@@ -222,7 +222,7 @@ def test_foreign_images_are_not_overwritten(pipe, tmp_path):
     assert contents(tmp_path) == {"00002.png": b"mine"}
 
 
-def test_a_drawing_keeps_its_batch_size(tmp_path, monkeypatch):
+def test_a_request_keeps_its_batch_size(tmp_path, monkeypatch):
     """Chosen from the memory that was free at the start, whatever is free later."""
     pipe, chosen = toy_pipeline(), iter([SIZE, 8])
     monkeypatch.setattr("digit.pipeline.pipeline.choose_batch_size", lambda *_: next(chosen))

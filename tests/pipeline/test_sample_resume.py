@@ -1,4 +1,4 @@
-"""Drawings that are stopped, killed, or run out of disk go on where they were, on any number of ranks."""
+"""Requests that are stopped, killed, or run out of disk go on where they were, on any number of ranks."""
 
 import errno
 import json
@@ -32,16 +32,16 @@ def pipe() -> DigitPipeline:
 
 @pytest.fixture(scope="module")
 def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
-    """Every file of a drawing that nothing interrupted."""
+    """Every file of a request that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "samples"
     draw(pipe, folder)
     return contents(folder)
 
 
 @pytest.mark.parametrize("at", [0, 5, 11, 12])
-def test_a_stopped_drawing_goes_on(pipe, whole, tmp_path, monkeypatch, at):
+def test_a_stopped_request_goes_on(pipe, whole, tmp_path, monkeypatch, at):
     """The writer of image `at` is interrupted."""
-    save, drawn, draw_all = plots.save_png, [], DigitPipeline._sample
+    save, sampled, sample_all = plots.save_png, [], DigitPipeline._sample
 
     def stopped(path, image):
         if Path(path).name == f"{at:05d}.png":
@@ -53,16 +53,16 @@ def test_a_stopped_drawing_goes_on(pipe, whole, tmp_path, monkeypatch, at):
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, tmp_path / "s")
     assert not (tmp_path / "s" / "samples.json").exists()
-    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
+    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: sampled.append(how[2:]) or sample_all(self, *how))
     done = json.loads((tmp_path / "s" / "journal.json").read_text())["done"] if at else []
     draw(pipe, tmp_path / "s")
     first = at // SIZE * SIZE
     assert not any(begin <= at < end for begin, end in done) and [first] <= [end for _, end in done] + [first]
-    assert drawn[0][0] == first and contents(tmp_path / "s") == whole
+    assert sampled[0][0] == first and contents(tmp_path / "s") == whole
 
 
 @pytest.mark.parametrize("place", ["save_png", "savez_compressed", "write_json"])
-def test_a_drawing_stopped_at_the_end_goes_on(pipe, whole, tmp_path, monkeypatch, place):
+def test_a_request_stopped_at_the_end_goes_on(pipe, whole, tmp_path, monkeypatch, place):
     """While grid.png, tokens.npz or samples.json is written."""
     owner = {"save_png": plots, "savez_compressed": np, "write_json": sample_folder}[place]
     real, names = getattr(owner, place), ("grid.png", "samples.json")
@@ -76,7 +76,7 @@ def test_a_drawing_stopped_at_the_end_goes_on(pipe, whole, tmp_path, monkeypatch
         patch.setattr(owner, place, stopped)
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, tmp_path / "s")
-    monkeypatch.setattr(DigitPipeline, "stream", None)  # nothing is drawn again
+    monkeypatch.setattr(DigitPipeline, "stream", None)  # nothing is sampled again
     draw(pipe, tmp_path / "s")
     assert contents(tmp_path / "s") == whole
 
@@ -138,7 +138,7 @@ def test_a_disk_too_full_for_the_tokens_leaves_nothing(pipe, tmp_path, monkeypat
     assert contents(tmp_path / "s") == {}
 
 
-def test_deleted_images_are_drawn_again(pipe, whole, tmp_path, monkeypatch):
+def test_deleted_images_are_sampled_again(pipe, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_folder.SampleFolder, "finish", lambda self: None)
     draw(pipe, tmp_path / "s")
     (tmp_path / "s" / "00006.png").unlink()
@@ -153,7 +153,7 @@ def test_deleted_images_are_drawn_again(pipe, whole, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("at", [0, 8, 12])
 def test_a_signal_lets_the_batch_at_hand_be_written(pipe, whole, tmp_path, monkeypatch, number, at):
-    """The signal comes while batch `at` is drawn; after the last batch there is nothing left to stop."""
+    """The signal comes while batch `at` is sampled; after the last batch there is nothing left to stop."""
     stream, handler = DigitPipeline.stream, signal.getsignal(number)
 
     def signalled(*args, **how):
@@ -167,7 +167,7 @@ def test_a_signal_lets_the_batch_at_hand_be_written(pipe, whole, tmp_path, monke
         if at == 12:
             draw(pipe, tmp_path / "s")
         else:
-            with pytest.raises(Stopped, match=f"^{at + SIZE} of 13 images are drawn$"):
+            with pytest.raises(Stopped, match=f"^{at + SIZE} of 13 images are sampled$"):
                 draw(pipe, tmp_path / "s")
             assert json.loads((tmp_path / "s" / "journal.json").read_text())["done"] == [[0, at + SIZE]]
     assert signal.getsignal(number) == handler
@@ -176,7 +176,7 @@ def test_a_signal_lets_the_batch_at_hand_be_written(pipe, whole, tmp_path, monke
 
 
 def leave_unfinished(pipe: DigitPipeline, folder: Path, monkeypatch, **changes) -> dict:
-    """A drawing that lacks only its end; returns its journal."""
+    """A request that lacks only its end; returns its journal."""
     with monkeypatch.context() as patch:
         patch.setattr(sample_folder.SampleFolder, "finish", lambda self: None)
         draw(pipe, folder, **changes)
@@ -184,8 +184,8 @@ def leave_unfinished(pipe: DigitPipeline, folder: Path, monkeypatch, **changes) 
 
 
 def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monkeypatch):
-    """Of four batches those of ranks 1 and 3 are done; a journal of another drawing counts for nothing."""
-    folder, drawn, draw_all = tmp_path / "s", [], DigitPipeline._sample
+    """Of four batches those of ranks 1 and 3 are done; a journal of another request counts for nothing."""
+    folder, sampled, sample_all = tmp_path / "s", [], DigitPipeline._sample
     journal = leave_unfinished(pipe, folder, monkeypatch)
     other = journal | {"request": journal["request"] | {"seed": 4}, "done": [[0, 13]]}
     for rank, entry in enumerate([{"done": []}, {"done": [[4, 8]]}, other, {"done": [[12, 13]]}]):
@@ -193,9 +193,9 @@ def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monk
         (folder / name).write_text(json.dumps(journal | entry))
     for i in (0, 2, 9):
         (folder / f"{i:05d}.png").unlink()
-    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: drawn.append(how[2:]) or draw_all(self, *how))
+    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: sampled.append(how[2:]) or sample_all(self, *how))
     draw(pipe, folder)
-    assert drawn == [(0, 4), (8, 12)] and contents(folder) == whole
+    assert sampled == [(0, 4), (8, 12)] and contents(folder) == whole
 
 
 def test_ranks_share_what_is_missing_in_order(pipe, tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_ranks_share_what_is_missing_in_order(pipe, tmp_path, monkeypatch):
     for i in (5, 20, 24, 39):
         (tmp_path / f"{i:05d}.png").unlink()
     request = json.loads((tmp_path / "journal.json").read_text())["request"]
-    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(40), [])
+    folder = sample_folder.SampleFolder(tmp_path, request, {}, torch.zeros(40, dtype=torch.int64), [])
     folder.begin()
     shares = []
     for rank in range(3):

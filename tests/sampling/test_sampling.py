@@ -1,4 +1,4 @@
-"""Filters and samplers: what is drawn, what is kept, what is refused."""
+"""Filters and samplers: what is sampled, what is kept, what is refused."""
 
 import copy
 
@@ -79,7 +79,7 @@ def test_inverse_cdf():
     assert sample_from_uniform(logits, u).tolist() == [0, 0, 2, 3, 3]
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
     u = image_uniforms(range(20000), "x", (1,))[:, 0]
     counts = sample_from_uniform(logits.expand(len(u), 4), u).bincount(minlength=4) / len(u)
@@ -108,15 +108,15 @@ def test_cached_equals_uncached(scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_steps_of_fixed_shapes_draw_the_same(scale, monkeypatch):
+def test_steps_of_fixed_shapes_sample_the_same(scale, monkeypatch):
     monkeypatch.setattr("digit.sampling.next_token.SPAN", 4)
     model = renderer(prefix_dropout=0.2, target_len=7)
     how = dict(micro_batch_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
     fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))
     for given in (None, torch.full((5, 3), 2), torch.full((5, 7), 1)):
         told = []
-        drawn = fixed(range(5), prefix=PREFIX, given=given, on_token=told.append)
-        assert drawn.equal(free(range(5), prefix=PREFIX, given=given))
+        sampled = fixed(range(5), prefix=PREFIX, given=given, on_token=told.append)
+        assert sampled.equal(free(range(5), prefix=PREFIX, given=given))
         assert sum(told) == 5 * (7 - (0 if given is None else given.shape[1]))
 
 
@@ -141,10 +141,10 @@ def test_packed_products_are_the_same_products(dtype, atol):
 
 def test_greedy_takes_the_most_likely():
     model = make()
-    drawn = generate(model, seeds=[1, 2], temperature=0)
-    assert drawn[0].equal(drawn[1])
-    assert model(drawn).argmax(-1).equal(drawn)
-    assert generate(model, seeds=[7, 8], top_k=1).equal(drawn)
+    sampled = generate(model, seeds=[1, 2], temperature=0)
+    assert sampled[0].equal(sampled[1])
+    assert model(sampled).argmax(-1).equal(sampled)
+    assert generate(model, seeds=[7, 8], top_k=1).equal(sampled)
 
 
 def test_given_tokens_are_kept_and_continue_the_same_way():
@@ -154,7 +154,7 @@ def test_given_tokens_are_kept_and_continue_the_same_way():
         assert generate(model, seeds=[0, 1, 2], given=whole[:, :known]).equal(whole)
 
 
-def test_guidance_by_label_moves_the_draw():
+def test_guidance_by_label_moves_the_sample():
     model = make(num_classes=3, label_dropout=0.1)
     how = dict(seeds=range(20), labels=torch.full((20,), 2))
     assert not generate(model, cfg_scale=5.0, **how).equal(generate(model, **how))
@@ -168,10 +168,10 @@ def test_model_is_left_as_it_was():
     a, b = (generate(model, seeds=[0], dtype=d) for d in (None, torch.bfloat16))
     assert model.training and a.shape == b.shape == (1, 6)
     assert all(t.equal(before[n]) and t.dtype == torch.float32 for n, t in model.state_dict().items())
-    assert a.equal(generate(model, seeds=[0]))  # no dropout while drawing
+    assert a.equal(generate(model, seeds=[0]))  # no dropout while sampling
 
 
-def test_on_token_counts_what_is_drawn():
+def test_on_token_counts_what_is_sampled():
     told = []
     generate(
         make(), seeds=range(5), given=torch.zeros(5, 2, dtype=torch.int64), micro_batch_size=3, on_token=told.append
@@ -185,13 +185,13 @@ def test_on_token_counts_what_is_drawn():
 # -------------------------------------------------------------------- masked
 
 
-def test_masked_draws_codes_only_and_keeps_what_is_given():
+def test_masked_samples_codes_only_and_keeps_what_is_given():
     model = renderer(masked=True)
     given = torch.full((5, 6), model.cfg.mask_token)
     given[:, :2], given[0] = 3, torch.arange(6)
     for num_steps in (1, 3, 8, 20):
-        drawn = generate(model, seeds=range(5), prefix=PREFIX, given=given, num_steps=num_steps)
-        assert drawn.max() < 11 and drawn[:, :2][1:].eq(3).all() and drawn[0].equal(given[0])
+        sampled = generate(model, seeds=range(5), prefix=PREFIX, given=given, num_steps=num_steps)
+        assert sampled.max() < 11 and sampled[:, :2][1:].eq(3).all() and sampled[0].equal(given[0])
     first_rows = generate(model, seeds=range(5), prefix=PREFIX, given=given[:, :2])
     assert first_rows.shape == (5, 6) and first_rows[:, :2].equal(given[:, :2])
 

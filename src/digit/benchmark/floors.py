@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.models.products import arranged
+from digit.models.products import prepacked
 from digit.models.products import linear as onednn_linear
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import TransformerConfig
@@ -59,7 +59,7 @@ class Operands:
         if x.device.type == "cpu":
             kernels.append(partial(onednn_linear, x, weight))
             if may_pack:
-                kernels.append(partial(onednn_linear, x, arranged(weight, len(x))))
+                kernels.append(partial(onednn_linear, x, prepacked(weight, len(x))))
         key = (*x.shape, *x.stride(), *weight.shape, *weight.stride())
         if key not in self.best:
             self.best[key] = min(range(len(kernels)), key=lambda i: trial(kernels[i])) if len(kernels) > 1 else 0

@@ -1,7 +1,7 @@
-"""The backbone for decoding: one position a row against a cache, as flat products instead of modules.
+"""Decoding step of the backbone: one position per row with a key-value cache, as plain functions instead of modules.
 
-A step of a small model takes as long to call as to compute, so the residual sums and, for few rows, the GELU go into
-the products. The same arithmetic as `Transformer.forward`, up to rounding.
+Call overhead equals compute in small models, so residual adds and, for few rows, the GELU are fused into matmuls.
+Equals `Transformer.forward` up to rounding.
 
 Shapes: R rows, D width, H heads, d = D / H.
 """
@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.products import PackedLinear
 from digit.models.transformer import Block, KVCache, SteppedCache, Transformer, attend
 
-FUSED_GELU_ROWS = 16  # from about here on oneDNN's own GELU is slower than torch's (measured at 8 and 64 rows)
+FUSED_GELU_ROWS = 16  # above this, oneDNN's GELU is slower than torch's (measured at 8 and 64 rows)
 Product = Callable[..., Tensor]
 
 
@@ -26,11 +27,14 @@ class StepTransformer:
     """`transformer(x[:, None], causal=True, cache=cache)[:, 0]` for one position, without its modules."""
 
     def __init__(self, transformer: Transformer, num_rows: int) -> None:
-        self.blocks = [StepBlock(block, num_rows) for block in transformer.blocks]
+        self.blocks: list[StepBlock] = []
+        for block in transformer.blocks:
+            assert isinstance(block, Block)
+            self.blocks.append(StepBlock(block, num_rows))
         self.final_norm = normaliser(transformer.final_norm)
 
-    def __call__(self, x: Tensor, cache: KVCache | SteppedCache) -> Tensor:
-        """(R, D) to (R, D), the features after the final norm; the cache is extended by one position."""
+    def __call__(self, x: Float[Tensor, "R D"], cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
+        """Features after the final norm; extends the cache by one position."""
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, cache)
         cache.advance(1)
@@ -38,7 +42,7 @@ class StepTransformer:
 
 
 class StepBlock:
-    """One block."""
+    """One block of the backbone."""
 
     def __init__(self, block: Block, num_rows: int) -> None:
         attention, mlp = block.attention, block.mlp
@@ -48,15 +52,14 @@ class StepBlock:
         self.fc1, self.fc2 = product(mlp.fc1, gelu=True, num_rows=num_rows), product_and_sum(mlp.fc2)
         self.norm1, self.norm2 = normaliser(block.norm1), normaliser(block.norm2)
 
-    def __call__(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
-        """(R, D) to (R, D)."""
+    def __call__(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
         if self.pre:
             x = self.out(self.attend(self.norm1(x), layer, cache), x)
             return self.fc2(self.fc1(self.norm2(x)), x)
         x = self.norm1(self.out(self.attend(x, layer, cache), x))
         return self.norm2(self.fc2(self.fc1(x), x))
 
-    def attend(self, x: Tensor, layer: int, cache: KVCache | SteppedCache) -> Tensor:
+    def attend(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
         """Attention before its output projection."""
         rows, width = x.shape
         q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)

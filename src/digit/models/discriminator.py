@@ -24,6 +24,6 @@ class PatchDiscriminator(nn.Module):
         layers += [spectral_norm(nn.Conv2d(widths[-1], 1, 4, padding=1))]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 p q"]:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 P Q"]:
         """Scores of images in [0, 1]: positive for real. A score sees 46 pixels a side with three layers."""
         return self.layers(images * 2 - 1)

@@ -11,16 +11,13 @@ is followed here.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 # (repeats, kernel, stride, expansion, channels) of the seven stages before scaling
 STAGES = (
@@ -33,7 +30,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM_CHANNELS, HEAD_CHANNELS = 32, 1280  # the Lite family scales neither
-MAX_MULTIPLIER = 32  # past all use: a larger number in a file is a fault
+MAX_MULTIPLIER = 32  # larger numbers in a file are errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +114,8 @@ class SameConv(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__(in_channels, out_channels, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        kernel, stride = self.kernel_size[0], self.stride[0]
+    def forward(self, input: Tensor) -> Tensor:
+        x, kernel, stride = input, self.kernel_size[0], self.stride[0]
         if stride > 1:
             height, width = (max((math.ceil(s / stride) - 1) * stride + kernel - s, 0) for s in x.shape[-2:])
             x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -161,13 +158,16 @@ class EfficientNet(nn.Module):
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of the features of a square input of `size` pixels."""
-        return (math.ceil(size / self.cfg.stride),) * 2
+        side = math.ceil(size / self.cfg.stride)
+        return side, side
 
-    def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
+    def forward(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N D"]:
         """Normalised images, (255 x - 127) / 128 for x in 0..1, to the output cells in raster order."""
         return self.with_inner_map(x, None)[0]
 
-    def with_inner_map(self, x: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
+    def with_inner_map(
+        self, x: Float[Tensor, "B 3 S S"], layer: int | None
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B C H W"] | None]:
         """As `forward`, and beside it the map (B, C, s, s) that block `layer` of the same pass gave."""
         inner = None
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))  # (B, 32, S/2, S/2)
@@ -178,6 +178,6 @@ class EfficientNet(nn.Module):
             x = F.relu6(self.head(x))  # (B, 1280, S/32, S/32)
         return x.flatten(2).transpose(1, 2), inner  # (B, N, D)
 
-    def pooled(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B D"]':
+    def pooled(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Mean of the output cells."""
         return self(x).mean(1)

@@ -7,16 +7,14 @@ when weights are converted (digit.convert.inception), and modules keep the names
 """
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float32, UInt8
 
 INPUT_SIZE = 299  # px
 DIM, NUM_LOGITS = 2048, 1008
@@ -25,7 +23,7 @@ Resize = Literal["tensorflow", "clean"]
 
 
 class InceptionFeatures(NamedTuple):
-    """All that the metrics want of one pass, float32."""
+    """Everything that the metrics need, from one forward pass, float32."""
 
     pooled: Tensor  # (B, 2048): FID, KID, precision and recall
     spatial: Tensor  # (B, 2023): sFID, in the order row, column, channel
@@ -36,9 +34,8 @@ class InceptionFeatures(NamedTuple):
 # -------------------------------------------------------------------- input
 
 
-def resize_tensorflow(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    # src = dst * in / out;  out = lo + (hi - lo) * frac(src)
-    """Float (B, 3, H, W) -> (B, 3, size, size) as TensorFlow 1's resize_bilinear does, and so torch-fidelity.
+def resize_tensorflow(images: Float[Tensor, "B 3 H W"], size: int = INPUT_SIZE) -> Float[Tensor, "B 3 {size} {size}"]:
+    """src = dst in / out;  out = lo + (hi - lo) frac(src): TensorFlow 1's resize_bilinear, used by torch-fidelity.
 
     No half-pixel centres and no antialiasing: a larger image is sampled at single points (Parmar et al. 2022).
     """
@@ -52,8 +49,8 @@ def resize_tensorflow(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
     return images
 
 
-def resize_clean(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """Float (B, 3, H, W) -> (B, 3, size, size): antialiased bicubic, neither rounded nor clipped (Parmar et al. 2022).
+def resize_clean(images: Float[Tensor, "B 3 H W"], size: int = INPUT_SIZE) -> Float[Tensor, "B 3 {size} {size}"]:
+    """Resize by antialiased bicubic interpolation, neither rounded nor clipped (Parmar et al. 2022).
 
     It equals Pillow's BICUBIC on channels in mode F, which clean-fid uses, hence the coefficients in float64.
     """
@@ -66,7 +63,7 @@ def resize_clean(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 RESIZES = {"tensorflow": resize_tensorflow, "clean": resize_clean}
 
 
-def first_channels(cells: Tensor) -> Tensor:
+def first_channels(cells: Float[Tensor, "B C H W"]) -> Float[Tensor, "B H*W*7"]:
     """Map (B, C, h, w) -> (B, h * w * 7), the first 7 channels in the order row, column, channel."""
     return cells[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
@@ -82,8 +79,8 @@ class Conv(nn.Conv2d):
         padding = (0, 0) if valid or stride > 1 else (height // 2, width // 2)
         super().__init__(channels, out, (height, width), stride, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(super().forward(x), inplace=True)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input), inplace=True)
 
 
 class Parallel(nn.ModuleList):
@@ -218,24 +215,26 @@ class InceptionV3(nn.Module):
         )
         self.fc = nn.Linear(DIM, NUM_LOGITS)
 
-    def prepare(self, images: 'UInt8[Tensor, "B 3 H W"]') -> 'Float32[Tensor, "B 3 299 299"]':
+    def prepare(self, images: UInt8[Tensor, "B 3 H W"]) -> Float32[Tensor, "B 3 299 299"]:
         """Resize uint8 RGB in float32 and bring it to -1..1. Raises DigitError for other types and shapes."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise DigitError(f"Inception got {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, H, W) RGB")
         return (RESIZES[self.resize](images.to(self.fc.weight.device).float()) - 128) / 128
 
     @torch.no_grad()
-    def forward(self, images: 'UInt8[Tensor, "B 3 H W"]') -> InceptionFeatures:
+    def forward(self, images: UInt8[Tensor, "B 3 H W"]) -> InceptionFeatures:
         """Features of uint8 images.
 
         `spatial` is what ADM's evaluator (guided-diffusion) calls mixed_6/conv:0, channels 0 to 6: in that graph
         mixed_6 is the block Mixed_6d and conv its 1x1 branch after the ReLU, which comes first in the joined map.
         """
         x = self.prepare(images).contiguous(memory_format=torch.channels_last)
+        spatial: Tensor | None = None
         for name, block in self.blocks.named_children():
             x = block(x)
             if name == "Mixed_6d":
                 spatial = first_channels(x)  # (B, 2023)
+        assert spatial is not None, "Mixed_6d is one of the blocks"
         pooled = x.mean((2, 3))  # (B, 2048)
         unbiased = pooled @ self.fc.weight.T  # (B, 1008)
         return InceptionFeatures(pooled, spatial, unbiased + self.fc.bias, unbiased)

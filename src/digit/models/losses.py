@@ -1,40 +1,38 @@
-"""Projection to logits and label-smoothed cross-entropy in one, without float32 copies of all logits.
+"""Projection to logits fused with label-smoothed cross-entropy, without float32 copies of all logits.
 
-Shapes: n positions, D width, V codes; r positions of one chunk. Of (n, V) arrays one is kept, in the type of the
-products: the logits, which the slopes of the loss then take the place of. torch's own chain keeps five, most of them in
-float32; with the 8192 codes of a large VQGAN on CPU it took a third of a training step.
+Shapes: N positions, D width, V codes; R positions of one chunk. Keeps one
+(N, V) array, in the type of the matrix products: the logits, overwritten by their gradient. torch's separate functions
+keep five, most of them float32; with the 8192 codes of a large VQGAN on CPU they took a third of a training step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
-
-CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # logits that are looked at together: on CPU they stay in the cache
+CPU_CHUNK, GPU_CHUNK = 2**19, 2**26  # logits per chunk; on CPU a chunk fits into the cache
 
 
 def linear_cross_entropy(
-    features: Float[Tensor, "n D"],
+    features: Float[Tensor, "N D"],
     weight: Float[Tensor, "V D"],
-    target: Int64[Tensor, " n"],
+    target: Int64[Tensor, " N"],
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Mean smoothed cross-entropy of the logits `features @ weight.T`, in float32, and its metrics.
 
     loss = (1 - eps) nll + eps mean_v(-log p_v), torch's definition. fairseq spreads eps over the V - 1 other codes (and
-    over its special symbols), so that its eps is this one times (V - 1) / V: no difference worth a setting.
+    over its special symbols), so that its eps is this one times (V - 1) / V, too small a difference for a setting.
 
-    Under autocast the products are in autocast's type. The gradient itself cannot be differentiated. Figures are
+    Under autocast the products are in autocast's type. The gradient itself cannot be differentiated. Metrics are
     detached scalars: nll (nats per token, without smoothing), perplexity, accuracy.
     """
     with torch.no_grad():
-        dtype = (features[:1] @ weight[:1].t()).dtype  # what products are in here, under autocast or a stand-in for it
+        dtype = (features[:1] @ weight[:1].t()).dtype  # type of products, under autocast too
     features, weight = features.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
         loss, nll, accuracy = _LinearCrossEntropy.apply(features, weight, target, label_smoothing)
@@ -46,24 +44,26 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(loss, nll, accuracy) of features (n, D) and weight (V, D) of one type; the loss alone has a gradient."""
+    """(loss, nll, accuracy) of features (N, D) and weight (V, D) of one type; only the loss has a gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, rows = features @ weight.t(), _chunk_rows(weight)  # (n, V)
+        logits, rows = features @ weight.t(), _chunk_rows(weight)  # (N, V)
         chunks = zip(logits.split(rows), target.split(rows), strict=True)
         loss, nll, accuracy = _means([_score(z, wanted, label_smoothing) for z, wanted in chunks], label_smoothing)
-        ctx.save_for_backward(features, weight, logits)  # by now its slopes
+        ctx.save_for_backward(features, weight, logits)  # now overwritten by its gradient
         ctx.mark_non_differentiable(nll, accuracy)
         return loss, nll, accuracy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch annotates once_differentiable without the name ctx
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor, Tensor, None, None]:
         features, weight, slopes = ctx.saved_tensors
-        scale = gradient / len(features)  # put on the products: the slopes are the larger array
+        scale = grad_outputs[0] / len(features)  # scales the products, which are smaller than the (N, V) slopes
         return (slopes @ weight).mul_(scale), (slopes.t() @ features).mul_(scale), None, None
 
 
@@ -71,10 +71,12 @@ def _chunk_rows(weight: Tensor) -> int:
     return max(1, (CPU_CHUNK if weight.device.type == "cpu" else GPU_CHUNK) // len(weight))
 
 
-def _score(logits: Float[Tensor, "r V"], target: Int64[Tensor, " r"], slopes: float | None = None) -> Tensor:
-    """(3, r) float32: nll, mean_v(-log p_v), whether the target is the likeliest code.
+def _score(
+    logits: Float[Tensor, "R V"], target: Int64[Tensor, " R"], slopes: float | None = None
+) -> Float[Tensor, "3 R"]:
+    """(3, R) float32: nll, mean_v(-log p_v), whether the target is the most likely code.
 
-    slopes: where given it is eps, and each row of `logits` becomes the gradient of its own smoothed loss.
+    slopes: if given, the label smoothing eps; each row of `logits` is then overwritten by the gradient of its loss.
     """
     z, wanted = logits.float(), target[:, None]
     picked, top = z.gather(1, wanted)[:, 0], z.amax(1)

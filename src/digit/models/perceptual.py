@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -54,6 +55,9 @@ class PerceptualDistance(nn.Module):
     `num_stages` keeps the first stages only: at 64 px the last ones see a few pixels and cost a third of the time.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, name: str, weights: dict[str, Tensor], num_stages: int = 5) -> None:
         super().__init__()
         self.stages = TRUNKS[name][:num_stages]
@@ -68,7 +72,7 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("shift", weights["scaling_layer.shift"])  # (1, 3, 1, 1)
         self.register_buffer("scale", weights["scaling_layer.scale"])
 
-    def features(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
         """Unit-length feature maps of every stage for images in [0, 1]."""
         x = (images * 2 - 1 - self.shift) / self.scale
         maps = []
@@ -86,15 +90,16 @@ class PerceptualDistance(nn.Module):
         x = self.convs[str(op[0])](x)
         return F.relu(blur_downsample(x) if "blur" in op else x)
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    def forward(self, image: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
         """Distance (B,) >= 0 between images in [0, 1]; 0 for identical ones, about 0.3 to 0.7 for a strong blur."""
         # d = sum_l mean_hw sum_c w_lc (y_hat_lhwc - y_lhwc)^2  (Zhang et al. 2018, Eq. 1)
         pairs = zip(self.heads, self.features(image), self.features(target), strict=True)
-        return sum(F.conv2d((a - b).square(), head).float().mean((1, 2, 3)) for head, a, b in pairs)
+        distances = (F.conv2d((a - b).square(), head).float().mean((1, 2, 3)) for head, a, b in pairs)
+        return reduce(torch.add, distances)
 
 
 class EncoderDistance(nn.Module):
-    """Distance in the features of a frozen EfficientNet: what a thing is weighs more than in a VGG's first stages.
+    """Perceptual distance in the features of a frozen EfficientNet classifier.
 
     Args:
         net: the network with its head or without; its parameters are frozen.
@@ -106,7 +111,7 @@ class EncoderDistance(nn.Module):
         super().__init__()
         self.net, self.layers, self.size = net.eval().requires_grad_(False), set(layers), size
 
-    def features(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> list[Tensor]:
         """Unit-length feature maps of the chosen blocks for images in [0, 1]."""
         x = (F.interpolate(images, size=(self.size, self.size), mode="bilinear") * 255 - 127) / 128
         x = F.relu6(self.net.stem(x.contiguous(memory_format=torch.channels_last)))
@@ -117,13 +122,13 @@ class EncoderDistance(nn.Module):
                 maps.append(unit_length(x))
         return maps
 
-    def forward(self, image: Float[Tensor, "b 3 h w"], target: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " b"]:
+    def forward(self, image: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
         """Distance (B,) in 0..4 between images in [0, 1]; 0 for identical ones."""
         # d = mean_l mean_hw ||y_hat_lhw - y_lhw||^2 with unit-length features y
         with torch.no_grad():
             wanted = self.features(target)
         pairs = list(zip(self.features(image), wanted, strict=True))
-        return sum((a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs) / len(pairs)
+        return reduce(torch.add, ((a - b).float().square().sum(1).mean((1, 2)) for a, b in pairs)) / len(pairs)
 
 
 def unit_length(x: Tensor) -> Tensor:

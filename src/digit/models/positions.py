@@ -10,8 +10,8 @@ def sincos_2d(
 ) -> Float[Tensor, "R*C 4 F"]:
     """sin(r f), cos(r f), sin(c f), cos(c f) of each cell's row position r and column position c, in raster order.
 
-    The positions and the frequencies f (radians per unit of position) are the caller's, as is the order in which it
-    lays out the four parts (Vaswani et al. 2017, section 3.5, in two dimensions).
+    The caller chooses positions, frequencies f (radians per unit of position) and the layout of the four parts
+    (Vaswani et al. 2017, section 3.5, in two dimensions).
     """
     row, column = torch.cartesian_prod(rows, columns).unbind(1)  # (R * C,) each
     row, column = row[:, None] * frequencies, column[:, None] * frequencies  # (R * C, F)

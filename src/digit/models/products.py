@@ -1,20 +1,24 @@
-"""x W^T + b without gradients, on the kernels that are fastest for the CPU at hand.
+"""x W^T + b without gradients, by the fastest kernels of the CPU.
 
 torch hands float32 products to MKL, which leaves AVX-512 unused on AMD processors; oneDNN, which torch ships too, uses
-it everywhere (measured on an AVX-512 EPYC: 430 against 200 GFLOP/s). Its entry in torch is private, so that a build
-without it costs speed alone.
+it everywhere (measured on an AVX-512 EPYC: 430 against 200 GFLOP/s). It is a private operator of torch; builds
+without it use F.linear, which is only slower.
 """
 
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether this build of torch hands linear layers to oneDNN, and the processor has AVX-512 for it."""
+    """Whether this build of torch has oneDNN's linear operator, and the processor AVX-512."""
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return built and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -28,17 +32,24 @@ def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     return has_onednn()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """(..., I) and (O, I) to (..., O), x W^T + b; with `gelu` the exact GELU of it."""
+def linear(
+    x: Float[Tensor, "*B I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, " O"] | None = None,
+    *,
+    gelu: bool = False,
+) -> Float[Tensor, "*B O"]:
+    """x W^T + b, or with `gelu` the exact GELU of that."""
     if weight.is_mkldnn or (x.numel() and uses_onednn(x, weight)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "none")
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
 
 
-def arranged(weight: Tensor, num_rows: int | None = None) -> Tensor:
-    """`weight` (O, I) as the kernels of `linear` read it, for many products of about `num_rows` rows; it is good for
-    nothing else. The weight itself where `linear` would not take those kernels.
+def prepacked(weight: Float[Tensor, "O I"], num_rows: int | None = None) -> Float[Tensor, "O I"]:
+    """`weight` prepacked for oneDNN, for products of about `num_rows` rows; pass the result only to `linear`.
+
+    Returns the weight itself where `linear` would not use oneDNN.
     """
     with torch.no_grad():
         if uses_onednn(weight, weight) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -52,22 +63,22 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear, num_rows: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight = arranged(layer.weight.detach(), num_rows)
+        self.weight = prepacked(layer.weight.detach(), num_rows)
         self.bias = None if layer.bias is None else layer.bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), in the weight's type."""
+    def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
+        """x W^T + b in the weight's type."""
         return linear(x, self.weight, self.bias)
 
 
 @torch.no_grad()
 def can_pack(layer: nn.Linear) -> bool:
-    """Whether this torch build packs this layer, and its processor gains by it."""
+    """Whether this torch build can pack this layer, and packing makes it faster on this processor."""
     gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
-    return gains and uses_onednn(layer.weight, layer.weight) and arranged(layer.weight[:1]).is_mkldnn
+    return gains and uses_onednn(layer.weight, layer.weight) and prepacked(layer.weight[:1]).is_mkldnn
 
 
-def pack_linears(module: nn.Module, num_rows: int) -> nn.Module:
+def pack_linears(module: Module, num_rows: int) -> Module:
     """Replace every nn.Linear inside `module` that can be packed, in place; returns the module."""
     for name, child in module.named_children():
         if type(child) is nn.Linear and can_pack(child):

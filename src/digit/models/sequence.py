@@ -5,27 +5,26 @@
 
 Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. As released, prefix and [start | target]
 have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
-output projection are separate. Not as released: no special symbols (they are never drawn, and forbidden when decoding),
-so the softmax is over codes alone and no end-of-sequence symbol is predicted.
+output projection are separate. Not as released: no special symbols (released decoding forbids them), so
+the softmax is over codes alone and no end-of-sequence symbol is predicted.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import sincos_2d
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class SequenceConfig(TransformerConfig):
 class SequenceModel(nn.Module):
     """Transformer over [prefix | start | target] with logits over the target's codes."""
 
-    uses_every_parameter = True  # by the loss of every batch, labelled or not
+    uses_every_parameter = True  # in the loss of every batch, with or without labels
 
     def __init__(self, cfg: SequenceConfig) -> None:
         super().__init__()
@@ -139,7 +138,7 @@ class SequenceModel(nn.Module):
         """Set position tables from places in the picture, so that near tokens, prefix and target alike, start near.
 
         Not as released (random tables); for short training: a renderer of rendered shapes gains 0.3 nats a token in its
-        first 24,000 images. One half of a row says where its token is, the other where the token is that it predicts; a
+        first 24,000 images. One half of a row says where its token is, the other where the token that it predicts is; a
         random orthogonal map mixes both. `grid` and `prefix_grid` are (rows, columns) of target and prefix.
         """
         width = self.cfg.embed_dim
@@ -154,6 +153,7 @@ class SequenceModel(nn.Module):
         turn = torch.linalg.qr(torch.randn(width, width))[0][: 2 * half]
         self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
         if self.cfg.prefix_len:
+            assert prefix_grid is not None, "a model with a prefix needs the grid of its prefix"
             self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
@@ -174,15 +174,18 @@ class SequenceModel(nn.Module):
 
     def embed(
         self,
-        target: Int64[Tensor, "B n"],
+        target: Int64[Tensor, "B L"],
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B P+1+n D"]:
-        """Embedded [prefix | start | target] with positions. `drop_prefix` marks rows that see the null prefix."""
+    ) -> Float[Tensor, "B T D"]:
+        """Embedded [prefix | start | target] with positions, T = P + 1 + L.
+
+        `drop_prefix` marks rows that see the null prefix.
+        """
         batch, length = target.shape
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
-        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + n, D)
+        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + L, D)
         x = self.with_positions(tokens, self.positions[: 1 + length])
         if not self.cfg.prefix_len:
             if prefix is not None:
@@ -208,30 +211,29 @@ class SequenceModel(nn.Module):
 
     def _prefix(self, prefix: Tensor | None, batch: int, drop: Tensor | None) -> Tensor:
         """Prefix embeddings (B, P, D), the learned null prefix where dropped or absent."""
-        null = getattr(self, "null_prefix", None)
-        if null is None and (prefix is None or drop is not None):
+        if not self.cfg.prefix_dropout and (prefix is None or drop is not None):
             raise DigitError(
                 f"this model needs a prefix of {self.cfg.prefix_len} tokens: pass prefix=, "
-                "or train with prefix_dropout above 0 to draw without one"
+                "or train with prefix_dropout above 0 to sample without one"
             )
         if prefix is None:
-            return null.expand(batch, self.cfg.prefix_len, -1)
+            return self.null_prefix.expand(batch, self.cfg.prefix_len, -1)
         if prefix.shape[1] != self.cfg.prefix_len:
             raise DigitError(f"prefix has {prefix.shape[1]} tokens, the model was built for {self.cfg.prefix_len}")
         x = self.prefix_embed(prefix)  # (B, P, D)
-        return x if drop is None else torch.where(drop[:, None, None], null, x)
+        return x if drop is None else torch.where(drop[:, None, None], self.null_prefix, x)
 
     # ---------------------------------------------------------------- forward
 
     def features(
         self,
-        target: Tensor,
-        prefix: Tensor | None = None,
-        labels: Tensor | None = None,
-        drop_prefix: Tensor | None = None,
+        target: Int64[Tensor, "B L"],
+        prefix: Int64[Tensor, "B P"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
+        drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Tensor:
-        """(B, M, D): the features whose `head` gives the logits of each target token."""
+    ) -> Float[Tensor, "B L D"]:
+        """The features whose `head` gives the logits of each target token."""
         cfg = self.cfg
         if target.shape[1] > cfg.target_len:
             raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
@@ -251,7 +253,7 @@ class SequenceModel(nn.Module):
 
         Args:
             target: codes 0..V-1; a masked model also takes `cfg.mask_token`. A next-token model shifts them itself.
-            prefix: prefix codes; None draws on the null prefix (models trained with prefix_dropout).
+            prefix: prefix codes; None uses the null prefix (models trained with prefix_dropout).
             labels: class numbers; -1 or None is the plain start symbol.
             return_hidden: also return the embedding output and every block's output over the whole sequence
                 [prefix | start | target], T = P + 1 + M (linear probes average over all of it).
@@ -269,20 +271,21 @@ class SequenceModel(nn.Module):
 
     # ---------------------------------------------------------------- training
 
-    def noise(self, batch: dict[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
-        """What the loss of a batch draws, row by row, for its keywords hide (B, M), drop_labels and drop_prefix (B,).
+    def noise(self, batch: Mapping[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Sample the random masks of a batch's loss: hide (B, M), drop_labels (B,) and drop_prefix (B,), bool.
 
-        Those that this model has, bool, on the generator's device. Drawn for a whole batch before it is cut into
-        pieces, they make the pieces' losses those of the whole (dropout aside).
+        Returns only those that this model uses, on the generator's device. Sampled for a whole batch before it is split
+        into micro-batches, they give the micro-batches the losses of the whole batch (apart from dropout).
         """
-        cfg, target, drawn = self.cfg, batch["target"], {}
-        device = target.device if generator is None else generator.device  # where the pieces will go
+        cfg, target, masks = self.cfg, batch["target"], {}
+        assert target is not None, "a batch has target tokens"
+        device = target.device if generator is None else generator.device  # where the micro-batches will go
         for name, rate in (("drop_labels", cfg.label_dropout), ("drop_prefix", cfg.prefix_dropout)):
             if rate and (name == "drop_prefix" or batch.get("labels") is not None):
-                drawn[name] = uniform((len(target),), generator, device) < rate
+                masks[name] = uniform((len(target),), generator, device) < rate
         if cfg.masked:
-            drawn["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
-        return drawn
+            masks["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
+        return masks
 
     def loss(
         self,
@@ -296,16 +299,16 @@ class SequenceModel(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean cross-entropy over the target (masked models: over the hidden tokens), and metrics.
 
-        `hide`, `drop_labels` and `drop_prefix` are what `noise` draws: tokens to predict (a masked model must have
-        them), rows that lose their label or prefix. Dropout draws from torch's global generator. Figures are detached
-        scalars: nll (nats per token, without smoothing), perplexity, accuracy.
+        `noise` samples `hide` (tokens to predict, required by a masked model), `drop_labels` and `drop_prefix` (rows
+        that lose their label or prefix). Dropout uses torch's global generator. Metrics are detached scalars: nll
+        (nats per token, without smoothing), perplexity, accuracy.
         """
         if drop_labels is not None and labels is not None:
             labels = labels.masked_fill(drop_labels, -1)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
             return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
-        assert hide is not None, "a masked model predicts hidden tokens: pass what noise() draws"
+        assert hide is not None, "a masked model predicts hidden tokens: pass the result of noise()"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
         return linear_cross_entropy(features[hide], self.head.weight, target[hide], label_smoothing)
 
@@ -321,7 +324,7 @@ def training_flops(cfg: SequenceConfig) -> float:
     return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
 
 
-def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
+def lift(codes: Float[Tensor, "V C"], width: int) -> Float[Tensor, "V {width}"]:
     """Code vectors (V, C) as embeddings (V, D) with elements of variance 1/D; distances keep their proportions."""
     centred = codes.float() - codes.float().mean(0)
     basis = torch.randn(max(width, codes.shape[1]), min(width, codes.shape[1]), device=codes.device)
@@ -330,7 +333,7 @@ def lift(codes: Tensor, width: int) -> Float[Tensor, "V D"]:
     return lifted / lifted.square().mean().sqrt().clamp_min(1e-8) / math.sqrt(width)
 
 
-def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N W"]:
+def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tensor, "N {width}"]:
     """Sines and cosines of the row and the column of each cell's middle, in raster order; zeros fill up the width.
 
     Wavelengths run geometrically from four pictures to four cells of a grid with `finest` cells a side, so that the
@@ -343,15 +346,15 @@ def grid_positions(grid: tuple[int, int], width: int, finest: int) -> Float[Tens
     return F.pad(table, (0, width - table.shape[1]))
 
 
-def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """U(0, 1) drawn where the generator lives, then moved."""
+def uniform(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Float[Tensor, " ..."]:
+    """U(0, 1), sampled on the generator's device and moved to `device`."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
 
 
 def cosine_mask(
     batch: int, length: int, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
-) -> Bool[Tensor, "B M"]:
+) -> Bool[Tensor, "{batch} {length}"]:
     """Tokens to hide: min(M, floor(M cos(u pi / 2)) + 1) random ones a row, u ~ U(0, 1) (MaskGIT; released code)."""
     device = torch.device(device)
     u = uniform((batch, 1), generator, device)

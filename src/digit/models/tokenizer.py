@@ -1,16 +1,14 @@
-"""What a tokenizer of images is, whatever stands behind it."""
+"""Protocol of image tokenizers."""
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64, UInt8
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images to a grid of integers, and integers to the vectors they stand for. B images, N = rows * columns tokens."""
+    """Encodes images as a grid of tokens, and embeds tokens as vectors. B images, N = rows * columns tokens."""
 
     @property
     def vocab_size(self) -> int:
@@ -27,10 +25,10 @@ class ImageTokenizer(Protocol):
         """Hex digest that changes when any image would get other tokens."""
         ...
 
-    def encode(self, images: 'UInt8[Tensor, "B 3 H W"]') -> 'Int64[Tensor, "B N"]':
+    def encode(self, images: UInt8[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:
         """RGB images in 0..255 to tokens."""
         ...
 
-    def embed(self, tokens: 'Int64[Tensor, "B N"]') -> 'Float[Tensor, "B N D"]':
+    def embed(self, tokens: Int64[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
         """The vector (centroid or code) of each token, float32."""
         ...

@@ -8,19 +8,17 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
 
-if TYPE_CHECKING:
-    from jaxtyping import Float
-
 CACHE_SPAN = 32  # positions
-MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # past all use: a larger number in a file is a fault, and would build for hours
+MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # larger numbers in a file are errors, and would take hours to build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +63,8 @@ class KVCache:
     """Keys and values of the positions seen so far, (depth, B, H, span, d), filled from the front.
 
     The span grows by CACHE_SPAN positions: matrix kernels read a dense block, and would copy a slice of a longer one.
-    `position` is where the next input starts; the backbone moves it on after each forward. For use without
-    gradients.
+    `position` is where the next input starts; the backbone advances it after each forward. Only for use
+    without gradients.
     """
 
     def __init__(self, cfg: TransformerConfig, batch: int, max_len: int, like: Tensor) -> None:
@@ -126,13 +124,13 @@ class SteppedCache:
 
 
 class Dropout(nn.Module):
-    """Inverted dropout. On CPU the mask is drawn 16 bits an element, 3.5 times as fast as torch's own Bernoulli."""
+    """Inverted dropout. On CPU the mask takes 16 random bits per element, 3.5 times as fast as torch's Bernoulli."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
         if not self.training or self.p == 0:
             return x
         if x.device.type != "cpu":
@@ -146,18 +144,18 @@ class Dropout(nn.Module):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values (B, H, t, d), and where not all of them are seen a mask (n, t) of 0 and -inf."""
+    """Keys and values (B, H, t, d), and, if some are hidden, an additive mask (n, t) of 0 and -inf."""
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
 
 
-def attend(q: Tensor, seen: KeysValues, *, causal: bool = False) -> Tensor:
+def attend(q: Float[Tensor, "B H N C"], seen: KeysValues, *, causal: bool = False) -> Float[Tensor, "B H N C"]:
     """softmax(q k^T / sqrt(d)) v for (B, H, n, d) queries over (B, H, t, d); causal needs n == t.
 
-    torch's fused kernel, but on CPU in half precision or for one query: there two batched matmuls and a softmax are 3
-    to 10 times as fast (measured at 64 to 256 positions, torch 2.13, AVX-512 bf16).
+    Uses torch's fused kernel, except on CPU in half precision or for one query: there two batched matmuls and a softmax
+    are 3 to 10 times as fast (measured at 64 to 256 positions, torch 2.13, AVX-512 bf16).
     """
     keys, values, mask = seen
     half = q.dtype in (torch.bfloat16, torch.float16)
@@ -200,9 +198,9 @@ class Attention(nn.Module):
     def with_positions(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, n, d) of positions start .. start + n - 1, start a number or (1,) on the device.
 
-        As they are: the paper's models learn a table that `SequenceModel.with_positions` adds to the input. A scheme
-        that acts on queries and keys, such as rotary positions, belongs here: training, the first pass of decoding and
-        each cached step (models/decoding.py) all call it.
+        Returned unchanged: the paper's models learn a table that `SequenceModel.with_positions` adds to the input. A
+        scheme that acts on queries and keys, such as rotary positions, belongs here: training, the first pass of
+        decoding and each cached step (models/decoding.py) all call it.
         """
         return q, k
 
@@ -215,7 +213,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(cfg.embed_dim, cfg.mlp_dim)
         self.fc2 = nn.Linear(cfg.mlp_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -254,15 +252,15 @@ class Transformer(nn.Module):
         first: int = 0,
         cache: KVCache | SteppedCache | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Float[Tensor, "B T-first D"]:
+    ) -> Float[Tensor, "B T-{first} D"]:
         """Features after the last block and the final norm, of positions from `first` on.
 
         Args:
             x: embedded input; with a cache that is not empty, one position.
             causal: whether position t sees positions up to t alone.
-            first: outputs before it are not wanted; the last block computes no feed-forward layer for them.
+            first: earlier outputs are not returned, and the last block skips their feed-forward layer.
             cache: keys and values of earlier positions; extended by these.
-            hidden: gets the input and every block's output appended (whole, before the final norm), depth + 1 in all.
+            hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
         """
         if hidden is not None:
             hidden.append(x)

@@ -8,18 +8,16 @@ State-dict names are those of the DINOv2 release.
 
 import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.models.products import arranged, linear
+from digit.models.products import linear, prepacked
 from digit.models.transformer import MAX_DEPTH, MAX_MLP_RATIO, KeysValues, attend
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
 
 NORM_EPS = 1e-6
 
@@ -39,7 +37,7 @@ class ViTConfig:
     num_registers: int = 0
     """Register tokens between class token and patches."""
     layer_scale: bool = True
-    """A learned factor per channel behind each attention and each MLP."""
+    """A learned factor per channel after each attention and each MLP."""
     swiglu: bool = False
     """SwiGLU MLP (DINOv2 giant) instead of GELU."""
     mlp_ratio: float = 4.0
@@ -60,7 +58,7 @@ class ViTConfig:
         if not 1 <= self.depth <= MAX_DEPTH or not 1 <= self.kept_blocks <= self.depth:
             raise DigitError(f"ViT: {self.kept_blocks} of {self.depth} blocks: wanted 1 to {MAX_DEPTH}")
         if self.num_registers < 0 or not 0 < self.mlp_ratio <= MAX_MLP_RATIO or self.hidden_dim < 1:
-            raise DigitError(f"ViT: {self.num_registers} registers and mlp_ratio {self.mlp_ratio} make no ViT")
+            raise DigitError(f"ViT: {self.num_registers} registers and mlp_ratio {self.mlp_ratio} are out of range")
         if self.embed_dim % self.num_heads:
             raise DigitError(f"ViT: embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
 
@@ -206,7 +204,7 @@ class ViT(nn.Module):
         return self.cfg.embed_dim
 
     def with_bfloat16_products(self) -> Self:
-        """A copy for inference whose linear layers multiply in bfloat16; sums, norms and all else stay float32.
+        """A copy for inference whose linear layers multiply in bfloat16; everything else stays float32.
 
         What autocast does, but with weights that are rounded once, not at every call.
         """
@@ -214,29 +212,34 @@ class ViT(nn.Module):
         for module in net.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()
-                weight = arranged(module.weight.detach())
-                del module.weight  # a parameter cannot be arranged
+                weight = prepacked(module.weight.detach())
+                del module.weight  # a parameter cannot be prepacked
                 module.weight = weight
         return net
 
     def grid(self, size: int) -> tuple[int, int]:
         """(rows, columns) of the patches of a square input of `size` pixels."""
-        return (size // self.cfg.patch_size,) * 2
+        side = size // self.cfg.patch_size
+        return side, side
 
-    def positions(self, rows: int, columns: int) -> 'Float[Tensor, "1 N+1 D"]':
+    def positions(self, rows: int, columns: int) -> Float[Tensor, "1 {1+rows*columns} D"]:
         """The position table for a grid: as stored where it fits, else its patches resized by bicubic interpolation."""
         side, offset = self.cfg.table_side, self.cfg.position_offset
         if (rows, columns) == (side, side):
             return self.pos_embed
         table = self.pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
-        scale = ((rows + offset) / side, (columns + offset) / side)
-        target = {"scale_factor": scale} if offset else {"size": (rows, columns)}
-        antialias = self.cfg.position_antialias
-        table = F.interpolate(table, mode="bicubic", align_corners=False, antialias=antialias, **target)
+        table = F.interpolate(
+            table,
+            size=None if offset else (rows, columns),
+            scale_factor=[(rows + offset) / side, (columns + offset) / side] if offset else None,
+            mode="bicubic",
+            align_corners=False,
+            antialias=self.cfg.position_antialias,
+        )
         assert table.shape[-2:] == (rows, columns), (table.shape, rows, columns)
         return torch.cat((self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)), dim=1)
 
-    def tokens(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B L D"]':
+    def tokens(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B L D"]:
         """Normalised images to all tokens (class, registers, patches) behind the last kept block and the final norm."""
         rows, columns = (side // self.cfg.patch_size for side in x.shape[-2:])
         patches = self.patch_embed(x)  # (B, N, D)
@@ -247,10 +250,10 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def forward(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B N D"]':
+    def forward(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N D"]:
         """Normalised images to patch features in raster order; class and register tokens are dropped."""
         return self.tokens(x)[:, 1 + self.cfg.num_registers :]
 
-    def pooled(self, x: 'Float[Tensor, "B 3 S S"]') -> 'Float[Tensor, "B D"]':
+    def pooled(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """The class token."""
         return self.tokens(x)[:, 0]

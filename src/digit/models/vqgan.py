@@ -5,7 +5,7 @@ load without surgery. It differs from the original VQGAN: no attention, no quant
 convolutions without bias, 2x2 average pooling for downsampling, a 1x1 encoder output, and a channel-changing residual
 block whose 1x1 shortcut reads the residual BRANCH's output, not the block's input.
 
-Shapes: B images, S pixels a side, f = 2 ** (levels - 1) the reduction, h = S / f, M = h * h tokens, C = z_channels.
+Shapes: B images, S pixels a side, f = 2 ** (levels - 1) the reduction, H = S / f, M = H * H tokens, C = z_channels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 
-MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # past all use: a larger number in a file is a fault
+MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +95,11 @@ class NormSwish(nn.GroupNorm):
     def __init__(self, num_groups: int, channels: int) -> None:
         super().__init__(num_groups, channels, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # on CUDA autocast would run group_norm in fp32 and hand fp32 maps on, twice the memory traffic
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
+    def forward(self, input: Tensor) -> Tensor:
+        # on CUDA autocast would run group_norm in fp32 and return fp32 maps, twice the memory traffic
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return F.silu(F.group_norm(input, self.num_groups, weight, bias, self.eps))
 
 
 class ResBlock(nn.Module):
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         self.norm_out = NormSwish(cfg.num_groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, h, h)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, H, H)
         x = self.conv_in(x)
         for index, level in enumerate(self.down):
             x = level(F.avg_pool2d(x, 2) if index else x)
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
         self.norm_out = NormSwish(cfg.num_groups, widths[0])
         self.conv_out = conv3x3(widths[0], 3, bias=True)
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, C, h, h) -> (B, 3, S, S)
+    def forward(self, z: Tensor) -> Tensor:  # (B, C, H, H) -> (B, 3, S, S)
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
@@ -201,19 +201,19 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, z_channels)
         nn.init.uniform_(self.embedding.weight, -1.0 / vocab_size, 1.0 / vocab_size)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, C, h, w) -> code vectors (B, C, h, w) float32 and indices (B, h, w) int64."""
+    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W"]]:
+        """z (B, C, H, W) -> code vectors (B, C, H, W) float32 and indices (B, H, W) int64."""
         with torch.autocast(z.device.type, enabled=False):
-            flat = z.float().movedim(1, -1)  # (B, h, w, C)
+            flat = z.float().movedim(1, -1)  # (B, H, W, C)
             indices = nearest_code(flat.reshape(-1, flat.shape[-1]), self.embedding.weight).view(flat.shape[:-1])
             return self.lookup(indices), indices
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.embedding(indices).movedim(-1, 1)  # (B, C, h, w)
+    def lookup(self, indices: Int64[Tensor, "B H W"]) -> Float[Tensor, "B C H W"]:
+        return self.embedding(indices).movedim(-1, 1)  # (B, C, H, W)
 
 
-def nearest_code(points: Tensor, codes: Tensor) -> Tensor:
-    """Index of the nearest code (K, C) for each point (n, C), int64 (n,)."""
+def nearest_code(points: Float[Tensor, "N C"], codes: Float[Tensor, "K C"]) -> Int64[Tensor, " N"]:
+    """Index of the nearest code for each point."""
     # ||x - c||^2 = ||x||^2 - 2 x.c + ||c||^2, and ||x||^2 does not move the minimum
     return torch.addmm(codes.square().sum(1), points, codes.t(), alpha=-2.0).argmin(1)
 
@@ -228,20 +228,22 @@ class VQGAN(nn.Module):
         self.decoder = Decoder(cfg)
         self.quantize = Quantizer(cfg.vocab_size, cfg.z_channels)
 
-    def encode(self, images: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b c h w"], Int64[Tensor, "b m"]]:
-        """Images in [0, 1] -> features before quantisation (B, C, h, h) and tokens (B, M), row by row."""
+    def encode(self, images: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B C H H"], Int64[Tensor, "B M"]]:
+        """Images in [0, 1] -> features before quantisation (B, C, H, H) and tokens (B, M), row by row."""
         z = self.encoder(images)
         return z, self.quantize(z)[1].flatten(1)
 
-    def decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 s s"]:
+    def decode(self, z: Float[Tensor, "B C H H"]) -> Float[Tensor, "B 3 S S"]:
         return self.decoder(z)
 
-    def decode_tokens(self, tokens: Int64[Tensor, "b m"]) -> Float[Tensor, "b 3 s s"]:
+    def decode_tokens(self, tokens: Int64[Tensor, "B M"]) -> Float[Tensor, "B 3 S S"]:
         """Tokens (B, M) in [0, vocab_size) -> images (B, 3, S, S), nominally in [0, 1]."""
         return self.decoder(self.quantize.lookup(tokens.view(-1, *self.cfg.grid)))
 
-    def forward(self, images: Float[Tensor, "b 3 s s"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (B, 3, S, S) with a straight-through gradient, z (B, C, h, h), tokens (B, M)."""
+    def forward(
+        self, images: Float[Tensor, "B 3 S S"]
+    ) -> tuple[Float[Tensor, "B 3 S S"], Float[Tensor, "B C H H"], Int64[Tensor, "B M"]]:
+        """Reconstruction (B, 3, S, S) with a straight-through gradient, z (B, C, H, H), tokens (B, M)."""
         z = self.encoder(images)
         codes, indices = self.quantize(z)
         codes = z + (codes - z).detach()

@@ -1,8 +1,9 @@
-"""A batch of drawn images on its way to host memory."""
+"""A batch of sampled images that is copied to host memory."""
 
 from collections.abc import Mapping
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 IMAGES = "images"
@@ -11,17 +12,17 @@ IMAGES = "images"
 class SampleBatch:
     """Images `first` .. `first + B - 1` of a stream.
 
-    On a GPU the copies to host memory go on while the next batch is drawn; whoever looks at them, in any thread, waits
-    until they are whole.
+    On a GPU the copies to host memory run while the next batch is sampled. Reading `images` or `tokens`, in any thread,
+    waits until the copies are complete.
 
     Attributes:
         first: number of the first image; image i has seed `seed + i`.
         labels: (B,) int64, -1 for none.
         images: (B, 3, H, W) uint8.
-        tokens: {"discriminative": (B, N) (where there are discriminative tokens), "vq": (B, M)} int64.
+        tokens: {"discriminative": (B, N), "vq": (B, M)} int64; only those that the pipeline has.
     """
 
-    def __init__(self, first: int, labels: Tensor, tensors: Mapping[str, Tensor]):
+    def __init__(self, first: int, labels: Int64[Tensor, " B"], tensors: Mapping[str, Tensor]):
         self.first, self.labels = first, labels
         self._host, self._arrived = to_host(tensors)
 
@@ -29,7 +30,7 @@ class SampleBatch:
         return len(self.labels)
 
     @property
-    def images(self) -> Tensor:
+    def images(self) -> UInt8[Tensor, "B 3 H W"]:
         return self._whole()[IMAGES]
 
     @property
@@ -43,7 +44,7 @@ class SampleBatch:
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-    """CPU tensors, and for a GPU the event after which they are whole: pinned memory is filled without waiting."""
+    """CPU tensors, and for a GPU the event that ends their asynchronous copies into pinned memory."""
     device = next(iter(tensors.values())).device
     if device.type != "cuda":
         return {name: tensor.cpu() for name, tensor in tensors.items()}, None

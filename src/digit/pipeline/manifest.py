@@ -16,8 +16,8 @@ from digit.runtime.files import load_tensors, read_json, save_tensors, write_jso
 from digit.sampling.config import SamplingConfig
 from digit.sampling.kinds import get_kind
 
-FORMAT_VERSION = 2  # 1 was that of digit 0.1, whose parts name their settings otherwise
-MAX_WEIGHT = 1e6  # trained ones stay below 100; a flipped bit of an exponent makes 1e38, and NaN of all that follows
+FORMAT_VERSION = 2  # format 1 was that of digit 0.1, which named the settings of the parts differently
+MAX_WEIGHT = 1e6  # trained weights stay below 100; a flipped exponent bit gives 1e38, and then NaN everywhere
 MANIFEST = "pipeline.json"
 CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
 
@@ -33,7 +33,7 @@ def find_pipeline(folder: str | Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """pipeline.json of a pipeline folder. Raises DigitError where it is of another version, or damaged."""
+    """pipeline.json of a pipeline folder. Raises DigitError where it has another format or is damaged."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): make the pipeline again")
@@ -60,7 +60,7 @@ def write_manifest(
     sampling: SamplingConfig,
     info: dict[str, Any],
 ) -> None:
-    """Write pipeline.json, last: a folder with a manifest is whole."""
+    """Write pipeline.json. Call it last: a folder with a manifest is complete."""
     content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
     content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
     write_json(folder / MANIFEST, content)
@@ -88,16 +88,16 @@ def load_sequence_model(folder: Path, name: str) -> SequenceModel:
         with torch.device("meta"):
             model = kind.model(cfg)
         model.load_state_dict(state, strict=True, assign=True)
-    except (RuntimeError, ValueError, OverflowError) as error:  # sizes beyond any tensor, other names or shapes
+    except (RuntimeError, ValueError, OverflowError) as error:  # sizes too large for a tensor, other names or shapes
         raise DigitError(f"{weights} does not fit {about.name}: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
 
 
 def require_weights(state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise DigitError for what is no floating-point number, NaN, or far from any weight: it would draw no token."""
+    """Raise DigitError for weights that are not floating point, NaN, or outside +-MAX_WEIGHT."""
     for name, tensor in state.items():
         if tensor.dtype not in WEIGHT_DTYPES:
-            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, no floating point: make it again")
+            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, not floating point: make it again")
         low, high = (float(edge) for edge in torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
         if not -MAX_WEIGHT <= low <= high <= MAX_WEIGHT:  # false for NaN too
             raise DigitError(f"{source} is damaged: {name} holds {low:g} to {high:g}: make it again")

@@ -1,4 +1,4 @@
-"""DigitPipeline: label or picture -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
+"""DigitPipeline: label or image -> discriminative tokens -> VQ tokens -> pixels (paper, Figure 2 and section 4.3).
 
     stage 1   [label or start] -> prior -> discriminative tokens (B, N)
     stage 2   [discriminative tokens | start] -> renderer -> VQ tokens (B, M) -> VQGAN decoder -> pixels
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from digit.data.preprocess import PreprocessConfig, fit_batch
@@ -45,23 +46,23 @@ PARTS = ("tokenizer", "vq", "prior", "renderer")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Images to sample: the seed of the first, their classes, and tokens that are given (completion)."""
+    """Images to sample: the seed of the first, their classes, and tokens to keep (completion)."""
 
     seed: int
-    labels: Tensor
-    """(num,) int64, -1 for none."""
-    discriminative: Tensor | None = None
-    """(num, n) the first discriminative tokens."""
-    vq: Tensor | None = None
-    """(num, m) the first VQ tokens."""
+    labels: Int64[Tensor, " B"]
+    """Class of each image, -1 for none."""
+    discriminative: Int64[Tensor, "B N"] | None = None
+    """The first N discriminative tokens of each image."""
+    vq: Int64[Tensor, "B M"] | None = None
+    """The first M VQ tokens of each image."""
 
     @property
     def seeds(self) -> list[int]:
         """Seed of each image."""
         return [self.seed + i for i in range(len(self.labels))]
 
-    def labels_of(self, model: SequenceModel) -> Tensor | None:
-        """The labels for a model that knows classes, None for another."""
+    def labels_of(self, model: SequenceModel) -> Int64[Tensor, " B"] | None:
+        """The labels if the model is class-conditional, else None."""
         return self.labels if model.cfg.num_classes else None
 
     def rows(self, first: int, count: int) -> "GenerationRequest":
@@ -74,7 +75,7 @@ class GenerationRequest:
 
 
 class DigitPipeline:
-    """Tokenizer, prior, renderer and VQGAN of one image space. Parts may be missing; what needs them says so.
+    """Tokenizer, prior, renderer and VQGAN trained together. A method whose part is missing raises DigitError.
 
     Attributes:
         tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
@@ -128,7 +129,7 @@ class DigitPipeline:
                 raise DigitError(f"{left} is {first}, {right} {second}: these parts were not trained together")
 
     def require(self, *names: str) -> None:
-        """Raise DigitError unless the named parts are there (tokenizer, vq, prior, renderer)."""
+        """Raise DigitError unless the pipeline has the named parts (tokenizer, vq, prior, renderer)."""
         missing = [name for name in names if getattr(self, name) is None]
         if missing:
             there = [name for name in PARTS if getattr(self, name) is not None]
@@ -137,15 +138,28 @@ class DigitPipeline:
                 "add what is missing (digit convert, digit fit)"
             )
 
-    def _require_sampling(self) -> SequenceModel:
-        """Check that sampling can start; returns the model that samples first."""
-        self.require("renderer")
-        if not self.renders_pixels:
-            self.require("vq")
-        if not self.renderer.cfg.prefix_len:
-            return self.renderer
+    def _require_vq(self) -> VQTokenizer:
+        """The VQ tokenizer. Raises DigitError without it."""
+        self.require("vq")
+        assert self.vq is not None
+        return self.vq
+
+    def _require_renderer(self) -> SequenceModel:
+        """The renderer. Raises DigitError without it, or without the VQ tokenizer that its tokens need."""
+        self.require(*(["renderer"] if self.renders_pixels else ["vq", "renderer"]))
+        assert self.renderer is not None
+        return self.renderer
+
+    def _require_prior(self) -> SequenceModel:
+        """The prior. Raises DigitError without it."""
         self.require("prior")
+        assert self.prior is not None
         return self.prior
+
+    def _require_sampling(self) -> SequenceModel:
+        """The model that samples first. Raises DigitError where a part is missing."""
+        renderer = self._require_renderer()
+        return self._require_prior() if renderer.cfg.prefix_len else renderer
 
     @property
     def renders_pixels(self) -> bool:
@@ -154,11 +168,14 @@ class DigitPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters lie."""
+        """Device of the parameters."""
         for model in (self.renderer, self.prior):
             if model is not None:
                 return next(model.parameters()).device
-        return self.vq.device if self.vq else self.tokenizer.codebook.device
+        if self.vq is not None:
+            return self.vq.device
+        assert self.tokenizer is not None, "a pipeline has at least one part"
+        return self.tokenizer.codebook.device
 
     @property
     def image_size(self) -> int:
@@ -198,19 +215,18 @@ class DigitPipeline:
         """Sample batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
-            num: how many; by default one a label.
+            num: number of images; by default one per label.
             labels: class numbers, repeated in turn up to `num`; None takes all classes evenly.
             seed: of image 0.
             start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
-                size, or end is `num`. The batches are those of the whole stream, bit for bit: machines can share it.
+                size, or end is `num`. The batches equal those of the whole stream bit for bit: machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for a label out of range, or labels given to an unconditional model.
         """
-        request, cfg = (
-            GenerationRequest(seed=seed, labels=self.labels(num, labels)),
-            self.sized(self.settings(**sampling)),
-        )
+        request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
+        cfg = self.sized(self.settings(**sampling))
+        assert cfg.batch_size is not None, "sized"
         last = len(request.labels) if end is None else min(end, len(request.labels))
         for name, place in (("start", start), ("end", end or 0)):
             if place < 0 or (place % cfg.batch_size and place < len(request.labels)):
@@ -219,7 +235,7 @@ class DigitPipeline:
 
     def generate(
         self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
-    ) -> Tensor:
+    ) -> UInt8[Tensor, "B 3 S S"]:
         """As `stream`, all at once: (num, 3, H, W) uint8."""
         return self._pixels(self.stream(num, labels, seed, **sampling))
 
@@ -236,22 +252,22 @@ class DigitPipeline:
 
     def complete(
         self,
-        images: Tensor,
+        images: UInt8[Tensor, "B 3 H W"],
         keep: float = 0.5,
         seed: int = 0,
         labels: Sequence[int] | int | None = None,
         **sampling: Any,
-    ) -> Tensor:
-        """Keep the first rows of each picture and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+    ) -> UInt8[Tensor, "B 3 S S"]:
+        """Keep the first rows of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
             images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
             keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
             seed: of the first image.
-            labels: class numbers; None takes for each picture the class under which its tokens are likeliest.
+            labels: class numbers; None takes for each image the class under which its tokens are most likely.
 
-        Note: the kept tokens were computed from the whole picture, as in the paper, so an encoder with a wide field
-        of view lets some of the hidden part through.
+        Note: as in the paper, the kept tokens are computed from the whole image, so that an encoder with a wide
+        receptive field reveals some of the hidden part.
         """
         if self._require_sampling() is self.prior:
             self.require("tokenizer")
@@ -269,20 +285,22 @@ class DigitPipeline:
         return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
 
     @torch.inference_mode()
-    def guess_labels(self, images: Tensor) -> Tensor:
+    def guess_labels(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, " B"]:
         """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
 
-        A class-conditional model trained without label dropout never saw the plain start symbol, so that completing
-        without a class would start from noise.
+        A class-conditional model trained without label dropout never saw the plain start symbol, whose embedding is
+        therefore untrained.
         """
         first = self._require_sampling()
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
-            raise DigitError("a masked model gives no likelihood to tell classes by: give labels")
+            raise DigitError("a masked model has no likelihood from which to predict the classes: give labels")
         if first is self.prior:
             self.require("tokenizer")
-        tokens = (self.tokenizer if first is self.prior else self.vq).encode(images).to(self.device)  # (B, N)
+        tokenizer = self.tokenizer if first is self.prior else self.vq
+        assert tokenizer is not None
+        tokens = tokenizer.encode(images).to(self.device)  # (B, N)
         scores, size = torch.empty(len(tokens), first.cfg.num_classes), self.sized(self.sampling).batch_size
         for label in range(first.cfg.num_classes):
             for rows in torch.arange(len(tokens)).split(size):
@@ -291,23 +309,23 @@ class DigitPipeline:
                 scores[rows, label] = -nll.sum(1).cpu()
         return scores.argmax(1)
 
-    def decode(self, vq_tokens: Tensor) -> Tensor:
+    def decode(self, vq_tokens: Int64[Tensor, "B M"]) -> UInt8[Tensor, "B 3 S S"]:
         """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
-        self.require("vq")
-        return self.vq.decode(vq_tokens)
+        return self._require_vq().decode(vq_tokens)
 
-    def render(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+    def render(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
         """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
         return self.decode(self.render_tokens(tokens, seed, **sampling))
 
-    def render_tokens(self, tokens: Tensor, seed: int = 0, **sampling: Any) -> Tensor:
+    def render_tokens(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
         self.require("vq", "renderer")
-        if not self.renderer.cfg.prefix_len:
+        renderer = self._require_renderer()
+        if not renderer.cfg.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         request = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
         batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False)
-        nothing = torch.empty(0, self.renderer.cfg.target_len, dtype=torch.int64)
+        nothing = torch.empty(0, renderer.cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
@@ -323,44 +341,49 @@ class DigitPipeline:
         *,
         pixels: bool = True,
     ) -> Iterator[SampleBatch]:
-        """The batches of images `start` .. `end - 1`; everything stays on the device until a batch is done."""
-        num, prefix_len = len(request.labels) if end is None else end, self.renderer.cfg.prefix_len
+        """The batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
+        num, model = len(request.labels) if end is None else end, self._require_renderer()
+        prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
+        assert batch_size is not None, "sized"
         prior = self._sampler(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
-        renderer = self._sampler(self.renderer, cfg.renderer, cfg)
+        renderer = self._sampler(model, cfg.renderer, cfg)
         with Progress("sample", num, done=start) as bar:
-            for first in range(start, num, cfg.batch_size):
-                rows = request.rows(first, cfg.batch_size)
+            for first in range(start, num, batch_size):
+                rows = request.rows(first, batch_size)
                 prefix = self._prefix(prior, rows) if prefix_len else None
                 tensors = {} if prefix is None else {"discriminative": prefix}
-                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(self.renderer), given=rows.vq)
+                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(model), given=rows.vq)
                 if renderer.output == "images":
                     tensors[IMAGES] = rendered
                 else:
                     tensors["vq"] = rendered
                     if pixels:
-                        tensors[IMAGES] = self.vq.decode(rendered, "bf16" if cfg.precision == "bf16" else None)
+                        tensors[IMAGES] = self._require_vq().decode(
+                            rendered, "bf16" if cfg.precision == "bf16" else None
+                        )
                 batch = SampleBatch(first, rows.labels, tensors)
                 bar.update(len(batch))
                 yield batch
 
     def _prefix(self, prior: Sampler | None, rows: GenerationRequest) -> Tensor:
-        """Discriminative tokens (B, N) of these images: as given, or sampled after those that are given."""
+        """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
         given = rows.discriminative
-        if given is not None and given.shape[1] == self.renderer.cfg.prefix_len:
+        if given is not None and given.shape[1] == self._require_renderer().cfg.prefix_len:
             return given.to(self.device)
-        assert prior is not None, "_require_sampling"
-        return prior(rows.seeds, labels=rows.labels_of(self.prior), given=given)
+        assert prior is not None, "checked by _require_sampling"
+        return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
 
-    def _sampler(self, model: SequenceModel, how: StageSampling, cfg: SamplingConfig) -> Sampler:
+    def _sampler(self, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig) -> Sampler:
+        assert cfg.batch_size is not None, "sized"
         size = micro_batch_size(model, cfg.batch_size)
-        return make_sampler(model, how, precision=cfg.precision, micro_batch_size=size)
+        return make_sampler(model, stage, precision=cfg.precision, micro_batch_size=size)
 
-    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Tensor:
-        """The class of each image that is asked for, (num,) int64, -1 for none. Raises DigitError as `stream` does."""
+    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Int64[Tensor, " B"]:
+        """The class of each requested image, (num,), -1 for none. Raises DigitError as `stream` does."""
         if num is None:
             num = 1 if labels is None or isinstance(labels, int) else len(labels)
         if num < 1:
-            raise DigitError(f"num is {num}: at least 1 image")
+            raise DigitError(f"num is {num}: it must be at least 1")
         known = self._require_sampling().cfg.num_classes
         if labels is None:
             chosen = range(known) if known else [-1]
@@ -376,18 +399,19 @@ class DigitPipeline:
         return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
 
     def settings(self, **changes: Any) -> SamplingConfig:
-        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for one out of range."""
+        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for bad values."""
         for stage in ("prior", "renderer"):
             if isinstance(changes.get(stage), dict):
                 changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
         return replace(self.sampling, **changes)
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
-        """`cfg` with a batch size: its own, else one that fits into the memory that is free now."""
+        """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
         if cfg.batch_size is not None:
             return cfg
-        prior = self.prior if self.renderer.cfg.prefix_len else None
-        return replace(cfg, batch_size=choose_batch_size(prior, self.renderer, self.vq, cfg, free_bytes(self.device)))
+        renderer, vq = self._require_renderer(), self._require_vq()
+        prior = self.prior if renderer.cfg.prefix_len else None
+        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free_bytes(self.device)))
 
     # ---------------------------------------------------------------- folder
 
@@ -437,7 +461,7 @@ class DigitPipeline:
 
 
 def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
-    """The paper's VQ-only baseline of a run (`digit train vq_ar`), over the VQGAN of its pipeline; None without one."""
+    """The paper's VQ-only baseline of a run (`digit train vq_ar`), with the pipeline's VQGAN; None without one."""
     model = Path(folder) / "vq_ar"
     if not (model / "model.json").is_file():
         return None

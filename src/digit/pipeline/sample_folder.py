@@ -1,21 +1,21 @@
-"""A folder of drawn images. A drawing that is killed at any moment goes on at the first batch that is missing.
+"""A folder of sampled images. Interrupted sampling resumes at the first missing batch.
 
     FOLDER/00000.png ...    image i, of seed + i
     FOLDER/grid.png         the first 256
     FOLDER/tokens.npz       discriminative (num, N) where there is a prior, vq (num, M), labels (num,), int32
-    FOLDER/samples.json     labels, classes and the request that fixes every byte; written last: the folder is whole
-    FOLDER/journal.json     while drawing: the request, and which images are done (beside NAME.partial.npy)
-    FOLDER/journal.R.json   which ones rank R has added since
+    FOLDER/samples.json     labels, classes and the request that determines every byte; written last, when all is done
+    FOLDER/journal.json     during sampling: the request, and which images are done (beside NAME.partial.npy)
+    FOLDER/journal.R.json   which images rank R has added since
 
-Threads write the PNGs of a batch while the next one is drawn; no more than three batches are in memory. Several
-processes (ranks) draw a share each of the batches that are missing, into one folder that all of them see. The files end
-byte-identical to those of one process that was never killed, on the same kind of device: batches begin at multiples of
-the batch size, whoever draws them.
+Threads write the PNGs of a batch while the next one is sampled; at most three batches are in memory. Several processes
+(ranks) each sample a share of the missing batches into one folder that all of them see. On the same kind of device the
+files are byte-identical to those of one uninterrupted process: on every rank, batches begin at multiples of the batch
+size.
 """
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from digit import __version__
 from digit.data.rows import ArrayFile
 from digit.errors import DigitError, Stopped
 from digit.pipeline.batch import SampleBatch
-from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
+from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_journal import (
     GRID,
     JOURNAL,
@@ -51,10 +52,12 @@ from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
 from digit.runtime.request import require_same_request
 from digit.runtime.signals import StopSignals
+from digit.sampling.config import SamplingConfig
 
-GRID_IMAGES = 256  # the first so many go into grid.png
+GRID_IMAGES = 256  # images in grid.png, from the first on
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
-WAITING = 1  # batches that may be in the writers' hands while another is drawn
+WAITING = 1  # batches that the writers may hold while another is sampled
+Stream = Callable[[int, int], Iterator[SampleBatch]]
 
 
 def sample(
@@ -67,19 +70,19 @@ def sample(
     overwrite: bool = False,
     **sampling: Any,
 ) -> list[Path]:
-    """Draw images into a folder, or go on where the same drawing stopped; returns the files of the images.
+    """Sample images into a folder, or resume the same request there; returns the files of the images.
 
     Args:
-        num, labels, seed, sampling: as for `DigitPipeline.stream`. Without a batch size a drawing goes on with the one
-            that it began with.
-        overwrite: replace the images of another request; otherwise they are refused.
+        num, labels, seed, sampling: as for `DigitPipeline.stream`. Without a batch size, resumed sampling keeps
+            the one that it began with.
+        overwrite: replace the images of another request instead of raising MismatchError.
 
-    Several ranks call it together; rank 0 decides on the batch size and writes what all of them made.
+    All ranks of a job call it together; rank 0 chooses the batch size and writes the final files.
 
     Raises:
-        MismatchError: the folder holds images of another request; names the setting and both values.
+        MismatchError: the folder holds images of another request; the error names a setting and both values.
         DigitError: a setting out of range, other images in the folder, a full disk (make room and run again).
-        Stopped: SIGINT or SIGTERM came; the batches at hand are written, and the same call goes on.
+        Stopped: SIGINT or SIGTERM came; finished batches are written, and the same call resumes.
     """
     folder, classes = Path(folder), pipe.labels(num, labels)
 
@@ -87,6 +90,7 @@ def sample(
         return settle_request(pipe, folder, len(classes), labels, seed, pipe.settings(**sampling), overwrite)
 
     cfg, request = distributed.on_main(settle)
+    assert pipe.renderer is not None, "pipe.labels checked the parts"
     lengths = {"vq": pipe.renderer.cfg.target_len}
     if pipe.renderer.cfg.prefix_len:
         lengths["discriminative"] = pipe.renderer.cfg.prefix_len
@@ -96,17 +100,17 @@ def sample(
     return [whole.picture(i) for i in range(whole.num)]
 
 
-def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[SampleBatch]]) -> None:
-    """Write what is missing of a folder, this rank its share; `draw(start, end)` gives the batches of these images.
+def write_samples(whole: "SampleFolder", stream: Stream) -> None:
+    """Write this rank's share of the missing images; `stream(start, end)` samples images `start` .. `end - 1`.
 
-    Raises Stopped where a signal came before all was drawn, on any rank.
+    Raises Stopped where a signal came, on any rank, before all images were sampled.
     """
     if distributed.on_main(lambda: whole.finished):
         return
     whole.begin()
     with StopSignals() as signals:
-        if left := whole.share():
-            with whole, closing(each(left, draw)) as batches:
+        if spans := whole.share():
+            with whole, closing(sample_spans(spans, stream)) as batches:
                 for batch in batches:
                     whole.append(batch)
                     if signals.asked:
@@ -114,15 +118,15 @@ def write_samples(whole: "SampleFolder", draw: Callable[[int, int], Iterator[Sam
                 whole.settle(0)
         whole.gather()
     if whole.done < whole.num:
-        raise Stopped(f"{whole.done} of {whole.num} images are drawn")
+        raise Stopped(f"{whole.done} of {whole.num} images are sampled")
     distributed.on_main(whole.finish)
     release_folder(whole.folder)
 
 
-def each(left: list[tuple[int, int]], draw: Callable[[int, int], Iterator[SampleBatch]]) -> Iterator[SampleBatch]:
+def sample_spans(spans: list[tuple[int, int]], stream: Stream) -> Generator[SampleBatch, None, None]:
     """The batches of several spans of images."""
-    for start, end in left:
-        yield from draw(start, end)
+    for start, end in spans:
+        yield from stream(start, end)
 
 
 # -------------------------------------------------------------------- request
@@ -137,12 +141,12 @@ def settle_request(
     asked: SamplingConfig,
     overwrite: bool,
 ) -> tuple[SamplingConfig, dict[str, Any]]:
-    """How to draw, with a batch size, and the request it makes; what lies in the folder fits it, or is declared void.
+    """Sampling settings with a batch size, and the request; with `overwrite`, images of another request are voided.
 
     Raises as `sample` does.
     """
     if (folder / JOURNAL).exists():
-        lock_folder(folder)  # before anything is made of journals that others may be writing
+        lock_folder(folder)  # before reading journals that other processes may be writing
     try:
         there, cfg = recorded(folder), asked
         if there is not None and cfg.batch_size is None and isinstance(size := there.get("batch_size"), int):
@@ -164,8 +168,12 @@ def settle_request(
 def describe_request(
     pipe: DigitPipeline, num: int, labels: Sequence[int] | int | None, seed: int, cfg: SamplingConfig
 ) -> dict[str, Any]:
-    """Everything that decides the images, as JSON has it. Two requests are the same if these are."""
-    models = {"renderer": pipe.renderer} | ({"prior": pipe.prior} if pipe.renderer.cfg.prefix_len else {})
+    """Everything that determines the images, as JSON gives it back. Equal requests give equal images."""
+    assert pipe.vq is not None and pipe.renderer is not None, "pipe.labels checked the parts"
+    models = {"renderer": pipe.renderer}
+    if pipe.renderer.cfg.prefix_len:
+        assert pipe.prior is not None, "pipe.labels checked the parts"
+        models["prior"] = pipe.prior
     weights = {name: sha256_tensors(model.state_dict()) for name, model in models.items()}
     if labels is not None:
         labels = [labels] if isinstance(labels, int) else [int(k) for k in labels]
@@ -188,14 +196,14 @@ def describe_request(
 
 
 class SampleFolder:
-    """Files and journals of one drawing. A journal only ever names images whose files are on the disk."""
+    """Files and journals of one request. A journal names only images whose files are on the disk."""
 
     def __init__(
         self,
         folder: Path,
         request: dict[str, Any],
         lengths: dict[str, int],
-        labels: Tensor,
+        labels: Int64[Tensor, " B"],
         names: Sequence[str | None],
     ):
         """`request` has num, seed, batch_size and rounding at least; `lengths` are tokens an image by kind; `labels`
@@ -206,30 +214,30 @@ class SampleFolder:
         paths = {name: folder / f"{name}.partial.npy" for name in lengths}
         self.arrays = {name: ArrayFile(path, (self.num, lengths[name]), "<i4") for name, path in paths.items()}
         self.opened: list[ArrayFile] = []
-        self.waiting: deque[Future] = deque()  # one a batch in the writers' hands
+        self.waiting: deque[Future] = deque()  # one per batch that is being written
 
     def picture(self, index: int) -> Path:
-        """The file of an image; names sort as numbers do."""
+        """The file of an image; names sort in the order of the images."""
         return self.folder / f"{index:0{max(5, len(str(self.num - 1)))}d}.png"
 
     @property
     def done(self) -> int:
-        """How many images are on the disk, as far as this rank knows."""
+        """Number of images on the disk, as far as this rank knows."""
         return len(self.ledger.done)
 
     @property
     def finished(self) -> bool:
-        """Whether every file is there already."""
+        """Whether every file exists already."""
         if not (self.folder / SAMPLES).exists():
             return False
         wanted = {GRID, TOKENS, *(self.picture(i).name for i in range(self.num))}
         if not wanted <= set(listed(self.folder)):
-            return False  # some were deleted since: they are drawn again
+            return False  # deleted files are sampled again
         self._clean()
         return True
 
     def begin(self) -> None:
-        """Go on with the journals that are there, or begin one; raises DigitError now where the disk is too full."""
+        """Resume from the existing journals, or begin one. Raises DigitError at once where the disk is too full."""
         self.ledger = distributed.on_main(self._begin)
 
     def _begin(self) -> Ledger:
@@ -239,7 +247,7 @@ class SampleFolder:
             for first in range(0, self.num, self.size):
                 end = min(first + self.size, self.num)
                 if there.done.covers(first, end) and all(self.picture(i).name in names for i in range(first, end)):
-                    done.add(first, end)  # of the others some were deleted since: they are drawn again
+                    done.add(first, end)  # batches with deleted files are sampled again
             ledger = Ledger(self.request, self.num, done)
             ledger.save(self.folder / JOURNAL)
             return ledger
@@ -255,13 +263,13 @@ class SampleFolder:
         return ledger
 
     def share(self) -> list[tuple[int, int]]:
-        """This rank's share of the batches that are missing, as spans of images."""
+        """This rank's share of the missing batches, as spans of images."""
         missing = self.ledger.done.missing_blocks(self.num, self.size)
         mine = [missing[place] for place in distributed.share(len(missing))]
         return Spans((first, min(first + self.size, self.num)) for first in mine).spans
 
     def gather(self) -> None:
-        """Learn what the other ranks have done; waits for them."""
+        """Wait for the other ranks, and add the images that they have done."""
         for ledger in distributed.gather(self.ledger):
             self.ledger.join(ledger)
 
@@ -274,19 +282,19 @@ class SampleFolder:
         return self
 
     def append(self, batch: SampleBatch) -> None:
-        """Hand a batch to the writers, and wait for the one before."""
+        """Pass a batch to the writers, and wait for the previous one."""
         paths = [self.picture(batch.first + i) for i in range(len(batch))]
         writing = [self.writers.submit(write_picture, path, batch, i) for i, path in enumerate(paths)]
         self.waiting.append(self.keeper.submit(self._keep, batch, writing))
         self.settle(WAITING)
 
     def settle(self, left: int) -> None:
-        """Wait until at most `left` batches are in the writers' hands. Raises what stopped a writer."""
+        """Wait until at most `left` batches are being written. Raises a writer's error."""
         while len(self.waiting) > left:
             self.waiting.popleft().result()
 
     def _keep(self, batch: SampleBatch, writing: list[Future]) -> None:
-        """Enter a batch into the journal as soon as it is on the disk; one after another, in a thread of its own."""
+        """Record a batch in the journal once it is on the disk; runs in a thread that takes one batch at a time."""
         for future in writing:
             future.result()
         for name, array in self.arrays.items():
@@ -304,11 +312,11 @@ class SampleFolder:
             self._give_back()
 
     def finish(self) -> None:
-        """Grid, tokens.npz and, last, samples.json. Can be cut short and repeated."""
+        """Grid, tokens.npz and, last, samples.json. Can be interrupted and repeated."""
         assert self.done == self.num, "every image is written before the folder is finished"
         labels = self.labels.numpy().astype(np.int32)
         with atomic_path(self.folder / TOKENS) as temporary, open(temporary, "wb") as out:
-            # mapped, so that they are compressed from the disk piece by piece
+            # memory-mapped, so that compression reads them from the disk piece by piece
             tokens = {name: np.load(array.path, mmap_mode="r") for name, array in sorted(self.arrays.items())}
             np.savez_compressed(out, **tokens, labels=labels)
         images = read_pictures([self.picture(i) for i in range(min(self.num, GRID_IMAGES))])
@@ -321,23 +329,23 @@ class SampleFolder:
         self._clean()
 
     def _give_back(self) -> None:
-        """Leave nothing of a drawing that never got as far as one batch."""
-        with suppress(DigitError, OSError):  # what ended it matters more
+        """Remove all files of a request that completed no batch."""
+        with suppress(DigitError, OSError):  # the original error matters more
             clear(self.folder)
 
     def _clean(self) -> None:
-        """Remove what only an unfinished folder needs, and what a kill left half written."""
+        """Remove the files that only an unfinished folder needs, and files that a kill left half written."""
         for name in filter(NEEDLESS.fullmatch, listed(self.folder)):
             (self.folder / name).unlink(missing_ok=True)
 
 
 def write_picture(path: Path, batch: SampleBatch, row: int) -> None:
-    """One PNG of a batch; waits for the batch where it is still on its way from a GPU."""
+    """Write one PNG of a batch; waits for the batch's copy from a GPU."""
     plots.save_png(path, batch.images[row])
 
 
-def read_pictures(paths: Sequence[Path]) -> Tensor:
-    """PNGs of one size -> (B, 3, H, W) uint8."""
+def read_pictures(paths: Sequence[Path]) -> UInt8[Tensor, "B 3 H W"]:
+    """Read PNGs of one size."""
     arrays = []
     for path in paths:
         with Image.open(path) as image:

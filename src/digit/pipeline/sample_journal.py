@@ -1,4 +1,4 @@
-"""What lies in a folder of drawn images: names, journals, and how a folder is declared empty. For rank 0 alone."""
+"""Names and journals in a folder of sampled images, and how a folder is emptied. Only rank 0 calls these functions."""
 
 import os
 import re
@@ -10,20 +10,20 @@ from digit.runtime.files import read_json
 from digit.runtime.ledger import Ledger, collect
 
 GRID, TOKENS, SAMPLES, JOURNAL = "grid.png", "tokens.npz", "samples.json", "journal.json"
-WHILE_DRAWING = r"journal(\.\d+)?\.json|(discriminative|vq)\.partial\.npy"
-OURS = re.compile(rf"\d{{5,}}\.png|grid\.png|tokens\.npz|samples\.json|{WHILE_DRAWING}")
-LEFT_BY_A_KILL = re.compile(rf"\.({OURS.pattern})\..+")  # what `atomic_path` had not renamed yet
-NEEDLESS = re.compile(rf"{WHILE_DRAWING}|{LEFT_BY_A_KILL.pattern}")  # once all is drawn
+WHILE_SAMPLING = r"journal(\.\d+)?\.json|(discriminative|vq)\.partial\.npy"
+OURS = re.compile(rf"\d{{5,}}\.png|grid\.png|tokens\.npz|samples\.json|{WHILE_SAMPLING}")
+LEFT_BY_A_KILL = re.compile(rf"\.({OURS.pattern})\..+")  # temporary files of `atomic_path`
+NEEDLESS = re.compile(rf"{WHILE_SAMPLING}|{LEFT_BY_A_KILL.pattern}")  # once all images are sampled
 OTHER_FOLDER = "choose another --out"
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
-    """The request whose images lie in a folder; None where there are none. Raises DigitError for foreign images."""
+    """The request of a folder's images; None without images. Raises DigitError for images without a request."""
     if (folder / SAMPLES).exists():
         return _request(folder / SAMPLES)
     if (folder / JOURNAL).exists():
         ledger = read_ledger(folder)
-        return ledger.request if len(ledger.done) else None  # nothing done yet: another request may begin
+        return ledger.request if len(ledger.done) else None  # without finished images, another request may begin
     foreign = [name for name in listed(folder) if OURS.fullmatch(name)]
     if foreign:
         raise DigitError(f"{folder} holds {min(foreign)} but no {SAMPLES}: {OTHER_FOLDER}")
@@ -31,7 +31,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """Images that some rank has entered as done. Raises DigitError where the journal is no such list."""
+    """Images that any rank has recorded as done. Raises DigitError for a damaged journal."""
     num = _request(folder / JOURNAL).get("num", 0)
     try:
         return collect(folder / JOURNAL, num) or Ledger({}, 0)
@@ -47,18 +47,18 @@ def _request(path: Path) -> dict[str, Any]:
 
 
 def listed(folder: Path) -> list[str]:
-    """Names in a folder; none where it does not exist."""
+    """File names in a folder; empty where it does not exist."""
     return os.listdir(folder) if folder.is_dir() else []
 
 
 def void(folder: Path) -> None:
-    """Declare that a folder holds nothing that counts: whatever comes in between, the next drawing may begin."""
+    """Declare a folder's content void, so that any request may begin there, even after an interruption."""
     Ledger({}, 0).save(folder / JOURNAL)
     (folder / SAMPLES).unlink(missing_ok=True)
 
 
 def clear(folder: Path) -> None:
-    """Remove what a drawing wrote, the journal last."""
+    """Remove the files of a request, the journal last."""
     void(folder)
     for name in listed(folder):
         if name != JOURNAL and (OURS.fullmatch(name) or LEFT_BY_A_KILL.fullmatch(name)):

@@ -1,4 +1,4 @@
-"""How both stages draw (paper, A.3)."""
+"""Sampling settings of both stages (paper, A.3)."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from digit.errors import DigitError
 
 @dataclass(frozen=True, kw_only=True)
 class StageSampling:
-    """How one stage draws its tokens."""
+    """Sampling settings of one stage."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
@@ -26,16 +26,16 @@ class StageSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How both stages draw, and how many images at a time."""
+    """Sampling settings of both stages, batch size and precision."""
 
     prior: StageSampling = field(default_factory=lambda: StageSampling(top_k=200))
     """Stage 1."""
     renderer: StageSampling = field(default_factory=lambda: StageSampling(top_p=0.8))
     """Stage 2."""
     batch_size: int | None = None
-    """Images drawn together; None takes 64 on a CPU and on a GPU up to 128, as fit into free memory. An image depends
-    on its seed and label, not on its neighbours; another batch_size may round differently and so, rarely, change a
-    token."""
+    """Images sampled together; None takes up to 64 on a CPU and up to 128 on a GPU, as free memory allows. An image
+    depends on its seed and label, not on the other images; another batch_size may round differently and so, rarely,
+    change a token."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 (faster; an image may then differ between machines)."""
 

@@ -1,6 +1,6 @@
 """Temperature, top-k and top-p on logits, guidance, and sampling that depends on an image's own uniforms alone.
 
-Nothing here waits for the device or depends on values in its shapes, so that all of it may stand in a CUDA graph.
+Nothing here waits for the device, and no shape depends on values, so that a CUDA graph can record it.
 
 Shapes: B rows, V codes. All in float32; sums of probabilities in float64.
 """
@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from digit.errors import DigitError
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Float64, Int64
 
 NEVER = float("-inf")
 
 
 def check_filters(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise DigitError where a setting has no meaning."""
+    """Raise DigitError where a setting is out of range."""
     if not 0 <= temperature < float("inf"):
         raise DigitError(f"temperature is {temperature}: choose 0 (most likely token) or above")
     if top_k < 0:
@@ -38,8 +35,8 @@ def filter_logits(
 ) -> Float[Tensor, "B V"]:
     """Divide by the temperature (above 0), then top-k, then top-p, as the released decoding does.
 
-    top_k keeps the k largest logits (0, or k >= V, keeps all); top_p the fewest likeliest codes whose probabilities
-    reach it, at least one. Codes whose logit equals the last one kept stay too; the others get -inf.
+    top_k keeps the k largest logits (0, or k >= V, keeps all); top_p the smallest set of most likely codes whose
+    probabilities sum to it, at least one. Codes whose logit equals the last one kept stay too; the others get -inf.
     """
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     num = scaled.shape[-1]
@@ -57,8 +54,8 @@ def keep_threshold(ordered: Float[Tensor, "B V"], top_k: int, top_p: float) -> F
         return least
     probability = ordered.masked_fill(ordered < least, NEVER).softmax(-1, dtype=torch.float64)
     mass = probability.cumsum(-1)
-    likelier = mass[:, -1:] - mass  # of all codes after this one
-    dropped = (likelier >= top_p).sum(-1, keepdim=True)  # a prefix of the order; never the last code
+    likelier = mass[:, -1:] - mass  # total probability of the codes after this one
+    dropped = (likelier >= top_p).sum(-1, keepdim=True)  # codes at the start of the order; never the last code
     return ordered.gather(-1, dropped.clamp_max(num - 1))
 
 
@@ -69,7 +66,7 @@ def ascending(logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     return logits.sort(dim=-1).values
 
 
-def guide(logits: Float[Tensor, "2B V"], scale: float) -> Float[Tensor, "B V"]:
+def guide(logits: Float[Tensor, "R ..."], scale: float) -> Float[Tensor, "R//2 ..."]:
     """u + s (c - u) of the stacked [conditional c | unconditional u] (classifier-free guidance, Ho & Salimans 2022)."""
     conditional, unconditional = logits.float().chunk(2)
     return unconditional + scale * (conditional - unconditional)
@@ -87,7 +84,7 @@ def sample_from_uniform(logits: Float[Tensor, "*B V"], u: Float64[Tensor, " *B"]
 
 
 def sample_filtered(
-    logits: Float[Tensor, "B V"], u: Tensor, temperature: float, top_k: int, top_p: float
+    logits: Float[Tensor, "B V"], u: Float64[Tensor, " B"], temperature: float, top_k: int, top_p: float
 ) -> Int64[Tensor, " B"]:
     """One code a row: the most likely at temperature 0, else by inverse CDF on the filtered logits."""
     if temperature == 0:
@@ -98,8 +95,8 @@ def sample_filtered(
 def image_uniforms(seeds: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float64[Tensor, "B ..."]:
     """U[0, 1) for each image from a generator of its own, seeded by a hash of (image seed, stage).
 
-    Philox, not torch's generator: on CPU that one keeps 32 bits of its seed, so that among 50,000 images two share all
-    their numbers with probability 0.25. Stages differ, so that prior and renderer do not walk in step.
+    Philox rather than torch's generator, which on CPU keeps 32 bits of its seed: two of 50,000 images would share all
+    their numbers with probability 0.25. The stage enters the hash so that prior and renderer get independent numbers.
     """
     rows = []
     for seed in seeds:

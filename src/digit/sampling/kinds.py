@@ -1,4 +1,4 @@
-"""Every kind of model by name: its configuration, its network, and its sampler. A new one is an entry here."""
+"""Every kind of model by name: its configuration, its network, and its sampler. Register a new kind here."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from digit.sampling.sampler import Sampler
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKind:
-    """What builds, reads and samples one kind of model."""
+    """Configuration, network and sampler of one kind of model."""
 
     config: type[SequenceConfig]
     """Class of its configuration."""
@@ -54,17 +54,17 @@ def make_sampler(
     micro_batch_size: int | None = None,
     stage: str | None = None,
 ) -> Sampler:
-    """Prepare `model` to be sampled as `cfg` says, once for many batches.
+    """Prepare `model` for sampling with the settings `cfg`, once for many batches.
 
     Args:
         model: of any kind in KINDS.
-        cfg: temperature, filters and guidance of the stage; a masked model's steps too.
+        cfg: temperature, filters and guidance; for a masked model also its steps.
         precision: of the products; fp32 takes the model's own type.
         micro_batch_size: images computed together; None takes `sampling.requests.MICRO_BATCH_SIZE`.
-        stage: names the stream of random numbers; None takes "renderer" for a model with prefix, else "prior".
+        stage: name of the random stream; None takes "renderer" for a model with prefix, else "prior".
 
-    Raises DigitError for settings without meaning, and for guidance of a model that was trained without dropout of its
-    condition.
+    Raises DigitError for settings out of range, and for guidance of a model that was trained without label or prefix
+    dropout.
     """
     kind = get_kind(model.cfg.kind)
     settings = {name: value for name, value in asdict(cfg).items() if name in kind.settings}

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int64
 
 
 class MaskedSampler(Sampler):
@@ -43,17 +41,19 @@ class MaskedSampler(Sampler):
 
     @property
     def uniform_shape(self) -> tuple[int, ...]:
-        """Every step takes one number for the code and one for the confidence of each token."""
+        """Every step takes two numbers per token: one for its code, one for its confidence."""
         return (self.num_steps, 2, self.model.cfg.target_len)
 
-    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(
+        self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]
+    ) -> Int64[Tensor, "C M"]:
         model, cfg, guided = self.model, self.model.cfg, self.guided
-        how = conditions(model, rows, guided)
+        condition = conditions(model, rows, guided)
         tokens = F.pad(rows.given, (0, cfg.target_len - rows.given.shape[1]), value=cfg.mask_token)  # (C, M)
         hidden = tokens == cfg.mask_token  # (C, M)
         unknown = hidden.sum(1)  # (C,)
         for step in range(self.num_steps):
-            logits = self.combine(model.head(model.features(twice(tokens, guided), **how)))  # (C, M, V)
+            logits = self.combine(model.head(model.features(twice(tokens, guided), **condition)))  # (C, M, V)
             sampled = self.pick(logits.flatten(0, 1), u[:, step, 0].flatten()).view_as(tokens)
             tokens = torch.where(hidden, sampled, tokens)
             before, ratio = hidden, (step + 1) / self.num_steps
@@ -88,6 +88,6 @@ def least_confident(
     return order.argsort(1) < count[:, None]
 
 
-def gumbel(u: Tensor) -> Tensor:
+def gumbel(u: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     """Standard Gumbel noise, -log(-log u)."""
     return -torch.log(-torch.log(u.clamp_min(torch.finfo(u.dtype).tiny)))

@@ -1,7 +1,7 @@
 """Next-token decoding with a key-value cache, for prior, renderer and VQ-only baseline (paper, A.3).
 
-Everything stays on the model's device. Prefix, start and given tokens go through in one pass; then one position at a
-time against a cache, on a GPU as replays of recorded steps.
+All tensors stay on the model's device. One forward pass takes prefix, start and given tokens; then each step computes
+one position with a key-value cache, on a GPU as a replay of a recorded CUDA graph.
 
 Shapes: C images of a micro-batch, R rows of the network (C, or 2C under guidance), M target tokens, V codes, D width.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from digit.models.decoding import StepTransformer
@@ -21,7 +22,7 @@ from digit.models.transformer import KVCache, SteppedCache
 from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
 
-SPAN = 64  # a recorded step reads the cache up to the next multiple of this many positions
+SPAN = 64  # positions; a recorded step reads the cache up to the next multiple of this
 
 
 class NextTokenSampler(Sampler):
@@ -34,11 +35,11 @@ class NextTokenSampler(Sampler):
         cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
         dtype: compute in this type, e.g. torch.bfloat16 (2 to 4 times as fast on CPUs with AVX-512 bf16).
         micro_batch_size: images computed together (twice the rows with guidance); default 64. A short micro-batch
-            costs as much as a full one. Another micro_batch_size, dtype or device may round differently and so give
+            takes as long as a full one. Another micro_batch_size, dtype or device may round differently and so give
             another token.
-        stage: names the stream of random numbers; default "renderer" for a model with prefix, else "prior".
-        use_cache: off computes every position again for every token (tests).
-        fixed_shapes: steps of shapes that never change, recorded as CUDA graphs on a GPU (its default).
+        stage: name of the random stream; default "renderer" for a model with prefix, else "prior".
+        use_cache: False recomputes all positions for every token (tests).
+        fixed_shapes: steps with constant shapes, recorded as CUDA graphs on a GPU; default True on a GPU.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class NextTokenSampler(Sampler):
         """One number a token."""
         return (self.model.cfg.target_len,)
 
-    def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
+    def sample_micro_batch(
+        self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]
+    ) -> Int64[Tensor, "C M"]:
         decoder = self._recorded or (CachedSteps() if self.use_cache else UncachedSteps())
         decoder.begin(self, rows, u)
         for i in range(rows.given.shape[1], self.model.cfg.target_len):
@@ -68,23 +71,25 @@ class NextTokenSampler(Sampler):
         """Room for all positions of one micro-batch."""
         return self.model.new_cache(self.num_rows)
 
-    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Tensor:
-        """Logits (R, V) of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
+    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Float[Tensor, "R V"]:
+        """Logits of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
         x = self.model.embed(twice(rows.given, self.guided), **conditions(self.model, rows, self.guided))
         features = self.model.transformer(x, causal=True, first=x.shape[1] - 1, cache=cache)  # (R, 1, D)
         return self.model.head(features[:, 0])
 
-    def next_logits(self, token: Tensor, index: int | Tensor, cache: KVCache | SteppedCache) -> Tensor:
-        """Logits (R, V) of the token after target token number `index`, token (C,)."""
+    def next_logits(
+        self, token: Int64[Tensor, " C"], index: int | Tensor, cache: KVCache | SteppedCache
+    ) -> Float[Tensor, "R V"]:
+        """Logits of the token after target token number `index`."""
         x = self.model.embed_token(twice(token, self.guided), index)  # (R, D)
         return self.model.head(self.step(x, cache))
 
 
 class Steps(ABC):
-    """The tokens of one micro-batch, decided one after the other. It gets the sampler at each call and keeps none."""
+    """Samples the tokens of one micro-batch one after the other. Each call gets the sampler as an argument."""
 
     tokens: Tensor
-    """(C, M) int64; given and decided ones are valid."""
+    """(C, M) int64; only given and sampled ones are valid."""
 
     def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
         """Start a micro-batch of C images with uniforms u (C, M)."""
@@ -93,7 +98,7 @@ class Steps(ABC):
         self.tokens[:, : self.known] = rows.given
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
-        """Sample target token number i; all before it are there."""
+        """Sample target token number i, given all tokens before it."""
         self.tokens[:, i] = sampler.pick(sampler.combine(self.logits(sampler, i)), self.u[:, i])
 
     @abstractmethod
@@ -111,7 +116,7 @@ class UncachedSteps(Steps):
 
 
 class CachedSteps(Steps):
-    """Computes one position for each token, against a cache that grows."""
+    """Computes one position per token, with a growing cache."""
 
     def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
         super().begin(sampler, rows, u)
@@ -124,9 +129,9 @@ class CachedSteps(Steps):
 
 
 class RecordedSteps(CachedSteps):
-    """Steps whose shapes and addresses never change: one is recorded for every SPAN positions, and replayed.
+    """Steps with constant shapes and addresses: a CUDA graph is recorded for every SPAN positions and replayed.
 
-    A replay launches all kernels of a step at once, where launching them one by one would take longer than they run.
+    A replay launches all kernels of a step at once; launching them one by one would take longer than running them.
     """
 
     def __init__(self) -> None:
@@ -159,7 +164,7 @@ class RecordedSteps(CachedSteps):
         self._run(sampler, min(self.max_len, (newest // SPAN + 1) * SPAN))
 
     def _step(self, sampler: NextTokenSampler, span: int) -> None:
-        """Sample the token after the newest one, on the first `span` positions of the cache, and move on."""
+        """Sample the token after the newest one, with the first `span` positions of the cache, and advance."""
         newest = self.position - self.start  # (1,)
         token = self.tokens.index_select(1, newest)[:, 0]
         logits = sampler.next_logits(token, newest, SteppedCache(self.cache, self.position, span))
@@ -175,12 +180,12 @@ class RecordedSteps(CachedSteps):
         self.graphs[span].replay()
 
     def _record(self, sampler: NextTokenSampler, span: int) -> None:
-        """Run the step once on a stream of its own, as CUDA requires before a recording, undo it, and record it."""
+        """Run the step once on a separate stream, as CUDA requires before a recording, undo it, and record it."""
         position, stream = self.position.clone(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(sampler, span)
-            self.position.copy_(position)  # the token and the cache entry will be written again
+            self.position.copy_(position)  # the recorded step overwrites the token and the cache entry
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self.graphs.values()), None)

@@ -1,14 +1,16 @@
-"""What is asked of a sampler, checked once and cut into micro-batches of equal size.
+"""A request to a sampler, checked once and split into micro-batches of equal size.
 
-Matrix kernels choose their order of summation by the number of rows, so that an image drawn alone and the same image
-drawn among others could differ in the last bit, and from then on in its tokens. Every micro-batch therefore has
-exactly `micro_batch_size` rows; a short one is filled up with copies of its last row. Measured on CPU (torch 2.13, MKL
-and oneDNN): within a fixed shape a row depends neither on its place nor on the other rows, bit for bit, in float32 and
+Matrix kernels choose their order of summation by the number of rows, so that an image sampled alone and the same image
+sampled among others could differ in the last bit, and from then on in its tokens. Every micro-batch therefore has
+exactly `micro_batch_size` rows; a short one is padded with copies of its last row. Measured on CPU (torch 2.13, MKL and
+oneDNN): with a fixed shape, a row depends neither on its position nor on the other rows, bit for bit, in float32 and
 bfloat16.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 
-MICRO_BATCH_SIZE = 64  # where half-precision kernels reach 90% of their speed (measured: 52% at 16 rows, 69% at 32)
+MICRO_BATCH_SIZE = 64  # half-precision kernels reach 90% of their peak speed (52% at 16 rows, 69% at 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class TokenRequest:
     """(B, m) int64, the first target tokens; m may be 0."""
 
     def rows(self, index: list[int]) -> "TokenRequest":
-        """These rows alone, in this order."""
+        """Only these rows, in this order."""
         pick = torch.tensor(index, device=self.given.device)
         return TokenRequest(
             seeds=[self.seeds[i] for i in index],
@@ -46,14 +48,14 @@ class TokenRequest:
 def make_request(
     model: SequenceModel, seeds: Sequence[int], prefix: Tensor | None, labels: Tensor | None, given: Tensor | None
 ) -> TokenRequest:
-    """Check the rows against the model and move them to its device. Raises DigitError naming what does not fit."""
+    """Check the rows against the model and move them to its device. Raises DigitError where they do not fit."""
     cfg, device, batch = model.cfg, model.device, len(seeds)
     if given is None:
         given = torch.empty(batch, 0, dtype=torch.int64)
     rows = {"prefix": prefix, "labels": labels, "given": given}
     for name, value in rows.items():
         if value is not None and len(value) != batch:
-            raise DigitError(f"{name} has {len(value)} rows for {batch} seeds: give one row a seed")
+            raise DigitError(f"{name} has {len(value)} rows for {batch} seeds: give one row per seed")
     if given.shape[1] > cfg.target_len:
         raise DigitError(f"{given.shape[1]} tokens are given, an image has {cfg.target_len}")
     if prefix is None and cfg.prefix_len and not cfg.prefix_dropout:
@@ -61,8 +63,13 @@ def make_request(
     check_range("given token", given, 0, cfg.vocab_size - 1 + cfg.masked)
     check_range("prefix token", prefix, 0, cfg.prefix_vocab_size - 1)
     check_range("label", labels, -1, cfg.num_classes - 1)
-    moved = {k: None if v is None else v.to(device=device, dtype=torch.int64) for k, v in rows.items()}
-    return TokenRequest(seeds=[int(s) for s in seeds], **moved)
+    move = partial(torch.Tensor.to, device=device, dtype=torch.int64)
+    return TokenRequest(
+        seeds=[int(s) for s in seeds],
+        prefix=None if prefix is None else move(prefix),
+        labels=None if labels is None else move(labels),
+        given=move(given),
+    )
 
 
 def check_range(name: str, values: Tensor | None, low: int, high: int) -> None:
@@ -75,7 +82,7 @@ def check_range(name: str, values: Tensor | None, low: int, high: int) -> None:
 
 
 def check_guidance(model: SequenceModel, scale: float) -> None:
-    """Raise DigitError where guidance is asked of a model that never saw its condition hidden."""
+    """Raise DigitError for guidance of a model that was trained without label or prefix dropout."""
     if scale != 1 and not (model.cfg.label_dropout or model.cfg.prefix_dropout):
         raise DigitError(
             f"cfg_scale is {scale}, but this model was trained without label_dropout or prefix_dropout: "
@@ -84,15 +91,23 @@ def check_guidance(model: SequenceModel, scale: float) -> None:
 
 
 def micro_batches(request: TokenRequest, size: int) -> Iterator[tuple[TokenRequest, int]]:
-    """Requests of exactly `size` rows, and how many of the rows count; the others are copies of the last."""
+    """Requests of exactly `size` rows, each with the number of rows that count; the others copy the last one."""
     total = len(request.seeds)
     for begin in range(0, total, size):
         index = [min(i, total - 1) for i in range(begin, begin + size)]
         yield request.rows(index), min(size, total - begin)
 
 
-def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> dict[str, Tensor | None]:
-    """prefix, labels and drop_prefix for `SequenceModel.embed`; guided: rows twice, the second time unconditional."""
+class Conditions(TypedDict):
+    """Keywords of `SequenceModel.embed` and `SequenceModel.features`."""
+
+    prefix: Tensor | None
+    labels: Tensor | None
+    drop_prefix: Tensor | None
+
+
+def conditions(model: SequenceModel, request: TokenRequest, guided: bool) -> Conditions:
+    """prefix, labels and drop_prefix for `SequenceModel.embed`; with guidance, a second, unconditional half."""
     prefix, labels, drop = request.prefix, request.labels, None
     if guided:
         if labels is not None:

@@ -1,4 +1,4 @@
-"""What every sampler does: prepare the model once, check each request, cut it into micro-batches, sample them."""
+"""Base class of samplers: prepares the model once, checks each request, splits it into micro-batches, samples them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -17,18 +18,15 @@ from digit.models.sequence import SequenceModel
 from digit.sampling.filters import check_filters, guide, image_uniforms, sample_filtered
 from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
 
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
-
 
 class Sampler(ABC):
     """A model prepared for sampling, once for many batches.
 
-    It may not see later changes of the model's weights: make another one. Not thread-safe.
+    Later changes of the model's weights may not take effect: make a new sampler. Not thread-safe.
     """
 
     output: Literal["tokens", "images"] = "tokens"
-    """What a call gives: tokens, or the images themselves, (B, 3, H, W) uint8."""
+    """What a call returns: tokens, or images (B, 3, H, W) uint8."""
 
     def __init__(
         self,
@@ -46,7 +44,7 @@ class Sampler(ABC):
         check_guidance(model, cfg_scale)
         self.micro_batch_size = MICRO_BATCH_SIZE if micro_batch_size is None else micro_batch_size
         if self.micro_batch_size < 1:
-            raise DigitError(f"micro_batch_size is {micro_batch_size}: at least 1")
+            raise DigitError(f"micro_batch_size is {micro_batch_size}: it must be at least 1")
         self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
         self.num_rows = self.micro_batch_size * (2 if self.guided else 1)
         self.model = prepare(model, dtype, self.num_rows)
@@ -60,18 +58,18 @@ class Sampler(ABC):
         *,
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
-        given: Int64[Tensor, "B m"] | None = None,
+        given: Int64[Tensor, "B L"] | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Int64[Tensor, "B M"]:
         """Sample the target tokens of B images.
 
         Args:
-            seeds: one an image; seed, conditions and settings fix an image's tokens, whatever is sampled beside it.
+            seeds: one per image. Seed, conditions and settings determine an image's tokens, whatever the other images.
             prefix: prefix tokens (renderers).
             labels: class numbers; -1 or None is unconditional.
-            given: tokens to keep (completion): the first m of a next-token model. A masked model keeps all but
-                `model.cfg.mask_token`, in any place.
-            on_token: called after every step with the number of tokens just decided, over all images of it.
+            given: tokens to keep (completion): the first L of a next-token model. A masked model keeps all but
+                `model.cfg.mask_token`, at any position.
+            on_token: called after every step with the number of tokens just sampled, summed over the micro-batch.
 
         Raises DigitError for conditions that do not fit the model.
         """
@@ -85,32 +83,32 @@ class Sampler(ABC):
     @property
     @abstractmethod
     def uniform_shape(self) -> tuple[int, ...]:
-        """Shape of the uniform random numbers that one image takes."""
+        """Shape of the uniform random numbers of one image."""
 
     @abstractmethod
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
-        """Tokens (C, M) of a micro-batch with the uniforms u; reports how many tokens it decided, a row or all."""
+        """Sample a micro-batch with the uniforms u; report the number of tokens sampled, per row or for all rows."""
 
     def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
-        """Float32 logits of the images from those of all rows, R = 2C under guidance."""
+        """Float32 logits of the C images from those of all R rows; R = 2C with guidance."""
         return guide(logits, self.cfg_scale) if self.guided else logits.float()
 
 
 def prepare(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:
-    """A copy in `dtype`, cast once, where autocast would cast for every token; its matrices packed on a CPU.
+    """A copy cast to `dtype` once (autocast would cast for every token), with matrices packed on a CPU.
 
-    In the model's own type it shares all parameters that are not packed.
+    Without a cast, it shares all parameters that are not packed with the model.
     """
     cast = {id(p): nn.Parameter(p.detach().to(dtype or p.dtype), requires_grad=False) for p in model.parameters()}
     return pack_linears(copy.deepcopy(model, cast).eval(), num_rows)
 
 
 def report(on_token: Callable[[int], None] | None, count: int, decided: Tensor | int) -> None:
-    """Tell of the tokens decided in the first `count` rows; the others only fill the micro-batch."""
+    """Report the tokens sampled in the first `count` rows; the other rows only pad the micro-batch."""
     if on_token:
         on_token(decided * count if isinstance(decided, int) else int(decided[:count].sum()))
 
 
-def twice(x: Tensor, guided: bool) -> Tensor:
-    """The rows stacked on themselves for guidance."""
+def twice(x: Int64[Tensor, "C ..."], guided: bool) -> Int64[Tensor, "R ..."]:
+    """The rows twice for guidance, else once."""
     return torch.cat([x, x]) if guided else x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
-from digit.models.products import arranged, linear
+from digit.models.products import linear, prepacked
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -110,7 +110,7 @@ class ExactNearest:
     """The argmin in float32, near ties decided in float64; call it within `full_precision`."""
 
     def __init__(self, centroids: Tensor):
-        self.centroids, self.table = centroids, arranged(-centroids)  # (K, D)
+        self.centroids, self.table = centroids, prepacked(-centroids)  # (K, D)
         self.half = centroids.square().sum(1) / 2  # (K,)
         self.longest = (2 * self.half.max()).sqrt()
 
@@ -157,7 +157,7 @@ class FastNearest:
         self.table[:num, self.dim : self.dim + 3] = _split(rounded.float().square().sum(1) / 2, 3)
         self.table[num:, self.dim] = torch.finfo(torch.bfloat16).max  # nobody's nearest
         self.table[:, self.dim + 3 : self.dim + 5] = 1
-        self.packed = arranged(self.table)
+        self.packed = prepacked(self.table)
         self.rows = self.scores = self.table[:0]
 
     @torch.no_grad()
