@@ -106,7 +106,8 @@ class Work:
         if self.recipe.vqgan_start == "scratch":
             return self.recipe.vqgan
         about = (files("digit") / "assets" / f"{self.recipe.vqgan_start}.json").read_text(encoding="utf-8")
-        return VQGANConfig(**json.loads(about)["config"])
+        config = json.loads(about)["config"]
+        return VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])})
 
     @cached_property
     def vq_encoder(self) -> Network:
