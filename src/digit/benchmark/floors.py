@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.models.products import prepacked
 from digit.models.products import linear as onednn_linear
+from digit.models.products import prepacked
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import TransformerConfig
 from digit.models.vit import ViTConfig

@@ -64,7 +64,7 @@ def time_training(size: Size, device: torch.device, repeats: int) -> list[Measur
     for precision, run in steps.items():
         images = size.train_batch * run.count
         waited = run.wait * repeats / (repeats + 1)  # `wait` includes the warm-up round
-        extra: dict[str, float] = {"data_wait": waited / sum(times[precision].seconds)}
+        extra: dict[str, float] = {"data_wait": float(waited) / sum(times[precision].seconds)}
         if precision == "bf16" or not multiplies_bf16(device):
             extra["mfu"] = float(images / times[precision].median * training_flops(cfg) / peak_rate)
         floor = times[f"{precision} floor"].times(run.count)

@@ -148,9 +148,10 @@ def refuse_bomb(path: Path) -> None:
             entries = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = [part for entry in entries for part in (entry if isinstance(entry, tuple) else (entry,))]
             sizes[id(node)] = 1 + sum(map(count, parts))
-        if sizes[id(node)] is None or sizes[id(node)] > MAX_SETTINGS:
+        size = sizes[id(node)]
+        if size is None or size > MAX_SETTINGS:
             raise DigitError(f"{path} refers to itself, or grows past {MAX_SETTINGS} settings: write each one out")
-        return sizes[id(node)]
+        return size
 
     if root is not None:
         count(root)

@@ -163,7 +163,7 @@ class CommandParser(ArgumentParser):
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
         """Add an argument, and remember whether it is required."""
-        action = super().add_argument(*args, **kwargs)
+        action: Any = super().add_argument(*args, **kwargs)
         if getattr(action, "required", False):
             self.required.add(action.dest)
         return action
@@ -182,7 +182,7 @@ class CommandParser(ArgumentParser):
 
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """The page that was asked for."""
-        page = self._get_formatter() if formatter is None else formatter
+        page: Any = self._get_formatter() if formatter is None else formatter
         page._max_help_position, page.required = 36, self.required
         paragraphs = (self.description or "").split("\n\n")
         page.add_text("\n\n".join(textwrap.fill(paragraph, page._width) for paragraph in paragraphs))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from digit.cli.arguments import (
     CONFIG_HELP,
@@ -48,7 +48,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
 
 
 def _default(value: Any) -> Any:
-    return asdict(value) if is_dataclass(value) else value
+    return asdict(cast(Any, value)) if is_dataclass(value) else value
 
 
 def _value_of(argv: Sequence[str], option: str) -> str | None:

@@ -30,6 +30,7 @@ def remember(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[st
 
 def pipeline_key(pipe: DigitPipeline) -> str:
     """SHA-256 over the parts of a pipeline that decide its samples and completions, without its sampling settings."""
+    assert pipe.vq is not None
     models = (pipe.prior, pipe.renderer)
     parts = [model.fingerprint if model else "-" for model in (pipe.tokenizer, pipe.vq)]
     parts += [sha256_tensors(model.state_dict()) if model else "-" for model in models]

@@ -139,7 +139,7 @@ def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> C
 
     def complete(images: Tensor, keep: float, first: int) -> Tensor:
         labelled = labels is not None and bool(first_model(pipe).cfg.num_classes)
-        batch_labels = list(labels[first : first + len(images)]) if labelled else None
+        batch_labels = list(labels[first : first + len(images)]) if labelled and labels is not None else None
         return pipe.complete(images, keep, seed + first, batch_labels)
 
     return complete
@@ -148,6 +148,7 @@ def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> C
 def first_model(pipe: DigitPipeline) -> Any:
     """The model that samples first; it takes the class labels."""
     pipe.require("vq", "renderer")
+    assert pipe.renderer is not None
     return pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
 
 
@@ -163,6 +164,7 @@ def label_source(pipe: DigitPipeline, labels: Sequence[int] | None) -> str:
 
 def grids(pipe: DigitPipeline) -> dict[str, tuple[int, int]]:
     """(rows, columns) of each kind of token that a completion keeps."""
+    assert pipe.renderer is not None
     names = ("discriminative", "vq") if pipe.renderer.cfg.prefix_len else ("vq",)
     return {name: pipe.tokenizers[name].grid for name in names}
 

@@ -88,6 +88,7 @@ def notes_on(model: SequenceModel) -> list[str]:
 
 def training_of(pipe: DigitPipeline) -> str:
     """What the encoder was trained on, if known."""
+    assert pipe.tokenizer is not None
     return str(pipe.tokenizer.encoder.describe().get("training", "on what is not recorded"))
 
 
@@ -105,7 +106,8 @@ def collect(
     vq_only = pipe.renderer if pipe.renderer is not None and not pipe.renderer.cfg.prefix_len else None
     if pipe.tokenizer is None and vq_only is None:
         raise DigitError("nothing to probe: the pipeline holds neither a discriminative tokenizer nor a VQ-only model")
-    chosen, settings, num_read = source.limit(num), dict(batch_size=batch_size, precision=precision), 0
+    chosen, num_read = source.limit(num), 0
+    settings: dict[str, Any] = dict(batch_size=batch_size, precision=precision)
 
     def share() -> dict[str, Tensor]:
         nonlocal num_read
@@ -123,7 +125,7 @@ def collect(
                     parts["encoder"].append(features.mean(1, keepdim=True).cpu())
                     if pipe.prior is not None:
                         parts["prior"].append(prior_features(pipe.prior, tokens, **settings))
-                if vq_only is not None:
+                if vq_only is not None and pipe.vq is not None:
                     parts["vq_only"].append(prior_features(vq_only, pipe.vq.encode(images), **settings))
         return {name: torch.cat(part) for name, part in parts.items()}
 
@@ -139,8 +141,10 @@ def collect(
 def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of the batches of `centre_crops`; batch boundaries are the same for any number of ranks."""
     share = distributed.share(len(source), batch_size)
-    settings = dict(batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start)
-    loader = CropLoader(source, replace(cfg, random_crop=False, flip=False), **settings)
+    loader = CropLoader(
+        source, replace(cfg, random_crop=False, flip=False),
+        batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start,
+    )  # fmt: skip
     with loader.sharing_cores():
         for batch in islice(loader, -(-len(share) // batch_size)):
             yield batch.images[batch.ok], batch.labels[batch.ok]
@@ -172,7 +176,9 @@ def run_probe(
     num_unknown = 0 if all_labels is None else int((all_labels < 0).sum())
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
-    settings, probed_encoders = dict(batch_size=batch_size, precision=precision), set()
+    settings: dict[str, Any] = dict(batch_size=batch_size, precision=precision)
+    probed_encoders = set()
+    labels = test_labels = torch.zeros(0, dtype=torch.int64)  # of the last pipeline: all see the same images
     for name, pipe in named.items():
         trained, labels = collect(pipe, train, num=num_train, description="training features", **settings)
         tested, test_labels = collect(pipe, test, num=num_test, description="test features", **settings)

@@ -122,13 +122,13 @@ def evaluate(
     sizes = fitted_sizes(sample_images, real_images, cfg)
     network = network or cfg.load_network(device)
     sides = [
-        Side(role, images, size, images and _features(images, size, network, cfg, role), moments)
+        Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
         for role, images, size, moments in (
             ("samples", sample_images, sizes[0], None),
             ("reference", real_images, sizes[1], statistics),
         )
     ]
-    return distributed.on_main(lambda: _compare(*sides, network, cfg, out))
+    return distributed.on_main(lambda: _compare(sides[0], sides[1], network, cfg, out))
 
 
 def _compare(
@@ -137,6 +137,7 @@ def _compare(
     """Compute and write the result of `evaluate` from features."""
     sides = (samples, reference)
     if reference.statistics is not None:
+        assert samples.features is not None
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
     metrics, left_out = scores(*sides, network, cfg)
     result = {
@@ -164,10 +165,11 @@ def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Stat
 
 def fitted_sizes(samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig) -> tuple[int | None, int | None]:
     """Side to which each set is resized and cropped; None for a set that stays unchanged."""
-    own, other = (images and images.survey.side for images in (samples, reference))
+    own, other = samples.survey.side, None if reference is None else reference.survey.side
     target = cfg.image_size or own or other or PROTOCOLS[cfg.protocol].fallback_size
     requested = cfg.image_size is not None
-    return tuple(target if side is None or (requested and side != target) else None for side in (own, other))
+    first, second = (target if side is None or (requested and side != target) else None for side in (own, other))
+    return first, second
 
 
 def _features(
@@ -182,16 +184,26 @@ def scores(
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names."""
     fake, real, moments = samples.features, reference.features, reference.statistics
-    metrics, left_out = {}, {}
-    stats = FeatureStats.of(real.pooled) if moments is None else None
-    mean, cov = (stats.mean, stats.cov) if stats else (moments.mu, moments.sigma)
+    metrics: dict[str, dict[str, float]] = {}
+    left_out: dict[str, str] = {}
+    assert fake is not None and not (real is None and moments is None)  # `evaluate` opens images or statistics
+    if moments is not None:
+        mean, cov = moments.mu, moments.sigma
+    else:
+        assert real is not None
+        stats = FeatureStats.of(real.pooled)
+        mean, cov = stats.mean, stats.cov
     metrics["fd"] = frechet_interval(fake.pooled, mean, cov).to_dict()
     seed = cfg.seed if PROTOCOLS[cfg.protocol].shuffled_splits else None
     if len(fake) < cfg.num_splits:
         left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
     else:
         metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed))
-    mean, cov = (real.spatial.mean, real.spatial.cov) if moments is None else (moments.mu_s, moments.sigma_s)
+    if moments is not None:
+        mean, cov = moments.mu_s, moments.sigma_s
+    else:
+        assert real is not None
+        mean, cov = real.spatial.mean, real.spatial.cov
     if mean is None:
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
@@ -207,7 +219,8 @@ def scores(
             shares = precision_recall(real.pooled, fake.pooled, cfg.num_neighbours)
             for name, share, total in zip(("precision", "recall"), shares, (len(fake), len(real)), strict=True):
                 metrics[name] = proportion_interval(round(share * total), total).to_dict()
-    return tuple({network.metric(name): entry for name, entry in part.items()} for part in (metrics, left_out))
+    named = {network.metric(name): entry for name, entry in metrics.items()}
+    return named, {network.metric(name): reason for name, reason in left_out.items()}
 
 
 def _with_std(pair: tuple[float, float]) -> dict[str, float]:
@@ -287,6 +300,7 @@ def statistics_npz(
     features = _features(chosen, size, network, cfg, "reference")
 
     def save() -> Statistics:
+        assert features is not None  # on rank 0
         pooled, spatial = FeatureStats.of(features.pooled), features.spatial
         moments = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
         moments.save(path)

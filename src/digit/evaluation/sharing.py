@@ -1,7 +1,7 @@
 """Evaluation on several ranks: each computes a part, rank 0 receives all in order, and errors reach every rank."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def together(work: Callable[[], T]) -> list[T]:
     for _, error in outcomes:
         if error is not None:
             raise error
-    return [result for result, _ in outcomes]
+    return [cast(T, result) for result, _ in outcomes]
 
 
 def rows_to_main(work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

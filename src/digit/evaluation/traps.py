@@ -39,7 +39,7 @@ class Side:
     @property
     def pixels(self) -> int | None:
         """Side in pixels of the images that the network receives."""
-        return self.fitted or (self.images and self.images.survey.side)
+        return self.fitted or (None if self.images is None else self.images.survey.side)
 
 
 def find_traps(samples: Side, reference: Side, protocol: Protocol | None = None) -> list[str]:
@@ -64,18 +64,21 @@ def _published(samples: Side, reference: Side, protocol: Protocol) -> Iterator[s
     if protocol.reference not in ("any", kind):
         which = "validation images" if protocol.reference == "images" else "statistics of the whole training set"
         yield f"the reference is {kind}, that of protocol {protocol.name} is {which}: {end}"
+    assert samples.images is not None
     rounding = samples.images.rounding
     if rounding and protocol.rounding and rounding != protocol.rounding:
         yield f"samples were rounded to uint8 by {rounding}, those of protocol {protocol.name} by {protocol.rounding}"
     counts = [(samples, protocol.num_samples)]
     counts += [(reference, protocol.num_reference)] if reference.statistics is None else []
     for side, wanted in counts:
+        assert side.features is not None
         if wanted not in (None, len(side.features)):
             yield f"{len(side.features)} {side.noun}, {wanted:,} in protocol {protocol.name}: {end}"
 
 
 def _files(side: Side) -> Iterator[str]:
     """Lossy formats; not for a reference that is resized, whose compression errors mostly disappear."""
+    assert side.images is not None
     kinds, total = side.images.survey.kinds, len(side.images)
     lossy = {kind: kinds[kind] for kind in LOSSY if kinds[kind]}
     if lossy and not (side.role == "reference" and side.fitted):
@@ -99,14 +102,16 @@ def _sizes(samples: Side, reference: Side) -> Iterator[str]:
 
 
 def _mixture(side: Side) -> str:
+    assert side.images is not None
     sizes = side.images.survey.sizes
     (width, height), _ = sizes.most_common(1)[0]
     return f"come in {len(sizes)} sizes, most often {width}x{height}" if len(sizes) > 1 else f"are {width}x{height}"
 
 
 def _counts(samples: Side, reference: Side) -> Iterator[str]:
-    counted = [side for side in (samples, reference) if side.features and not side.statistics]
-    counts = {side.noun: len(side.features) for side in counted}
+    assert samples.features is not None
+    sides = [side for side in (samples, reference) if not side.statistics]
+    counts = {side.noun: len(side.features) for side in sides if side.features}
     for noun, count in counts.items():
         dim = samples.features.pooled.shape[1]
         if count <= dim:
@@ -131,6 +136,7 @@ def _repeats(samples: Side, reference: Side) -> Iterator[str]:
 
 
 def _grey(side: Side) -> Iterator[str]:
+    assert side.images is not None and side.features is not None
     share = float(side.features.grey.float().mean())
     if share > MOSTLY_GREY:
         yield f"{share:.0%} of the {side.noun} are greyscale: the network was trained on colour photographs"
@@ -141,11 +147,12 @@ def _grey(side: Side) -> Iterator[str]:
 
 def _labels(side: Side, reference: Side) -> Iterator[str]:
     """Compare class shares with the reference's if its classes include the samples', else with equal shares."""
+    assert side.images is not None
     names = side.images.class_names
     if names is None:
         return
     counts, shares = Counter(names), None
-    reference_names = reference.images and reference.images.class_names
+    reference_names = None if reference.images is None else reference.images.class_names
     if side is not reference and reference_names and set(counts) <= set(reference_names):
         shares = Counter(reference_names)
     expected = shares or dict.fromkeys(counts, 1)

@@ -69,6 +69,7 @@ def validation_rows(
             lambda side=side: scores(replace(side, role="samples"), real, network, cfg)
         )
         left_out |= {f"{row}: {name}": reason for name, reason in missing.items()}
+    assert pipe.vq is not None
     result = {
         "protocol": describe_protocol(network, cfg),
         "images": describe_side(real),
@@ -87,13 +88,12 @@ Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the fir
 
 def _routes(pipe: DigitPipeline, seed: int) -> dict[str, Route | None]:
     """The function that makes the images of each row; image i is rendered with seed + i."""
-    renders = pipe.tokenizer is not None and pipe.renderer is not None and bool(pipe.renderer.cfg.prefix_len)
-    return {
-        VQ_ROW: lambda images, first: pipe.vq.decode(pipe.vq.encode(images)),
-        DIGIT_ROW: (lambda images, first: pipe.render(pipe.tokenizer.encode(images), seed + first))
-        if renders
-        else None,
-    }
+    vq, tokenizer = pipe.vq, pipe.tokenizer
+    assert vq is not None
+    routes: dict[str, Route | None] = {VQ_ROW: lambda images, first: vq.decode(vq.encode(images)), DIGIT_ROW: None}
+    if tokenizer is not None and pipe.renderer is not None and pipe.renderer.cfg.prefix_len:
+        routes[DIGIT_ROW] = lambda images, first: pipe.render(tokenizer.encode(images), seed + first)
+    return routes
 
 
 def _through(parts: list[Shard], make: Route, identity: bytes) -> Iterator[Shard]:
@@ -106,8 +106,10 @@ def _through(parts: list[Shard], make: Route, identity: bytes) -> Iterator[Shard
 
 def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
     """Hash of all that the images of a row depend on, besides the validation images."""
+    assert pipe.vq is not None
     parts = [row, pipe.vq.fingerprint, pipe.vq.rounding]
     if row == DIGIT_ROW:
+        assert pipe.renderer is not None and pipe.tokenizer is not None
         renderer = sha256_tensors(pipe.renderer.state_dict())
         parts += [
             pipe.tokenizer.fingerprint,

@@ -24,6 +24,7 @@ class Complete(Protocol):
 
     def __call__(self, images: Tensor, keep: float, first: int) -> Tensor:
         """Keep the fraction `keep` of the rows of uint8 (B, 3, S, S), sample the rest; `first`: index of images[0]."""
+        ...
 
 
 @torch.no_grad()

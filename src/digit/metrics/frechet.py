@@ -47,6 +47,7 @@ class FeatureStats:
         """Unbiased covariance (D, D) float64. Raises DigitError for fewer than 2 images."""
         if self.count < 2:
             raise DigitError(f"feature statistics hold {self.count} images: a covariance needs at least 2")
+        assert self._scatter is not None
         return self._scatter / (self.count - 1)
 
     def update(self, features: Any) -> Self:
@@ -64,12 +65,12 @@ class FeatureStats:
 
     def merge(self, other: "FeatureStats") -> Self:
         """Add the statistics of other images, for example from another process."""
-        if other.count:
+        if other._mean is not None and other._scatter is not None:
             self._add(other.count, other._mean, other._scatter)
         return self
 
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if self._mean is None:
+        if self._mean is None or self._scatter is None:
             self.count, self._mean, self._scatter = count, mean.copy(), scatter.copy()
             return
         if mean.shape != self._mean.shape:

@@ -48,7 +48,11 @@ def frechet_difference(
     influences = [frechet_influence(features, mean, cov) for features in (first, second)]
     if paired and len(influences[0]) != len(influences[1]):
         raise DigitError(f"{len(influences[0])} and {len(influences[1])} images are no pairs: complete the same images")
-    error = _error(influences[0] - influences[1]) if paired else float(np.hypot(*map(_error, influences)))
+    error = (
+        _error(influences[0] - influences[1])
+        if paired
+        else float(np.hypot(_error(influences[0]), _error(influences[1])))
+    )
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return Interval(value, value - half, value + half)
 

@@ -89,12 +89,15 @@ class JudgeNetwork(Protocol):
 
     def judge(self, images: Tensor) -> Judged:
         """uint8 (B, 3, H, W) RGB of any size -> features and logits."""
+        ...
 
     def metric(self, name: str) -> str:
         """The full name of "fd", "is", "kd", "sfd", "precision" or "recall" on this network."""
+        ...
 
     def describe(self) -> dict[str, Any]:
         """The protocol for a results file: name, weights, resize."""
+        ...
 
 
 def collect_judged(
@@ -203,7 +206,7 @@ def nonzero_scale(scale: Tensor) -> Tensor:
 
 
 def _minimise(loss: Callable[[], Tensor], parameters: list[Tensor], max_iterations: int, tolerance: float) -> None:
-    tolerances = dict(tolerance_grad=1e-6 if tolerance >= 1e-9 else 1e-9, tolerance_change=tolerance)
+    tolerances: dict[str, Any] = dict(tolerance_grad=1e-6 if tolerance >= 1e-9 else 1e-9, tolerance_change=tolerance)
     optimizer = torch.optim.LBFGS(parameters, max_iter=max_iterations, line_search_fn="strong_wolfe", **tolerances)
 
     def closure() -> Tensor:

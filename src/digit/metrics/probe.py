@@ -215,7 +215,9 @@ def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, adv
     for layer, settings in enumerate(sweep):
         features = data.features[rows.to(data.features.device), layer]  # (N, D)
         for setting in settings:
-            options = dict(num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance)
+            options: dict[str, Any] = dict(
+                num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance
+            )
             fitted.append(fit_linear_classifier(features, data.labels[rows], l2=setting["l2"], **options))
             advance(1)
     shape = (len(sweep), len(sweep[0]))
@@ -262,8 +264,9 @@ def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advan
 def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (L, D) float32 of the rows, CHUNK at a time; a constant feature has deviation 1."""
     parts = rows.to(features.device).split(CHUNK)
-    mean = sum(features[part].double().sum(0) for part in parts) / len(rows)
-    scale = (sum((features[part].double() - mean).square().sum(0) for part in parts) / len(rows)).sqrt()
+    zero = features.new_zeros(features.shape[1:], dtype=torch.float64)
+    mean = sum((features[part].double().sum(0) for part in parts), zero) / len(rows)
+    scale = (sum(((features[part].double() - mean).square().sum(0) for part in parts), zero) / len(rows)).sqrt()
     return mean.float(), nonzero_scale(scale).float()
 
 

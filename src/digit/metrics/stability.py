@@ -177,7 +177,7 @@ class _TokenizerResults:
             noisy_tokens, noisy_features = tokens_and_features(tokenizer, noisy_images)
             by_snr.setdefault("token_change", []).append((noisy_tokens != tokens).double().mean(1))
             by_snr.setdefault("code_cosine", []).append(cosine(tokenizer.embed(noisy_tokens), codes))
-            if features is not None:
+            if features is not None and noisy_features is not None:
                 by_snr.setdefault("feature_cosine", []).append(cosine(noisy_features, features))
         self.tokens.append(tokens.cpu())
         for metric, values in by_snr.items():
@@ -211,9 +211,11 @@ class _TokenizerResults:
 
 def tokens_and_features(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Tokens (B, N) and features (B, N, D), or None for tokenizers without; one encoder pass where possible."""
-    if hasattr(tokenizer, "encode_features"):
-        return tokenizer.encode_features(images)
-    return tokenizer.encode(images), tokenizer.features(images) if hasattr(tokenizer, "features") else None
+    both: Any = getattr(tokenizer, "encode_features", None)
+    if both is not None:
+        return both(images)
+    features: Any = getattr(tokenizer, "features", None)
+    return tokenizer.encode(images), None if features is None else features(images)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

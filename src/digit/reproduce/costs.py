@@ -5,6 +5,7 @@ The estimates may be wrong by a factor of two; results record the true seconds b
 """
 
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Costs:
         """The machine that runs the work."""
         return this_machine(self.device)
 
-    def _planner(self, recipe: Recipe | None = None, **order: int) -> Planner:
+    def _planner(self, recipe: Recipe | None = None, **order: Any) -> Planner:
         return Planner(recipe or self.recipe, self.machine, Order(**order))
 
     def images(self, kind: str, count: int) -> float:

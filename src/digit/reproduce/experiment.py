@@ -78,8 +78,9 @@ def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
     """Content of a step's file: result, seconds, version, revision, hardware; None if the step has to run."""
     path = step_path(out, step)
     kept = read_json(path) if path.exists() else None
-    whole = isinstance(kept, dict) and "result" in kept and "seconds" in kept
-    return kept if whole and kept.get("version", 1) == step.version else None
+    if not isinstance(kept, dict) or "result" not in kept or "seconds" not in kept:
+        return None
+    return kept if kept.get("version", 1) == step.version else None
 
 
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:

@@ -31,7 +31,6 @@ from digit.reproduce.tables import (
 from digit.reproduce.theory import run_theory
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
-from digit.runs.recipes import ModelSpec
 from digit.runtime import plots
 from digit.runtime.progress import track
 from digit.tokenizers.encoders import EncoderConfig
@@ -73,9 +72,7 @@ def longer(study: Study) -> dict[str, TrainConfig]:
     }
 
 
-def changed_recipe_scores(
-    study: Study, name: str, changes: dict[str, TrainConfig | ModelSpec], seed: int
-) -> dict[str, float]:
+def changed_recipe_scores(study: Study, name: str, changes: dict[str, Any], seed: int) -> dict[str, float]:
     """Train, sample and judge DiGIT + AR with a changed recipe."""
     run = study.run(name, seed=seed, class_conditional=False, **changes)
     return study.scores(study.samples(name, run, *METHODS["DiGIT + AR"], seed))
@@ -192,8 +189,9 @@ def train_encoder(study: Study, name: str, cfg: PretrainConfig) -> dict[str, str
 def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> dict[str, Any]:
     """Codebook, tokens, prior and renderer on one encoder: distance, Acc@LP of the prior, Acc@OL of the encoder."""
     seed = study.scale.seeds[0]
-    encoder = cfg
-    if isinstance(cfg, PretrainConfig):
+    if isinstance(cfg, EncoderConfig):
+        encoder = cfg
+    else:
         encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
     preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
     run: Run = study.run(

@@ -390,7 +390,8 @@ class ToyData:
         function of the standard normal.
         """
         total = self.within + (noise * self.scale) ** 2 * np.eye(2)
-        return NormalDist().cdf(abs(direction @ np.array(self.offset)) / (2 * np.sqrt(direction @ total @ direction)))
+        distance = abs(direction @ np.array(self.offset)) / (2 * np.sqrt(direction @ total @ direction))
+        return NormalDist().cdf(float(distance))
 
 
 def noise_against_accuracy(

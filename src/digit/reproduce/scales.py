@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from digit.errors import DigitError
 from digit.evaluation.sweep import SweepConfig
@@ -13,12 +14,14 @@ from digit.runs.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, dig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.ssl.train import SSLConfig
 
+ScaleName = Literal["tiny", "small", "paper"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """Sizes and counts of every experiment; all other settings are the recipe's."""
 
-    name: str
+    name: ScaleName
     """tiny, small or paper."""
     recipe: Recipe
     """Codebook, VQGAN, tokens and models; experiments change one thing at a time."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, hold_out, open_source
+from digit.data.shapes import ShapesSource
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError
@@ -47,7 +48,7 @@ def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageS
     """
     if data.split(":")[0] == "shapes":
         train = open_source(data).limit(num_train)
-        return train, type(open_source(data))(num=num_test, size=train.read(0)[0].width, start=1_000_000)
+        return train, ShapesSource(num=num_test, size=train.read(0)[0].width, start=1_000_000)
     for split in ("test", "validation"):
         try:
             test = open_source(data, split=split)
@@ -173,7 +174,7 @@ class Study:
         """A run by name with changed settings of the recipe; its `shared` parts are those of the base run."""
         if name == "base" and not changes:
             return self.base
-        folder = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
+        folder: dict[str, str | Path] = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
         recipe: Recipe = replace(self.recipe, **changes)
         return Run(recipe, self.train, self.out / "runs" / name, reuse=folder, device=str(self.device))
 

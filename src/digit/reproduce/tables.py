@@ -1,6 +1,6 @@
 """Tables 1 to 4 of the paper: stability, linear probe, unconditional and class-conditional generation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from digit.runs.roles import get_role
 from digit.runtime import plots
 from digit.training.log import last_metrics
 
-METHODS = {  # name -> (prior, renderer)
+METHODS: dict[str, tuple[str | None, str]] = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),
     "DiGIT + MaskGIT": ("prior", "renderer_masked"),
     "VQ-only AR": (None, "vq_ar"),
@@ -100,8 +100,9 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
         raise DigitError(f"{study.train.name} has images without a class: a probe needs one for each image")
     crops = run.recipe.crops_per_image
     result = probing.probe_features(
-        {model: tuple(features)},
-        *labels,
+        {model: (features[0], features[1])},
+        labels[0],
+        labels[1],
         study.scale.probe,
         out=out,
         notes={model: probing.notes_on(network)},
@@ -220,10 +221,10 @@ def generation(study: Study, title: str, conditional: bool, reported: dict[str, 
 
 def generation_outcome(
     study: Study,
-    rows: dict[str, Sequence[dict[str, float]]],
+    rows: Mapping[str, Sequence[Mapping[str, float]]],
     reported: dict[str, tuple[float, float]],
     out: Path,
-    costs: dict[str, float] | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> Outcome:
     """Table, bar plot and metrics: distance and inception score by method, the paper's beside ours."""
     distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -269,7 +270,9 @@ def golden_step(study: Study, conditional: bool) -> Step:
     def make() -> dict[str, Any]:
         run = study.seeded(study.scale.seeds[0], conditional=conditional)
         pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(count)
-        return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(pipe.tokenizer.encode(images))))
+        assert pipe.tokenizer is not None
+        tokens = pipe.tokenizer.encode(images)
+        return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(tokens)))
 
     return Step(name=f"{kind}_golden", seconds=study.costs.sampling(count), make=make)
 

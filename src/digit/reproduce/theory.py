@@ -52,7 +52,7 @@ def run_theory(out: str | Path, *, scale: Literal["tiny", "small", "paper"] | Th
     if isinstance(scale, str) and scale not in SCALES:
         raise DigitError(f"no scale named {scale}: choose one of {', '.join(SCALES)}")
     cfg, out = SCALES[scale] if isinstance(scale, str) else scale, Path(out)
-    levels = np.linspace(0, 1, cfg.num_levels)
+    levels = np.linspace(0, 1, cfg.num_levels).tolist()
     steps = {
         "proposition_2_1": theory.autoencoder_against_pca,
         "proposition_2_2": lambda: theory.contrastive_against_lda(

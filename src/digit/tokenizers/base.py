@@ -36,6 +36,14 @@ class Encoder(Protocol):
         """(B, 3, S, S) uint8 to (B, N, D) float32."""
         ...
 
+    def to(self, device: str | torch.device) -> Any:
+        """Move it to a device."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write encoder.safetensors and encoder.json."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What manifests record: name, layer, sizes, fingerprint."""
         ...
