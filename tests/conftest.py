@@ -8,9 +8,11 @@ import pytest
 import torch
 
 CHECKED = (  # rooms whose annotations, shapes included, are checked at every call
+    "digit.metrics",
     "digit.models",
     "digit.pipeline",
     "digit.sampling",
+    "digit.tokenizers",
 )
 jaxtyping.install_import_hook(CHECKED, "typecheck.check")
 

@@ -41,6 +41,9 @@ class PatchEncoder(torch.nn.Module):
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.name}{self.dim}".encode()).hexdigest()
 
+    def save(self, folder) -> None:
+        raise NotImplementedError("a toy has no weights")
+
     def describe(self):
         return {"name": self.name, "layer": -3, "dim": self.dim}
 

@@ -80,6 +80,7 @@ class _Corner:
         return Judged(x.mean((2, 3)), x[:, :, 0, 0], x.sum((1, 2, 3))[:, None])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_collect_judged_keeps_everything_in_order():
     images = torch.randint(0, 256, (10, 3, 6, 6), dtype=torch.uint8)
     judged, whole = collect_judged(images.split(4), _Corner(), total=10), _Corner().judge(images)

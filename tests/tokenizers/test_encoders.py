@@ -71,6 +71,7 @@ def test_pooled_is_the_class_token(weights):
         tiny(weights).pooled(images)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("layer", [4, -5, "last", 1.5])
 def test_unknown_layers_are_refused(weights, layer):
     with pytest.raises(DigitError, match="choose 0 to 3, -4 to -1"):
@@ -101,6 +102,7 @@ def test_fingerprint_tells_what_shapes_the_features(weights):
     assert len({base, *(encoder.fingerprint for encoder in others)}) == 4
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_precision_is_part_of_the_identity(weights, tmp_path: Path):
     exact, images = tiny(weights), torch.rand(2, 3, 16, 16)
     fast = tiny(weights).with_precision("bf16")

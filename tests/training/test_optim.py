@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,10 +12,19 @@ from torch import nn
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import muon, optim
-from digit.training.config import TrainConfig
+from digit.training.config import ENDING_SCHEDULES, Schedule, TrainConfig
 from digit.training.ema import EMA
 from digit.training.muon import orthogonal
-from digit.training.optim import build_optimizer, clip_gradients, constant, cosine, inverse_sqrt, set_lr
+from digit.training.optim import (
+    SCHEDULES,
+    build_optimizer,
+    clip_gradients,
+    constant,
+    cosine,
+    inverse_sqrt,
+    learning_rate_at,
+    set_lr,
+)
 
 
 def test_inverse_sqrt_is_fairseqs():
@@ -192,3 +202,12 @@ def test_muon_is_torchs_on_single_matrices(monkeypatch):
         second.step()
     for p, q in zip(own, reference, strict=True):
         torch.testing.assert_close(p, q, rtol=1.6e-2, atol=1e-3)  # bfloat16, summed in another order
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_every_schedule_is_in_the_table_and_warms_up(schedule):
+    """Also those that end: at num_steps they reach 0, and their runs cannot be lengthened."""
+    cfg = TrainConfig(num_steps=100, warmup_steps=10, schedule=schedule, learning_rate=1.0)
+    assert set(SCHEDULES) == set(get_args(Schedule))
+    assert learning_rate_at(10, cfg) == 1.0 and learning_rate_at(5, cfg) < 0.51
+    assert (learning_rate_at(100, cfg) < 1e-9) == (schedule in ENDING_SCHEDULES) == (not cfg.may_grow)

@@ -70,7 +70,12 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
         "base_200epoch, base_cls_400epoch, large or large_cls",
     )
     parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
-    parser.add_argument("--seed", type=int, default=0, help="image i uses seed + i, whatever the batch")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="image i uses seed + i; give runs that you compare seeds at least --num apart",
+    )
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument(
         "--batch_size", type=int, default=None, help="images sampled together (default: as many as fit into memory)"

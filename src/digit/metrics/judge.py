@@ -8,7 +8,7 @@ never with an FID, which needs the Inception network. Networks are callables, so
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class Judged:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
+@runtime_checkable
 class JudgeNetwork(Protocol):
     """A network whose features and logits the metrics use (ours are in evaluation/networks.py)."""
 

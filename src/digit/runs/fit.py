@@ -1,7 +1,7 @@
 """From images to a pipeline, stage by stage, in one run folder; a stage that is done is read, not made again.
 
 OUT/config.json   the whole configuration; a rerun with another one is refused
-OUT/codebook/     stage codebook      frozen encoder + K-means
+OUT/codebook/     stage codebook      frozen encoder + quantizer
 OUT/vqgan/        stage vqgan         trained, or the carried asset
 OUT/tokens/       stage tokens        discriminative and VQ tokens of the same crops
 OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
@@ -56,7 +56,7 @@ MAX_VALIDATION_ROWS = 256
 ASSET_RESOLUTION = 64  # px
 FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
-# settings that change no result, or only what is drawn afterwards
+# settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"

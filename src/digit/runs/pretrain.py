@@ -66,7 +66,7 @@ class PretrainConfig:
     max_bad_fraction: float = 0.05
     """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
-    """Of every random choice of the run; it overrules training.seed."""
+    """Seed of every random choice of the run; it overrules training.seed."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -146,7 +146,7 @@ def pretrain(
     )
     save_encoder(vit, cfg, source, out / "encoder")
     encoder = load_encoder(EncoderConfig(name=f"folder:{out / 'encoder'}", input_size=cfg.image_size)).to(place)
-    write_report(encoder, source, out)
+    write_encoder_report(encoder, source, out)
     return encoder
 
 
@@ -165,7 +165,7 @@ def save_encoder(vit: ViT, cfg: PretrainConfig, source: ImageSource, folder: Pat
     whole.save(folder)
 
 
-def write_report(encoder: FrozenEncoder, source: ImageSource, out: Path) -> None:
+def write_encoder_report(encoder: FrozenEncoder, source: ImageSource, out: Path) -> None:
     """OUT/report: loss.png; features.png, some images above the colours of their patches (near features, near colours).
 
     A map that follows the objects says that the encoder has learnt something; one of stripes or of one colour, not.

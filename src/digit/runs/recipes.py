@@ -30,7 +30,7 @@ class ModelSpec:
     """Size of a transformer; vocabularies and lengths follow from the tokenizers."""
 
     depth: int = 16
-    """Blocks."""
+    """Number of transformer blocks."""
     embed_dim: int = 1024
     """Width; the feed-forward part is four times as wide."""
     num_heads: int = 16
@@ -73,7 +73,7 @@ class Recipe:
     """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
     code prepared its K-means features."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
-    """The VQGAN, where it is trained from scratch."""
+    """Shape of the VQGAN, if it is trained from scratch."""
     vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes"] = "scratch"
     """Start from a 64-pixel VQGAN that the package carries (docs/results.md says what each saw), or from scratch."""
     vqgan_training: GANConfig = field(default_factory=GANConfig)
@@ -93,7 +93,7 @@ class Recipe:
     renderer_training: TrainConfig = RELEASED_TRAINING
     """Training of stage 2."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the finished pipeline draws."""
+    """How the finished pipeline samples."""
     validation_fraction: float = 0.0
     """Images kept out of training the models, for val_nll in log.jsonl: it rises where a model learns by heart."""
     informed_start: bool = False
@@ -102,7 +102,7 @@ class Recipe:
     max_bad_fraction: float = 0.05
     """Broken images are skipped and named; past this fraction the run fails."""
     seed: int = 0
-    """Of every random choice of the run; it overrules the seeds of the parts."""
+    """Seed of every random choice of the run; it overrules the seeds of the parts."""
 
     @property
     def quantizer_cfg(self) -> QuantizerConfig:
@@ -189,7 +189,8 @@ def cpu_training(num_steps: int, batch_size: int = 32, optimizer: Optimizer = "a
     )
 
 
-# from a carried VQGAN, in the features that name things: a VGG's first stages keep textures and lose objects
+# Starts from a carried VQGAN. The perceptual loss is on classifier features: a VGG's first stages keep textures but
+# lose objects.
 FINE_TUNING = GANConfig(
     num_steps=900,
     learning_rate=1e-3,

@@ -151,10 +151,10 @@ def write_loss_curves(run: Run) -> None:
     """loss.png from every log.jsonl of the run."""
     curves = {}
     for log in sorted(run.out.glob("*/log.jsonl")):
-        for figure, suffix in (("nll", ""), ("val_nll", " (held-out images)")):
-            lines = [line for line in read_log(log) if figure in line]
+        for key, suffix in (("nll", ""), ("val_nll", " (held-out images)")):
+            lines = [line for line in read_log(log) if key in line]
             if lines:
-                curves[log.parent.name + suffix] = ([r["step"] for r in lines], [r[figure] for r in lines])
+                curves[log.parent.name + suffix] = ([r["step"] for r in lines], [r[key] for r in lines])
     if curves:
         plots.curve_png(run.out / "loss.png", curves, xlabel="step", ylabel="nats per token")
 
@@ -177,7 +177,7 @@ def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dic
 
 
 def load_judge() -> FrozenEncoder:
-    """EfficientNet-Lite2: another network than the encoder of the tokens, so that the judge is no party."""
+    """EfficientNet-Lite2: another network than the tokens' encoder, so that it does not judge its own features."""
     return load_encoder(EncoderConfig(name="efficientnet_lite2", layer="pooled", input_size=JUDGE_INPUT_SIZE))
 
 
@@ -187,16 +187,16 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     num = min(JUDGED_SAMPLES, max(64, len(run.source)))
     tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
     samples = pipe.decode(tokens["vq"])
-    drawn = collect_features(samples.split(64), judge.pooled)
+    sampled = collect_features(samples.split(64), judge.pooled)
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
     truth = collect_features(real.split(64), judge.pooled)
-    metrics: dict[str, Any] = {METRIC: fd(drawn, truth), f"{METRIC}_images": [len(drawn), len(truth)]}
+    metrics: dict[str, Any] = {METRIC: fd(sampled, truth), f"{METRIC}_images": [len(sampled), len(truth)]}
     if list(pipe.classes) == list(CLASSES):
-        metrics |= recognised(judge, drawn, tokens["labels"], pipe)
+        metrics |= recognised(judge, sampled, tokens["labels"], pipe)
     return metrics
 
 
-def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
+def recognised(judge: FrozenEncoder, sampled: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
     """Fraction of samples that a linear classifier, trained on freshly rendered scenes, takes for their class.
 
     The same for reconstructions of held-out scenes: samples made of the VQGAN's tokens can hardly do better.
@@ -208,7 +208,7 @@ def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitP
     features = collect_features(images.split(64), judge.pooled)
     cut = len(features) * 3 // 4
     classifier = fit_linear_classifier(features[:cut], truth[:cut])
-    right = classifier.predict(drawn) == labels
+    right = classifier.predict(sampled) == labels
     assert pipe.vq is not None
     held_out = images[cut:][:RECONSTRUCTED]
     decoded = collect_features(pipe.vq.decode(pipe.vq.encode(held_out)).split(64), judge.pooled)
@@ -217,7 +217,7 @@ def recognised(judge: FrozenEncoder, drawn: Tensor, labels: Tensor, pipe: DigitP
         "recognised_by_class": {name: float(right[labels == k].float().mean()) for k, name in enumerate(CLASSES)},
         "recognised_reconstructions": classifier.accuracy(decoded, truth[cut:][:RECONSTRUCTED]),
         "classifier_accuracy_on_fresh_scenes": classifier.accuracy(features[cut:], truth[cut:]),
-        "recognised_images": len(drawn),
+        "recognised_images": len(sampled),
     }
 
 
@@ -265,11 +265,11 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         picture(
             "reconstructions.png",
             "Reconstructions",
-            "Picture; through its VQ tokens; rendered anew from its discriminative tokens alone.",
+            "Picture; through its VQ tokens; rendered again from its discriminative tokens alone.",
         ),
         picture("token_map.png", "Tokens", "Near codes have near colours."),
         picture("completions/grid.png", "Completions", "Original, the kept upper half, the completion."),
-        picture("loss.png", "Training", "Negative log-likelihood of the training tokens."),
+        picture("loss.png", "Training", "Negative log-likelihood per token, also on held-out images if there are any."),
         f"<h2>Parts</h2><pre>{html.escape(describe(pipe))}</pre>",
         f"<h2>Use it</h2><pre>digit sample --from {html.escape(str(run.out))} --num 64 --out samples\n\n"
         "from digit import DigitPipeline\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
+from digit.runs.fit import require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import read_json
@@ -29,6 +30,7 @@ def describe_run(folder: str | Path) -> str:
     """One line per stage that was begun, which process is running, and the command to continue. Raises DigitError."""
     folder = Path(folder)
     cfg = read_json(folder / "config.json")
+    require_format(cfg, folder / "config.json")
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
@@ -43,7 +45,7 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"
     elif stage == "codebook" and list(place.glob("*.partial*")):
-        yield "k-means is under way"
+        yield "the fit is under way"
     elif (place / "checkpoints" / CONFIG).is_file():
         yield describe_training(place)
 
@@ -86,7 +88,7 @@ def is_sample_folder(folder: str | Path) -> bool:
 
 
 def describe_sample_folder(folder: str | Path) -> str:
-    """How many of the images are sampled, and what to type next; reads alone, the drawing may go on meanwhile."""
+    """How many of the images are sampled, and what to type next; it only reads, so sampling may go on meanwhile."""
     folder = Path(folder)
     done = (folder / SAMPLES).is_file()
     about = read_json(folder / (SAMPLES if done else JOURNAL))

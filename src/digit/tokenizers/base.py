@@ -5,7 +5,7 @@ Shapes: B images, N = rows * columns tokens an image in raster order, D features
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A frozen network that turns images into patch features; see encoders.FrozenEncoder."""
 
@@ -49,6 +50,7 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
 class Quantizer(Protocol):
     """Features to integers and back. K-means is the first of several (quantizers.QUANTIZERS names them)."""
 
@@ -117,6 +119,7 @@ class FitCost:
     """A few words for the table."""
 
 
+@runtime_checkable
 class QuantizerConfig(Protocol):
     """Settings of a quantizer: a frozen dataclass of its own, a field of the recipe."""
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from digit.data.loader import CropLoader, on_device
 from digit.errors import DigitError, MismatchError
 from digit.tokenizers.base import Encoder, Quantizer, QuantizerConfig
-from digit.tokenizers.kmeans.shares import Shares
 from digit.tokenizers.quantizers import quantizer_of
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8

@@ -25,7 +25,7 @@ from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
-from digit.tokenizers.hub import HubConfig, HubNet, load_hub
+from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, UInt8
@@ -47,12 +47,12 @@ class EncoderConfig:
     ibot_vit{s,b,l}16, mae_vit{b,l}16, mocov3_vit{s,b}16, hf:<model name>, or folder:<folder> with an encoder.json (of
     digit pretrain: RUN/encoder)."""
     layer: int | Literal["pooled"] | None = None
-    """Block whose output is used: 0-based, negative from the end. None takes the third-to-last of a ViT and the last at
+    """Block whose output is used: 0-based, negative from the end. Not set: the third-to-last of a ViT and the last at
     stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
     input_size: int = 224
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
-    """Weights file as released by the encoder's authors; None takes the installed package of the encoder."""
+    """Weights file as released by the encoder's authors. Not set: the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
     precision: Literal["fp32", "bf16"] = "fp32"

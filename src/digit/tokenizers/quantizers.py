@@ -21,7 +21,7 @@ class QuantizerKind:
 
     name: str
     """Its key in QUANTIZERS, in codebook.json and in the recipe."""
-    config: type[QuantizerConfig]
+    config: type
     """Class of its settings."""
     fit: Callable[..., Quantizer]
     """(cfg, features, *, across_ranks, folder, request) to a quantizer on the CPU, as `kmeans.codebook.fit_kmeans`."""

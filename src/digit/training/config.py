@@ -11,6 +11,7 @@ from digit.runtime.request import require_same_request
 from digit.training.precision import ScaledPrecision
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
+ENDING_SCHEDULES: tuple[Schedule, ...] = ("cosine",)  # they end at num_steps, so such a run cannot be lengthened
 Optimizer = Literal["adamw", "muon"]
 Parallel = Literal["ddp", "fsdp"]
 CONFIG = "config.json"  # beside the checkpoints
@@ -126,7 +127,7 @@ class TrainConfig(LoopConfig):
 
     @property
     def may_grow(self) -> bool:
-        return self.schedule != "cosine"
+        return self.schedule not in ENDING_SCHEDULES
 
 
 def describe_run(cfg: LoopConfig, about: dict[str, Any] | None) -> dict[str, Any]:

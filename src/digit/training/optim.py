@@ -1,14 +1,14 @@
 """The optimizer, gradient clipping and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.training.config import TrainConfig
+from digit.training.config import ENDING_SCHEDULES, Schedule, TrainConfig
 from digit.training.muon import Muon
 from digit.training.parallel import whole
 
@@ -42,12 +42,19 @@ def constant(step: int, peak: float, warmup_steps: int = 0, warmup_from: float =
     return warmup(step, peak, warmup_steps, warmup_from) if step < warmup_steps else peak
 
 
+SCHEDULES: dict[Schedule, Callable[..., float]] = {
+    "inverse_sqrt": inverse_sqrt,
+    "cosine": cosine,
+    "constant": constant,
+}
+
+
 def learning_rate_at(step: int, cfg: TrainConfig) -> float:
     """The learning rate of the update after `step` finished ones, by the config's schedule."""
-    ramp = {"warmup_steps": cfg.warmup_steps, "warmup_from": cfg.warmup_from}
-    if cfg.schedule == "cosine":
-        return cosine(step, cfg.learning_rate, cfg.num_steps, **ramp)
-    return {"inverse_sqrt": inverse_sqrt, "constant": constant}[cfg.schedule](step, cfg.learning_rate, **ramp)
+    settings: dict[str, Any] = {"warmup_steps": cfg.warmup_steps, "warmup_from": cfg.warmup_from}
+    if cfg.schedule in ENDING_SCHEDULES:
+        settings["num_steps"] = cfg.num_steps
+    return SCHEDULES[cfg.schedule](step, cfg.learning_rate, **settings)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

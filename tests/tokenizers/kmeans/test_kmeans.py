@@ -407,6 +407,7 @@ def test_too_small_a_budget_names_one_that_works(num, dim, init):
 BAD_VALUES = [("num_clusters", 0), ("num_iterations", 0), ("init", "best"), ("precision", "int8"), ("tolerance", -1)]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES)
 def test_config_is_checked(field, value):
     with pytest.raises(DigitError, match=field):

@@ -27,7 +27,7 @@ class KMeansConfig:
     tolerance: float = 1e-4
     """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations."""
     memory_budget_bytes: int = 2**31
-    """Streamed features are kept in memory only up to this many bytes, and are streamed anew otherwise."""
+    """Streamed features are kept in memory only up to this many bytes, and are streamed again otherwise."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the distances during the iterations; auto takes bf16 where the hardware multiplies it fast."""
     device: str | None = None

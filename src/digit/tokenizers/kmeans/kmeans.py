@@ -28,8 +28,8 @@ from digit.runtime.signals import StopSignals
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, full_precision, nearest
 from digit.tokenizers.kmeans.points import UNUSABLE, Points, open_points
-from digit.tokenizers.kmeans.shares import Shares
 from digit.tokenizers.kmeans.unfinished import State, UnfinishedFit
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from digit.tokenizers.kmeans.points import Features
 
 START_CHUNK_ROWS = 4096
-BFLOAT16_FROM_FLOP = 1e10  # "auto": below this an iteration is a blink in float32 too
+BFLOAT16_FROM_FLOP = 1e10  # "auto": below this an iteration takes no time in float32 either
 FLUSH_POINTS_PER_CENTROID = 16  # float32 adds so few points a centroid before float64 takes over
 Finder = Callable[[Tensor, Tensor], Tensor]  # (n, D) points and (n,) their squared norms -> (n,) int64
 
@@ -48,7 +48,7 @@ class KMeans:
     Set by fit: `centroids_` (K, D) float32; `inertia_`, the sum of squared distances of the `num_points_` points used;
     `counts_` (K,) int64 points a code, `usage_` fraction of codes in use, `entropy_` of the code frequencies in bits,
     `dead_codes_` without a point; `history_`, one dict an iteration, the last one of the centroids as returned;
-    `streamed_`, whether the points had to be streamed anew each iteration.
+    `streamed_`, whether every iteration streamed the points again.
     """
 
     def __init__(self, cfg: KMeansConfig):
@@ -65,7 +65,7 @@ class KMeans:
         """Cluster `features`: a Tensor (N, D), or a callable whose every call iterates the same Tensors (n, D).
 
         across_ranks: every rank of the job calls this, each with its own share of the points. All get the fit of all
-        points, from the start that one process holding every share in turn would have drawn. Ranks that stream say
+        points, from the start that one process with all shares would choose. Ranks that stream say
         which points they have: each item is a Tensor and its points' numbers (n,) int64 among those of all ranks.
         unfinished: keeps the state on the disk, and holds that of a fit which was cut short: this one goes on there.
         Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids;
@@ -297,7 +297,7 @@ def _start_centroids(sample: Tensor, cfg: KMeansConfig) -> Tensor:
 
 
 def _start_far_apart(sample: Tensor, num: int, rng: np.random.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007), drawing max(1, chosen / 16) points at a time.
+    """k-means++ (Arthur and Vassilvitskii 2007), choosing max(1, chosen / 16) points at a time.
 
     One at a time takes K passes over the sample, which K = 16000 cannot afford; growing batches take about
     16 ln(K / 16) + 16 passes and as many distances in all. Up to K = 31 this is k-means++ itself.

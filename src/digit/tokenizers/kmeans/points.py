@@ -1,4 +1,4 @@
-"""The points of a k-means fit: a tensor, a random sample in memory, or streamed anew in every iteration.
+"""The points of a k-means fit: a tensor, a random sample in memory, or streamed again in every iteration.
 
 Legend: N points, D features, K clusters, n rows of one chunk, s rows of a sample.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.runtime.progress import Progress
 from digit.tokenizers.kmeans.nearest import chunk_rows
-from digit.tokenizers.kmeans.shares import Shares
+from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -191,7 +191,7 @@ def _sample_stream(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> tuple
 
 
 def _sample_of_some(sample: Tensor | None, cfg: "KMeansConfig", shares: Shares) -> Tensor:
-    """The sample; no rows of the others' shape, on the same kind of device, where this rank has none."""
+    """This rank's sample, or an empty tensor of matching width and device type."""
     kinds = shares.gather(None if sample is None else (sample.shape[1], sample.device.type))
     known = [kind for kind in kinds if kind is not None]
     if not known:

@@ -16,7 +16,7 @@ from torch import Tensor
 from digit.errors import DigitError, MismatchError
 from digit.runtime.files import load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
 from digit.runtime.request import require_same_request
-from digit.tokenizers.kmeans.shares import Shares
+from digit.tokenizers.shares import Shares
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 2.0  # an iteration is made again sooner than that
@@ -38,7 +38,7 @@ class UnfinishedFit:
     """Keeps the state of a fit in a file. Only rank 0 reads and writes it.
 
     Args:
-        path: a .safetensors file, removed by whoever saves the result.
+        path: a .safetensors file, removed when the result is saved.
         request: what decides the result; the file of another request is left alone until it is overwritten.
     """
 
@@ -61,7 +61,7 @@ class UnfinishedFit:
         try:
             state, request = self._read()
         except (DigitError, KeyError, TypeError, ValueError, OSError) as error:
-            log.warning("%s is damaged (%s): k-means begins anew", self.path, error)
+            log.warning("%s is damaged (%s): k-means starts again", self.path, error)
             return None
         try:
             require_same_request(self.path, request, self.request, "k-means starts again")

@@ -1,4 +1,4 @@
-"""The points of one k-means fit, shared out over the ranks of a job, or all of them here."""
+"""The points that a quantizer is fitted to, shared out over the ranks of a job, or all of them here."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
