@@ -80,7 +80,7 @@ class _Corner:
         return Judged(x.mean((2, 3)), x[:, :, 0, 0], x.sum((1, 2, 3))[:, None])
 
 
-def test_collect_judged_keeps_everything_in_order():
+def test_collect_judged_keeps_everything_in_order(unchecked):
     images = torch.randint(0, 256, (10, 3, 6, 6), dtype=torch.uint8)
     judged, whole = collect_judged(images.split(4), _Corner(), total=10), _Corner().judge(images)
     assert len(judged) == 10
@@ -129,7 +129,7 @@ def test_save_and_load(tmp_path):
         LinearClassifier.load(tmp_path / "missing.safetensors")
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     features, labels = _blobs()
     with pytest.raises(DigitError, match="-1"):
         fit_linear_classifier(features, torch.full_like(labels, -1))

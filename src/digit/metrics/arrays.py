@@ -8,7 +8,7 @@ from torch import Tensor
 
 Values = np.ndarray | Tensor | Sequence[float]
 Features = Real[np.ndarray, "N D"] | Real[Tensor, "N D"]
-Mean = Real[np.ndarray, "D"] | Real[Tensor, "D"]
+Mean = Real[np.ndarray, " D"] | Real[Tensor, " D"]
 Covariance = Real[np.ndarray, "D D"] | Real[Tensor, "D D"]
 
 

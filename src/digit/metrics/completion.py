@@ -5,7 +5,7 @@ any implementation can be evaluated.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Real, UInt8
@@ -20,6 +20,7 @@ from digit.metrics.judge import Features
 KEEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # Figure 4b: 12.5 % to 75 %
 
 
+@runtime_checkable
 class Complete(Protocol):
     """A model that completes images."""
 

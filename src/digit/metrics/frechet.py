@@ -38,7 +38,7 @@ class FeatureStats:
         return self.mean.shape[0]
 
     @property
-    def mean(self) -> Float64[np.ndarray, "D"]:
+    def mean(self) -> Float64[np.ndarray, " D"]:
         """Mean (D,) float64. Raises DigitError before the first update."""
         if self._mean is None:
             raise DigitError("feature statistics are empty: update them with at least 2 images")

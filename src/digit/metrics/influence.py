@@ -77,7 +77,7 @@ def _error(influence: np.ndarray) -> float:
     return float(np.sqrt(np.square(influence - influence.mean()).sum()) / len(influence))
 
 
-def frechet_influence(features: Features, mean: Mean, cov: Covariance) -> Float64[np.ndarray, "N"]:
+def frechet_influence(features: Features, mean: Mean, cov: Covariance) -> Float64[np.ndarray, " N"]:
     """f_i = 2 (m - m2).x + (x.x - x'T x) N / (N - 1),  x = x_i - m,  T = S^(-1/2) (S^(1/2) S2 S^(1/2))^(1/2) S^(-1/2).
 
     f (N,) is the derivative of the Fréchet distance with respect to the weight of each image. m (D,) and S (D, D) are

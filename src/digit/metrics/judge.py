@@ -8,7 +8,7 @@ never with an FID, which needs the Inception network. Networks are callables, so
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ class Judged:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
+@runtime_checkable
 class JudgeNetwork(Protocol):
     """A network whose features and logits the metrics use (ours are in evaluation/networks.py)."""
 
@@ -133,9 +134,9 @@ class LinearClassifier:
     """Multinomial logistic regression on standardised features; all float32 on the CPU."""
 
     weight: Float32[Tensor, "C D"]
-    bias: Float32[Tensor, "C"]
-    mean: Float32[Tensor, "D"]
-    scale: Float32[Tensor, "D"]
+    bias: Float32[Tensor, " C"]
+    mean: Float32[Tensor, " D"]
+    scale: Float32[Tensor, " D"]
 
     def logits(self, features: Real[Tensor, "N D"]) -> Float32[Tensor, "N C"]:
         """(N, D) -> (N, C) float32. Raises MismatchError for another D."""
@@ -143,7 +144,7 @@ class LinearClassifier:
             raise MismatchError(f"features have shape {tuple(features.shape)}, classifier wants (N, {len(self.mean)})")
         return F.linear((features.float().cpu() - self.mean) / self.scale, self.weight, self.bias)
 
-    def predict(self, features: Real[Tensor, "N D"]) -> Int64[Tensor, "N"]:
+    def predict(self, features: Real[Tensor, "N D"]) -> Int64[Tensor, " N"]:
         """(N, D) -> classes (N,) int64."""
         return self.logits(features).argmax(1)
 

@@ -87,7 +87,7 @@ class LayerResult:
     """The chosen setting of the sweep."""
     validation_top1: float
     """Accuracy on the held-out training images with the chosen setting; choose layers by this."""
-    correct: Bool[Tensor, "M"]
+    correct: Bool[Tensor, " M"]
     """For each test image, to compare two probes of the same test images."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,12 +108,12 @@ def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -
 
 def probe_layers(
     train: Real[Tensor, "N L D"],
-    labels: Real[Tensor, "N"],
+    labels: Real[Tensor, " N"],
     test: Real[Tensor, "M L D"],
-    test_labels: Real[Tensor, "M"],
+    test_labels: Real[Tensor, " M"],
     cfg: ProbeConfig,
     names: Sequence[str] = (),
-    groups: Real[Tensor, "N"] | None = None,
+    groups: Real[Tensor, " N"] | None = None,
 ) -> list[LayerResult]:
     """top1_n = 1/M sum_i [argmax_c (W_n z_i + b_n)_c = y_i], z the standardised features of layer n = 0..L-1.
 
@@ -181,7 +181,7 @@ class ProbeData:
     """Training data of the classifiers."""
 
     features: Real[Tensor, "N L D"]
-    labels: Int64[Tensor, "N"]  # on the CPU
+    labels: Int64[Tensor, " N"]  # on the CPU
     num_classes: int
 
 
@@ -207,7 +207,7 @@ def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
 
 
 def fit_lbfgs(
-    data: ProbeData, rows: Int64[Tensor, "R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
+    data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
 ) -> Heads:
     """min_W,b  1/N sum_i CE(W (x_i - m) / s + b, y_i) + l2/2 ||W||²,  W (C, D), b (C,).
 
@@ -232,7 +232,7 @@ def fit_lbfgs(
 
 @torch.no_grad()
 def fit_sgd(
-    data: ProbeData, rows: Int64[Tensor, "R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
+    data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
 ) -> Heads:
     """g = dCE/dW + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v;  from W = v = 0.
 

@@ -82,7 +82,7 @@ def noise_scale(images: UInt8[Tensor, "B 3 H W"], snr: float, cfg: StabilityConf
     return (power / (10 ** (snr / 10) if cfg.unit == "db" else snr)).sqrt().view(-1, 1, 1, 1)
 
 
-def signal_power(images: UInt8[Tensor, "B 3 H W"], cfg: StabilityConfig) -> Float32[Tensor, "B"]:
+def signal_power(images: UInt8[Tensor, "B 3 H W"], cfg: StabilityConfig) -> Float32[Tensor, " B"]:
     """P = mean x², or mean (x - mean x)² for power variance: (B,) float32 of uint8 images as x in 0..1."""
     x = images.flatten(1).float() / 255
     return x.square().mean(1) if cfg.power == "mean_square" else x.var(1, unbiased=False)
@@ -229,7 +229,7 @@ def tokens_and_features(
     return tokenizer.encode(images), None if features is None else features(images)
 
 
-def cosine(a: Float[Tensor, "B N D"], b: Float[Tensor, "B N D"]) -> Float64[Tensor, "B"]:
+def cosine(a: Float[Tensor, "B N D"], b: Float[Tensor, "B N D"]) -> Float64[Tensor, " B"]:
     """mean_n a_n . b_n / (||a_n|| ||b_n||): (B,) float64 of a, b (B, N, D); equal vectors, zeros too, count as 1."""
     similarity = F.cosine_similarity(a.float(), b.float(), dim=2).double()  # (B, N)
     return similarity.masked_fill((a == b).all(2), 1.0).mean(1)
