@@ -8,6 +8,7 @@ import pytest
 import torch
 
 CHECKED = (  # rooms whose annotations, shapes included, are checked at every call
+    "digit.metrics",
     "digit.models",
     "digit.pipeline",
     "digit.sampling",
