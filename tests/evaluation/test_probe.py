@@ -157,7 +157,7 @@ def test_scale_of_the_features_does_not_matter_and_half_precision_is_taken():
         assert abs(a.top1.value - b.top1.value) < 0.02 and abs(a.top1.value - c.top1.value) < 0.02
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     (train, labels), (test, test_labels) = blobs(num=40), blobs(num=40, seed=1)
     for wrong, message in (
         ((train[:, 0], labels, test, test_labels), "wanted N labels"),

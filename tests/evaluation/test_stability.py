@@ -85,7 +85,7 @@ def test_noise_stays_within_8_bits_and_spares_black():
     assert noisy.min() == 0 and noisy.max() == 255
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     with pytest.raises(DigitError, match="choose db or ratio"):
         StabilityConfig(unit="dB")
     with pytest.raises(DigitError, match="ratio is above 0"):
@@ -133,7 +133,7 @@ def test_metrics_equal_a_loop_over_images():
             assert found[metric][column]["low"] <= np.mean(values) <= found[metric][column]["high"]
 
 
-def test_batches_do_not_matter_and_the_seed_does():
+def test_batches_do_not_matter_and_the_seed_does(unchecked):
     tokenizers = {"threshold": Threshold(), "again": Threshold()}
     cfg = StabilityConfig(snrs=(15.0, 5.0))
     whole = measure_stability(tokenizers, [GREY], cfg)
@@ -141,7 +141,7 @@ def test_batches_do_not_matter_and_the_seed_does():
     assert measure_stability(tokenizers, [GREY], replace(cfg, seed=1)) != whole
 
 
-def test_pairs_are_compared_image_by_image():
+def test_pairs_are_compared_image_by_image(unchecked):
     class Steady(Threshold):
         """Never changes."""
 

@@ -143,7 +143,7 @@ def test_what_precision_and_recall_mean():
 # -------------------------------------------------------------------- misuse
 
 
-def test_misuse_says_what_to_do():
+def test_misuse_says_what_to_do(unchecked):
     good = gaussian(10, 4)
     with pytest.raises(DigitError, match="at least one image per split"):
         inception_score(good, num_splits=11)

@@ -25,6 +25,7 @@ from digit.metrics.completion import Complete, complete_and_judge, curve_differe
 from digit.metrics.frechet import FeatureStats
 from digit.metrics.intervals import Interval
 from digit.metrics.judge import JudgeNetwork
+from digit.models.sequence import SequenceModel
 from digit.pipeline.pipeline import DigitPipeline, kept_tokens
 from digit.runtime import plots
 from digit.runtime.files import plain, sha256_tensors, write_json
@@ -145,11 +146,13 @@ def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> C
     return complete
 
 
-def first_model(pipe: DigitPipeline) -> Any:
+def first_model(pipe: DigitPipeline) -> SequenceModel:
     """The model that samples first; it takes the class labels."""
     pipe.require("vq", "renderer")
     assert pipe.renderer is not None
-    return pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
+    model = pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
+    assert model is not None
+    return model
 
 
 def label_source(pipe: DigitPipeline, labels: Sequence[int] | None) -> str:

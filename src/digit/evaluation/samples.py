@@ -207,6 +207,7 @@ def scores(
     if mean is None:
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
+        assert cov is not None  # statistics hold mu_s and sigma_s together
         metrics["sfd"] = {"value": frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)}
     if real is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")

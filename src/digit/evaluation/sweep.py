@@ -19,9 +19,10 @@ from digit.metrics.frechet import FeatureStats
 from digit.metrics.influence import frechet_interval
 from digit.metrics.judge import JudgeNetwork, collect_judged
 from digit.metrics.scores import inception_score, splits_of
-from digit.pipeline.pipeline import DigitPipeline, SamplingConfig, StageSampling
+from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.files import plain, write_json
 from digit.runtime.plots import panels
+from digit.sampling.config import SamplingConfig, StageSampling
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off

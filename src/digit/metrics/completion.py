@@ -5,9 +5,10 @@ any implementation can be evaluated.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Real, UInt8
 from torch import Tensor
 
 from digit.errors import DigitError
@@ -19,17 +20,24 @@ from digit.metrics.judge import Features
 KEEPS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)  # Figure 4b: 12.5 % to 75 %
 
 
+@runtime_checkable
 class Complete(Protocol):
     """A model that completes images."""
 
-    def __call__(self, images: Tensor, keep: float, first: int) -> Tensor:
+    def __call__(self, images: UInt8[Tensor, "B 3 S S"], keep: float, first: int) -> UInt8[Tensor, "B 3 S S"]:
         """Keep the fraction `keep` of the rows of uint8 (B, 3, S, S), sample the rest; `first`: index of images[0]."""
         ...
 
 
 @torch.no_grad()
 def complete_and_judge(
-    complete: Complete, images: Tensor, keep: float, features: Features, *, batch_size: int = 256, num_shown: int = 8
+    complete: Complete,
+    images: UInt8[Tensor, "N 3 S S"],
+    keep: float,
+    features: Features,
+    *,
+    batch_size: int = 256,
+    num_shown: int = 8,
 ) -> dict[str, Tensor]:
     """Complete images in batches: {"features": (N, D) float32 of all results, "shown": the first, uint8 (n, 3, S, S)}.
 
@@ -50,7 +58,7 @@ def complete_and_judge(
 
 
 def distance_curve(
-    features: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
+    features: Mapping[float, Real[Tensor, "_ D"]], reference: FeatureStats, *, confidence: float = 0.95
 ) -> dict[float, Interval]:
     """d(keep) = ||m - m_r||² + Tr(S + S_r - 2 (S S_r)^(1/2)), with an interval over images, for each kept fraction.
 
@@ -63,7 +71,11 @@ def distance_curve(
 
 
 def curve_difference(
-    first: Mapping[float, Tensor], second: Mapping[float, Tensor], reference: FeatureStats, *, confidence: float = 0.95
+    first: Mapping[float, Real[Tensor, "_ D"]],
+    second: Mapping[float, Real[Tensor, "_ D"]],
+    reference: FeatureStats,
+    *,
+    confidence: float = 0.95,
 ) -> dict[float, Interval]:
     """d_first(keep) - d_second(keep) at every fraction that both have; paired, since both complete the same images."""
     shared = sorted(first.keys() & second.keys())

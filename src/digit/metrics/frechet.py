@@ -4,12 +4,14 @@ The distance depends on the feature network, its input size and the number of im
 an FID only on the Inception network of Heusel et al. (metrics/judge.py describes our own network).
 """
 
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+from jaxtyping import Float64
+from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
-from digit.metrics.arrays import as_float64
+from digit.metrics.arrays import Values, as_float64
 
 BLOCK = 16_384  # images in float64 at a time
 
@@ -26,7 +28,7 @@ class FeatureStats:
         self._scatter: np.ndarray | None = None  # (D, D), sum of outer products about the mean
 
     @classmethod
-    def of(cls, features: Any) -> Self:
+    def of(cls, features: np.ndarray | Tensor) -> Self:
         """Compute the statistics of one array or tensor (N, D)."""
         return cls().update(features)
 
@@ -36,21 +38,21 @@ class FeatureStats:
         return self.mean.shape[0]
 
     @property
-    def mean(self) -> np.ndarray:
+    def mean(self) -> Float64[np.ndarray, " D"]:
         """Mean (D,) float64. Raises DigitError before the first update."""
         if self._mean is None:
             raise DigitError("feature statistics are empty: update them with at least 2 images")
         return self._mean
 
     @property
-    def cov(self) -> np.ndarray:
+    def cov(self) -> Float64[np.ndarray, "D D"]:
         """Unbiased covariance (D, D) float64. Raises DigitError for fewer than 2 images."""
         if self.count < 2:
             raise DigitError(f"feature statistics hold {self.count} images: a covariance needs at least 2")
         assert self._scatter is not None
         return self._scatter / (self.count - 1)
 
-    def update(self, features: Any) -> Self:
+    def update(self, features: np.ndarray | Tensor) -> Self:
         """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for other shapes, NaN and infinity."""
         if len(features.shape) != 2:
             raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
@@ -81,7 +83,7 @@ class FeatureStats:
         self.count = total
 
 
-def frechet_distance(mu1: Any, s1: Any, mu2: Any, s2: Any) -> float:
+def frechet_distance(mu1: Values, s1: Values, mu2: Values, s2: Values) -> float:
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
     Squared Fréchet (2-Wasserstein) distance of two Gaussians with means (D,) and covariances (D, D); at least 0.
@@ -103,7 +105,9 @@ def _square_root(cov: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
-def bootstrap_std(first: Any, second: Any, *, num_rounds: int = 20, seed: int = 0) -> float:
+def bootstrap_std(
+    first: np.ndarray | Tensor, second: np.ndarray | Tensor, *, num_rounds: int = 20, seed: int = 0
+) -> float:
     """std_r d(resample_r(first), resample_r(second)), r = 1 .. num_rounds: the bootstrap of the Fréchet distance.
 
     Both sets of features (N, D) and (M, D) are resampled with replacement. The result estimates how much the distance

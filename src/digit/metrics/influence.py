@@ -7,12 +7,13 @@ respect to the weight of each image: two eigenproblems in all, and no repeated i
 """
 
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
+from torch import Tensor
 
 from digit.errors import DigitError
-from digit.metrics.arrays import as_float64
+from digit.metrics.arrays import Covariance, Features, Mean, as_float64
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.intervals import Interval
 
@@ -20,7 +21,7 @@ ROWS = 4096  # images per matrix product
 RANK_TOLERANCE = 1e-10  # eigenvalues below this fraction of the largest are rounding
 
 
-def frechet_interval(features: Any, mean: Any, cov: Any, *, confidence: float = 0.95) -> Interval:
+def frechet_interval(features: Features, mean: Mean, cov: Covariance, *, confidence: float = 0.95) -> Interval:
     """d -+ z * frechet_error, d the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
 
     z is the normal quantile (1.96 at 95 %). The interval covers the choice of samples and takes the reference as fixed.
@@ -33,7 +34,13 @@ def frechet_interval(features: Any, mean: Any, cov: Any, *, confidence: float = 
 
 
 def frechet_difference(
-    first: Any, second: Any, mean: Any, cov: Any, *, confidence: float = 0.95, paired: bool = True
+    first: np.ndarray | Tensor,
+    second: np.ndarray | Tensor,
+    mean: Mean,
+    cov: Covariance,
+    *,
+    confidence: float = 0.95,
+    paired: bool = True,
 ) -> Interval:
     """d(first) - d(second) -+ z * error, d the Fréchet distance of features (N, D) to one Gaussian.
 
@@ -57,7 +64,7 @@ def frechet_difference(
     return Interval(value, value - half, value + half)
 
 
-def frechet_error(features: Any, mean: Any, cov: Any) -> float:
+def frechet_error(features: Features, mean: Mean, cov: Covariance) -> float:
     """sqrt(sum_i (f_i - mean f)²) / N, f of `frechet_influence`: the infinitesimal jackknife.
 
     Standard error of the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
@@ -70,7 +77,7 @@ def _error(influence: np.ndarray) -> float:
     return float(np.sqrt(np.square(influence - influence.mean()).sum()) / len(influence))
 
 
-def frechet_influence(features: Any, mean: Any, cov: Any) -> np.ndarray:
+def frechet_influence(features: Features, mean: Mean, cov: Covariance) -> Float64[np.ndarray, " N"]:
     """f_i = 2 (m - m2).x + (x.x - x'T x) N / (N - 1),  x = x_i - m,  T = S^(-1/2) (S^(1/2) S2 S^(1/2))^(1/2) S^(-1/2).
 
     f (N,) is the derivative of the Fréchet distance with respect to the weight of each image. m (D,) and S (D, D) are

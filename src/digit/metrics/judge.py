@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64, Real, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,10 +23,10 @@ from digit.runtime.progress import Progress
 
 METRIC = "fd_efficientnet_lite2"
 JUDGE_INPUT_SIZE = 128  # px, part of the protocol; the smallest multiple of 32 without an error on 500 held-out shapes
-Features = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) RGB -> (B, D)
+Features = Callable[[UInt8[Tensor, "B 3 H W"]], Real[Tensor, "B D"]]  # RGB images -> features
 
 
-def judge_input(images: Tensor, size: int = JUDGE_INPUT_SIZE) -> Tensor:
+def judge_input(images: UInt8[Tensor, "B 3 H W"], size: int = JUDGE_INPUT_SIZE) -> UInt8[Tensor, "B 3 S S"]:
     """Resize uint8 (B, 3, H, W) to uint8 (B, 3, size, size): bicubic with antialiasing, the same for real and sampled.
 
     Without antialiasing, aliasing would change the distance of larger images (Parmar et al. 2022).
@@ -46,7 +47,7 @@ def collect_features(
     input_size: int | None = JUDGE_INPUT_SIZE,
     description: str = "judge",
     total: int | None = None,
-) -> Tensor:
+) -> Float32[Tensor, "N D"]:
     """Features of every image: batches of uint8 (B, 3, H, W) -> float32 (N, D) on the CPU, in order.
 
     input_size None passes the images on unchanged. total is the number of images, for the progress bar only.
@@ -69,9 +70,10 @@ def collect_features(
 class Judged:
     """Outputs of a judge network for N images, float32 on the CPU, in order; about 20 kB per image with Inception."""
 
-    pooled: Tensor  # (N, D)
-    spatial: Tensor  # (N, E), the first channels of an inner feature map
-    logits: Tensor  # (N, C)
+    pooled: Float[Tensor, "N D"]
+    spatial: Float[Tensor, "N E"]
+    """The first channels of an inner feature map."""
+    logits: Float[Tensor, "N C"]
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -88,7 +90,7 @@ class JudgeNetwork(Protocol):
 
     name: str
 
-    def judge(self, images: Tensor) -> Judged:
+    def judge(self, images: UInt8[Tensor, "B 3 H W"]) -> Judged:
         """uint8 (B, 3, H, W) RGB of any size -> features and logits."""
         ...
 
@@ -118,7 +120,7 @@ def collect_judged(
     return Judged.cat(parts)
 
 
-def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:
+def fd(first: Real[Tensor, "N D"] | FeatureStats, second: Real[Tensor, "M D"] | FeatureStats) -> float:
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), between two sets of the judge's features.
 
     Each set is features (N, D) or their statistics; 0 for equal sets. On our judge's features this is METRIC.
@@ -131,22 +133,22 @@ def fd(first: Tensor | FeatureStats, second: Tensor | FeatureStats) -> float:
 class LinearClassifier:
     """Multinomial logistic regression on standardised features; all float32 on the CPU."""
 
-    weight: Tensor  # (C, D)
-    bias: Tensor  # (C,)
-    mean: Tensor  # (D,)
-    scale: Tensor  # (D,)
+    weight: Float32[Tensor, "C D"]
+    bias: Float32[Tensor, " C"]
+    mean: Float32[Tensor, " D"]
+    scale: Float32[Tensor, " D"]
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Real[Tensor, "N D"]) -> Float32[Tensor, "N C"]:
         """(N, D) -> (N, C) float32. Raises MismatchError for another D."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise MismatchError(f"features have shape {tuple(features.shape)}, classifier wants (N, {len(self.mean)})")
         return F.linear((features.float().cpu() - self.mean) / self.scale, self.weight, self.bias)
 
-    def predict(self, features: Tensor) -> Tensor:
+    def predict(self, features: Real[Tensor, "N D"]) -> Int64[Tensor, " N"]:
         """(N, D) -> classes (N,) int64."""
         return self.logits(features).argmax(1)
 
-    def accuracy(self, features: Tensor, labels: Tensor | np.ndarray) -> float:
+    def accuracy(self, features: Real[Tensor, "N D"], labels: Tensor | np.ndarray) -> float:
         """1/N sum_i [argmax_c logits_ic = label_i]: accuracy 0..1 on features (N, D) with labels (N,)."""
         labels = torch.as_tensor(labels)
         if len(labels) != len(features):
@@ -168,7 +170,7 @@ class LinearClassifier:
 
 
 def fit_linear_classifier(
-    features: Tensor,
+    features: Real[Tensor, "N D"],
     labels: Tensor | np.ndarray,
     *,
     num_classes: int | None = None,

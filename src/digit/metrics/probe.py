@@ -15,6 +15,7 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int64, Real
 from torch import Tensor
 
 from digit.errors import DigitError
@@ -86,8 +87,8 @@ class LayerResult:
     """The chosen setting of the sweep."""
     validation_top1: float
     """Accuracy on the held-out training images with the chosen setting; choose layers by this."""
-    correct: Tensor
-    """(M,) bool, for each test image, to compare two probes of the same test images."""
+    correct: Bool[Tensor, " M"]
+    """For each test image, to compare two probes of the same test images."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but `correct`, for JSON."""
@@ -106,13 +107,13 @@ def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -
 
 
 def probe_layers(
-    train: Tensor,
-    labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
+    train: Real[Tensor, "N L D"],
+    labels: Real[Tensor, " N"],
+    test: Real[Tensor, "M L D"],
+    test_labels: Real[Tensor, " M"],
     cfg: ProbeConfig,
     names: Sequence[str] = (),
-    groups: Tensor | None = None,
+    groups: Real[Tensor, " N"] | None = None,
 ) -> list[LayerResult]:
     """top1_n = 1/M sum_i [argmax_c (W_n z_i + b_n)_c = y_i], z the standardised features of layer n = 0..L-1.
 
@@ -164,12 +165,12 @@ def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
 class Heads:
     """Linear classifiers, S for each of L layers, on features standardised with mean and scale (L, D)."""
 
-    weight: Tensor  # (L, D, S, C)
-    bias: Tensor  # (L, S, C)
+    weight: Float[Tensor, "L D S C"]
+    bias: Float[Tensor, "L S C"]
     mean: Tensor
     scale: Tensor
 
-    def logits(self, features: Tensor) -> Tensor:
+    def logits(self, features: Real[Tensor, "B L D"]) -> Float[Tensor, "B L S C"]:
         """(B, L, D) -> (B, L, S, C)."""
         x = (features.to(self.weight.dtype) - self.mean) / self.scale
         return torch.einsum("bld,ldsc->blsc", x, self.weight) + self.bias
@@ -179,8 +180,8 @@ class Heads:
 class ProbeData:
     """Training data of the classifiers."""
 
-    features: Tensor  # (N, L, D)
-    labels: Tensor  # (N,) int64 on the CPU
+    features: Real[Tensor, "N L D"]
+    labels: Int64[Tensor, " N"]  # on the CPU
     num_classes: int
 
 
@@ -205,7 +206,9 @@ def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
     return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
 
 
-def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
+def fit_lbfgs(
+    data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
+) -> Heads:
     """min_W,b  1/N sum_i CE(W (x_i - m) / s + b, y_i) + l2/2 ||W||²,  W (C, D), b (C,).
 
     Fits a classifier for every layer and setting on the given rows (N,) of the data, each to its optimum; m and s (D,)
@@ -228,7 +231,9 @@ def fit_lbfgs(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, adv
 
 
 @torch.no_grad()
-def fit_sgd(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore) -> Heads:
+def fit_sgd(
+    data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
+) -> Heads:
     """g = dCE/dW + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v;  from W = v = 0.
 
     Fits a classifier W (C, D), and b (C,) without decay, for every layer and setting on the given rows (N,) of data.

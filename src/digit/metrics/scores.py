@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from jaxtyping import Real
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
@@ -22,7 +23,7 @@ def splits_of(num: int) -> int:
     return max(1, min(10, num // MIN_IMAGES_PER_SPLIT))
 
 
-def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
+def inception_score(logits: Real[Tensor, "N C"], num_splits: int = 10, seed: int | None = 0) -> tuple[float, float]:
     """exp( mean_x KL( p(y|x) || mean_x p(y|x) ) )  (IS, Salimans et al. 2016, section 4), for each split.
 
     Returns the mean and the standard deviation (over n, not n - 1) over the splits of logits (N, C); the score lies in
@@ -44,7 +45,12 @@ def inception_score(logits: Tensor, num_splits: int = 10, seed: int | None = 0) 
 
 
 def kernel_distance(
-    first: Tensor, second: Tensor, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    first: Real[Tensor, "N D"],
+    second: Real[Tensor, "M D"],
+    *,
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / m(m-1) - 2 sum_{ij} k(x_i, y_j) / m²,  k(x, y) = (x.y / D + 1)³.
 
@@ -90,7 +96,7 @@ def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
     return sums
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"], k: int = 3) -> tuple[float, float]:
     """precision = 1/M sum_j [exists i: ||f_j - r_i|| <= NN_k(r_i)];  recall: the same with f and r exchanged.
 
     Kynkäänniemi et al. 2019, Eqs. 1 and 2. r are real features (N, D), f fake ones (M, D); NN_k(r_i) is the distance of

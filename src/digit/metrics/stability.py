@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from digit.errors import DigitError
@@ -64,7 +65,7 @@ class StabilityConfig:
 # ---------------------------------------------------------------- noise
 
 
-def unit_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> Tensor:
+def unit_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> Float32[Tensor, "B 3 H W"]:
     """Standard normal noise (B, 3, H, W) float32; row i depends on (seed, first + i), H and W alone."""
     noise = np.empty(shape, dtype=np.float32)
     for i, row in enumerate(noise):
@@ -72,7 +73,7 @@ def unit_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> Tensor:
     return torch.from_numpy(noise)
 
 
-def noise_scale(images: Tensor, snr: float, cfg: StabilityConfig) -> Tensor:
+def noise_scale(images: UInt8[Tensor, "B 3 H W"], snr: float, cfg: StabilityConfig) -> Float32[Tensor, "B 1 1 1"]:
     """sigma = sqrt(P / 10^(snr / 10)) for unit db, sqrt(P / snr) for unit ratio; P is `signal_power`.
 
     Standard deviation (B, 1, 1, 1) of the noise of each image (B, 3, H, W), for pixel values in 0..1.
@@ -81,20 +82,25 @@ def noise_scale(images: Tensor, snr: float, cfg: StabilityConfig) -> Tensor:
     return (power / (10 ** (snr / 10) if cfg.unit == "db" else snr)).sqrt().view(-1, 1, 1, 1)
 
 
-def signal_power(images: Tensor, cfg: StabilityConfig) -> Tensor:
+def signal_power(images: UInt8[Tensor, "B 3 H W"], cfg: StabilityConfig) -> Float32[Tensor, " B"]:
     """P = mean x², or mean (x - mean x)² for power variance: (B,) float32 of uint8 images as x in 0..1."""
     x = images.flatten(1).float() / 255
     return x.square().mean(1) if cfg.power == "mean_square" else x.var(1, unbiased=False)
 
 
-def noise_power(images: Tensor, noisy: Tensor) -> Tensor:
+def noise_power(images: UInt8[Tensor, "B 3 H W"], noisy: UInt8[Tensor, "B 3 H W"]) -> Float64[Tensor, ""]:
     """sum_images mean (x_noisy - x)², for pixel values x in 0..1: a float64 scalar."""
     return ((noisy.float() - images.float()) / 255).square().flatten(1).mean(1).double().sum()
 
 
 def add_noise(
-    images: Tensor, snr: float, *, cfg: StabilityConfig, first: int = 0, noise: Tensor | None = None
-) -> Tensor:
+    images: UInt8[Tensor, "B 3 H W"],
+    snr: float,
+    *,
+    cfg: StabilityConfig,
+    first: int = 0,
+    noise: Float32[Tensor, "B 3 H W"] | None = None,
+) -> UInt8[Tensor, "B 3 H W"]:
     """x + sigma * noise, clipped to 0..1 and rounded to uint8: noisy copies of uint8 images (B, 3, H, W).
 
     Image i has index first + i in the data set, which selects its noise; every SNR scales the same noise. Clipping
@@ -114,7 +120,10 @@ def add_noise(
 
 
 def measure_stability(
-    tokenizers: Mapping[str, ImageTokenizer], batches: Iterable[Tensor], cfg: StabilityConfig, total: int | None = None
+    tokenizers: Mapping[str, ImageTokenizer],
+    batches: Iterable[UInt8[Tensor, "B 3 H W"]],
+    cfg: StabilityConfig,
+    total: int | None = None,
 ) -> dict[str, Any]:
     """token_change = mean_n [t'_n != t_n], feature_cosine and code_cosine = mean_n cos(v'_n, v_n), at every SNR.
 
@@ -209,7 +218,9 @@ class _TokenizerResults:
         }
 
 
-def tokens_and_features(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def tokens_and_features(
+    tokenizer: ImageTokenizer, images: UInt8[Tensor, "B 3 H W"]
+) -> tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"] | None]:
     """Tokens (B, N) and features (B, N, D), or None for tokenizers without; one encoder pass where possible."""
     both: Any = getattr(tokenizer, "encode_features", None)
     if both is not None:
@@ -218,7 +229,7 @@ def tokens_and_features(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tens
     return tokenizer.encode(images), None if features is None else features(images)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
+def cosine(a: Float[Tensor, "B N D"], b: Float[Tensor, "B N D"]) -> Float64[Tensor, " B"]:
     """mean_n a_n . b_n / (||a_n|| ||b_n||): (B,) float64 of a, b (B, N, D); equal vectors, zeros too, count as 1."""
     similarity = F.cosine_similarity(a.float(), b.float(), dim=2).double()  # (B, N)
     return similarity.masked_fill((a == b).all(2), 1.0).mean(1)

@@ -8,9 +8,9 @@ from digit.errors import DigitError
 from digit.evaluation.sweep import SweepConfig
 from digit.metrics.completion import KEEPS
 from digit.metrics.probe import ProbeConfig
-from digit.pipeline.pipeline import SamplingConfig, StageSampling
 from digit.runs.pretrain import PretrainConfig
 from digit.runs.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, digit_base, digit_large
+from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.ssl.train import SSLConfig
 
