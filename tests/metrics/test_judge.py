@@ -130,6 +130,7 @@ def test_save_and_load(tmp_path):
         LinearClassifier.load(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_misuse_says_what_to_do():
     features, labels = _blobs()
     with pytest.raises(DigitError, match="-1"):
