@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "digit"
 # in the order of an image's journey; a room that is missing here comes last
 ORDER = (
     "pipeline", "tokenizers", "models", "sampling", "training", "data", "runs", "released", "convert",
-    "metrics", "evaluation", "reproduce", "planning", "benchmark", "studio", "cli", "runtime",
+    "metrics", "evaluation", "reproduce", "planning", "benchmark", "cli", "runtime",
 )  # fmt: skip
 
 
