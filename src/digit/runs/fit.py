@@ -7,8 +7,8 @@ OUT/tokens/       stage tokens        discriminative and VQ tokens of the same c
 OUT/MODEL/        stages prior, renderer (and the baselines): log.jsonl, checkpoints, model.safetensors
 OUT/pipeline/     what DigitPipeline.from_pretrained reads
 
-Several ranks (torchrun) make a stage together, in a folder that all of them see. Whether a stage is there is for rank 0
-to say, and what all of them made is for rank 0 to write: a shared file system may show a file late.
+Several ranks (torchrun) make a stage together, in a folder that all of them see. Rank 0 alone checks whether a stage is
+done, and writes its result, because a shared file system can show new files late.
 """
 
 import re

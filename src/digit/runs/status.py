@@ -7,7 +7,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.fit import require_format
+from digit.runs.fit import RESULTS, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import read_json
@@ -16,7 +16,6 @@ from digit.training import checkpoint
 from digit.training.config import CONFIG
 from digit.training.log import last_metrics
 
-RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}
 STAGES = ("codebook", "vqgan", "tokens", *ROLES)
 
 
