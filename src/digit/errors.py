@@ -30,8 +30,10 @@ class MismatchError(DigitError):
     """Two files, models or requests do not belong together; the text names both values."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal asked the work to stop and everything is saved: this is no error. The CLI exits with 0.
+
+    Like KeyboardInterrupt it is no Exception: code that catches whatever a damaged file may raise lets it through.
 
     Attributes:
         together: whether every process of the job stops at this point.

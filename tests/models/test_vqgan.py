@@ -128,6 +128,7 @@ def test_rounding(tokenizer):
         VQTokenizer(tokenizer.vqgan, rounding="up")
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "images", [pictures(1, size=64), torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)]
 )

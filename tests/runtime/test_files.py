@@ -54,3 +54,18 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     for path, folder in ((tmp_path, False), (tmp_path / "file" / "x.json", False), (tmp_path / "file", True)):
         with pytest.raises(DigitError, match="cannot write"):
             check_writable(path, folder=folder)
+
+
+def test_a_stop_while_a_file_is_read_is_no_damage(tmp_path, monkeypatch):
+    """A signal may arrive inside torch.load, whose every Exception means a damaged file."""
+    from digit.convert.reading import read_torch
+    from digit.errors import Stopped
+
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+
+    def load(*args, **kwargs):
+        raise Stopped("stopped", together=False)
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(Stopped):
+        read_torch(tmp_path / "w.pth")

@@ -1,12 +1,12 @@
 """Sine and cosine position tables for grids of patches or tokens."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Real
 from torch import Tensor
 
 
 def sincos_2d(
-    rows: Float[Tensor, " R"], columns: Float[Tensor, " C"], frequencies: Float[Tensor, " F"]
+    rows: Real[Tensor, " R"], columns: Real[Tensor, " C"], frequencies: Float[Tensor, " F"]
 ) -> Float[Tensor, "R*C 4 F"]:
     """sin(r f), cos(r f), sin(c f), cos(c f) of each cell's row position r and column position c, in raster order.
 

@@ -148,7 +148,7 @@ class VQTokenizer:
         return (images.round() if self.rounding == "nearest" else images).to(torch.uint8)
 
     @torch.no_grad()
-    def embed(self, tokens: Int64[Tensor, "B M"]) -> Float[Tensor, "B M C"]:
+    def embed(self, tokens: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
         """The code vector of each token, float32."""
         return self.vqgan.quantize.embedding(tokens.to(self.device)).to(tokens.device)
 
