@@ -48,3 +48,15 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Golden vectors of the authors' released code."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished tiny run on SHAPES."""
+    from tiny import SHAPES, tiny_recipe
+
+    from digit.runs.fit import Run, fit
+
+    run = Run(tiny_recipe(), SHAPES, tmp_path_factory.mktemp("run"))
+    fit(run)
+    return run

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_recipe
+from tiny import SHAPES, tiny_recipe
 
 from digit.errors import DigitError, MismatchError
 from digit.models.sequence import training_flops
@@ -12,15 +12,6 @@ from digit.pipeline.pipeline import DigitPipeline, kept_tokens
 from digit.runs.fit import Run, fit
 from digit.runs.roles import ROLES
 from digit.runtime.files import differences
-
-DATA = "shapes:num=24,size=32"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("run"))
-    fit(run)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -68,21 +59,21 @@ def test_completion_resizes_other_pictures(pipe):
 
 def test_a_second_fit_makes_nothing_again(run):
     before = {p: p.stat().st_mtime_ns for p in run.out.rglob("*") if p.is_file() and "pipeline" not in p.parts}
-    fit(Run(tiny_recipe(), DATA, run.out))
+    fit(Run(tiny_recipe(), SHAPES, run.out))
     assert before == {p: p.stat().st_mtime_ns for p in before}
 
 
 def test_another_configuration_is_refused_with_both_values(run):
     with pytest.raises(MismatchError, match=r"kmeans.num_clusters = 12, now asked for 13"):
-        Run(tiny_recipe(kmeans=replace(tiny_recipe().kmeans, num_clusters=13)), DATA, run.out)
+        Run(tiny_recipe(kmeans=replace(tiny_recipe().kmeans, num_clusters=13)), SHAPES, run.out)
 
 
 def test_tokens_of_another_codebook_are_refused(run, tmp_path):
-    other = Run(tiny_recipe(seed=1), DATA, tmp_path / "other")
+    other = Run(tiny_recipe(seed=1), SHAPES, tmp_path / "other")
     other.fit_codebook()
     mixed = Run(
         tiny_recipe(),
-        DATA,
+        SHAPES,
         tmp_path / "mixed",
         reuse={"codebook": other.out / "codebook", "vqgan": run.out / "vqgan", "tokens": run.out / "tokens"},
     )
@@ -161,19 +152,19 @@ def test_a_model_of_other_tokens_is_refused(run, tmp_path):
     import shutil
 
     shutil.copytree(run.out, tmp_path / "run")
-    other = Run(tiny_recipe(seed=2), DATA, tmp_path / "other")
+    other = Run(tiny_recipe(seed=2), SHAPES, tmp_path / "other")
     other.fit_codebook()
     shutil.rmtree(tmp_path / "run" / "codebook")
     shutil.rmtree(tmp_path / "run" / "tokens")
     shutil.copytree(other.out / "codebook", tmp_path / "run" / "codebook")
     with pytest.raises(MismatchError, match="was made with tokenizer = "):
-        Run(tiny_recipe(), DATA, tmp_path / "run").train_model("prior")
+        Run(tiny_recipe(), SHAPES, tmp_path / "run").train_model("prior")
 
 
 def test_settings_that_change_no_result_may_change(run):
     Run(
         tiny_recipe(max_bad_fraction=0.2, prior_training=replace(tiny_recipe().prior_training, log_every=1)),
-        DATA,
+        SHAPES,
         run.out,
     )
 
@@ -189,13 +180,13 @@ def test_settings_that_change_no_result_may_change(run):
 )
 def test_what_cannot_work_is_refused_before_any_work(changes, message, tmp_path):
     with pytest.raises(DigitError, match=message):
-        Run(tiny_recipe(**changes), DATA, tmp_path / "run")
+        Run(tiny_recipe(**changes), SHAPES, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_reused_part_must_be_there(tmp_path):
     with pytest.raises(DigitError, match=r"holds no codebook.json: give the codebook folder of a run"):
-        Run(tiny_recipe(), DATA, tmp_path / "run", reuse={"codebook": tmp_path})
+        Run(tiny_recipe(), SHAPES, tmp_path / "run", reuse={"codebook": tmp_path})
 
 
 def test_unknown_and_missing_devices():
@@ -224,13 +215,13 @@ def test_data_without_labels_makes_an_unconditional_pipeline(tmp_path):
 
 
 def test_the_released_kmeans_path_is_a_choice_for_the_codebook(tmp_path):
-    run = Run(tiny_recipe(codebook_path="released_kmeans"), DATA, tmp_path / "run")
+    run = Run(tiny_recipe(codebook_path="released_kmeans"), SHAPES, tmp_path / "run")
     assert run.fit_codebook().meta["preprocessing"]["path"] == "released_kmeans"
 
 
 def test_held_out_images_are_not_trained_on_and_are_scored(tmp_path):
     recipe = tiny_recipe(validation_fraction=0.25, crops_per_image=2)
-    run = Run(recipe, DATA, tmp_path / "run")
+    run = Run(recipe, SHAPES, tmp_path / "run")
     run.train_model("prior")
     held = run.held_out_rows()
     assert held.reshape(-1, 2).all(1).sum() == held.sum() / 2 == 6  # whole images, every fourth
@@ -245,13 +236,13 @@ def test_settings_younger_than_a_run_are_its_defaults(run, tmp_path):
     cfg = json.loads((tmp_path / "run" / "config.json").read_text())
     del cfg["recipe"]["validation_fraction"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(cfg))
-    Run(tiny_recipe(), DATA, tmp_path / "run")
+    Run(tiny_recipe(), SHAPES, tmp_path / "run")
     with pytest.raises(MismatchError, match="validation_fraction = 0.0, now asked for 0.5"):
-        Run(tiny_recipe(validation_fraction=0.5), DATA, tmp_path / "run")
+        Run(tiny_recipe(validation_fraction=0.5), SHAPES, tmp_path / "run")
 
 
 def test_a_vqgan_is_tuned_in_encoder_features(tmp_path):
     training = replace(tiny_recipe().vqgan_training, perceptual="encoder", perceptual_crop=0)
-    run = Run(tiny_recipe(vqgan_training=training), DATA, tmp_path / "run")
+    run = Run(tiny_recipe(vqgan_training=training), SHAPES, tmp_path / "run")
     assert run.train_vqgan().vocab_size == 16
     assert "perceptual" in (run.out / "vqgan" / "log.jsonl").read_text()

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_recipe
 from toy_judge import ToyJudge
 
 from digit.errors import DigitError
@@ -14,17 +13,7 @@ from digit.metrics.completion import KEEPS, complete_and_judge, curve_difference
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_difference
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.fit import Run, fit
 from digit.runtime.files import read_json
-
-DATA = "shapes:num=24,size=32"
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("run"))
-    fit(run)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_recipe
 from toy_judge import ToyJudge
 
 from digit.errors import DigitError
@@ -14,19 +13,10 @@ from digit.evaluation.sweep import SweepConfig, run_sweep, varied
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.scores import inception_score
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.fit import Run, fit
 from digit.runtime.files import read_json
 
-DATA = "shapes:num=24,size=32"
 CFG = SweepConfig(top_k=(3, 100), top_p=(0.5, 1.0), joint=True)
 NUM = 6
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    run = Run(tiny_recipe(), DATA, tmp_path_factory.mktemp("run"))
-    fit(run)
-    return run
 
 
 @pytest.fixture(scope="module")

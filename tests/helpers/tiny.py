@@ -9,6 +9,8 @@ from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.training.vqgan import GANConfig
 
+SHAPES = "shapes:num=24,size=32"  # the data of most tests with a tiny run
+
 
 def tiny_recipe(**changes) -> Recipe:
     """32 px images, 2 x 2 discriminative and 4 x 4 VQ tokens, models of one block."""

@@ -20,20 +20,6 @@ from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
 from digit.runtime import plots
 from digit.tokenizers.vq import VQTokenizer
 
-
-@pytest.fixture(scope="module")
-def pipe() -> DigitPipeline:
-    return toy_pipeline()
-
-
-@pytest.fixture(scope="module")
-def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
-    """Every file of a request that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "samples"
-    draw(pipe, folder)
-    return contents(folder)
-
-
 # -------------------------------------------------------------------- stream
 
 

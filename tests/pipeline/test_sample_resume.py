@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_pipeline import toy_pipeline
 from toy_samples import SIZE, contents, draw
 
 from digit.errors import DigitError, Stopped
@@ -23,19 +22,6 @@ from digit.runtime import plots
 from digit.runtime.files import disk_errors
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def pipe() -> DigitPipeline:
-    return toy_pipeline()
-
-
-@pytest.fixture(scope="module")
-def whole(pipe, tmp_path_factory) -> dict[str, bytes]:
-    """Every file of a request that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("whole") / "samples"
-    draw(pipe, folder)
-    return contents(folder)
 
 
 @pytest.mark.parametrize("at", [0, 5, 11, 12])
