@@ -28,7 +28,7 @@ from torch import Tensor
 from digit.benchmark import encode, kmeans
 from digit.benchmark.clock import Timing, alternate
 from digit.benchmark.data import read_files
-from digit.benchmark.sizes import PRECISIONS, Points, Size, get_size
+from digit.benchmark.sizes import Points, Size, get_size
 from digit.benchmark.table import number, versions
 from digit.data.decode import decode_image
 from digit.data.preprocess import PreprocessConfig, crop_image
@@ -38,6 +38,7 @@ from digit.runtime.hardware import choose_device, describe_machine, keep_freed_m
 from digit.runtime.progress import quiet
 from digit.sampling.config import StageSampling
 from digit.sampling.kinds import make_sampler
+from digit.tokenizers.encoders import PRECISIONS
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import nearest
 from digit.tokenizers.kmeans.points import open_points

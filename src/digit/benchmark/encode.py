@@ -8,9 +8,9 @@ import torch
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate
 from digit.benchmark.measurement import Measurement
-from digit.benchmark.sizes import PRECISIONS, Size
+from digit.benchmark.sizes import Size
 from digit.models.vit import ViT
-from digit.tokenizers.encoders import CPU_CHUNK, IMAGENET_MEAN, IMAGENET_STD, FrozenEncoder
+from digit.tokenizers.encoders import CPU_CHUNK, IMAGENET_MEAN, IMAGENET_STD, PRECISIONS, FrozenEncoder
 
 
 def random_encoder(size: Size, device: torch.device) -> FrozenEncoder:

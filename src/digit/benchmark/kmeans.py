@@ -10,8 +10,9 @@ from torch import Tensor
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate
 from digit.benchmark.measurement import Measurement
-from digit.benchmark.sizes import PRECISIONS, Points, Size
+from digit.benchmark.sizes import Points, Size
 from digit.runtime.hardware import multiplies_bf16
+from digit.tokenizers.encoders import PRECISIONS
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import chunk_rows

@@ -11,14 +11,16 @@ from torch import Tensor
 from digit.benchmark import floors
 from digit.benchmark.clock import Timing, alternate
 from digit.benchmark.measurement import Measurement
-from digit.benchmark.sizes import PRECISIONS, Size
+from digit.benchmark.sizes import Size
 from digit.models.vqgan import VQGAN
+from digit.runtime.hardware import Precision
 from digit.sampling.config import StageSampling
 from digit.sampling.kinds import make_sampler
 from digit.sampling.next_token import NextTokenSampler
 from digit.sampling.requests import make_request
 from digit.sampling.sampler import Sampler
-from digit.tokenizers.vq import Precision, VQTokenizer
+from digit.tokenizers.encoders import PRECISIONS
+from digit.tokenizers.vq import VQTokenizer
 
 MASKED_STEPS = 8  # as in the released code
 PIECES = ("prefill", "steps", "sampling")

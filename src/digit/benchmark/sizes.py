@@ -11,10 +11,9 @@ from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViTConfig
 from digit.models.vqgan import VQGANConfig
 from digit.runs.recipes import ModelSpec, Recipe, TokenSpace, digit_base, digit_large
+from digit.runtime.hardware import Precision
+from digit.tokenizers.encoders import PRECISIONS
 from digit.tokenizers.kmeans.config import KMeansConfig
-from digit.tokenizers.vq import Precision
-
-PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ import torch
 from digit.benchmark import floors
 from digit.benchmark.clock import alternate, synchronize
 from digit.benchmark.measurement import Measurement
-from digit.benchmark.sizes import PRECISIONS, Size
+from digit.benchmark.sizes import Size
 from digit.data.tokens import TokenStore
 from digit.models.sequence import training_flops
 from digit.runtime.hardware import multiplies_bf16
+from digit.tokenizers.encoders import PRECISIONS
 from digit.training.config import TrainConfig
 from digit.training.peak import peak_flops
 from digit.training.sequence import SequenceUpdate

@@ -1,7 +1,6 @@
 """Weights of the FID InceptionV3 as released by pytorch-fid and torch-fidelity, with BatchNorm folded in."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from digit.convert.efficientnet import fold_batch_norm
 from digit.convert.reading import check_state, check_tensors, listed, read_torch, require_state, unfit
 from digit.errors import DigitError
 from digit.models.inception import InceptionV3, Resize
+from digit.models.memory_format import channels_last
 
 RELEASED_SHA256 = "6726825d"  # first digits, which both file names contain
 HOW_TO_GET = (
@@ -32,8 +32,7 @@ def load_inception(path: str | Path, resize: Resize = "tensorflow") -> Inception
     except DigitError as error:
         raise DigitError(f"{error}; {HOW_TO_GET}") from error
     net.load_state_dict(state, assign=True)
-    convert: Any = net.eval().requires_grad_(False).to  # torch's stubs know no memory_format here
-    return convert(memory_format=torch.channels_last)
+    return channels_last(net.eval().requires_grad_(False))
 
 
 def convert_inception(foreign: dict[str, Tensor], source: str) -> dict[str, Tensor]:

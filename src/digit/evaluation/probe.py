@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +30,11 @@ from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
 from digit.runtime.files import plain, write_json
+from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import FrozenEncoder
 
 LABELS = "labels"
-Precision = Literal["fp32", "bf16"]
 
 
 # ---------------------------------------------------------------- features

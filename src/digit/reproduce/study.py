@@ -29,7 +29,8 @@ from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
-from digit.runs.fit import RESULTS, Run, merged
+from digit.runs.fit import Run, merged
+from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
 from digit.runtime.files import plain, read_json, write_json
 from digit.runtime.hardware import choose_device

@@ -33,6 +33,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
+from digit.runs.layout import FORMAT, RESULTS, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
@@ -54,8 +55,6 @@ from digit.training.vqgan import train_vqgan
 MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256
 ASSET_RESOLUTION = 64  # px
-FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
-RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
@@ -407,16 +406,6 @@ def fit(run: Run) -> DigitPipeline:
     pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
-
-
-def require_format(cfg: Any, path: Path) -> None:
-    """Raise DigitError where another version of digit made the run folder that `path`, its config.json, is in."""
-    found = cfg.get("format", 1) if isinstance(cfg, dict) else None
-    if found != FORMAT:
-        raise DigitError(
-            f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, "
-            "or use the digit that made it (format 1: version 0.1)"
-        )
 
 
 def merged(defaults: Any, given: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.fit import RESULTS, require_format
+from digit.runs.layout import RESULTS, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import read_json

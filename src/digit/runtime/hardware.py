@@ -6,13 +6,14 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from digit.errors import DigitError
 
 if TYPE_CHECKING:
     import torch
 
+Precision = Literal["fp32", "bf16"]  # of matrix products, wherever a setting names it
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt parameters in glibc's malloc.h
 MIB = 2**20
 

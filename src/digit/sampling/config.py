@@ -1,9 +1,9 @@
 """Sampling settings of both stages (paper, A.3)."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from digit.errors import DigitError
+from digit.runtime.hardware import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class SamplingConfig:
     """Images sampled together; None takes up to 64 on a CPU and up to 128 on a GPU, as free memory allows. An image
     depends on its seed and label, not on the other images; another batch_size may round differently and so, rarely,
     change a token."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp32, or bf16 (faster; an image may then differ between machines)."""
 
     def __post_init__(self) -> None:

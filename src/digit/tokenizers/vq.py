@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -16,9 +16,9 @@ from digit.errors import DigitError, MismatchError
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.hardware import Precision
 
 FORMAT = 1
-Precision = Literal["fp32", "bf16"]
 ASSETS = ("vqgan64", "vqgan64_shapes")
 DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images through the decoder at a time, always exactly so many
 

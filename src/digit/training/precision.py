@@ -5,10 +5,10 @@ from typing import Literal
 
 import torch
 
-from digit.runtime.hardware import multiplies_bf16
+from digit.runtime.hardware import Precision, multiplies_bf16
 
-Precision = Literal["auto", "fp32", "bf16"]
-ScaledPrecision = Literal[Precision, "fp16"]  # for trainers that scale the loss
+AutoPrecision = Literal["auto", Precision]
+ScaledPrecision = Literal[AutoPrecision, "fp16"]  # for trainers that scale the loss
 
 
 def autocast(precision: ScaledPrecision, device: torch.device) -> AbstractContextManager:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.discriminator import PatchDiscriminator
+from digit.models.memory_format import channels_last
 from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
@@ -35,15 +36,13 @@ from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
 from digit.training.parallel import sum_over_ranks
-from digit.training.precision import Precision, autocast
+from digit.training.precision import AutoPrecision, autocast
 
 Batches = Callable[[int], Tensor]  # step -> uint8 (B, 3, S, S), the same on every rank
 log = logging.getLogger(__name__)
 DEAD_SHARE = 0.5  # share of dead codes above which, after many restarts, the codebook has collapsed
 SETTLED_RESTARTS = 20  # checks for dead codes before the warning of a collapse
 NUM_EVALUATED = 8  # batches scored after training, those of the steps after the last
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class GANConfig(LoopConfig):
     """Decay of the moving average of the weights, which is the run's result."""
     max_norm: float = 1.0
     """Largest L2 norm of each network's gradients; larger ones are scaled down to it. 0 = no clipping."""
-    precision: Precision = "auto"
+    precision: AutoPrecision = "auto"
     """Arithmetic of the networks: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights,
     losses and codebook stay fp32."""
 
@@ -109,7 +108,7 @@ class GANConfig(LoopConfig):
         self.require(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, such as 0.998")
         self.require(0 < self.codebook_decay < 1, "codebook_decay", "between 0 and 1, such as 0.99")
         self.require(self.perceptual in ("vgg", "alex", "encoder", "none"), "perceptual", "vgg, alex, encoder or none")
-        self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
+        self.require(self.precision in get_args(AutoPrecision), "precision", " or ".join(get_args(AutoPrecision)))
         self.require(1 <= self.perceptual_stages <= 5, "perceptual_stages", "1 to 5")
         self.require(self.restart_every >= 1, "restart_every", "at least 1")
 
@@ -132,12 +131,6 @@ def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tenso
     L is the decoder's last layer (Esser et al. 2021, Eq. 7); delta 1e-4 and the cap 1e4 are those of the released code.
     """
     return (reconstruction_gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4)
-
-
-def channels_last(network: Module) -> Module:
-    """The network with its convolutions' weights in channels-last order, in place."""
-    convert: Any = network.to  # torch's stubs know no memory_format here
-    return convert(memory_format=torch.channels_last)
 
 
 class VQGANTrainer:

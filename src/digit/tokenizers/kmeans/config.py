@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from digit.errors import DigitError
+from digit.runtime.hardware import Precision
 from digit.tokenizers.base import FitCost
 
 MIN_POINTS_PER_CODE = 8  # below this a centroid is the mean of a handful of patches
@@ -28,7 +29,7 @@ class KMeansConfig:
     """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations."""
     memory_budget_bytes: int = 2**31
     """Streamed features are kept in memory only up to this many bytes, and are streamed again otherwise."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """Precision of the distances during the iterations; auto takes bf16 where the hardware multiplies it fast."""
     device: str | None = None
     """Device that computes; null stays where the features are."""

@@ -15,7 +15,7 @@ from digit.training.config import LoopConfig
 from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
 from digit.training.optim import clip_gradients, cosine, set_lr
-from digit.training.precision import Precision, autocast
+from digit.training.precision import AutoPrecision, autocast
 from digit.training.ssl.dino import DINO, DINOConfig
 from digit.training.ssl.ibot import IBOT, IBOTConfig
 from digit.training.ssl.mae import MAE, MAEConfig
@@ -51,7 +51,7 @@ class SSLConfig(LoopConfig):
     """Decay rates of Adam's moments."""
     max_norm: float = 1.0
     """Largest joint L2 norm of the gradients; larger ones are scaled down to it. 0 = no clipping."""
-    precision: Precision = "auto"
+    precision: AutoPrecision = "auto"
     """Arithmetic of the forward pass: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights
     stay fp32."""
     save_every: int = 250
@@ -61,7 +61,7 @@ class SSLConfig(LoopConfig):
         super().__post_init__()
         self.require(self.learning_rate > 0, "learning_rate", "above 0")
         self.require(self.batch_size > 1, "batch_size", "at least 2: the methods compare the images of a batch")
-        self.require(self.precision in get_args(Precision), "precision", " or ".join(get_args(Precision)))
+        self.require(self.precision in get_args(AutoPrecision), "precision", " or ".join(get_args(AutoPrecision)))
 
     @property
     def may_grow(self) -> bool:

@@ -1,0 +1,19 @@
+"""What a run folder holds, and which version of digit made it; read by whatever makes, continues or describes a run."""
+
+from pathlib import Path
+from typing import Any
+
+from digit.errors import DigitError
+
+FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
+RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
+
+
+def require_format(cfg: Any, path: Path) -> None:
+    """Raise DigitError where another version of digit made the run folder that `path`, its config.json, is in."""
+    found = cfg.get("format", 1) if isinstance(cfg, dict) else None
+    if found != FORMAT:
+        raise DigitError(
+            f"{path.parent} is a run of format {found}, this version reads {FORMAT}: make it again in another --out, "
+            "or use the digit that made it (format 1: version 0.1)"
+        )
