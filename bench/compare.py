@@ -192,8 +192,8 @@ def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], T
 
     cfg = size.sequence_config("prior")
     shape = dict(n_layer=cfg.depth, n_embd=cfg.embed_dim, n_head=cfg.num_heads, n_positions=cfg.target_len + 1)
-    cfg = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
-    model = GPT2LMHeadModel(cfg).to(device, dtype).eval()
+    theirs = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    model = GPT2LMHeadModel(theirs).to(device, dtype).eval()
     start = torch.zeros(size.batch, 1, dtype=torch.int64, device=device)
     num = dict(max_new_tokens=cfg.target_len, min_new_tokens=cfg.target_len)
     options = dict(
