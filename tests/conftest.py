@@ -8,11 +8,15 @@ import pytest
 import torch
 
 CHECKED = (  # rooms whose annotations, shapes included, are checked at every call
+    "digit.convert",
+    "digit.data",
+    "digit.evaluation",
     "digit.metrics",
     "digit.models",
     "digit.pipeline",
     "digit.sampling",
     "digit.tokenizers",
+    "digit.training",
 )
 jaxtyping.install_import_hook(CHECKED, "typecheck.check")
 

@@ -96,7 +96,7 @@ def test_one_pixel_becomes_a_crop():
     assert (crop_image(Image.new("RGB", (1, 1), (9, 8, 7)), CFG, seed=0, index=0, crop=0) == (9, 8, 7)).all()
 
 
-def test_wrong_configs_are_refused():
+def test_wrong_configs_are_refused(unchecked):
     with pytest.raises(DigitError, match="path is 'other', wanted one of released, released_kmeans"):
         PreprocessConfig(path="other")
     with pytest.raises(DigitError, match="image_size is 0"):

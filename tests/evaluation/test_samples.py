@@ -268,7 +268,7 @@ def test_a_broken_image_is_named(cfg, tmp_path):
         run(folder, pictures(20), cfg)
 
 
-def test_misuse_says_what_to_do(cfg):
+def test_misuse_says_what_to_do(cfg, unchecked):
     for options, reason in (
         ({"protocol": "fid"}, "choose one of released, adm, clean"),
         ({"image_size": 4}, "8 to 4096"),
@@ -315,7 +315,7 @@ class FakeTokenizers:
         return tokens // 64 * 64
 
 
-def test_validation_rows(cfg, tmp_path, monkeypatch):
+def test_validation_rows(cfg, tmp_path, monkeypatch, unchecked):
     from digit.evaluation.validation import DIGIT_ROW, VQ_ROW, validation_rows
 
     monkeypatch.setattr("digit.evaluation.features.SHARD", 16)

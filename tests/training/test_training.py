@@ -206,7 +206,7 @@ def test_metrics_hold_no_graph(tmp_path):
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
     ],
 )
-def test_config_refuses_nonsense(change, text):
+def test_config_refuses_nonsense(change, text, unchecked):
     with pytest.raises(DigitError, match=text):
         TrainConfig(**change)
 

@@ -160,7 +160,7 @@ def test_perceptual_term(tmp_path):
     assert trainer.update(0)["perceptual"] > 0
 
 
-def test_config_errors():
+def test_config_errors(unchecked):
     with pytest.raises(DigitError, match="perceptual"):
         GANConfig(perceptual="resnet")
     with pytest.raises(DigitError, match="precision is 'fp16': it must be auto or fp32 or bf16"):

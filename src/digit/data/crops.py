@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from digit.data.loader import CropLoader
@@ -14,7 +15,7 @@ from digit.errors import DigitError
 
 def centre_crops(
     source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None, batch_size: int = 64
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, " B"]]]:
     """Yields (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none), unflipped, in order.
 
     Args:
@@ -31,7 +32,9 @@ def centre_crops(
                 yield batch.images[batch.ok], batch.labels[batch.ok]
 
 
-def gather_crops(source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None) -> tuple[Tensor, Tensor]:
+def gather_crops(
+    source: ImageSource, cfg: PreprocessConfig, *, num: int | None = None
+) -> tuple[UInt8[Tensor, "N 3 S S"], Int64[Tensor, " N"]]:
     """Collects all of `centre_crops`: (images (N, 3, S, S) uint8, labels (N,) int64)."""
     batches = list(centre_crops(source, cfg, num=num))
     if not batches:

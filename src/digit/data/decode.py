@@ -8,7 +8,6 @@ import os
 import stat
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -64,7 +63,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _stream(data: bytes | str | Path) -> IO[bytes]:
+def _stream(data: bytes | str | Path) -> io.BytesIO | io.BufferedReader:
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if not stat.S_ISREG(os.stat(data).st_mode):

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor
 
 from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
 from digit.data.source import ImageSource
@@ -29,11 +31,11 @@ FORKS = sys.platform.startswith("linux") and sys.version_info < (3, 14)  # elsew
 class CropBatch:
     """Rows of a CropLoader, in order."""
 
-    images: torch.Tensor  # uint8 (B, 3, S, S), RGB, 0..255; zeros if not ok
-    labels: torch.Tensor  # int64 (B,), -1 = none
-    indices: torch.Tensor  # int64 (B,), which image of the source
-    crops: torch.Tensor  # int64 (B,), which crop of the image
-    ok: torch.Tensor  # bool (B,), False if the image could not be read
+    images: UInt8[Tensor, "B 3 S S"]  # RGB, 0..255; zeros if not ok
+    labels: Int64[Tensor, " B"]  # -1 = none
+    indices: Int64[Tensor, " B"]  # which image of the source
+    crops: Int64[Tensor, " B"]  # which crop of the image
+    ok: Bool[Tensor, " B"]  # False if the image could not be read
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,7 +104,7 @@ def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tupl
 
 def read_rows(
     source: ImageSource, cfg: PreprocessConfig, rows: np.ndarray, *, crops_per_image: int = 1, seed: int = 0
-) -> torch.Tensor:
+) -> UInt8[Tensor, "B 3 S S"]:
     """(B, 3, S, S) uint8: some rows of a `CropLoader` over the whole source. Raises BadImageError for broken images."""
     images = np.empty((len(rows), 3, cfg.crop_size, cfg.crop_size), dtype=np.uint8)
     for place, row in enumerate(rows):
@@ -317,7 +319,7 @@ class CachedCrops:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def batch(self, step: int, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, batch_size: int) -> tuple[UInt8[Tensor, "B 3 S S"], Int64[Tensor, " B"]]:
         """Returns (images uint8 (B, 3, S, S) RGB 0..255, labels int64 (B,), -1 = none) of one step."""
         if self.num_cached == len(self):
             return self._make(step, batch_size)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
 from digit.data.preprocess import fit_batch
@@ -138,7 +139,7 @@ def differences(features: Mapping[str, Mapping[float, Tensor]], reference: Featu
 def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> Complete:
     """A pipeline as `metrics.completion.Complete`; image i is sampled with seed + i and its own label."""
 
-    def complete(images: Tensor, keep: float, first: int) -> Tensor:
+    def complete(images: UInt8[Tensor, "B 3 S S"], keep: float, first: int) -> UInt8[Tensor, "B 3 S S"]:
         labelled = labels is not None and bool(first_model(pipe).cfg.num_classes)
         batch_labels = list(labels[first : first + len(images)]) if labelled and labels is not None else None
         return pipe.complete(images, keep, seed + first, batch_labels)
@@ -215,7 +216,7 @@ def plot_grid(path: Path, images: Tensor, completed: Mapping[float, Mapping[str,
     plots.save_png(path, plots.grid(torch.cat(rows), len(rows[0]), scale=scale, row_names=names))
 
 
-def with_cut(images: Tensor, keep: float) -> Tensor:
+def with_cut(images: UInt8[Tensor, "B 3 S S"], keep: float) -> UInt8[Tensor, "B 3 S S"]:
     """Copies of the images with the last kept row of pixels blended half with white."""
     marked, row = images.clone(), round(images.shape[2] * keep) - 1
     marked[:, :, row] = ((marked[:, :, row].int() + 255) // 2).to(torch.uint8)

@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
 from digit.data.source import digest
 from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
-from digit.evaluation.sharing import together
 from digit.metrics.frechet import FeatureStats
 from digit.metrics.judge import Judged, JudgeNetwork
 from digit.runtime import distributed
@@ -30,11 +30,11 @@ FORMAT = b"judged 1"  # change it with the content of a shard
 class Features:
     """Outputs of a network for N images, in order, on the CPU."""
 
-    pooled: Tensor  # (N, D) float32
-    logits: Tensor  # (N, C) float32
+    pooled: Float32[Tensor, "N D"]
+    logits: Float32[Tensor, "N C"]
     spatial: FeatureStats  # of (N, E); only its mean and covariance are needed
-    digests: Tensor  # (N, 32) uint8, SHA-256 of the pixels that the network received
-    grey: Tensor  # (N,) bool, all three channels equal
+    digests: UInt8[Tensor, "N 32"]  # SHA-256 of the pixels that the network received
+    grey: Bool[Tensor, " N"]  # all three channels equal
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -85,7 +85,9 @@ def collect(
     with Progress(description, sum(part.num for part in parts)) as bar:
         for first in range(0, len(parts), world_size):
             own = parts[first + distributed.rank() :][:1]
-            for judged in chain.from_iterable(together(lambda own=own: [judged_part(part) for part in own])):
+            for judged in chain.from_iterable(
+                distributed.on_every_rank(lambda own=own: [judged_part(part) for part in own])
+            ):
                 bar.update(len(judged["grey"]))
                 if distributed.is_main():
                     spatial.update(judged["spatial"])
@@ -113,7 +115,7 @@ def _read(path: Path, num: int) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def judge(images: Tensor, network: JudgeNetwork, batch_size: int) -> dict[str, Tensor]:
+def judge(images: UInt8[Tensor, "N 3 H W"], network: JudgeNetwork, batch_size: int) -> dict[str, Tensor]:
     """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,)."""
     batches = [network.judge(batch) for batch in images.split(batch_size)]
     return {
@@ -123,8 +125,8 @@ def judge(images: Tensor, network: JudgeNetwork, batch_size: int) -> dict[str, T
     }
 
 
-def _pixel_digest(image: Tensor) -> Tensor:
-    """SHA-256 (32,) uint8 of an image's shape and pixels."""
+def _pixel_digest(image: UInt8[Tensor, "3 H W"]) -> UInt8[Tensor, " 32"]:
+    """SHA-256 of an image's shape and pixels."""
     pixels = image.cpu().contiguous()
     key = digest([str(tuple(pixels.shape)).encode(), pixels.numpy().tobytes()])
     return torch.frombuffer(bytearray.fromhex(key), dtype=torch.uint8)

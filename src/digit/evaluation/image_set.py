@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from digit.data.preprocess import centre_crop
 from digit.data.source import ImageSource, digest
 from digit.errors import BadImageError, DigitError
 from digit.evaluation.npz import read_npz_images
-from digit.evaluation.sharing import together
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runtime import distributed
 from digit.runtime.files import read_json
@@ -85,7 +85,7 @@ class ImageSet:
 
         Each rank reads a share, so all of them must access this property.
         """
-        parts = together(lambda: self._read_all(self._inspect, distributed.share(len(self))))
+        parts = distributed.on_every_rank(lambda: self._read_all(self._inspect, distributed.share(len(self))))
         digests, sizes, kinds, modes = zip(*chain.from_iterable(parts), strict=True)
         return Survey(tuple(digests), Counter(sizes), Counter(kinds), Counter(modes))
 
@@ -101,7 +101,7 @@ class ImageSet:
             raise BadImageError(f"{self.source.key(index)}: {error}; repair or remove it") from error
         return hashlib.sha256(data).digest(), size, kind, mode
 
-    def pixels(self, rows: Iterable[int], side: int | None) -> Tensor:
+    def pixels(self, rows: Iterable[int], side: int | None) -> UInt8[Tensor, "B 3 H W"]:
         """uint8 (B, 3, H, W): unchanged, or with the short side resized to `side` (PIL bicubic) and centre-cropped."""
 
         def read(index: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from digit.convert.efficientnet import find_weights, read_classifier
@@ -44,13 +45,16 @@ def load_judge_network(
     return InceptionJudge(load_inception(inception, resize).to(device), Path(inception))
 
 
+Outputs = tuple[Float[Tensor, "B D"], Float[Tensor, "B E"], Float[Tensor, "B C"]]  # pooled, spatial, logits
+
+
 class Judge(ABC):
     """Runs `_outputs` on batches whose size suits the device."""
 
     name: str
     device: torch.device
 
-    def judge(self, images: Tensor) -> Judged:
+    def judge(self, images: UInt8[Tensor, "B 3 H W"]) -> Judged:
         """uint8 (B, 3, H, W) RGB -> features and logits on the CPU. A CPU takes 16 images at a time, for speed."""
         pieces = images.split(CPU_CHUNK if self.device.type == "cpu" else max(len(images), 1))
         with torch.no_grad():
@@ -58,7 +62,7 @@ class Judge(ABC):
         return Judged(*(torch.cat(part).float().cpu() for part in zip(*outputs, strict=True)))
 
     @abstractmethod
-    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, images: UInt8[Tensor, "B 3 H W"]) -> Outputs:
         """Pooled features (B, D), spatial features (B, E) and logits (B, C)."""
 
 
@@ -71,7 +75,7 @@ class InceptionJudge(Judge):
         self.net, self.device = net, net.fc.weight.device
         self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
 
-    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, images: UInt8[Tensor, "B 3 H W"]) -> Outputs:
         features = self.net(images)
         return features.pooled, features.spatial, features.logits_unbiased
 
@@ -99,7 +103,7 @@ class Lite2Judge(Judge):
         self._classifier = tuple(part.to(device) for part in read_classifier(path))
         self._file = {"weights": path.name, "weights_sha256": sha256_file(path)}
 
-    def _outputs(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _outputs(self, images: UInt8[Tensor, "B 3 H W"]) -> Outputs:
         net, x = self.encoder.net, self.encoder.prepare(judge_input(images))
         cells, inner = net.with_inner_map(x, net.cfg.default_layer)  # (B, 16, 1280), (B, 120, 8, 8)
         pooled = cells.mean(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from digit.data.loader import CropLoader
@@ -32,7 +33,7 @@ from digit.runtime import distributed
 from digit.runtime.files import plain, write_json
 from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
-from digit.tokenizers.encoders import FrozenEncoder
+from digit.tokenizers.base import Encoder
 
 LABELS = "labels"
 
@@ -43,12 +44,12 @@ LABELS = "labels"
 @torch.no_grad()
 def prior_features(
     model: SequenceModel,
-    tokens: Tensor,
+    tokens: Integer[Tensor, "N M"],
     *,
     batch_size: int = 64,
     precision: Precision = "fp32",
     last_position: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "N L D"]:
     """Tokens (N, M) of images -> (N, depth + 1, D) float32 on the CPU, the mean over positions of every layer.
 
     Positions are the start symbol and the tokens. The last token is never a training input in our models, so its
@@ -74,7 +75,7 @@ def prior_features(
     return torch.cat(parts)
 
 
-def encoder_features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
+def encoder_features(encoder: Encoder, images: UInt8[Tensor, "N 3 S S"]) -> Float[Tensor, "N 1 D"]:
     """uint8 (N, 3, S, S) -> (N, 1, D) float32 on the CPU: the mean over patches at the layer the tokens are made of."""
     return encoder.features(images).mean(1, keepdim=True).float().cpu()
 

@@ -1,32 +1,13 @@
-"""Evaluation on several ranks: each computes a part, rank 0 receives all in order, and errors reach every rank."""
+"""Tensors that the ranks of an evaluation make, brought together on rank 0."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from digit.errors import DigitError
 from digit.runtime import distributed
 
-T = TypeVar("T")
 PIECE = 1000  # rows that each rank sends at a time
-
-
-def together(work: Callable[[], T]) -> list[T]:
-    """Results of `work` on every rank, in rank order. A DigitError is raised on all ranks, the lowest rank's first."""
-    if distributed.world_size() == 1:
-        return [work()]
-    outcome: tuple[T | None, DigitError | None]
-    try:
-        outcome = work(), None
-    except DigitError as error:
-        outcome = None, error
-    outcomes = distributed.gather(outcome)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [cast(T, result) for result, _ in outcomes]
 
 
 def rows_to_main(work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -37,7 +18,7 @@ def rows_to_main(work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         own.update(work())
         return max(map(len, own.values()), default=0)
 
-    longest = max(together(make))
+    longest = max(distributed.on_every_rank(make))
     if distributed.world_size() == 1:
         return own
     pieces: list[list[dict[str, Tensor]]] = []  # one list per round: a piece from each rank

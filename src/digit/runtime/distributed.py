@@ -1,6 +1,6 @@
 """Ranks: several processes as one job, under torchrun or Slurm's srun. With one process every function is a no-op.
 
-    torchrun --nproc-per-node=8 -m digit train ...     # one process per GPU; NCCL between GPUs, gloo between CPUs
+    torchrun --nproc-per-node=8 -m digit -- train ...     # one process per GPU; NCCL between GPUs, gloo between CPUs
     torchrun --nproc-per-node=8 -m digit -- sample --num 64 ...   # `--`: torchrun would take --num as its own option
     srun --ntasks-per-node=8 digit train ...
 
@@ -10,9 +10,10 @@ joint results. Messages use gloo with a 12 h timeout, because the other ranks wa
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from digit.errors import DigitError, Stopped
 
@@ -26,7 +27,7 @@ SLURM_PORTS = range(15_000, 32_000)  # below the ports that Linux assigns to cli
 PEER_LOST = re.compile(  # messages of gloo and NCCL
     r"gloo.*(closed by peer|reset by peer|refused|broken pipe|timed ?out)|nccl.*(remote|timed ?out|abort)", re.I | re.S
 )
-_state: dict[str, Any] = {"control": None, "on_main": False}
+_state: dict[str, Any] = {"control": None, "alone": False}
 
 
 # -------------------------------------------------------------------- launchers and ranks
@@ -146,16 +147,16 @@ def stop(together: bool = False) -> None:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 inside `on_main`."""
+    """Number of ranks; 1 inside `alone`."""
     import torch.distributed as dist
 
-    if _state["on_main"]:
+    if _state["alone"]:
         return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank, 0 .. world_size - 1."""
+    """This process's rank, 0 .. world_size - 1; 0 inside `alone`."""
     import torch.distributed as dist
 
     return dist.get_rank() if world_size() > 1 else 0
@@ -164,6 +165,17 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which logs and saves."""
     return rank() == 0
+
+
+@contextmanager
+def alone(on: bool = True) -> Iterator[None]:
+    """Inside, this process sees a job of one: `world_size()` is 1, no message is sent. Without `on` nothing changes."""
+    before = _state["alone"]
+    _state["alone"] = before or on
+    try:
+        yield
+    finally:
+        _state["alone"] = before
 
 
 def share(total: int, multiple: int = 1) -> range:
@@ -216,10 +228,26 @@ def any_rank(flag: bool) -> bool:
     return mean([float(flag)])[0] > 0
 
 
+def on_every_rank(work: Callable[[], T]) -> list[T]:
+    """The results of `work` on all ranks, in rank order. If any fails, all raise the lowest rank's DigitError."""
+    if world_size() == 1:
+        return [work()]
+    outcome: tuple[T | None, DigitError | None]
+    try:
+        outcome = work(), None
+    except DigitError as error:
+        outcome = None, error
+    outcomes = gather(outcome)
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [cast(T, result) for result, _ in outcomes]
+
+
 def on_main(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 while the others wait; every rank returns its (small) result, or raises its DigitError.
 
-    During the call, rank 0 sees a job of one process: `world_size()` is 1.
+    During the call, rank 0 is `alone`.
     """
     import torch.distributed as dist
 
@@ -227,13 +255,11 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     outcome: list[Any] = [None, None]
     if is_main():
-        _state["on_main"] = True
         try:
-            outcome[0] = work()
+            with alone():
+                outcome[0] = work()
         except (DigitError, Stopped) as error:
             outcome[1] = error
-        finally:
-            _state["on_main"] = False
     dist.broadcast_object_list(outcome, group=control())
     if outcome[1] is not None:
         raise outcome[1]

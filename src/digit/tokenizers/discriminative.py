@@ -17,9 +17,9 @@ from torch import Tensor
 
 from digit.data.loader import CropLoader, on_device
 from digit.errors import DigitError, MismatchError
+from digit.runtime import distributed
 from digit.tokenizers.base import Encoder, Quantizer, QuantizerConfig
 from digit.tokenizers.quantizers import quantizer_of
-from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64, UInt8
@@ -64,8 +64,9 @@ def fit_codebook(
     """
     quantizer, tokens = quantizer_of(cfg), math.prod(encoder.grid)
     indices = choose_images(len(source), tokens, cfg.min_points, subset=subset, seed=seed)
-    shares, bad = Shares(across_ranks), []
-    mine = shares.part(len(indices), batch_size)  # whole batches, so that they are those of one rank
+    bad: list[tuple[str, str]] = []
+    with distributed.alone(not across_ranks):
+        mine = distributed.share(len(indices), batch_size)  # whole batches, so that one rank makes the same batches
 
     def features() -> Iterator[tuple[Tensor, np.ndarray]]:
         loader = CropLoader(
@@ -93,7 +94,8 @@ def fit_codebook(
     }
     request = about | {"source": {"fingerprint": source.fingerprint}, quantizer.name: None}  # the fit adds its settings
     codebook = quantizer.fit(cfg, features, across_ranks=across_ranks, folder=folder, request=request)
-    bad = shares.join(bad)
+    with distributed.alone(not across_ranks):
+        bad = [entry for part in distributed.gather(bad) for entry in part]
     if len(bad) > max_bad_fraction * len(indices):
         raise DigitError(
             f"{len(bad)} of {len(indices)} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "

@@ -1,8 +1,5 @@
 """The points that a quantizer is fitted to, shared out over the ranks of a job, or all of them here."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -12,8 +9,6 @@ from digit.errors import Stopped
 from digit.runtime import distributed
 from digit.runtime.signals import StopSignals
 
-T = TypeVar("T")
-
 
 class Shares:
     """What the ranks of a fit tell each other; with one rank every method is the identity.
@@ -22,8 +17,7 @@ class Shares:
     of them to stop: it ends its pass over the points early, and all agree on it when the pass is over.
     """
 
-    def __init__(self, across_ranks: bool = False, signals: StopSignals | None = None):
-        self.num_ranks, self.rank = (distributed.world_size(), distributed.rank()) if across_ranks else (1, 0)
+    def __init__(self, signals: StopSignals | None = None):
         self.signals = signals
 
     @property
@@ -35,37 +29,21 @@ class Shares:
         """Raise Stopped on every rank where a signal came to any of them."""
         if self.signals is None:
             return
-        if distributed.any_rank(self.asked_to_stop) if self.num_ranks > 1 else self.asked_to_stop:
+        if distributed.any_rank(self.asked_to_stop):
             raise Stopped("k-means: no iteration is done")
-
-    def part(self, total: int, multiple: int) -> range:
-        """This rank's part of 0 .. total - 1, cut at multiples of `multiple`."""
-        return distributed.share(total, multiple) if self.num_ranks > 1 else range(total)
 
     def add_up(self, values: Tensor) -> Tensor:
         """The sum over the ranks, in place; returns it."""
-        if self.num_ranks == 1:
+        if distributed.world_size() == 1:
             return values
         distributed.barrier()  # one may be far behind with its images; the sum itself is not waited for that long
         moved = values.cuda() if dist.get_backend() == "nccl" else values  # NCCL knows no memory but the GPU's
         dist.all_reduce(moved)
         return values if moved is values else values.copy_(moved)
 
-    def gather(self, item: T) -> list[T]:
-        """The item of every rank, in the order of the ranks."""
-        return distributed.gather(item) if self.num_ranks > 1 else [item]
-
-    def join(self, items: list[Any]) -> list[Any]:
-        """The lists of every rank as one."""
-        return [item for part in self.gather(items) for item in part]
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        """What `work` gives on rank 0, on every rank."""
-        return distributed.on_main(work) if self.num_ranks > 1 else work()
-
     def place(self, rows: Tensor, positions: np.ndarray, total: int) -> Tensor:
         """(n, D) rows that lie here and where they stand in the whole -> (total, D), the rows of every rank."""
-        if self.num_ranks == 1 and len(rows) == total:
+        if distributed.world_size() == 1 and len(rows) == total:
             return rows[torch.from_numpy(np.argsort(positions)).to(rows.device)]
         whole = rows.new_zeros(total, rows.shape[1])
         whole[torch.from_numpy(positions).to(rows.device)] = rows

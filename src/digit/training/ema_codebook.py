@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.models.vqgan import nearest_code
@@ -33,7 +34,7 @@ class EMACodebook:
         self.sums = self.weight.detach().clone()  # (K, C)
         self.reservoir: list[Tensor] = []  # features (n, C) that `start` will cluster
 
-    def collect(self, features: Tensor) -> None:
+    def collect(self, features: Float[Tensor, "n C"]) -> None:
         """Keep the latest features (n, C) for `start`."""
         self.reservoir = [*self.reservoir[1 - KEPT_BATCHES :], features]
 
@@ -56,14 +57,16 @@ class EMACodebook:
         self.counts.fill_(len(features) / len(self.weight) / num_batches)  # expected in one batch
         self.sums.copy_(codes * self.counts[:, None])
 
-    def assign(self, features: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def assign(
+        self, features: Float[Tensor, "n C"], indices: Int64[Tensor, " n"]
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C"]]:
         """The number of features (n, C) with each code index, (K,), and their sums, (K, C)."""
         counts = torch.bincount(indices, minlength=len(self.weight)).to(features)
         sums = torch.zeros_like(self.weight).index_add_(0, indices, features)
         return counts, sums
 
     @torch.no_grad()
-    def update(self, features: Tensor, indices: Tensor) -> None:
+    def update(self, features: Float[Tensor, "n C"], indices: Int64[Tensor, " n"]) -> None:
         """N_k <- d N_k + (1 - d) n_k;  m_k <- d m_k + (1 - d) sum x;  c_k = m_k / N_k.
 
         Features x (n, C) with their codes' indices (n,); van den Oord et al. 2017, Eqs. 6 to 8.
@@ -75,7 +78,7 @@ class EMACodebook:
         self.weight.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
 
     @torch.no_grad()
-    def restart_dead(self, features: Tensor, generator: torch.Generator) -> int:
+    def restart_dead(self, features: Float[Tensor, "n C"], generator: torch.Generator) -> int:
         """Move rarely used codes to random features (n, C); returns how many."""
         average = self.counts.mean()
         dead = self.counts < self.restart_below * average
@@ -96,12 +99,12 @@ class EMACodebook:
         self.reservoir = [features.to(self.sums.device) for features in own]
 
 
-def flat_features(z: Tensor) -> Tensor:
+def flat_features(z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B*h*w C"]:
     """Features (B, C, h, w) as rows (B * h * w, C) in fp32, detached."""
     return z.detach().float().movedim(1, -1).flatten(0, 2)
 
 
-def random_rows(features: Tensor, num: int, generator: torch.Generator) -> Tensor:
+def random_rows(features: Float[Tensor, "n C"], num: int, generator: torch.Generator) -> Float[Tensor, "{num} C"]:
     """Random rows (num, C) of features (n, C), without repetition unless n < num."""
     if num > len(features):
         rows = torch.randint(len(features), (num,), generator=generator)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from digit.training.faults import NotFiniteError, dump_crash
 from digit.training.log import Metrics, RunLog, last_metrics
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What a checkpoint can hold: a module, an optimizer, a gradient scaler, an EMA."""
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.runtime.hardware import multiplies_bf16
@@ -60,7 +61,7 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def orthogonal(matrices: Tensor, iterations: int = ITERATIONS) -> Tensor:
+def orthogonal(matrices: Float[Tensor, "n r c"], iterations: int = ITERATIONS) -> Float[Tensor, "n r c"]:
     """About U V^T for each matrix U S V^T of (n, r, c): all but the smallest singular values become 0.3 to 1.2.
 
     Computes in bfloat16 where the hardware multiplies it, else in float32.

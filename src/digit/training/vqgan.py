@@ -117,7 +117,7 @@ class GANConfig(LoopConfig):
         return False  # the cosine ends at num_steps
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+def hinge_loss(real: Float[Tensor, ...], fake: Float[Tensor, ...]) -> Float[Tensor, ""]:
     """(mean max(0, 1 - D(x)) + mean max(0, 1 + D(x_hat))) / 2, the discriminator's loss on patch scores.
 
     Lim and Ye 2017; halved as in VQGAN's released code.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from digit.errors import DigitError, Stopped
 from digit.models.products import linear
+from digit.runtime import distributed
 from digit.runtime.hardware import multiplies_bf16
 from digit.runtime.progress import Progress
 from digit.runtime.signals import StopSignals
@@ -71,8 +72,9 @@ class KMeans:
         Raises DigitError for fewer points than clusters, NaN or Inf, or a budget too small to hold the centroids;
         Stopped where a signal asked for it and the state is saved.
         """
-        with StopSignals() if unfinished else nullcontext() as signals:
-            self._shares = Shares(across_ranks, signals)
+        signals = StopSignals() if unfinished else nullcontext()
+        with distributed.alone(not across_ranks), signals as signals:
+            self._shares = Shares(signals)
             self._fit(open_points(features, self.cfg, self._shares), unfinished)
         return self
 
@@ -91,11 +93,11 @@ class KMeans:
             try:
                 while not state.settled and len(state.history) < cfg.num_iterations:
                     self._iterate(points, state, bar)
-                    if unfinished and self._shares.rank == 0:
+                    if unfinished and distributed.is_main():
                         unfinished.keep(state)
                 self._close(points, state, bar)
             except Stopped:  # in the middle of a pass, which leaves the state as it was before
-                if unfinished and self._shares.rank == 0:
+                if unfinished and distributed.is_main():
                     unfinished.save(state)
                 raise Stopped(
                     f"k-means: {len(state.history)} of at most {cfg.num_iterations} iterations are done"
@@ -112,7 +114,7 @@ class KMeans:
         sample = points.take_start()  # (s, D)
         if unfinished:
             request = asdict(self.cfg) | {"device": None, "points": points.num_rows, "dim": sample.shape[1]}
-            if found := unfinished.load({"kmeans": request}, self._shares):
+            if found := unfinished.load({"kmeans": request}):
                 return replace(found, centroids=found.centroids.to(sample), shift=found.shift.to(sample))
         shift = sample.mean(0, dtype=torch.float64).float()  # (D,); centred features round less in bfloat16
         centroids = _start_centroids(sample.sub_(shift), self.cfg)  # (K, D)

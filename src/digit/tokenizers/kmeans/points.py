@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.runtime import distributed
 from digit.runtime.progress import Progress
 from digit.tokenizers.kmeans.nearest import chunk_rows
 from digit.tokenizers.shares import Shares
@@ -58,7 +59,7 @@ def open_points(
     shares = shares or Shares()
     if isinstance(features, Tensor):
         return _tensor_points(features, cfg, shares)
-    return _stream_points(lambda: _keyed(features(), cfg, shares.rank), cfg, shares)
+    return _stream_points(lambda: _keyed(features(), cfg, distributed.rank()), cfg, shares)
 
 
 def _keyed(parts: "Iterable[Part]", cfg: "KMeansConfig", rank: int) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -75,8 +76,8 @@ def _keyed(parts: "Iterable[Part]", cfg: "KMeansConfig", rank: int) -> Iterator[
         if not len(points):
             continue
         first = int(numbers.min())
-        drawn = np.random.Generator(bits.advance(first)).random(int(numbers.max()) - first + 1)
-        yield _moved(points, cfg), drawn[numbers - first]
+        uniform = np.random.Generator(bits.advance(first)).random(int(numbers.max()) - first + 1)
+        yield _moved(points, cfg), uniform[numbers - first]
 
 
 def _moved(part: Tensor, cfg: "KMeansConfig") -> Tensor:
@@ -114,8 +115,8 @@ def _tensor_points(features: Tensor, cfg: "KMeansConfig", shares: Shares) -> Poi
     """Chunks of a tensor that the caller holds in memory anyway; the subsample is never copied as a whole."""
     if features.ndim != 2:
         raise DigitError(f"k-means wants features of shape (N, D), got {tuple(features.shape)}")
-    ends = np.cumsum(shares.gather(len(features)))
-    num, first_row = int(ends[-1]), int(ends[shares.rank]) - len(features)
+    ends = np.cumsum(distributed.gather(len(features)))
+    num, first_row = int(ends[-1]), int(ends[distributed.rank()]) - len(features)
     most = cfg.max_points(num)
     order = np.random.default_rng([cfg.seed, 0]).permutation(num)[:most] - first_row  # the same on every rank
     here = np.flatnonzero((order >= 0) & (order < len(features)))
@@ -136,25 +137,25 @@ def _tensor_points(features: Tensor, cfg: "KMeansConfig", shares: Shares) -> Poi
 
 
 def _stream_points(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> Points:
-    """Read the stream once: count it, keep a random sample; stay in memory where that sample is all that is wanted."""
+    """Reads the stream once: counts its points, keeps a random sample, and no more if all that take part are in it."""
     sample, keys, seen = _sample_stream(stream, cfg, shares)
     shares.agree_to_go_on()
     sample = _sample_of_some(sample, cfg, shares)
     size = _chunk_size(cfg, sample.shape[1], sample.device)
-    everyones = shares.gather(keys)
-    num_rows = sum(shares.gather(seen))
+    everyones = distributed.gather(keys)
+    num_rows = sum(distributed.gather(seen))
     wanted = cfg.max_points(num_rows)
-    drawn = np.concatenate(everyones)
-    order = np.argsort(drawn, kind="stable")
+    all_keys = np.concatenate(everyones)  # of the points in the samples of all ranks
+    order = np.argsort(all_keys, kind="stable")
 
     room = _capacity(cfg, sample.shape[1], sample.device)
-    total = min(len(drawn), _start_rows(cfg, min(len(drawn), wanted, room)))
-    first = order[:total] - sum(map(len, everyones[: shares.rank]))
+    total = min(len(all_keys), _start_rows(cfg, min(len(all_keys), wanted, room)))
+    first = order[:total] - sum(map(len, everyones[: distributed.rank()]))
     places = np.flatnonzero((first >= 0) & (first < len(keys)))
     first_here = torch.from_numpy(first[places]).to(sample.device)
-    last = drawn[order[wanted - 1]] if len(drawn) >= wanted else np.inf  # the largest key that takes part
+    last = all_keys[order[wanted - 1]] if len(all_keys) >= wanted else np.inf  # the largest key that takes part
     whole = len(keys) == seen or keys.max() >= last  # nothing that takes part was left out of the sample here
-    if all(shares.gather(bool(whole))):
+    if all(distributed.gather(bool(whole))):
         mine = torch.from_numpy(np.flatnonzero(keys <= last)).to(sample.device)
         parts = [part for part in sample.split(size) if len(part)] if len(mine) == len(sample) else None
         return Points(
@@ -192,7 +193,7 @@ def _sample_stream(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> tuple
 
 def _sample_of_some(sample: Tensor | None, cfg: "KMeansConfig", shares: Shares) -> Tensor:
     """This rank's sample, or an empty tensor of matching width and device type."""
-    kinds = shares.gather(None if sample is None else (sample.shape[1], sample.device.type))
+    kinds = distributed.gather(None if sample is None else (sample.shape[1], sample.device.type))
     known = [kind for kind in kinds if kind is not None]
     if not known:
         raise DigitError("k-means got no features at all: the source gave no readable image")

@@ -14,9 +14,9 @@ import numpy as np
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
+from digit.runtime import distributed
 from digit.runtime.files import load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
 from digit.runtime.request import require_same_request
-from digit.tokenizers.shares import Shares
 
 log = logging.getLogger(__name__)
 SAVE_EVERY_SECONDS = 2.0  # an iteration is made again sooner than that
@@ -46,13 +46,13 @@ class UnfinishedFit:
         self.path, self.request = Path(path), request
         self.due = time.monotonic() + SAVE_EVERY_SECONDS
 
-    def load(self, details: dict[str, Any], shares: Shares) -> State | None:
+    def load(self, details: dict[str, Any]) -> State | None:
         """The state to go on with, on the CPU; None, and a warning, where the file is damaged or of another fit.
 
         details: what only the fit knows of the request.
         """
         self.request = plain(self.request | details)
-        return shares.on_main(self._load)
+        return distributed.on_main(self._load)
 
     def _load(self) -> State | None:
         remove_leftovers(self.path.parent)
