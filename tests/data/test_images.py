@@ -15,7 +15,7 @@ from PIL import Image
 
 from digit.data.decode import decode_image
 from digit.data.images import ImageSource, open_source
-from digit.data.source import index_classes
+from digit.data.labels import index_classes
 from digit.errors import BadImageError, DigitError
 
 
@@ -238,7 +238,9 @@ def test_limit_and_subset_spread_over_the_source(tmp_path):
 def test_classes_are_sorted_as_numbers_where_they_are_numbers():
     assert index_classes([10, 9, None, -1])[0] == ["9", "10"]
     assert index_classes(["10", "9"])[0] == ["9", "10"]
-    assert index_classes(["10", "9"], numeric=False)[0] == ["10", "9"]
+    assert index_classes(["10", "9", "09"])[0] == ["9", "10"]
+    assert index_classes(["10", "9", "09"], merge=False)[0] == ["09", "9", "10"]
+    assert index_classes(["10", "9", "x"], merge=False)[0] == ["10", "9", "x"]
     classes, labels = index_classes(["b", 3, "", "b"])
     assert classes == ["3", "b"] and labels.tolist() == [1, 0, -1, 1]
 

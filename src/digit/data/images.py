@@ -1,42 +1,72 @@
-"""Opens any kind of image source: open_source(folder | Parquet | WebDataset tar | "shapes")."""
+"""Opens any kind of image source: open_source(folder | .zip | Parquet | WebDataset tar | "shapes")."""
 
+import logging
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from digit.data.decode import EXTENSIONS, decode_image
-from digit.data.source import ImageSource, SubsetSource, file_digest, index_classes, readable
+from digit.data.layout import split_of, words_of
+from digit.data.listing import TARS, list_folder, some
+from digit.data.source import ImageSource, SubsetSource
+from digit.data.tree import FolderSource, ZipSource
 from digit.errors import DigitError
 
 __all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
 
 SHAPES = "shapes"
 SHAPES_OPTIONS = ("num", "size", "seed")
-SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-WANTED = "a folder of images, a Parquet file or folder, WebDataset .tar shards, or 'shapes'"
+log = logging.getLogger(__name__)
+WANTED = "a folder or .zip of images, a Parquet file or folder, WebDataset .tar shards, or 'shapes'"
 
 
-def open_source(spec: str | Path, *, split: str | None = None, limit: int | None = None) -> ImageSource:
-    """Opens a source of images by its path, or the built-in shapes by name.
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: the arguments of `open_source` but for the number of images."""
+
+    split: str | None = None
+    labels_from: str = "auto"
+    read_contents: bool | None = None
+
+
+def open_source(
+    spec: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    labels_from: str = "auto",
+    read_contents: bool | None = None,
+    say_notes: bool = True,
+) -> ImageSource:
+    """Opens a source of images by its path, or the built-in shapes by name. docs/inputs.md lists all layouts.
 
     Args:
-        spec: a folder of images (nested: one folder per class), a Parquet file in the Hub's layout or a folder of them,
-            a WebDataset .tar or a folder of them, or "shapes" / "shapes:num=16000,size=64,seed=0" (rendered scenes).
+        spec: a folder or .zip of images (nested: one folder per class), a Parquet file in the Hub's layout or a folder
+            of them, a WebDataset .tar or a folder of them, or "shapes" / "shapes:num=16000,size=64,seed=0" (rendered
+            scenes).
         split: the part of a folder with files train-*, validation-*, test-* or subfolders train, val, test. Default:
             train if there is one beside others, else everything.
         limit: number of images to keep, spread evenly over all.
+        labels_from: where labels come from. "auto": label files, columns, keys or members of the usual names, else
+            folders. "none": no labels. "folders" or "top": whole paths of folders or their first parts. Else the name
+            of a column or key, or the path of a label file (PATH or PATH:COLUMN).
+        read_contents: whether the fingerprint reads the contents of all files, or, for speed, takes the times of their
+            last change instead. None reads up to 10,000 files of 512 MB in all.
+        say_notes: log what was assumed and what is not used, which `notes` of the source hold too.
 
     Raises:
-        DigitError: missing path, empty folder, a mixture of kinds, unknown split, unreadable container.
+        DigitError: missing path, empty folder, a mixture of kinds, unknown split, container that cannot be read.
     """
+    reading = Reading(split, labels_from, read_contents)
     if isinstance(spec, str) and (spec == SHAPES or spec.startswith(SHAPES + ":")):
         source = _open_shapes(spec, split)
     else:
-        source = _open_path(Path(spec).expanduser(), split)
+        source = _open_path(Path(spec).expanduser(), reading)
+    for note in source.notes if say_notes else ():
+        log.info("%s: %s", source.name, note)
     return ImageSource.limit(source, limit)
 
 
@@ -62,7 +92,7 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
     return ShapesSource(**options)
 
 
-def _open_path(path: Path, split: str | None) -> ImageSource:
+def _open_path(path: Path, reading: Reading) -> ImageSource:
     try:
         os.stat(path)
         exists = True
@@ -74,125 +104,70 @@ def _open_path(path: Path, split: str | None) -> ImageSource:
     if not exists:
         raise DigitError(f"no such path: {path}; wanted {WANTED}")
     if path.is_dir():
-        return _open_folder(path, split)
-    if split is not None:
-        raise DigitError(f"split is {split!r}, but {path} is one file: give the folder that holds the splits")
-    return _open_files(path, [path])
+        return _open_folder(path, reading)
+    if path.suffix.lower() == ".zip":
+        return ZipSource(path, reading.split, reading.labels_from)
+    if reading.split is not None:
+        raise DigitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
+    return _open_files(path, [path], reading)
 
 
-def _open_files(root: Path, files: list[Path]) -> ImageSource:
+def _open_files(root: Path, files: list[Path], reading: Reading, notes: Sequence[str] = ()) -> ImageSource:
     """Opens containers of one kind; `root` names the source."""
     if files[0].suffix.lower() == ".parquet":
         from digit.data.parquet import ParquetSource
 
-        return ParquetSource(root, files)
-    if files[0].name.lower().endswith((".tar", *PACKED_TARS)):
+        return ParquetSource(root, files, reading.labels_from, reading.read_contents, notes)
+    if files[0].name.lower().endswith(TARS):
         from digit.data.webdataset import TarSource
 
-        return TarSource(root, files)
+        return TarSource(root, files, reading.labels_from, reading.read_contents, notes)
     if files[0].suffix.lower() in EXTENSIONS:
         raise DigitError(f"{root} is one image: give the folder that holds it and others")
     raise DigitError(f"{root} is a {files[0].suffix or 'nameless kind of'} file, wanted {WANTED}")
 
 
-def _open_folder(root: Path, split: str | None) -> ImageSource:
-    root = _split_folder(root, split) or root
-    in_subfolder = split is not None and root.name in _aliases(split)
-    found = sorted(walk_files(root))
-    kinds = {
-        "Parquet files": [name for name, _ in found if name.lower().endswith(".parquet")],
-        "tar files": [name for name, _ in found if name.lower().endswith((".tar", *PACKED_TARS))],
-        "images": [name for name, _ in found if os.path.splitext(name)[1].lower() in EXTENSIONS],
-    }
-    present = {kind: names for kind, names in kinds.items() if names}
+def _open_folder(root: Path, reading: Reading) -> ImageSource:
+    listing = list_folder(root)
+    found = listing.by_kind()
+    present = {kind: found[kind] for kind in ("Parquet files", "tar files", "zip files", "images") if kind in found}
     if not present:
-        raise DigitError(f"no images in {root} ({len(found)} other files); wanted {WANTED}")
+        left_out = "".join(f"; {note}" for note in listing.notes())
+        raise DigitError(f"no images in {root} ({len(listing.files)} other files); wanted {WANTED}{left_out}")
     if len(present) > 1:
-        counts = " and ".join(f"{len(names)} {kind}" for kind, names in present.items())
+        counts = " and ".join(f"{len(files)} {kind}" for kind, files in present.items())
         raise DigitError(f"{root} holds {counts}: give a folder or a file with one kind only")
-    names = next(iter(present.values()))
-    if "images" not in present:
-        names = names if in_subfolder else _split_names(root, names, split)
-        return _open_files(root, [root / name for name in names])
-    if split is not None and not in_subfolder:
-        raise DigitError(f"{root} has no split {split!r}: wanted a subfolder of that name")
-    chosen = set(names)
-    return FolderSource(root, [(name, size) for name, size in found if name in chosen])
+    if "images" in present:
+        return FolderSource(root, listing, reading.split, reading.labels_from, reading.read_contents)
+    names = [file.name for file in next(iter(present.values()))]
+    if "zip files" in present:
+        raise DigitError(f"{root} holds .zip files: give one of them ({some(names)}), or unpack them")
+    names, notes = _choose_files(root, names, reading.split)
+    return _open_files(root, [root / name for name in names], reading, [*listing.notes(), *notes])
 
 
-def _aliases(split: str) -> tuple[str, ...]:
-    return next((names for names in SPLIT_NAMES.values() if split in names), (split,))
-
-
-def _split_folder(root: Path, split: str | None) -> Path | None:
-    """The subfolder of `split`; without one, root/train if train stands beside val or test, else None."""
-    if split is not None:
-        return next((root / name for name in _aliases(split) if (root / name).is_dir()), None)
-    others = SPLIT_NAMES["validation"] + SPLIT_NAMES["test"]
-    pair = (root / "train").is_dir() and any((root / name).is_dir() for name in others)
-    return root / "train" if pair else None
-
-
-def _split_names(root: Path, names: list[str], split: str | None) -> list[str]:
-    """Selects a split's files by a word of their path (train-00000-of-00001.parquet, default/test/0000.parquet)."""
-    known = {alias for aliases in SPLIT_NAMES.values() for alias in aliases}
-    words = {name: re.split(r"[/\\._-]", name.lower()) for name in names}
-    of = {name: next((word for word in words[name] if word in known or word == split), None) for name in names}
-    chosen = [name for name in names if of[name] in _aliases(split or "train")]
+def _choose_files(root: Path, names: list[str], split: str | None) -> tuple[list[str], list[str]]:
+    """Selects a split's files by a word of their paths (train-00000-of-00001.parquet, default/test/0000.parquet)."""
+    of = {name: _split_of_file(name, split) for name in names}
+    there = sorted({word for word in of.values() if word})
+    wanted = "train" if split is None else split_of(split) or split
+    chosen = [name for name in names if of[name] == wanted]
     if split is not None and not chosen:
-        have = ", ".join(sorted({word for word in of.values() if word})) or "none"
-        raise DigitError(f"{root} has no split {split!r}; it has {have}")
-    return chosen or names
-
-
-def walk_files(root: Path) -> Iterator[tuple[str, int]]:
-    """Yields (path relative to the root with '/', size) of every file below; skips hidden files and folder loops."""
-    seen: set[tuple[int, int]] = set()
-    pending = [""]
-    while pending:
-        folder = pending.pop()
-        try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # a link back to a folder already listed
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(root / folder), key=lambda entry: (not entry.is_symlink(), entry.name))
-        except OSError as error:
-            raise DigitError(f"cannot list the folder {root / folder}: {error.strerror}") from error
-        for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir():
-                    pending.append(name)
-                elif entry.is_file():
-                    yield name, entry.stat().st_size
-                elif entry.is_symlink():
-                    yield name, 0  # points nowhere: found bad, with its name, when it is read
-            except OSError:  # a link that leads back to itself, a folder that may not be entered
-                yield name, 0
-
-
-class FolderSource(ImageSource):
-    """Image files below a folder. A file's class is the path of its folder below the root; in the root, none."""
-
-    def __init__(self, root: Path, files: list[tuple[str, int]]):
-        self.root, self.name = root, readable(root)
-        self.files = [name for name, _ in files]
-        self.fingerprint = file_digest(files)
-        self.classes, self._labels = index_classes(
-            [readable(os.path.dirname(name)) for name in self.files], numeric=False
+        if root.name.lower() == split.lower():  # the folder is the split
+            return names, []
+        raise DigitError(f"{root} has no split {split!r}; it has {', '.join(there) or 'none'}")
+    if not chosen:
+        return names, [f"all splits together: {', '.join(there)}; --split takes one"] if len(there) > 1 else []
+    notes = []
+    if len(there) > 1:
+        notes.append(
+            f"split {wanted} of {', '.join(there)} ({len(chosen)} of {len(names)} files); --split takes another"
         )
+    if rest := [name for name in names if of[name] is None]:
+        notes.append(f"not used: {len(rest)} files of no split ({some(rest)})")
+    return chosen, notes
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def key(self, index: int) -> str:
-        return readable(self.root / self.files[index])
-
-    def labels(self) -> np.ndarray:
-        return self._labels
-
-    def raw(self, index: int) -> Path:
-        return self.root / self.files[index]
+def _split_of_file(name: str, split: str | None) -> str | None:
+    words = words_of(name, split)
+    return words[0] if words else None

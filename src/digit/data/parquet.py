@@ -3,20 +3,24 @@
 import json
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.source import ImageSource, file_digest, index_classes, readable
+from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
+from digit.data.labels import Label, as_label, find_name, index_classes, label_names
+from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
-LABEL_NAMES = ("label", "labels", "class", "cls")
 CACHE_BYTES = 2**28  # row groups kept in memory, per process
 BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a row group larger than this and 50 times its file is a decompression bomb
 
@@ -24,19 +28,26 @@ BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a row group larger than this and 50 times 
 class ParquetSource(ImageSource):
     """Rows of one or several Parquet files, read one row group at a time; the last used ones stay in memory.
 
-    Classes are the ClassLabel names in the file's metadata if there are any, else the distinct labels, sorted. Reading
-    in order is fast; random access to more data than the cache holds decodes a row group for each image.
+    Classes are the ClassLabel names in the files' metadata if there are any, else the distinct labels, sorted. Files
+    that number the same names differently are joined by name. Reading in order is fast; random access to more data
+    than the cache holds decodes a row group for each image.
     """
 
-    def __init__(self, root: Path, files: list[Path]):
-        self.name, self.files = readable(root), files
+    def __init__(
+        self,
+        root: Path,
+        files: list[Path],
+        labels_from: str = "auto",
+        read_contents: bool | None = None,
+        notes: Sequence[str] = (),
+    ):
+        self.name, self.files, self.read_contents = readable(root), files, read_contents
         self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
         metas = [_open(file) for file in files]
-        schema = metas[0].schema_arrow
-        self.image_column = _find_image(files[0], schema)
         for file, meta in zip(files, metas, strict=True):
             _refuse_bomb(file, meta.metadata)
-        self.label_column, names = _find_label(schema)
+        columns = [_find_image(file, meta.schema_arrow) for file, meta in zip(files, metas, strict=True)]
+        self.image_columns = [column for column, _ in columns]
         groups = [(f, g, meta.metadata.row_group(g).num_rows) for f, meta in enumerate(metas)
                   for g in range(meta.num_row_groups)]  # fmt: skip
         self.groups = [(file, group) for file, group, _ in groups]
@@ -44,28 +55,17 @@ class ParquetSource(ImageSource):
         self.starts = np.cumsum([0, *(meta.metadata.num_rows for meta in metas[:-1])], dtype=np.int64)  # of each file
         if not groups or self.ends[-1] == 0:
             raise DigitError(f"{root} holds no rows")
-        sizes = [file.stat().st_size for file in files]
-        self.fingerprint = file_digest(zip(self.short_names, sizes, strict=True))
-        self.classes, self._labels = self._read_labels(metas, names)
+        parts = [_read_labels(file, meta, labels_from) for file, meta in zip(files, metas, strict=True)]
+        self.classes, self._labels, found = _join_labels(self.name, files, parts)
+        images = [note for _, others in columns for note in others]
+        self.notes = (*notes, *dict.fromkeys(images), *found)
         self._forget()
 
-    def _read_labels(self, metas: list[Any], names: list[str] | None) -> tuple[list[str], np.ndarray]:
-        if self.label_column is None:
-            return [], np.full(len(self), -1, dtype=np.int64)
-        values: list[Any] = []
-        for file, meta in zip(self.files, metas, strict=True):
-            table = _guard(file, lambda meta=meta: meta.read(columns=[self.label_column], use_threads=False))
-            values += _only_column(file, table, self.label_column, meta.metadata.num_rows).to_pylist()
-        if odd := [value for value in values if value is not None and not isinstance(value, int | str)]:
-            raise DigitError(f"{self.name}: column {self.label_column} holds {odd[0]!r}, wanted a number or a name")
-        if names is None:
-            return index_classes(values)
-        if odd := [value for value in values if isinstance(value, str)]:
-            raise DigitError(f"{self.name}: column {self.label_column} holds numbers and {odd[0]!r}: its parts differ")
-        numbers = [-1 if value is None else value for value in values]
-        if max(numbers) >= len(names) or min(numbers) < -1:
-            raise DigitError(f"{self.name}: labels {min(numbers)}..{max(numbers)}, but {len(names)} class names")
-        return names, np.array(numbers, dtype=np.int64)
+    @cached_property
+    def fingerprint(self) -> str:
+        sizes, times = file_times(self.files)
+        stamps = stamps_of(self.files, sizes, times, self.read_contents)
+        return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -107,7 +107,7 @@ class ParquetSource(ImageSource):
         path = self.files[file]
         if file not in self._handles:
             self._handles[file] = _open(path)
-        handle, name = self._handles[file], self.image_column
+        handle, name = self._handles[file], self.image_columns[file]
         table = _guard(path, lambda: handle.read_row_group(number, columns=[name], use_threads=False))
         column = _only_column(path, table, name, handle.metadata.row_group(number).num_rows).combine_chunks()
         column = column.chunk(0) if hasattr(column, "chunk") else column
@@ -122,7 +122,7 @@ class ParquetSource(ImageSource):
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_handles", "_cache")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._forget()
 
 
@@ -164,20 +164,19 @@ def _refuse_bomb(file: Path, metadata: Any) -> None:
             raise DigitError(f"{file}: {packed} bytes that unpack to {whole} (a decompression bomb?): refused")
 
 
-def _find_image(file: Path, schema: "pa.Schema") -> str:
-    """Finds the column of encoded images by type, usual names first; structs are read as 'name.bytes'."""
+def _find_image(file: Path, schema: "pa.Schema") -> tuple[str, list[str]]:
+    """Finds the column of encoded images by type, usual names first; structs are read as 'name.bytes'. Also notes."""
     import pyarrow as pa
 
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
                and _is_binary(f.type.field("bytes").type)]  # fmt: skip
-    binary = [f.name for f in schema if _is_binary(f.type)]
-    for name in sorted(structs, key=lambda name: name.lower() not in IMAGE_NAMES):
-        return f"{name}.bytes"
-    for name in binary:
-        if name.lower() in IMAGE_NAMES:
-            return name
-    have = ", ".join(f"{field.name}: {field.type}" for field in schema)
-    raise DigitError(f"{file} has no image column {{bytes, path}}; its columns are {have}")
+    binary = [f.name for f in schema if _is_binary(f.type) and f.name.lower() in IMAGE_NAMES]
+    found = [*sorted(structs, key=lambda name: name.lower() not in IMAGE_NAMES), *binary]
+    if not found:
+        have = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise DigitError(f"{file} has no image column {{bytes, path}}; its columns are {have}")
+    notes = [f"images are the column {found[0]}; not used: images in {', '.join(found[1:])}"] if found[1:] else []
+    return f"{found[0]}.bytes" if found[0] in structs else found[0], notes
 
 
 def _is_binary(kind: "pa.DataType") -> bool:
@@ -186,21 +185,97 @@ def _is_binary(kind: "pa.DataType") -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _find_label(schema: "pa.Schema") -> tuple[str | None, list[str] | None]:
-    """Finds (label column or None, its ClassLabel names or None): by the usual names, else the first ClassLabel."""
-    import pyarrow as pa
+@dataclass
+class LabelColumn:
+    """The labels of one file as they are stored."""
 
-    features = _features(schema)
-    named = {name: feature["names"] for name, feature in features.items()
+    values: list[Label]  # one per row; with `names`, numbers of names
+    column: str | None = None
+    names: list[str] | None = None  # of its ClassLabel
+    notes: list[str] = field(default_factory=list)
+
+
+def _read_labels(file: Path, meta: Any, labels_from: str) -> LabelColumn:
+    """Reads the column of labels of one file; without one, every row is unlabelled."""
+    schema, num = meta.schema_arrow, meta.metadata.num_rows
+    named = {name: feature["names"] for name, feature in _features(schema).items()
              if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
              and isinstance(feature.get("names"), list) and name in schema.names}  # fmt: skip
-    simple = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary)
-    usable = [field.name for field in schema if any(test(field.type) for test in simple)]
-    for name in (*LABEL_NAMES, *named):
-        if name in usable:
-            integers = pa.types.is_integer(schema.field(schema.names.index(name)).type)
-            return name, [readable(str(text)) for text in named[name]] if name in named and integers else None
-    return None, None
+    columns = [field.name for field in schema if not _is_image(field.type)]
+    candidates = list(dict.fromkeys([*label_names(columns), *named]))
+    if labels_from == "none":
+        return LabelColumn([None] * num, notes=_unused(columns))
+    if labels_from != "auto":
+        wanted = find_name(labels_from, columns)
+        if wanted is None:
+            raise DigitError(f"{file} has no column {labels_from!r} for labels; its columns are {', '.join(columns)}")
+        candidates = [wanted]
+    refused = []
+    for name in candidates:
+        table = _guard(file, lambda name=name: meta.read(columns=[name], use_threads=False))
+        stored = _only_column(file, table, name, num).to_pylist()
+        try:
+            values = [as_label(value) for value in stored]
+        except ValueError as error:
+            if labels_from != "auto":
+                raise DigitError(f"{file}: column {name} holds {error}, wanted one number or name a row") from error
+            refused.append(f"column {name} gives no labels: it holds {error}")
+            continue
+        numbers = all(value is None or isinstance(value, int) for value in values)
+        names = [readable(str(text)) for text in named[name]] if name in named and numbers else None
+        rest = [column for column in columns if column != name]
+        return LabelColumn(values, name, names, [*refused, f"labels are the column {name}", *_unused(rest)])
+    return LabelColumn([None] * num, notes=[*refused, *_unused([name for name in columns if name not in candidates])])
+
+
+def _unused(columns: list[str]) -> list[str]:
+    listed = ", ".join(columns)
+    return [f"columns that are not used: {listed}; --labels_from COLUMN takes one as labels"] if columns else []
+
+
+def _is_image(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return _is_binary(kind) or pa.types.is_struct(kind)
+
+
+def _join_labels(name: str, files: list[Path], parts: list[LabelColumn]) -> tuple[list[str], np.ndarray, list[str]]:
+    """Classes, labels and notes of all files. Raises DigitError where they disagree beyond what names can tell."""
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    with_names = [part for part in parts if part.names is not None]
+    for file, part in zip(files, parts, strict=True):
+        if part.names is not None:
+            _check_numbers(file, part)
+        if part.column is None and any(other.column for other in parts):
+            notes.append(f"{file.name} has no column of labels: its {len(part.values)} images are unlabelled")
+        numbers = [value for value in part.values if value is not None]
+        if with_names and numbers and part.names is None and not all(isinstance(value, str) for value in numbers):
+            raise DigitError(f"{name}: {file.name} numbers its classes, other files name them: its parts differ")
+    kinds = {type(value) for part in parts if part.names is None for value in part.values if value is not None}
+    if len(kinds) > 1:
+        raise DigitError(f"{name}: its labels are numbers in one place and names in another: its parts differ")
+    if not with_names:
+        return *index_classes([value for part in parts for value in part.values]), notes
+    if len({tuple(part.names or ()) for part in with_names}) > 1:
+        notes.append("its files number the classes differently: they are joined by the names of the classes")
+    classes = list(dict.fromkeys(text for part in with_names for text in part.names or ()))
+    texts = {value for part in parts if part.names is None for value in part.values if isinstance(value, str)}
+    classes += sorted(texts - set(classes))
+    place = {text: number for number, text in enumerate(classes)}
+    labels = [
+        -1 if value is None else place[value if isinstance(value, str) else (part.names or [])[value]]
+        for part in parts
+        for value in part.values
+    ]
+    return classes, np.array(labels, dtype=np.int64), notes
+
+
+def _check_numbers(file: Path, part: LabelColumn) -> None:
+    numbers = [value for value in part.values if isinstance(value, int)]
+    if numbers and (max(numbers) >= len(part.names or ()) or min(numbers) < 0):
+        raise DigitError(f"{file}: labels {min(numbers)}..{max(numbers)}, but {len(part.names or ())} class names")
+    if repeated := [text for text, count in Counter(part.names).items() if count > 1]:
+        raise DigitError(f"{file} names two classes {repeated[0]!r}: repair its metadata")
 
 
 def _features(schema: "pa.Schema") -> dict[str, Any]:

@@ -1,23 +1,20 @@
-"""The protocol of image sources, subsets of one, and fingerprints."""
+"""The base class of image sources, and subsets of one."""
 
-import hashlib
 import os
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from digit.data.decode import decode_image
+from digit.data.fingerprint import digest
 from digit.errors import DigitError
 
-MAX_DIGITS = 18  # of a label that is a number; int() refuses thousands of digits
 
-
-@runtime_checkable
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """An indexed collection of RGB images, optionally with labels. Sources can be pickled and read from threads.
 
     A source of encoded files implements `raw`; one that renders its images overrides `read`.
@@ -25,7 +22,12 @@ class ImageSource(Protocol):
 
     name: str
     classes: list[str]  # [] if unlabelled; label k means classes[k]
-    fingerprint: str  # SHA-256 over names and sizes, 64 hex digits
+    notes: tuple[str, ...] = ()  # sentences on what was assumed and what is not used, each with the option against it
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits; others whenever a pixel, a label or the name of a class may have changed."""
+        raise NotImplementedError
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -76,8 +78,11 @@ class SubsetSource(ImageSource):
             low, high = self.indices.min(), self.indices.max()
             raise DigitError(f"subset asks for images {low}..{high}, {source.name} has 0..{len(source) - 1}")
         self.name = f"{source.name}[{len(self.indices)} of {len(source)}]"
-        self.classes = source.classes
-        self.fingerprint = digest([source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
+        self.classes, self.notes = source.classes, source.notes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest([self.source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -104,7 +109,10 @@ class RelabelledSource(SubsetSource):
         place = {name: number for number, name in enumerate(classes)}
         self._number = np.array([*(place.get(name, -1) for name in source.classes), -1], dtype=np.int64)  # [-1] is -1
         self.name, self.classes = source.name, list(classes)
-        self.fingerprint = digest([source.fingerprint.encode(), *(name.encode() for name in classes)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest([self.source.fingerprint.encode(), *(name.encode() for name in self.classes)])
 
     def labels(self) -> np.ndarray | None:
         labels = super().labels()
@@ -115,41 +123,9 @@ class RelabelledSource(SubsetSource):
         return image, int(self._number[label])
 
 
-def digest(parts: Iterable[bytes]) -> str:
-    """SHA-256 over byte strings, each preceded by its length, as 64 hex digits."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(len(part).to_bytes(8, "little") + part)
-    return total.hexdigest()
-
-
 def readable(name: str | Path) -> str:
     """A path or name as valid UTF-8 for JSON; other bytes become backslash escapes."""
     try:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:
         return str(name).encode("utf-8", "backslashreplace").decode()
-
-
-def file_digest(files: Iterable[tuple[str, int]]) -> str:
-    """SHA-256 over (path relative to the root, size in bytes) of files, independent of the root's location."""
-    return digest(part for name, size in files for part in (os.fsencode(name), str(size).encode()))
-
-
-def index_classes(values: Sequence[int | str | None], numeric: bool = True) -> tuple[list[str], np.ndarray]:
-    """Returns the distinct values, sorted, as class names, and each value's index; None, '' and -1 are unlabelled (-1).
-
-    With `numeric`, values that are all integers ("10", 9) are sorted as numbers; otherwise all are sorted as text.
-    """
-    known = {value for value in values if value is not None and value not in ("", -1)}
-    numeric = numeric and all(_is_integer(value) for value in known)
-    meaning = {value: int(value) if numeric else str(value) for value in known}
-    order = sorted(set(meaning.values()))
-    place = {name: index for index, name in enumerate(order)}
-    look_up: dict[Any, int] = {value: place[meaning[value]] for value in known}
-    labels = np.array([look_up.get(value, -1) for value in values], dtype=np.int64)
-    return [readable(str(name)) for name in order], labels
-
-
-def _is_integer(value: int | str) -> bool:
-    return isinstance(value, int) or (len(value) <= MAX_DIGITS and value.removeprefix("-").isdecimal())

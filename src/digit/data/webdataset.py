@@ -1,47 +1,98 @@
-"""Reads WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample."""
+"""Reads WebDataset shards: plain tar files in which 0001.jpg and 0001.cls (or 0001.json) are one sample.
+
+As in the webdataset library, a sample's name ends at the first dot of the file's name, and what follows is the member's
+key. A tar without labels of that form is read as a folder of the same files.
+"""
 
 import json
 import os
+import posixpath
 import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from digit.data.decode import EXTENSIONS
-from digit.data.source import ImageSource, file_digest, index_classes, readable
+from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
+from digit.data.labels import Label, as_label, find_name, index_classes, label_names
+from digit.data.layout import Split, choose_split, without_common_folder
+from digit.data.listing import kind_of, some
+from digit.data.source import ImageSource, readable
+from digit.data.tree import Labelled, label_tree
 from digit.errors import BadImageError, DigitError
 from digit.runtime.bounded_reader import BoundedReader
 from digit.runtime.progress import track
 
-LABEL_KEYS = ("label", "cls", "class")
-MAX_LABEL_BYTES = 2**20
+LABEL_KEYS = ("cls", "class", "label")  # of members that are a label
+TREE = ("auto", "folders", "top")  # settings of labels_from that may read a tar as a folder
+MAX_LABEL_BYTES, MAX_LABEL_FILE_BYTES = 2**20, 2**29  # of a sample's member, of a file for all samples
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 REGULAR_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # no links, no devices
 MANY_SHARDS = 8  # with more shards, indexing shows its progress
 
 
+@dataclass(slots=True)
+class Member:
+    """A file of a tar, and what it says if it is a small .cls, .json or .txt."""
+
+    name: str
+    offset: int
+    size: int
+    content: Any = None  # text; of .json the value; of label files bytes
+
+
+@dataclass(slots=True)
+class Sample:
+    """The members of one name, by key such as 'jpg', 'cls' or 'seg.png'."""
+
+    name: str
+    members: dict[str, Member] = field(default_factory=dict)
+    image: str = ""  # the key of its image; "" if it has none
+
+
 class TarSource(ImageSource):
     """Samples of uncompressed tar files: lists each shard once, then reads an image at its offset.
 
-    A sample's label is its .cls (a number or a name), else `label`, `cls` or `class` in its .json, else none.
+    A sample's label is its .cls, .class or .label (a number or a name), else a key of its .json with a usual name
+    (`digit.data.labels.LABEL_NAMES`). Raises DigitError for damaged shards, for two members of one name, for samples
+    with several images, and for labels that cannot be read.
     """
 
-    def __init__(self, root: Path, files: list[Path]):
-        self.name, self.files = readable(root), files
+    def __init__(
+        self,
+        root: Path,
+        files: list[Path],
+        labels_from: str = "auto",
+        read_contents: bool | None = None,
+        notes: Sequence[str] = (),
+    ):
+        self.name, self.files, self.read_contents = readable(root), files, read_contents
         self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
-        self.samples: list[tuple[int, str, int, int]] = []  # (shard, name, offset, size)
-        values: list[int | str | None] = []
-        for number, file in enumerate(track(files, "list shards") if len(files) > MANY_SHARDS else files):
-            for sample in _list_shard(file).values():
-                if "image" in sample:
-                    self.samples.append((number, *sample["image"]))
-                    values.append(sample.get("cls", sample.get("json")))
-        if not self.samples:
+        shards = [
+            Shard(file, labels_from) for file in (track(files, "list shards") if len(files) > MANY_SHARDS else files)
+        ]
+        samples = [(number, sample) for number, shard in enumerate(shards) for sample in shard.samples]
+        if not samples:
             raise DigitError(f"{root} holds no images: wanted members such as 0001.jpg and 0001.cls")
-        sizes = [file.stat().st_size for file in files]
-        self.fingerprint = file_digest(zip(self.short_names, sizes, strict=True))
-        self.classes, self._labels = index_classes(values)
+        labelled = _label_samples([sample for _, sample in samples], labels_from)
+        label_files = {name: member for shard in shards for name, member in shard.label_files.items()}
+        if labels_from in TREE and (labels_from != "auto" or not labelled.classes):
+            samples, labelled = _label_as_folder(samples, labelled, label_files, labels_from)
+        images = ((number, sample.members[sample.image]) for number, sample in samples)
+        self.samples = [(number, image.name, image.offset, image.size) for number, image in images]
+        self.classes, self._labels = labelled.classes, labelled.labels
+        self.notes = (*notes, *dict.fromkeys(note for shard in shards for note in shard.notes), *labelled.notes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        sizes, times = file_times(self.files)
+        stamps = stamps_of(self.files, sizes, times, self.read_contents)
+        return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,32 +114,112 @@ class TarSource(ImageSource):
             raise BadImageError(f"{self.key(index)}: {error.strerror}") from error
 
 
-def _list_shard(file: Path) -> dict[str, dict[str, Any]]:
-    """{sample: {"image": (name, offset, size), "cls": text, "json": label}} in the order of the tar."""
-    samples: dict[str, dict[str, Any]] = {}
+# ---------------------------------------------------------------- samples of a shard
+
+
+class Shard:
+    """The samples with an image of one tar, in its order, and notes on the rest. Raises DigitError as `TarSource`."""
+
+    def __init__(self, file: Path, labels_from: str):
+        self.file, self.notes, self.label_files = file, list[str](), dict[str, Member]()
+        members = []
+        for member in list_members(file, labels_from):
+            if kind_of(member.name) == "label files":
+                self.label_files[member.name] = member
+            else:
+                members.append(member)
+        samples = group(members, str.partition)
+        if any(len(_images(sample)) > 1 for sample in samples):
+            samples = self._group_at_last_dot(members, samples)
+        self.samples = [sample for sample in samples if sample.image]
+        self._note_rest([sample for sample in samples if not sample.image], labels_from)
+
+    def _group_at_last_dot(self, members: list[Member], samples: list[Sample]) -> list[Sample]:
+        """Samples whose names end at the last dot, if that leaves one image and all labels to each."""
+        split = next(sample for sample in samples if len(_images(sample)) > 1)
+        others = group(members, str.rpartition)
+        if any(len(_images(sample)) > 1 or not sample.image for sample in others):
+            raise DigitError(
+                f"{self.file}: the sample {split.name} holds several images ({some(_images(split))}); a sample's name "
+                "ends at the first dot, as in webdataset: keep one image a sample, or give each a name of its own"
+            )
+        self.notes.append(
+            f"{self.file.name}: names of samples end at the last dot, as {others[0].name}, not at the first as in "
+            f"webdataset, where {split.name} would hold {len(_images(split))} images"
+        )
+        return others
+
+    def _note_rest(self, without: list[Sample], labels_from: str) -> None:
+        used = {labels_from, *LABEL_KEYS, "json"} if labels_from != "none" else set()
+        unused = Counter(key for sample in self.samples for key in sample.members if key not in {sample.image, *used})
+        if unused:
+            listed = ", ".join(f"{count} .{key}" for key, count in unused.most_common(12))
+            hint = "; --labels_from txt takes the .txt as labels" if "txt" in unused else ""
+            self.notes.append(f"{self.file.name}: not used: {listed}{hint}")
+        if without:
+            names = [f"{sample.name}.{key}" for sample in without for key in sample.members]
+            self.notes.append(f"{self.file.name}: not used: {len(without)} samples without an image ({some(names)})")
+
+
+def group(members: Sequence[Member], cut: Any) -> list[Sample]:
+    """Samples of a shard; `cut` is str.partition or str.rpartition, which end a sample's name at the first or last dot.
+
+    The image is the member whose key is a suffix alone (jpg), else the only one that ends in a suffix (left.jpg); a
+    sample with several has none.
+    """
+    samples: dict[str, Sample] = {}
+    for member in members:
+        folder, base = posixpath.split(member.name)
+        stem, _, key = cut(base, ".")
+        name = posixpath.join(folder, stem)
+        samples.setdefault(name, Sample(name)).members[key.lower()] = member
+    for sample in samples.values():
+        images = _images(sample)
+        sample.image = images[0] if len(images) == 1 else ""
+    return list(samples.values())
+
+
+def _images(sample: Sample) -> list[str]:
+    """Keys that may be the sample's image; several are ambiguous."""
+    found = [key for key in sample.members if f".{key.rpartition('.')[2]}" in EXTENSIONS]
+    return [key for key in found if "." not in key] or found
+
+
+def list_members(file: Path, labels_from: str) -> Iterator[Member]:
+    """The files of a tar in its order, without hidden ones. Raises DigitError for a damaged tar or repeated names."""
+    names: set[str] = set()
     try:
         with open(file, "rb") as raw:
             _refuse_compressed(file, raw.read(2))
         with BoundedReader(file) as reader, tarfile.open(fileobj=reader, mode="r:") as tar:
             previous = -1
-            for member in tar:
-                if member.offset <= previous or member.size < 0 or member.offset_data > reader.size:
-                    raise ValueError(f"{member.name!r} has a size that leads backwards")
-                previous = member.offset
-                if member.type in REGULAR_FILES and not member.sparse:
-                    if member.offset_data + member.size > reader.size:
-                        raise ValueError(f"{member.name!r} reaches past the end")
-                    _add_member(samples, tar, member)
+            for info in tar:
+                if info.offset <= previous or info.size < 0 or info.offset_data > reader.size:
+                    raise ValueError(f"{info.name!r} has a size that leads backwards")
+                previous = info.offset
+                if info.type not in REGULAR_FILES or info.sparse:
+                    continue
+                if info.offset_data + info.size > reader.size:
+                    raise ValueError(f"{info.name!r} reaches past the end")
+                member = Member(info.name.removeprefix("./"), info.offset_data, info.size)
+                if any(part.startswith(".") for part in member.name.split("/")):
+                    continue
+                if member.name in names:
+                    raise DigitError(
+                        f"{file} holds two members {member.name}: name each differently, as webdataset wants it too"
+                    )
+                names.add(member.name)
+                member.content = _content(tar, info, labels_from)
+                yield member
             reader.seek(tar.offset)
             if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile reads a damaged header as the end of the file
                 raise ValueError(f"no header at byte {tar.offset}")
     except DigitError:
         raise
     except Exception as error:  # damaged headers raise nearly any exception
-        where = f"after {len(samples)} samples" if samples else "from its start"
+        where = f"after {len(names)} files" if names else "from its start"
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DigitError(f"{file} is damaged or cut short {where} ({reason}): fetch it again") from error
-    return samples
 
 
 def _refuse_compressed(file: Path, magic: bytes) -> None:
@@ -96,26 +227,95 @@ def _refuse_compressed(file: Path, magic: bytes) -> None:
         raise DigitError(f"{file} is packed with {COMPRESSED[magic]}: unpack it to a plain .tar (random access)")
 
 
-def _add_member(samples: dict[str, dict[str, Any]], tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    folder, base = os.path.split(member.name)
-    stem, _, extension = base.partition(".")
-    if not stem:
-        return  # hidden
-    sample = samples.setdefault(f"{folder}/{stem}", {})
-    kind = extension.lower().rpartition(".")[2]
-    if f".{kind}" in EXTENSIONS:
-        sample.setdefault("image", (member.name, member.offset_data, member.size))
-    elif kind in ("cls", "json") and member.size <= MAX_LABEL_BYTES:
-        file = tar.extractfile(member)
-        assert file is not None, "only regular files come here"
-        text = file.read().decode("utf-8", "replace")
-        sample[kind] = text.strip() if kind == "cls" else _json_label(text)
-
-
-def _json_label(text: str) -> int | str | None:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, labels_from: str) -> Any:
+    """What a member says that may be a label: text, a .json's keys that matter, a label file's bytes; else None."""
+    key = posixpath.basename(info.name).lower().partition(".")[2]
+    kind = key.rpartition(".")[2]
+    is_file = kind_of(info.name) == "label files"
+    if info.size > (MAX_LABEL_FILE_BYTES if is_file else MAX_LABEL_BYTES):
         return None
-    values = [record[key] for key in LABEL_KEYS if key in record] if isinstance(record, dict) else [record]
-    return next((value for value in values if isinstance(value, int | str) and not isinstance(value, bool)), None)
+    if not is_file and kind not in (*LABEL_KEYS, "json") and labels_from not in (key, kind):
+        return None
+    file = tar.extractfile(info)
+    assert file is not None, "only regular files come here"
+    data = file.read()
+    if is_file:
+        return data
+    return _record(data, labels_from) if kind == "json" else data.decode("utf-8", "replace").strip()
+
+
+def _record(data: bytes, labels_from: str) -> Any:
+    """A .json's labels: {key: value} of the keys that matter, or the value if it is no object; {} if it is broken."""
+    try:
+        record = json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict):
+        return {"label": record}
+    found = find_name(labels_from, record)
+    keys = [found] if found else label_names(record)
+    return {key: record[key] for key in keys}
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _label_samples(samples: list[Sample], labels_from: str) -> Labelled:
+    """Labels by webdataset's convention: members cls, class, label; keys of the .json; or the one asked for."""
+    if labels_from in ("none", *TREE[1:]):
+        return Labelled([], np.full(len(samples), -1, dtype=np.int64))
+    values: list[Label] = []
+    used: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    disagree = []
+    for sample in samples:
+        stated = dict(_stated(sample, labels_from))
+        values.append(next(iter(stated.values()), None))
+        used.update(list(stated)[:1])
+        unused.update(list(stated)[1:])
+        if len({str(value) for value in stated.values()}) > 1:
+            disagree.append(f"{sample.name} ({', '.join(f'{key} says {value}' for key, value in stated.items())})")
+    if labels_from != "auto" and not used:
+        raise DigitError(
+            f"labels_from is {labels_from!r}: no sample has such a member or such a key in its .json; wanted auto, "
+            "folders, top, none, or a key"
+        )
+    classes, labels = index_classes(values)
+    notes = [f"labels are {' and '.join(f'{key} of {count} images' for key, count in used.items())}"] if used else []
+    if disagree:
+        notes.append(f"{len(disagree)} samples have labels that differ, such as {disagree[0]}; the first one counts; "
+                     f"--labels_from {next(iter(unused)).rpartition(' ')[2]} takes the other")  # fmt: skip
+    if used and (without := sum(value is None for value in values)):
+        notes.append(f"{without} samples have no label: unlabelled")
+    return Labelled(classes, labels, notes)
+
+
+def _stated(sample: Sample, labels_from: str) -> Iterator[tuple[str, Label]]:
+    """(where it stands, label) of all labels of a sample, the one that counts first."""
+    for key in LABEL_KEYS if labels_from == "auto" else (labels_from,):
+        for own, member in sample.members.items():
+            if own != sample.image and (own == key or own.endswith(f".{key}")) and isinstance(member.content, str):
+                yield f".{own}", as_label(member.content)
+    for own, member in sample.members.items():
+        if isinstance(member.content, dict):
+            for key, value in member.content.items():
+                try:
+                    yield f".{own} {key}", as_label(value)
+                except ValueError as error:
+                    raise DigitError(
+                        f"{member.name}: its {key} is {error}: --labels_from names another key, or none"
+                    ) from error
+
+
+def _label_as_folder(
+    samples: list[tuple[int, Sample]], labelled: Labelled, label_files: dict[str, Member], labels_from: str
+) -> tuple[list[tuple[int, Sample]], Labelled]:
+    """The samples of a tar that is a packed folder, of one split, and their labels by label files or folders."""
+    names = [sample.members[sample.image].name for _, sample in samples]
+    split = choose_split(names, None) if len(set(names)) == len(names) else Split(names, list(names))
+    split.inner = without_common_folder(split.inner)
+    kept = set(split.names)
+    files = {name: lambda member=member: member.content or b"" for name, member in label_files.items()}
+    found = label_tree(split, files, labels_from)
+    found.notes = [*labelled.notes, *split.notes, *found.notes]
+    return [pair for pair, name in zip(samples, names, strict=True) if name in kept], found

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from digit.data.source import digest
+from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.files import load_tensors, plain, save_tensors, sha256_tensors

@@ -29,7 +29,7 @@ from digit.metrics.judge import JudgeNetwork
 from digit.models.sequence import SequenceModel
 from digit.pipeline.pipeline import DigitPipeline, kept_tokens
 from digit.runtime import plots
-from digit.runtime.files import plain, sha256_tensors, write_json
+from digit.runtime.files import plain, sha256_tensors, write_result
 
 SHOWN = 8  # images in the grids
 NOTE = "kept tokens are computed from whole images: a wide receptive field reveals some of the hidden part"
@@ -82,7 +82,7 @@ def run_completion(
         "differences": differences(features, reference),
     }
     result = plain(result)
-    write_json(out / "completion.json", result)
+    write_result(out / "completion.json", result)
     plot_curves(out / "completion.png", result)
     return result
 

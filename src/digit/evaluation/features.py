@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float32, UInt8
 from torch import Tensor
 
-from digit.data.source import digest
+from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
 from digit.metrics.frechet import FeatureStats

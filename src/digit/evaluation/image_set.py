@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from digit.data.decode import probe_image
+from digit.data.fingerprint import digest
 from digit.data.images import FolderSource, open_source
 from digit.data.preprocess import centre_crop
-from digit.data.source import ImageSource, digest
+from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
 from digit.evaluation.npz import read_npz_images
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES

@@ -30,7 +30,7 @@ from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
-from digit.runtime.files import plain, write_json
+from digit.runtime.files import plain, write_result
 from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
 from digit.tokenizers.base import Encoder
@@ -231,7 +231,7 @@ def probe_features(
             ],
         }
     )  # fmt: skip
-    write_json(Path(out) / "probe.json", result)
+    write_result(Path(out) / "probe.json", result)
     plot(result, Path(out) / "probe.png")
     return result
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from digit import __version__
-from digit.data.source import digest
+from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images

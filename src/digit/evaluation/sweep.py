@@ -20,7 +20,7 @@ from digit.metrics.influence import frechet_interval
 from digit.metrics.judge import JudgeNetwork, collect_judged
 from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runtime.files import plain, write_json
+from digit.runtime.files import plain, write_result
 from digit.runtime.plots import panels
 from digit.sampling.config import SamplingConfig, StageSampling
 
@@ -96,7 +96,7 @@ def run_sweep(
     }
     result["best"] = best(result)
     result = plain(result)
-    write_json(out / "sweep.json", result)
+    write_result(out / "sweep.json", result)
     plot_sweeps(out / "sweep.png", result, sweep.vocab_sizes)
     if result["joint"]:
         plot_joint(out / "joint.png", result)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.data.source import digest
+from digit.data.fingerprint import digest
 from digit.evaluation.features import Shard, collect, shards
 from digit.evaluation.image_set import Images, open_images
 from digit.evaluation.samples import EvaluateConfig, describe_protocol, describe_side, scores, versions

@@ -12,7 +12,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json, save_tensors, write_json
+from digit.runtime.files import load_tensors, read_json, save_tensors, write_json, write_result
 from digit.sampling.config import SamplingConfig
 from digit.sampling.kinds import get_kind
 
@@ -63,7 +63,7 @@ def write_manifest(
     """Write pipeline.json. Call it last: a folder with a manifest is complete."""
     content = {"format": FORMAT_VERSION, "parts": list(parts), "preprocess": asdict(preprocess)}
     content |= {"classes": list(classes), "sampling": asdict(sampling), "info": info}
-    write_json(folder / MANIFEST, content)
+    write_result(folder / MANIFEST, content)
 
 
 def read_sampling(saved: dict[str, Any]) -> SamplingConfig:

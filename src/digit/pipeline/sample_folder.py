@@ -47,7 +47,7 @@ from digit.pipeline.sample_journal import (
     void,
 )
 from digit.runtime import distributed, plots
-from digit.runtime.files import atomic_path, plain, sha256_tensors, write_json
+from digit.runtime.files import atomic_path, plain, sha256_tensors, write_result
 from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
 from digit.runtime.request import require_same_request
@@ -325,7 +325,7 @@ class SampleFolder:
         plots.save_png(self.folder / GRID, plots.grid(images, columns, scale=scale))
         about = {"version": __version__, "seed": self.request["seed"], "seeds": "image i: seed + i"}
         about |= {"rounding": self.request["rounding"], "request": self.request}  # `digit evaluate` reads the rounding
-        write_json(self.folder / SAMPLES, about | {"labels": labels.tolist(), "classes": list(self.names)})
+        write_result(self.folder / SAMPLES, about | {"labels": labels.tolist(), "classes": list(self.names)})
         self._clean()
 
     def _give_back(self) -> None:

@@ -32,7 +32,7 @@ from digit.reproduce.scales import Scale
 from digit.runs.fit import Run, merged
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
-from digit.runtime.files import plain, read_json, write_json
+from digit.runtime.files import plain, read_json, write_result
 from digit.runtime.hardware import choose_device
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
@@ -149,7 +149,7 @@ class Study:
         """Write study.json; from then on the folder takes these settings alone."""
         self.check()
         if not any((self.out / "steps").glob("*.json")) or not (self.out / "study.json").exists():
-            write_json(self.out / "study.json", self.request)
+            write_result(self.out / "study.json", self.request)
 
     def describe(self) -> dict[str, Any]:
         """The scale with every setting, the data and the judge, for results.json."""

@@ -12,7 +12,7 @@ import numpy as np
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
 from digit.reproduce import propositions as theory
-from digit.runtime.files import plain, write_json
+from digit.runtime.files import plain, write_result
 from digit.runtime.plots import panels
 from digit.runtime.progress import track
 
@@ -64,7 +64,7 @@ def run_theory(out: str | Path, *, scale: Literal["tiny", "small", "paper"] | Th
     result |= {name: step() for name, step in track(steps.items(), "theory", len(steps))}
     result["statements"] = statements(result)
     result = plain(result)
-    write_json(out / "theory.json", result)
+    write_result(out / "theory.json", result)
     plot_figure6(out / "fig6.png", result["figure_6"])
     plot_propositions(out / "propositions.png", result)
     return result

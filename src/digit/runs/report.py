@@ -20,7 +20,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
 from digit.runtime import plots
-from digit.runtime.files import atomic_path, write_json
+from digit.runtime.files import atomic_path, write_result
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.vqgan import image_psnr
@@ -119,7 +119,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
         "threads": torch.get_num_threads(),
         "device": str(run.device),
     }
-    write_json(out / "metrics.json", metrics)
+    write_result(out / "metrics.json", metrics)
     return write_page(run, pipe, metrics)
 
 

@@ -115,6 +115,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+OUTPUT_MARK = ".digit"  # this file marks a folder that digit fills
+
+
+def mark_output(folder: str | Path) -> None:
+    """Mark an existing folder as one that digit fills, so that its pictures are never read as data of a folder above.
+
+    An output that cannot be marked is complete all the same, so errors are left to the work itself.
+    """
+    with suppress(OSError):
+        if Path(folder).is_dir() and not (mark := Path(folder) / OUTPUT_MARK).exists():
+            mark.write_text("digit made this folder. Its pictures do not count as images of a folder above it.\n")
+
+
 ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.aside(\.[^.]+)?")  # temporary names of `atomic_path`
 
 
@@ -156,6 +169,12 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON with a final newline, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_result(path: str | Path, value: Any) -> None:
+    """Write `value` as `write_json` does, into a folder that digit fills (`mark_output`)."""
+    write_json(path, value)
+    mark_output(Path(path).parent)
 
 
 def read_json(path: str | Path) -> Any:

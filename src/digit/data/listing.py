@@ -1,0 +1,138 @@
+"""Lists the files of a folder and sorts them by kind. What digit itself wrote is left out: it is no data."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from digit.data.decode import EXTENSIONS
+from digit.errors import DigitError
+from digit.runtime.files import OUTPUT_MARK
+
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+TARS = (".tar", *PACKED_TARS)
+LABEL_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")  # of Hugging Face, of StyleGAN
+CONTACT_SHEET = re.compile(r"contact_sheet(-\d+)?\.png")
+SOFTWARE = b"tEXtSoftware\0DiGIT"  # in the pictures of `digit inspect`
+NUM_NAMED = 3  # names that a note gives
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a folder or of an archive."""
+
+    name: str  # relative to the root, with "/"
+    size: int  # bytes
+    stamp: int  # changes with the contents: time of the last change (ns) of a file, CRC-32 of an archive's member
+
+
+@dataclass
+class Listing:
+    """The files below a root, sorted by name, and what was left out of it."""
+
+    files: list[File]
+    own: list[str] = field(default_factory=list)  # folders and pictures that digit wrote
+    num_hidden: int = 0
+
+    def by_kind(self) -> dict[str, list[File]]:
+        """Files by kind: images, Parquet files, tar files, zip files, label files, others. Empty kinds are absent."""
+        kinds: dict[str, list[File]] = {}
+        for file in self.files:
+            kinds.setdefault(kind_of(file.name), []).append(file)
+        return kinds
+
+    def notes(self) -> Iterator[str]:
+        """Says what was left out."""
+        if self.own:
+            yield f"not read, because digit wrote it: {some(self.own)}"
+        if others := self.by_kind().get("other files"):
+            suffixes = Counter(suffix_of(file.name) or "without suffix" for file in others)
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(12))
+            yield f"not used: {listed} (such as {some([file.name for file in others])})"
+        if self.num_hidden:
+            yield f"not used: {self.num_hidden} hidden files or folders, whose names begin with a dot"
+
+
+def kind_of(name: str) -> str:
+    """What a file is, by its name."""
+    lower = name.lower()
+    if lower.rpartition("/")[2] in LABEL_FILES:
+        return "label files"
+    if lower.endswith(TARS):
+        return "tar files"
+    if lower.endswith(".parquet"):
+        return "Parquet files"
+    if lower.endswith(".zip"):
+        return "zip files"
+    return "images" if suffix_of(lower) in EXTENSIONS else "other files"
+
+
+def suffix_of(name: str) -> str:
+    """'a/B.PNG' -> '.png'; '' for a name without one."""
+    return os.path.splitext(name)[1].lower()
+
+
+def some(names: Iterable[str]) -> str:
+    """'a, b, c and 4 more'."""
+    names = list(names)
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
+
+
+def list_folder(root: Path) -> Listing:
+    """Lists every file below `root`; skips hidden files, folder loops, and folders that digit wrote below it.
+
+    Raises DigitError for a folder that cannot be listed.
+    """
+    listing = Listing([])
+    seen: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # a link back to a folder already listed
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(root / folder), key=lambda entry: (not entry.is_symlink(), entry.name))
+        except OSError as error:
+            raise DigitError(f"cannot list the folder {root / folder}: {error.strerror}") from error
+        if folder and any(entry.name == OUTPUT_MARK for entry in entries):
+            listing.own.append(folder + "/")
+            continue
+        pending += _take(listing, folder, entries)
+    listing.files.sort(key=lambda file: file.name)
+    listing.own.sort()
+    return listing
+
+
+def _take(listing: Listing, folder: str, entries: list["os.DirEntry[str]"]) -> Iterator[str]:
+    """Adds the files of one folder to `listing`; yields its subfolders."""
+    for entry in entries:
+        name = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name.startswith("."):
+            listing.num_hidden += entry.name not in (OUTPUT_MARK, ".lock")
+            continue
+        try:
+            if entry.is_dir():
+                yield name
+            elif CONTACT_SHEET.fullmatch(entry.name) and is_contact_sheet(entry.path):
+                listing.own.append(name)
+            elif entry.is_file():
+                status = entry.stat()
+                listing.files.append(File(name, status.st_size, status.st_mtime_ns))
+            elif entry.is_symlink():
+                listing.files.append(File(name, 0, 0))  # points nowhere: found bad, with its name, when it is read
+        except OSError:  # a link that leads back to itself, a folder that may not be entered
+            listing.files.append(File(name, 0, 0))
+
+
+def is_contact_sheet(path: str | Path) -> bool:
+    """Whether `digit inspect` wrote this picture."""
+    try:
+        with open(path, "rb") as file:
+            return SOFTWARE in file.read(1024)
+    except OSError:
+        return False
