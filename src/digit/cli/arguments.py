@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
-    "folder of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset .tar shards, "
-    "or shapes[:num=16000,size=64,seed=0] for rendered scenes"
+    "folder or .zip of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset "
+    ".tar shards, or shapes[:num=16000,size=64,seed=0] for rendered scenes"
 )
 FROM_HELP = (
     "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints (fetched and "
@@ -59,9 +59,33 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
 
 DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
-SPLIT_HELP = "split of a data set that has splits (default: train)"
-LIMIT_HELP = "use LIMIT images only, spread evenly"
 SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit -- {name} ..."
+
+
+def add_reading(parser: "ArgumentParser", limit: bool = True) -> None:
+    """Add the options that say how a data set is read; `reading` gives them to `open_source`."""
+    parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
+    if limit:
+        parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
+    parser.add_argument(
+        "--labels_from",
+        default="auto",
+        help="where labels come from: auto (label files, columns and keys of the usual names, else folders), none, "
+        "folders (whole paths), top (first folders), a column or key, or a label file (PATH or PATH:COLUMN)",
+    )
+    parser.add_argument(
+        "--read_contents",
+        type=Optional[bool],
+        default=None,
+        help="whether the contents of all files tell if the data have changed, or the times of the files' last change "
+        "(default: contents of up to 10,000 files of 512 MB in all)",
+    )
+
+
+def reading(args: Any) -> dict[str, Any]:
+    """Keyword arguments of `open_source`, from the options of `add_reading`."""
+    names = ("split", "limit", "labels_from", "read_contents")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def make_parser(name: str) -> "ArgumentParser":

@@ -7,12 +7,13 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
-    SPLIT_HELP,
     add_config,
+    add_reading,
     command,
     load_pipeline,
     parse,
     read_config,
+    reading,
     say,
 )
 
@@ -83,7 +84,7 @@ def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
         "--variant", default=None, help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT (default: base)"
     )
     parser.add_argument("--out", required=True, help=f"folder for {out}")
-    parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    add_reading(parser, limit=False)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
 
 
@@ -107,7 +108,7 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     check_writable(args.out, folder=True)
 
     pipe = load_pipeline(args)
-    cfg, source = read_config(args, StabilityConfig), open_source(args.data, split=args.split)
+    cfg, source = read_config(args, StabilityConfig), open_source(args.data, **reading(args))
     result = stability.run_stability(pipe.tokenizers, source, pipe.preprocess, cfg, num=args.num, out=args.out)
     lines = [
         f"{name}: {found['codebook']['usage']:.1%} of {found['vocab_size']} codes used, "
@@ -163,9 +164,9 @@ def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
     from digit.data.images import hold_out, open_source
 
     if args.test is None and args.test_split is None:
-        return hold_out(open_source(args.data, split=args.split))
-    test = open_source(args.test or args.data, split=args.test_split)
-    return open_source(args.data, split=args.split), test
+        return hold_out(open_source(args.data, **reading(args)))
+    test = open_source(args.test or args.data, **reading(args) | {"split": args.test_split})
+    return open_source(args.data, **reading(args)), test
 
 
 @command(
@@ -195,7 +196,7 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
 
     check_writable(args.out, folder=True)
     pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
-    real = centre_crops(open_source(args.data, split=args.split), pipe.preprocess, num=args.num_reference)
+    real = centre_crops(open_source(args.data, **reading(args)), pipe.preprocess, num=args.num_reference)
     reference = collect_judged((images for images, _ in real), network).pooled
     cfg = read_config(args, sweep.SweepConfig)
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)

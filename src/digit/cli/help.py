@@ -16,12 +16,12 @@ from jsonargparse import ArgumentParser
 
 MAX_OPTIONS = 20
 _RUN = {
-    "data": "data --split --limit --preprocess.image_size",
+    "data": "data --split --limit --labels_from --preprocess.image_size",
     "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters --renderer_kind "
     "--reuse_vqgan",
     "size and length": "--prior.depth --prior.embed_dim --prior_training.num_steps --prior_training.batch_size "
     "--renderer_training.num_steps",
-    "sampling": "--sampling.prior.top_p --sampling.renderer.top_p",
+    "sampling": "--sampling.prior.top_p",
     "machine": "--device",
     "output": "--out --seed",
 }
@@ -38,14 +38,14 @@ _NETWORK = (
 FIRST_SCREEN: dict[str, dict[str, str]] = {
     "fit": _RUN,
     "codebook": {
-        "data": "data --split --limit --codebook_subset --preprocess.image_size",
+        "data": "data --split --limit --labels_from --codebook_subset --preprocess.image_size",
         "what is fitted": "--recipe --config --encoder.name --encoder.weights --encoder.layer --encoder.input_size",
         "size and length": "--kmeans.num_clusters --kmeans.num_iterations --kmeans.init",
         "machine": "--device --encoder.precision",
         "output": "--out --seed",
     },
     "tokenize": {
-        "data": "data --split --limit --preprocess.image_size --crops_per_image",
+        "data": "data --split --limit --labels_from --preprocess.image_size --crops_per_image",
         "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters",
         "what is reused": "--reuse_codebook --reuse_vqgan",
         "size and length": "--vqgan_training.num_steps --vqgan_training.batch_size",
@@ -53,7 +53,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out --seed",
     },
     "train": {
-        "data": "data --split --limit",
+        "data": "data --split --limit --labels_from",
         "what is trained": "model --recipe --config --reuse_codebook --reuse_vqgan --reuse_tokens",
         "size and length": "--prior.depth --prior.embed_dim --prior_training.num_steps --prior_training.batch_size "
         "--renderer.depth --renderer.embed_dim --renderer_training.num_steps --renderer_training.batch_size "
@@ -63,14 +63,14 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     },
     "replay": {"data": "dump", "machine": "--device"},
     "pretrain": {
-        "data": "data --split --limit --source_size",
+        "data": "data --split --limit --labels_from --source_size",
         "what is trained": "--method --config",
         "size and length": "--image_size --patch_size --depth --embed_dim --num_heads --training.num_steps "
         "--training.batch_size --training.learning_rate",
         "machine": "--device --training.precision",
         "output": "--out --seed",
     },
-    "inspect": {"data": "path --split --limit", "output": "--sheet"},
+    "inspect": {"data": "path --split --limit --labels_from", "output": "--sheet"},
     "convert": {
         "files to convert": "--encoder --codebook --vqgan --prior --renderer",
         "what the files do not say": "--renderer_kind --encoder_family --encoder_heads --encoder_layer "
@@ -110,7 +110,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "probe": {
-        "data": "data --split --num_train --test --test_split --num_test",
+        "data": "data --split --labels_from --num_train --test --test_split --num_test",
         "what is measured": "--from --variant",
         "classifiers": "--solver --l2 --learning_rates --weight_decays --num_epochs --batch_size "
         "--validation_fraction --seed",

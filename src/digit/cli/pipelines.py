@@ -7,37 +7,39 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
-    LIMIT_HELP,
-    SPLIT_HELP,
     add_config,
+    add_reading,
     command,
     load_pipeline,
     parse,
     parse_labels,
     read_config,
+    reading,
     say,
 )
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+SHEET = "contact_sheet.png"
+
 
 @command("inspect", "digit inspect photos/            # counts, classes, sizes, broken files, contact sheet")
 def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     """Describe the images at PATH: counts, classes, sizes, broken files, a contact sheet."""
     parser.add_argument("path", help=DATA_HELP)
-    parser.add_argument("--split", default=None, help=SPLIT_HELP)
-    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
-    parser.add_argument("--sheet", default="contact_sheet.png", help="file for the contact sheet; '' for none")
+    add_reading(parser)
+    parser.add_argument("--sheet", default=SHEET, help="PNG file for the contact sheet; '' for none")
     args = parse(parser, argv)
     from digit.data.images import open_source
-    from digit.data.inspect import inspect_source
+    from digit.data.inspect import choose_sheet, inspect_source
 
-    report = inspect_source(open_source(args.path, split=args.split, limit=args.limit))
+    sheet = args.sheet and choose_sheet(args.sheet, args.path, named=args.sheet != SHEET)
+    report = inspect_source(open_source(args.path, **reading(args), say_notes=False))
     say(report.to_text())
-    if args.sheet:
-        report.save_contact_sheet(args.sheet)
-        say(f"contact sheet: {args.sheet}")
+    if sheet:
+        report.save_contact_sheet(sheet)
+        say(f"contact sheet: {sheet}")
 
 
 @command(

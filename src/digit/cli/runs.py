@@ -8,12 +8,12 @@ from digit.cli.arguments import (
     CONFIG_HELP,
     DATA_HELP,
     DEVICE_HELP,
-    LIMIT_HELP,
-    SPLIT_HELP,
     add_config,
+    add_reading,
     command,
     parse,
     read_config,
+    reading,
     say,
 )
 from digit.errors import DigitError
@@ -34,8 +34,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
         "--recipe", default="small", help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}"
     )
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
-    parser.add_argument("--split", default=None, help=SPLIT_HELP)
-    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    add_reading(parser)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(
@@ -73,7 +72,7 @@ def make_run(args: Any, base: str) -> Any:
         )
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
-    source = open_source(args.data, split=args.split, limit=args.limit)
+    source = open_source(args.data, **reading(args))
     return Run(recipe, source, args.out, reuse=reuse, device=args.device)
 
 
@@ -168,9 +167,8 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runs.pretrain import PretrainConfig
 
     parser.add_argument("data", help=DATA_HELP)
-    parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
-    parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    add_reading(parser)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)
@@ -178,7 +176,7 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.data.images import open_source
     from digit.runs.pretrain import pretrain
 
-    source = open_source(args.data, split=args.split, limit=args.limit)
+    source = open_source(args.data, **reading(args))
     encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "

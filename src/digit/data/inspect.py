@@ -1,6 +1,8 @@
 """Reports on an image source: counts, classes, sizes, pixel types, broken files, and a contact sheet."""
 
+import itertools
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from digit.data.decode import probe_image
-from digit.data.source import ImageSource
-from digit.errors import BadImageError
+from digit.data.listing import CONTACT_SHEET, is_contact_sheet
+from digit.data.source import ImageSource, readable
+from digit.errors import BadImageError, DigitError
 from digit.runtime.files import atomic_path
 from digit.runtime.progress import track
 
@@ -37,6 +41,7 @@ class InspectReport:
     widths: np.ndarray  # int64 (good images,)
     heights: np.ndarray  # int64 (good images,)
     kinds: Counter[str] = field(default_factory=Counter)  # 'JPEG RGB' -> images; as stored, before conversion
+    notes: tuple[str, ...] = ()  # what was assumed and what is not used
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     thumbnails: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # (caption, None if broken)
 
@@ -61,6 +66,7 @@ class InspectReport:
             "num_good": self.num_good, "num_classes": len(self.classes), "num_unlabelled": self.num_unlabelled,
             "classes": dict(zip(self.classes, self.class_counts, strict=True)), "width": _spread(self.widths),
             "height": _spread(self.heights), "short_side": self.size_histogram(), "kinds": dict(self.kinds),
+            "notes": list(self.notes),
             "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
         }  # fmt: skip
 
@@ -68,6 +74,7 @@ class InspectReport:
         """Formats the report for a terminal."""
         lines = [f"{self.name}", f"  images       {self.num_images}, of which {len(self.bad)} broken"]
         lines += [*self._class_lines()]
+        lines += [line for note in self.notes for line in _wrapped("note", note)]
         if self.num_good:
             for side, values in (("width", self.widths), ("height", self.heights)):
                 spread = _spread(values)
@@ -103,7 +110,39 @@ class InspectReport:
             sheet.paste(ImageOps.pad(tile, (THUMBNAIL, THUMBNAIL), color="whitesmoke"), (left, top))
             canvas.text((left, top + THUMBNAIL), _fit_caption(canvas, caption), fill="black")
         with atomic_path(path) as temporary:
-            sheet.save(temporary, format="PNG")
+            about = PngInfo()
+            about.add_text("Software", "DiGIT inspect")  # as `listing.is_contact_sheet` finds it
+            about.add_text("Source", self.name)
+            sheet.save(temporary, format="PNG", pnginfo=about)
+
+
+def choose_sheet(path: str, source: str, *, named: bool) -> Path:
+    """Where to write the contact sheet of `source` so that it replaces nothing else and is no image of the data.
+
+    Args:
+        path: the file asked for, or the default.
+        named: whether a person named it; else a number is added to the name if another file has it.
+
+    Raises DigitError for a name that is taken or that would make the sheet one of the images.
+    """
+    sheet, root = Path(path).expanduser(), Path(source).expanduser()
+    if named:
+        if sheet.exists() and not is_contact_sheet(sheet):
+            raise DigitError(f"--sheet {path} exists and is no contact sheet: choose another name")
+        inside = root.is_dir() and root.resolve() in sheet.resolve().parents
+        if inside and not CONTACT_SHEET.fullmatch(sheet.name):
+            raise DigitError(f"--sheet {path} would be one of the images of {source}: choose a file outside")
+        return sheet
+    names = itertools.chain([sheet], (sheet.with_stem(f"{sheet.stem}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists() or _sheet_of(name) == readable(root))
+
+
+def _sheet_of(path: Path) -> str | None:
+    """The name of the source that a contact sheet shows; None for other files."""
+    if not is_contact_sheet(path):
+        return None
+    with Image.open(path) as sheet:
+        return sheet.info.get("Source")
 
 
 def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectReport:
@@ -114,6 +153,7 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
     report = InspectReport(
         name=source.name, fingerprint=source.fingerprint, num_images=len(source), classes=source.classes,
         class_counts=counts, num_unlabelled=int((labels < 0).sum()), widths=np.empty(0), heights=np.empty(0),
+        notes=source.notes,
     )  # fmt: skip
     shown = set(_choose(labels, NUM_THUMBNAILS))
     sizes = []
@@ -180,6 +220,12 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
     return {"min": int(values.min()), "median": float(np.median(values)), "max": int(values.max())}
+
+
+def _wrapped(heading: str, text: str) -> list[str]:
+    """Lines of a sentence beside its heading, at most 100 characters long."""
+    lines = textwrap.wrap(text, 85, break_on_hyphens=False, break_long_words=False) or [""]
+    return [f"  {heading:<12} {lines[0]}", *(f"{'':15}{line}" for line in lines[1:])]
 
 
 def _listing(pairs: Any) -> str:

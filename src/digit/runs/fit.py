@@ -152,6 +152,12 @@ class Run:
             require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
             advice = "choose another --out, or the old setting"
+            if (before.get("data") or {}).get("fingerprint") != self.source.fingerprint:
+                raise MismatchError(
+                    f"{self.out} was made with other images, labels or class names than {self.source.name} holds now "
+                    "(or digit counts them otherwise: see --labels_from, --limit and --split, and what digit inspect "
+                    "says): choose another --out, or give the old data"
+                )
             require_same_request(self.out, before, plain(wanted), advice, ignore=FREE_SETTING.fullmatch)
         if not path.exists() or read_json(path) != plain(wanted):
             write_json(path, wanted)

@@ -77,7 +77,7 @@ class MAE(Method):
         first, patches = encode(self.vit, patches)
         return torch.cat((first[:, None], patches), dim=1)
 
-    def decode(self, encoded: Tensor, visible: Tensor, hidden: Tensor) -> Float[Tensor, "B N-V P"]:
+    def decode(self, encoded: Tensor, visible: Tensor, hidden: Tensor) -> Float[Tensor, "B H P"]:
         """Predict the hidden patches' normalised pixels; the decoder's input has the mask token in their place."""
         x = self.decoder_embed(encoded)  # (B, V + 1, E)
         num_patches = visible.shape[1] + hidden.shape[1]
@@ -92,7 +92,7 @@ class MAE(Method):
 
 def random_hidden(
     num_images: int, num_patches: int, ratio: float, generator: torch.Generator
-) -> tuple[Int64[Tensor, "B V"], Int64[Tensor, "B N-V"]]:
+) -> tuple[Int64[Tensor, "B V"], Int64[Tensor, "B H"]]:
     """Random (visible, hidden) patch indices of each image; int(N (1 - ratio)) are visible, as in MAE's code."""
     order = torch.rand(num_images, num_patches, generator=generator).argsort(dim=1)
     num_visible = max(1, int(num_patches * (1 - ratio)))

@@ -85,8 +85,9 @@ def initialise(module: nn.Module, vit: ViT | None = None) -> None:
             vit.pos_embed.copy_(sine_positions(vit.cfg.table_side, vit.dim))
 
 
-def sine_positions(side: int, dim: int) -> Float[Tensor, "1 N+1 D"]:
-    """sin(p / 10000^(4k/D)), cos(p / 10000^(4k/D)) of the row, then of the column, p; zeros for the class token, first.
+def sine_positions(side: int, dim: int) -> Float[Tensor, "1 T D"]:
+    """sin(p / 10000^(4k/D)), cos(p / 10000^(4k/D)) of the row, then of the column, p; zeros for the class token, first
+    (T = N + 1).
 
     Each of the four takes a quarter of the channels, k from 0 to D/4 - 1 (as MAE and MoCo v3).
     """
