@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
@@ -16,6 +16,8 @@ from digit.runtime.distributed import launched_rank
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from digit.data.images import ImageSource
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,7 +65,7 @@ SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-p
 
 
 def add_reading(parser: "ArgumentParser", limit: bool = True) -> None:
-    """Add the options that say how a data set is read; `reading` gives them to `open_source`."""
+    """Add the options that say how a data set is read; `open_data` takes them."""
     parser.add_argument("--split", default=None, help="split of a data set that has splits (default: train)")
     if limit:
         parser.add_argument("--limit", type=int, default=None, help="use LIMIT images only, spread evenly")
@@ -75,17 +77,22 @@ def add_reading(parser: "ArgumentParser", limit: bool = True) -> None:
     )
     parser.add_argument(
         "--read_contents",
-        type=Optional[bool],
+        type=bool | None,
         default=None,
         help="whether the contents of all files tell if the data have changed, or the times of the files' last change "
         "(default: contents of up to 10,000 files of 512 MB in all)",
     )
 
 
-def reading(args: Any) -> dict[str, Any]:
-    """Keyword arguments of `open_source`, from the options of `add_reading`."""
+def open_data(args: Any, path: str, *, say_notes: bool = True, **changes: Any) -> "ImageSource":
+    """Open the images at `path` as the options of `add_reading` say; say what was assumed and what is not used."""
+    from digit.data.images import open_source
+
     names = ("split", "limit", "labels_from", "read_contents")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    source = open_source(path, **{name: getattr(args, name) for name in names if hasattr(args, name)} | changes)
+    for note in source.notes if say_notes and launched_rank() == 0 else ():
+        print(f"note: {source.name}: {note}", file=sys.stderr)
+    return source
 
 
 def make_parser(name: str) -> "ArgumentParser":

@@ -11,9 +11,9 @@ from digit.cli.arguments import (
     add_reading,
     command,
     load_pipeline,
+    open_data,
     parse,
     read_config,
-    reading,
     say,
 )
 
@@ -101,14 +101,13 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--num", type=int, default=1000, help="images, spread evenly over the data")
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
-    from digit.data.images import open_source
     from digit.evaluation import stability
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
 
     pipe = load_pipeline(args)
-    cfg, source = read_config(args, StabilityConfig), open_source(args.data, **reading(args))
+    cfg, source = read_config(args, StabilityConfig), open_data(args, args.data)
     result = stability.run_stability(pipe.tokenizers, source, pipe.preprocess, cfg, num=args.num, out=args.out)
     lines = [
         f"{name}: {found['codebook']['usage']:.1%} of {found['vocab_size']} codes used, "
@@ -161,12 +160,12 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
 
 def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
     """(train, test) as requested; every fifth image where no test set is named."""
-    from digit.data.images import hold_out, open_source
+    from digit.data.images import hold_out
 
     if args.test is None and args.test_split is None:
-        return hold_out(open_source(args.data, **reading(args)))
-    test = open_source(args.test or args.data, **reading(args) | {"split": args.test_split})
-    return open_source(args.data, **reading(args)), test
+        return hold_out(open_data(args, args.data))
+    test = open_data(args, args.test or args.data, split=args.test_split)
+    return open_data(args, args.data), test
 
 
 @command(
@@ -189,14 +188,13 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, sweep.SweepConfig)
     args = parse(parser, argv)
     from digit.data.crops import centre_crops
-    from digit.data.images import open_source
     from digit.evaluation.networks import load_judge_network
     from digit.metrics.judge import collect_judged
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
     pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
-    real = centre_crops(open_source(args.data, **reading(args)), pipe.preprocess, num=args.num_reference)
+    real = centre_crops(open_data(args, args.data), pipe.preprocess, num=args.num_reference)
     reference = collect_judged((images for images, _ in real), network).pooled
     cfg = read_config(args, sweep.SweepConfig)
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)

@@ -11,10 +11,10 @@ from digit.cli.arguments import (
     add_reading,
     command,
     load_pipeline,
+    open_data,
     parse,
     parse_labels,
     read_config,
-    reading,
     say,
 )
 
@@ -31,11 +31,10 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     add_reading(parser)
     parser.add_argument("--sheet", default=SHEET, help="PNG file for the contact sheet; '' for none")
     args = parse(parser, argv)
-    from digit.data.images import open_source
     from digit.data.inspect import choose_sheet, inspect_source
 
     sheet = args.sheet and choose_sheet(args.sheet, args.path, named=args.sheet != SHEET)
-    report = inspect_source(open_source(args.path, **reading(args), say_notes=False))
+    report = inspect_source(open_data(args, args.path, say_notes=False))
     say(report.to_text())
     if sheet:
         report.save_contact_sheet(sheet)

@@ -11,9 +11,9 @@ from digit.cli.arguments import (
     add_config,
     add_reading,
     command,
+    open_data,
     parse,
     read_config,
-    reading,
     say,
 )
 from digit.errors import DigitError
@@ -62,7 +62,6 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
 
 def make_run(args: Any, base: str) -> Any:
     """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
-    from digit.data.images import open_source
     from digit.runs.fit import Run
     from digit.runs.recipes import Recipe
 
@@ -72,7 +71,7 @@ def make_run(args: Any, base: str) -> Any:
         )
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
-    source = open_source(args.data, **reading(args))
+    source = open_data(args, args.data)
     return Run(recipe, source, args.out, reuse=reuse, device=args.device)
 
 
@@ -173,10 +172,9 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)
     args = parse(parser, argv)
-    from digit.data.images import open_source
     from digit.runs.pretrain import pretrain
 
-    source = open_source(args.data, **reading(args))
+    source = open_data(args, args.data)
     encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "

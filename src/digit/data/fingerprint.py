@@ -65,10 +65,10 @@ def time_stamps(times: Sequence[int]) -> list[bytes]:
 
 
 def stamps_of(
-    files: Sequence[Path], sizes: Sequence[int], times: Sequence[int], read_contents: bool | None
+    files: Iterable[Path], sizes: Sequence[int], times: Sequence[int], read_contents: bool | None
 ) -> list[bytes]:
     """What stands for the contents of files: their SHA-256 if they are read, else the times of their last change."""
-    return content_stamps(files) if reads_contents(sizes, read_contents) else time_stamps(times)
+    return content_stamps(list(files)) if reads_contents(sizes, read_contents) else time_stamps(times)
 
 
 def file_times(files: Sequence[Path]) -> tuple[list[int], list[int]]:

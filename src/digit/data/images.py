@@ -39,7 +39,6 @@ def open_source(
     limit: int | None = None,
     labels_from: str = "auto",
     read_contents: bool | None = None,
-    say_notes: bool = True,
 ) -> ImageSource:
     """Opens a source of images by its path, or the built-in shapes by name. docs/inputs.md lists all layouts.
 
@@ -55,7 +54,8 @@ def open_source(
             of a column or key, or the path of a label file (PATH or PATH:COLUMN).
         read_contents: whether the fingerprint reads the contents of all files, or, for speed, takes the times of their
             last change instead. None reads up to 10,000 files of 512 MB in all.
-        say_notes: log what was assumed and what is not used, which `notes` of the source hold too.
+
+    What was assumed and what is not used stands in the source's `notes`, and in the log (level INFO).
 
     Raises:
         DigitError: missing path, empty folder, a mixture of kinds, unknown split, container that cannot be read.
@@ -65,7 +65,7 @@ def open_source(
         source = _open_shapes(spec, split)
     else:
         source = _open_path(Path(spec).expanduser(), reading)
-    for note in source.notes if say_notes else ():
+    for note in source.notes:
         log.info("%s: %s", source.name, note)
     return ImageSource.limit(source, limit)
 
@@ -129,7 +129,7 @@ def _open_files(root: Path, files: list[Path], reading: Reading, notes: Sequence
 
 def _open_folder(root: Path, reading: Reading) -> ImageSource:
     listing = list_folder(root)
-    found = listing.by_kind()
+    found = listing.by_kind
     present = {kind: found[kind] for kind in ("Parquet files", "tar files", "zip files", "images") if kind in found}
     if not present:
         left_out = "".join(f"; {note}" for note in listing.notes())

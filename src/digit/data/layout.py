@@ -16,6 +16,7 @@ SPLITS = {  # and the words for them, as in Hugging Face's datasets
 }
 WORDS = {word: split for split, words in SPLITS.items() for word in words}
 SPLIT_NAME = re.compile(rf"({'|'.join(WORDS)})(?:[ _.-]*(?:set|split|data|images?|imgs?|pictures?|photos?|\d+))*", re.I)
+LIKELY = re.compile(rf"(?<![a-z0-9])({'|'.join(WORDS)})(?![a-z])")  # in names of files
 FOLDERS = "--labels_from folders makes every folder a class"
 
 
@@ -48,7 +49,7 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
     they are the last ones, and there is nothing else. Raises DigitError if there is no such split.
     """
     first = Counter(name.partition("/")[0] if "/" in name else "" for name in names)
-    last = Counter(posixpath.dirname(name).rpartition("/")[2] for name in names)
+    last = Counter(name.rpartition("/")[0].rpartition("/")[2] for name in names)
     for parts, place in ((first, 0), (last, -1)):
         found = _splits(parts, split)
         others = [part for part in parts if part not in {folder for folders in found.values() for folder in folders}]
@@ -116,7 +117,10 @@ def _suspicious(names: Sequence[str], folders: Counter[str]) -> list[str]:
         for folder in sorted(folders)
         if folder and split_of(folder)
     ]
-    bases = Counter(split for name in names for split in set(words_of(posixpath.basename(name))))
+    words = Counter(LIKELY.findall("\n".join(name.rpartition("/")[2].lower() for name in names)))
+    bases: Counter[str] = Counter()
+    for word, count in words.items():
+        bases[WORDS[word]] += count
     if len(bases) > 1:
         listed = ", ".join(f"{split} ({count})" for split, count in bases.items())
         notes.append(f"file names that look like splits are not used as such: {listed}; a folder for each would be")
@@ -129,7 +133,7 @@ def folder_classes(names: Sequence[str]) -> tuple[list[str | None], list[str]]:
     An image's class is the path of its folder. But where a folder holds more images itself than all folders below it,
     these count as it: they are no classes of their own. For the root this means that there are no classes.
     """
-    folder = [posixpath.dirname(name) for name in names]
+    folder = [name.rpartition("/")[0] for name in names]
     direct = Counter(folder)
     below: Counter[str] = Counter()
     for path, count in direct.items():
@@ -169,7 +173,7 @@ def _above(path: str) -> list[str]:
 
 def plain_folders(names: Sequence[str], *, top: bool = False) -> list[str | None]:
     """The folder of each image as its class, its whole path or only the first part; None in the root."""
-    folders = (posixpath.dirname(name) for name in names)
+    folders = (name.rpartition("/")[0] for name in names)
     return [(folder.partition("/")[0] if top else folder) or None for folder in folders]
 
 

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from digit.data.decode import EXTENSIONS
@@ -14,6 +15,7 @@ from digit.runtime.files import OUTPUT_MARK
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 TARS = (".tar", *PACKED_TARS)
 LABEL_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")  # of Hugging Face, of StyleGAN
+KINDS = dict.fromkeys(EXTENSIONS, "images") | {".parquet": "Parquet files", ".tar": "tar files", ".zip": "zip files"}
 CONTACT_SHEET = re.compile(r"contact_sheet(-\d+)?\.png")
 SOFTWARE = b"tEXtSoftware\0DiGIT"  # in the pictures of `digit inspect`
 NUM_NAMED = 3  # names that a note gives
@@ -36,6 +38,7 @@ class Listing:
     own: list[str] = field(default_factory=list)  # folders and pictures that digit wrote
     num_hidden: int = 0
 
+    @cached_property
     def by_kind(self) -> dict[str, list[File]]:
         """Files by kind: images, Parquet files, tar files, zip files, label files, others. Empty kinds are absent."""
         kinds: dict[str, list[File]] = {}
@@ -47,7 +50,7 @@ class Listing:
         """Says what was left out."""
         if self.own:
             yield f"not read, because digit wrote it: {some(self.own)}"
-        if others := self.by_kind().get("other files"):
+        if others := self.by_kind.get("other files"):
             suffixes = Counter(suffix_of(file.name) or "without suffix" for file in others)
             listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(12))
             yield f"not used: {listed} (such as {some([file.name for file in others])})"
@@ -57,21 +60,18 @@ class Listing:
 
 def kind_of(name: str) -> str:
     """What a file is, by its name."""
-    lower = name.lower()
-    if lower.rpartition("/")[2] in LABEL_FILES:
+    base = name.rpartition("/")[2].lower()
+    if base in LABEL_FILES:
         return "label files"
-    if lower.endswith(TARS):
+    if base.endswith(PACKED_TARS):
         return "tar files"
-    if lower.endswith(".parquet"):
-        return "Parquet files"
-    if lower.endswith(".zip"):
-        return "zip files"
-    return "images" if suffix_of(lower) in EXTENSIONS else "other files"
+    return KINDS.get(suffix_of(base), "other files")
 
 
 def suffix_of(name: str) -> str:
     """'a/B.PNG' -> '.png'; '' for a name without one."""
-    return os.path.splitext(name)[1].lower()
+    stem, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return dot + suffix.lower() if stem else ""
 
 
 def some(names: Iterable[str]) -> str:

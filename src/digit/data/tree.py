@@ -139,7 +139,7 @@ class FolderSource(TreeSource):
     """
 
     def __init__(self, root: Path, listing: Listing, split: str | None, labels_from: str, read_contents: bool | None):
-        kinds = listing.by_kind()
+        kinds = listing.by_kind
         images = {file.name: file for file in kinds["images"]}
         chosen = _choose(root, list(images), split)
         label_files = {file.name: (root / file.name).read_bytes for file in kinds.get("label files", ())}
@@ -151,7 +151,7 @@ class FolderSource(TreeSource):
     @cached_property
     def fingerprint(self) -> str:
         sizes, times = [file.size for file in self._about], [file.stamp for file in self._about]
-        stamps = stamps_of([self.root / name for name in self.files], sizes, times, self.read_contents)
+        stamps = stamps_of((self.root / name for name in self.files), sizes, times, self.read_contents)
         return data_fingerprint(self.inner, sizes, stamps, self.classes, self._labels)
 
     def key(self, index: int) -> str:
@@ -180,7 +180,7 @@ class ZipSource(TreeSource):
         self.path = path
         self._forget()
         listing = self._list()
-        kinds = listing.by_kind()
+        kinds = listing.by_kind
         if "images" not in kinds:
             raise DigitError(f"{path} holds no images ({len(listing.files)} other files)")
         images = {file.name: file for file in kinds["images"]}
