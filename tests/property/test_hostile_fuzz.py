@@ -14,7 +14,17 @@ from fuzz.loaders import LOADERS
 from fuzz.loaders.released import self_test
 from fuzz.worker import build_input, judge, judge_all
 
-NUMBERS = {"images": 300, "parquet": 300, "tar": 300, "config": 20, "safetensors": 50, "tokens": 300, "released": 80}
+NUMBERS = {
+    "images": 300,
+    "parquet": 300,
+    "tar": 300,
+    "zip": 300,
+    "folder": 300,
+    "config": 20,
+    "safetensors": 50,
+    "tokens": 300,
+    "released": 80,
+}
 
 
 @pytest.mark.parametrize("name", LOADERS)

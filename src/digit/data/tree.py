@@ -199,8 +199,8 @@ class ZipSource(TreeSource):
         seen: set[str] = set()
         for info in _guard(self.path, lambda: self._open().infolist()):
             name = info.filename.removeprefix("./")
-            if info.is_dir():
-                continue
+            if not name or name.endswith("/"):
+                continue  # a folder
             if name.startswith(JUNK) or any(part.startswith(".") for part in name.split("/")):
                 listing.num_hidden += 1
                 continue
