@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -150,6 +151,7 @@ def add_stand_in(message: str, stand_ins: dict[str, type[Unread]]) -> bool:
 def is_plain(name: str) -> bool:
     """Whether a global is the class of a mere value: not a function of the standard library, as hostile files call."""
     root, _, rest = name.partition(".")
+    root = IMPORT_MAPPING.get(root, root)  # torch.save writes some modules by their names in Python 2
     if root == "builtins":
         return isinstance(getattr(builtins, rest, None), type)
     return root in PLAIN_MODULES or root not in sys.stdlib_module_names
@@ -285,9 +287,7 @@ def check_state(
     if shapes := [f"{n} {actual[n]} instead of {expected[n]}" for n in shared if actual[n] != expected[n]]:
         faults.append(f"shapes {listed(shapes)}")
     if faults:
-        raise DigitError(
-            f"{source} does not fit: {'; '.join(faults)}: choose the name and size that these weights are of"
-        )
+        raise DigitError(f"{source} does not fit: {'; '.join(faults)}: {advice}")
 
 
 def listed(names: list[str]) -> str:

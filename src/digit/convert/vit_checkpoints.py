@@ -7,6 +7,7 @@ Each format defines where in the file the encoder is, which prefixes its names h
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) 
     shape = (cfg.embed_dim, 3, cfg.patch_size, cfg.patch_size)
     state = convert_vit(loaded, FORMATS[family], str(path), shape)
     with torch.device("meta"):
-        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path), advice(state, FORMATS[family]))
+        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path), unfit_advice(state, cfg, FORMATS[family]))
     check_tensors(state, str(path))
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -111,14 +112,14 @@ def check_vit(loaded: Any, source: str) -> None:
     raise DigitError(f"{source} holds no ViT encoder, no tensor {STEM}, but {names}: give the authors' released file")
 
 
-def advice(state: Mapping[str, Tensor], kind: Format) -> str:
-    """What to do with weights that do not fit: the names of encoders of their sizes, or the file to get."""
-    try:
-        shape = infer_shape(state, "", 1)
-    except DigitError:
-        return f"give the authors' file, {kind.released_as}"
-    names = [name for name, size in SIZES.items() if sized(size) == sized(shape)]
-    return f"these are the sizes of {' or '.join(names)}, choose that name" if names else "give the file of that size"
+def unfit_advice(state: Mapping[str, Tensor], cfg: ViTConfig, kind: Format) -> str:
+    """What to do with weights that do not fit `cfg`: the names of encoders of their sizes, or the file to get."""
+    with suppress(DigitError):
+        shape = sized(infer_shape(state, "", 1))
+        names = [name for name, size in SIZES.items() if sized(size) == shape]
+        if names and shape != sized(cfg):
+            return f"these are the sizes of {' or '.join(names)}, choose that name"
+    return f"give the authors' file, {kind.released_as}"
 
 
 def sized(shape: ViTConfig) -> ViTConfig:

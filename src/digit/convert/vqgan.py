@@ -47,7 +47,8 @@ def infer_config(state: Mapping[str, Tensor], resolution: int = 256, source: str
         vocab_size, z_channels = state["quantize.embedding.weight"].shape
     except KeyError as error:
         raise DigitError(
-            f"{source} holds no VQGAN in MAGE's layout: it lacks {error}; is it the right file?"
+            f"{source} holds no VQGAN in MAGE's layout, it lacks {error}: give vqgan_jax_strongaug.ckpt, or a released "
+            "renderer"
         ) from error
     return VQGANConfig(
         resolution=resolution,

@@ -115,14 +115,14 @@ def without_wrappers(state: Mapping[str, Tensor], source: str) -> dict[str, Tens
 
 
 def named_set(sets: list[WeightSet], place: str, source: str) -> WeightSet:
-    """The set at `place`. Raises DigitError that lists the places."""
-    if found := next((found for found in sets if found.place == place), None):
-        return found
+    """The set at `place`, or the only one whose place contains it. Raises DigitError that lists the places."""
+    exact = [found for found in sets if found.place == place]
+    around = [found for found in sets if place and f".{place}." in f".{found.place}."]
+    if len(found := exact or around) == 1:
+        return found[0]
     file = split_place(source)[0]
-    choices = listed([f"{file}#{found.place}" if found.place else str(file) for found in sets])
-    raise DigitError(
-        f"{file} holds no such weights under {place!r}: " + (f"choose {choices}" if sets else "give another file")
-    )
+    advice = f"choose {listed([f'{file}#{found.place}' for found in sets])}" if sets else "give another file"
+    raise DigitError(f"{file} holds {len(around) or 'no'} sets of weights under {place!r}: {advice}")
 
 
 def best_set(sets: list[WeightSet], preferred: str | None, source: str) -> WeightSet:
@@ -135,7 +135,7 @@ def best_set(sets: list[WeightSet], preferred: str | None, source: str) -> Weigh
     first = [found for found in sets if is_preferred(found)] if len(sets) > 1 else sets
     if len(first) == 1:
         return first[0]
-    choices = listed([f"{source}#{found.place}" if found.place else "the names without prefix" for found in sets])
+    choices = listed([f"{source}#{found.place}" for found in sets])
     raise DigitError(f"{source} holds {len(sets)} sets of weights that fit: choose one by giving {choices}")
 
 
