@@ -9,6 +9,15 @@ FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it no
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 
 
+def is_done(folder: Path, stage: str) -> bool:
+    """Whether a stage's result is in its folder: its JSON file, and the weights that some keep beside it.
+
+    Weights that were damaged and deleted are so made again by the next run.
+    """
+    result = folder / RESULTS.get(stage, "model.json")
+    return result.is_file() and (stage == "tokens" or result.with_suffix(".safetensors").is_file())
+
+
 def require_format(cfg: Any, path: Path) -> None:
     """Raise DigitError where another version of digit made the run folder that `path`, its config.json, is in."""
     found = cfg.get("format", 1) if isinstance(cfg, dict) else None

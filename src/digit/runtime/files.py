@@ -28,6 +28,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
+MAKE_AGAIN = "delete it and run the command again that makes it"
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP
 )  # fmt: skip
@@ -168,7 +169,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise DigitError(f"cannot read {path} as JSON ({error}): delete it and make it again") from error
+        raise DigitError(f"cannot read {path} as JSON ({error}): {MAKE_AGAIN}") from error
 
 
 def save_npy(path: str | Path, array: "np.ndarray") -> None:
@@ -262,9 +263,9 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
             raise ValueError("not a regular file")
         return load_file(path)
     except FileNotFoundError as error:
-        raise DigitError(f"no such file: {path}") from error
+        raise DigitError(f"no such file: {path}; run the command again that makes it") from error
     except (SafetensorError, ValueError, OSError, KeyError, AttributeError, RuntimeError) as error:
-        raise DigitError(f"{path} is no readable safetensors file ({error}): delete it and make it again") from error
+        raise DigitError(f"{path} is no readable safetensors file ({error}): {MAKE_AGAIN}") from error
 
 
 def sha256_file(path: str | Path) -> str:
