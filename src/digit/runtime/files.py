@@ -57,11 +57,14 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise DigitError(
                 f"disk full while writing {path}: free some space and run again, the work continues"
             ) from error
+        elsewhere = "choose another --out"
+        if Path(path).is_relative_to(cache_folder()):
+            elsewhere = "set DIGIT_CACHE to another folder"
         if error.errno in FIXED_OUTSIDE:
-            hint = f"{FIXED_OUTSIDE[error.errno]} and run again, the work continues, or choose another --out"
+            hint = f"{FIXED_OUTSIDE[error.errno]} and run again, the work continues, or {elsewhere}"
             raise DigitError(f"cannot write {path}: {error.strerror}; {hint}") from error
         if error.errno in REFUSALS:
-            raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+            raise DigitError(f"cannot write {path}: {error.strerror}; {elsewhere}") from error
         raise
 
 
