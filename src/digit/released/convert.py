@@ -96,7 +96,7 @@ class Folder:
             self.manifest = read_manifest(out)
         self.parts: list[str] = self.manifest.get("parts", [])
         if not set(self.parts) <= set(ORDER):
-            raise DigitError(f"{out / MANIFEST} is damaged: delete it, or choose another --out")
+            raise DigitError(f"{out / MANIFEST} is damaged: delete it and run again, or choose another --out")
 
     def read(self, name: str) -> Any:
         """Loads encoder, codebook or VQGAN of the folder, or returns None."""

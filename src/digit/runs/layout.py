@@ -10,12 +10,10 @@ RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manife
 
 
 def is_done(folder: Path, stage: str) -> bool:
-    """Whether a stage's result is in its folder: its JSON file, and the weights that some keep beside it.
-
-    Weights that were damaged and deleted are so made again by the next run.
-    """
-    result = folder / RESULTS.get(stage, "model.json")
-    return result.is_file() and (stage == "tokens" or result.with_suffix(".safetensors").is_file())
+    """Whether all files of a stage's result are in its folder; what was damaged and deleted is so made again."""
+    weights = {"codebook": ["codebook.safetensors"], "vqgan": ["vqgan.safetensors"], "tokens": []}
+    others = weights.get(stage, ["model.safetensors", "tokens.json"])
+    return all((folder / name).is_file() for name in (RESULTS.get(stage, "model.json"), *others))
 
 
 def require_format(cfg: Any, path: Path) -> None:

@@ -25,7 +25,7 @@ from digit.models.memory_format import channels_last
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
@@ -240,11 +240,11 @@ class FrozenEncoder(nn.Module):
                 if not tensor.is_floating_point() and tensor.dtype != torch.int64:
                     raise ValueError(f"{name} is {tensor.dtype}, no type of weights")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
+            raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): {MAKE_AGAIN}") from error
         if encoder.fingerprint != saved.get("fingerprint"):
             raise MismatchError(
-                f"{folder}: encoder.json says fingerprint {str(saved.get('fingerprint'))[:12]}, its weights give "
-                f"{encoder.fingerprint[:12]}: the two files are from different encoders; make the folder again"
+                f"{folder / 'encoder.json'} says fingerprint {str(saved.get('fingerprint'))[:12]}, its weights give "
+                f"{encoder.fingerprint[:12]}: the two files are from different encoders; {MAKE_AGAIN}"
             )
         return encoder
 
