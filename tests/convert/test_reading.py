@@ -48,8 +48,8 @@ def foreign(module: str, name: str) -> Any:
     for package in (module.partition(".")[0], module):
         sys.modules[package] = types.ModuleType(package)
     setattr(sys.modules[module], name, made)
-    value = made()
-    value.__dict__.update(_content={"lr": 0.1}, path=pathlib.Path("x"))
+    value: Any = made()
+    value._content, value.path = {"lr": 0.1}, pathlib.Path("x")
     return value
 
 
