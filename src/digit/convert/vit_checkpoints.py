@@ -214,7 +214,7 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
         raise DigitError(f"{source} is not a ViT encoder ({error}): give the authors' released file") from error
     if num_heads < 1 or width % num_heads or not table:
         raise DigitError(
-            f"{source}: {width} channels and {table} positions do not fit {num_heads} heads: give another number"
+            f"{source}: {width} channels, {num_heads} heads and {table} positions do not fit: give other heads"
         )
     registers = state.get("register_tokens")
     return ViTConfig(
