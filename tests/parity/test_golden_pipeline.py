@@ -130,7 +130,7 @@ def test_other_encoders_say_what_they_are(golden, expected, tmp_path, name, fami
         ({"renderer": "vq_ar.pt", "prior": "stage1.pt"}, "omit --prior"),
         ({"prior": "vqgan.ckpt"}, "is not a fairseq checkpoint"),
         ({"vqgan": "dinov2_reg4.pth"}, "holds no VQGAN in MAGE's layout"),
-        ({"encoder": "vqgan.ckpt"}, "does not tell its encoder family: give --encoder_family"),
+        ({"encoder": "vqgan.ckpt"}, "holds no ViT encoder, no tensor patch_embed.proj.weight"),
         ({"encoder": "mae_vit16.pth", "encoder_family": "dinov2"}, "holds mae weights, --encoder_family says dinov2"),
         ({"encoder": "dinov2_reg4.pth", "encoder_heads": 5}, "48 channels, 5 heads"),
         (

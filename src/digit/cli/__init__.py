@@ -12,7 +12,7 @@ from pathlib import Path
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
-from digit.cli.mistakes import closest, with_suggestion, with_typed_option
+from digit.cli.mistakes import closest, with_suggestion, with_typed_option, with_typed_output
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
 from digit.runtime.hardware import keep_freed_memory
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{stopped}; to continue:\n  {same_command(argv)}")
         distributed.stop(together=stopped.together)
     except DigitError as error:
-        return fail(with_typed_option(with_suggestion(str(error)), argv), 2)
+        return fail(with_typed_output(with_typed_option(with_suggestion(str(error)), argv), argv), 2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

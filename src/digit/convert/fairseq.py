@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, check_tensors, listed, read_torch, require_state, unfit
+from digit.convert.reading import check_state, check_tensors, listed, read_weights, split_place, unfit
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.runtime.files import Stacked, save_tensors, write_json
@@ -112,7 +113,8 @@ class LoadedFairseq:
         """
         heads = self.heads if num_heads is None else num_heads
         if not isinstance(heads, int) or heads < 1:
-            raise DigitError(f"{self.source} does not say how many attention heads the model has (found {heads!r})")
+            advice = "save it again with args or cfg['model'] as a plain dict that names decoder_attention_heads"
+            raise DigitError(f"{self.source} does not say how many attention heads the model has: {advice}")
         kind_is_said, is_masked = (True, masked) if masked is not None else self.kind
         with unfit(self.source):
             cfg, pieces = convert_decoder(self.decoder, heads, is_masked, target_len, prefix_len, self.source)
@@ -132,12 +134,12 @@ def load_fairseq(path: str | Path) -> LoadedFairseq:
 
     Raises DigitError if the file is another kind of checkpoint, or holds unknown tensors or NaN.
     """
-    loaded = read_torch(path)
+    loaded = read_weights(path)
     if not isinstance(loaded, Mapping) or not isinstance(loaded.get("model"), Mapping):
         raise DigitError(
             f"{path} is not a fairseq checkpoint (it has no 'model'): give the released stage1 or stage2 .pt"
         )
-    state = require_state(loaded["model"], str(path))
+    state = choose_set(loaded, "decoder.embed_tokens.weight", str(path), preferred="model")
     others = [n for n in state if not n.startswith(("decoder.", *CARRIED)) and n not in CENTROIDS]
     if others:
         raise DigitError(f"{path} holds tensors of unknown parts: {listed(sorted(others))}")
@@ -150,7 +152,7 @@ def load_fairseq(path: str | Path) -> LoadedFairseq:
             if norm is not None and tuple(norm.shape) != (1, codes):
                 raise DigitError(f"{path}: centroid_norm is {tuple(norm.shape)} beside centroids ({dim}, {codes})")
         return LoadedFairseq(
-            source=str(path),
+            source=str(split_place(path)[0]),
             decoder=carried(state, "decoder."),
             vqgan=carried(state, "vqgan."),
             encoder=carried(state, "pretrained_encoder."),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from digit.convert.efficientnet import fold_batch_norm
-from digit.convert.reading import check_state, check_tensors, listed, read_torch, require_state, unfit
+from digit.convert.reading import check_state, check_tensors, listed, read_weights, unfit
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.inception import InceptionV3, Resize
 from digit.models.memory_format import channels_last
@@ -17,6 +18,7 @@ HOW_TO_GET = (
     f"weights-inception-2015-12-05-{RELEASED_SHA256}.pth from those of toshas/torch-fidelity; "
     "without a file, EfficientNet-Lite2 computes the features and the metrics have other names"
 )
+STEM = "Conv2d_1a_3x3.conv.weight"
 NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -28,7 +30,7 @@ def load_inception(path: str | Path, resize: Resize = "tensorflow") -> Inception
     with torch.device("meta"):
         net = InceptionV3(resize)
     try:
-        state = convert_inception(require_state(read_torch(path), str(path)), str(path))
+        state = convert_inception(choose_set(read_weights(path), STEM, str(path)), str(path))
     except DigitError as error:
         raise DigitError(f"{error}; {HOW_TO_GET}") from error
     net.load_state_dict(state, assign=True)

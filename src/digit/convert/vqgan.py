@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.convert.reading import check_state, check_tensors, read_torch, require_state
+from digit.convert.reading import check_state, check_tensors, read_weights
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.vqgan import VQGAN, VQGANConfig
 
-PREFIX = "vqgan."  # inside the authors' fairseq checkpoints of the renderer
+STEM = "encoder.conv_in.weight"
+OTHER_PARTS = r"(decoder|pretrained_encoder)\..*|centroids|centroid_norm"  # beside vqgan.* in the authors' renderer
 
 
 def convert_vqgan(path: str | Path, resolution: int = 256) -> VQGAN:
@@ -23,7 +25,7 @@ def convert_vqgan(path: str | Path, resolution: int = 256) -> VQGAN:
     Returns the model in eval mode, float32. Raises DigitError if the file is unreadable, holds more than tensors,
     or is not in MAGE's layout (listing missing and unexpected names).
     """
-    return convert_state(find_state(read_torch(path), str(path)), resolution, str(path))
+    return convert_state(find_state(read_weights(path), str(path)), resolution, str(path))
 
 
 def convert_state(state: Mapping[str, Tensor], resolution: int = 256, source: str = "VQGAN") -> VQGAN:
@@ -45,7 +47,8 @@ def infer_config(state: Mapping[str, Tensor], resolution: int = 256, source: str
         vocab_size, z_channels = state["quantize.embedding.weight"].shape
     except KeyError as error:
         raise DigitError(
-            f"{source} holds no VQGAN in MAGE's layout: it lacks {error}; is it the right file?"
+            f"{source} holds no VQGAN in MAGE's layout, it lacks {error}: give vqgan_jax_strongaug.ckpt, or a released "
+            "renderer"
         ) from error
     return VQGANConfig(
         resolution=resolution,
@@ -62,10 +65,5 @@ def count_children(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def find_state(loaded: Any, source: str) -> dict[str, Tensor]:
-    """Finds the VQGAN's tensors in a released file; names without `vqgan.`."""
-    if isinstance(loaded, Mapping):
-        inner = [loaded[key] for key in ("state_dict", "model") if isinstance(loaded.get(key), Mapping)]
-        loaded = inner[0] if inner else loaded
-        carried = {str(name)[len(PREFIX) :]: t for name, t in loaded.items() if str(name).startswith(PREFIX)}
-        loaded = carried or loaded
-    return require_state(loaded, source)
+    """Finds the VQGAN's tensors in a released file; names without prefixes such as `vqgan.`."""
+    return choose_set(loaded, STEM, source, known=OTHER_PARTS)

@@ -12,7 +12,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json, save_tensors, write_json, write_result
+from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, write_json, write_result
 from digit.sampling.config import SamplingConfig
 from digit.sampling.kinds import get_kind
 
@@ -36,17 +36,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """pipeline.json of a pipeline folder. Raises DigitError where it has another format or is damaged."""
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or "format" not in manifest:
-        raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): make the pipeline again")
+        raise DigitError(f"{folder / MANIFEST} is damaged (no JSON object with a format): {MAKE_AGAIN}")
     if manifest.get("format") != FORMAT_VERSION:
         raise DigitError(
             f"{folder} is a pipeline of format {manifest.get('format')}, this version reads {FORMAT_VERSION}: "
-            "make it again (digit fit, digit convert), or use the digit that made it (format 1: version 0.1)"
+            "make it again in another --out (digit fit, digit convert), or use the digit that made it (format 1: "
+            "version 0.1)"
         )
     odd = [name for name, kind in CONTENT.items() if not isinstance(manifest.get(name), kind)]
     lists = [name for name in ("parts", "classes") if name not in odd]
     odd += [name for name in lists if not all(isinstance(entry, str) for entry in manifest[name])]
     if odd:
-        raise DigitError(f"{folder / MANIFEST} is damaged ({', '.join(odd)}): make the pipeline again")
+        raise DigitError(f"{folder / MANIFEST} is damaged ({', '.join(odd)}): {MAKE_AGAIN}")
     from_json(PreprocessConfig, manifest["preprocess"], f"{folder / MANIFEST}: preprocess")
     from_json(SamplingConfig, manifest["sampling"], f"{folder / MANIFEST}: sampling")
     return manifest
@@ -81,7 +82,9 @@ def load_sequence_model(folder: Path, name: str) -> SequenceModel:
     """Read what `save_sequence_model` wrote; weights are mapped, not copied. Raises DigitError for damaged ones."""
     about, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     saved = read_json(about)
-    kind = get_kind(saved.pop("kind", None) if isinstance(saved, dict) else None)
+    if not isinstance(saved, dict) or not isinstance(saved.get("kind"), str):
+        raise DigitError(f"{about} names no kind of model: {MAKE_AGAIN}")
+    kind = get_kind(saved.pop("kind"))
     cfg, state = from_json(kind.config, saved, str(about)), load_tensors(weights)
     require_weights(state, str(weights))
     try:
@@ -89,7 +92,9 @@ def load_sequence_model(folder: Path, name: str) -> SequenceModel:
             model = kind.model(cfg)
         model.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:  # sizes too large for a tensor, other names or shapes
-        raise DigitError(f"{weights} does not fit {about.name}: {' '.join(str(error).split())[:300]}") from error
+        raise DigitError(
+            f"{weights} does not fit {about.name} ({' '.join(str(error).split())[:300]}): {MAKE_AGAIN}"
+        ) from error
     return model.eval()
 
 
@@ -97,7 +102,7 @@ def require_weights(state: Mapping[str, torch.Tensor], source: str) -> None:
     """Raise DigitError for weights that are not floating point, NaN, or outside +-MAX_WEIGHT."""
     for name, tensor in state.items():
         if tensor.dtype not in WEIGHT_DTYPES:
-            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, not floating point: make it again")
+            raise DigitError(f"{source} is damaged: {name} is {tensor.dtype}, not floating point: {MAKE_AGAIN}")
         low, high = (float(edge) for edge in torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
         if not -MAX_WEIGHT <= low <= high <= MAX_WEIGHT:  # false for NaN too
-            raise DigitError(f"{source} is damaged: {name} holds {low:g} to {high:g}: make it again")
+            raise DigitError(f"{source} is damaged: {name} holds {low:g} to {high:g}: {MAKE_AGAIN}")

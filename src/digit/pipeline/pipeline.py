@@ -32,6 +32,7 @@ from digit.pipeline.manifest import (
     save_sequence_model,
     write_manifest,
 )
+from digit.runtime.files import MAKE_AGAIN
 from digit.runtime.progress import Progress
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.sampling.kinds import get_kind, make_sampler
@@ -440,7 +441,7 @@ class DigitPipeline:
         try:
             return cls._read(folder, manifest).to(device)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DigitError(f"{folder / MANIFEST} is damaged ({error!r}): make the pipeline again") from error
+            raise DigitError(f"{folder / MANIFEST} is damaged ({error!r}): {MAKE_AGAIN}") from error
 
     @classmethod
     def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:

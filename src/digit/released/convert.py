@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from digit.convert.fairseq import FairseqParts, LoadedFairseq, load_fairseq
-from digit.convert.reading import check_tensors, listed, read_torch, unfit
-from digit.convert.vit_checkpoints import FORMATS, convert_vit, guess_family, infer_shape, read_encoder_file
+from digit.convert.reading import check_tensors, listed, read_weights, split_place, unfit
+from digit.convert.vit_checkpoints import FORMATS, convert_vit, guess_family, infer_shape, sized
 from digit.convert.vqgan import convert_state, find_state
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
@@ -96,7 +96,7 @@ class Folder:
             self.manifest = read_manifest(out)
         self.parts: list[str] = self.manifest.get("parts", [])
         if not set(self.parts) <= set(ORDER):
-            raise DigitError(f"{out / MANIFEST} is damaged: delete it, or choose another --out")
+            raise DigitError(f"{out / MANIFEST} is damaged: delete it and run again, or choose another --out")
 
     def read(self, name: str) -> Any:
         """Loads encoder, codebook or VQGAN of the folder, or returns None."""
@@ -146,8 +146,8 @@ class Conversion:
     def _encoder(self, carriers: list[LoadedFairseq]) -> FrozenEncoder | None:
         files, states, family = self.files, [], self.files.encoder_family or "dinov2"  # the encoder in released priors
         if files.encoder:
-            content = read_encoder_file(files.encoder)
-            family = self._family(content)
+            content = read_weights(files.encoder)
+            family = self._family(content, files.encoder)
             states = [SourcedState(files.encoder, convert_vit(content, FORMATS[family], files.encoder))]
             check_tensors(states[0].state, files.encoder)  # load_fairseq has checked its own
         existing = None if files.encoder else self.folder.read("encoder")
@@ -168,16 +168,15 @@ class Conversion:
                 name=encoder_name(family, shape),
                 layer=files.encoder_layer,
                 input_size=self.preprocess.encoder_size,
-                weights=source,
+                weights=str(split_place(source)[0]),  # the set of weights is chosen already
                 position_interpolation=files.position_interpolation,
             )
             self.new["encoder"] = load_vit(cfg, shape, loaded=dict(state))
         return self.new["encoder"]
 
-    def _family(self, content: Any) -> str:
+    def _family(self, content: Any, path: str) -> str:
         """The release format of --encoder, by its tensors' names; --encoder_family must not contradict them."""
-        path, requested = self.files.encoder, self.files.encoder_family
-        guessed = guess_family(content) if isinstance(content, Mapping) else None
+        requested, guessed = self.files.encoder_family, guess_family(content, path)
         if requested is None and guessed is None:
             choice = f"give --encoder_family, one of {', '.join(FORMATS)}"
             raise DigitError(f"{path} does not tell its encoder family: {choice}")
@@ -209,7 +208,7 @@ class Conversion:
     def _vqgan(self, carriers: list[LoadedFairseq]) -> VQTokenizer | None:
         states, existing = [], None if self.files.vqgan else self.folder.read("vqgan")
         if path := self.files.vqgan:
-            states.append(SourcedState(path, find_state(read_torch(path), path)))
+            states.append(SourcedState(path, find_state(read_weights(path), path)))
         elif existing is not None:
             states.append(SourcedState(str(self.folder.out), existing.vqgan.state_dict()))
         states += [SourcedState(file.source, file.vqgan) for file in carriers if file.vqgan]
@@ -344,11 +343,6 @@ def known_heads(family: str, state: Mapping[str, Tensor]) -> int | None:
     shape = infer_shape(state, family, 1)
     alike = [size for name, size in SIZES.items() if name.startswith(f"{family}_") and sized(size) == sized(shape)]
     return alike[0].num_heads if alike else None
-
-
-def sized(shape: ViTConfig) -> ViTConfig:
-    """The shape without the fields that a state dict does not show."""
-    return replace(shape, num_heads=1, position_offset=0.1, position_antialias=False)
 
 
 def encoder_name(family: str, shape: ViTConfig) -> str:

@@ -33,7 +33,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.layout import FORMAT, RESULTS, require_format
+from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
@@ -175,8 +175,7 @@ class Run:
 
     def _is_done(self, stage: str) -> bool:
         """Whether the stage's result is there; rank 0 looks, since a shared file system may show a file late."""
-        result = self._folder(stage) / RESULTS.get(stage, "model.json")
-        return distributed.on_main(result.exists)
+        return distributed.on_main(lambda: is_done(self._folder(stage), stage))
 
     def fit_codebook(self) -> Quantizer:
         """Stage codebook: fit the quantizer, or read it where it is done."""

@@ -9,6 +9,13 @@ FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it no
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 
 
+def is_done(folder: Path, stage: str) -> bool:
+    """Whether all files of a stage's result are in its folder; what was damaged and deleted is so made again."""
+    weights = {"codebook": ["codebook.safetensors"], "vqgan": ["vqgan.safetensors"], "tokens": []}
+    others = weights.get(stage, ["model.safetensors", "tokens.json"])
+    return all((folder / name).is_file() for name in (RESULTS.get(stage, "model.json"), *others))
+
+
 def require_format(cfg: Any, path: Path) -> None:
     """Raise DigitError where another version of digit made the run folder that `path`, its config.json, is in."""
     found = cfg.get("format", 1) if isinstance(cfg, dict) else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.layout import RESULTS, require_format
+from digit.runs.layout import is_done, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import read_json
@@ -39,7 +39,7 @@ def describe_run(folder: str | Path) -> str:
 def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     """At most one line: done, how far, or nothing where it was not begun."""
     place = folder / stage
-    if (place / RESULTS.get(stage, "model.json")).is_file():
+    if is_done(place, stage):
         yield f"done{metrics_of(place)}"
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"

@@ -8,6 +8,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, cast
 
 from digit.errors import DigitError
+from digit.runtime.files import MAKE_AGAIN
 
 T = TypeVar("T")
 MAX_INTEGER = 2**63 - 1  # the largest int64: tensors and NumPy hold no larger integer
@@ -57,7 +58,7 @@ def _checked(kind: Any, value: Any, source: str) -> Any:
     elif kind is Any or _is_plain(origin or kind, value):
         return float(value) if kind is float else value
     name = getattr(kind, "__name__", None) if origin is None else str(kind).replace("typing.", "")
-    raise DigitError(f"{source} is {_shown(value)}, wanted {name or kind}: the file is damaged, make it again")
+    raise DigitError(f"{source} is {_shown(value)}, wanted {name or kind}: the file is damaged, {MAKE_AGAIN}")
 
 
 def _is_plain(kind: type, value: Any) -> bool:

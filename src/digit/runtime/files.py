@@ -28,6 +28,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
+MAKE_AGAIN = "delete it and run the command again that makes it"
 REFUSALS = (
     errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP
 )  # fmt: skip
@@ -56,11 +57,14 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise DigitError(
                 f"disk full while writing {path}: free some space and run again, the work continues"
             ) from error
+        elsewhere = "choose another --out"
+        if Path(path).is_relative_to(cache_folder()):
+            elsewhere = "set DIGIT_CACHE to another folder"
         if error.errno in FIXED_OUTSIDE:
-            hint = f"{FIXED_OUTSIDE[error.errno]} and run again, the work continues, or choose another --out"
+            hint = f"{FIXED_OUTSIDE[error.errno]} and run again, the work continues, or {elsewhere}"
             raise DigitError(f"cannot write {path}: {error.strerror}; {hint}") from error
         if error.errno in REFUSALS:
-            raise DigitError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+            raise DigitError(f"cannot write {path}: {error.strerror}; {elsewhere}") from error
         raise
 
 
@@ -187,7 +191,7 @@ def read_json(path: str | Path) -> Any:
     except FileNotFoundError as error:
         raise DigitError(f"no such file: {path}") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise DigitError(f"cannot read {path} as JSON ({error}): delete it and make it again") from error
+        raise DigitError(f"cannot read {path} as JSON ({error}): {MAKE_AGAIN}") from error
 
 
 def save_npy(path: str | Path, array: "np.ndarray") -> None:
@@ -281,9 +285,9 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
             raise ValueError("not a regular file")
         return load_file(path)
     except FileNotFoundError as error:
-        raise DigitError(f"no such file: {path}") from error
+        raise DigitError(f"no such file: {path}; run the command again that makes it") from error
     except (SafetensorError, ValueError, OSError, KeyError, AttributeError, RuntimeError) as error:
-        raise DigitError(f"{path} is no readable safetensors file ({error}): delete it and make it again") from error
+        raise DigitError(f"{path} is no readable safetensors file ({error}): {MAKE_AGAIN}") from error
 
 
 def sha256_file(path: str | Path) -> str:

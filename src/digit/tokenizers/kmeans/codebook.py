@@ -14,7 +14,7 @@ from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 from digit.runtime import distributed
-from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import nearest
@@ -112,15 +112,15 @@ class Codebook:
         meta = read_json(folder / "codebook.json")
         tensors = load_tensors(folder / "codebook.safetensors")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT or "centroids" not in tensors:
-            raise DigitError(f"{folder} holds no codebook of format {FORMAT}: make it again (digit codebook ...)")
+            raise DigitError(f"{folder / 'codebook.json'} is not of a codebook of format {FORMAT}: {MAKE_AGAIN}")
         if not isinstance(meta.get("encoder", {}), dict) or not tensors["centroids"].is_floating_point():
-            raise DigitError(f"{folder} is damaged (encoder or centroids): make it again (digit codebook ...)")
+            raise DigitError(f"{folder / 'codebook.json'} is damaged (encoder or centroids): {MAKE_AGAIN}")
         about = {key: value for key, value in meta.items() if key not in ("format", "quantizer", "fingerprint")}
         codebook = cls(tensors["centroids"].clone(), about)
         if meta.get("fingerprint") != codebook.fingerprint:
             raise MismatchError(
-                f"{folder}: codebook.json says fingerprint {str(meta.get('fingerprint'))[:12]}, the centroids give "
-                f"{codebook.fingerprint[:12]}: the files are of two fits; make the folder again (digit codebook ...)"
+                f"{folder / 'codebook.json'} says fingerprint {str(meta.get('fingerprint'))[:12]}, the centroids give "
+                f"{codebook.fingerprint[:12]}: the files are of two fits; {MAKE_AGAIN}"
             )
         return codebook
 
@@ -135,7 +135,9 @@ class Codebook:
             raise DigitError(f"{path} is no plain .npy ({error}): wanted floats of shape (codes, features)") from error
         if not isinstance(centroids, np.ndarray) or centroids.ndim != 2 or centroids.dtype.kind != "f":
             got = f"{centroids.dtype} {centroids.shape}" if isinstance(centroids, np.ndarray) else "an archive"
-            raise DigitError(f"{path} holds {got}, wanted floats of shape (codes, features)")
+            raise DigitError(
+                f"{path} holds {got}, wanted floats of shape (codes, features): give the centroids as .npy"
+            )
         return cls(torch.from_numpy(centroids.astype(np.float32)), {"released_file": Path(path).name} | (meta or {}))
 
 
