@@ -119,7 +119,8 @@ def evaluate(
     cfg = cfg or EvaluateConfig()
     sample_images = open_images(samples, cfg.num)
     real_images, statistics = open_reference(reference, cfg.num_reference)
-    sizes = fitted_sizes(sample_images, real_images, cfg)
+    side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
+    sizes = fitted_sizes(sample_images, real_images, cfg, side)
     network = network or cfg.load_network(device)
     sides = [
         Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
@@ -163,9 +164,14 @@ def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Stat
     return open_images(spec, num), statistics
 
 
-def fitted_sizes(samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig) -> tuple[int | None, int | None]:
-    """Side to which each set is resized and cropped; None for a set that stays unchanged."""
-    own, other = samples.survey.side, None if reference is None else reference.survey.side
+def fitted_sizes(
+    samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig, reference_side: int | None = None
+) -> tuple[int | None, int | None]:
+    """Side to which each set is resized and cropped; None for a set that stays unchanged.
+
+    reference_side: that of images behind statistics, in pixels.
+    """
+    own, other = samples.survey.side, reference_side if reference is None else reference.survey.side
     target = cfg.image_size or own or other or PROTOCOLS[cfg.protocol].fallback_size
     requested = cfg.image_size is not None
     first, second = (target if side is None or (requested and side != target) else None for side in (own, other))
@@ -267,6 +273,8 @@ def describe_side(side: Side) -> dict[str, Any]:
         moments = side.statistics
         sha256 = digest([moments.mu.tobytes()])
         about["statistics"] = {"num": moments.num, "features": len(moments.mu), "sha256": sha256}
+        if side.images is None and moments.traits is not None:
+            about["statistics"] |= {"image_size": side.pixels, "formats": dict(moments.traits.kinds)}
     return about
 
 
@@ -290,7 +298,8 @@ def statistics_npz(
 ) -> Statistics:
     """Save a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
 
-    The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
+    It also holds what the warnings of `evaluate` need to know of the images: `Traits`, and a hash of each image's
+    pixels. The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
     and of other programs that read mu and sigma. cfg is as for `evaluate`, with
     `num_reference` as the number of images. All ranks call it together.
     """
@@ -303,7 +312,10 @@ def statistics_npz(
     def save() -> Statistics:
         assert features is not None  # on rank 0
         pooled, spatial = FeatureStats.of(features.pooled), features.spatial
-        moments = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
+        moments = Statistics(
+            pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network),
+            Side("reference", chosen, size, features).traits, features.digests.numpy(),
+        )  # fmt: skip
         moments.save(path)
         return moments
 
@@ -315,7 +327,7 @@ def to_table(result: dict[str, Any]) -> str:
     protocol, samples, reference = result["protocol"], result["samples"], result["reference"]
     has_statistics = bool(reference.get("statistics"))
     against = f"{reference['num']} images of {reference['name']}" if "name" in reference else ""
-    against += f"{' and ' if against and has_statistics else ''}{'saved statistics' if has_statistics else ''}"
+    against += f"{' and ' if against and has_statistics else ''}{_saved(reference) if has_statistics else ''}"
     lines = [
         f"protocol {protocol['name']}, network {protocol['network']['network']}; "
         f"{samples['num']} samples of {samples['name']} against {against}",
@@ -327,6 +339,11 @@ def to_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {_short(metric['value'])} | {_spread(metric)} |")
     lines += [f"| {name} | – | {reason} |" for name, reason in result["left_out"].items()]
     return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
+
+
+def _saved(reference: dict[str, Any]) -> str:
+    num = reference["statistics"]["num"]
+    return f"saved statistics of {'an unknown number of' if num is None else num} images"
 
 
 def _spread(metric: dict[str, float]) -> str:
