@@ -201,7 +201,10 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)
     distance = network.metric("fd")
     best = result["best"][distance]
-    say(f"lowest {distance}: {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] with {best['sampling']}")
+    ends = f"no interval: {best['missing']}" if "missing" in best else f"{best['low']:.4g}, {best['high']:.4g}"
+    say(f"lowest {distance}: {best['value']:.4g} [{ends}] with {best['sampling']}")
+    for text in result["warnings"]:
+        say(f"warning: {text}")
     say(f"plots and metrics: {args.out}")
 
 

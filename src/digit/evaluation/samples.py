@@ -25,7 +25,7 @@ from digit.evaluation.protocols import PROTOCOLS, ProtocolName
 from digit.evaluation.traps import Side, find_traps
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_interval
-from digit.metrics.intervals import proportion_interval
+from digit.metrics.intervals import Interval, proportion_interval
 from digit.metrics.judge import JudgeNetwork
 from digit.metrics.scores import inception_score, kernel_distance, precision_recall
 from digit.runtime import distributed
@@ -187,10 +187,13 @@ def _features(
 
 def scores(
     samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names.
+
+    An interval or deviation that cannot be had is None, and "missing" says why.
+    """
     fake, real, moments = samples.features, reference.features, reference.statistics
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     assert fake is not None and not (real is None and moments is None)  # `evaluate` opens images or statistics
     if moments is not None:
@@ -204,7 +207,8 @@ def scores(
     if len(fake) < cfg.num_splits:
         left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
     else:
-        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed))
+        reason = "one split has no deviation" if cfg.num_splits == 1 else ""
+        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed), reason)
     if moments is not None:
         mean, cov = moments.mu_s, moments.sigma_s
     else:
@@ -214,12 +218,15 @@ def scores(
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
         assert cov is not None  # statistics hold mu_s and sigma_s together
-        metrics["sfd"] = {"value": frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)}
+        value = frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)
+        metrics["sfd"] = Interval.without(value, "of spatial features only mean and covariance are kept").to_dict()
     if real is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
     else:
         subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets))
+        whole = cfg.kernel_subset_size >= max(len(fake), len(real)) and len(fake) == len(real)
+        reason = "every subset is the whole set" if whole else "one subset" if cfg.kernel_subsets == 1 else ""
+        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets), reason)
         if min(len(fake), len(real)) <= cfg.num_neighbours:
             left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
         else:
@@ -230,8 +237,10 @@ def scores(
     return named, {network.metric(name): reason for name, reason in left_out.items()}
 
 
-def _with_std(pair: tuple[float, float]) -> dict[str, float]:
-    return dict(zip(("value", "std"), pair, strict=True))
+def _with_std(pair: tuple[float, float], missing: str) -> dict[str, Any]:
+    """A value and its deviation, or why there is none."""
+    value, std = pair
+    return {"value": value, "std": None, "missing": missing} if missing else {"value": value, "std": std}
 
 
 def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -346,10 +355,10 @@ def _saved(reference: dict[str, Any]) -> str:
     return f"saved statistics of {'an unknown number of' if num is None else num} images"
 
 
-def _spread(metric: dict[str, float]) -> str:
-    if "low" in metric:
-        return f"{_short(metric['low'])} to {_short(metric['high'])}"
-    return f"± {_short(metric['std'])}" if "std" in metric else ""
+def _spread(metric: dict[str, Any]) -> str:
+    if "missing" in metric:
+        return f"– ({metric['missing']})"
+    return f"{_short(metric['low'])} to {_short(metric['high'])}" if "low" in metric else f"± {_short(metric['std'])}"
 
 
 def _short(value: float) -> str:

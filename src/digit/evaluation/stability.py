@@ -102,11 +102,13 @@ def to_table(result: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"± half the {100 * protocol['confidence']:g} % interval over {protocol['num_images']} images"
     return "\n".join(lines) + (
-        f"\n\n{note} ({protocol['images']}). The paper used DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
+        f"\n\n{note} ({protocol['images']}), – where all have one value. The paper used DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
         "which cosine it reports.\n"
     )
 
 
 def with_half_width(interval: Mapping[str, float]) -> str:
-    """{"value": 0.114, "low": 0.11, "high": 0.118} -> "0.114 ±0.004"."""
+    """{"value": 0.114, "low": 0.11, "high": 0.118} -> "0.114 ±0.004"; "0.114 –" where all images have one value."""
+    if interval["high"] == interval["low"]:
+        return f"{interval['value']:.3f} –"
     return f"{interval['value']:.3f} ±{(interval['high'] - interval['low']) / 2:.3f}"

@@ -238,13 +238,14 @@ class Study:
         """The test images, judged."""
         return self.judged("test", lambda: self.test_images)
 
-    def scores(self, judged: Judged) -> dict[str, float]:
+    def scores(self, judged: Judged) -> dict[str, float | None]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
-        mean, deviation = inception_score(judged.logits, splits_of(len(judged)))
+        num_splits = splits_of(len(judged))
+        mean, deviation = inception_score(judged.logits, num_splits)
         return {
             self.network.metric("fd"): fd(judged.pooled, self.reference.pooled),
             self.network.metric("is"): mean,
-            self.network.metric("is") + "_std": deviation,
+            self.network.metric("is") + "_std": deviation if num_splits > 1 else None,  # one split has no deviation
             "images": len(judged.pooled),
         }
 

@@ -312,9 +312,11 @@ def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def shown(interval: dict[str, float] | None, digits: int = 4, missing: str = "") -> str:
-    """`123.4 [120.1, 126.7]`, or `missing` for None."""
+def shown(interval: dict[str, Any] | None, digits: int = 4, missing: str = "") -> str:
+    """`123.4 [120.1, 126.7]`, `123.4 [–]` where no interval can be had, or `missing` for None."""
     if interval is None:
         return missing
+    if "missing" in interval:
+        return f"{interval['value']:.{digits}g} [–]"
     value, low, high = (f"{interval[end]:.{digits}g}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
