@@ -19,8 +19,6 @@ from digit.cli.arguments import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from digit.data.images import ImageSource
-
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -131,7 +129,11 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.metrics.probe import ProbeConfig
 
     parser.add_argument("data", help=DATA_HELP + "; labelled, to train the classifiers")
-    parser.add_argument("--test", default=None, help="labelled test images (default: every fifth image of DATA)")
+    parser.add_argument(
+        "--test",
+        default=None,
+        help="labelled test images (default: DATA's test or validation split, and without one every fifth image)",
+    )
     parser.add_argument("--test_split", default=None, help="split of DATA, or of --test, to test on")
     add_pipeline_arguments(parser, "probe.json and probe.png")
     parser.add_argument(
@@ -143,29 +145,18 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, ProbeConfig)
     args = parse(parser, argv)
     from digit.evaluation import probe
+    from digit.evaluation.splits import probe_splits
     from digit.pipeline.pipeline import vq_only_baseline
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
-    train, test = labelled_splits(args)
+    train, test, where = probe_splits(args.data, args.split, args.test, args.test_split)
     pipe = load_pipeline(args)
     baseline = vq_only_baseline(args.source, pipe)
     pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
-    kwargs = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
+    kwargs: dict[str, Any] = dict(out=args.out, num_train=args.num_train, num_test=args.num_test, tested_on=where)
     say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **kwargs)))
-    if args.test is None and args.test_split is None:
-        say(f"Tested on every fifth image of {args.data}; a pipeline fitted on {args.data} has seen them, unlabelled.")
     say(f"plot and metrics: {args.out}")
-
-
-def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
-    """(train, test) as requested; every fifth image where no test set is named."""
-    from digit.data.images import hold_out, open_source
-
-    if args.test is None and args.test_split is None:
-        return hold_out(open_source(args.data, split=args.split))
-    test = open_source(args.test or args.data, split=args.test_split)
-    return open_source(args.data, split=args.split), test
 
 
 @command(

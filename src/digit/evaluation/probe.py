@@ -24,6 +24,7 @@ from digit.errors import DigitError
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.paper import FIG4A, TABLE2
 from digit.evaluation.sharing import rows_to_main
+from digit.evaluation.splits import labelled
 from digit.metrics.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
 from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
@@ -156,7 +157,7 @@ def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -
 def run_probe(
     pipes: DigitPipeline | Mapping[str, DigitPipeline], train: ImageSource, test: ImageSource,
     cfg: ProbeConfig | None = None, *, out: str | Path, num_train: int | None = None, num_test: int | None = None,
-    batch_size: int = 64, precision: Precision = "fp32",
+    batch_size: int = 64, precision: Precision = "fp32", tested_on: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Probe the models of pipelines, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
 
@@ -167,6 +168,9 @@ def run_probe(
             several pipelines share is probed once.
         train, test: labelled sources; the test images get the class numbers of the training source.
         num_train, num_test: maximum numbers of images, spread evenly.
+        tested_on: where the test images come from, for the results (`splits.probe_splits` says it).
+
+    Raises DigitError where no test image has a class that the training images have.
     """
     named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
     if not named:
@@ -174,6 +178,11 @@ def run_probe(
     test = test.with_classes(train.classes)
     all_labels = test.labels()
     num_unknown = 0 if all_labels is None else int((all_labels < 0).sum())
+    if num_unknown == len(test) and labelled(train):
+        raise DigitError(
+            f"no image of {test.name} has a class of {train.name} ({', '.join(train.classes[:5])}, ...): give a test "
+            "set with the same names of classes"
+        )
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
     settings: dict[str, Any] = dict(batch_size=batch_size, precision=precision)
@@ -192,6 +201,8 @@ def run_probe(
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
             notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
+    if tested_on is not None:
+        about["tested_on"] = tested_on
     if num_unknown:
         about["left_out"] = f"{num_unknown} of {len(test)} test images have no class that the training images have"
     return distributed.on_main(
@@ -266,7 +277,8 @@ def to_table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
     lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
     lines += [f"| *paper: encoder {name}* | | {metrics[-1]} | |" for name, metrics in FIG4A.items() if metrics[-1]]
-    notes = [f"{protocol['left_out']}."] if "left_out" in protocol else []
+    notes = [f"Tested on {protocol['tested_on']}."] if "tested_on" in protocol else []
+    notes += [f"{protocol['left_out']}."] if "left_out" in protocol else []
     notes += [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
     return "\n".join(lines) + (
         f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "
