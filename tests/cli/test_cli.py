@@ -247,7 +247,9 @@ def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_p
     command = ["sample", "--from", str(run_folder), "--out", str(tmp_path), "--num"]
     assert main([*command, "2"]) == 0 and main([*command, "2"]) == 0
     assert "num = 2, now asked for 1, which is fewer: give --num 2 or more, or" in fails(capsys, *command, "1")
-    assert "was made with seed = 0, now asked for 7: choose another --out" in fails(capsys, *command, "3", "--seed", "7")
+    assert "was made with seed = 0, now asked for 7: choose another --out" in fails(
+        capsys, *command, "3", "--seed", "7"
+    )
     assert main([*command, "3"]) == 0 and (tmp_path / "00002.png").is_file()
 
 

@@ -393,7 +393,8 @@ def test_validation_rows_warn_of_few_images_again_from_the_cache(cfg):
     results = [validation_rows(pipe, pictures(10, size=24), 40, network, cfg) for _ in range(2)]
     assert network.seen == 30 and results[0]["warnings"] == results[1]["warnings"]
     for row in (VQ_ROW, DIGIT_ROW):
-        assert f"{row}: 10 samples for 12 features: the covariance is singular and the distance far too high" in (
-            results[1]["warnings"]
+        assert (
+            f"{row}: 10 samples for 12 features: the covariance is singular and the distance far too high"
+            in (results[1]["warnings"])
         )
     assert any("40 images of tensor were asked for, and it holds 10" in line for line in results[0]["warnings"])

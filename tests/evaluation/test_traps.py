@@ -203,7 +203,10 @@ REFERENCES = {
     "cmyk": (lambda folder: converted_folder(folder, "CMYK"), "20 of 20 reference images have CMYK"),
     "mixed sizes": (mixed_folder, "reference images come in 2 sizes, most often 16x16"),
     "wide": (lambda folder: save_folder(folder, pictures(20, seed=1)[:, :, :12]), "reference images are 16x12"),
-    "repeats": (lambda folder: save_folder(folder, pictures(1).repeat(20, 1, 1, 1)), "19 of 20 reference images repeat"),
+    "repeats": (
+        lambda folder: save_folder(folder, pictures(1).repeat(20, 1, 1, 1)),
+        "19 of 20 reference images repeat",
+    ),
     "copies": (lambda folder: save_folder(folder, pictures(40)[:20]), "20 of 40 samples are reference images"),
     "classes": (classes_folder, "labels of the samples are unbalanced against the shares of the reference"),
 }
@@ -231,7 +234,9 @@ def test_statistics_that_do_not_tell_say_so_in_one_line(cfg, tmp_path):
     assert not warned(run(pictures(20), tmp_path / "new.npz", cfg), "do not tell")
     result = run(pictures(20), tmp_path / "older.npz", cfg)
     assert warned(result, "do not tell sizes, formats, colours, classes and repeats of their images")
-    assert warned(result, "40 reference images: below 10,000") and warned(result, "20 samples against 40 reference images")
+    assert warned(result, "40 reference images: below 10,000") and warned(
+        result, "20 samples against 40 reference images"
+    )
     result = run(pictures(20), tmp_path / "foreign.npz", cfg)
     assert len(warned(result, "do not tell the number, sizes, formats")) == 1
     assert not warned(result, "has rank")
@@ -282,7 +287,9 @@ def test_both_sets_are_to_have_the_smaller_size(cfg):
 def test_numbers_are_compared_in_one_way(cfg):
     result = run(pictures(20), pictures(40, seed=1), cfg)
     assert not warned(result, "equal numbers") and len(warned(result, "the same two numbers only")) == 1
-    assert not warned(run(pictures(12), pictures(12, seed=1), cfg), "two numbers"), "a singular one compares with nothing"
+    assert not warned(run(pictures(12), pictures(12, seed=1), cfg), "two numbers"), (
+        "a singular one compares with nothing"
+    )
 
 
 def test_the_remedy_for_labels_is_the_share_that_they_are_compared_with(cfg, tmp_path):

@@ -15,7 +15,6 @@ from digit.errors import DigitError, Stopped
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import checkpoint, parallel, peak
 from digit.training import compile as compile_module
-from digit.training import sequence as sequence_module
 from digit.training.checkpoint import list_checkpoints
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import RunLog, read_log

@@ -19,6 +19,7 @@ from digit.cli.arguments import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -62,7 +63,7 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("images", help=IMAGES_HELP)
-    add_config(parser, EvaluateConfig)
+    parser.add_class_arguments(EvaluateConfig, as_group=True, skip=set(UNUSED_BY_STATISTICS))
     parser.add_argument("--out", required=True, help=".npz file for the statistics")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
@@ -70,6 +71,9 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runtime.files import check_writable
 
     check_writable(args.out)
+    defaults = EvaluateConfig()
+    for name in UNUSED_BY_STATISTICS:
+        setattr(args, name, getattr(defaults, name))
     statistics_npz(args.images, args.out, read_config(args, EvaluateConfig), args.device)
     say(f"statistics in {args.out}")
 
@@ -91,11 +95,12 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
 
     It also reports how much of each codebook is used.
     """
+    from digit.evaluation.stability import NUM_IMAGES
     from digit.metrics.stability import StabilityConfig
 
     parser.add_argument("data", help=DATA_HELP)
     add_pipeline_arguments(parser, "stability.json and stability.png")
-    parser.add_argument("--num", type=int, default=1000, help="images, spread evenly over the data")
+    parser.add_argument("--num", type=int, default=NUM_IMAGES, help="images, spread evenly over the data")
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
     from digit.data.images import open_source
@@ -170,8 +175,13 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
 
     parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
     add_pipeline_arguments(parser, "sweep.json, sweep.png and the cache that makes it resumable")
-    parser.add_argument("--num", type=int, default=1000, help="samples per setting")
-    parser.add_argument("--num_reference", type=int, default=10_000, help="real images, spread evenly")
+    parser.add_argument("--num", type=int, default=sweep.NUM_SAMPLES, help="samples per setting")
+    parser.add_argument(
+        "--num_reference",
+        type=int,
+        default=10_000,
+        help="real images, spread evenly (digit evaluate takes all: compare distances of equal numbers only)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; the same for every setting")
     parser.add_argument(
         "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"

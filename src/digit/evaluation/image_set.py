@@ -159,7 +159,10 @@ def _remarks(source: ImageSource, about: dict[str, Any], num: int | None) -> Ite
         yield f"{num} images of {source.name} were asked for, and it holds {len(source)}"
     listed = about.get("labels")
     if isinstance(listed, list) and len(listed) != len(source):
-        yield f"{SAMPLES} in {source.name} lists {len(listed)} images, and the folder holds {len(source)}: their classes are unknown"
+        yield (
+            f"{SAMPLES} in {source.name} lists {len(listed)} images, and the folder holds {len(source)}: their classes "
+            "are unknown"
+        )
 
 
 def _open(spec: Images) -> ImageSource:

@@ -29,7 +29,9 @@ def read_npz_images(path: str | Path) -> np.ndarray:
             shape, fortran, dtype = _npy_header(file)
             header = file.tell()
         if others := [name for name in names if name != "arr_0" and _is_images(archive, f"{name}.npy")]:
-            raise DigitError(f"{path} holds images in arr_0 and {', '.join(others)}: save each set in a file of its own")
+            raise DigitError(
+                f"{path} holds images in arr_0 and {', '.join(others)}: save each set in a file of its own"
+            )
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise DigitError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
         if entry.file_size != header + math.prod(shape):
@@ -163,7 +165,5 @@ def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray
     if not (np.isfinite(m).all() and np.isfinite(s).all()):
         raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: {AGAIN}")
     if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6 * abs(s).max()) or (np.diag(s) < 0).any():
-        raise DigitError(
-            f"{path}: {cov} is no covariance (symmetric, no negative variance): {AGAIN}"
-        )
+        raise DigitError(f"{path}: {cov} is no covariance (symmetric, no negative variance): {AGAIN}")
     return m.astype(np.float64), s.astype(np.float64)

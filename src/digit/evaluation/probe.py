@@ -134,7 +134,8 @@ def collect(
     if not sum(distributed.gather(num_read)):
         raise DigitError(f"{source.name} holds no image that can be read")
     if not distributed.any_rank(LABELS in features):
-        raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
+        classes = f" of the classes {', '.join(source.classes[:5])}" if source.classes else ""
+        raise DigitError(f"{source.name} has no labels{classes}: a linear probe needs a class for each image")
     labels = features.pop(LABELS, torch.zeros(0, dtype=torch.int64))
     return features, labels
 
@@ -203,8 +204,16 @@ def run_probe(
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
     if tested_on is not None:
         about["tested_on"] = tested_on
-    if num_unknown:
-        about["left_out"] = f"{num_unknown} of {len(test)} test images have no class that the training images have"
+    left_out = [
+        f"{len(chosen) - len(found)} of {len(chosen)} {noun} images have no class of the training images, or are broken"
+        for noun, chosen, found in (
+            ("training", train.limit(num_train), labels),
+            ("test", test.limit(num_test), test_labels),
+        )
+        if len(found) < len(chosen)
+    ]  # on rank 0, which has the labels of all
+    if left_out:
+        about["left_out"] = "; ".join(left_out)
     return distributed.on_main(
         lambda: probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
     )

@@ -54,7 +54,8 @@ class EvaluateConfig:
     """Resize the short side of both sets to IMAGE_SIZE pixels (PIL bicubic) and crop the centre. By default sets of one
     square size stay unchanged and others are resized to the samples' size."""
     num_splits: int = 10
-    """Number of splits of the Inception Score."""
+    """Number of splits of the Inception Score: 10, as of published scores. `digit sweep` and `digit reproduce` take
+    fewer where a split would hold less than 500 samples."""
     num_neighbours: int = 3
     """Neighbours k of precision and recall."""
     kernel_subsets: int = 100
@@ -308,9 +309,9 @@ def statistics_npz(
     """Save a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
 
     It also holds what the warnings of `evaluate` need to know of the images: `Traits`, and a hash of each image's
-    pixels. The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
-    and of other programs that read mu and sigma. cfg is as for `evaluate`, with
-    `num_reference` as the number of images. All ranks call it together.
+    pixels. The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need
+    images) and of other programs that read mu and sigma. cfg is as for `evaluate`, with `num_reference` as the number
+    of images. All ranks call it together.
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference)

@@ -28,6 +28,7 @@ from digit.sampling.config import SamplingConfig, StageSampling
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off
+NUM_SAMPLES = 1000  # per setting by default, also of `digit sweep`
 DECODE_BATCH = 256  # images in memory at a time
 ONE_SPLIT = "one split has no deviation"
 
@@ -64,7 +65,7 @@ def run_sweep(
     cfg: SweepConfig,
     out: str | Path,
     *,
-    num: int = 1000,
+    num: int = NUM_SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Sample and score every setting; write sweep.json, sweep.png and, for a joint sweep, joint.png into `out`.

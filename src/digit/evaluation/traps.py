@@ -178,7 +178,9 @@ def count_traps(num_samples: int | None, num_reference: int | None, dim: int) ->
     warnings, few = [], False
     for noun, count in known.items():
         if count <= dim:
-            warnings.append(f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high")
+            warnings.append(
+                f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high"
+            )
         elif count < FEW:
             few = True
             warnings.append(f"{count} {noun}: below {FEW:,} images the distance is too high")

@@ -45,8 +45,8 @@ def validation_rows(
         num: number of images to use, spread evenly if they are sorted by class; all by default.
         network, cfg, out, device: as for `evaluate`; cfg.seed is the seed of the first rendered image.
 
-    Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "warnings", "rounding", "versions"}. The features of
-    rendered images are cached, 1,000 images at a time.
+    Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "warnings", "rounding", "versions"}. The features
+    of rendered images are cached, 1,000 images at a time.
     """
     pipe.require("vq")
     cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size)

@@ -159,7 +159,7 @@ def prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
 
 
 def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | None:
-    """(path, value) of the checkpoint with the lowest validation metric, up to a step; None if none has a finite one."""
+    """(path, value) of the checkpoint with the lowest finite validation metric, up to a step; None for none."""
     scored = []
     for step, path in list_checkpoints(folder):
         if up_to is not None and step > up_to:

@@ -156,8 +156,8 @@ class RunLog:
     def write(self, images_per_step: int) -> None:
         """Write one line: the mean of each metric since the last line, over steps and ranks, and the speed.
 
-        Speed: images_per_second; mfu, its share of the hardware's peak, if that is known and no less; data_wait, the fraction of
-        the time spent waiting for batches; seconds since step 0. `lr` is the last one, not the mean.
+        Speed: images_per_second; mfu, its share of the hardware's peak, if that is known and no less; data_wait, the
+        fraction of the time spent waiting for batches; seconds since step 0. `lr` is the last one, not the mean.
         """
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)

@@ -21,7 +21,6 @@ from digit.training.faults import NotFiniteError, dump_crash
 from digit.training.log import Metrics, RunLog, last_metrics
 from digit.training.peak import PeakSpeed
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -98,10 +97,10 @@ def train(
     `update` does all of one step (learning rate, forward and backward, clipping, optimizer, EMA) as a function of
     `step` alone. It returns metrics: floats or 0-d tensors, which the loop does not wait for. The metric `data_seconds`
     is the time that the step waited for data. `validate(step)` runs before each regular save, and its metrics are
-    logged; one that is NaN or Inf is warned of and left out. `about` (JSON) identifies the run beside `cfg`: it is kept in config.json and compared on resume.
-    `batches(step)`, a dict of tensors, is written to the crash dump of a step that fails. With
-    `peak`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the
-    last metrics.
+    logged; one that is NaN or Inf is warned of and left out. `about` (JSON) identifies the run beside `cfg`: it is kept
+    in config.json and compared on resume. `batches(step)`, a dict of tensors, is written to the crash dump of a step
+    that fails. With `peak`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the last
+    metrics.
 
     Raises Stopped after SIGINT or SIGTERM, once the step is finished and saved (on every rank if any rank got the
     signal); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf metric (naming step and

@@ -236,9 +236,7 @@ def train_sequence_model(
 
     peak = None
     if flops_per_image is not None:
-        peak = PeakSpeed(
-            device=update.device, flops_per_image=flops_per_image, num_devices=distributed.world_size()
-        )
+        peak = PeakSpeed(device=update.device, flops_per_image=flops_per_image, num_devices=distributed.world_size())
         peak_flops(update.device)  # measured before the run keeps the machine busy
     metrics = train(
         update, update.state(), cfg, out,
