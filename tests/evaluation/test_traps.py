@@ -10,9 +10,9 @@ from PIL import Image
 from toy_measure import SIZE, FakeNetwork, pictures, run, sample_folder, save_folder, warned
 
 from digit.errors import DigitError
-from digit.evaluation import traps
 from digit.evaluation.image_set import open_images
 from digit.evaluation.samples import EvaluateConfig, statistics_npz
+from digit.metrics import frechet
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def cfg(tmp_path):
 
 
 def test_a_clean_comparison_warns_of_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(traps, "FEW", 30)
+    monkeypatch.setattr(frechet, "FEW", 30)
     cfg = EvaluateConfig(protocol="clean", cache=str(tmp_path / "cache"))
     assert run(pictures(40), pictures(40, seed=1), cfg)["warnings"] == []
 

@@ -16,8 +16,7 @@ from digit.errors import DigitError
 from digit.evaluation.cache import pipeline_key, remember, request_key
 from digit.evaluation.curves import plotted
 from digit.evaluation.features import fingerprint
-from digit.evaluation.traps import count_traps
-from digit.metrics.frechet import FeatureStats
+from digit.metrics.frechet import FeatureStats, count_warnings
 from digit.metrics.influence import frechet_interval
 from digit.metrics.judge import JudgeNetwork, collect_judged
 from digit.metrics.scores import inception_score, splits_of
@@ -99,7 +98,7 @@ def run_sweep(
         "joint": joint(sweep, cfg) if cfg.joint and "prior" in stages else None,
     }
     result["best"] = best(result)
-    result["warnings"] = count_traps(num, reference.count, reference.dim)
+    result["warnings"] = count_warnings(num, reference.count, reference.dim)
     result = plain(result)
     write_json(out / "sweep.json", result)
     plot_sweeps(out / "sweep.png", result, sweep.vocab_sizes)

@@ -13,9 +13,9 @@ from digit.evaluation.image_set import ImageSet
 from digit.evaluation.npz import Statistics
 from digit.evaluation.protocols import Protocol
 from digit.evaluation.traits import Traits
+from digit.metrics.frechet import count_warnings
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # Pillow's names; WEBP and AVIF nearly always are
-FEW = 10_000  # images below which the upward bias of a Fréchet distance is far from small (Chong & Forsyth 2020)
 MOSTLY_GREY = 0.5
 ALTERED = {  # pixel types, by the first letters of Pillow's names, whose colours are changed on reading
     "16 bits per pixel: 0..65535 was scaled to 0..255": ("I",),
@@ -94,7 +94,7 @@ def find_traps(samples: Side, reference: Side, protocol: Protocol | None = None)
     """
     assert samples.features is not None
     warnings = [*_unknown(reference), *_sizes(samples, reference)]
-    warnings += count_traps(samples.count, reference.count, samples.features.pooled.shape[1])
+    warnings += count_warnings(samples.count, reference.count, samples.features.pooled.shape[1])
     warnings += [*_rank(reference), *_repeats(samples, reference)]
     for side in (samples, reference):
         if side.traits is not None:
@@ -169,25 +169,6 @@ def _sizes(samples: Side, reference: Side) -> Iterator[str]:
 def _mixture(traits: Traits) -> str:
     (width, height, _), *others = traits.sizes
     return f"come in {1 + len(others)} sizes, most often {width}x{height}" if others else f"are {width}x{height}"
-
-
-def count_traps(num_samples: int | None, num_reference: int | None, dim: int) -> list[str]:
-    """Warnings about the numbers of images behind a distance in `dim` features; None is a number that is not known."""
-    counts = {"samples": num_samples, "reference images": num_reference}
-    known = {noun: count for noun, count in counts.items() if count is not None}
-    warnings, few = [], False
-    for noun, count in known.items():
-        if count <= dim:
-            warnings.append(
-                f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high"
-            )
-        elif count < FEW:
-            few = True
-            warnings.append(f"{count} {noun}: below {FEW:,} images the distance is too high")
-    if len(known) == 2 and (few or num_samples != num_reference):
-        both = " against ".join(f"{count} {noun}" for noun, count in known.items())
-        warnings.append(f"{both}: compare with metrics of the same two numbers only")
-    return warnings
 
 
 def _rank(reference: Side) -> Iterator[str]:

@@ -19,7 +19,8 @@ from digit.data.source import digest
 from digit.evaluation.features import Shard, collect, shards
 from digit.evaluation.image_set import Images, open_images
 from digit.evaluation.samples import EvaluateConfig, describe_protocol, describe_side, scores, versions
-from digit.evaluation.traps import Side, count_traps
+from digit.evaluation.traps import Side
+from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JudgeNetwork
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
@@ -89,7 +90,7 @@ def _traps(decoded: Side, real: Side) -> list[str]:
     """Warnings about the numbers and the pixels of the images of a row."""
     assert decoded.features is not None
     remarks = decoded.images.remarks if decoded.images is not None else ()
-    return [*remarks, *count_traps(decoded.count, real.count, decoded.features.pooled.shape[1])]
+    return [*remarks, *count_warnings(decoded.count, real.count, decoded.features.pooled.shape[1])]
 
 
 Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the first) -> uint8 (B, 3, S, S)
