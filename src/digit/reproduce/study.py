@@ -233,7 +233,7 @@ class Study:
         """The test images, judged."""
         return self.judged("test", lambda: self.test_images)
 
-    def scores(self, judged: Judged) -> dict[str, float | None]:
+    def scores(self, judged: Judged) -> dict[str, Any]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
         num_splits = splits_of(len(judged))
         mean, deviation = inception_score(judged.logits, num_splits)
