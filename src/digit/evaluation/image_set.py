@@ -19,7 +19,7 @@ from torch import Tensor
 from digit.data.decode import probe_image
 from digit.data.images import FolderSource, open_source
 from digit.data.preprocess import centre_crop
-from digit.data.source import ImageSource, digest
+from digit.data.source import ImageSource, digest, readable
 from digit.errors import BadImageError, DigitError
 from digit.evaluation.npz import read_npz_images
 from digit.evaluation.sharing import together
@@ -29,9 +29,7 @@ from digit.runtime.files import read_json
 
 PIXELS = "pixels"  # the format of images without a file of their own
 READERS = 4  # threads that read and decode
-FIRST = re.compile(
-    r"0{5,}\.png"
-)  # names in folders of `digit sample` and `digit complete`, whose grid.png is no sample
+FIRST = re.compile(r"0{5,}\.png")  # in folders of `digit sample` and `digit complete`, whose grid.png is no sample
 Images = str | Path | Tensor | ImageSource
 
 
@@ -189,8 +187,9 @@ def _without_grid(source: FolderSource) -> ImageSource:
 
 def _samples_json(source: FolderSource) -> dict[str, Any]:
     """samples.json of a folder of `digit sample`, {} for others. Raises DigitError where sampling is not finished."""
-    if (source.root / JOURNAL).is_file():
-        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again to continue it")
+    for folder in sorted({(source.root / name).parent for name in source.files}):
+        if (folder / JOURNAL).is_file():
+            raise DigitError(f"{readable(folder)} is not finished: run the same `digit sample` again to continue it")
     path = source.root / SAMPLES
     about = read_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}
