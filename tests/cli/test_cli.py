@@ -249,7 +249,11 @@ def test_a_full_disk_is_one_line_and_sampling_continues(capsys, run_folder, tmp_
 def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_path):
     command = ["sample", "--from", str(run_folder), "--out", str(tmp_path), "--num"]
     assert main([*command, "2"]) == 0 and main([*command, "2"]) == 0
-    assert "was made with num = 2, now asked for 3: choose another --out" in fails(capsys, *command, "3")
+    assert "num = 2, now asked for 1, which is fewer: give --num 2 or more, or" in fails(capsys, *command, "1")
+    assert "was made with seed = 0, now asked for 7: choose another --out" in fails(
+        capsys, *command, "3", "--seed", "7"
+    )
+    assert main([*command, "3"]) == 0 and (tmp_path / "00002.png").is_file()
 
 
 def test_labels_are_numbers_or_names():

@@ -87,3 +87,28 @@ def test_lists_may_come_with_commas_alone():
     lists = {"--snrs"}
     assert bracketed(["a", "--snrs", "10,20", "--x", "1,2"], lists) == ["a", "--snrs", "[10,20]", "--x", "1,2"]
     assert bracketed(["--snrs=5", "--snrs", "[1]"], lists) == ["--snrs=[5]", "--snrs", "[1]"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["stability", DATA],
+        ["probe", DATA],
+        ["sweep", DATA],
+        ["sample"],
+        ["complete", DATA],
+        ["evaluate", DATA, "nowhere.npz"],
+        ["statistics", "nowhere"],
+        ["convert", "--prior", "nowhere.pt"],
+        ["pretrain", "nowhere"],
+        ["fit", "nowhere"],
+        ["reproduce", "claims", "--data", "nowhere"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_wrong_input_leaves_nothing_behind(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    source = ["--from", "nowhere"] if words[0] in ("stability", "probe", "sweep", "sample", "complete") else []
+    out = "new/out.npz" if words[0] in ("evaluate", "statistics") else "new/out"
+    assert "nowhere" in fails(capsys, *words, *source, "--out", out)
+    assert list(tmp_path.iterdir()) == []

@@ -159,6 +159,8 @@ def test_completions_are_cached_and_an_interrupted_run_resumes(pipes, images, re
     assert calls[3:] == [0.25, 0.5, 1.0]
     again = run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path)
     assert len(calls) == 6 and again == result
+    singular = "9 samples for 12 features: the covariance is singular and the distance far too high"
+    assert again["warnings"][0] == singular, "from the cache too"
     fresh = run_completion(pipes, images, reference, ToyJudge(), [0.25, 0.5], tmp_path / "fresh")
     assert fresh == result, "interrupted equals uninterrupted"
     for changes in ({"seed": 1}, {"labels": [0] * 9}):

@@ -262,6 +262,24 @@ def test_run_writes_json_picture_and_table(tmp_path):
     assert "| DiGIT encoder | patches | 100.0 [" in table and "71.7" in table and "20 test images" in table
 
 
+def test_a_test_set_of_other_classes_is_refused_and_some_of_them_are_told(tmp_path):
+    train = TwoShades(60)
+    for names in (["x", "y"], ["A", "B"]):
+        other = TwoShades(40)
+        other.classes = names
+        with pytest.raises(DigitError, match="has no labels of the classes a, b: a linear probe"):
+            run_probe(pipeline(), train, other, ProbeConfig(l2=(0.01,)), out=tmp_path)
+    some = TwoShades(40)
+    some.classes = [train.classes[0], "other"]
+    result = run_probe(pipeline(), train, some, ProbeConfig(l2=(0.01,)), out=tmp_path, tested_on="a split")
+    num_left = 40 - result["protocol"]["num_test"]
+    assert 0 < num_left < 40
+    assert result["protocol"]["left_out"] == (
+        f"{num_left} of 40 test images have no class of the training images, or are broken"
+    )
+    assert "Tested on a split." in to_table(result)
+
+
 def test_unlabelled_sources_and_empty_pipelines_are_refused(tmp_path):
     source = NoiseSource(6).with_classes(["other"])
     with pytest.raises(DigitError, match="no labels"):

@@ -26,7 +26,8 @@ def cfg(tmp_path):
 def test_equal_sets_have_distance_zero_and_cover_each_other(cfg):
     metrics = run(pictures(60), pictures(60), cfg)["metrics"]
     assert metrics["fd_fake"]["value"] == pytest.approx(0, abs=1e-9)
-    assert metrics["fd_fake"]["high"] == pytest.approx(0, abs=1e-7)
+    assert metrics["fd_fake"]["low"] is metrics["fd_fake"]["high"] is None
+    assert "do not vary, or have the reference's own" in metrics["fd_fake"]["missing"]
     assert metrics["sfd_fake"]["value"] == pytest.approx(0, abs=1e-9)
     assert metrics["precision_fake"]["value"] == metrics["recall_fake"]["value"] == 1
     assert metrics["is_fake"]["value"] >= 1 and metrics["is_fake"]["std"] >= 0
@@ -331,3 +332,69 @@ def test_validation_rows(cfg, tmp_path, monkeypatch, unchecked):
     assert network.seen == 120 and len(pipe.seeds) == 3, "neither rendered nor judged again"
     alone = validation_rows(FakeTokenizers(prefix_len=0), images, 40, network, cfg)
     assert set(alone["rows"]) == {VQ_ROW} and DIGIT_ROW in alone["left_out"]
+
+
+# -------------------------------------------------------------------- intervals that cannot be had
+
+
+def cells(result):
+    """Metric -> the last cell of its row in the table."""
+    rows = [line.split(" | ") for line in to_table(result).splitlines() if line.startswith("| ")]
+    return {row[0].removeprefix("| "): row[-1].removesuffix(" |") for row in rows}
+
+
+def test_the_whole_set_as_every_subset_has_no_deviation(tmp_path):
+    cfg = EvaluateConfig(cache="none")
+    result = run(pictures(40), pictures(40, seed=1), cfg)
+    assert result["metrics"]["kd_fake"]["std"] is None and "whole set" in cells(result)["kd_fake"]
+    assert cells(result)["kd_fake"].startswith("– (")
+    unequal = run(pictures(40), pictures(50, seed=1), cfg)
+    assert unequal["metrics"]["kd_fake"]["std"] > 0, "subsets of the larger set differ"
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric", "reason"),
+    [
+        ({"num_splits": 1}, "is_fake", "one split"),
+        ({"kernel_subsets": 1, "kernel_subset_size": 20}, "kd_fake", "one subset"),
+        ({"kernel_subset_size": 60}, "kd_fake", "every subset is the whole set"),
+        ({}, "sfd_fake", "only mean and covariance"),
+    ],
+)
+def test_a_missing_deviation_is_null_with_its_reason(changes, metric, reason):
+    result = run(pictures(60), pictures(60, seed=1), EvaluateConfig(cache="none", **changes))
+    entry = result["metrics"][metric]
+    assert all(value is None for name, value in entry.items() if name not in ("value", "missing"))
+    assert reason in entry["missing"] and cells(result)[metric] == f"– ({entry['missing']})"
+
+
+@pytest.mark.parametrize("as_statistics", [False, True])
+def test_samples_that_are_all_equal_have_no_interval(cfg, tmp_path, as_statistics):
+    reference = pictures(60, seed=1)
+    if as_statistics:
+        statistics_npz(reference, tmp_path / "s.npz", cfg, network=FakeNetwork())
+        reference = tmp_path / "s.npz"
+    result = run(pictures(1).expand(30, -1, -1, -1), reference, cfg)
+    entry = result["metrics"]["fd_fake"]
+    assert entry["value"] > 0 and entry["low"] is None and "do not vary" in cells(result)["fd_fake"]
+
+
+def test_an_interval_that_can_be_had_is_the_same_against_statistics(cfg, tmp_path):
+    reference = pictures(60, seed=1)
+    statistics_npz(reference, tmp_path / "s.npz", cfg, network=FakeNetwork())
+    entries = [run(pictures(30), spec, cfg)["metrics"]["fd_fake"] for spec in (reference, tmp_path / "s.npz")]
+    assert entries[0]["low"] < entries[0]["high"] and entries[0] == pytest.approx(entries[1])
+
+
+def test_validation_rows_warn_of_few_images_again_from_the_cache(cfg):
+    from digit.evaluation.validation import DIGIT_ROW, VQ_ROW, validation_rows
+
+    pipe, network = FakeTokenizers(), FakeNetwork()
+    results = [validation_rows(pipe, pictures(10, size=24), 40, network, cfg) for _ in range(2)]
+    assert network.seen == 30 and results[0]["warnings"] == results[1]["warnings"]
+    for row in (VQ_ROW, DIGIT_ROW):
+        assert (
+            f"{row}: 10 samples for 12 features: the covariance is singular and the distance far too high"
+            in (results[1]["warnings"])
+        )
+    assert any("40 images of tensor were asked for, and it holds 10" in line for line in results[0]["warnings"])

@@ -145,6 +145,34 @@ def test_a_network_without_logits_gives_distances_alone(pipe, reference, tmp_pat
     assert (tmp_path / "sweep.png").exists() and (tmp_path / "joint.png").exists()
 
 
+def test_few_images_are_warned_of_again_from_the_cache(pipe, reference, tmp_path, calls):
+    results, counts = [], []
+    for _ in range(2):
+        results.append(run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM))
+        counts.append(len(calls))
+    assert counts[0] == counts[1], "the second is read from the cache"
+    for result in results:
+        assert result["warnings"] == [
+            "6 samples for 12 features: the covariance is singular and the distance far too high",
+            "40 reference images: below 10,000 images the distance is too high",
+            "6 samples against 40 reference images: compare with metrics of the same two numbers only",
+        ]
+    assert read_json(tmp_path / "sweep.json") == results[1]
+
+
+def test_a_score_of_one_split_has_no_deviation(pipe, reference, tmp_path):
+    entry = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)["default"]["is_toy"]
+    assert entry["std"] is None and entry["missing"] == "one split has no deviation"
+
+
+def test_samples_that_do_not_vary_are_swept_without_intervals(pipe, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(DigitPipeline, "decode", lambda self, tokens: torch.zeros(len(tokens), 3, 32, 32).byte())
+    result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
+    best = result["best"]["fd_toy"]
+    assert best["low"] is None and "do not vary" in best["missing"] and best["intervals_apart"] is None
+    assert (tmp_path / "sweep.png").exists() and (tmp_path / "joint.png").exists()
+
+
 def test_one_image_is_no_sample(pipe, reference, tmp_path):
     with pytest.raises(DigitError, match="num is 1"):
         run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from reference_metrics import reference
 
 from digit.errors import DigitError, MismatchError
-from digit.metrics.frechet import FeatureStats, bootstrap_std, frechet_distance
+from digit.metrics.frechet import FeatureStats, bootstrap_std, count_warnings, frechet_distance
 
 
 def _stats(seed, num, dim, shift=0.0):
@@ -132,3 +132,24 @@ def test_bootstrap_estimates_the_spread_over_samples():
     estimate = bootstrap_std(*samples[0], num_rounds=60)
     assert 0.6 < estimate / truth < 1.6
     assert estimate == bootstrap_std(*samples[0], num_rounds=60)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [
+        ((60, 60), ["60 samples for 1280", "60 reference images for 1280"]),
+        (
+            (60, 500),
+            ["60 samples for 1280", "500 reference images for 1280", "60 samples against 500 reference images"],
+        ),
+        ((5000, 5000), ["5000 samples: below", "5000 reference images: below", "5000 samples against 5000"]),
+        ((50_000, 50_000), []),
+        ((50_000, 10_000), ["50000 samples against 10000 reference images"]),
+        ((50_000, None), []),
+        ((1280, None), ["1280 samples for 1280 features"]),
+        ((1281, None), ["1281 samples: below 10,000"]),
+    ],
+)
+def test_too_few_images_are_warned_of_in_one_way(numbers, told):
+    warnings = count_warnings(*numbers, dim=1280)
+    assert [text for text, start in zip(warnings, told, strict=True) if not text.startswith(start)] == []

@@ -159,7 +159,10 @@ def other_weights(**which) -> DigitPipeline:
     ("changes", "message"),
     [
         (dict(seed=4), "seed = 3, now asked for 4"),
-        (dict(num=14), "num = 13, now asked for 14"),
+        (dict(num=12), "num = 13, now asked for 12, which is fewer: give --num 13 or more, or choose another --out"),
+        (dict(num=14, seed=4), "seed = 3, now asked for 4"),
+        (dict(num=14, prior={"top_k": 3}), "prior.top_k = 200, now asked for 3"),
+        (dict(num=100_001), "num = 13, and the names of 100001 images are longer: choose another --out"),
         (dict(labels=[1]), r"labels = every class in turn, now asked for \[1\]"),
         (dict(batch_size=5), "batch_size = 4, now asked for 5"),
         (dict(precision="bf16"), "precision = fp32, now asked for bf16"),

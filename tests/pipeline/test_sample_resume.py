@@ -214,3 +214,87 @@ def test_a_damaged_journal_is_named(pipe, tmp_path, text):
     (tmp_path / "journal.json").write_text(text)
     with pytest.raises(DigitError, match=r"journal.json .*: (choose another --out|delete it)"):
         draw(pipe, tmp_path)
+
+
+# -------------------------------------------------------------------- more images than before
+
+
+def modified(folder):
+    """Name -> time of the last change, of every image."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("0*.png")}
+
+
+@pytest.mark.parametrize("first", [1, 3, 4, 5, 8, 12])
+def test_more_images_are_added_to_a_folder(pipe, whole, tmp_path, first):
+    """The folder equals one that was sampled at once, and no image that was there is written again."""
+    draw(pipe, tmp_path / "s", num=first)
+    before = modified(tmp_path / "s")
+    draw(pipe, tmp_path / "s")
+    assert contents(tmp_path / "s") == whole
+    assert modified(tmp_path / "s") | before == modified(tmp_path / "s")
+
+
+@pytest.mark.parametrize("labels", [[2, 0], 1, [1]])
+def test_labels_go_on_in_turn(pipe, tmp_path, labels):
+    draw(pipe, tmp_path / "at_once", labels=labels)
+    for num in (2, 7, 13):
+        draw(pipe, tmp_path / "s", num=num, labels=labels)
+    assert contents(tmp_path / "s") == contents(tmp_path / "at_once")
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+@pytest.mark.parametrize("at", [4, 6, 11, 12])
+def test_adding_images_may_be_interrupted_and_asked_for_more(pipe, tmp_path, monkeypatch, at, batch_size):
+    """6 images, then 13 that are interrupted at image `at`, then 15."""
+    draw(pipe, tmp_path / "at_once", num=15, batch_size=batch_size)
+    save = plots.save_png
+
+    def stopped(path, image):
+        if Path(path).name == f"{at:05d}.png":
+            raise KeyboardInterrupt
+        save(path, image)
+
+    draw(pipe, tmp_path / "s", num=6, batch_size=batch_size)
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "save_png", stopped)
+        if at >= 6:
+            with pytest.raises(KeyboardInterrupt):
+                draw(pipe, tmp_path / "s", batch_size=batch_size)
+            assert not (tmp_path / "s" / "samples.json").exists(), "it would say that all is done"
+    draw(pipe, tmp_path / "s", num=15, batch_size=batch_size)
+    assert contents(tmp_path / "s") == contents(tmp_path / "at_once")
+
+
+@pytest.mark.parametrize("place", ["allocate", "save", "unlink"])
+def test_a_kill_while_the_folder_is_lengthened_loses_nothing(pipe, whole, tmp_path, monkeypatch, place):
+    owner = {"allocate": sample_folder.ArrayFile, "save": sample_folder.Ledger, "unlink": Path}[place]
+    draw(pipe, tmp_path / "s", num=6)
+    before = modified(tmp_path / "s")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, tmp_path / "s")
+    draw(pipe, tmp_path / "s")
+    assert contents(tmp_path / "s") == whole and modified(tmp_path / "s") | before == modified(tmp_path / "s")
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_tokens_that_cannot_be_read_are_named_and_nothing_is_lost(pipe, tmp_path, damage):
+    draw(pipe, tmp_path, num=6)
+    tokens = tmp_path / "tokens.npz"
+    tokens.unlink() if damage is None else tokens.write_bytes(damage)
+    before = contents(tmp_path)
+    with pytest.raises(DigitError, match=r"tokens\.npz cannot be read .* more images cannot be added: choose another"):
+        draw(pipe, tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_picture_that_was_deleted_is_sampled_again_while_others_are_added(pipe, whole, tmp_path):
+    draw(pipe, tmp_path / "s", num=6)
+    (tmp_path / "s" / "00002.png").unlink()
+    draw(pipe, tmp_path / "s")
+    assert contents(tmp_path / "s") == whole

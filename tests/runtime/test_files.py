@@ -50,8 +50,12 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     check_writable(tmp_path / "new" / "result.json")
     check_writable(tmp_path / "folder", folder=True)
-    assert (tmp_path / "new").is_dir() and (tmp_path / "folder").is_dir()
-    for path, folder in ((tmp_path, False), (tmp_path / "file" / "x.json", False), (tmp_path / "file", True)):
+    check_writable(tmp_path / "a" / "b" / "c" / "result.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "a command that fails leaves nothing behind"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    below_a_file = ((tmp_path / "file" / "x.json", False), (tmp_path / "file" / "a" / "b", True))
+    odd = ((tmp_path, False), (tmp_path / "file", True), (tmp_path / "link", True), (tmp_path / ("x" * 300), True))
+    for path, folder in (*below_a_file, *odd):
         with pytest.raises(DigitError, match="cannot write"):
             check_writable(path, folder=folder)
 

@@ -15,7 +15,6 @@ from digit.errors import DigitError, Stopped
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.training import checkpoint, parallel, peak
 from digit.training import compile as compile_module
-from digit.training import sequence as sequence_module
 from digit.training.checkpoint import list_checkpoints
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import RunLog, read_log
@@ -410,20 +409,34 @@ def test_a_transformer_that_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog
 # ---- share of the hardware's peak
 
 
+def measure(monkeypatch, *rates: float) -> list[float]:
+    """Let measurements of the peak give `rates` in turn, FLOPs per second; returns those that are left."""
+    left = list(rates)
+    monkeypatch.setattr(peak, "matmul_flops", lambda device: left.pop(0))
+    monkeypatch.setattr(peak, "_measured", {})
+    return left
+
+
 def test_mfu_is_logged_where_the_flops_are_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(sequence_module, "peak_flops", lambda device: 5e9)
+    measure(monkeypatch, 5e12)
     train_sequence_model(ToyModel(), toy_batches(), toy_config(), tmp_path / "with", flops_per_image=1e6)
     for line in read_log(tmp_path / "with" / "log.jsonl"):
-        assert line["mfu"] == pytest.approx(line["images_per_second"] * 1e6 / 5e9)
+        assert line["mfu"] == pytest.approx(line["images_per_second"] * 1e6 / 5e12)
     run_toy(tmp_path / "without", num_steps=2)
     assert "mfu" not in read_log(tmp_path / "without" / "log.jsonl")[-1]
 
 
-def test_the_progress_line_shows_mfu(tmp_path):
-    with RunLog(tmp_path, 0, 1, tensorboard=False, peak_images_per_second=100.0) as log:
+def speed(num_devices: int = 1) -> peak.PeakSpeed:
+    """The peak speed of a model with one FLOP per image."""
+    return peak.PeakSpeed(device=torch.device("cpu"), flops_per_image=1.0, num_devices=num_devices)
+
+
+def test_the_progress_line_shows_mfu(tmp_path, monkeypatch):
+    measure(monkeypatch, 1e12)
+    with RunLog(tmp_path, 0, 1, tensorboard=False, peak=speed()) as log:
         log.add(1, {"loss": 1.0})
         log.write(4)
-        assert log.bar.metrics["mfu"] == log.bar.metrics["images_per_second"] / 100
+        assert log.bar.metrics["mfu"] == log.bar.metrics["images_per_second"] / 1e12
 
 
 def test_peaks_are_published_or_measured_once(monkeypatch):
@@ -431,8 +444,134 @@ def test_peaks_are_published_or_measured_once(monkeypatch):
     similar = ("H100 PCIe", "H100", "L40S", "L40", "L4")  # names that begin like others
     assert len({peak.published_flops(f"NVIDIA {name}") for name in similar}) == len(similar)
     assert peak.published_flops("Voodoo 2") is None
-    measured = []
-    monkeypatch.setattr(peak, "matmul_flops", lambda device: measured.append(device) or 7.0)
-    peak._measured_flops.cache_clear()
-    assert [peak.peak_flops(torch.device("cpu")) for _ in range(2)] == [7.0, 7.0] and len(measured) == 1
-    peak._measured_flops.cache_clear()
+    left = measure(monkeypatch, 7.0, 8.0)
+    assert [peak.peak_flops(torch.device("cpu")) for _ in range(2)] == [7.0, 7.0] and left == [8.0]
+
+
+@pytest.mark.parametrize(
+    ("rates", "reached", "share", "left"),
+    [
+        ((100.0, 200.0), 50.0, 0.5, [200.0]),
+        ((100.0, 200.0), 100.0, 1.0, [200.0]),
+        ((100.0, 200.0), 117.0, 0.585, []),  # the first measurement was slowed by other programs
+        ((100.0, 110.0), 117.0, None, []),
+        ((100.0, 90.0), 101.0, None, []),  # the higher of both measurements stays
+    ],
+)
+def test_a_share_above_one_measures_the_peak_again(monkeypatch, rates, reached, share, left):
+    remaining = measure(monkeypatch, *rates)
+    assert speed().share(reached) == (None if share is None else pytest.approx(share)) and remaining == left
+    assert peak.peak_flops(torch.device("cpu")) == (rates[0] if left else max(rates))
+
+
+def test_the_peak_of_several_devices_is_theirs_together(monkeypatch):
+    measure(monkeypatch, 100.0)
+    assert speed(num_devices=4).share(200.0) == 0.5
+
+
+def test_a_published_peak_is_not_measured(monkeypatch):
+    measure(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    on_gpu = peak.PeakSpeed(device=torch.device("cuda"), flops_per_image=1.0)
+    assert on_gpu.share(989e12 / 2) == 0.5 and on_gpu.share(1e15) is None
+
+
+def test_a_run_faster_than_the_peak_logs_no_share_and_says_so_once(tmp_path, monkeypatch):
+    measure(monkeypatch, *[1e-3] * 20)
+    train_sequence_model(ToyModel(), toy_batches(), toy_config(), tmp_path, flops_per_image=1e6)
+    lines = read_log(tmp_path / "log.jsonl")
+    assert not any("mfu" in line for line in lines)
+    assert [line["note"][:17] for line in lines if "note" in line] == ["mfu is left out: "]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 7, 9])
+def test_steps_of_an_earlier_process_do_not_count_as_speed(tmp_path, monkeypatch, stop):
+    """A resumed run has the metrics of steps since the last line, and not their time."""
+    clock = iter(float(second) for second in range(10_000))
+    monkeypatch.setattr("digit.training.log.time.perf_counter", lambda: next(clock))
+    fields = dict(log_every=10, save_every=1)
+    run(Counter(), tmp_path, num_steps=10, log_every=20, save_every=10)
+    whole = read_log(tmp_path / "log.jsonl")[-1]
+    assert whole["images_per_second"] == 40  # 10 steps of 4 images in one tick of the clock
+    other = tmp_path / "stopped"
+
+    def interrupted(step):
+        if step == stop and not stopped:
+            stopped.append(step)
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    stopped = []
+    with pytest.raises(KeyboardInterrupt):
+        run(Counter(interrupted), other, **fields)
+    run(Counter(interrupted), other, **fields)
+    assert read_log(other / "log.jsonl")[-1]["images_per_second"] == 4 * (10 - stop)
+
+
+# ---- what is not finite and no training loss
+
+
+def validated(tmp_path, values, **changes):
+    """A run whose validation gives `values` by step."""
+    update, fields = Counter(), {"num_steps": 4, "batch_size": 4, "log_every": 1, "save_every": 1, "tensorboard": False}
+    cfg = LoopConfig(**fields, keep_checkpoints=1, **changes)
+    validate = lambda step: {"val_nll": values[step - 1]}  # noqa: E731
+    return train(update, TrainState(0, {"counter": update}), cfg, tmp_path, validate=validate)
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([math.nan, 2.0, 3.0, 4.0], 2),
+        ([2.0, math.nan, 3.0, 4.0], 1),
+        ([2.0, 3.0, math.nan, math.nan], 1),
+        ([-math.inf, 5.0, 4.0, 6.0], 3),
+        ([math.inf, math.nan, math.nan, 9.0], 4),
+        ([math.nan] * 4, None),
+    ],
+)
+def test_a_validation_that_is_not_finite_is_told_and_never_the_best(tmp_path, caplog, values, best):
+    validated(tmp_path, values)
+    found = checkpoint.best(tmp_path / "checkpoints")
+    assert (found and found[1]) == (None if best is None else values[best - 1])
+    odd = [step for step, value in enumerate(values, 1) if not math.isfinite(value)]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(":")[0] for text in warnings] == [f"step {step}" for step in odd]
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in lines if "validation gave val_nll" in line.get("note", "")] == odd
+    assert [line["val_nll"] for line in lines if "val_nll" in line] == [v for v in values if math.isfinite(v)]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+
+
+def test_an_older_checkpoint_with_nan_is_not_the_best(tmp_path):
+    for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, -math.inf], start=1):
+        checkpoint.save(tmp_path, step, {"x": 1}, keep=1, metrics={"val_nll": loss}, keep_best=True)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
+
+
+def scaled_update(scale: float, **changes) -> SequenceUpdate:
+    """A step with loss scaling on the CPU, whose gradients overflow whatever the scale."""
+    update = SequenceUpdate(ToyModel(), toy_batches(), toy_config(**changes))
+    update.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    update.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    return update
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**4, 1.0, 2.0**-7, 2.0**-8])
+def test_loss_scaling_does_not_skip_for_ever(tmp_path, scale):
+    update = scaled_update(scale)
+    before = [p.detach().clone() for p in update.parameters]
+    with pytest.raises(DigitError, match=r"step \d+ gave .*grad_norm (nan|inf), loss_scale \S+$"):
+        for step in range(60):
+            update(step)
+    assert 24 - 10 <= step + math.log2(2.0**16 / scale) <= 24 + 10
+    assert all(torch.equal(a, b) for a, b in zip(update.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("allowed", [1, 3])
+def test_loss_scaling_skips_no_more_than_max_skipped(tmp_path, caplog, allowed):
+    update = scaled_update(2.0**16, max_skipped=allowed)
+    with pytest.raises(DigitError, match=f"step {allowed + 1} gave"):
+        for step in range(60):
+            update(step)
+    assert len(caplog.records) == allowed and update.scaler.get_scale() == 2.0 ** (16 - allowed)

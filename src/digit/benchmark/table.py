@@ -12,7 +12,8 @@ COLUMNS = ("part", "case", "", "rate", "slowest .. fastest", "floor", "of floor"
 RIGHT = {3, 4, 5, 6, 7}
 LEGEND = (
     "floor: the same matrix multiplications alone, by torch's fastest kernels here (or a memory copy, JPEG decoding),\n"
-    "timed in alternation with the case; of floor: floor's time / ours. peak: the most that torch allocated on a GPU;\n"
+    "timed in alternation with the case; of floor: floor's time / ours (–: above 1, the\n"
+    "timing was disturbed). peak: the most that torch allocated on a GPU;\n"
     "on a CPU the rise of resident memory in one round."
 )
 
@@ -39,7 +40,8 @@ def table(measurements: Sequence[Measurement]) -> str:
 def _cells(measurement: Measurement) -> tuple[str, ...]:
     low, high = measurement.spread
     floor = "" if measurement.floor_rate is None else number(measurement.floor_rate)
-    share = "" if measurement.of_floor is None else f"{measurement.of_floor:.0%}"
+    of_floor = measurement.of_floor
+    share = "" if of_floor is None else f"{of_floor:.0%}" if of_floor <= 1 else "–"
     peak = "" if measurement.peak is None else f"{measurement.peak / 2**20:,.0f} MiB"
     spread, notes = f"{number(low)} .. {number(high)}", "  ".join(note(k, v) for k, v in measurement.extra.items())
     rate = f"{number(measurement.rate)} {measurement.unit}/s"

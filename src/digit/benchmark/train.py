@@ -17,7 +17,7 @@ from digit.models.sequence import training_flops
 from digit.runtime.hardware import multiplies_bf16
 from digit.tokenizers.encoders import PRECISIONS
 from digit.training.config import TrainConfig
-from digit.training.peak import peak_flops
+from digit.training.peak import PeakSpeed
 from digit.training.sequence import SequenceUpdate
 
 MODEL = "prior"
@@ -61,13 +61,14 @@ def time_training(size: Size, device: torch.device, repeats: int) -> list[Measur
     for precision in size.precisions:
         cases[f"{precision} floor"] = floors.training(cfg, size.train_batch, device, PRECISIONS[precision])
     times, peaks = alternate(cases, repeats, device)
-    peak_rate, rows = peak_flops(device), []
+    speed, rows = PeakSpeed(device=device, flops_per_image=training_flops(cfg)), []
     for precision, run in steps.items():
         images = size.train_batch * run.count
         waited = run.wait * repeats / (repeats + 1)  # `wait` includes the warm-up round
         extra: dict[str, float] = {"data_wait": float(waited) / sum(times[precision].seconds)}
         if precision == "bf16" or not multiplies_bf16(device):
-            extra["mfu"] = float(images / times[precision].median * training_flops(cfg) / peak_rate)
+            share = speed.share(images / times[precision].median)
+            extra |= {} if share is None else {"mfu": share}
         floor = times[f"{precision} floor"].times(run.count)
         labels: dict[str, Any] = dict(part="train", case="step", precision=precision, unit="images", count=images)
         rows.append(Measurement(**labels, time=times[precision], floor=floor, peak=peaks[precision], extra=extra))

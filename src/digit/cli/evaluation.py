@@ -1,5 +1,6 @@
 """Commands that measure: evaluate, statistics, stability, probe, sweep, and every table and figure of the paper."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ from digit.cli.arguments import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from digit.data.images import ImageSource
-
+UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -65,7 +65,7 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("images", help=IMAGES_HELP)
-    add_config(parser, EvaluateConfig)
+    parser.add_class_arguments(EvaluateConfig, as_group=True, skip=set(UNUSED_BY_STATISTICS))
     parser.add_argument("--out", required=True, help=".npz file for the statistics")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
@@ -73,6 +73,9 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runtime.files import check_writable
 
     check_writable(args.out)
+    defaults = EvaluateConfig()
+    for name in UNUSED_BY_STATISTICS:
+        setattr(args, name, getattr(defaults, name))
     statistics_npz(args.images, args.out, read_config(args, EvaluateConfig), args.device)
     say(f"statistics in {args.out}")
 
@@ -94,11 +97,12 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
 
     It also reports how much of each codebook is used.
     """
+    from digit.evaluation.stability import NUM_IMAGES
     from digit.metrics.stability import StabilityConfig
 
     parser.add_argument("data", help=DATA_HELP)
     add_pipeline_arguments(parser, "stability.json and stability.png")
-    parser.add_argument("--num", type=int, default=1000, help="images, spread evenly over the data")
+    parser.add_argument("--num", type=int, default=NUM_IMAGES, help="images, spread evenly over the data")
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
     from digit.evaluation import stability
@@ -131,7 +135,11 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.metrics.probe import ProbeConfig
 
     parser.add_argument("data", help=DATA_HELP + "; labelled, to train the classifiers")
-    parser.add_argument("--test", default=None, help="labelled test images (default: every fifth image of DATA)")
+    parser.add_argument(
+        "--test",
+        default=None,
+        help="labelled test images (default: DATA's test or validation split, and without one every fifth image)",
+    )
     parser.add_argument("--test_split", default=None, help="split of DATA, or of --test, to test on")
     add_pipeline_arguments(parser, "probe.json and probe.png")
     parser.add_argument(
@@ -143,29 +151,20 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, ProbeConfig)
     args = parse(parser, argv)
     from digit.evaluation import probe
+    from digit.evaluation.splits import probe_splits
     from digit.pipeline.pipeline import vq_only_baseline
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
-    train, test = labelled_splits(args)
+    train, test, where = probe_splits(
+        args.data, args.split, args.test, args.test_split, opened=partial(open_data, args)
+    )
     pipe = load_pipeline(args)
     baseline = vq_only_baseline(args.source, pipe)
     pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
-    kwargs = dict(out=args.out, num_train=args.num_train, num_test=args.num_test)
+    kwargs: dict[str, Any] = dict(out=args.out, num_train=args.num_train, num_test=args.num_test, tested_on=where)
     say(probe.to_table(probe.run_probe(pipes, train, test, read_config(args, ProbeConfig), **kwargs)))
-    if args.test is None and args.test_split is None:
-        say(f"Tested on every fifth image of {args.data}; a pipeline fitted on {args.data} has seen them, unlabelled.")
     say(f"plot and metrics: {args.out}")
-
-
-def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
-    """(train, test) as requested; every fifth image where no test set is named."""
-    from digit.data.images import hold_out
-
-    if args.test is None and args.test_split is None:
-        return hold_out(open_data(args, args.data))
-    test = open_data(args, args.test or args.data, split=args.test_split)
-    return open_data(args, args.data), test
 
 
 @command(
@@ -179,8 +178,13 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
 
     parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
     add_pipeline_arguments(parser, "sweep.json, sweep.png and the cache that makes it resumable")
-    parser.add_argument("--num", type=int, default=1000, help="samples per setting")
-    parser.add_argument("--num_reference", type=int, default=10_000, help="real images, spread evenly")
+    parser.add_argument("--num", type=int, default=sweep.NUM_SAMPLES, help="samples per setting")
+    parser.add_argument(
+        "--num_reference",
+        type=int,
+        default=10_000,
+        help="real images, spread evenly (digit evaluate takes all: compare distances of equal numbers only)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample; the same for every setting")
     parser.add_argument(
         "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"
@@ -200,7 +204,10 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)
     distance = network.metric("fd")
     best = result["best"][distance]
-    say(f"lowest {distance}: {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] with {best['sampling']}")
+    ends = f"no interval: {best['missing']}" if "missing" in best else f"{best['low']:.4g}, {best['high']:.4g}"
+    say(f"lowest {distance}: {best['value']:.4g} [{ends}] with {best['sampling']}")
+    for text in result["warnings"]:
+        say(f"warning: {text}")
     say(f"plots and metrics: {args.out}")
 
 

@@ -98,8 +98,8 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "statistics": {
-        "data": "images --num --num_reference",
-        "how it is measured": _NETWORK,
+        "data": "images --num_reference",
+        "how it is measured": "--protocol --inception --image_size",
         "machine": "--device --batch_size --cache",
         "output": "--out",
     },

@@ -110,10 +110,10 @@ def sampling_changes(args: Any) -> dict[str, Any]:
 def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     """Sample new images from a trained pipeline.
 
-    Run the same command again to continue after an interruption.
+    Run the same command again to continue after an interruption, or with a larger --num to add images.
     """
     add_sampling_arguments(parser)
-    parser.add_argument("--num", type=int, default=16, help="how many images")
+    parser.add_argument("--num", type=int, default=16, help="how many images (in Python, one per label)")
     parser.add_argument(
         "--labels",
         default=None,

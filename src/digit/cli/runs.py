@@ -149,7 +149,7 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
     """Repeat a failed training step from its crash dump and find what goes wrong first."""
     parser.add_argument("dump", help="crash dump of the failed run: RUN/MODEL/crash/step_...")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu (default, wherever the run was), or cuda")
     args = parse(parser, argv)
     from digit.training.replay import replay
 

@@ -23,7 +23,7 @@ from digit.evaluation.cache import pipeline_key, remember, request_key
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.features import fingerprint
 from digit.metrics.completion import Complete, complete_and_judge, curve_difference, distance_curve
-from digit.metrics.frechet import FeatureStats
+from digit.metrics.frechet import FeatureStats, count_warnings
 from digit.metrics.intervals import Interval
 from digit.metrics.judge import JudgeNetwork
 from digit.models.sequence import SequenceModel
@@ -80,6 +80,7 @@ def run_completion(
         "note": NOTE,
         "pipes": {name: describe(pipe, curves[name], keeps, labels) for name, pipe in pipes.items()},
         "differences": differences(features, reference),
+        "warnings": count_warnings(len(images), reference.count, reference.dim),
     }
     result = plain(result)
     write_result(out / "completion.json", result)

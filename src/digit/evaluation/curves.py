@@ -1,9 +1,10 @@
 """Line plots of metrics with their intervals, side by side, together with the paper's values."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from digit.runtime.plots import panels
 
@@ -25,10 +26,18 @@ class Curve:
     """Plotted thin and dashed: a value for comparison that was not computed here."""
 
     @classmethod
-    def of(cls, intervals: Sequence[Mapping[str, float]], x: Sequence[float], *, factor: float = 1, **style) -> Self:
-        """The curve of {"value", "low", "high"} at each x, multiplied by `factor` (100 for percent)."""
-        y, low, high = ([factor * interval[end] for interval in intervals] for end in ("value", "low", "high"))
+    def of(cls, intervals: Sequence[Mapping[str, Any]], x: Sequence[float], *, factor: float = 1, **style) -> Self:
+        """The curve of {"value", "low", "high"} at each x, multiplied by `factor` (100 for percent).
+
+        Where there is no interval, low and high are None, and none is plotted.
+        """
+        y, low, high = ([factor * plotted(interval[end]) for interval in intervals] for end in ("value", "low", "high"))
         return cls(x=x, y=y, low=low, high=high, **style)
+
+
+def plotted(value: float | None) -> float:
+    """The value; for a missing one NaN, which matplotlib leaves out."""
+    return math.nan if value is None else value
 
 
 def curves_png(

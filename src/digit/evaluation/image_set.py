@@ -3,12 +3,12 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from digit.data.decode import probe_image
 from digit.data.fingerprint import digest
 from digit.data.images import FolderSource, open_source
 from digit.data.preprocess import centre_crop
-from digit.data.source import ImageSource
+from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 from digit.evaluation.npz import read_npz_images
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
@@ -30,9 +30,7 @@ from digit.runtime.files import read_json
 
 PIXELS = "pixels"  # the format of images without a file of their own
 READERS = 4  # threads that read and decode
-FIRST = re.compile(
-    r"0{5,}\.png"
-)  # names in folders of `digit sample` and `digit complete`, whose grid.png is no sample
+FIRST = re.compile(r"0{5,}\.png")  # in folders of `digit sample` and `digit complete`, whose grid.png is no sample
 Images = str | Path | Tensor | ImageSource
 
 
@@ -74,8 +72,16 @@ class Survey:
 class ImageSet:
     """The images of a source and, where known, the names of their classes and how they were rounded to uint8."""
 
-    def __init__(self, source: ImageSource, class_names: list[str] | None = None, rounding: str | None = None):
+    def __init__(
+        self,
+        source: ImageSource,
+        class_names: list[str] | None = None,
+        rounding: str | None = None,
+        remarks: tuple[str, ...] = (),
+    ):
+        """`remarks` are sentences about what was odd when the set was opened."""
         self.source, self.name, self.class_names, self.rounding = source, source.name, class_names, rounding
+        self.remarks = remarks
 
     def __len__(self) -> int:
         return len(self.source)
@@ -137,12 +143,25 @@ def open_images(spec: Images, num: int | None = None) -> ImageSet:
     names = _class_names(source, about)
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} images: a covariance needs at least 2")
+    remarks = tuple(_remarks(source, about, num))
     if num is not None and num < len(source):
         rows = np.arange(num)
         if names is not None and len(set(names)) > 1 and _in_runs(names):
             rows = rows * len(source) // num
         source, names = source.subset(rows), names and [names[row] for row in rows]
-    return ImageSet(source, names, about.get("rounding"))
+    return ImageSet(source, names, about.get("rounding"), remarks)
+
+
+def _remarks(source: ImageSource, about: dict[str, Any], num: int | None) -> Iterator[str]:
+    """What is odd about the number of images."""
+    if num is not None and num > len(source):
+        yield f"{num} images of {source.name} were asked for, and it holds {len(source)}"
+    listed = about.get("labels")
+    if isinstance(listed, list) and len(listed) != len(source):
+        yield (
+            f"{SAMPLES} in {source.name} lists {len(listed)} images, and the folder holds {len(source)}: their classes "
+            "are unknown"
+        )
 
 
 def _open(spec: Images) -> ImageSource:
@@ -156,18 +175,22 @@ def _open(spec: Images) -> ImageSource:
 
 
 def _without_grid(source: FolderSource) -> ImageSource:
-    """The source without grid.png, if its images are numbered as in a folder of `digit sample`."""
-    if GRID not in source.files or not any(FIRST.fullmatch(name) for name in source.files):
+    """The source without any grid.png that lies beside images numbered as in a folder of `digit sample`."""
+    paths = [PurePosixPath(name) for name in source.files]
+    sampled = {path.parent for path in paths if FIRST.fullmatch(path.name)}
+    rows = [row for row, path in enumerate(paths) if path.name != GRID or path.parent not in sampled]
+    if len(rows) == len(paths):
         return source
-    kept = source.subset([row for row, name in enumerate(source.files) if name != GRID])
+    kept = source.subset(rows)
     kept.name = source.name
     return kept
 
 
 def _samples_json(source: FolderSource) -> dict[str, Any]:
     """samples.json of a folder of `digit sample`, {} for others. Raises DigitError where sampling is not finished."""
-    if (source.root / JOURNAL).is_file():
-        raise DigitError(f"{source.name} is not finished: run the same `digit sample` again to continue it")
+    for folder in sorted({(source.root / name).parent for name in source.files}):
+        if (folder / JOURNAL).is_file():
+            raise DigitError(f"{readable(folder)} is not finished: run the same `digit sample` again to continue it")
     path = source.root / SAMPLES
     about = read_json(path) if path.is_file() else {}
     return about if isinstance(about, dict) else {}

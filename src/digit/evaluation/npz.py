@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from digit.errors import DigitError, MismatchError
+from digit.evaluation.traits import Traits
 from digit.runtime.files import atomic_path
+
+DIGEST_BYTES = 32  # SHA-256
+AGAIN = "compute the statistics again"
 
 
 def read_npz_images(path: str | Path) -> np.ndarray:
@@ -24,6 +28,10 @@ def read_npz_images(path: str | Path) -> np.ndarray:
         with archive.open(entry) as file:
             shape, fortran, dtype = _npy_header(file)
             header = file.tell()
+        if others := [name for name in names if name != "arr_0" and _is_images(archive, f"{name}.npy")]:
+            raise DigitError(
+                f"{path} holds images in arr_0 and {', '.join(others)}: save each set in a file of its own"
+            )
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             raise DigitError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
         if entry.file_size != header + math.prod(shape):
@@ -71,6 +79,15 @@ def _npy_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
+def _is_images(archive: zipfile.ZipFile, entry: str) -> bool:
+    """Whether an entry is an array with the shape of RGB images, (N, H, W, 3) or (N, 3, H, W)."""
+    if entry not in archive.namelist():
+        return False
+    with archive.open(entry) as file:
+        shape, _, _ = _npy_header(file)
+    return len(shape) == 4 and 3 in (shape[1], shape[3])
+
+
 def _load(path: str | Path, name: str) -> np.ndarray:
     with np.load(path, allow_pickle=False) as arrays:
         return arrays[name]
@@ -90,6 +107,8 @@ class Statistics:
     sigma_s: np.ndarray | None = None  # (E, E)
     num: int | None = None  # number of images; None in files of other programs
     network: str | None = None  # fingerprint of the network; None in files of other programs
+    traits: Traits | None = None  # of the images; None in files of other programs and of older versions
+    digests: np.ndarray | None = None  # (N, 32) uint8, SHA-256 of each image's pixels; None where traits is
 
     def check(self, network: str, dim: int) -> None:
         """Raise MismatchError if the statistics belong to another network."""
@@ -105,8 +124,10 @@ class Statistics:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write .npz with mu, sigma and, if set, mu_s, sigma_s, num, network; other programs read the first two."""
+        """Write .npz with mu, sigma and the other fields that are set; other programs read the first two."""
         arrays = {name: value for name, value in vars(self).items() if value is not None}
+        if self.traits is not None:
+            arrays["traits"] = self.traits.to_json()
         with atomic_path(path) as temporary, open(temporary, "wb") as out:
             np.savez(out, **arrays)
 
@@ -120,23 +141,29 @@ def read_statistics(path: str | Path) -> Statistics | None:
         if not {"mu", "sigma"} & set(names):
             return None
         moments = {name: _load(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
-        extra = {name: _load(path, name).item() for name in ("num", "network") if name in names}
+        extra = {name: _load(path, name).item() for name in ("num", "network", "traits") if name in names}
+        digests = _load(path, "digests") if "digests" in names else None
     for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mean in moments) != (cov in moments):
             raise DigitError(f"{path} holds {_listing(names)}, wanted both {mean} and {cov}")
         if mean in moments:
             moments[mean], moments[cov] = _checked(path, mean, moments[mean], cov, moments[cov])
-    network = extra.get("network")
-    return Statistics(**moments, num=extra.get("num"), network=None if network is None else str(network))
+    num, network = extra.get("num"), extra.get("network")
+    if num is not None and (type(num) is not int or num < 1):
+        raise DigitError(f"{path}: num is {num!r}, wanted the number of images: {AGAIN}")
+    traits = Traits.read(str(extra["traits"]), f"{path}: traits") if "traits" in extra else None
+    wanted = None if traits is None else ((traits.num, DIGEST_BYTES), np.dtype(np.uint8), traits.num)
+    if wanted != (None if digests is None else (digests.shape, digests.dtype, num)):
+        raise DigitError(f"{path}: num, traits and digests do not belong together: {AGAIN}")
+    network = None if network is None else str(network)
+    return Statistics(**moments, num=num, network=network, traits=traits, digests=digests)
 
 
 def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if m.ndim != 1 or s.shape != (len(m), len(m)) or m.dtype.kind != "f" or s.dtype.kind != "f":
         raise DigitError(f"{path}: {mean} is {m.dtype} {m.shape} and {cov} {s.dtype} {s.shape}, wanted (D,) and (D, D)")
     if not (np.isfinite(m).all() and np.isfinite(s).all()):
-        raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: compute the statistics again")
+        raise DigitError(f"{path}: {mean} or {cov} holds NaN or infinity: {AGAIN}")
     if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6 * abs(s).max()) or (np.diag(s) < 0).any():
-        raise DigitError(
-            f"{path}: {cov} is no covariance (symmetric, no negative variance): compute the statistics again"
-        )
+        raise DigitError(f"{path}: {cov} is no covariance (symmetric, no negative variance): {AGAIN}")
     return m.astype(np.float64), s.astype(np.float64)

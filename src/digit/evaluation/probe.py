@@ -25,6 +25,7 @@ from digit.errors import DigitError
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.paper import FIG4A, TABLE2
 from digit.evaluation.sharing import rows_to_main
+from digit.evaluation.splits import labelled
 from digit.metrics.probe import LayerResult, ProbeConfig, best_layer, probe_layers, top1_difference
 from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
@@ -134,7 +135,8 @@ def collect(
     if not sum(distributed.gather(num_read)):
         raise DigitError(f"{source.name} holds no image that can be read")
     if not distributed.any_rank(LABELS in features):
-        raise DigitError(f"{source.name} has no labels: a linear probe needs a class for each image")
+        classes = f" of the classes {', '.join(source.classes[:5])}" if source.classes else ""
+        raise DigitError(f"{source.name} has no labels{classes}: a linear probe needs a class for each image")
     labels = features.pop(LABELS, torch.zeros(0, dtype=torch.int64))
     return features, labels
 
@@ -157,7 +159,7 @@ def _shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) -
 def run_probe(
     pipes: DigitPipeline | Mapping[str, DigitPipeline], train: ImageSource, test: ImageSource,
     cfg: ProbeConfig | None = None, *, out: str | Path, num_train: int | None = None, num_test: int | None = None,
-    batch_size: int = 64, precision: Precision = "fp32",
+    batch_size: int = 64, precision: Precision = "fp32", tested_on: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Probe the models of pipelines, write OUT/probe.json and OUT/probe.png, return what the JSON holds.
 
@@ -168,6 +170,9 @@ def run_probe(
             several pipelines share is probed once.
         train, test: labelled sources; the test images get the class numbers of the training source.
         num_train, num_test: maximum numbers of images, spread evenly.
+        tested_on: where the test images come from, for the results (`splits.probe_splits` says it).
+
+    Raises DigitError where no test image has a class that the training images have.
     """
     named = {"": pipes} if isinstance(pipes, DigitPipeline) else dict(pipes)
     if not named:
@@ -175,6 +180,11 @@ def run_probe(
     test = test.with_classes(train.classes)
     all_labels = test.labels()
     num_unknown = 0 if all_labels is None else int((all_labels < 0).sum())
+    if num_unknown == len(test) and labelled(train):
+        raise DigitError(
+            f"no image of {test.name} has a class of {train.name} ({', '.join(train.classes[:5])}, ...): give a test "
+            "set with the same names of classes"
+        )
     features: dict[str, tuple[Tensor, Tensor]] = {}
     notes: dict[str, list[str]] = {}
     settings: dict[str, Any] = dict(batch_size=batch_size, precision=precision)
@@ -193,8 +203,18 @@ def run_probe(
             model = {"prior": pipe.prior, "vq_only": pipe.renderer}.get(kind)
             notes[label] = [f"trained {training_of(pipe)}"] if model is None else notes_on(model)
     about = {"train_images": train.name, "test_images": test.name, "crops": "one in the centre of each image"}
-    if num_unknown:
-        about["left_out"] = f"{num_unknown} of {len(test)} test images have no class that the training images have"
+    if tested_on is not None:
+        about["tested_on"] = tested_on
+    left_out = [
+        f"{len(chosen) - len(found)} of {len(chosen)} {noun} images have no class of the training images, or are broken"
+        for noun, chosen, found in (
+            ("training", train.limit(num_train), labels),
+            ("test", test.limit(num_test), test_labels),
+        )
+        if len(found) < len(chosen)
+    ]  # on rank 0, which has the labels of all
+    if left_out:
+        about["left_out"] = "; ".join(left_out)
     return distributed.on_main(
         lambda: probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about)
     )
@@ -267,7 +287,8 @@ def to_table(result: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {best['name']} | {top1} | {setting} |")
     lines += [f"| *paper: {name}* | | {top1} | |" for name, top1 in TABLE2.items()]
     lines += [f"| *paper: encoder {name}* | | {metrics[-1]} | |" for name, metrics in FIG4A.items() if metrics[-1]]
-    notes = [f"{protocol['left_out']}."] if "left_out" in protocol else []
+    notes = [f"Tested on {protocol['tested_on']}."] if "tested_on" in protocol else []
+    notes += [f"{protocol['left_out']}."] if "left_out" in protocol else []
     notes += [f"{name}: {note}." for name, entry in result["probes"].items() for note in entry["notes"]]
     return "\n".join(lines) + (
         f"\n\n{protocol['num_classes']} classes, {protocol['num_train']} training and {protocol['num_test']} test "

@@ -25,7 +25,7 @@ from digit.evaluation.protocols import PROTOCOLS, ProtocolName
 from digit.evaluation.traps import Side, find_traps
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_interval
-from digit.metrics.intervals import proportion_interval
+from digit.metrics.intervals import Interval, proportion_interval
 from digit.metrics.judge import JudgeNetwork
 from digit.metrics.scores import inception_score, kernel_distance, precision_recall
 from digit.runtime import distributed
@@ -54,7 +54,8 @@ class EvaluateConfig:
     """Resize the short side of both sets to IMAGE_SIZE pixels (PIL bicubic) and crop the centre. By default sets of one
     square size stay unchanged and others are resized to the samples' size."""
     num_splits: int = 10
-    """Number of splits of the Inception Score."""
+    """Number of splits of the Inception Score: 10, as of published scores. `digit sweep` and `digit reproduce` take
+    fewer where a split would hold less than 500 samples."""
     num_neighbours: int = 3
     """Neighbours k of precision and recall."""
     kernel_subsets: int = 100
@@ -119,7 +120,8 @@ def evaluate(
     cfg = cfg or EvaluateConfig()
     sample_images = open_images(samples, cfg.num)
     real_images, statistics = open_reference(reference, cfg.num_reference)
-    sizes = fitted_sizes(sample_images, real_images, cfg)
+    side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
+    sizes = fitted_sizes(sample_images, real_images, cfg, side)
     network = network or cfg.load_network(device)
     sides = [
         Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
@@ -163,9 +165,14 @@ def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Stat
     return open_images(spec, num), statistics
 
 
-def fitted_sizes(samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig) -> tuple[int | None, int | None]:
-    """Side to which each set is resized and cropped; None for a set that stays unchanged."""
-    own, other = samples.survey.side, None if reference is None else reference.survey.side
+def fitted_sizes(
+    samples: ImageSet, reference: ImageSet | None, cfg: EvaluateConfig, reference_side: int | None = None
+) -> tuple[int | None, int | None]:
+    """Side to which each set is resized and cropped; None for a set that stays unchanged.
+
+    reference_side: that of images behind statistics, in pixels.
+    """
+    own, other = samples.survey.side, reference_side if reference is None else reference.survey.side
     target = cfg.image_size or own or other or PROTOCOLS[cfg.protocol].fallback_size
     requested = cfg.image_size is not None
     first, second = (target if side is None or (requested and side != target) else None for side in (own, other))
@@ -181,10 +188,13 @@ def _features(
 
 def scores(
     samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names."""
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """({metric: {"value", and its interval or deviation}}, {metric: why it is left out}), by the network's names.
+
+    An interval or deviation that cannot be had is None, and "missing" says why.
+    """
     fake, real, moments = samples.features, reference.features, reference.statistics
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     assert fake is not None and not (real is None and moments is None)  # `evaluate` opens images or statistics
     if moments is not None:
@@ -198,7 +208,8 @@ def scores(
     if len(fake) < cfg.num_splits:
         left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
     else:
-        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed))
+        reason = "one split has no deviation" if cfg.num_splits == 1 else ""
+        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed), reason)
     if moments is not None:
         mean, cov = moments.mu_s, moments.sigma_s
     else:
@@ -208,12 +219,15 @@ def scores(
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
         assert cov is not None  # statistics hold mu_s and sigma_s together
-        metrics["sfd"] = {"value": frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)}
+        value = frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)
+        metrics["sfd"] = Interval.without(value, "of spatial features only mean and covariance are kept").to_dict()
     if real is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
     else:
         subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets))
+        whole = cfg.kernel_subset_size >= max(len(fake), len(real)) and len(fake) == len(real)
+        reason = "every subset is the whole set" if whole else "one subset" if cfg.kernel_subsets == 1 else ""
+        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets), reason)
         if min(len(fake), len(real)) <= cfg.num_neighbours:
             left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
         else:
@@ -224,8 +238,10 @@ def scores(
     return named, {network.metric(name): reason for name, reason in left_out.items()}
 
 
-def _with_std(pair: tuple[float, float]) -> dict[str, float]:
-    return dict(zip(("value", "std"), pair, strict=True))
+def _with_std(pair: tuple[float, float], missing: str) -> dict[str, Any]:
+    """A value and its deviation, or why there is none."""
+    value, std = pair
+    return {"value": value, "std": None, "missing": missing} if missing else {"value": value, "std": std}
 
 
 def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -267,6 +283,8 @@ def describe_side(side: Side) -> dict[str, Any]:
         moments = side.statistics
         sha256 = digest([moments.mu.tobytes()])
         about["statistics"] = {"num": moments.num, "features": len(moments.mu), "sha256": sha256}
+        if side.images is None and moments.traits is not None:
+            about["statistics"] |= {"image_size": side.pixels, "formats": dict(moments.traits.kinds)}
     return about
 
 
@@ -290,9 +308,10 @@ def statistics_npz(
 ) -> Statistics:
     """Save a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
 
-    The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need images)
-    and of other programs that read mu and sigma. cfg is as for `evaluate`, with
-    `num_reference` as the number of images. All ranks call it together.
+    It also holds what the warnings of `evaluate` need to know of the images: `Traits`, and a hash of each image's
+    pixels. The file can then be the REFERENCE of `evaluate` (without kernel distance, precision and recall, which need
+    images) and of other programs that read mu and sigma. cfg is as for `evaluate`, with `num_reference` as the number
+    of images. All ranks call it together.
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference)
@@ -303,7 +322,10 @@ def statistics_npz(
     def save() -> Statistics:
         assert features is not None  # on rank 0
         pooled, spatial = FeatureStats.of(features.pooled), features.spatial
-        moments = Statistics(pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network))
+        moments = Statistics(
+            pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network),
+            Side("reference", chosen, size, features).traits, features.digests.numpy(),
+        )  # fmt: skip
         moments.save(path)
         return moments
 
@@ -315,7 +337,7 @@ def to_table(result: dict[str, Any]) -> str:
     protocol, samples, reference = result["protocol"], result["samples"], result["reference"]
     has_statistics = bool(reference.get("statistics"))
     against = f"{reference['num']} images of {reference['name']}" if "name" in reference else ""
-    against += f"{' and ' if against and has_statistics else ''}{'saved statistics' if has_statistics else ''}"
+    against += f"{' and ' if against and has_statistics else ''}{_saved(reference) if has_statistics else ''}"
     lines = [
         f"protocol {protocol['name']}, network {protocol['network']['network']}; "
         f"{samples['num']} samples of {samples['name']} against {against}",
@@ -329,10 +351,15 @@ def to_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
 
 
-def _spread(metric: dict[str, float]) -> str:
-    if "low" in metric:
-        return f"{_short(metric['low'])} to {_short(metric['high'])}"
-    return f"± {_short(metric['std'])}" if "std" in metric else ""
+def _saved(reference: dict[str, Any]) -> str:
+    num = reference["statistics"]["num"]
+    return f"saved statistics of {'an unknown number of' if num is None else num} images"
+
+
+def _spread(metric: dict[str, Any]) -> str:
+    if "missing" in metric:
+        return f"– ({metric['missing']})"
+    return f"{_short(metric['low'])} to {_short(metric['high'])}" if "low" in metric else f"± {_short(metric['std'])}"
 
 
 def _short(value: float) -> str:

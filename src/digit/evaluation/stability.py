@@ -16,6 +16,7 @@ from digit.models.tokenizer import ImageTokenizer
 from digit.runtime.files import plain, write_result
 
 GROUPS = {"token_change": ("token_change",), "cosine": ("feature_cosine", "code_cosine")}  # Table 1's -> ours
+NUM_IMAGES = 1000  # by default, also of `digit stability`
 ARROWS = {"token_change": "↓", "cosine": "↑"}
 
 
@@ -25,7 +26,7 @@ def run_stability(
     preprocess: PreprocessConfig,
     cfg: StabilityConfig | None = None,
     *,
-    num: int = 1000,
+    num: int = NUM_IMAGES,
     out: str | Path,
     batch_size: int = 32,
 ) -> dict[str, Any]:
@@ -102,11 +103,13 @@ def to_table(result: Mapping[str, Any]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in rows]
     note = f"± half the {100 * protocol['confidence']:g} % interval over {protocol['num_images']} images"
     return "\n".join(lines) + (
-        f"\n\n{note} ({protocol['images']}). The paper used DINOv2 and MAGE's VQGAN on ImageNet, and does not say "
-        "which cosine it reports.\n"
+        f"\n\n{note} ({protocol['images']}), – where all have one value. The paper used DINOv2 and MAGE's VQGAN on "
+        "ImageNet, and does not say which cosine it reports.\n"
     )
 
 
 def with_half_width(interval: Mapping[str, float]) -> str:
-    """{"value": 0.114, "low": 0.11, "high": 0.118} -> "0.114 ±0.004"."""
+    """{"value": 0.114, "low": 0.11, "high": 0.118} -> "0.114 ±0.004"; "0.114 –" where all images have one value."""
+    if interval["high"] == interval["low"]:
+        return f"{interval['value']:.3f} –"
     return f"{interval['value']:.3f} ±{(interval['high'] - interval['low']) / 2:.3f}"

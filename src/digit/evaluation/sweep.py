@@ -14,8 +14,9 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.curves import plotted
 from digit.evaluation.features import fingerprint
-from digit.metrics.frechet import FeatureStats
+from digit.metrics.frechet import FeatureStats, count_warnings
 from digit.metrics.influence import frechet_interval
 from digit.metrics.judge import JudgeNetwork, collect_judged
 from digit.metrics.scores import inception_score, splits_of
@@ -26,7 +27,9 @@ from digit.sampling.config import SamplingConfig, StageSampling
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off
+NUM_SAMPLES = 1000  # per setting by default, also of `digit sweep`
 DECODE_BATCH = 256  # images in memory at a time
+ONE_SPLIT = "one split has no deviation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ def run_sweep(
     cfg: SweepConfig,
     out: str | Path,
     *,
-    num: int = 1000,
+    num: int = NUM_SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Sample and score every setting; write sweep.json, sweep.png and, for a joint sweep, joint.png into `out`.
@@ -95,6 +98,7 @@ def run_sweep(
         "joint": joint(sweep, cfg) if cfg.joint and "prior" in stages else None,
     }
     result["best"] = best(result)
+    result["warnings"] = count_warnings(num, reference.count, reference.dim)
     result = plain(result)
     write_result(out / "sweep.json", result)
     plot_sweeps(out / "sweep.png", result, sweep.vocab_sizes)
@@ -178,19 +182,23 @@ class Sweep:
 
         return remember(self.cache / f"judged-{request_key(key=key, by=fingerprint(self.network))}.safetensors", make)
 
-    def _score(self, judged: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    def _score(self, judged: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         pooled, logits = judged["pooled"], judged["logits"]
         distance = frechet_interval(pooled, self.reference.mean, self.reference.cov)
         scores = {self.metrics["fd"]: distance.to_dict()}
         if logits.shape[1]:
-            mean, std = inception_score(logits, self.num_splits)
-            scores[self.metrics["is"]] = {"value": mean, "std": std}
+            scores[self.metrics["is"]] = score_entry(*inception_score(logits, self.num_splits), self.num_splits)
         return scores
 
     @property
     def num_splits(self) -> int:
         """Number of splits of the inception score."""
         return splits_of(self.num)
+
+
+def score_entry(value: float, std: float, num_splits: int) -> dict[str, Any]:
+    """An Inception Score and its deviation over splits; of one split there is none, and "missing" says so."""
+    return {"value": value, "std": std} if num_splits > 1 else {"value": value, "std": None, "missing": ONE_SPLIT}
 
 
 def protocol(sweep: Sweep) -> dict[str, Any]:
@@ -220,7 +228,8 @@ def best(result: Mapping[str, Any]) -> dict[str, Any]:
             setting = min(settings, key=lambda s: sign * s[name]["value"])
             chosen[name] = {"sampling": setting["sampling"]} | setting[name]
     distance = result["protocol"]["metrics"]["fd"]
-    chosen[distance]["intervals_apart"] = chosen[distance]["high"] < result["default"][distance]["low"]
+    ends = chosen[distance]["high"], result["default"][distance]["low"]
+    chosen[distance]["intervals_apart"] = None if None in ends else ends[0] < ends[1]
     return chosen
 
 
@@ -259,7 +268,7 @@ def _line(panel: Any, points: Sequence[tuple[float, Mapping[str, float]]], **sty
     x, points = zip(*points, strict=True)
     panel.plot(x, [point["value"] for point in points], marker=".", linewidth=1.8, **style)
     if "low" in points[0]:
-        low, high = ([point[end] for point in points] for end in ("low", "high"))
+        low, high = ([plotted(point[end]) for point in points] for end in ("low", "high"))
         panel.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 

@@ -4,21 +4,31 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 
 from digit.evaluation.features import Features
 from digit.evaluation.image_set import ImageSet
 from digit.evaluation.npz import Statistics
 from digit.evaluation.protocols import Protocol
+from digit.evaluation.traits import Traits
+from digit.metrics.frechet import count_warnings
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # Pillow's names; WEBP and AVIF nearly always are
-FEW = 10_000  # images below which the upward bias of a Fréchet distance is far from small (Chong & Forsyth 2020)
 MOSTLY_GREY = 0.5
+ALTERED = {  # pixel types, by the first letters of Pillow's names, whose colours are changed on reading
+    "16 bits per pixel: 0..65535 was scaled to 0..255": ("I",),
+    "an alpha channel, which was laid over white: save RGB": ("RGBA", "LA", "La", "PA"),
+    "a palette of at most 256 colours, which moves the distance: save RGB": ("P", "1"),
+    "CMYK colours, which were converted without a colour profile: save RGB": ("CMYK",),
+}
 CHANCE = 4.0  # labels count as unbalanced when chi-squared exceeds its mean by more standard deviations
 
 
 @dataclass(frozen=True)
 class Side:
-    """Samples or reference: the images, their resizing, and their features."""
+    """Samples or reference: the images, their resizing, and their features; or saved statistics."""
 
     role: str
     """`samples` or `reference`."""
@@ -36,21 +46,61 @@ class Side:
         """Name of its images in the warnings."""
         return "samples" if self.role == "samples" else "reference images"
 
+    @cached_property
+    def traits(self) -> Traits | None:
+        """What is known of the images themselves; None for statistics that do not tell."""
+        if self.images is None or self.features is None:
+            return None if self.statistics is None else self.statistics.traits
+        survey, names = self.images.survey, self.images.class_names
+        return Traits(
+            num=len(self.images),
+            sizes=tuple((*size, count) for size, count in survey.sizes.most_common()),
+            kinds=tuple(survey.kinds.most_common()),
+            modes=tuple(survey.modes.most_common()),
+            num_grey=int(self.features.grey.sum()),
+            num_repeated=len(self.features) - len(self.pixel_keys),
+            fitted=self.fitted,
+            classes=None if names is None else tuple(Counter(names).most_common()),
+            rounding=self.images.rounding,
+            remarks=self.images.remarks or None,
+        )
+
+    @cached_property
+    def pixel_keys(self) -> set[bytes]:
+        """Content hashes of the pixels that the network received; none for statistics that do not tell."""
+        if self.features is not None:
+            return set(self.features.pixel_keys())
+        digests = None if self.statistics is None else self.statistics.digests
+        return set() if digests is None else {row.tobytes() for row in np.ascontiguousarray(digests)}
+
+    @property
+    def count(self) -> int | None:
+        """Number of images that the distance is computed from; None for statistics that do not tell."""
+        if self.statistics is not None:
+            return self.statistics.num
+        return None if self.features is None else len(self.features)
+
     @property
     def pixels(self) -> int | None:
         """Side in pixels of the images that the network receives."""
-        return self.fitted or (None if self.images is None else self.images.survey.side)
+        return self.fitted or (None if self.traits is None else self.traits.pixels)
 
 
 def find_traps(samples: Side, reference: Side, protocol: Protocol | None = None) -> list[str]:
     """All warnings about a comparison, as sentences; [] where there are none.
 
-    protocol: the protocol of published metrics to compare with; None where the network is not that of any protocol.
+    They are the same for images and for their statistics as `digit statistics` saves them. protocol: the protocol of
+    published metrics to compare with; None where the network is not that of any protocol.
     """
-    warnings = [*_sizes(samples, reference), *_counts(samples, reference), *_repeats(samples, reference)]
+    assert samples.features is not None
+    warnings = [*_unknown(reference), *_sizes(samples, reference)]
+    warnings += count_warnings(samples.count, reference.count, samples.features.pooled.shape[1])
+    warnings += [*_rank(reference), *_repeats(samples, reference)]
     for side in (samples, reference):
-        if side.images is not None:
-            warnings += [*_files(side), *_grey(side), *_labels(side, reference)]
+        if side.traits is not None:
+            traits = side.traits
+            warnings += [*(traits.remarks or ()), *_files(side, traits), *_colours(side, traits)]
+    warnings += _labels(samples.traits, reference.traits)
     return warnings + ([*_published(samples, reference, protocol)] if protocol else [])
 
 
@@ -64,105 +114,127 @@ def _published(samples: Side, reference: Side, protocol: Protocol) -> Iterator[s
     if protocol.reference not in ("any", kind):
         which = "validation images" if protocol.reference == "images" else "statistics of the whole training set"
         yield f"the reference is {kind}, that of protocol {protocol.name} is {which}: {end}"
-    assert samples.images is not None
-    rounding = samples.images.rounding
+    rounding = None if samples.traits is None else samples.traits.rounding
     if rounding and protocol.rounding and rounding != protocol.rounding:
         yield f"samples were rounded to uint8 by {rounding}, those of protocol {protocol.name} by {protocol.rounding}"
-    counts = [(samples, protocol.num_samples)]
-    counts += [(reference, protocol.num_reference)] if reference.statistics is None else []
-    for side, wanted in counts:
-        assert side.features is not None
-        if wanted not in (None, len(side.features)):
-            yield f"{len(side.features)} {side.noun}, {wanted:,} in protocol {protocol.name}: {end}"
+    for side, wanted in ((samples, protocol.num_samples), (reference, protocol.num_reference)):
+        if side.count is not None and wanted not in (None, side.count):
+            yield f"{side.count} {side.noun}, {wanted:,} in protocol {protocol.name}: {end}"
 
 
-def _files(side: Side) -> Iterator[str]:
+def _unknown(reference: Side) -> Iterator[str]:
+    """What saved statistics do not tell, so that nothing can be said about it."""
+    if reference.statistics is None or (reference.traits is not None and reference.count is not None):
+        return
+    number = [] if reference.count is not None else ["the number"]
+    other = [] if reference.traits is not None else ["sizes", "formats", "colours", "classes", "repeats"]
+    *first, last = number + other
+    yield (
+        f"the reference statistics do not tell {' and '.join(filter(None, (', '.join(first), last)))} of their images, "
+        "so there is no warning about these: give the images, or statistics of them by `digit statistics`"
+    )
+
+
+def _files(side: Side, traits: Traits) -> Iterator[str]:
     """Lossy formats; not for a reference that is resized, whose compression errors mostly disappear."""
-    assert side.images is not None
-    kinds, total = side.images.survey.kinds, len(side.images)
-    lossy = {kind: kinds[kind] for kind in LOSSY if kinds[kind]}
-    if lossy and not (side.role == "reference" and side.fitted):
-        named = " and ".join(f"{count} of {total} {side.noun} are {kind}" for kind, count in lossy.items())
+    lossy = [(kind, count) for kind, count in traits.kinds if kind in LOSSY]
+    if lossy and not (side.role == "reference" and traits.fitted):
+        named = " and ".join(f"{count} of {traits.num} {side.noun} are {kind}" for kind, count in lossy)
         yield f"{named}: compression moves the distance; save PNG (the file name does not decide the format)"
 
 
 def _sizes(samples: Side, reference: Side) -> Iterator[str]:
     for side in (samples, reference):
-        if side.images is not None and side.images.survey.side is None:
+        if side.traits is None:
+            continue
+        smallest = min(min(width, height) for width, height, _ in side.traits.sizes)
+        if side.traits.side is None:
             yield (
-                f"{side.noun} {_mixture(side)}: the short side was resized to {side.fitted} px (PIL bicubic) and the "
-                "centre cropped; other resizing or cropping gives another distance"
+                f"{side.noun} {_mixture(side.traits)}: the short side was resized to {side.pixels} px (PIL bicubic) "
+                "and the centre cropped; other resizing or cropping gives another distance"
+            )
+        if side.traits.fitted and side.traits.fitted > smallest:
+            yield (
+                f"{side.noun} were enlarged to {side.traits.fitted} px, the smallest from {smallest} px: a lack of "
+                f"detail counts as a difference; resize both sets to at most {smallest} px (--image_size)"
             )
     own, other = samples.pixels, reference.pixels
     if own and other and own != other:
         yield (
             f"samples are {own} px, the reference {other} px: the network resizes both to its own size, and a lack of "
-            "detail counts as a difference; resize the reference (--image_size)"
+            f"detail counts as a difference; resize both sets to {min(own, other)} px (--image_size)"
         )
 
 
-def _mixture(side: Side) -> str:
-    assert side.images is not None
-    sizes = side.images.survey.sizes
-    (width, height), _ = sizes.most_common(1)[0]
-    return f"come in {len(sizes)} sizes, most often {width}x{height}" if len(sizes) > 1 else f"are {width}x{height}"
+def _mixture(traits: Traits) -> str:
+    (width, height, _), *others = traits.sizes
+    return f"come in {1 + len(others)} sizes, most often {width}x{height}" if others else f"are {width}x{height}"
 
 
-def _counts(samples: Side, reference: Side) -> Iterator[str]:
-    assert samples.features is not None
-    sides = [side for side in (samples, reference) if not side.statistics]
-    counts = {side.noun: len(side.features) for side in sides if side.features}
-    for noun, count in counts.items():
-        dim = samples.features.pooled.shape[1]
-        if count <= dim:
-            yield f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high"
-        elif count < FEW:
-            yield f"{count} {noun}: below {FEW:,} images the distance is too high; compare equal numbers only"
-    if len(set(counts.values())) > 1:
+def _rank(reference: Side) -> Iterator[str]:
+    """Too few images behind statistics that do not tell their number."""
+    if reference.statistics is None or reference.statistics.num is not None:
+        return
+    sigma = reference.statistics.sigma
+    rank = int(np.linalg.matrix_rank(sigma, hermitian=True))
+    if rank < len(sigma):
         yield (
-            " against ".join(f"{count} {noun}" for noun, count in counts.items())
-            + ": compare with metrics of the same two numbers only"
+            f"the covariance of the reference statistics has rank {rank} of {len(sigma)}, as that of {rank + 1} images "
+            "has: it is singular and the distance far too high"
         )
 
 
 def _repeats(samples: Side, reference: Side) -> Iterator[str]:
-    keys = {side.noun: side.features.pixel_keys() for side in (samples, reference) if side.features}
-    for noun, own in keys.items():
-        if repeated := len(own) - len(set(own)):
-            yield f"{repeated} of {len(own)} {noun} repeat another one pixel by pixel: were they sampled with one seed?"
-    reference_keys = set(keys.get("reference images", ()))
-    if copied := sum(key in reference_keys for key in keys["samples"]):
-        yield f"{copied} of {len(keys['samples'])} samples are reference images pixel by pixel, not new samples"
+    for side in (samples, reference):
+        if side.traits is not None and (repeated := side.traits.num_repeated):
+            yield (
+                f"{repeated} of {side.traits.num} {side.noun} repeat another one pixel by pixel: were they sampled "
+                "with one seed?"
+            )
+    assert samples.features is not None
+    if copied := sum(key in reference.pixel_keys for key in samples.features.pixel_keys()):
+        yield f"{copied} of {len(samples.features)} samples are reference images pixel by pixel, not new samples"
 
 
-def _grey(side: Side) -> Iterator[str]:
-    assert side.images is not None and side.features is not None
-    share = float(side.features.grey.float().mean())
-    if share > MOSTLY_GREY:
+def _colours(side: Side, traits: Traits) -> Iterator[str]:
+    if traits.num_grey > MOSTLY_GREY * traits.num:
+        share = traits.num_grey / traits.num
         yield f"{share:.0%} of the {side.noun} are greyscale: the network was trained on colour photographs"
-    deep = sum(count for kind, count in side.images.survey.modes.items() if kind.startswith("I"))
-    if deep:
-        yield f"{deep} of {len(side.images)} {side.noun} have 16 bits per pixel: 0..65535 was scaled to 0..255"
+    for what, kinds in ALTERED.items():
+        if altered := sum(count for mode, count in traits.modes if mode in kinds or mode.partition(";")[0] in kinds):
+            yield f"{altered} of {traits.num} {side.noun} have {what}"
 
 
-def _labels(side: Side, reference: Side) -> Iterator[str]:
-    """Compare class shares with the reference's if its classes include the samples', else with equal shares."""
-    assert side.images is not None
-    names = side.images.class_names
-    if names is None:
+def _labels(samples: Traits | None, reference: Traits | None) -> Iterator[str]:
+    """Compare the samples' class shares with the reference's; where one side has no classes, with equal shares."""
+    own = dict(samples.classes) if samples is not None and samples.classes else None
+    other = dict(reference.classes) if reference is not None and reference.classes else None
+    if own is None and other is not None and (parts := _unbalanced(other, dict.fromkeys(other, 1))):
+        yield f"labels of the reference images are unbalanced: {parts}; the samples need the same shares of classes"
+    if own is None:
         return
-    counts, shares = Counter(names), None
-    reference_names = None if reference.images is None else reference.images.class_names
-    if side is not reference and reference_names and set(counts) <= set(reference_names):
-        shares = Counter(reference_names)
-    expected = shares or dict.fromkeys(counts, 1)
-    unit = len(names) / sum(expected.values())
-    chi_squared = sum((counts[name] - unit * share) ** 2 / (unit * share) for name, share in expected.items())
-    freedom = len(expected) - 1
-    if freedom and chi_squared > freedom + CHANCE * math.sqrt(2 * freedom):
-        least, most = min(expected, key=lambda name: counts[name]), max(expected, key=lambda name: counts[name])
-        against = "the shares of the reference" if shares else "equal shares"
+    if other is not None and (foreign := [name for name in own if name not in other]):
         yield (
-            f"labels of the {side.noun} are unbalanced against {against}: {counts[least]} of class {least}, "
-            f"{counts[most]} of class {most}; sample every class in turn"
+            f"{len(foreign)} of {len(own)} classes of the samples are none of the reference, such as {foreign[0]}: "
+            "images of other classes raise the distance; give both sets the same names of classes"
         )
+    elif other is not None and (parts := _unbalanced(own, other)):
+        yield (
+            f"labels of the samples are unbalanced against the shares of the reference: {parts}; sample the classes in "
+            "the shares of the reference"
+        )
+    elif other is None and (parts := _unbalanced(own, dict.fromkeys(own, 1))):
+        yield f"labels of the samples are unbalanced against equal shares: {parts}; sample every class in turn"
+
+
+def _unbalanced(counts: dict[str, int], expected: dict[str, int]) -> str:
+    """The least and the most frequent class where counts differ from the expected shares by more than chance, or ""."""
+    unit = sum(counts.values()) / sum(expected.values())
+    shares = {name: unit * share for name, share in expected.items()}
+    chi_squared = sum((counts.get(name, 0) - share) ** 2 / share for name, share in shares.items())
+    freedom = len(expected) - 1
+    if not freedom or chi_squared <= freedom + CHANCE * math.sqrt(2 * freedom):
+        return ""
+    ratio = {name: counts.get(name, 0) / share for name, share in shares.items()}
+    least, most = min(ratio, key=ratio.__getitem__), max(ratio, key=ratio.__getitem__)
+    return f"{counts.get(least, 0)} of class {least}, {counts.get(most, 0)} of class {most}"

@@ -20,6 +20,7 @@ from digit.evaluation.features import Shard, collect, shards
 from digit.evaluation.image_set import Images, open_images
 from digit.evaluation.samples import EvaluateConfig, describe_protocol, describe_side, scores, versions
 from digit.evaluation.traps import Side
+from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JudgeNetwork
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
@@ -45,8 +46,8 @@ def validation_rows(
         num: number of images to use, spread evenly if they are sorted by class; all by default.
         network, cfg, out, device: as for `evaluate`; cfg.seed is the seed of the first rendered image.
 
-    Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "rounding", "versions"}. The features of
-    rendered images are cached, 1,000 images at a time.
+    Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "warnings", "rounding", "versions"}. The features
+    of rendered images are cached, 1,000 images at a time.
     """
     pipe.require("vq")
     cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size)
@@ -59,7 +60,7 @@ def validation_rows(
         return Side("reference", images, pipe.image_size, judged)
 
     real = features(real_shards, "judge validation images")
-    rows, left_out = {}, {}
+    rows, left_out, warnings = {}, {}, []
     for row, make in _routes(pipe, cfg.seed).items():
         if make is None:
             left_out[row] = "the pipeline has no tokenizer, or no renderer that takes its tokens"
@@ -69,18 +70,27 @@ def validation_rows(
             lambda side=side: scores(replace(side, role="samples"), real, network, cfg)
         )
         left_out |= {f"{row}: {name}": reason for name, reason in missing.items()}
+        warnings += [f"{row}: {text}" for text in distributed.on_main(lambda side=side: _traps(side, real))]
     assert pipe.vq is not None
     result = {
         "protocol": describe_protocol(network, cfg),
         "images": describe_side(real),
         "rows": rows,
         "left_out": left_out,
+        "warnings": warnings,
         "rounding": pipe.vq.rounding,
         "versions": versions(),
     }
     if out is not None:
         distributed.on_main(lambda: write_json(out, result))
     return result
+
+
+def _traps(decoded: Side, real: Side) -> list[str]:
+    """Warnings about the numbers and the pixels of the images of a row."""
+    assert decoded.features is not None
+    remarks = decoded.images.remarks if decoded.images is not None else ()
+    return [*remarks, *count_warnings(decoded.count, real.count, decoded.features.pooled.shape[1])]
 
 
 Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the first) -> uint8 (B, 3, S, S)

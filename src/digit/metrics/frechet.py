@@ -14,6 +14,7 @@ from digit.errors import DigitError, MismatchError
 from digit.metrics.arrays import Values, as_float64
 
 BLOCK = 16_384  # images in float64 at a time
+FEW = 10_000  # images below which the upward bias of a Fréchet distance is far from small (Chong & Forsyth 2020)
 
 
 class FeatureStats:
@@ -121,3 +122,22 @@ def bootstrap_std(
         a, b = (FeatureStats.of(x[rng.integers(len(x), size=len(x))]) for x in (first, second))
         distances.append(frechet_distance(a.mean, a.cov, b.mean, b.cov))
     return float(np.std(distances, ddof=1))
+
+
+def count_warnings(num_samples: int | None, num_reference: int | None, dim: int) -> list[str]:
+    """Warnings about the numbers of images behind a distance in `dim` features; None is a number that is not known."""
+    counts = {"samples": num_samples, "reference images": num_reference}
+    known = {noun: count for noun, count in counts.items() if count is not None}
+    warnings, few = [], False
+    for noun, count in known.items():
+        if count <= dim:
+            warnings.append(
+                f"{count} {noun} for {dim} features: the covariance is singular and the distance far too high"
+            )
+        elif count < FEW:
+            few = True
+            warnings.append(f"{count} {noun}: below {FEW:,} images the distance is too high")
+    if len(known) == 2 and (few or num_samples != num_reference):
+        both = " against ".join(f"{count} {noun}" for noun, count in known.items())
+        warnings.append(f"{both}: compare with metrics of the same two numbers only")
+    return warnings

@@ -19,17 +19,22 @@ from digit.metrics.intervals import Interval
 
 ROWS = 4096  # images per matrix product
 RANK_TOLERANCE = 1e-10  # eigenvalues below this fraction of the largest are rounding
+ERROR_TOLERANCE = 1e-7  # errors below this fraction of the reference's total variance are rounding
 
 
 def frechet_interval(features: Features, mean: Mean, cov: Covariance, *, confidence: float = 0.95) -> Interval:
     """d -+ z * frechet_error, d the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
 
     z is the normal quantile (1.96 at 95 %). The interval covers the choice of samples and takes the reference as fixed.
-    It does not contain the upward bias of few samples, which shifts value and interval together.
+    It does not contain the upward bias of few samples, which shifts value and interval together. There is no interval
+    where the error is 0 but for rounding: all samples are equal, or they have the reference's mean and covariance.
     """
     stats = FeatureStats.of(features)
     value = frechet_distance(stats.mean, stats.cov, mean, cov)
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * frechet_error(features, mean, cov)
+    error = frechet_error(features, mean, cov)
+    if error <= ERROR_TOLERANCE * float(np.trace(as_float64(cov))):
+        return Interval.without(value, "the samples do not vary, or have the reference's own mean and covariance")
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return Interval(value, max(0.0, value - half), value + half)
 
 
@@ -60,6 +65,8 @@ def frechet_difference(
         if paired
         else float(np.hypot(_error(influences[0]), _error(influences[1])))
     )
+    if error <= ERROR_TOLERANCE * float(np.trace(as_float64(cov))):
+        return Interval.without(value, "both sets change the distance alike, image by image")
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return Interval(value, value - half, value + half)
 

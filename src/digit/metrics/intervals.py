@@ -3,8 +3,10 @@
 They cover the choice of images alone; another training run or another seed of the model may differ by more.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,12 +23,22 @@ class Interval:
     value: float
     low: float
     high: float
+    missing: str = ""
+    """Why there is no interval; low and high are NaN then."""
 
-    def to_dict(self) -> dict[str, float]:
-        """{"value", "low", "high"}, for JSON."""
-        return asdict(self)
+    @classmethod
+    def without(cls, value: float, missing: str) -> Self:
+        """A value whose interval cannot be had, and why."""
+        return cls(value, math.nan, math.nan, missing)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"value", "low", "high"}, for JSON; without an interval low and high are None, and "missing" says why."""
+        ends = {"low": None, "high": None, "missing": self.missing} if self.missing else None
+        return {"value": self.value} | (ends or {"low": self.low, "high": self.high})
 
     def __format__(self, spec: str) -> str:
+        if self.missing:
+            return f"{self.value:{spec}} [no interval: {self.missing}]"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 

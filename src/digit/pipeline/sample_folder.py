@@ -1,4 +1,4 @@
-"""A folder of sampled images. Interrupted sampling resumes at the first missing batch.
+"""A folder of sampled images. Interrupted sampling resumes at the first missing batch; so does a request for more.
 
     FOLDER/00000.png ...    image i, of seed + i
     FOLDER/grid.png         the first 256
@@ -6,6 +6,8 @@
     FOLDER/samples.json     labels, classes and the request that determines every byte; written last, when all is done
     FOLDER/journal.json     during sampling: the request, and which images are done (beside NAME.partial.npy)
     FOLDER/journal.R.json   which images rank R has added since
+
+A request for more images than a folder holds keeps those that are there, since every image has a seed of its own.
 
 Threads write the PNGs of a batch while the next one is sampled; at most three batches are in memory. Several processes
 (ranks) each sample a share of the missing batches into one folder that all of them see. On the same kind of device the
@@ -21,6 +23,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from digit import __version__
 from digit.data.rows import ArrayFile
-from digit.errors import DigitError, Stopped
+from digit.errors import DigitError, MismatchError, Stopped
 from digit.pipeline.batch import SampleBatch
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_journal import (
@@ -70,7 +73,7 @@ def sample(
     overwrite: bool = False,
     **sampling: Any,
 ) -> list[Path]:
-    """Sample images into a folder, or resume the same request there; returns the files of the images.
+    """Sample images into a folder, resume the same request there, or add to it; returns the files of the images.
 
     Args:
         num, labels, seed, sampling: as for `DigitPipeline.stream`. Without a batch size, resumed sampling keeps
@@ -80,7 +83,7 @@ def sample(
     All ranks of a job call it together; rank 0 chooses the batch size and writes the final files.
 
     Raises:
-        MismatchError: the folder holds images of another request; the error names a setting and both values.
+        MismatchError: the folder holds images of another request, or more images; the error names both values.
         DigitError: a setting out of range, other images in the folder, a full disk (make room and run again).
         Stopped: SIGINT or SIGTERM came; finished batches are written, and the same call resumes.
     """
@@ -154,7 +157,9 @@ def settle_request(
         cfg = pipe.sized(cfg)
         request = describe_request(pipe, num, labels, seed, cfg)
         if there is not None:
-            require_same_request(folder, there, request, f"{OTHER_FOLDER}, or the old setting")
+            advice = f"{OTHER_FOLDER}, or the old setting"
+            require_same_request(folder, there | {"num": num}, request, advice)
+            require_no_fewer(folder, there, num)
     except DigitError:
         if not overwrite:
             raise
@@ -163,6 +168,22 @@ def settle_request(
         cfg = pipe.sized(asked)
         request = describe_request(pipe, num, labels, seed, cfg)
     return cfg, request
+
+
+def require_no_fewer(folder: Path, there: dict[str, Any], num: int) -> None:
+    """Raise MismatchError where a folder holds more images than `num`, or where `num` needs longer names."""
+    existing = there.get("num")
+    if not isinstance(existing, int):
+        require_same_request(folder, {"num": existing}, {"num": num}, OTHER_FOLDER)
+    elif existing > num:
+        raise MismatchError(
+            f"{folder} was made with num = {existing}, now asked for {num}, which is fewer: give --num {existing} or "
+            f"more, or {OTHER_FOLDER}"
+        )
+    elif num_digits(existing) != num_digits(num):
+        raise MismatchError(
+            f"{folder} was made with num = {existing}, and the names of {num} images are longer: {OTHER_FOLDER}"
+        )
 
 
 def describe_request(
@@ -196,7 +217,10 @@ def describe_request(
 
 
 class SampleFolder:
-    """Files and journals of one request. A journal names only images whose files are on the disk."""
+    """Files and journals of one request. A journal names only images whose files are on the disk.
+
+    Where the folder holds fewer images of the same request, the missing ones are added.
+    """
 
     def __init__(
         self,
@@ -214,11 +238,12 @@ class SampleFolder:
         paths = {name: folder / f"{name}.partial.npy" for name in lengths}
         self.arrays = {name: ArrayFile(path, (self.num, lengths[name]), "<i4") for name, path in paths.items()}
         self.opened: list[ArrayFile] = []
+        self.existing = Spans()  # images that were there when this process began; they stay as they are
         self.waiting: deque[Future] = deque()  # one per batch that is being written
 
     def picture(self, index: int) -> Path:
         """The file of an image; names sort in the order of the images."""
-        return self.folder / f"{index:0{max(5, len(str(self.num - 1)))}d}.png"
+        return self.folder / f"{index:0{num_digits(self.num)}d}.png"
 
     @property
     def done(self) -> int:
@@ -239,17 +264,17 @@ class SampleFolder:
     def begin(self) -> None:
         """Resume from the existing journals, or begin one. Raises DigitError at once where the disk is too full."""
         self.ledger = distributed.on_main(self._begin)
+        self.existing = Spans(self.ledger.done.spans)
 
     def _begin(self) -> Ledger:
         lock_folder(self.folder)
-        if (self.folder / JOURNAL).exists() and len((there := read_ledger(self.folder)).done):
+        if (recorded_done := self._recorded_done()) is not None:
             names, done = set(listed(self.folder)), Spans()
-            for first in range(0, self.num, self.size):
-                end = min(first + self.size, self.num)
-                if there.done.covers(first, end) and all(self.picture(i).name in names for i in range(first, end)):
-                    done.add(first, end)  # batches with deleted files are sampled again
+            for i in filter(lambda i: self.picture(i).name in names, recorded_done):  # deleted ones are sampled again
+                done.add(i, i + 1)
             ledger = Ledger(self.request, self.num, done)
             ledger.save(self.folder / JOURNAL)
+            (self.folder / SAMPLES).unlink(missing_ok=True)  # of a request for fewer images
             return ledger
         clear(self.folder)
         ledger = Ledger(self.request, self.num)
@@ -261,6 +286,33 @@ class SampleFolder:
             self._give_back()
             raise
         return ledger
+
+    def _recorded_done(self) -> Spans | None:
+        """Images that an interrupted process or a request for fewer has left, their tokens in place; None for none."""
+        there = read_ledger(self.folder) if (self.folder / JOURNAL).exists() else Ledger({}, 0)
+        begun = there.request.get("num") if len(there.done) else None
+        if (self.folder / SAMPLES).exists() and begun != self.num:
+            finished = (recorded(self.folder) or {}).get("num", self.num)
+            if finished < self.num:
+                self._grow(self.folder / TOKENS, finished)
+                return Spans([(0, finished)])
+        elif begun is not None:
+            if begun < self.num:
+                self._grow(None, begun)
+            return there.done
+        return None
+
+    def _grow(self, tokens: Path | None, num: int) -> None:
+        """Lengthen the arrays of tokens, from a tokens.npz or from the unfinished arrays of `num` images."""
+        for name, array in self.arrays.items():
+            rows = read_rows(tokens or array.path, name)[:num]
+            if rows.shape != (num, *array.shape[1:]):
+                raise DigitError(f"{self.folder} holds {rows.shape} {name} tokens of {num} images: {OTHER_FOLDER}")
+            with atomic_path(array.path) as temporary:
+                longer = ArrayFile(temporary, array.shape, array.dtype.str)
+                longer.allocate()
+                with longer:
+                    longer.write(0, rows)
 
     def share(self) -> list[tuple[int, int]]:
         """This rank's share of the missing batches, as spans of images."""
@@ -282,10 +334,11 @@ class SampleFolder:
         return self
 
     def append(self, batch: SampleBatch) -> None:
-        """Pass a batch to the writers, and wait for the previous one."""
-        paths = [self.picture(batch.first + i) for i in range(len(batch))]
-        writing = [self.writers.submit(write_picture, path, batch, i) for i, path in enumerate(paths)]
-        self.waiting.append(self.keeper.submit(self._keep, batch, writing))
+        """Pass the new images of a batch to the writers, and wait for the previous one."""
+        first = batch.first
+        rows = [i for i in range(len(batch)) if not self.existing.covers(first + i, first + i + 1)]
+        writing = [self.writers.submit(write_picture, self.picture(first + i), batch, i) for i in rows]
+        self.waiting.append(self.keeper.submit(self._keep, batch, rows, writing))
         self.settle(WAITING)
 
     def settle(self, left: int) -> None:
@@ -293,12 +346,13 @@ class SampleFolder:
         while len(self.waiting) > left:
             self.waiting.popleft().result()
 
-    def _keep(self, batch: SampleBatch, writing: list[Future]) -> None:
-        """Record a batch in the journal once it is on the disk; runs in a thread that takes one batch at a time."""
+    def _keep(self, batch: SampleBatch, rows: list[int], writing: list[Future]) -> None:
+        """Record a batch in the journal once its new rows are on the disk; runs in a thread, one batch at a time."""
         for future in writing:
             future.result()
         for name, array in self.arrays.items():
-            array.write(batch.first, batch.tokens[name].numpy())
+            for i in rows:
+                array.write(batch.first + i, batch.tokens[name][i : i + 1].numpy())
             array.sync()
         self.ledger.done.add(batch.first, batch.first + len(batch))
         self.ledger.save(self.folder / JOURNAL)
@@ -337,6 +391,22 @@ class SampleFolder:
         """Remove the files that only an unfinished folder needs, and files that a kill left half written."""
         for name in filter(NEEDLESS.fullmatch, listed(self.folder)):
             (self.folder / name).unlink(missing_ok=True)
+
+
+def num_digits(num: int) -> int:
+    """Digits in the names of `num` images."""
+    return max(5, len(str(num - 1)))
+
+
+def read_rows(path: Path, name: str) -> np.ndarray:
+    """Read tokens (num, N) from an .npy, or by name from an .npz. Raises DigitError for a missing or damaged file."""
+    try:
+        if path.suffix != ".npz":
+            return np.load(path, allow_pickle=False)
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[name]
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise DigitError(f"{path} cannot be read ({error}), so more images cannot be added: {OTHER_FOLDER}") from error
 
 
 def write_picture(path: Path, batch: SampleBatch, row: int) -> None:

@@ -24,6 +24,7 @@ from digit.errors import DigitError
 from digit.evaluation.cache import pipeline_key, remember, request_key
 from digit.evaluation.features import fingerprint
 from digit.evaluation.networks import load_judge_network
+from digit.evaluation.splits import labelled
 from digit.metrics.judge import Judged, collect_judged, fd
 from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.pipeline import DigitPipeline
@@ -61,12 +62,6 @@ def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageS
         return train, test.with_classes(train.classes).limit(num_test)
     train, test = hold_out(open_source(data))
     return train.limit(num_train), test.limit(num_test)
-
-
-def labelled(source: ImageSource) -> bool:
-    """Whether any image of a source has a class."""
-    labels = source.labels()
-    return bool(source.classes) and (labels is None or bool((labels >= 0).any()))
 
 
 def variant(conditional: bool) -> str:
@@ -238,13 +233,14 @@ class Study:
         """The test images, judged."""
         return self.judged("test", lambda: self.test_images)
 
-    def scores(self, judged: Judged) -> dict[str, float]:
+    def scores(self, judged: Judged) -> dict[str, Any]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
-        mean, deviation = inception_score(judged.logits, splits_of(len(judged)))
+        num_splits = splits_of(len(judged))
+        mean, deviation = inception_score(judged.logits, num_splits)
         return {
             self.network.metric("fd"): fd(judged.pooled, self.reference.pooled),
             self.network.metric("is"): mean,
-            self.network.metric("is") + "_std": deviation,
+            self.network.metric("is") + "_std": deviation if num_splits > 1 else None,  # one split has no deviation
             "images": len(judged.pooled),
         }
 

@@ -9,6 +9,7 @@ import torch
 from digit.errors import DigitError
 from digit.evaluation import paper, stability
 from digit.evaluation import probe as probing
+from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
@@ -255,11 +256,13 @@ def protocol(study: Study) -> str:
     """Definition of the distances, as text."""
     rounding = study.base.train_vqgan().rounding
     compared = f"{study.scale.num_samples} samples ({rounding} 8 bits) against {len(study.reference)} test images"
+    numbers = study.scale.num_samples, len(study.reference), study.reference.pooled.shape[1]
+    warnings = "".join(f" Warning: {text}." for text in count_warnings(*numbers))
     if study.inception:
-        return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}."
+        return f"FID and IS by the Inception network {Path(study.inception).name}, {compared}.{warnings}"
     return (
         f"Distances on EfficientNet-Lite2 features, {compared}; they are not FID, and the paper's values beside "
-        "them are for ImageNet at 256 px."
+        f"them are for ImageNet at 256 px.{warnings}"
     )
 
 
@@ -312,9 +315,11 @@ def whiskers(values: Sequence[float]) -> tuple[float, float, float]:
     return interval.value, interval.low, interval.high
 
 
-def shown(interval: dict[str, float] | None, digits: int = 4, missing: str = "") -> str:
-    """`123.4 [120.1, 126.7]`, or `missing` for None."""
+def shown(interval: dict[str, Any] | None, digits: int = 4, missing: str = "") -> str:
+    """`123.4 [120.1, 126.7]`, `123.4 [–]` where no interval can be had, or `missing` for None."""
     if interval is None:
         return missing
+    if "missing" in interval:
+        return f"{interval['value']:.{digits}g} [–]"
     value, low, high = (f"{interval[end]:.{digits}g}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

@@ -123,10 +123,10 @@ def pretrain(
     Raises DigitError where the data cannot be read, MismatchError where `out` holds a run with other settings.
     """
     out, place = Path(out), choose_device(device)
-    lock_folder(out)
     source = open_source(data, split=split) if isinstance(data, str) else data
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: pretraining needs at least 2 and wants thousands")
+    lock_folder(out)
     training = replace(cfg.training, seed=cfg.seed)
 
     @cache  # a finished run decodes nothing

@@ -15,6 +15,7 @@ from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, open_source
 from digit.data.preprocess import PreprocessConfig, centre_crop
 from digit.data.shapes import CLASSES, ShapesSource
+from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
@@ -190,7 +191,9 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     sampled = collect_features(samples.split(64), judge.pooled)
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
     truth = collect_features(real.split(64), judge.pooled)
-    metrics: dict[str, Any] = {METRIC: fd(sampled, truth), f"{METRIC}_images": [len(sampled), len(truth)]}
+    numbers = [len(sampled), len(truth)]
+    metrics: dict[str, Any] = {METRIC: fd(sampled, truth), f"{METRIC}_images": numbers}
+    metrics[f"{METRIC}_warnings"] = count_warnings(*numbers, dim=truth.shape[1])
     if list(pipe.classes) == list(CLASSES):
         metrics |= recognised(judge, sampled, tokens["labels"], pipe)
     return metrics
@@ -244,6 +247,7 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
             return ""
         return f'<h2>{title}</h2><p class="note">{note}</p><img src="{name}" alt="{title}">'
 
+    warnings = "".join(f" Warning: {html.escape(text)}." for text in metrics[f"{METRIC}_warnings"])
     scalars = {k: v for k, v in metrics.items() if isinstance(v, int | float | str)}
     rows = "".join(
         f"<tr><td>{html.escape(k)}</td><td>{v:.4g}</td></tr>"
@@ -261,7 +265,7 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
             + (" One row per class." if pipe.classes else ""),
         ),
         f"<h2>Metrics</h2><table>{rows}</table>",
-        f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.</p>",
+        f"<p class='note'>{METRIC} is a Frechet distance on EfficientNet-Lite2 features; it is not FID.{warnings}</p>",
         picture(
             "reconstructions.png",
             "Reconstructions",

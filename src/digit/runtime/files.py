@@ -36,15 +36,22 @@ FIXED_OUTSIDE = {errno.EROFS: "make it writable", errno.EIO: "have the disk chec
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
-    """Raise DigitError before the work where its result cannot be written to `path`; creates the folder."""
+    """Raise DigitError before the work where its result cannot be written to `path`.
+
+    It creates nothing: a command that fails before it has a result leaves no folder behind.
+    """
     path = Path(path)
     target = path if folder else path.parent
     with disk_errors(path):
-        target.mkdir(parents=True, exist_ok=True)
         if not folder and path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        above = (target, *target.absolute().parents)
+        there = next(place for place in above if place.exists() or place.is_symlink())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK):
+            read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+            raise OSError(number := errno.EROFS if read_only else errno.EACCES, os.strerror(number))
 
 
 @contextmanager

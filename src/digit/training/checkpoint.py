@@ -159,7 +159,7 @@ def prune(folder: Path, step: int, keep: int, keep_best: bool) -> None:
 
 
 def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | None:
-    """(path, value) of the checkpoint with the lowest validation metric, up to a step; None if none has a metric."""
+    """(path, value) of the checkpoint with the lowest finite validation metric, up to a step; None for none."""
     scored = []
     for step, path in list_checkpoints(folder):
         if up_to is not None and step > up_to:
@@ -168,8 +168,8 @@ def best(folder: str | Path, up_to: int | None = None) -> tuple[Path, float] | N
             metrics = read_manifest(path)["metrics"]
         except DigitError:
             continue
-        value = next((v for name, v in sorted(metrics.items()) if name.startswith("val_")), None)
-        scored += [(value, path)] if value is not None else []
+        value = next((v for name, v in sorted(metrics.items()) if name.startswith("val_")), math.nan)
+        scored += [(value, path)] if math.isfinite(value) else []
     return min(scored)[::-1] if scored else None
 
 

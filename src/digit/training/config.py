@@ -107,7 +107,8 @@ class TrainConfig(LoopConfig):
     optimizer state over them (fully_shard), for models that fill a GPU. A run can resume with the other one."""
     max_skipped: int = 0
     """How many updates of the whole run may be skipped because their loss or gradient is not finite; 0 stops the run
-    at the first."""
+    at the first. With precision fp16, whose loss scaling skips an update now and then, 0 stops it only where the
+    gradients overflow at the smallest loss scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,6 +16,7 @@ from digit.runtime import distributed
 from digit.runtime.files import atomic_path, disk_errors
 from digit.runtime.progress import Progress
 from digit.training.faults import NotFiniteError, SpikeDetector, find_not_finite
+from digit.training.peak import PeakSpeed
 from digit.training.tensorboard import TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ class RunLog:
 
     def __init__(
         self, out: Path, step: int, num_steps: int, *,
-        description: str = "train", tensorboard: bool = True, peak_images_per_second: float | None = None,
+        description: str = "train", tensorboard: bool = True, peak: PeakSpeed | None = None,
     ):  # fmt: skip
-        self.peak_images_per_second = peak_images_per_second
+        self.peak, self.peak_is_wrong = peak, False
         self.description, self.num_steps = description, num_steps
         self.path, self.step = out / "log.jsonl", step
         self.pending: list[tuple[int, Metrics]] = []
@@ -155,8 +156,8 @@ class RunLog:
     def write(self, images_per_step: int) -> None:
         """Write one line: the mean of each metric since the last line, over steps and ranks, and the speed.
 
-        Speed: images_per_second; mfu, its share of the hardware's peak, if that is known; data_wait, the fraction of
-        the time spent waiting for batches; seconds since step 0. `lr` is the last one, not the mean.
+        Speed: images_per_second; mfu, its share of the hardware's peak, if that is known and no less; data_wait, the
+        fraction of the time spent waiting for batches; seconds since step 0. `lr` is the last one, not the mean.
         """
         self.check()
         elapsed = max(time.perf_counter() - self.since, 1e-9)
@@ -166,9 +167,9 @@ class RunLog:
         line = {name: sum(column) / len(column) for name, column in zip(names, columns, strict=True)}
         if "lr" in line:
             line["lr"] = columns[names.index("lr")][-1]
-        line["images_per_second"] = images_per_step * len(self.pending) / elapsed
-        if self.peak_images_per_second is not None:
-            line["mfu"] = line["images_per_second"] / self.peak_images_per_second
+        num_timed = len(self.pending) - self.num_averaged  # not those of a checkpoint, which an earlier process timed
+        line["images_per_second"] = images_per_step * num_timed / elapsed
+        line |= self._mfu(line["images_per_second"])
         line["data_wait"] = self.waited / elapsed
         line["seconds"] = self.seconds = self.seconds + elapsed
         self.pending.clear()
@@ -178,6 +179,17 @@ class RunLog:
         if "loss" in line and (warning := self.spikes.check(line["loss"])) and self._file is not None:
             logger.warning("step %d: %s", self.step, warning)
             self.note(warning)
+
+    def _mfu(self, images_per_second: float) -> dict[str, float]:
+        """{"mfu": share of the peak}; {} where there is no peak, or one that the run exceeds, which is noted once."""
+        if self.peak is None or self._file is None:
+            return {}
+        if (share := self.peak.share(images_per_second)) is not None:
+            return {"mfu": share}
+        if not self.peak_is_wrong:
+            self.peak_is_wrong = True
+            self.note("mfu is left out: the run is faster than the peak measured on this machine, which is busy")
+        return {}
 
     def put(self, metrics: dict[str, float]) -> None:
         """Write `metrics` of the current step to the file, the progress bar and TensorBoard (rank 0)."""

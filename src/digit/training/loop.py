@@ -1,5 +1,7 @@
 """The training loop. Everything in it is a function of the step, so a resumed run equals an uninterrupted one."""
 
+import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
 from digit.training.faults import NotFiniteError, dump_crash
 from digit.training.log import Metrics, RunLog, last_metrics
+from digit.training.peak import PeakSpeed
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -85,7 +90,7 @@ def train(
     about: dict[str, Any] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
     batches: Callable[[int], Any] | None = None,
-    peak_images_per_second: float | None = None,
+    peak: PeakSpeed | None = None,
     description: str = "train",
 ) -> dict[str, float]:
     """Call `update(step)` for every step up to `cfg.num_steps`, starting from the newest good checkpoint in `out`.
@@ -93,10 +98,10 @@ def train(
     `update` does all of one step (learning rate, forward and backward, clipping, optimizer, EMA) as a function of
     `step` alone. It returns metrics: floats or 0-d tensors, which the loop does not wait for. The metric `data_seconds`
     is the time that the step waited for data. `validate(step)` runs before each regular save, and its metrics are
-    logged. `about` (JSON) identifies the run beside `cfg`: it is kept in config.json and compared on resume.
-    `batches(step)`, a dict of tensors, is written to the crash dump of a step that fails. With
-    `peak_images_per_second`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the
-    last metrics.
+    logged; one that is NaN or Inf is warned of and left out. `about` (JSON) identifies the run beside `cfg`: it is kept
+    in config.json and compared on resume. `batches(step)`, a dict of tensors, is written to the crash dump of a step
+    that fails. With `peak`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the last
+    metrics.
 
     Raises Stopped after SIGINT or SIGTERM, once the step is finished and saved (on every rank if any rank got the
     signal); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf metric (naming step and
@@ -105,7 +110,7 @@ def train(
     out, folder = Path(out), Path(out) / "checkpoints"
     log = RunLog(
         out, 0, cfg.num_steps,
-        description=description, tensorboard=cfg.tensorboard, peak_images_per_second=peak_images_per_second,
+        description=description, tensorboard=cfg.tensorboard, peak=peak,
     )  # fmt: skip
     state.objects["log"] = log
     last_good = resume(state, cfg, folder, about)
@@ -150,11 +155,22 @@ def save(
 ) -> Path:
     """Check that all metrics are finite, validate, and write a checkpoint; returns its path."""
     log.check()
-    metrics = validate(state.step) if validate else {}
+    metrics = finite_only(validate(state.step), state.step, log) if validate else {}
     if metrics:
         log.put(metrics)
     log.sync()
     return state.save(folder, cfg.keep_checkpoints, metrics, cfg.keep_best)
+
+
+def finite_only(metrics: dict[str, float], step: int, log: RunLog) -> dict[str, float]:
+    """The validation metrics without NaN and Inf, which are warned of and noted: no checkpoint is the best by them."""
+    odd = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+    if odd and distributed.is_main():
+        values = ", ".join(f"{name} {value}" for name, value in odd.items())
+        text = f"validation gave {values}: look at the held-out images, or go on from an earlier checkpoint"
+        logger.warning("step %d: %s", step, text)
+        log.note(text)
+    return {name: value for name, value in metrics.items() if name not in odd}
 
 
 @contextmanager

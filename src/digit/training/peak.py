@@ -1,6 +1,6 @@
 """Peak floating-point operations per second of a device, the denominator of model FLOPs utilisation (MFU)."""
 
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 
@@ -32,16 +32,39 @@ def published_flops(name: str) -> float | None:
     return next((rate for known, rate in PUBLISHED.items() if known in name), None)
 
 
-def peak_flops(device: torch.device) -> float:
+_measured: dict[torch.device, float] = {}  # the highest rate that this process has measured
+
+
+def peak_flops(device: torch.device, *, again: bool = False) -> float:
     """Peak FLOPs per second of one device: published if the table has the GPU, else measured (0.3 s).
 
-    The peak is that of bf16 if the device multiplies it, whatever the run's precision, so an fp32 run shows a low MFU.
+    It is measured once per process. `again` measures once more and keeps the higher rate: other programs can slow a
+    measurement, and nothing can speed it up. The peak is that of bf16 if the device multiplies it, whatever the run's
+    precision, so an fp32 run shows a low MFU.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return published_flops(name) or _measured_flops(device)
+    if (published := published_flops(name)) is not None:
+        return published
+    if again or device not in _measured:
+        _measured[device] = max(_measured.get(device, 0.0), matmul_flops(device))
+    return _measured[device]
 
 
-@cache
-def _measured_flops(device: torch.device) -> float:
-    """Measured once per process."""
-    return matmul_flops(device)
+@dataclass(frozen=True, kw_only=True)
+class PeakSpeed:
+    """The speed that no run of a model can exceed, the denominator of its MFU."""
+
+    device: torch.device
+    flops_per_image: float
+    num_devices: int = 1
+
+    def share(self, images_per_second: float) -> float | None:
+        """The share of the peak that a speed reaches, 0..1.
+
+        Where it exceeds the peak, the peak is measured again. None where it still does: the peak is not known then.
+        """
+        flops = images_per_second * self.flops_per_image / self.num_devices
+        share = flops / peak_flops(self.device)
+        if share > 1:
+            share = flops / peak_flops(self.device, again=True)
+        return share if share <= 1 else None

@@ -21,10 +21,13 @@ from digit.training.faults import NotFiniteError
 from digit.training.log import Metrics
 from digit.training.loop import Stateful, TrainState, step_seed, train
 from digit.training.optim import build_optimizer, clip_gradients, learning_rate_at, set_lr
-from digit.training.peak import peak_flops
+from digit.training.peak import PeakSpeed, peak_flops
 from digit.training.precision import autocast
 
 Batch = dict[str, Tensor | None]
+
+SMALLEST_SCALE = 2.0**-8  # of the loss with fp16: gradients that overflow nevertheless are no matter of scale
+SCALE_CHECKED_EVERY = 10  # steps; reading the scale waits for the GPU
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +157,16 @@ class SequenceUpdate:
     def optimizer_step(self, step: int, metrics: Metrics) -> Metrics:
         """Clip, step and clear the gradients; returns the metrics with grad_norm, and skipped where steps can be.
 
-        With fp16 the scaler skips a step that overflows. Otherwise a step whose gradients are not finite is skipped, at
-        most max_skipped times; after that it raises NotFiniteError and leaves the weights as they were.
+        A step whose gradients are not finite is skipped, at most max_skipped times; after that it raises NotFiniteError
+        and leaves the weights as they were. With fp16 and max_skipped 0 the scaler skips every step that overflows, and
+        NotFiniteError comes where the loss scale is at SMALLEST_SCALE and gradients overflow nevertheless.
         """
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.parameters, self.cfg.max_norm)
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and not self.cfg.max_skipped:
             overflow = ~norm.isfinite()
+            if step % SCALE_CHECKED_EVERY == 0 and (scale := self.scaler.get_scale()) <= SMALLEST_SCALE and overflow:
+                raise NotFiniteError(step + 1, metrics | {"grad_norm": norm, "loss_scale": scale})
             metrics = metrics | {"grad_norm": norm.masked_fill(overflow, 0.0), "skipped": overflow.float()}
         elif self.checks_norm and not norm.isfinite():
             metrics = self.skip(step, metrics | {"grad_norm": norm})
@@ -228,11 +234,14 @@ def train_sequence_model(
         update.model.train()
         return metrics
 
-    peak = None if flops_per_image is None else peak_flops(update.device) * distributed.world_size() / flops_per_image
+    peak = None
+    if flops_per_image is not None:
+        peak = PeakSpeed(device=update.device, flops_per_image=flops_per_image, num_devices=distributed.world_size())
+        peak_flops(update.device)  # measured before the run keeps the machine busy
     metrics = train(
         update, update.state(), cfg, out,
         about=about, validate=validate_average if validate else None, batches=batches,
-        peak_images_per_second=peak, description=description,
+        peak=peak, description=description,
     )  # fmt: skip
     update.finish(model)
     return model.eval(), metrics
