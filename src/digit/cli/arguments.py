@@ -61,6 +61,10 @@ DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
 SPLIT_HELP = "split of a data set that has splits (default: train)"
 LIMIT_HELP = "use LIMIT images only, spread evenly"
+PIXEL_MAX_HELP = (
+    "value of white in images of more than 8 bits per channel, such as 4095 for 12 bits (default: as the file states, "
+    "or as the largest values of some images show)"
+)
 SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit -- {name} ..."
 
 
@@ -186,6 +190,22 @@ def add_config(parser: "ArgumentParser", cfg: type) -> None:
 def read_config(args: Any, cfg: type) -> Any:
     """Build the config dataclass from parsed arguments."""
     return cfg(**{f.name: getattr(args, f.name) for f in fields(cfg)})
+
+
+def open_data(args: Any, data: str | None = None, split: str | None = None) -> Any:
+    """Open DATA with --split, --limit and --pixel_max, or other data, and say which pixel range is assumed."""
+    from digit.data.images import open_source
+
+    split, limit = (split, None) if data else (args.split, getattr(args, "limit", None))
+    source = open_source(data or args.data, split=split, limit=limit, pixel_max=args.pixel_max)
+    say_white(source)
+    return source
+
+
+def say_white(source: Any) -> None:
+    """Say which value is white in the source's images of more than 8 bits, if it has any."""
+    if source.pixel_range and source.pixel_range.white:
+        say(f"{source.name}: {source.pixel_range}")
 
 
 def load_pipeline(args: Any) -> Any:

@@ -7,13 +7,16 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    PIXEL_MAX_HELP,
     SPLIT_HELP,
     add_config,
     command,
     load_pipeline,
+    open_data,
     parse,
     read_config,
     say,
+    say_white,
 )
 
 if TYPE_CHECKING:
@@ -77,13 +80,14 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
-    """Add --from, --variant, --out, --split and --device."""
+    """Add --from, --variant, --out, --split, --pixel_max and --device."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
     parser.add_argument(
         "--variant", default=None, help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT (default: base)"
     )
     parser.add_argument("--out", required=True, help=f"folder for {out}")
     parser.add_argument("--split", default=None, help=SPLIT_HELP)
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
 
 
@@ -100,14 +104,13 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--num", type=int, default=1000, help="images, spread evenly over the data")
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
-    from digit.data.images import open_source
     from digit.evaluation import stability
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
 
     pipe = load_pipeline(args)
-    cfg, source = read_config(args, StabilityConfig), open_source(args.data, split=args.split)
+    cfg, source = read_config(args, StabilityConfig), open_data(args)
     result = stability.run_stability(pipe.tokenizers, source, pipe.preprocess, cfg, num=args.num, out=args.out)
     lines = [
         f"{name}: {found['codebook']['usage']:.1%} of {found['vocab_size']} codes used, "
@@ -160,12 +163,15 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
 
 def labelled_splits(args: Any) -> tuple["ImageSource", "ImageSource"]:
     """(train, test) as requested; every fifth image where no test set is named."""
-    from digit.data.images import hold_out, open_source
+    from digit.data.images import hold_out
+    from digit.data.pixel_range import require_same_white
 
+    train = open_data(args)
     if args.test is None and args.test_split is None:
-        return hold_out(open_source(args.data, split=args.split))
-    test = open_source(args.test or args.data, split=args.test_split)
-    return open_source(args.data, split=args.split), test
+        return hold_out(train)
+    test = open_data(args, args.test or args.data, args.test_split)
+    require_same_white(train.pixel_range, test.pixel_range)
+    return train, test
 
 
 @command(
@@ -188,14 +194,13 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     add_config(parser, sweep.SweepConfig)
     args = parse(parser, argv)
     from digit.data.crops import centre_crops
-    from digit.data.images import open_source
     from digit.evaluation.networks import load_judge_network
     from digit.metrics.judge import collect_judged
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
     pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
-    real = centre_crops(open_source(args.data, split=args.split), pipe.preprocess, num=args.num_reference)
+    real = centre_crops(open_data(args), pipe.preprocess, num=args.num_reference)
     reference = collect_judged((images for images, _ in real), network).pooled
     cfg = read_config(args, sweep.SweepConfig)
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)
@@ -225,6 +230,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument(
         "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is held out"
     )
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
@@ -255,7 +261,9 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     scale = scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
-    study = Study(args.data, scale, out, reuse=reuse, inception=args.inception, device=args.device)
+    how = dict(inception=args.inception, device=args.device, pixel_max=args.pixel_max)
+    study = Study(args.data, scale, out, reuse=reuse, **how)
+    say_white(study.train)
     study.validate()
     say(plan(build(args.target, study), study.out))
     if args.plan:

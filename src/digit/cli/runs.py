@@ -9,9 +9,11 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     LIMIT_HELP,
+    PIXEL_MAX_HELP,
     SPLIT_HELP,
     add_config,
     command,
+    open_data,
     parse,
     read_config,
     say,
@@ -36,6 +38,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     parser.add_argument("--split", default=None, help=SPLIT_HELP)
     parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(
@@ -63,7 +66,6 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
 
 def make_run(args: Any, base: str) -> Any:
     """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
-    from digit.data.images import open_source
     from digit.runs.fit import Run
     from digit.runs.recipes import Recipe
 
@@ -73,8 +75,7 @@ def make_run(args: Any, base: str) -> Any:
         )
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
-    source = open_source(args.data, split=args.split, limit=args.limit)
-    return Run(recipe, source, args.out, reuse=reuse, device=args.device)
+    return Run(recipe, open_data(args), args.out, reuse=reuse, device=args.device)
 
 
 @command(
@@ -169,17 +170,16 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
 
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--limit", type=int, default=None, help=LIMIT_HELP)
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     parser.add_argument("--split", default=None, help=SPLIT_HELP)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)
     args = parse(parser, argv)
-    from digit.data.images import open_source
     from digit.runs.pretrain import pretrain
 
-    source = open_source(args.data, split=args.split, limit=args.limit)
-    encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
+    encoder = pretrain(open_data(args), read_config(args, PretrainConfig), args.out, device=args.device)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "
         f"--encoder.name folder:{args.out}/encoder --encoder.input_size {encoder.input_size}"

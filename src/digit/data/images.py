@@ -20,7 +20,9 @@ PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.
 WANTED = "a folder of images, a Parquet file or folder, WebDataset .tar shards, or 'shapes'"
 
 
-def open_source(spec: str | Path, *, split: str | None = None, limit: int | None = None) -> ImageSource:
+def open_source(
+    spec: str | Path, *, split: str | None = None, limit: int | None = None, pixel_max: int | None = None
+) -> ImageSource:
     """Opens a source of images by its path, or the built-in shapes by name.
 
     Args:
@@ -29,6 +31,8 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
         split: the part of a folder with files train-*, validation-*, test-* or subfolders train, val, test. Default:
             train if there is one beside others, else everything.
         limit: number of images to keep, spread evenly over all.
+        pixel_max: the value that is white in images of more than 8 bits per channel (4095 for 12 bits in a 16-bit PNG).
+            By default a file's own metadata says so, else the source's `pixel_range`, which some of its images show.
 
     Raises:
         DigitError: missing path, empty folder, a mixture of kinds, unknown split, unreadable container.
@@ -37,6 +41,7 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
         source = _open_shapes(spec, split)
     else:
         source = _open_path(Path(spec).expanduser(), split)
+    source.find_pixel_range(pixel_max)
     return ImageSource.limit(source, limit)
 
 

@@ -3,14 +3,16 @@
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from digit.data.decode import decode_image
+from digit.data.decode import decode_image, deep_size, largest_value
+from digit.data.pixel_range import PixelRange, find_pixel_range
 from digit.errors import DigitError
 
 MAX_DIGITS = 18  # of a label that is a number; int() refuses thousands of digits
@@ -26,6 +28,7 @@ class ImageSource(Protocol):
     name: str
     classes: list[str]  # [] if unlabelled; label k means classes[k]
     fingerprint: str  # SHA-256 over names and sizes, 64 hex digits
+    pixel_range: PixelRange | None = None  # of images of more than 8 bits; None judges each by itself (`decode_image`)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -47,7 +50,23 @@ class ImageSource(Protocol):
         """Returns (PIL image of mode RGB, label or -1). Raises BadImageError that names the image."""
         data, labels = self.raw(index), self.labels()
         assert data is not None, "a source without raw() has its own read()"
-        return decode_image(data, name=self.key(index)), -1 if labels is None else int(labels[index])
+        image = decode_image(data, name=self.key(index), pixel_max=self.pixel_range)
+        return image, -1 if labels is None else int(labels[index])
+
+    def find_pixel_range(self, pixel_max: int | None = None) -> None:
+        """Sets `pixel_range` by what the user says, or by images spread over the source; the fingerprint covers it.
+
+        Raises DigitError for a pixel_max below 1.
+        """
+
+        def measure(function: Callable[[bytes | Path], int], index: int) -> int:
+            data = self.raw(index)
+            return 0 if data is None else function(data)  # rendered images have 8 bits
+
+        read = partial(measure, deep_size), partial(measure, largest_value)
+        self.pixel_range = find_pixel_range(*read, len(self), pixel_max)
+        if self.pixel_range.white is not None:
+            self.fingerprint = digest([self.fingerprint.encode(), str(self.pixel_range.white).encode()])
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "SubsetSource":
         """The images at `indices`, in that order."""
@@ -76,7 +95,7 @@ class SubsetSource(ImageSource):
             low, high = self.indices.min(), self.indices.max()
             raise DigitError(f"subset asks for images {low}..{high}, {source.name} has 0..{len(source) - 1}")
         self.name = f"{source.name}[{len(self.indices)} of {len(source)}]"
-        self.classes = source.classes
+        self.classes, self.pixel_range = source.classes, source.pixel_range
         self.fingerprint = digest([source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
 
     def __len__(self) -> int:
