@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from digit.data import deep_pixels, pixel_range
 from digit.data.decode import EXIF_ORIENTATION, read_header
@@ -22,10 +24,10 @@ def find_assumptions(data: bytes | str | Path) -> list[str]:
 
 def is_nearly_black(image: Image.Image) -> bool:
     """Whether a decoded image is too dark to show anything, as where its white is not the one assumed."""
-    return max(high for _, high in image.getextrema()) <= pixel_range.NEARLY_BLACK
+    return int(np.asarray(image).max()) <= pixel_range.NEARLY_BLACK
 
 
-def _assumptions(image: Image.Image, stream: IO[bytes]) -> Iterator[str]:
+def _assumptions(image: ImageFile, stream: IO[bytes]) -> Iterator[str]:
     tags = image.tag_v2 if image.format == "TIFF" else {}  # pyright: ignore[reportAttributeAccessIssue]
     if deep_pixels.is_deep(image):
         stated = deep_pixels.states_white(image, stream)
@@ -45,7 +47,7 @@ def _assumptions(image: Image.Image, stream: IO[bytes]) -> Iterator[str]:
         yield "several frames or pages: the first is used"
 
 
-def _ignored(image: Image.Image) -> Iterator[str]:
+def _ignored(image: ImageFile) -> Iterator[str]:
     profile = image.info.get("icc_profile")
     if profile and not any(name in profile for name in SRGB):
         yield "a colour profile (ICC) other than sRGB: ignored"

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from digit.data.pixel_range import FULL, PixelRange, usual_white
 from digit.errors import BadImageError
@@ -26,7 +27,7 @@ PNG_SIGNATURE = 8  # bytes
 ADVICE = "give --pixel_max, the value of white"
 
 
-def is_deep(image: Image.Image) -> bool:
+def is_deep(image: ImageFile) -> bool:
     """Whether an opened image, of which only the header has been read, holds more than 8 bits or signed values."""
     if image.format == "TIFF":
         return max(_tags(image).get(BITS, (1,))) > 8 or SIGNED in _tags(image).get(FORMAT, ())
@@ -36,7 +37,7 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;") or bool(RAW_16.fullmatch(raw))
 
 
-def states_white(image: Image.Image, stream: IO[bytes]) -> int | None:
+def states_white(image: ImageFile, stream: IO[bytes]) -> int | None:
     """The white of Pillow's values that a deep image's header states; None if it states none.
 
     PNG's sBIT is the number of significant bits: see `reduce`.
@@ -59,12 +60,12 @@ def states_white(image: Image.Image, stream: IO[bytes]) -> int | None:
     return next((value for value in whole if value & (value + 1) == 0), None)  # 2**n - 1; others are statistics
 
 
-def largest_value(image: Image.Image, stream: IO[bytes]) -> int:
+def largest_value(image: ImageFile, stream: IO[bytes]) -> int:
     """The largest value of a deep image's colours."""
     return int(_colours(read_values(image, stream), _reduced_mode(image)).max())
 
 
-def reduce(image: Image.Image, stream: IO[bytes], pixel_max: int | PixelRange | None, name: str) -> Image.Image:
+def reduce(image: ImageFile, stream: IO[bytes], pixel_max: int | PixelRange | None, name: str) -> Image.Image:
     """Decodes a deep image to 8 bits, of mode L, LA, RGB, RGBA, RGBa or CMYK; 0..white becomes 0..255, rounded.
 
     Raises BadImageError where no white is known, and for values below 0 or above white.
@@ -92,7 +93,7 @@ def reduce(image: Image.Image, stream: IO[bytes], pixel_max: int | PixelRange | 
 
 def _white(values: np.ndarray, stated: int | None, pixel_max: int | PixelRange | None, name: str) -> int:
     """The white of an image; BadImageError where none is known or values lie outside 0..white."""
-    low, high = values.min(), values.max()
+    low, high = values.min().item(), values.max().item()
     kind = "floating-point" if values.dtype.kind == "f" else f"{8 * values.dtype.itemsize}-bit"
     if isinstance(pixel_max, int):
         pixel_max = PixelRange(pixel_max, "as pixel_max says", given=True)
@@ -131,15 +132,19 @@ def _white_of_one(largest: int, name: str | None) -> int | None:
 
 def _significant_bits(stream: IO[bytes]) -> int | None:
     """The largest number in a PNG's sBIT, which stands before its pixels; None without one."""
-    stream.seek(PNG_SIGNATURE)
-    while len(head := stream.read(8)) == 8:
-        length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if kind in (b"IDAT", b"IEND"):
-            return None
-        if kind == b"sBIT":
-            return max(stream.read(min(length, 4)), default=0)
-        stream.seek(length + 4, 1)  # and the checksum
-    return None
+    before = stream.tell()
+    try:
+        stream.seek(PNG_SIGNATURE)
+        while len(head := stream.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind in (b"IDAT", b"IEND"):
+                return None
+            if kind == b"sBIT":
+                return max(stream.read(min(length, 4)), default=0)
+            stream.seek(length + 4, 1)  # and the checksum
+        return None
+    finally:
+        stream.seek(before)  # where Pillow reads on
 
 
 def _fills_16_bits(values: np.ndarray, bits: int) -> bool:
@@ -152,7 +157,7 @@ def _fills_16_bits(values: np.ndarray, bits: int) -> bool:
 # ---------------------------------------------------------------- all bits of the values
 
 
-def read_values(image: Image.Image, stream: IO[bytes]) -> np.ndarray:
+def read_values(image: ImageFile, stream: IO[bytes]) -> np.ndarray:
     """Decodes all bits of a deep image: integers or float32, (H, W) of grey or (H, W, C) in the order of its mode."""
     raw, _ = _arguments(image)
     if image.format == "PPM" and image.mode == "RGB":
@@ -167,10 +172,11 @@ def read_values(image: Image.Image, stream: IO[bytes]) -> np.ndarray:
         order = "L" if _tags(image).prefix == b"II" else "B"
         return _two_bytes(image, stream, order, lambda raw, order: f"{raw};16{order}")  # Pillow would read 8 of 16 bits
     values = _decode(image, stream, NATIVE.get(raw, raw) if image.tile[0][0] == "libtiff" else raw)
-    return values.view({"I;32N": np.uint32, "L": np.int8}.get(raw, values.dtype))  # Pillow forgets the sign
+    kind = np.uint32 if raw == "I;32N" else np.int8 if values.dtype == np.uint8 else values.dtype
+    return values.view(kind)  # Pillow forgets the sign
 
 
-def _two_bytes(image: Image.Image, stream: IO[bytes], order: str, raw_mode: Callable[[str, str], str]) -> np.ndarray:
+def _two_bytes(image: ImageFile, stream: IO[bytes], order: str, raw_mode: Callable[[str, str], str]) -> np.ndarray:
     """(H, W, C) uint16, decoded twice: Pillow keeps the upper byte of each value, in the other byte order the lower."""
     order = {"little": "L", "big": "B"}[byteorder] if order == "N" else order
     other = "B" if order == "L" else "L"
@@ -178,7 +184,7 @@ def _two_bytes(image: Image.Image, stream: IO[bytes], order: str, raw_mode: Call
     return upper << 8 | _decode(image, stream, lambda raw: raw_mode(raw, other))
 
 
-def _decode(image: Image.Image, stream: IO[bytes], raw_mode: str | Callable[[str], str]) -> np.ndarray:
+def _decode(image: ImageFile, stream: IO[bytes], raw_mode: str | Callable[[str], str]) -> np.ndarray:
     """Decodes the file with another of Pillow's raw modes; a function gives it for each tile's own."""
     stream.seek(0)
     with Image.open(stream, formats=[image.format or ""]) as again:
@@ -195,7 +201,7 @@ def _renamed(args: Any, raw_mode: str | Callable[[str], str]) -> Any:
     return new if isinstance(args, str) else (new, *args[1:])
 
 
-def _ppm_values(image: Image.Image, stream: IO[bytes]) -> np.ndarray:
+def _ppm_values(image: ImageFile, stream: IO[bytes]) -> np.ndarray:
     """(H, W, 3) uint16 of a PPM, binary (P6) or as text (P3). Raises ValueError if it is cut short."""
     width, height = image.size
     stream.seek(image.tile[0][2])
@@ -207,19 +213,19 @@ def _ppm_values(image: Image.Image, stream: IO[bytes]) -> np.ndarray:
     return values.reshape(height, width, 3).astype(np.uint16)
 
 
-def _arguments(image: Image.Image) -> tuple[str, Any]:
+def _arguments(image: ImageFile) -> tuple[str, Any]:
     """(raw mode, maxval of a PPM or None) that Pillow found in the header."""
-    args = image.tile[0][3] if image.tile else ""
+    args = (image.tile[0][3] if image.tile else None) or ""
     if isinstance(args, str):
         return args, None
-    return str(args[0]) if args else "", args[1] if image.format == "PPM" and len(args) == 2 else None
+    return str(args[0]), args[1] if image.format == "PPM" and len(args) == 2 else None
 
 
-def _tags(image: Image.Image) -> Any:
+def _tags(image: ImageFile) -> Any:
     return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
-def _reduced_mode(image: Image.Image) -> str:
+def _reduced_mode(image: ImageFile) -> str:
     raw, _ = _arguments(image)
     if match := RAW_16.fullmatch(raw):
         return "RGB" if match[1] == "RGBX" else match[1]
