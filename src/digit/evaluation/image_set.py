@@ -28,6 +28,7 @@ from digit.runtime import distributed
 from digit.runtime.files import read_json
 
 PIXELS = "pixels"  # the format of images without a file of their own
+MAX_PROBED = 64  # images of an array whose range is looked at
 READERS = 4  # threads that read and decode
 FIRST = re.compile(
     r"0{5,}\.png"
@@ -41,6 +42,10 @@ class ArraySource(ImageSource):
     def __init__(self, images: np.ndarray, name: str):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
             raise DigitError(f"{name} holds {images.dtype} {images.shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
+        if images[:: max(1, len(images) // MAX_PROBED)].max() == 1:
+            raise DigitError(
+                f"{name} holds no value above 1, nearly black: floats of 0..1 become uint8 by np.rint(255 * x)"
+            )
         self.images, self.name, self.classes = images, name, []
         self.fingerprint = digest([str(images.shape).encode()])
 
