@@ -116,6 +116,28 @@ def test_single_stages(command, cfg, tmp_path, capsys):
     assert str(tmp_path / "run") in capsys.readouterr().out
 
 
+def test_the_range_of_deep_pixels_is_said_recorded_and_kept(cfg, run_folder, tmp_path, capsys):
+    data, out = tmp_path / "scans", tmp_path / "run"
+    data.mkdir()
+    for seed in range(4):
+        values = np.random.default_rng(seed).integers(0, 4001, (40, 40), dtype=np.uint16)
+        Image.fromarray(values).save(data / f"{seed}.png")
+    fit = ["codebook", str(data), "--config", str(cfg), "--out", str(out)]
+    assert main(fit) == 0
+    said = f"{data}: pixels of more than 8 bits: white is 4095 (largest value of 4 images probed: 4000)"
+    assert capsys.readouterr().out.startswith(said)
+    assert json.loads((out / "config.json").read_text())["data"]["pixel_max"] == 4095
+    assert "data.pixel_max = 4095, now asked for 8000" in fails(capsys, *fit, "--pixel_max", "8000")
+    assert main([*fit, "--pixel_max", "4095"]) == 0
+    assert "white is 4095 (as --pixel_max says)" in capsys.readouterr().out
+    assert "pixel_max is 0" in fails(capsys, "inspect", str(data), "--pixel_max", "0")
+    assert main(["inspect", str(data), "--sheet", "", "--pixel_max", "3999"]) == 0
+    assert "broken       " in (text := capsys.readouterr().out) and "wanted 0..3999 (as --pixel_max says)" in text
+    complete = ["complete", str(data / "0.png"), "--from", str(run_folder), "--out", str(tmp_path / "done")]
+    assert main(complete) == 0 and "white is 4095 (largest value of 1 image" in capsys.readouterr().out
+    assert "--pixel_max" in fails(capsys, *complete, "--pixel_max", "1000")
+
+
 def test_train_one_baseline(cfg, run_folder, tmp_path):
     reuse = [f"--reuse_{part}={run_folder / part}" for part in ("codebook", "vqgan", "tokens")]
     assert main(["train", "vq_ar", DATA, "--config", str(cfg), "--out", str(tmp_path / "run"), *reuse]) == 0

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toy_measure import SIZE, FakeNetwork, pictures, run, save_folder, warned
 
 from digit.errors import DigitError, MismatchError
@@ -398,3 +399,36 @@ def test_validation_rows_warn_of_few_images_again_from_the_cache(cfg):
             in (results[1]["warnings"])
         )
     assert any("40 images of tensor were asked for, and it holds 10" in line for line in results[0]["warnings"])
+
+
+def test_deep_images_are_scaled_by_pixel_max_and_their_features_not_confused(tmp_path):
+    for name, seed in (("samples", 0), ("reference", 1)):
+        values = np.random.default_rng(seed).integers(0, 4000, (12, SIZE, SIZE), dtype=np.uint16)
+        values[:, 0, 0] = 4000
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(values):
+            Image.fromarray(image).save(tmp_path / name / f"{number}.png")
+    results = {}
+    for white in (None, 4095, 8190):
+        cfg = EvaluateConfig(cache=str(tmp_path / "cache"), kernel_subset_size=5, num_splits=2, pixel_max=white)
+        results[white] = run(tmp_path / "samples", tmp_path / "reference", cfg)
+    said = results[None]["reference"]["pixel_range"]
+    assert "white is 4095 (largest value of 12 images probed: 4000)" in said and said in to_table(results[None])
+    assert results[None]["metrics"] == results[4095]["metrics"] != results[8190]["metrics"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint16, np.int64, bool])
+def test_arrays_of_another_range_are_refused(dtype, tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.ones((4, 8, 8, 3), dtype=dtype))
+    with pytest.raises(DigitError, match=r"wanted uint8 \(N, H, W, 3\), RGB in 0..255 .*rint\(255"):
+        open_images(tmp_path / "x.npz")
+
+
+def test_floats_of_0_to_1_cast_to_uint8_are_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 2, (200, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images)
+    for spec in (tmp_path / "x.npz", torch.from_numpy(images).permute(0, 3, 1, 2)):
+        with pytest.raises(DigitError, match="no value above 1"):
+            open_images(spec)
+    np.savez(tmp_path / "y.npz", arr_0=images * 255)
+    assert len(open_images(tmp_path / "y.npz")) == 200

@@ -61,6 +61,10 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
 
 DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
+PIXEL_MAX_HELP = (
+    "value of white in images of more than 8 bits per channel, such as 4095 for 12 bits (default: as the file states, "
+    "or as the largest values of some images show)"
+)
 SEVERAL = "\n\nseveral GPUs or machines (docs/cluster.md):\n  torchrun --nproc-per-node=8 -m digit -- {name} ..."
 
 
@@ -82,17 +86,27 @@ def add_reading(parser: "ArgumentParser", limit: bool = True) -> None:
         help="whether the contents of all files tell if the data have changed, or the times of the files' last change "
         "(default: contents of up to 10,000 files of 512 MB in all)",
     )
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
 
 
 def open_data(args: Any, path: str, *, say_notes: bool = True, **changes: Any) -> "ImageSource":
     """Open the images at `path` as the options of `add_reading` say; say what was assumed and what is not used."""
     from digit.data.images import open_source
 
-    names = ("split", "limit", "labels_from", "read_contents")
+    names = ("split", "limit", "labels_from", "read_contents", "pixel_max")
     source = open_source(path, **{name: getattr(args, name) for name in names if hasattr(args, name)} | changes)
-    for note in source.notes if say_notes and launched_rank() == 0 else ():
-        print(f"note: {source.name}: {note}", file=sys.stderr)
+    if say_notes:
+        say_assumptions(source)
     return source
+
+
+def say_assumptions(source: "ImageSource") -> None:
+    """Say on stderr what was assumed of the data and what is not used; of several processes, one does."""
+    notes = [*source.notes]
+    if source.pixel_range and source.pixel_range.white:
+        notes.append(str(source.pixel_range))
+    for note in notes if launched_rank() == 0 else ():
+        print(f"note: {source.name}: {note}", file=sys.stderr)
 
 
 def make_parser(name: str) -> "ArgumentParser":

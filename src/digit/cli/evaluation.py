@@ -16,6 +16,7 @@ from digit.cli.arguments import (
     parse,
     read_config,
     say,
+    say_assumptions,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
-    """Add --from, --variant, --out, --split and --device."""
+    """Add --from, --variant, --out, --device and how the data are read."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
     parser.add_argument(
         "--variant", default=None, help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT (default: base)"
@@ -231,6 +232,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument(
         "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is held out"
     )
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument(
@@ -261,7 +263,9 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     scale = scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
-    study = Study(args.data, scale, out, reuse=reuse, inception=args.inception, device=args.device)
+    how = dict(inception=args.inception, device=args.device, pixel_max=args.pixel_max)
+    study = Study(args.data, scale, out, reuse=reuse, **how)
+    say_assumptions(study.train)
     study.validate()
     say(plan(build(args.target, study), study.out))
     if args.plan:

@@ -70,7 +70,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "machine": "--device --training.precision",
         "output": "--out --seed",
     },
-    "inspect": {"data": "path --split --limit --labels_from", "output": "--sheet"},
+    "inspect": {"data": "path --split --limit --labels_from --pixel_max", "output": "--sheet"},
     "convert": {
         "files to convert": "--encoder --codebook --vqgan --prior --renderer",
         "what the files do not say": "--renderer_kind --encoder_family --encoder_heads --encoder_layer "

@@ -7,6 +7,7 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    PIXEL_MAX_HELP,
     add_config,
     add_reading,
     command,
@@ -16,6 +17,7 @@ from digit.cli.arguments import (
     parse_labels,
     read_config,
     say,
+    say_assumptions,
 )
 
 if TYPE_CHECKING:
@@ -132,15 +134,18 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     """Keep the first rows of pictures and sample the rest."""
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     add_sampling_arguments(parser)
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows to keep")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
     parser.add_argument("--labels", default=None, help="class numbers or names, separated by commas, used in turn")
     args = parse(parser, argv)
-    from digit.runs.report import load_images, write_completions
+    from digit.runs.report import load_images, open_images, write_completions
 
+    source = open_images(args.images, args.pixel_max)
+    say_assumptions(source)
     pipe = load_pipeline(args)
-    images = load_images(args.images, pipe.preprocess, args.num)
+    images = load_images(source, pipe.preprocess, args.num)
     labels = parse_labels(args.labels, pipe.classes)
     if labels is not None:
         labels = [labels[i % len(labels)] for i in range(len(images))]

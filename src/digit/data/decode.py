@@ -6,14 +6,19 @@ Colour profiles (ICC) are ignored, as in the released code (PIL convert).
 import io
 import os
 import stat
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from digit.data import deep_pixels
+from digit.data.pixel_range import PixelRange
 from digit.errors import BadImageError
 
+T = TypeVar("T")
 MAX_PIXELS = 178_956_970 // 2  # 256 MiB of RGB, Pillow's own warning limit
 # Formats to open. Others (EPS, PDF, WMF ...) start external programs or hold no photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA", "MPO")
@@ -25,21 +30,33 @@ EXIF_ORIENTATION = 0x0112
 WHITE = (255, 255, 255, 255)
 
 
-def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes to a PIL image of mode RGB: upright, alpha over white, 16 bits scaled, first frame of an animation.
+def decode_image(
+    data: bytes | str | Path,
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    pixel_max: int | PixelRange | None = None,
+) -> Image.Image:
+    """Decodes to a PIL image of mode RGB: upright, alpha over white, scaled to 8 bits, first frame of an animation.
 
     Args:
         data: the encoded bytes, or the path of a file.
         name: name of the image in errors; the path by default.
         max_pixels: an image whose header claims more is refused before its pixels are decoded.
+        pixel_max: the value that becomes 255 in an image of more than 8 bits per channel, or the range of its source.
+            By default the file's own metadata says so, else the largest value if it is near the end of 8, 10, 12, 14
+            or 16 bits, else 65535 is white; a warning says what was assumed.
 
     Raises:
-        BadImageError: names the image: not an image, truncated, too many pixels, a pixel type that RGB cannot express.
+        BadImageError: names the image: not an image, truncated, too many pixels, values of no known range, or beyond
+            the white that was given or assumed.
     """
     name = name or ("image bytes" if isinstance(data, bytes) else os.fspath(data))
     try:
         with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
             _check_pixels(image, max_pixels)
+            if deep_pixels.is_deep(image):
+                return _to_rgb(_upright(deep_pixels.reduce(image, stream, pixel_max, name)))
             image.load()
             return _to_rgb(_upright(image))
     except BadImageError as error:
@@ -50,9 +67,36 @@ def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixel
 
 def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
     """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError if there is none."""
+    return read_header(data, lambda image, _: (image.format or "?", image.mode, image.size))
+
+
+def deep_size(data: bytes | str | Path) -> int:
+    """Pixels of an image of more than 8 bits whose file states no range, 0 of others. Raises as `probe_image` does."""
+
+    def size(image: ImageFile, stream: IO[bytes]) -> int:
+        deep = deep_pixels.is_deep(image) and image.mode != "F"
+        return image.width * image.height if deep and not deep_pixels.states_white(image, stream) else 0
+
+    return read_header(data, size)
+
+
+def largest_value(data: bytes | str | Path) -> int:
+    """The largest value of an image of more than 8 bits, decoded. Raises BadImageError if it cannot be read."""
+
+    def largest(image: ImageFile, stream: IO[bytes]) -> int:
+        _check_pixels(image, MAX_PIXELS)
+        return deep_pixels.largest_value(image, stream)
+
+    return read_header(data, largest)
+
+
+def read_header(data: bytes | str | Path, read: Callable[[ImageFile, IO[bytes]], T]) -> T:
+    """read(opened image, its stream); its pixels are not decoded yet. Raises BadImageError for anything that fails."""
     try:
         with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
-            return image.format or "?", image.mode, image.size
+            return read(image, stream)
+    except BadImageError:
+        raise
     except Exception as error:
         raise BadImageError(_reason(error)) from error
 
@@ -81,7 +125,7 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
+        return "not an image of a known format, or its pixels are of a type that cannot be read"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         return "too many pixels (a decompression bomb?): refused"
     if isinstance(error, FileNotFoundError):
@@ -102,24 +146,9 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
-    if image.mode == "F":
-        raise BadImageError("floating-point pixels have no known range: save it with 8 or 16 bits per channel")
-    if image.mode == "I" or image.mode.startswith("I;"):
-        return _scale_16_bit(image)
+    if image.mode == "RGBa":
+        image = image.convert("RGBA")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, WHITE), layer).convert("RGB")
     return image.convert("RGB")
-
-
-def _scale_16_bit(image: Image.Image) -> Image.Image:
-    """Scales 0..65535 to 0..255 by 1/257, rounded (65535 = 255 * 257); Pillow's own conversion clips at 255."""
-    values = np.asarray(image)  # (H, W) uint16 or int32
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise BadImageError(f"32-bit pixels {low}..{high} have no known range: save it with 8 or 16 bits per channel")
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey[values == clear] = 255
-    return Image.fromarray(grey).convert("RGB")

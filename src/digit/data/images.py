@@ -39,6 +39,7 @@ def open_source(
     limit: int | None = None,
     labels_from: str = "auto",
     read_contents: bool | None = None,
+    pixel_max: int | None = None,
 ) -> ImageSource:
     """Opens a source of images by its path, or the built-in shapes by name. docs/inputs.md lists all layouts.
 
@@ -54,6 +55,8 @@ def open_source(
             of a column or key, or the path of a label file (PATH or PATH:COLUMN).
         read_contents: whether the fingerprint reads the contents of all files, or, for speed, takes the times of their
             last change instead. None reads up to 10,000 files of 512 MB in all.
+        pixel_max: the value that is white in images of more than 8 bits per channel (4095 for 12 bits in a 16-bit PNG).
+            By default a file's own metadata says so, else the source's `pixel_range`, which some of its images show.
 
     What was assumed and what is not used stands in the source's `notes`, and in the log (level INFO).
 
@@ -65,6 +68,7 @@ def open_source(
         source = _open_shapes(spec, split)
     else:
         source = _open_path(Path(spec).expanduser(), reading)
+    source.find_pixel_range(pixel_max)
     for note in source.notes:
         log.info("%s: %s", source.name, note)
     return ImageSource.limit(source, limit)

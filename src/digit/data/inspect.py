@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from digit.data.assumptions import NEARLY_BLACK, find_assumptions, is_nearly_black
 from digit.data.decode import probe_image
 from digit.data.listing import CONTACT_SHEET, is_contact_sheet
 from digit.data.source import ImageSource, readable
@@ -42,6 +43,8 @@ class InspectReport:
     heights: np.ndarray  # int64 (good images,)
     kinds: Counter[str] = field(default_factory=Counter)  # 'JPEG RGB' -> images; as stored, before conversion
     notes: tuple[str, ...] = ()  # what was assumed and what is not used
+    pixel_range: str = ""  # white in images of more than 8 bits, and how it is known; "" where none is assumed
+    assumed: Counter[str] = field(default_factory=Counter)  # what decoding assumes, drops or ignores -> images
     bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     thumbnails: list[tuple[str, Image.Image | None]] = field(default_factory=list)  # (caption, None if broken)
 
@@ -67,6 +70,7 @@ class InspectReport:
             "classes": dict(zip(self.classes, self.class_counts, strict=True)), "width": _spread(self.widths),
             "height": _spread(self.heights), "short_side": self.size_histogram(), "kinds": dict(self.kinds),
             "notes": list(self.notes),
+            "pixel_range": self.pixel_range, "assumed": dict(self.assumed),
             "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
         }  # fmt: skip
 
@@ -81,6 +85,8 @@ class InspectReport:
                 lines.append(f"  {side:<12} {spread['min']} to {spread['max']} px, median {spread['median']:g}")
             lines.append(f"  short side   {_listing(self.size_histogram().items())}")
             lines.append(f"  stored as    {_listing(self.kinds.most_common())}")
+            lines += [f"  white        {self.pixel_range}"] if self.pixel_range else []
+            lines += [f"  assumed      {count} with {what}" for what, count in self.assumed.most_common()]
         lines += [f"  broken       {reason}" for _, reason in self.bad[:NUM_SHOWN]]
         if len(self.bad) > NUM_SHOWN:
             lines.append(f"               and {len(self.bad) - NUM_SHOWN} more")
@@ -155,14 +161,17 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
         class_counts=counts, num_unlabelled=int((labels < 0).sum()), widths=np.empty(0), heights=np.empty(0),
         notes=source.notes,
     )  # fmt: skip
+    if source.pixel_range and source.pixel_range.white:
+        report.pixel_range = str(source.pixel_range)
     shown = set(_choose(labels, NUM_THUMBNAILS))
     sizes = []
-    for index, kind, image, reason in track(_read_all(source, num_workers), "read images", len(source)):
+    for index, kind, assumed, image, reason in track(_read_all(source, num_workers), "read images", len(source)):
         if image is None:
             report.bad.append((source.key(index), reason))
         else:
             sizes.append(image.size)
             report.kinds[kind] += 1
+            report.assumed.update(assumed)
         if index in shown:
             caption = source.classes[labels[index]] if labels[index] >= 0 else str(index)
             report.thumbnails.append((caption, _thumbnail(image)))
@@ -170,26 +179,27 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
     return report
 
 
-def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str, Image.Image | None, str]]:
-    """Yields (index, kind, image or None, reason) in order, with at most CHUNK images in memory."""
+def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str, list[str], Image.Image | None, str]]:
+    """Yields (index, kind, what was assumed, image or None, reason) in order, with at most CHUNK images in memory."""
 
-    def read(index: int) -> tuple[int, str, Image.Image | None, str]:
+    def read(index: int) -> tuple[int, str, list[str], Image.Image | None, str]:
         try:
             image, _ = source.read(index)
-            return index, _kind(source, index), image, ""
+            kind, assumed = _describe(source, index)
+            return index, kind, assumed + [NEARLY_BLACK] * is_nearly_black(image), image, ""
         except BadImageError as error:
-            return index, "", None, str(error)
+            return index, "", [], None, str(error)
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         for start in range(0, len(source), CHUNK):
             yield from pool.map(read, range(start, min(start + CHUNK, len(source))))
 
 
-def _kind(source: ImageSource, index: int) -> str:
-    """Format and pixel type as stored, such as 'JPEG RGB'; 'rendered RGB' for sources without files."""
+def _describe(source: ImageSource, index: int) -> tuple[str, list[str]]:
+    """('JPEG RGB' as stored, what decoding assumes); 'rendered RGB' for sources without files."""
     raw = getattr(source, "raw", None)
     data = raw(index) if raw else None
-    return "rendered RGB" if data is None else "{} {}".format(*probe_image(data))
+    return ("rendered RGB", []) if data is None else ("{} {}".format(*probe_image(data)), find_assumptions(data))
 
 
 def _choose(labels: np.ndarray, num: int) -> list[int]:

@@ -6,7 +6,6 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +60,7 @@ class ParquetSource(ImageSource):
         self.notes = (*notes, *dict.fromkeys(images), *found)
         self._forget()
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         sizes, times = file_times(self.files)
         stamps = stamps_of(self.files, sizes, times, self.read_contents)
         return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)

@@ -2,15 +2,16 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from digit.data.decode import decode_image
+from digit.data.decode import decode_image, deep_size, largest_value
 from digit.data.fingerprint import digest
+from digit.data.pixel_range import PixelRange, find_pixel_range
 from digit.errors import DigitError
 
 
@@ -23,10 +24,16 @@ class ImageSource(ABC):
     name: str
     classes: list[str]  # [] if unlabelled; label k means classes[k]
     notes: tuple[str, ...] = ()  # sentences on what was assumed and what is not used, each with the option against it
+    pixel_range: PixelRange | None = None  # of images of more than 8 bits; None judges each by itself (`decode_image`)
 
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits; others whenever a pixel, a label or the name of a class may have changed."""
+        own, white = self.find_fingerprint(), self.pixel_range and self.pixel_range.white
+        return own if white is None else digest([own.encode(), str(white).encode()])
+
+    def find_fingerprint(self) -> str:
+        """The fingerprint but for the white of `pixel_range`."""
         raise NotImplementedError
 
     @abstractmethod
@@ -49,7 +56,21 @@ class ImageSource(ABC):
         """Returns (PIL image of mode RGB, label or -1). Raises BadImageError that names the image."""
         data, labels = self.raw(index), self.labels()
         assert data is not None, "a source without raw() has its own read()"
-        return decode_image(data, name=self.key(index)), -1 if labels is None else int(labels[index])
+        image = decode_image(data, name=self.key(index), pixel_max=self.pixel_range)
+        return image, -1 if labels is None else int(labels[index])
+
+    def find_pixel_range(self, pixel_max: int | None = None) -> None:
+        """Sets `pixel_range` by what the user says, or by images spread over the source; the fingerprint covers it.
+
+        Raises DigitError for a pixel_max below 1.
+        """
+
+        def measure(function: Callable[[bytes | Path], int], index: int) -> int:
+            data = self.raw(index)
+            return 0 if data is None else function(data)  # rendered images have 8 bits
+
+        read = partial(measure, deep_size), partial(measure, largest_value)
+        self.pixel_range = find_pixel_range(*read, len(self), pixel_max)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "SubsetSource":
         """The images at `indices`, in that order."""
@@ -78,10 +99,9 @@ class SubsetSource(ImageSource):
             low, high = self.indices.min(), self.indices.max()
             raise DigitError(f"subset asks for images {low}..{high}, {source.name} has 0..{len(source) - 1}")
         self.name = f"{source.name}[{len(self.indices)} of {len(source)}]"
-        self.classes, self.notes = source.classes, source.notes
+        self.classes, self.notes, self.pixel_range = source.classes, source.notes, source.pixel_range
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         return digest([self.source.fingerprint.encode(), self.indices.astype("<i8").tobytes()])
 
     def __len__(self) -> int:
@@ -110,8 +130,7 @@ class RelabelledSource(SubsetSource):
         self._number = np.array([*(place.get(name, -1) for name in source.classes), -1], dtype=np.int64)  # [-1] is -1
         self.name, self.classes = source.name, list(classes)
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         return digest([self.source.fingerprint.encode(), *(name.encode() for name in self.classes)])
 
     def labels(self) -> np.ndarray | None:

@@ -6,7 +6,6 @@ import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,7 @@ class FolderSource(TreeSource):
         self.root, self.read_contents = root, read_contents
         self._about = [images[name] for name in chosen.names]
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         sizes, times = [file.size for file in self._about], [file.stamp for file in self._about]
         stamps = stamps_of((self.root / name for name in self.files), sizes, times, self.read_contents)
         return data_fingerprint(self.inner, sizes, stamps, self.classes, self._labels)
@@ -213,8 +211,7 @@ class ZipSource(TreeSource):
         listing.files.sort(key=lambda file: file.name)
         return listing
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         """An archive lists the CRC-32 of every member, so its contents need not be read."""
         stamps = [file.stamp.to_bytes(4, "little") for file in self._about]
         return data_fingerprint(self.inner, [file.size for file in self._about], stamps, self.classes, self._labels)

@@ -11,7 +11,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +87,7 @@ class TarSource(ImageSource):
         self.classes, self._labels = labelled.classes, labelled.labels
         self.notes = (*notes, *dict.fromkeys(note for shard in shards for note in shard.notes), *labelled.notes)
 
-    @cached_property
-    def fingerprint(self) -> str:
+    def find_fingerprint(self) -> str:
         sizes, times = file_times(self.files)
         stamps = stamps_of(self.files, sizes, times, self.read_contents)
         return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)

@@ -23,7 +23,7 @@ from digit.runtime.files import load_tensors, save_tensors
 from digit.runtime.progress import Progress
 
 SHARD = 1000  # images per cache file; an interrupted run repeats at most so many
-FORMAT = b"judged 1"  # change it with the content of a shard
+FORMAT = b"judged 2"  # change it with the content of a shard
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ class Shard:
 
 def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
     """Split an image set into parts of SHARD images; `side` as for `ImageSet.pixels`. Keys hash content alone."""
-    digests = images.survey.digests
+    digests, pixel_range = images.survey.digests, images.source.pixel_range
+    white = [str(pixel_range.white).encode()] if pixel_range and pixel_range.white else []
     for start in range(0, len(images), SHARD):
         rows = range(start, min(start + SHARD, len(images)))
-        key = digest([str(side).encode(), *(digests[row] for row in rows)])
+        key = digest([str(side).encode(), *white, *(digests[row] for row in rows)])
         yield Shard(key, len(rows), lambda rows=rows: images.pixels(rows, side))
 
 

@@ -29,6 +29,7 @@ from digit.runtime import distributed
 from digit.runtime.files import read_json
 
 PIXELS = "pixels"  # the format of images without a file of their own
+MAX_PROBED = 64  # images of an array whose range is looked at
 READERS = 4  # threads that read and decode
 FIRST = re.compile(r"0{5,}\.png")  # in folders of `digit sample` and `digit complete`, whose grid.png is no sample
 Images = str | Path | Tensor | ImageSource
@@ -40,6 +41,10 @@ class ArraySource(ImageSource):
     def __init__(self, images: np.ndarray, name: str):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
             raise DigitError(f"{name} holds {images.dtype} {images.shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
+        if images[:: max(1, len(images) // MAX_PROBED)].max() == 1:
+            raise DigitError(
+                f"{name} holds no value above 1, nearly black: floats of 0..1 become uint8 by np.rint(255 * x)"
+            )
         self.images, self.name, self.classes = images, name, []
         self.fingerprint = digest([str(images.shape).encode()])
 
@@ -125,19 +130,20 @@ class ImageSet:
             return list(pool.map(read, rows))
 
 
-def open_images(spec: Images, num: int | None = None) -> ImageSet:
+def open_images(spec: Images, num: int | None = None, pixel_max: int | None = None) -> ImageSet:
     """Open the images to evaluate.
 
     Args:
         spec: uint8 tensor (N, 3, H, W), .npz with arr_0 uint8 (N, H, W, 3), an ImageSource, or what `open_source`
             takes. In a folder of `digit sample`, grid.png is left out and samples.json gives the labels.
         num: keep the first `num`; of a set that is sorted by class, `num` spread evenly over it.
+        pixel_max: as of `open_source`.
 
     Raises DigitError for fewer than 2 images and for sources that cannot be read.
     """
     if num is not None and num < 2:
         raise DigitError(f"num is {num}: a covariance needs at least 2 images")
-    source = _open(spec)
+    source = _open(spec, pixel_max)
     about = _samples_json(source) if isinstance(source, FolderSource) else {}
     source = _without_grid(source) if isinstance(source, FolderSource) else source
     names = _class_names(source, about)
@@ -164,14 +170,14 @@ def _remarks(source: ImageSource, about: dict[str, Any], num: int | None) -> Ite
         )
 
 
-def _open(spec: Images) -> ImageSource:
+def _open(spec: Images, pixel_max: int | None) -> ImageSource:
     if isinstance(spec, Tensor):
         if spec.dtype != torch.uint8 or spec.ndim != 4 or spec.shape[1] != 3:
             raise DigitError(f"images are {spec.dtype} {tuple(spec.shape)}, wanted uint8 (N, 3, H, W), RGB in 0..255")
         return ArraySource(spec.permute(0, 2, 3, 1).cpu().numpy(), "tensor")
     if isinstance(spec, str | Path) and Path(spec).suffix.lower() == ".npz":
         return ArraySource(read_npz_images(spec), str(spec))
-    return spec if isinstance(spec, ImageSource) else open_source(spec)
+    return spec if isinstance(spec, ImageSource) else open_source(spec, pixel_max=pixel_max)
 
 
 def _without_grid(source: FolderSource) -> ImageSource:

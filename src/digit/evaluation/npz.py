@@ -33,7 +33,10 @@ def read_npz_images(path: str | Path) -> np.ndarray:
                 f"{path} holds images in arr_0 and {', '.join(others)}: save each set in a file of its own"
             )
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise DigitError(f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255")
+            raise DigitError(
+                f"{path}: arr_0 is {dtype} {shape}, wanted uint8 (N, H, W, 3), RGB in 0..255 "
+                "(floats of 0..1: np.rint(255 * x).astype(np.uint8))"
+            )
         if entry.file_size != header + math.prod(shape):
             raise DigitError(
                 f"{path}: arr_0 has shape {shape} and holds {entry.file_size - header} bytes: it is damaged"

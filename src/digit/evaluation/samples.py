@@ -53,6 +53,9 @@ class EvaluateConfig:
     image_size: int | None = None
     """Resize the short side of both sets to IMAGE_SIZE pixels (PIL bicubic) and crop the centre. By default sets of one
     square size stay unchanged and others are resized to the samples' size."""
+    pixel_max: int | None = None
+    """Value of white in images of more than 8 bits per channel, such as 4095 for 12 bits; by default as the file
+    states, or as the largest values of some images show."""
     num_splits: int = 10
     """Number of splits of the Inception Score: 10, as of published scores. `digit sweep` and `digit reproduce` take
     fewer where a split would hold less than 500 samples."""
@@ -118,8 +121,8 @@ def evaluate(
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
     cfg = cfg or EvaluateConfig()
-    sample_images = open_images(samples, cfg.num)
-    real_images, statistics = open_reference(reference, cfg.num_reference)
+    sample_images = open_images(samples, cfg.num, cfg.pixel_max)
+    real_images, statistics = open_reference(reference, cfg.num_reference, cfg.pixel_max)
     side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
     sizes = fitted_sizes(sample_images, real_images, cfg, side)
     network = network or cfg.load_network(device)
@@ -155,14 +158,16 @@ def _compare(
     return result
 
 
-def open_reference(spec: Images, num: int | None) -> tuple[ImageSet | None, Statistics | None]:
+def open_reference(
+    spec: Images, num: int | None, pixel_max: int | None = None
+) -> tuple[ImageSet | None, Statistics | None]:
     """Open images, statistics, or both (ADM's reference batches). Raises DigitError for neither."""
     if not isinstance(spec, str | Path) or Path(spec).suffix.lower() != ".npz":
-        return open_images(spec, num), None
+        return open_images(spec, num, pixel_max), None
     statistics = read_statistics(spec)
     if statistics is not None and "arr_0" not in read_npz_names(spec):
         return None, statistics
-    return open_images(spec, num), statistics
+    return open_images(spec, num, pixel_max), statistics
 
 
 def fitted_sizes(
@@ -279,6 +284,8 @@ def describe_side(side: Side) -> dict[str, Any]:
             "rounding": side.images.rounding or "not known",
             "sha256": digest(survey.digests),
         }
+        if (range_ := side.images.source.pixel_range) and range_.white:
+            about["pixel_range"] = str(range_)
     if side.statistics is not None:
         moments = side.statistics
         sha256 = digest([moments.mu.tobytes()])
@@ -314,7 +321,7 @@ def statistics_npz(
     of images. All ranks call it together.
     """
     cfg = cfg or EvaluateConfig()
-    chosen = open_images(images, cfg.num_reference)
+    chosen = open_images(images, cfg.num_reference, cfg.pixel_max)
     network = network or cfg.load_network(device)
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
@@ -341,6 +348,7 @@ def to_table(result: dict[str, Any]) -> str:
     lines = [
         f"protocol {protocol['name']}, network {protocol['network']['network']}; "
         f"{samples['num']} samples of {samples['name']} against {against}",
+        *(f"{side['name']}: {side['pixel_range']}" for side in (samples, reference) if "pixel_range" in side),
         "",
         "| metric | value | 95% interval or deviation |",
         "|---|---|---|",

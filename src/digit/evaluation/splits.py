@@ -5,6 +5,7 @@ from pathlib import Path
 
 from digit.data.images import hold_out, open_source
 from digit.data.layout import split_of
+from digit.data.pixel_range import require_same_white
 from digit.data.source import ImageSource
 from digit.errors import DigitError
 
@@ -28,9 +29,10 @@ def probe_splits(
         opened: opens images as `open_source(path, split=...)` does.
     """
     if test is not None or test_split is not None:
-        chosen = opened(test or data, split=test_split)
+        train, chosen = opened(data, split=split), opened(test or data, split=test_split)
+        require_same_white(train.pixel_range, chosen.pixel_range)
         where = f"{test or data}" + (f", split {test_split}" if test_split else "")
-        return opened(data, split=split), chosen, where
+        return train, chosen, where
     unusable = []
     for root, name in ((root, name) for root in split_roots(data) for name in HELD_OUT if name != split):
         try:
@@ -41,6 +43,7 @@ def probe_splits(
                 unusable.append(f"its {name} split cannot be used: {error}")
             continue
         if labelled(chosen):
+            require_same_white(train.pixel_range, chosen.pixel_range)
             return train, chosen, f"the {name} split of {root}{in_brackets(unusable)}"
         unusable.append(f"its {name} split has no labels")
     train, chosen = hold_out(opened(data, split=split))

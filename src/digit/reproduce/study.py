@@ -17,6 +17,7 @@ from torch import Tensor
 
 from digit.data.crops import gather_crops
 from digit.data.images import ImageSource, hold_out, open_source
+from digit.data.pixel_range import require_same_white
 from digit.data.shapes import ShapesSource
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
@@ -43,7 +44,9 @@ BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64
 PART = 1000  # samples per cache file
 
 
-def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageSource, ImageSource]:
+def open_splits(
+    data: str, num_train: int | None, num_test: int, pixel_max: int | None = None
+) -> tuple[ImageSource, ImageSource]:
     """Open (train, test): test is the data's test or validation split, new scenes of shapes, or every fifth image.
 
     A test split without labels (as ImageNet's) is skipped if the training images have labels.
@@ -53,14 +56,15 @@ def open_splits(data: str, num_train: int | None, num_test: int) -> tuple[ImageS
         return train, ShapesSource(num=num_test, size=train.read(0)[0].width, start=1_000_000)
     for split in ("test", "validation"):
         try:
-            test = open_source(data, split=split)
+            test = open_source(data, split=split, pixel_max=pixel_max)
         except DigitError:  # no such split
             continue
-        train = open_source(data, split="train").limit(num_train)
+        train = open_source(data, split="train", pixel_max=pixel_max).limit(num_train)
         if train.classes and not labelled(test):
             continue
+        require_same_white(train.pixel_range, test.pixel_range)
         return train, test.with_classes(train.classes).limit(num_test)
-    train, test = hold_out(open_source(data))
+    train, test = hold_out(open_source(data, pixel_max=pixel_max))
     return train.limit(num_train), test.limit(num_test)
 
 
@@ -78,6 +82,7 @@ class Study:
         out: folder of all experiments with this data and scale.
         reuse: folders of a finished run's codebook, vqgan and tokens.
         inception: weights of FID's network; None uses EfficientNet-Lite2, whose distances are not called FID.
+        pixel_max: white in images of more than 8 bits, as of `open_source`.
     """
 
     def __init__(
@@ -89,9 +94,10 @@ class Study:
         reuse: dict[str, str | Path] | None = None,
         inception: str | None = None,
         device: str | None = None,
+        pixel_max: int | None = None,
     ):
         self.data, self.scale, self.out, self.device = data, scale, Path(out), choose_device(device)
-        self.train, self.test = open_splits(data, scale.num_train, scale.num_test)
+        self.train, self.test = open_splits(data, scale.num_train, scale.num_test, pixel_max)
         self.reuse, self.inception = dict(reuse or {}), inception
         crops = max(1, -(-scale.min_rows // len(self.train)))
         self.recipe = replace(scale.recipe, crops_per_image=crops)

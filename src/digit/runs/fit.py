@@ -137,10 +137,12 @@ class Run:
 
     def _claim_folder(self) -> None:
         """Lock the folder; write config.json, or compare with what is there as far as results exist that it made."""
+        pixel_range = self.source.pixel_range
+        white = {"pixel_max": pixel_range.white} if pixel_range and pixel_range.white else {}
         wanted = {
             "format": FORMAT,
             "recipe": asdict(self.recipe),
-            "data": {"name": self.source.name, "fingerprint": self.source.fingerprint},
+            "data": {"name": self.source.name, **white, "fingerprint": self.source.fingerprint},
         }
         lock_folder(self.out)
         places = [self.out / name for name in (*RESULTS, *ROLES)]

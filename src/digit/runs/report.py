@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from digit.data.crops import gather_crops
-from digit.data.images import ImageSource, open_source
-from digit.data.preprocess import PreprocessConfig, centre_crop
+from digit.data.images import FolderSource, ImageSource, open_source
+from digit.data.preprocess import PreprocessConfig
 from digit.data.shapes import CLASSES, ShapesSource
 from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
@@ -46,15 +46,21 @@ def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -
     )
 
 
-def load_images(spec: str, preprocess: PreprocessConfig, num: int) -> Tensor:
-    """The first `num` images of a source, or one image file, centre-cropped -> (B, 3, S, S) uint8."""
-    path = Path(spec)
-    if path.is_file() and path.suffix.lower() not in (".parquet", ".tar"):
-        from digit.data.decode import decode_image
+def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:
+    """Opens what `open_source` takes, or one image file, which is then the only image of its source."""
+    path = Path(spec).expanduser()
+    if not path.is_file() or path.suffix.lower() in (".parquet", ".tar"):
+        return open_source(spec, pixel_max=pixel_max)
+    source = FolderSource(path.parent, [(path.name, path.stat().st_size)])
+    source.find_pixel_range(pixel_max)
+    return source
 
-        array = centre_crop(decode_image(path), preprocess.image_size)
-        return torch.from_numpy(array.copy()).permute(2, 0, 1)[None]
-    return real_images(open_source(spec), preprocess, range(num))[0]
+
+def load_images(source: ImageSource, preprocess: PreprocessConfig, num: int) -> Tensor:
+    """The first `num` images of a source, centre-cropped -> (B, 3, S, S) uint8. A single image must be whole."""
+    if len(source) == 1:
+        source.read(0)  # names what is wrong with it
+    return real_images(source, preprocess, range(num))[0]
 
 
 def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
