@@ -8,6 +8,7 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    PIXEL_MAX_HELP,
     add_config,
     add_reading,
     command,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -27,7 +26,7 @@ def is_nearly_black(image: Image.Image) -> bool:
     return int(np.asarray(image).max()) <= pixel_range.NEARLY_BLACK
 
 
-def _assumptions(image: ImageFile, stream: IO[bytes]) -> Iterator[str]:
+def _assumptions(image: ImageFile, stream: Stream) -> Iterator[str]:
     tags = image.tag_v2 if image.format == "TIFF" else {}  # pyright: ignore[reportAttributeAccessIssue]
     if deep_pixels.is_deep(image):
         stated = deep_pixels.states_white(image, stream)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from digit.data import deep_pixels
+from digit.data.deep_pixels import Stream
 from digit.data.pixel_range import PixelRange
 from digit.errors import BadImageError
 
@@ -73,7 +74,7 @@ def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
 def deep_size(data: bytes | str | Path) -> int:
     """Pixels of an image of more than 8 bits whose file states no range, 0 of others. Raises as `probe_image` does."""
 
-    def size(image: ImageFile, stream: IO[bytes]) -> int:
+    def size(image: ImageFile, stream: Stream) -> int:
         deep = deep_pixels.is_deep(image) and image.mode != "F"
         return image.width * image.height if deep and not deep_pixels.states_white(image, stream) else 0
 
@@ -83,14 +84,14 @@ def deep_size(data: bytes | str | Path) -> int:
 def largest_value(data: bytes | str | Path) -> int:
     """The largest value of an image of more than 8 bits, decoded. Raises BadImageError if it cannot be read."""
 
-    def largest(image: ImageFile, stream: IO[bytes]) -> int:
+    def largest(image: ImageFile, stream: Stream) -> int:
         _check_pixels(image, MAX_PIXELS)
         return deep_pixels.largest_value(image, stream)
 
     return read_header(data, largest)
 
 
-def read_header(data: bytes | str | Path, read: Callable[[ImageFile, IO[bytes]], T]) -> T:
+def read_header(data: bytes | str | Path, read: Callable[[ImageFile, Stream], T]) -> T:
     """read(opened image, its stream); its pixels are not decoded yet. Raises BadImageError for anything that fails."""
     try:
         with _stream(data) as stream, Image.open(stream, formats=_formats()) as image:
@@ -107,7 +108,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _stream(data: bytes | str | Path) -> io.BytesIO | io.BufferedReader:
+def _stream(data: bytes | str | Path) -> Stream:
     if isinstance(data, bytes):
         return io.BytesIO(data)
     if not stat.S_ISREG(os.stat(data).st_mode):

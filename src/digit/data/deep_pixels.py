@@ -4,11 +4,12 @@ The white of an image is, in this order: what the user says, what its file state
 show (`PixelRange`), and 65535. Pillow alone keeps the upper 8 of 16 bits: values of 12 bits would come out black.
 """
 
+import io
 import re
 import warnings
 from collections.abc import Callable
 from sys import byteorder
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ WITH_ALPHA = ("LA", "RGBA", "RGBa")
 SIGNIFICANT_BITS = re.compile(r'SignificantBits="(\d{1,2})"')  # in the description of an OME-TIFF
 PNG_SIGNATURE = 8  # bytes
 ADVICE = "give --pixel_max, the value of white"
+Stream = io.BytesIO | io.BufferedReader
 
 
 def is_deep(image: ImageFile) -> bool:
@@ -37,7 +39,7 @@ def is_deep(image: ImageFile) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;") or bool(RAW_16.fullmatch(raw))
 
 
-def states_white(image: ImageFile, stream: IO[bytes]) -> int | None:
+def states_white(image: ImageFile, stream: Stream) -> int | None:
     """The white of Pillow's values that a deep image's header states; None if it states none.
 
     PNG's sBIT is the number of significant bits: see `reduce`.
@@ -60,12 +62,12 @@ def states_white(image: ImageFile, stream: IO[bytes]) -> int | None:
     return next((value for value in whole if value & (value + 1) == 0), None)  # 2**n - 1; others are statistics
 
 
-def largest_value(image: ImageFile, stream: IO[bytes]) -> int:
+def largest_value(image: ImageFile, stream: Stream) -> int:
     """The largest value of a deep image's colours."""
     return int(_colours(read_values(image, stream), _reduced_mode(image)).max())
 
 
-def reduce(image: ImageFile, stream: IO[bytes], pixel_max: int | PixelRange | None, name: str) -> Image.Image:
+def reduce(image: ImageFile, stream: Stream, pixel_max: int | PixelRange | None, name: str) -> Image.Image:
     """Decodes a deep image to 8 bits, of mode L, LA, RGB, RGBA, RGBa or CMYK; 0..white becomes 0..255, rounded.
 
     Raises BadImageError where no white is known, and for values below 0 or above white.
@@ -130,7 +132,7 @@ def _white_of_one(largest: int, name: str | None) -> int | None:
     return white
 
 
-def _significant_bits(stream: IO[bytes]) -> int | None:
+def _significant_bits(stream: Stream) -> int | None:
     """The largest number in a PNG's sBIT, which stands before its pixels; None without one."""
     before = stream.tell()
     try:
@@ -157,7 +159,7 @@ def _fills_16_bits(values: np.ndarray, bits: int) -> bool:
 # ---------------------------------------------------------------- all bits of the values
 
 
-def read_values(image: ImageFile, stream: IO[bytes]) -> np.ndarray:
+def read_values(image: ImageFile, stream: Stream) -> np.ndarray:
     """Decodes all bits of a deep image: integers or float32, (H, W) of grey or (H, W, C) in the order of its mode."""
     raw, _ = _arguments(image)
     if image.format == "PPM" and image.mode == "RGB":
@@ -176,7 +178,7 @@ def read_values(image: ImageFile, stream: IO[bytes]) -> np.ndarray:
     return values.view(kind)  # Pillow forgets the sign
 
 
-def _two_bytes(image: ImageFile, stream: IO[bytes], order: str, raw_mode: Callable[[str, str], str]) -> np.ndarray:
+def _two_bytes(image: ImageFile, stream: Stream, order: str, raw_mode: Callable[[str, str], str]) -> np.ndarray:
     """(H, W, C) uint16, decoded twice: Pillow keeps the upper byte of each value, in the other byte order the lower."""
     order = {"little": "L", "big": "B"}[byteorder] if order == "N" else order
     other = "B" if order == "L" else "L"
@@ -184,7 +186,7 @@ def _two_bytes(image: ImageFile, stream: IO[bytes], order: str, raw_mode: Callab
     return upper << 8 | _decode(image, stream, lambda raw: raw_mode(raw, other))
 
 
-def _decode(image: ImageFile, stream: IO[bytes], raw_mode: str | Callable[[str], str]) -> np.ndarray:
+def _decode(image: ImageFile, stream: Stream, raw_mode: str | Callable[[str], str]) -> np.ndarray:
     """Decodes the file with another of Pillow's raw modes; a function gives it for each tile's own."""
     stream.seek(0)
     with Image.open(stream, formats=[image.format or ""]) as again:
@@ -201,7 +203,7 @@ def _renamed(args: Any, raw_mode: str | Callable[[str], str]) -> Any:
     return new if isinstance(args, str) else (new, *args[1:])
 
 
-def _ppm_values(image: ImageFile, stream: IO[bytes]) -> np.ndarray:
+def _ppm_values(image: ImageFile, stream: Stream) -> np.ndarray:
     """(H, W, 3) uint16 of a PPM, binary (P6) or as text (P3). Raises ValueError if it is cut short."""
     width, height = image.size
     stream.seek(image.tile[0][2])

@@ -137,7 +137,14 @@ class FolderSource(TreeSource):
     Raises DigitError where it holds no split or no labels as asked for.
     """
 
-    def __init__(self, root: Path, listing: Listing, split: str | None, labels_from: str, read_contents: bool | None):
+    def __init__(
+        self,
+        root: Path,
+        listing: Listing,
+        split: str | None = None,
+        labels_from: str = "auto",
+        read_contents: bool | None = None,
+    ):
         kinds = listing.by_kind
         images = {file.name: file for file in kinds["images"]}
         chosen = _choose(root, list(images), split)

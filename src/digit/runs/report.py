@@ -13,6 +13,7 @@ from torch import Tensor
 
 from digit.data.crops import gather_crops
 from digit.data.images import FolderSource, ImageSource, open_source
+from digit.data.listing import File, Listing, kind_of
 from digit.data.preprocess import PreprocessConfig
 from digit.data.shapes import CLASSES, ShapesSource
 from digit.metrics.frechet import count_warnings
@@ -49,9 +50,10 @@ def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -
 def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:
     """Opens what `open_source` takes, or one image file, which is then the only image of its source."""
     path = Path(spec).expanduser()
-    if not path.is_file() or path.suffix.lower() in (".parquet", ".tar"):
+    if not path.is_file() or kind_of(path.name) != "images":
         return open_source(spec, pixel_max=pixel_max)
-    source = FolderSource(path.parent, [(path.name, path.stat().st_size)])
+    status = path.stat()
+    source = FolderSource(path.parent, Listing([File(path.name, status.st_size, status.st_mtime_ns)]))
     source.find_pixel_range(pixel_max)
     return source
 
