@@ -27,6 +27,7 @@ from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
+from digit.runtime.settings import check_settings, within
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class EncoderConfig:
     layer: int | Literal["pooled"] | None = None
     """Block whose output is used: 0-based, negative from the end. Not set: the third-to-last of a ViT and the last at
     stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
-    input_size: int = 224
+    input_size: int = within(f"[1, {MAX_INPUT_SIZE}]", 224)
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
     """Weights file as released by the encoder's authors. Not set: the installed package of the encoder."""
@@ -60,6 +61,9 @@ class EncoderConfig:
     precision: Precision = "fp32"
     """Precision of the products. bf16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,8 +389,6 @@ def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:
 
 
 def _load(cfg: EncoderConfig) -> FrozenEncoder:
-    if cfg.input_size < 1:
-        raise DigitError(f"encoder input_size is {cfg.input_size}: it is a side in pixels, 224 for example")
     if cfg.name.startswith("hf:"):
         return load_from_hub(cfg)
     if cfg.name.startswith("folder:"):
