@@ -133,7 +133,7 @@ def test_resume_before_the_codebook_starts(tmp_path):
 
 
 def test_another_model_is_refused(tmp_path):
-    train_vqgan(model(), batches, replace(QUICK, num_steps=2), tmp_path)
+    train_vqgan(model(), batches, replace(QUICK, num_steps=2, codebook_start=1, adversarial_start=1), tmp_path)
     with pytest.raises(MismatchError, match="vocab_size"):
         train_vqgan(VQGAN(replace(TINY, vocab_size=17)), batches, replace(QUICK, num_steps=2), tmp_path)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
 from digit.runtime.distributed import launched_rank
+from digit.runtime.settings import flat
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -186,6 +187,12 @@ def add_config(parser: "ArgumentParser", cfg: type) -> None:
 def read_config(args: Any, cfg: type) -> Any:
     """Build the config dataclass from parsed arguments."""
     return cfg(**{f.name: getattr(args, f.name) for f in fields(cfg)})
+
+
+def typed_settings(argv: Sequence[str], cfg: Any) -> list[str]:
+    """Dotted names of the settings of a config that are typed as options."""
+    words = [word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")]
+    return [name for name in words if name in flat(cfg)]
 
 
 def load_pipeline(args: Any) -> Any:

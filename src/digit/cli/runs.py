@@ -1,7 +1,9 @@
 """Commands that train: fit and its stages codebook, tokenize and train; pretrain for encoders."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from digit.cli.arguments import (
@@ -15,6 +17,7 @@ from digit.cli.arguments import (
     parse,
     read_config,
     say,
+    typed_settings,
 )
 from digit.errors import DigitError
 from digit.runtime import distributed
@@ -61,11 +64,12 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
-def make_run(args: Any, base: str) -> Any:
+def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
     """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
     from digit.data.images import open_source
+    from digit.runs.checks import chosen_settings
     from digit.runs.fit import Run
-    from digit.runs.recipes import Recipe
+    from digit.runs.recipes import Recipe, get_recipe
 
     if args.recipe != base:
         raise DigitError(
@@ -74,7 +78,19 @@ def make_run(args: Any, base: str) -> Any:
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     source = open_source(args.data, split=args.split, limit=args.limit)
-    return Run(recipe, source, args.out, reuse=reuse, device=args.device)
+    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, get_recipe(base))]
+    return Run(recipe, source, args.out, reuse=reuse, device=args.device, chosen=chosen)
+
+
+def beside(argv: Sequence[str], kept: Mapping[str, Path]) -> list[str]:
+    """The arguments of the same work in a new folder next to --out, which reuses the `kept` parts of the run there."""
+    words, given = [], _value_of(argv, "--out") or ""
+    new = next(name for n in itertools.count(2) if not Path(name := f"{given.rstrip('/')}-{n}").exists())
+    for i, word in enumerate(argv):
+        after_out = i > 0 and argv[i - 1] == "--out"
+        words.append(new if after_out else f"--out={new}" if word.startswith("--out=") else word)
+    free = [part for part in kept if _value_of(argv, f"--reuse_{part}") is None]
+    return [*words, *(word for part in free for word in (f"--reuse_{part}", str(kept[part])))]
 
 
 @command(
@@ -89,7 +105,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     Run the same command again to continue: finished stages are kept.
     """
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     from digit.runs.fit import fit
     from digit.runs.report import write_report
 
@@ -102,7 +118,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     codebook = run.fit_codebook()
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
@@ -111,7 +127,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image; makes missing tokenizers first."""
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     store = run.write_tokens()
     say(
         f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
@@ -138,7 +154,7 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
 
     if args.model not in ("vqgan", *ROLES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(ROLES)}")
-    run = make_run(args, base)
+    run = make_run(args, argv, base)
     if args.model == "vqgan":
         run.train_vqgan()
     else:

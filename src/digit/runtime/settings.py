@@ -59,9 +59,14 @@ def check_number(name: str, value: Any, interval: str, *, whole: bool = False) -
     for number in value if isinstance(value, tuple | list) else (value,):
         if not isinstance(number, Integral if whole else Real) or isinstance(number, bool):
             raise DigitError(f"{name} is {value!r}: it must be {'a whole number' if whole else 'a number'}")
-        if not contains(interval, float(number) if abs(number) <= MAX_INTEGER else math.copysign(math.inf, number)):
-            finite = "" if math.isfinite(number) else ", a finite number"
+        if not contains(interval, in_float(number)):
+            finite = "" if math.isfinite(in_float(number)) else ", a finite number"
             raise DigitError(f"{name} is {value!r}: it must be {in_words(interval)}{finite}")
+
+
+def in_float(number: Any) -> float:
+    """A number as a float; one beyond 64 bits as infinity, since no tensor holds it."""
+    return float(number) if -MAX_INTEGER <= number <= MAX_INTEGER else math.copysign(math.inf, number)
 
 
 def contains(interval: str, number: float) -> bool:
@@ -79,7 +84,7 @@ def bounds(interval: str) -> tuple[float, float]:
 
 def in_words(interval: str) -> str:
     """ "[1, inf)" as "at least 1", "[0, 1)" as "at least 0 and below 1"."""
-    low, high = (end.strip() for end in interval[1:-1].split(","))
+    low, high = (end.strip().replace("_", ",") for end in interval[1:-1].split(","))
     if interval[0] + interval[-1] == "[]":
         return f"{low} to {high}"
     least = f"{'at least' if interval.startswith('[') else 'above'} {low}"
@@ -89,17 +94,18 @@ def in_words(interval: str) -> str:
 
 
 def one_of(choices: Iterable[Any]) -> str:
-    """Choices as "a, b or c"."""
-    *first, last = map(str, choices)
-    return f"{', '.join(first)} or {last}" if first else last
+    """Choices as "a or b or c"."""
+    return " or ".join(map(str, choices))
 
 
 def flat(cfg: Any, prefix: str = "") -> dict[str, Any]:
-    """Every setting of a nested config dataclass by its dotted name, in the order of the fields."""
+    """Every setting of a nested config, a dataclass or its JSON object, by its dotted name; lists as tuples."""
     found: dict[str, Any] = {}
-    for field in dataclasses.fields(cfg):
-        name, value = prefix + field.name, getattr(cfg, field.name)
-        found |= flat(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    for name, value in (cfg if isinstance(cfg, dict) else vars(cfg)).items():
+        if isinstance(value, dict) or dataclasses.is_dataclass(value):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = tuple(value) if isinstance(value, list) else value
     return found
 
 

