@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
 from digit.runtime.distributed import launched_rank
+from digit.runtime.paths import is_path
 from digit.runtime.settings import flat
 
 if TYPE_CHECKING:
@@ -202,8 +203,8 @@ def load_pipeline(args: Any) -> Any:
 
     if not args.source:
         raise DigitError("--from is empty: give a run or pipeline folder")
-    source, device = Path(args.source), choose_device(args.device)
-    if not source.exists() and HUB_NAME.fullmatch(args.source):
+    source, device = Path(args.source).expanduser(), choose_device(args.device)
+    if not is_path(args.source) and HUB_NAME.fullmatch(args.source):
         from digit.released.hub import released_pipeline
 
         source = released_pipeline(args.source, args.variant or "base")

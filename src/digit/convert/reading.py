@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.runtime.bounded_reader import BoundedReader
 from digit.runtime.files import Stacked
+from digit.runtime.paths import nearest
 
 MAX_LISTED = 8  # names in an error
 MAX_NAME = 100  # characters of a name in an error
@@ -38,7 +39,7 @@ def read_torch(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise DigitError(f"no such weights file: {path}")
+        raise DigitError(f"no such weights file: {path}{nearest(path)}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *NUMPY_NUMBERS]):
             warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ import numpy as np
 from digit.data.decode import EXTENSIONS, decode_image
 from digit.data.source import ImageSource, SubsetSource, file_digest, index_classes, readable
 from digit.errors import DigitError
+from digit.runtime.paths import nearest
 
 __all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
 
@@ -72,7 +73,7 @@ def _open_path(path: Path, split: str | None) -> ImageSource:
         reason = getattr(error, "strerror", None) or error
         raise DigitError(f"cannot open ({reason}): {path}; wanted {WANTED}") from error
     if not exists:
-        raise DigitError(f"no such path: {path}; wanted {WANTED}")
+        raise DigitError(f"no such path: {path}{nearest(path)}; wanted {WANTED}")
     if path.is_dir():
         return _open_folder(path, split)
     if split is not None:

@@ -41,6 +41,7 @@ from digit.runtime import distributed
 from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
+from digit.runtime.paths import nearest
 from digit.runtime.request import require_same_request
 from digit.runtime.settings import flat
 from digit.sampling.kinds import get_kind
@@ -104,10 +105,11 @@ class Run:
         chosen: Sequence[str] | None = None,
     ):
         self.recipe, self.out = recipe.with_seed(), Path(out)
-        self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
+        self.reuse = {stage: Path(folder).expanduser() for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             if not (folder / RESULTS[stage]).is_file():
-                raise DigitError(f"{folder} holds no {RESULTS[stage]}: give the {stage} folder of a run, RUN/{stage}")
+                what = f"holds no {RESULTS[stage]}" if folder.exists() else f"does not exist{nearest(folder)}"
+                raise DigitError(f"{folder} {what}: give the {stage} folder of a run, RUN/{stage}")
         self.device = choose_device(device)
         self.source = open_source(data, split=split) if isinstance(data, str) else data
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)

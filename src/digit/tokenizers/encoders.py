@@ -28,6 +28,7 @@ from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
+from digit.runtime.paths import is_path, nearest
 from digit.runtime.settings import check_settings, within
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
@@ -354,7 +355,11 @@ def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
 
     Its layer by default: the saved one, or the third-to-last of a whole ViT.
     """
-    folder, name = Path(cfg.name.removeprefix("folder:")), cfg.name
+    folder, name = Path(cfg.name.removeprefix("folder:")).expanduser(), cfg.name
+    if not folder.exists():
+        raise DigitError(
+            f"encoder {name}: {folder} does not exist{nearest(folder)}: give RUN/encoder of digit pretrain"
+        )
     if not (folder / "encoder.json").is_file():
         inner = folder / "encoder"
         hint = f"give {inner}" if (inner / "encoder.json").is_file() else "give RUN/encoder of a digit pretrain run"
@@ -425,6 +430,8 @@ def _load(cfg: EncoderConfig) -> FrozenEncoder:
         return load_from_hub(cfg)
     if cfg.name.startswith("folder:"):
         return load_from_folder(cfg)
+    if cfg.name not in LOADERS and is_path(cfg.name):
+        raise DigitError(f"encoder {cfg.name} is a folder's name: give folder:{cfg.name}{nearest(cfg.name)}")
     if cfg.name not in LOADERS:
         known = f"{', '.join(LOADERS)}, hf:<model name> or folder:<folder>"
         raise DigitError(f"unknown encoder {cfg.name!r}: choose one of {known}")
