@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 TYPES = {"INT": "a whole number", "FLOAT": "a number", "true|false": "true or false"}
 UNKNOWN_NAME = re.compile(
-    r"\b(?:no|nothing) [\w ]*?named '?(?P<name>[^\s':]+)'?[^:]*: (?P<list>choose (?:one of )?(?P<names>.+))"
+    r"\b(?:(?:no|nothing) [\w ]*?named|unknown \w+) '?(?P<name>[^\s':]+)'?[^:]*: "
+    r"(?P<list>choose (?:one of )?(?P<names>.+))"
 )
 
 

@@ -21,6 +21,7 @@ from digit.cli.arguments import (
 )
 from digit.errors import DigitError
 from digit.runtime import distributed
+from digit.runtime.settings import changed
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -195,7 +196,9 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runs.pretrain import pretrain
 
     source = open_source(args.data, split=args.split, limit=args.limit)
-    encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
+    cfg = read_config(args, PretrainConfig)
+    chosen = [*typed_settings(argv, cfg), *changed(cfg, PretrainConfig())]
+    encoder = pretrain(source, cfg, args.out, device=args.device, chosen=chosen)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "
         f"--encoder.name folder:{args.out}/encoder --encoder.input_size {encoder.input_size}"

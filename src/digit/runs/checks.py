@@ -3,6 +3,7 @@
 `digit fit` and `digit plan` call `check_recipe`, so that no plan is made for a run that would be refused.
 """
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,9 @@ from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net, resizes_positions
 from digit.tokenizers.vq import asset_config
+from digit.training.config import TrainConfig
 
+log = logging.getLogger(__name__)
 MIN_IMAGES = 2
 MODELS = ("prior", "renderer")
 # the fields of the recipe that decide a part, beside the data: where one of them changes, the part is made again
@@ -65,6 +68,7 @@ def check_recipe(
         raise DigitError(f"the data holds {num_images} image: training needs at least {MIN_IMAGES}")
     check_sizes(recipe, resolution, num_classes)
     check_training(recipe, parts, num_processes, gpu)
+    check_warmup(recipe, chosen)
     check_sampling(recipe, num_classes)
     if "codebook" not in parts:
         check_codebook(recipe, num_images)
@@ -218,6 +222,18 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
                 f"{name}_training.batch_size {batch_size} does not split into {number} equal micro-batches "
                 f"({num_processes} processes x accumulate): give a multiple"
             )
+
+
+def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
+    """Raise DigitError for a warm-up that somebody chose longer than the training; say so of a recipe's own."""
+    for name in MODELS:
+        cfg: TrainConfig = getattr(recipe, f"{name}_training")
+        if cfg.warmup_steps > cfg.num_steps:
+            setting = f"{name}_training.warmup_steps"
+            text = f"{setting} is {cfg.warmup_steps}, longer than the training of {cfg.num_steps} steps"
+            if setting in chosen:
+                raise DigitError(f"{text}: the learning rate would never reach its peak, give fewer")
+            log.warning("%s: the learning rate will not reach its peak", text)
 
 
 def check_sampling(recipe: Recipe, num_classes: int) -> None:

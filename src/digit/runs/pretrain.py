@@ -8,6 +8,7 @@ OUT/report/          loss.png, features.png
 OUT/log.jsonl, OUT/checkpoints/
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from digit.models.vit import ViT, ViTConfig
 from digit.runtime import plots
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
-from digit.runtime.settings import SEED, check_settings, within
+from digit.runtime.settings import SEED, Rule, check_settings, refuse_unused, within
 from digit.tokenizers.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.ssl.dino import DINOConfig
@@ -106,6 +107,21 @@ class PretrainConfig:
         return getattr(self, self.method)
 
 
+def unused_settings(cfg: PretrainConfig) -> list[Rule]:
+    """Settings that this pretraining ignores: (whether the rule applies, their pattern, why and what to do)."""
+    others = [name for name in METHODS if name != cfg.method]
+    rules: list[Rule] = [(True, rf"{name}\..*", f"method is {cfg.method}: set method to {name}") for name in others]
+    local, views = getattr(cfg.settings, "num_local_views", 1), cfg.settings.views
+    colours = r"views\.(brightness|contrast|saturation|hue)"
+    return [
+        *rules,
+        (cfg.training.seed != cfg.seed, r"training\.seed", "set the run's one seed"),
+        (True, r"training\.keep_best", "an encoder has no validation: leave it out"),
+        (local == 0, rf"{cfg.method}\.local_scale", f"set {cfg.method}.num_local_views above 0"),
+        (views.jitter == 0, rf"{cfg.method}\.{colours}", f"set {cfg.method}.views.jitter above 0"),
+    ]
+
+
 def pretrain(
     data: str | ImageSource,
     cfg: PretrainConfig,
@@ -113,15 +129,18 @@ def pretrain(
     *,
     split: str | None = None,
     device: str | None = None,
+    chosen: Sequence[str] = (),
 ) -> FrozenEncoder:
     """Train an encoder on the images of `data`, without their labels, and write OUT/encoder and OUT/report.
 
     Run again with the same `out` it goes on where it stopped; a finished run is read. Returns the encoder as
     `load_encoder(EncoderConfig(name="folder:OUT/encoder", input_size=cfg.image_size))` gives it: up to the
-    third-to-last block (paper, section 3.2).
+    third-to-last block (paper, section 3.2). `chosen` are dotted names of settings that somebody chose.
 
-    Raises DigitError where the data cannot be read, MismatchError where `out` holds a run with other settings.
+    Raises DigitError where the data cannot be read or a chosen setting would not be used, MismatchError where `out`
+    holds a run with other settings.
     """
+    refuse_unused(cfg, chosen, unused_settings(cfg))
     out, place = Path(out), choose_device(device)
     lock_folder(out)
     source = open_source(data, split=split) if isinstance(data, str) else data
