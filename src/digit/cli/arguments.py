@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
+DEFAULT_RECIPE = "small"  # whose settings `digit fit` and `digit plan` show as defaults
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
     "folder of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset .tar shards, "

@@ -3,7 +3,7 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import CONFIG_HELP, command, parse, read_config, say, typed_settings
+from digit.cli.arguments import CONFIG_HELP, DEFAULT_RECIPE, command, parse, read_config, say, typed_settings
 from digit.errors import DigitError
 from digit.runtime.settings import check_number
 
@@ -35,7 +35,7 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     operations at an assumed share of the machine's peak, decoding images, and reading bytes. Where a batch does not fit
     one GPU, the plan says how to split it (accumulate). Every setting of the recipe can be changed as in digit fit.
     """
-    name = argv[0] if argv and not argv[0].startswith("-") else "digit_base"
+    name = argv[0] if argv and not argv[0].startswith("-") else DEFAULT_RECIPE  # for the help
     from digit.planning.machines import GPUS
     from digit.planning.stages import IMAGENET_IMAGES
     from digit.runs.recipes import RECIPES, Recipe, get_recipe

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from digit.cli.arguments import (
     CONFIG_HELP,
     DATA_HELP,
+    DEFAULT_RECIPE,
     DEVICE_HELP,
     LIMIT_HELP,
     SPLIT_HELP,
@@ -31,11 +32,13 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     """Add DATA, --recipe, --out and one dotted option for each field of the recipe. Returns the recipe's name."""
     from digit.runs.recipes import RECIPES, Recipe, get_recipe
 
-    name = _value_of(argv, "--recipe") or "small"  # sets the defaults, so it is read before the parser exists
+    name = _value_of(argv, "--recipe") or DEFAULT_RECIPE  # sets the defaults, so it is read before the parser exists
     recipe = get_recipe(name)
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument(
-        "--recipe", default="small", help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}"
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}",
     )
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     parser.add_argument("--split", default=None, help=SPLIT_HELP)
