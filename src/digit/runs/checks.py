@@ -77,12 +77,14 @@ def check_recipe(
 def chosen_settings(recipe: Recipe, base: Recipe | None = None) -> list[str]:
     """Settings with a value of somebody's own: neither the default nor that of `base` or of the recipe of its name.
 
-    Of a recipe without `base` and with a name that is not registered, none is known.
+    Of a recipe without `base` and with a name that is not registered, none is known. preprocess.encoder_size is left
+    out: recipes and files give it beside encoder.input_size, and stay valid where that alone is changed.
     """
     named = RECIPES.get(recipe.name)
     bases = [*([base] if base else []), *([named()] if named else [])]
     own = [set(changed(recipe, other)) for other in (*bases, Recipe())]
-    return [name for name in flat(recipe) if all(name in names for names in own)] if bases else []
+    names = [name for name in flat(recipe) if name != "preprocess.encoder_size"]
+    return [name for name in names if all(name in other for other in own)] if bases else []
 
 
 def unused_settings(recipe: Recipe, reuse: Iterable[str] = ()) -> list[Rule]:
