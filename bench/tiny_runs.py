@@ -195,7 +195,7 @@ def tiny_recipe() -> "Recipe":
         vqgan_training=GANConfig(num_steps=3, batch_size=4, perceptual="none", adversarial_start=1, codebook_start=1),
         prior=size,
         prior_training=training,
-        renderer=size,
+        renderer=replace(size, label_dropout=0.0),
         renderer_training=training,
         validation_fraction=0.1,
     )  # fmt: skip

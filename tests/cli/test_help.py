@@ -50,3 +50,15 @@ def test_help_all_of_fit_shows_every_field_and_the_defaults_of_its_recipe(capsys
     full = page(capsys, "fit", "--recipe", "demo", "--help-all")
     assert {"--prior.dropout", "--vqgan_training.l1_weight", "--sampling.renderer.cfg_scale"} <= options(full)
     assert re.search(r"--kmeans.num_clusters INT[^-]*default:\s+512\)", full)
+
+
+def test_one_setting_has_one_default_in_every_command_that_trains_or_plans(capsys):
+    defaults: dict[str, dict[str, str]] = {}
+    for command in ("fit", "codebook", "tokenize", "train", "plan"):
+        words = " ".join(page(capsys, command, "--help-all").split())
+        for option, text in re.findall(r" (--[\w.-]+) (.*?)(?= --[\w.-]+ |$)", words):
+            if found := re.search(r"default: ([^),;]+)", text):
+                defaults.setdefault(option, {})[command] = found[1]
+    shared = {option: values for option, values in defaults.items() if len(values) > 1}
+    assert len(shared) > 80
+    assert not {option: values for option, values in shared.items() if len(set(values.values())) > 1}

@@ -97,7 +97,7 @@ def test_one_pixel_becomes_a_crop():
 
 
 def test_wrong_configs_are_refused(unchecked):
-    with pytest.raises(DigitError, match="path is 'other', wanted one of released, released_kmeans"):
+    with pytest.raises(DigitError, match="path is 'other': it must be released or released_kmeans"):
         PreprocessConfig(path="other")
     with pytest.raises(DigitError, match="image_size is 0"):
         PreprocessConfig(image_size=0)

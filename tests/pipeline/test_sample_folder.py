@@ -244,5 +244,5 @@ def test_rounding_is_part_of_the_request(pipe, tmp_path):
 
 def test_a_batch_size_has_meaning():
     assert replace(SamplingConfig(), batch_size=3).batch_size == 3
-    with pytest.raises(DigitError, match="batch_size is 0: at least 1, or leave it out"):
+    with pytest.raises(DigitError, match="batch_size is 0: it must be at least 1"):
         SamplingConfig(batch_size=0)

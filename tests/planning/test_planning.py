@@ -15,6 +15,7 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.planning.machines import GPUS, Machine, get_gpu
 from digit.planning.memory import CPU_FRAGMENTATION, LiveMemory, blank_batch, training_memory
+from digit.planning.report import dollars
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
@@ -217,3 +218,62 @@ def test_command_names_mistakes(capsys):
     assert "images is 0" in fails(capsys, "demo", "--gpus", "1", "--images", "0")
     assert "reuse names prior" in fails(capsys, "demo", "--gpus", "1", "--reuse", "prior")
     assert "--gpu-memory is -1.0" in fails(capsys, "demo", "--gpu-memory=-1")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--classes", "0"], "--classes is 0: give at least 1, or --class_conditional false for data without labels"),
+        (["--classes", "-1"], "--classes is -1"),
+        (["--class_conditional", "false", "--classes", "10"], "--classes is 10, but --class_conditional is false"),
+        (["--images", "1"], "the data holds 1 image"),
+        (["--images", "30"], "30 images give 480 patches"),
+        (["--images", "99999999999999999999"], "--images is 99999999999999999999: it must be 1 to 1,000,000,000,000"),
+        (["--samples", "-1"], "--samples is -1: it must be 0 to"),
+        (["--epochs", "0"], "--epochs is 0.0: it must be above 0"),
+        (["--epochs", "nan"], "--epochs is nan"),
+        (["--gpus", "3"], "prior_training.batch_size 32 does not split into 3 equal micro-batches"),
+        (["--gpus", "10000000"], "--gpus is 10000000: it must be 1 to 1,000,000"),
+        (["--price=-1"], "--price is -1.0: it must be 0 to"),
+        (["--price", "inf"], "--price is inf"),
+        (["--cores", "0"], "--cores is 0.0: it must be above 0"),
+        (["--gpu-memory", "1e9"], "--gpu-memory is 1000000000.0: it must be above 0 and at most 100,000"),
+        (
+            ["--reuse", "codebook", "--kmeans.tolerance", "0.1"],
+            "--kmeans.tolerance is 0.1, which this run would",
+        ),
+    ],
+)
+def test_command_refuses_nonsense_and_what_fit_refuses(capsys, words, text):
+    assert text in fails(capsys, "demo", "--gpus", "1", *words)
+
+
+def test_sampling_is_that_of_the_report_and_what_is_asked_for_beside_it():
+    report, more = (Planner(tiny_recipe(), CPU, Order(images=10_000, samples=n)).sampling() for n in (0, 50_000))
+    assert report.what.startswith("600 images of the report, ")
+    assert more.what.startswith("600 images of the report, 50,000 more, ")
+    assert more.seconds > 50 * report.seconds
+    few = Planner(tiny_recipe(), CPU, Order(images=100, num_classes=3)).sampling()
+    assert few.what.startswith("130 images of the report")  # 3 rows of 10, and 100 judged
+
+
+@pytest.mark.parametrize(
+    ("price", "shown"),
+    [(0.0, "-"), (0.0001, "<$0.01"), (0.009, "<$0.01"), (0.01, "$0.01"), (1.5, "$1.50"), (12_345.6, "$12,346")],
+)
+def test_small_prices_are_not_rounded_to_nothing(price, shown):
+    assert dollars(price) == shown
+
+
+def test_no_cell_of_a_small_plan_is_rounded_to_nothing(capsys):
+    assert main(["plan", "demo", "--gpus", "1", "--images", "3000"]) == 0
+    words = capsys.readouterr().out.split()
+    assert not {"0", "0.00", "0%", "$0.00", "0.0"} & set(words), words
+
+
+def test_sizes_of_a_reused_part_are_read():
+    recipe = replace(tiny_recipe(), vqgan=replace(tiny_recipe().vqgan, vocab_size=32))
+    reuse = Order(images=1000, reuse=frozenset(["vqgan"]))
+    assert Planner(recipe, CPU, reuse, chosen=["vqgan.vocab_size"]).work.vqgan.vocab_size == 32
+    with pytest.raises(DigitError, match=r"vqgan_training.num_steps is 3, which this run would not use"):
+        Planner(recipe, CPU, reuse, chosen=["vqgan_training.num_steps"])

@@ -399,3 +399,18 @@ def test_impossible_settings_are_refused(make, message):
 def test_one_image_is_too_few(tmp_path):
     with pytest.raises(DigitError, match="at least 2"):
         pretrain(NoiseSource(1), TINY, tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("changes", "setting"), [
+    ({}, "mae.mask_ratio"),
+    ({}, "moco.temperature"),
+    ({"method": "mae"}, "ibot.views.hue"),
+    ({"method": "dino"}, "dino.local_scale"),
+    ({}, "training.seed"),
+    ({}, "training.keep_best"),
+])  # fmt: skip
+def test_a_setting_that_pretraining_would_ignore_is_refused(changes, setting, tmp_path):
+    cfg = PretrainConfig(**{"method": "ibot", "seed": 3} | changes)
+    with pytest.raises(DigitError, match=rf"{setting} is .*, which this run would not use: "):
+        pretrain(NoiseSource(4), cfg, tmp_path / "run", device="cpu", chosen=[setting])
+    assert not (tmp_path / "run").exists()

@@ -133,16 +133,17 @@ def test_resume_before_the_codebook_starts(tmp_path):
 
 
 def test_another_model_is_refused(tmp_path):
-    train_vqgan(model(), batches, replace(QUICK, num_steps=2), tmp_path)
+    cfg = replace(QUICK, num_steps=2, codebook_start=1, adversarial_start=1)
+    train_vqgan(model(), batches, cfg, tmp_path)
     with pytest.raises(MismatchError, match="vocab_size"):
-        train_vqgan(VQGAN(replace(TINY, vocab_size=17)), batches, replace(QUICK, num_steps=2), tmp_path)
+        train_vqgan(VQGAN(replace(TINY, vocab_size=17)), batches, cfg, tmp_path)
 
 
 def test_fine_tuning_starts_from_the_codes_there_are(tmp_path):
     vqgan = model()
     vqgan.quantize.embedding.weight.data.normal_()
     codes = vqgan.quantize.embedding.weight.clone()
-    cfg = replace(QUICK, num_steps=1, codebook_start=0, learning_rate=1e-6, restart_below=0.0)
+    cfg = replace(QUICK, num_steps=1, codebook_start=0, adversarial_start=0, learning_rate=1e-6, restart_below=0.0)
     train_vqgan(vqgan, batches, cfg, tmp_path)
     moved = (vqgan.quantize.embedding.weight - codes).norm(dim=1) / codes.norm(dim=1)
     assert moved.median() < 0.2

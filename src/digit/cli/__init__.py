@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"{stopped}; to continue:\n  {same_command(argv)}")
         distributed.stop(together=stopped.together)
     except DigitError as error:
-        return fail(with_typed_output(with_typed_option(with_suggestion(str(error)), argv), argv), 2)
+        said = with_typed_output(with_typed_option(with_suggestion(str(error)), argv), argv)
+        return fail(said + other_folder(error, argv), 2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -135,6 +136,15 @@ def same_command(argv: Sequence[str]) -> str:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     nodes = [f"--nnodes={size // local}"] if size > local else ["--standalone"]
     return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "digit", "--", *argv])
+
+
+def other_folder(error: DigitError, argv: Sequence[str]) -> str:
+    """Where --out holds a run with other settings: the command that makes this one beside it, from its parts."""
+    kept: dict[str, Path] | None = getattr(error, "kept", None)
+    if kept is None:
+        return ""
+    parts = f", from its {', '.join(kept)}" if kept else ""
+    return f"; or make this one beside it{parts}: {same_command(runs.beside(argv, kept))}"
 
 
 def fail(text: str, code: int) -> int:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from digit.cli.mistakes import did_you_mean, explain, typed_name
 from digit.errors import DigitError
 from digit.runtime.distributed import launched_rank
+from digit.runtime.paths import is_path
+from digit.runtime.settings import flat
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from digit.data.images import ImageSource
 
 
+DEFAULT_RECIPE = "small"  # whose settings `digit fit` and `digit plan` show as defaults
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
     "folder or .zip of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset "
@@ -233,6 +236,12 @@ def read_config(args: Any, cfg: type) -> Any:
     return cfg(**{f.name: getattr(args, f.name) for f in fields(cfg)})
 
 
+def typed_settings(argv: Sequence[str], cfg: Any) -> list[str]:
+    """Dotted names of the settings of a config that are typed as options."""
+    words = [word.partition("=")[0].removeprefix("--") for word in argv if word.startswith("--")]
+    return [name for name in words if name in flat(cfg)]
+
+
 def load_pipeline(args: Any) -> Any:
     """Load the pipeline of --from on --device."""
     from digit.pipeline.pipeline import DigitPipeline
@@ -240,8 +249,8 @@ def load_pipeline(args: Any) -> Any:
 
     if not args.source:
         raise DigitError("--from is empty: give a run or pipeline folder")
-    source, device = Path(args.source), choose_device(args.device)
-    if not source.exists() and HUB_NAME.fullmatch(args.source):
+    source, device = Path(args.source).expanduser(), choose_device(args.device)
+    if not is_path(args.source) and HUB_NAME.fullmatch(args.source):
         from digit.released.hub import released_pipeline
 
         source = released_pipeline(args.source, args.variant or "base")

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 TYPES = {"INT": "a whole number", "FLOAT": "a number", "true|false": "true or false"}
 UNKNOWN_NAME = re.compile(
-    r"\b(?:no|nothing) [\w ]*?named '?(?P<name>[^\s':]+)'?[^:]*: (?P<list>choose (?:one of )?(?P<names>.+))"
+    r"\b(?:(?:no|nothing) [\w ]*?named|unknown \w+) '?(?P<name>[^\s':]+)'?[^:]*: "
+    r"(?P<list>choose (?:one of )?(?P<names>.+))"
 )
 
 
@@ -38,11 +39,12 @@ def with_suggestion(text: str) -> str:
 
 
 def with_typed_option(text: str, argv: Sequence[str]) -> str:
-    """A message `depth is 0: ...` about `--prior.depth 0` names the option, where one typed option fits."""
+    """A message `depth is 0` or `prior.depth is 0` about `--prior.depth 0` names the option, where one fits."""
     typed: dict[str, set[str]] = {}
     for option in (word.partition("=")[0] for word in argv if word.startswith("--")):
-        typed.setdefault(option.lstrip("-").rpartition(".")[2].replace("-", "_"), set()).add(option)
-    for match in re.finditer(r"(?<![\w./'-])\w+(?= is )", text):
+        for name in {option.lstrip("-"), option.lstrip("-").rpartition(".")[2].replace("-", "_")}:
+            typed.setdefault(name, set()).add(option)
+    for match in re.finditer(r"(?<![\w./'-])[\w.]*\w(?= is )", text):
         if len(options := typed.get(match[0], set())) == 1:
             return text[: match.start()] + options.pop() + text[match.end() :]
     return text

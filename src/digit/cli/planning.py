@@ -3,21 +3,30 @@
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import CONFIG_HELP, command, parse, read_config, say
+from digit.cli.arguments import CONFIG_HELP, DEFAULT_RECIPE, command, parse, read_config, say, typed_settings
 from digit.errors import DigitError
+from digit.runtime.settings import check_number
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from digit.planning.machines import Machine
 
+IMAGENET_CLASSES = 1000
+MACHINE_OPTIONS = {
+    "gpus": "[1, 1_000_000]",
+    "gpu_memory": "(0, 100_000]",
+    "price": "[0, 1_000_000]",
+    "cores": "(0, 10_000]",
+}
+
 
 @command(
     "plan",
     "digit plan small --images 2640                              # on this machine\n"
     "  digit plan digit_base --gpus 8 --reuse vqgan                 # ImageNet-1k on eight H100\n"
-    "  digit plan digit_large --gpus 64 --gpu-memory 40 --price 2.1 --prior_training.accumulate 4\n"
-    "  digit plan digit_large --gpus 256 --images 1000000000 --epochs 1",
+    "  digit plan digit_large --gpus 64 --gpu-memory 40 --price 2.1 --reuse vqgan --prior_training.accumulate 4\n"
+    "  digit plan digit_large --gpus 256 --reuse vqgan --images 1000000000 --epochs 1",
 )
 def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     """Estimate memory, time, cost and disk space of a recipe before anything runs.
@@ -26,7 +35,7 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     operations at an assumed share of the machine's peak, decoding images, and reading bytes. Where a batch does not fit
     one GPU, the plan says how to split it (accumulate). Every setting of the recipe can be changed as in digit fit.
     """
-    name = argv[0] if argv and not argv[0].startswith("-") else "digit_base"
+    name = argv[0] if argv and not argv[0].startswith("-") else DEFAULT_RECIPE  # for the help
     from digit.planning.machines import GPUS
     from digit.planning.stages import IMAGENET_IMAGES
     from digit.runs.recipes import RECIPES, Recipe, get_recipe
@@ -34,12 +43,17 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     recipe = get_recipe(name)
     parser.add_argument("recipe", help=f"recipe to plan: {', '.join(sorted(RECIPES))}")
     parser.add_argument("--images", type=int, default=IMAGENET_IMAGES, help="number of images in the data set")
-    parser.add_argument("--samples", type=int, default=50_000, help="number of images to sample at the end")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="number of images to sample after the run, beside those of its report"
+    )
     parser.add_argument(
         "--epochs", type=float, default=None, help="passes of each model over the images (default: the recipe's steps)"
     )
     parser.add_argument(
-        "--classes", type=int, default=1000, help="number of classes, where the recipe is class-conditional"
+        "--classes",
+        type=int,
+        default=None,
+        help=f"number of classes of a class-conditional recipe (default: {IMAGENET_CLASSES}, ImageNet-1k's)",
     )
     parser.add_argument("--reuse", default="", help="parts that you already have, with commas: codebook,vqgan,tokens")
     parser.add_argument("--gpu", default=None, help=f"kind of GPU: {', '.join(GPUS)} (default: this machine)")
@@ -70,12 +84,14 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
         raise DigitError(f"recipe {args.recipe} does not come first: type digit plan {args.recipe} ...")
     from digit.planning.report import as_json, to_text
     from digit.planning.stages import Order, Planner
+    from digit.runs.checks import chosen_settings
 
     reuse = frozenset(word.strip() for word in args.reuse.split(",") if word.strip())
-    order = Order(
-        images=args.images, samples=args.samples, epochs=args.epochs, num_classes=args.classes, reuse=reuse
-    )  # fmt: skip
-    planner = Planner(read_config(args, Recipe), choose_machine(args), order)
+    planned = read_config(args, Recipe)
+    chosen = [*typed_settings(argv, planned), *chosen_settings(planned, recipe)]
+    classes = choose_classes(args.classes, planned.class_conditional)
+    order = Order(images=args.images, samples=args.samples, epochs=args.epochs, num_classes=classes, reuse=reuse)
+    planner = Planner(planned, choose_machine(args), order, chosen=chosen)
     say(to_text(planner))
     if args.json:
         from digit.runtime.files import write_json
@@ -83,18 +99,25 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
         write_json(args.json, as_json(planner))
 
 
+def choose_classes(given: int | None, class_conditional: bool) -> int:
+    """The number of classes that --classes gives. Raises DigitError where it is none, or the recipe takes no labels."""
+    if given is None:
+        return IMAGENET_CLASSES
+    if not class_conditional:
+        raise DigitError(f"--classes is {given}, but class_conditional is false: leave it out, or set it to true")
+    if given < 1:
+        raise DigitError(f"--classes is {given}: give at least 1, or --class_conditional false for data without labels")
+    return given
+
+
 def choose_machine(args: Any) -> "Machine":
     """The machine that the options describe. Raises DigitError for a number out of range."""
     from digit.planning.machines import get_gpu, this_machine
     from digit.runtime.hardware import choose_device
 
-    if args.gpus is not None and args.gpus < 1:
-        raise DigitError(f"--gpus is {args.gpus}: it must be at least 1")
-    for option, value in (("--gpu-memory", args.gpu_memory), ("--cores", args.cores)):
-        if value is not None and value <= 0:
-            raise DigitError(f"{option} is {value}: it must be above 0")
-    if args.price is not None and args.price < 0:
-        raise DigitError(f"--price is {args.price}: it must be at least 0")
+    for name, interval in MACHINE_OPTIONS.items():
+        if (value := getattr(args, name)) is not None:
+            check_number(f"--{name.replace('_', '-')}", value, interval)
     if args.gpu is None and args.gpus is None and args.gpu_memory is None:
         machine = this_machine(choose_device(None))
     else:

@@ -1,12 +1,15 @@
 """Commands that train: fit and its stages codebook, tokenize and train; pretrain for encoders."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from digit.cli.arguments import (
     CONFIG_HELP,
     DATA_HELP,
+    DEFAULT_RECIPE,
     DEVICE_HELP,
     add_config,
     add_reading,
@@ -15,9 +18,11 @@ from digit.cli.arguments import (
     parse,
     read_config,
     say,
+    typed_settings,
 )
 from digit.errors import DigitError
 from digit.runtime import distributed
+from digit.runtime.settings import changed
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -27,11 +32,13 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     """Add DATA, --recipe, --out and one dotted option for each field of the recipe. Returns the recipe's name."""
     from digit.runs.recipes import RECIPES, Recipe, get_recipe
 
-    name = _value_of(argv, "--recipe") or "small"  # sets the defaults, so it is read before the parser exists
+    name = _value_of(argv, "--recipe") or DEFAULT_RECIPE  # sets the defaults, so it is read before the parser exists
     recipe = get_recipe(name)
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument(
-        "--recipe", default="small", help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}"
+        "--recipe",
+        default=DEFAULT_RECIPE,
+        help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}",
     )
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     add_reading(parser)
@@ -60,10 +67,11 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
-def make_run(args: Any, base: str) -> Any:
+def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
     """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
+    from digit.runs.checks import chosen_settings
     from digit.runs.fit import Run
-    from digit.runs.recipes import Recipe
+    from digit.runs.recipes import Recipe, get_recipe
 
     if args.recipe != base:
         raise DigitError(
@@ -72,7 +80,19 @@ def make_run(args: Any, base: str) -> Any:
     recipe = read_config(args, Recipe)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     source = open_data(args, args.data)
-    return Run(recipe, source, args.out, reuse=reuse, device=args.device)
+    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, get_recipe(base))]
+    return Run(recipe, source, args.out, reuse=reuse, device=args.device, chosen=chosen)
+
+
+def beside(argv: Sequence[str], kept: Mapping[str, Path]) -> list[str]:
+    """The arguments of the same work in a new folder next to --out, which reuses the `kept` parts of the run there."""
+    words, given = [], _value_of(argv, "--out") or ""
+    new = next(name for n in itertools.count(2) if not Path(name := f"{given.rstrip('/')}-{n}").exists())
+    for i, word in enumerate(argv):
+        after_out = i > 0 and argv[i - 1] == "--out"
+        words.append(new if after_out else f"--out={new}" if word.startswith("--out=") else word)
+    free = [part for part in kept if _value_of(argv, f"--reuse_{part}") is None]
+    return [*words, *(word for part in free for word in (f"--reuse_{part}", str(kept[part])))]
 
 
 @command(
@@ -87,7 +107,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     Run the same command again to continue: finished stages are kept.
     """
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     from digit.runs.fit import fit
     from digit.runs.report import write_report
 
@@ -100,7 +120,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     codebook = run.fit_codebook()
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
@@ -109,7 +129,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image; makes missing tokenizers first."""
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), base)
+    run = make_run(parse(parser, argv), argv, base)
     store = run.write_tokens()
     say(
         f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
@@ -136,7 +156,7 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
 
     if args.model not in ("vqgan", *ROLES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(ROLES)}")
-    run = make_run(args, base)
+    run = make_run(args, argv, base)
     if args.model == "vqgan":
         run.train_vqgan()
     else:
@@ -174,8 +194,9 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     args = parse(parser, argv)
     from digit.runs.pretrain import pretrain
 
-    source = open_data(args, args.data)
-    encoder = pretrain(source, read_config(args, PretrainConfig), args.out, device=args.device)
+    source, cfg = open_data(args, args.data), read_config(args, PretrainConfig)
+    chosen = [*typed_settings(argv, cfg), *changed(cfg, PretrainConfig())]
+    encoder = pretrain(source, cfg, args.out, device=args.device, chosen=chosen)
     say(
         f"{encoder.name} in {args.out}/encoder (pictures: {args.out}/report); use it: digit fit DATA "
         f"--encoder.name folder:{args.out}/encoder --encoder.input_size {encoder.input_size}"

@@ -9,6 +9,7 @@ from PIL.ImageFile import ImageFile
 
 from digit.data import deep_pixels, pixel_range
 from digit.data.decode import EXIF_ORIENTATION, read_header
+from digit.data.deep_pixels import Stream
 
 NEARLY_BLACK = f"no value above {pixel_range.NEARLY_BLACK} of 255: nearly black"
 SRGB = (b"sRGB", "sRGB".encode("utf-16-be"))  # in the name of a profile

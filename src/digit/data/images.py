@@ -14,6 +14,7 @@ from digit.data.listing import TARS, list_folder, some
 from digit.data.source import ImageSource, SubsetSource
 from digit.data.tree import FolderSource, ZipSource
 from digit.errors import DigitError
+from digit.runtime.paths import nearest
 
 __all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
 
@@ -106,7 +107,7 @@ def _open_path(path: Path, reading: Reading) -> ImageSource:
         reason = getattr(error, "strerror", None) or error
         raise DigitError(f"cannot open ({reason}): {path}; wanted {WANTED}") from error
     if not exists:
-        raise DigitError(f"no such path: {path}; wanted {WANTED}")
+        raise DigitError(f"no such path: {path}{nearest(path)}; wanted {WANTED}")
     if path.is_dir():
         return _open_folder(path, reading)
     if path.suffix.lower() == ".zip":

@@ -8,13 +8,14 @@ The released code has two paths, and both exist under their names (RELEASED_CODE
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
 
 from digit.data.decode import MAX_PIXELS
 from digit.errors import BadImageError, DigitError
+from digit.runtime.settings import check_settings, within
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,9 @@ class PreprocessConfig:
 
     path: PathName = "released"
     """the released code's path: released (training, tokens) or released_kmeans (codebook features)"""
-    image_size: int = 256
+    image_size: int = within("[1, 4096]", 256)
     """side of the crop in pixels on the path `released`; what the VQGAN sees"""
-    encoder_size: int = 224
+    encoder_size: int = within("[1, 4096]", 224)
     """side in pixels that the frozen encoder sees"""
     random_crop: bool = True
     """crop at a random position (else at the centre)"""
@@ -40,11 +41,7 @@ class PreprocessConfig:
     """mirror left-right with probability 0.5"""
 
     def __post_init__(self) -> None:
-        if self.path not in get_args(PathName):
-            raise DigitError(f"preprocess path is {self.path!r}, wanted one of {', '.join(get_args(PathName))}")
-        for field in ("image_size", "encoder_size"):
-            if not 1 <= getattr(self, field) <= 4096:
-                raise DigitError(f"preprocess {field} is {getattr(self, field)}, wanted 1 to 4096 pixels")
+        check_settings(self)
 
     @property
     def crop_size(self) -> int:

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.runtime.settings import check_settings, within
 
 MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
 
@@ -27,26 +28,24 @@ MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
 class VQGANConfig:
     """Sizes of a VQGAN. The defaults are MAGE's 256 px, f16 tokenizer (54 M parameters)."""
 
-    resolution: int = 256
+    resolution: int = within("[1, 4096]", 256)
     """Image side in pixels, a multiple of the reduction 2 ** (len(channel_mult) - 1)."""
-    channels: int = 128
+    channels: int = within("[1, inf)", 128)
     """Channels of the full-resolution level."""
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Channels of each level in units of `channels`; every level after the first halves the side."""
-    num_res_blocks: int = 2
+    num_res_blocks: int = within("[1, inf)", 2)
     """Residual blocks per level, the same in encoder and decoder."""
-    z_channels: int = 256
+    z_channels: int = within("[1, inf)", 256)
     """Features of a code vector."""
-    vocab_size: int = 1024
+    vocab_size: int = within("[1, inf)", 1024)
     """Number of codes."""
-    num_groups: int = 32
+    num_groups: int = within("[1, inf)", 32)
     """Groups of every GroupNorm. The released layout has 32; a small net needs several channels per group."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        for name in ("resolution", "channels", "num_res_blocks", "z_channels", "vocab_size", "num_groups"):
-            if getattr(self, name) < 1:
-                raise DigitError(f"VQGAN: {name} is {getattr(self, name)}: at least 1")
+        check_settings(self)
         if not 1 <= len(self.channel_mult) <= MAX_LEVELS or min(self.channel_mult) < 1:
             raise DigitError(f"channel_mult is {self.channel_mult}: wanted 1 to {MAX_LEVELS} numbers of at least 1")
         if self.num_res_blocks > MAX_RES_BLOCKS:

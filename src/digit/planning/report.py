@@ -16,7 +16,7 @@ def to_text(planner: Planner) -> str:
     rows = [cells(stage, machine, total) for stage in stages]
     hours = total * machine.count / 3600
     money = dollars(hours * machine.price)
-    rows.append(("total", "", "", duration(total), f"{hours * per_hour(machine):,.2f}", money, "", ""))
+    rows.append(("total", "", "", duration(total), amount(hours * per_hour(machine)), money, "", ""))
     head = list(COLUMNS) if machine.gpu else ["core-hours" if c == "GPU-hours" else c for c in COLUMNS]
     title = (
         f"{planner.recipe.name}: {count(planner.order.images)} images on {machine.count} x {machine.name}, "
@@ -30,7 +30,8 @@ def cells(stage: Stage, machine: Machine, total: float) -> tuple[str, ...]:
     hours = stage.seconds * machine.count / 3600
     memory = size(stage.memory) + (" !" if stage.memory > machine.usable else "")
     money, share = dollars(hours * machine.price), f"{stage.seconds / total:.0%}"
-    shown = f"{hours * per_hour(machine):,.2f}"
+    shown = amount(hours * per_hour(machine))
+    share = "<1%" if share == "0%" else share
     return stage.name, stage.what, memory, duration(stage.seconds), shown, money, share, stage.bottleneck
 
 
@@ -127,11 +128,18 @@ def duration(seconds: float) -> str:
     for least, unit, name in ((3 * 86400, 86400, "d"), (5400, 3600, "h"), (90, 60, "min")):
         if seconds >= least:
             return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds >= 0.05 else "<0.1 s"
 
 
-def dollars(amount: float) -> str:
-    """Formats dollars, whole from $10 on; '-' without a price."""
-    if not amount:
+def amount(number: float) -> str:
+    """Formats a number with at least three significant digits: 0.00123, 1.23, 12,345."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def dollars(price: float) -> str:
+    """Formats dollars, whole from $10 on, small ones as "<$0.01"; '-' without a price."""
+    if not price:
         return "-"
-    return f"${amount:,.0f}" if amount >= 10 else f"${amount:.2f}"
+    if price < 0.01:
+        return "<$0.01"
+    return f"${price:,.0f}" if price >= 10 else f"${price:.2f}"

@@ -1,7 +1,8 @@
 """The stages of a recipe on a machine: memory per device, time, and the bottleneck."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -15,8 +16,11 @@ from digit.pipeline.batch_size import choose_batch_size, sampling_bytes
 from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Kind, Machine
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
+from digit.runs.checks import check_recipe, chosen_settings, vqgan_config
 from digit.runs.recipes import Recipe
+from digit.runs.report import num_judged, num_shown
 from digit.runs.roles import get_role
+from digit.runtime.settings import check_settings, flat, within
 from digit.sampling.config import StageSampling
 from digit.tokenizers.base import FitCost
 from digit.training.config import TrainConfig
@@ -26,6 +30,7 @@ IMAGENET_BYTES = 110e3  # mean size of its JPEGs
 LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
 ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
+SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|kmeans\.num_clusters|crops_per_image")  # read even if it is reused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,33 +63,44 @@ class Stage:
 class Order:
     """What to plan, beside recipe and machine."""
 
-    images: int = IMAGENET_IMAGES
+    images: int = within("[1, 1_000_000_000_000]", IMAGENET_IMAGES)
     """Images of the data set."""
-    samples: int = 50_000
-    """Images sampled at the end."""
-    epochs: float | None = None
+    samples: int = within("[0, 1_000_000_000_000]", 0)
+    """Images sampled after the run, beside those of its report."""
+    epochs: float | None = within("(0, 1_000_000]", None)
     """Passes of each model over the stored crops; None takes the recipe's number of steps."""
-    num_classes: int = 0
+    num_classes: int = within("[0, 1_000_000_000]", 0)
     """Classes of the data, for a class-conditional recipe."""
     reuse: frozenset[str] = field(default_factory=frozenset)
     """Parts that exist already: codebook, vqgan, tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "samples"):
-            if getattr(self, name) < 1:
-                raise DigitError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.epochs is not None and self.epochs <= 0:
-            raise DigitError(f"epochs is {self.epochs}: it must be above 0")
+        check_settings(self)
         if unknown := sorted(self.reuse - set(PARTS)):
             raise DigitError(f"reuse names {', '.join(unknown)}: choose among {', '.join(PARTS)}")
 
 
 class Planner:
-    """Plans a recipe on a machine, stage by stage. Raises DigitError if a batch cannot be split over the devices."""
+    """Plans a recipe on a machine, stage by stage. Raises DigitError for whatever `digit fit` would refuse.
 
-    def __init__(self, recipe: Recipe, machine: Machine, order: Order) -> None:
+    Args:
+        chosen: dotted names of the settings that somebody chose, as for `runs.fit.Run`.
+    """
+
+    def __init__(self, recipe: Recipe, machine: Machine, order: Order, *, chosen: Sequence[str] | None = None) -> None:
         classes = order.num_classes if recipe.class_conditional else 0
         self.recipe, self.machine, self.order = recipe, machine, order
+        sizes = {name: value for name, value in flat(recipe).items() if SIZE_OF_A_PART.fullmatch(name)}
+        check_recipe(
+            recipe,
+            chosen=chosen_settings(recipe) if chosen is None else chosen,
+            reuse=dict.fromkeys(order.reuse, sizes),  # a plan knows of them what the recipe says
+            resolution=vqgan_config(recipe).resolution,
+            num_images=order.images,
+            num_classes=classes,
+            num_processes=machine.count,
+            gpu=machine.gpu,
+        )
         self.work = Work(recipe, classes)
 
     @cached_property
@@ -203,12 +219,6 @@ class Planner:
 
     def memory(self, name: str, training: TrainConfig) -> TrainingMemory:
         """Memory of a training step on one device."""
-        num_micro_batches = self.machine.count * training.accumulate
-        if training.batch_size % num_micro_batches:
-            raise DigitError(
-                f"{name}: batch_size {training.batch_size} does not split into {num_micro_batches} equal micro-batches "
-                "(devices x accumulate): choose another --gpus or batch_size"
-            )
         cfg = self.work.sequence(name)
         return training_memory(cfg, training, num_devices=self.machine.count, gpu=self.machine.gpu)
 
@@ -269,10 +279,15 @@ class Planner:
         for name in names:
             for cause, seconds in self.batch_seconds(work.sequence(name), settings[name], batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
-        batches = math.ceil(self.order.samples / batch / self.machine.count)
-        pixels = self._seconds("convolutions", self.order.samples * work.vq_decoder.flops)
+        report = num_shown(work.num_classes) + num_judged(self.order.images)
+        samples = report + self.order.samples
+        batches = math.ceil(samples / batch / self.machine.count)
+        pixels = self._seconds("convolutions", samples * work.vq_decoder.flops)
         times = {cause: seconds * batches + pixels for cause, seconds in totals.items()}
-        what = f"{count(self.order.samples)} images, {batch} together, {recipe.sampling.precision}"
+        which = f"{count(report)} images of the report" + (
+            f", {count(self.order.samples)} more" * bool(self.order.samples)
+        )
+        what = f"{which}, {batch} together, {recipe.sampling.precision}"
         return Stage(name="sampling", what=what, memory=memory, times=times)
 
     @property
@@ -320,8 +335,8 @@ def count(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Formats bytes in MiB, GiB, TiB or PiB."""
+    """Formats bytes in KiB, MiB, GiB, TiB or PiB."""
     for power, name in ((50, "PiB"), (40, "TiB"), (30, "GiB")):
         if number >= 2**power:
             return f"{number / 2**power:.1f} {name}"
-    return f"{number / 2**20:.0f} MiB"
+    return f"{number / 2**20:.0f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"

@@ -1,11 +1,9 @@
 """Floating-point operations (FLOPs) per image in each stage of a recipe, counted on tensors without storage."""
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -15,15 +13,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from digit.models.discriminator import PatchDiscriminator
-from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
-from digit.models.vit import SIZES as VITS
-from digit.models.vit import ViT
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.planning.machines import Kind
+from digit.runs.checks import vqgan_config
 from digit.runs.recipes import Recipe, TokenSpace
-from digit.tokenizers.encoders import load_encoder, resolve_layer
+from digit.tokenizers.encoders import blank_net
 from digit.tokenizers.vq import VQTokenizer
 
 VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # FLOPs per input pixel of each stage of VGG16
@@ -61,34 +57,21 @@ class Work:
         return Network(counter.get_total_flops(), sum(p.numel() for p in net.parameters()), kind)
 
     @cached_property
-    def _encoder_shape(self) -> tuple[Callable[[], nn.Module], Kind]:
-        """A function that builds the encoder up to its layer, without its weights, and its kind of work."""
-        cfg = self.recipe.encoder
-        if cfg.name in VITS:
-            shape = VITS[cfg.name]
-            layer = resolve_layer(cfg.name, cfg.layer, shape.depth, max(-3, -shape.depth))
-            return lambda: ViT(replace(shape, num_blocks=None if layer == "pooled" else layer + 1)), "transformer"
-        if cfg.name in EFFICIENTNETS:
-            whole = EFFICIENTNETS[cfg.name]
-            layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
-            kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
-            return lambda: EfficientNet(kept), "mobile net"
-        net = load_encoder(cfg).net.to("meta")
-        return lambda: net, "transformer"
+    def _encoder(self) -> Any:
+        """The encoder up to its layer, without its weights."""
+        return blank_net(self.recipe.encoder)
 
     @cached_property
     def encoder(self) -> Network:
         """The frozen encoder up to its layer."""
-        make, kind = self._encoder_shape
+        kind: Kind = "mobile net" if isinstance(self._encoder, EfficientNet) else "transformer"
         side = self.recipe.encoder.input_size
-        return self._count(make, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
+        return self._count(lambda: self._encoder, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
 
     @cached_property
     def _features(self) -> tuple[int, int]:
         """(tokens per image, features per token) of the encoder."""
-        with torch.device("meta"):
-            net: Any = self._encoder_shape[0]()
-        return math.prod(net.grid(self.recipe.encoder.input_size)), net.dim
+        return math.prod(self._encoder.grid(self.recipe.encoder.input_size)), self._encoder.dim
 
     @property
     def num_tokens(self) -> int:
@@ -103,11 +86,7 @@ class Work:
     @cached_property
     def vqgan(self) -> VQGANConfig:
         """Sizes of the VQGAN that the recipe trains, or of the bundled one that it starts from."""
-        if self.recipe.vqgan_start == "scratch":
-            return self.recipe.vqgan
-        about = (files("digit") / "assets" / f"{self.recipe.vqgan_start}.json").read_text(encoding="utf-8")
-        config = json.loads(about)["config"]
-        return VQGANConfig(**config | {"channel_mult": tuple(config["channel_mult"])})
+        return vqgan_config(self.recipe)
 
     @cached_property
     def vq_encoder(self) -> Network:

@@ -30,37 +30,50 @@ from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import EfficientNet
 from digit.models.perceptual import EncoderDistance
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
-from digit.models.vqgan import VQGAN
+from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
+from digit.runs.checks import check_recipe, chosen_settings, unchanged_parts, vqgan_config
 from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
+from digit.runtime.paths import nearest
 from digit.runtime.request import require_same_request
+from digit.runtime.settings import flat
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
-from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
+from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan, read_vqgan
 from digit.training.config import TrainConfig
 from digit.training.log import last_metrics
 from digit.training.sequence import train_sequence_model
 from digit.training.vqgan import train_vqgan
 
-MIN_IMAGES = 2
 MAX_VALIDATION_ROWS = 256
-ASSET_RESOLUTION = 64  # px
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
     r"|parallel|max_skipped|deterministic))"
 )
+
+
+class OtherSettingsError(MismatchError):
+    """The run folder holds a run with other settings.
+
+    Attributes:
+        kept: folders of the finished parts that another run could reuse, since no other setting decides them.
+    """
+
+    def __init__(self, text: str, kept: dict[str, Path]):
+        super().__init__(text)
+        self.kept = kept
 
 
 class Run:
@@ -74,6 +87,10 @@ class Run:
         split: split of a Hub-layout data set; by default train where there is one.
         reuse: folders of another run's parts, by stage name ("codebook", "vqgan", "tokens").
         device: cpu or cuda.
+        chosen: dotted names of the settings that somebody chose, which are refused where the run would not use them; by
+            default those in which the recipe differs from the registered one of its name.
+
+    Raises DigitError for settings that cannot work, MismatchError where `out` holds a run with other settings.
     """
 
     def __init__(
@@ -85,50 +102,45 @@ class Run:
         split: str | None = None,
         reuse: dict[str, str | Path] | None = None,
         device: str | None = None,
+        chosen: Sequence[str] | None = None,
     ):
         self.recipe, self.out = recipe.with_seed(), Path(out)
-        self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
+        self.reuse = {stage: Path(folder).expanduser() for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             if not (folder / RESULTS[stage]).is_file():
-                raise DigitError(f"{folder} holds no {RESULTS[stage]}: give the {stage} folder of a run, RUN/{stage}")
+                what = f"holds no {RESULTS[stage]}" if folder.exists() else f"does not exist{nearest(folder)}"
+                raise DigitError(f"{folder} {what}: give the {stage} folder of a run, RUN/{stage}")
         self.device = choose_device(device)
         self.source = open_source(data, split=split) if isinstance(data, str) else data
-        if len(self.source) < MIN_IMAGES:
-            raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
-        self._check_sizes()
+        self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
         distributed.on_main(self._claim_folder)
 
-    def _check_sizes(self) -> None:
+    def _check(self, chosen: Sequence[str]) -> None:
         """Refuse now what would only show after hours."""
-        recipe = self.recipe
-        if "vqgan" not in self.reuse:
-            size = recipe.vqgan.resolution if recipe.vqgan_start == "scratch" else ASSET_RESOLUTION
-            if recipe.preprocess.crop_size != size:
-                raise DigitError(
-                    f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {size}: "
-                    f"set preprocess.image_size to {size}, or choose another VQGAN"
-                )
-        if recipe.vqgan_start == "scratch" and not recipe.vqgan_training.num_steps and "vqgan" not in self.reuse:
+        check_recipe(
+            self.recipe,
+            chosen=chosen,
+            reuse={stage: settings_of(folder) for stage, folder in self.reuse.items()},
+            resolution=self._vqgan_config().resolution,
+            num_images=len(self.source),
+            num_classes=self.num_classes,
+            num_processes=distributed.world_size(),
+            gpu=self.device.type != "cpu",
+        )
+        made = {part for part in ("codebook", "vqgan") if self._is_done(part)}
+        if "tokens" in self.reuse and (missing := {"codebook", "vqgan"} - made):
+            part = min(missing)
             raise DigitError(
-                "vqgan_start is scratch and vqgan_training.num_steps 0: an untrained VQGAN renders nothing"
+                f"tokens are reused, but the {part} that they were made with is not: add --reuse_{part} "
+                f"{self.reuse['tokens'].parent / part}"
             )
-        processes = distributed.world_size()
-        sizes = {name: getattr(recipe, f"{name}_training") for name in ("prior", "renderer")}
-        pieces = {name: (cfg.batch_size, processes * cfg.accumulate) for name, cfg in sizes.items()}
-        if recipe.vqgan_training.num_steps and "vqgan" not in self.reuse:
-            pieces["vqgan"] = recipe.vqgan_training.batch_size, processes
-        for name, (batch_size, number) in pieces.items():
-            if batch_size % number:
-                raise DigitError(
-                    f"{name}_training.batch_size {batch_size} cannot be cut into {number} equal pieces "
-                    f"({processes} processes x accumulate): give a multiple"
-                )
-        unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
-        for name in ROLES:  # heads, dropouts, vocabularies
-            recipe.sequence_config(
-                name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=self.num_classes
-            )
+
+    def _vqgan_config(self) -> VQGANConfig:
+        """Sizes of the VQGAN that this run trains, starts from or reuses."""
+        if "vqgan" in self.reuse:
+            return read_vqgan(self.reuse["vqgan"] / RESULTS["vqgan"])[0]
+        return vqgan_config(self.recipe)
 
     @property
     def num_classes(self) -> int:
@@ -153,16 +165,25 @@ class Run:
             before = read_json(path)
             require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
-            advice = "choose another --out, or the old setting"
             if (before.get("data") or {}).get("fingerprint") != self.source.fingerprint:
                 raise MismatchError(
                     f"{self.out} was made with other images, labels or class names than {self.source.name} holds now "
                     "(or digit counts them otherwise: see --labels_from, --limit and --split, and what digit inspect "
                     "says): choose another --out, or give the old data"
                 )
-            require_same_request(self.out, before, plain(wanted), advice, ignore=FREE_SETTING.fullmatch)
+            self._require_same(before, plain(wanted))
         if not path.exists() or read_json(path) != plain(wanted):
             write_json(path, wanted)
+
+    def _require_same(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """Raise OtherSettingsError, with the parts that could be kept, where a run with other settings is here."""
+        other = [name for name, _, _ in differences(before, wanted) if not FREE_SETTING.fullmatch(name)]
+        kept = [part for part in unchanged_parts(other) if (self.out / part / RESULTS[part]).exists()]
+        try:
+            advice = "choose another --out, or the old setting"
+            require_same_request(self.out, before, wanted, advice, ignore=FREE_SETTING.fullmatch)
+        except MismatchError as error:
+            raise OtherSettingsError(str(error), {part: self.out / part for part in kept}) from None
 
     # ---------------------------------------------------------------- stages
 
@@ -196,7 +217,9 @@ class Run:
                     folder=folder,
                 )
                 distributed.on_main(lambda: codebook.save(folder))
-            self._parts["codebook"] = load_quantizer(folder).to(self.device)
+            codebook = load_quantizer(folder).to(self.device)
+            DiscriminativeTokenizer(self.encoder, codebook)  # refuses a reused codebook of another encoder
+            self._parts["codebook"] = codebook
         return self._parts["codebook"]
 
     def train_vqgan(self) -> VQTokenizer:
@@ -240,6 +263,12 @@ class Run:
         tokenizer, vq = self.tokenizer(), self.train_vqgan()
         if "tokens" in self.reuse:
             store = TokenStore.open(self.reuse["tokens"])
+            wanted = plain(
+                {"crops_per_image": self.recipe.crops_per_image, "preprocessing": asdict(self.recipe.preprocess)}
+            )
+            require_same_request(
+                store.folder, {n: store.manifest[n] for n in wanted}, wanted, "give those, or other tokens"
+            )
         else:
             store = write_tokens(
                 self.out / "tokens",
@@ -413,6 +442,14 @@ def fit(run: Run) -> DigitPipeline:
     pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
+
+
+def settings_of(part: Path) -> dict[str, Any]:
+    """Settings of the run that made a part, by dotted name; none where the folder is not that of a run."""
+    path = part.parent / "config.json"
+    made = read_json(path) if path.is_file() else None
+    recipe = made.get("recipe") if isinstance(made, dict) else None
+    return flat(recipe) if isinstance(recipe, dict) else {}
 
 
 def merged(defaults: Any, given: Any) -> Any:

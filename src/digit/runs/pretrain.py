@@ -8,6 +8,7 @@ OUT/report/          loss.png, features.png
 OUT/log.jsonl, OUT/checkpoints/
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -19,10 +20,12 @@ from digit.data.images import ImageSource, open_source
 from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
+from digit.models.transformer import MAX_DEPTH
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime import plots
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
+from digit.runtime.settings import SEED, Rule, check_settings, refuse_unused, within
 from digit.tokenizers.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.ssl.dino import DINOConfig
@@ -41,17 +44,17 @@ class PretrainConfig:
     method: MethodName = "ibot"
     """mae (patch level, reconstructive), moco (global, discriminative), dino (global, discriminative) or ibot (patch
     level, discriminative; the paper's choice among those that can be trained here)."""
-    image_size: int = 64
+    image_size: int = within("[1, 4096]", 64)
     """Side in pixels that the encoder sees; a multiple of patch_size."""
-    source_size: int = 96
+    source_size: int = within("[1, 4096]", 96)
     """Side in pixels of the images that views are cut from; above image_size small crops keep their detail."""
-    patch_size: int = 8
+    patch_size: int = within("[1, 4096]", 8)
     """Side of a patch in pixels: the encoder's grid is image_size / patch_size."""
-    depth: int = 6
+    depth: int = within(f"[1, {MAX_DEPTH}]", 6)
     """Blocks."""
-    embed_dim: int = 192
+    embed_dim: int = within("[1, inf)", 192)
     """Width, a multiple of 4 and of num_heads."""
-    num_heads: int = 3
+    num_heads: int = within("[1, inf)", 3)
     """Attention heads."""
     training: SSLConfig = field(default_factory=SSLConfig)
     """Steps, batch, learning rate."""
@@ -63,17 +66,15 @@ class PretrainConfig:
     """Settings of DINO."""
     ibot: IBOTConfig = field(default_factory=IBOTConfig)
     """Settings of iBOT."""
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: float = within("[0, 1]", 0.05)
     """Broken images are skipped and named; past this fraction the run fails."""
-    seed: int = 0
+    seed: int = within(SEED, 0)
     """Seed of every random choice of the run; it overrules training.seed."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise DigitError(f"method is {self.method!r}: choose one of {', '.join(METHODS)}")
-        for name in ("image_size", "patch_size", "depth", "embed_dim", "num_heads"):
-            if getattr(self, name) < 1:
-                raise DigitError(f"{name} is {getattr(self, name)}: at least 1")
+        check_settings(self)
         if self.training.num_steps < 1:
             raise DigitError("training.num_steps is 0: an untrained encoder knows nothing")
         if self.image_size % self.patch_size:
@@ -106,6 +107,21 @@ class PretrainConfig:
         return getattr(self, self.method)
 
 
+def unused_settings(cfg: PretrainConfig) -> list[Rule]:
+    """Settings that this pretraining ignores: (whether the rule applies, their pattern, why and what to do)."""
+    others = [name for name in METHODS if name != cfg.method]
+    rules: list[Rule] = [(True, rf"{name}\..*", f"method is {cfg.method}: set method to {name}") for name in others]
+    local, views = getattr(cfg.settings, "num_local_views", 1), cfg.settings.views
+    colours = r"views\.(brightness|contrast|saturation|hue)"
+    return [
+        *rules,
+        (cfg.training.seed != cfg.seed, r"training\.seed", "set the run's one seed"),
+        (True, r"training\.keep_best", "an encoder has no validation: leave it out"),
+        (local == 0, rf"{cfg.method}\.local_scale", f"set {cfg.method}.num_local_views above 0"),
+        (views.jitter == 0, rf"{cfg.method}\.{colours}", f"set {cfg.method}.views.jitter above 0"),
+    ]
+
+
 def pretrain(
     data: str | ImageSource,
     cfg: PretrainConfig,
@@ -113,15 +129,18 @@ def pretrain(
     *,
     split: str | None = None,
     device: str | None = None,
+    chosen: Sequence[str] = (),
 ) -> FrozenEncoder:
     """Train an encoder on the images of `data`, without their labels, and write OUT/encoder and OUT/report.
 
     Run again with the same `out` it goes on where it stopped; a finished run is read. Returns the encoder as
     `load_encoder(EncoderConfig(name="folder:OUT/encoder", input_size=cfg.image_size))` gives it: up to the
-    third-to-last block (paper, section 3.2).
+    third-to-last block (paper, section 3.2). `chosen` are dotted names of settings that somebody chose.
 
-    Raises DigitError where the data cannot be read, MismatchError where `out` holds a run with other settings.
+    Raises DigitError where the data cannot be read or a chosen setting would not be used, MismatchError where `out`
+    holds a run with other settings.
     """
+    refuse_unused(cfg, chosen, unused_settings(cfg))
     out, place = Path(out), choose_device(device)
     source = open_source(data, split=split) if isinstance(data, str) else data
     if len(source) < 2:

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig
+from digit.models.transformer import MAX_DEPTH
 from digit.models.vqgan import VQGANConfig
 from digit.runs.roles import RENDERERS, RendererKind, Role, get_role
+from digit.runtime.settings import SEED, check_settings, within
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
@@ -29,18 +31,21 @@ RELEASED_TRAINING = TrainConfig(
 class ModelSpec:
     """Size of a transformer; vocabularies and lengths follow from the tokenizers."""
 
-    depth: int = 16
+    depth: int = within(f"[1, {MAX_DEPTH}]", 16)
     """Number of transformer blocks."""
-    embed_dim: int = 1024
+    embed_dim: int = within("[1, inf)", 1024)
     """Width; the feed-forward part is four times as wide."""
-    num_heads: int = 16
+    num_heads: int = within("[1, inf)", 16)
     """Attention heads."""
-    dropout: float = 0.1
+    dropout: float = within("[0, 1)", 0.1)
     """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
-    label_dropout: float = 0.0
+    label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
-    prefix_dropout: float = 0.0
+    prefix_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 class TokenSpace(NamedTuple):
@@ -67,7 +72,7 @@ class Recipe:
     """What turns features into discriminative tokens; its settings stand under its name."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """K-means codebook of the discriminative tokens."""
-    codebook_subset: float = 0.1
+    codebook_subset: float = within("(0, 1]", 0.1)
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
     codebook_path: PathName = "released"
     """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
@@ -78,7 +83,7 @@ class Recipe:
     """Start from a 64-pixel VQGAN that the package carries (docs/results.md says what each saw), or from scratch."""
     vqgan_training: GANConfig = field(default_factory=GANConfig)
     """Training of the VQGAN; num_steps 0 takes the start as it is."""
-    crops_per_image: int = 1
+    crops_per_image: int = within("[1, inf)", 1)
     """Crops (with flips) of each image in the token store."""
     class_conditional: bool = True
     """Condition on labels where the data has them."""
@@ -94,15 +99,18 @@ class Recipe:
     """Training of stage 2."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the finished pipeline samples."""
-    validation_fraction: float = 0.0
+    validation_fraction: float = within("[0, 0.5]", 0.0)
     """Images kept out of training the models, for val_nll in log.jsonl: it rises where a model learns by heart."""
     informed_start: bool = False
     """Start token tables from the code vectors and position tables from places in the picture instead of at random (not
     as released; for short training)."""
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: float = within("[0, 1]", 0.05)
     """Broken images are skipped and named; past this fraction the run fails."""
-    seed: int = 0
+    seed: int = within(SEED, 0)
     """Seed of every random choice of the run; it overrules the seeds of the parts."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def quantizer_cfg(self) -> QuantizerConfig:

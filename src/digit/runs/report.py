@@ -99,12 +99,22 @@ def describe(pipe: DigitPipeline) -> str:
 # -------------------------------------------------------------------- report
 
 
+def num_shown(num_classes: int) -> int:
+    """Samples in the report's pictures: a row for each of some classes, or as many without labels."""
+    return min(num_classes or SHOWN_CLASSES, SHOWN_CLASSES) * PER_CLASS
+
+
+def num_judged(num_images: int) -> int:
+    """Samples that the report's distance is measured on, for a run on `num_images` images."""
+    return min(JUDGED_SAMPLES, max(64, num_images))
+
+
 def write_report(run: Run, pipe: DigitPipeline) -> Path:
     """Pictures, metrics.json and report.html of a finished run; returns the page's path."""
     out, metrics = run.out, {}
     shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
     labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
-    num = SHOWN_CLASSES * PER_CLASS if labels is None else len(labels)
+    num = num_shown(len(pipe.classes))
     images = read_pictures(sample(pipe, out / "samples", num, labels, run.recipe.seed, overwrite=True))
     names = [pipe.classes[k] for k in shown] if shown else ()
     scale = max(1, 96 // pipe.image_size)
@@ -193,7 +203,7 @@ def load_judge() -> FrozenEncoder:
 def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     """Frechet distance of samples to the run's images, and for shapes the recognised fraction of samples."""
     judge = load_judge().to(run.device)
-    num = min(JUDGED_SAMPLES, max(64, len(run.source)))
+    num = num_judged(len(run.source))
     tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
     samples = pipe.decode(tokens["vq"])
     sampled = collect_features(samples.split(64), judge.pooled)

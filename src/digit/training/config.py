@@ -3,11 +3,12 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from digit.errors import DigitError
 from digit.runtime.files import read_json, write_json
 from digit.runtime.request import require_same_request
+from digit.runtime.settings import SEED, check_settings, within
 from digit.training.precision import ScaledPrecision
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
@@ -26,17 +27,17 @@ FREE_FIELDS = {
 class LoopConfig:
     """Settings of the loop itself; the config of each trainer extends it."""
 
-    num_steps: int = 125_000
+    num_steps: int = within("[0, inf)", 125_000)
     """Optimizer updates in the whole run. A run can be lengthened later, except with a cosine schedule."""
-    batch_size: int = 2048
+    batch_size: int = within("[1, inf)", 2048)
     """Images per update, over all processes and accumulated micro-batches together."""
-    seed: int = 0
+    seed: int = within(SEED, 0)
     """Seed of all random numbers in training: dropout, masks, dropped labels."""
-    log_every: int = 50
+    log_every: int = within("[1, inf)", 50)
     """Updates between two lines of log.jsonl. The loop waits for the device only then and at a save."""
-    save_every: int = 1000
+    save_every: int = within("[1, inf)", 1000)
     """Updates between two checkpoints. The last update always saves."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = within("[1, inf)", 2)
     """How many of the newest checkpoints to keep. If the newest is damaged, the run resumes from the one before."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss, if there is validation."""
@@ -47,10 +48,7 @@ class LoopConfig:
     one bit for bit. On a CPU it always does."""
 
     def __post_init__(self) -> None:
-        for name, least in {"num_steps": 0, "batch_size": 1, "seed": 0}.items():
-            self.require(getattr(self, name) >= least, name, f"at least {least}")
-        for name in ("log_every", "save_every", "keep_checkpoints"):
-            self.require(getattr(self, name) >= 1, name, "at least 1")
+        check_settings(self)
 
     def require(self, valid: bool, name: str, wanted: str) -> None:
         """Raise DigitError, naming the field and the values `wanted`, unless its value is valid."""
@@ -67,7 +65,7 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """Training of a sequence model. The defaults are the paper's for the base model (A.3; 200 epochs)."""
 
-    accumulate: int = 1
+    accumulate: int = within("[1, inf)", 1)
     """Micro-batches that each process splits its share of the batch into, to save memory. Their gradients add up to
     the gradient of the whole share."""
     precision: ScaledPrecision = "fp32"
@@ -82,46 +80,37 @@ class TrainConfig(LoopConfig):
     optimizer: Optimizer = "adamw"
     """adamw (the paper's Adam), or muon: Muon for the matrices inside the blocks and AdamW for the rest, for short
     training."""
-    learning_rate: float = 3e-4
+    learning_rate: float = within("(0, inf)", 3e-4)
     """Peak learning rate."""
-    muon_learning_rate: float = 0.02
+    muon_learning_rate: float = within("(0, inf)", 0.02)
     """Peak learning rate of the matrices with muon; it follows the same schedule."""
-    warmup_steps: int = 6250
+    warmup_steps: int = within("[0, inf)", 6250)
     """Updates of linear warm-up from warmup_from to learning_rate."""
-    warmup_from: float = 1e-7
+    warmup_from: float = within("[0, inf)", 1e-7)
     """Learning rate of the first update."""
     schedule: Schedule = "inverse_sqrt"
     """After the warm-up: inverse_sqrt (the paper's), cosine (to 0 at num_steps) or constant."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[float, float] = within("[0, 1)", (0.9, 0.98))
     """Decay rates of Adam's first and second moment."""
-    weight_decay: float = 0.01
+    weight_decay: float = within("[0, inf)", 0.01)
     """Decoupled weight decay (AdamW) of every parameter, including biases, norms and embeddings, as in fairseq."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = within("[0, 1)", 0.1)
     """Share of the target's probability that is spread evenly over the vocabulary."""
-    max_norm: float = 1.0
+    max_norm: float = within("[0, inf)", 1.0)
     """Largest joint L2 norm of the gradients; larger ones are scaled down to it. 0 = no clipping."""
-    ema_decay: float = 0.0
+    ema_decay: float = within("[0, 1)", 0.0)
     """Decay of the moving average of the weights, which is then the run's result; 0 = no average."""
     parallel: Parallel = "ddp"
     """With several processes (torchrun): ddp gives each a replica of the model; fsdp shards weights, gradients and
     optimizer state over them (fully_shard), for models that fill a GPU. A run can resume with the other one."""
-    max_skipped: int = 0
+    max_skipped: int = within("[0, inf)", 0)
     """How many updates of the whole run may be skipped because their loss or gradient is not finite; 0 stops the run
     at the first. With precision fp16, whose loss scaling skips an update now and then, 0 stops it only where the
     gradients overflow at the smallest loss scale."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.precision in get_args(ScaledPrecision), "precision", " or ".join(get_args(ScaledPrecision)))
         self.require(self.compile in (True, False, "auto"), "compile", "true, false or auto")
-        self.require(self.schedule in get_args(Schedule), "schedule", " or ".join(get_args(Schedule)))
-        self.require(self.optimizer in get_args(Optimizer), "optimizer", " or ".join(get_args(Optimizer)))
-        self.require(self.learning_rate > 0, "learning_rate", "above 0")
-        self.require(self.muon_learning_rate > 0, "muon_learning_rate", "above 0")
-        self.require(0 <= self.ema_decay < 1, "ema_decay", "0 (off) or below 1, such as 0.9999")
-        self.require(self.accumulate >= 1, "accumulate", "at least 1")
-        self.require(self.parallel in get_args(Parallel), "parallel", " or ".join(get_args(Parallel)))
-        self.require(self.max_skipped >= 0, "max_skipped", "at least 0")
         self.require(self.optimizer != "muon" or self.parallel == "ddp", "parallel", "ddp with optimizer muon")
         divisible = self.batch_size % self.accumulate == 0
         self.require(divisible, "batch_size", f"a multiple of accumulate {self.accumulate}")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
 from digit.runtime.files import write_json
+from digit.runtime.settings import within
 from digit.training.config import LoopConfig
 from digit.training.ema import EMA
 from digit.training.ema_codebook import EMACodebook, flat_features
@@ -49,54 +50,54 @@ NUM_EVALUATED = 8  # batches scored after training, those of the steps after the
 class GANConfig(LoopConfig):
     """Training of a VQGAN. The defaults suit 64 px on two CPU cores; the included 64 px VQGAN was trained with them."""
 
-    num_steps: int = 6000
+    num_steps: int = within("[0, inf)", 6000)
     """Updates in the whole run; the learning rates fall to zero at the last."""
-    batch_size: int = 16
+    batch_size: int = within("[1, inf)", 16)
     """Images per update, over all processes together."""
-    learning_rate: float = 8e-4
+    learning_rate: float = within("(0, inf)", 8e-4)
     """Peak learning rate of encoder and decoder."""
-    warmup_steps: int = 100
+    warmup_steps: int = within("[0, inf)", 100)
     """Updates of linear warm-up before the cosine."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = within("[0, 1)", (0.9, 0.99))
     """Decay rates of Adam's moments for encoder and decoder."""
-    l1_weight: float = 1.0
+    l1_weight: float = within("[0, inf)", 1.0)
     """Weight of mean |x - x_hat|, images in [0, 1]."""
-    l2_weight: float = 1.0
+    l2_weight: float = within("[0, inf)", 1.0)
     """Weight of mean (x - x_hat)^2."""
-    commitment_weight: float = 0.25
+    commitment_weight: float = within("[0, inf)", 0.25)
     """Weight of mean (z - code)^2, which keeps the encoder close to its codes."""
-    perceptual: str = "vgg"
+    perceptual: Literal["vgg", "alex", "encoder", "none"] = "vgg"
     """Network of the perceptual loss: vgg, alex, encoder (the distance passed to `train_vqgan`; `digit` passes
     EfficientNet-Lite0's) or none. If the weights of vgg or alex are missing, training runs without this loss."""
-    perceptual_weight: float = 0.5
+    perceptual_weight: float = within("[0, inf)", 0.5)
     """Weight of the perceptual distance."""
-    perceptual_stages: int = 3
+    perceptual_stages: int = within("[1, 5]", 3)
     """Stages of the perceptual network that are compared, 1 to 5."""
-    perceptual_crop: int = 32
+    perceptual_crop: int = within("[0, inf)", 32)
     """Side in pixels of the random window that the perceptual network sees in a step; 0 = the whole image (4 times
     slower at 64 px)."""
-    adversarial_weight: float = 0.25
+    adversarial_weight: float = within("[0, inf)", 0.25)
     """Factor on the adaptive weight of the adversarial loss; 0 trains without a discriminator."""
-    adversarial_start: int = 3000
+    adversarial_start: int = within("[0, inf)", 3000)
     """First update with the discriminator."""
-    adversarial_ramp: int = 200
+    adversarial_ramp: int = within("[0, inf)", 200)
     """Updates over which the adversarial loss grows to its full weight, while the discriminator learns."""
-    discriminator_channels: int = 48
+    discriminator_channels: int = within("[1, inf)", 48)
     """Channels of the discriminator's first layer."""
-    discriminator_learning_rate: float = 4e-4
+    discriminator_learning_rate: float = within("(0, inf)", 4e-4)
     """Peak learning rate of the discriminator."""
-    codebook_start: int = 200
+    codebook_start: int = within("[0, inf)", 200)
     """First update that quantises. Features of earlier updates pass through, and k-means on the latest of them starts
     the codes. 0 keeps the existing codes (fine-tuning)."""
-    codebook_decay: float = 0.99
+    codebook_decay: float = within("(0, 1)", 0.99)
     """Decay of the codes' moving averages."""
-    restart_below: float = 0.05
+    restart_below: float = within("[0, 1]", 0.05)
     """A code used less than this fraction of the average moves to a random feature of the batch."""
-    restart_every: int = 20
+    restart_every: int = within("[1, inf)", 20)
     """Updates between two checks for dead codes; the last tenth of the run has none, so that the decoder converges."""
-    ema_decay: float = 0.998
+    ema_decay: float = within("(0, 1)", 0.998)
     """Decay of the moving average of the weights, which is the run's result."""
-    max_norm: float = 1.0
+    max_norm: float = within("[0, inf)", 1.0)
     """Largest L2 norm of each network's gradients; larger ones are scaled down to it. 0 = no clipping."""
     precision: AutoPrecision = "auto"
     """Arithmetic of the networks: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights,
@@ -104,13 +105,12 @@ class GANConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.learning_rate > 0, "learning_rate", "above 0")
-        self.require(0 < self.ema_decay < 1, "ema_decay", "between 0 and 1, such as 0.998")
-        self.require(0 < self.codebook_decay < 1, "codebook_decay", "between 0 and 1, such as 0.99")
-        self.require(self.perceptual in ("vgg", "alex", "encoder", "none"), "perceptual", "vgg, alex, encoder or none")
-        self.require(self.precision in get_args(AutoPrecision), "precision", " or ".join(get_args(AutoPrecision)))
-        self.require(1 <= self.perceptual_stages <= 5, "perceptual_stages", "1 to 5")
-        self.require(self.restart_every >= 1, "restart_every", "at least 1")
+        if self.num_steps:  # 0 trains nothing
+            quantises, num_steps = self.codebook_start < self.num_steps, self.num_steps
+            self.require(quantises, "codebook_start", f"below num_steps {num_steps}, or the codes are never learnt")
+            joins = not self.adversarial_weight or self.adversarial_start < num_steps
+            never = f"below num_steps {num_steps}, or adversarial_weight 0 for a training without discriminator"
+            self.require(joins, "adversarial_start", never)
 
     @property
     def may_grow(self) -> bool:

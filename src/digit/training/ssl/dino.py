@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
+from digit.runtime.settings import check_settings, within
 from digit.training.log import Metrics
 from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, require, twin
 from digit.training.ssl.views import ViewConfig, random_views
@@ -30,35 +31,31 @@ from digit.training.ssl.views import ViewConfig, random_views
 class DINOConfig:
     """Head, temperatures, momentum and views (paper: 65536 prototypes, head 2048 wide, momentum 0.996)."""
 
-    num_prototypes: int = 1024
+    num_prototypes: int = within("[1, inf)", 1024)
     """K: the head's outputs, over which student and teacher give a probability distribution."""
-    hidden_dim: int = 512
+    hidden_dim: int = within("[1, inf)", 512)
     """Width of the head's inner layers."""
-    bottleneck_dim: int = 256
+    bottleneck_dim: int = within("[1, inf)", 256)
     """Width of the unit vectors that are compared with the prototypes."""
-    student_temperature: float = 0.1
+    student_temperature: float = within("(0, inf)", 0.1)
     """tau_s: temperature of the student's softmax."""
-    teacher_temperature: float = 0.04
+    teacher_temperature: float = within("(0, inf)", 0.04)
     """tau_t: temperature of the teacher's softmax; lower is sharper."""
-    centre_momentum: float = 0.9
+    centre_momentum: float = within("[0, 1)", 0.9)
     """m: momentum of the centre, a moving average of the teacher's outputs."""
-    momentum: float = 0.99
+    momentum: float = within("[0, 1)", 0.99)
     """Momentum of the teacher at the first step; it grows to 1 at the last."""
-    num_local_views: int = 0
+    num_local_views: int = within("[0, inf)", 0)
     """Small views for the student beside the two large ones (multi-crop; paper: 10); each costs a quarter as much."""
-    local_scale: tuple[float, float] = (0.05, 0.25)
+    local_scale: tuple[float, float] = within("(0, 1]", (0.05, 0.25))
     """Smallest and largest area of a small view, as fractions of the image. Its side is half a large view's."""
     views: ViewConfig = field(default_factory=lambda: ViewConfig(scale=(0.25, 1.0)))
     """Random large views; the small views share their colours and blur."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prototypes", "hidden_dim", "bottleneck_dim"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "student_temperature", self.student_temperature > 0, "above 0")
-        require(self, "teacher_temperature", self.teacher_temperature > 0, "above 0")
-        require(self, "momentum", 0 <= self.momentum < 1, "0 or below 1, such as 0.99")
-        require(self, "centre_momentum", 0 <= self.centre_momentum < 1, "0 or below 1, such as 0.9")
-        require(self, "num_local_views", self.num_local_views >= 0, "0 or more")
+        check_settings(self, of=type(self).__name__.removesuffix("Config"))
+        low, high = self.local_scale
+        require(self, "local_scale", low <= high, "two fractions, the smaller first")
 
 
 class PrototypeHead(nn.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
+from digit.runtime.settings import within
 from digit.training.log import Metrics
 from digit.training.ssl.dino import DINO, DINOConfig, used
 from digit.training.ssl.method import embed, encode, require
@@ -25,16 +26,15 @@ from digit.training.ssl.method import embed, encode, require
 class IBOTConfig(DINOConfig):
     """DINO's settings and those of the masks (paper: 8192 prototypes, half of the images unmasked)."""
 
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    mask_ratio: tuple[float, float] = within("(0, 1)", (0.1, 0.5))
     """Smallest and largest fraction of the patches that are masked; each masked view gets a random one."""
-    masked_views: float = 0.5
+    masked_views: float = within("(0, 1]", 0.5)
     """Fraction of the large views that have masked patches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.mask_ratio
         require(self, "mask_ratio", 0 < low <= high < 1, "two fractions between 0 and 1, the smaller first")
-        require(self, "masked_views", 0 < self.masked_views <= 1, "above 0 and at most 1")
 
 
 class IBOT(DINO):

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.models.vit import Block, ViT, ViTConfig
+from digit.runtime.settings import check_settings, within
 from digit.training.log import Metrics
 from digit.training.ssl.method import Method, embed, encode, initialise, require, sine_positions
 from digit.training.ssl.views import ViewConfig, random_views
@@ -26,19 +27,19 @@ CROP_AND_FLIP = ViewConfig(jitter=0.0, grey=0.0, blur=0.0)  # the paper's "cropp
 class MAEConfig:
     """Masking and decoder (paper: a decoder of 8 blocks of width 512, an encoder of 24 blocks of width 1024)."""
 
-    mask_ratio: float = 0.75
+    mask_ratio: float = within("(0, 1)", 0.75)
     """Fraction of the patches that are hidden."""
-    decoder_depth: int = 2
+    decoder_depth: int = within("[1, inf)", 2)
     """Transformer blocks of the decoder."""
-    decoder_dim: int = 96
+    decoder_dim: int = within("[1, inf)", 96)
     """Width of the decoder, a multiple of 4 and of decoder_heads."""
-    decoder_heads: int = 3
+    decoder_heads: int = within("[1, inf)", 3)
     """Attention heads of the decoder."""
     views: ViewConfig = field(default=CROP_AND_FLIP)
     """Random views of the images: crop and flip only, as in the paper."""
 
     def __post_init__(self) -> None:
-        require(self, "mask_ratio", 0 < self.mask_ratio < 1, "between 0 and 1, such as 0.75")
+        check_settings(self, of="MAE")
         fits = self.decoder_dim % 4 == 0 and self.decoder_dim % self.decoder_heads == 0
         require(self, "decoder_dim", fits, f"a multiple of 4 and of decoder_heads {self.decoder_heads}")
 

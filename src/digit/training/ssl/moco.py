@@ -18,8 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from digit.models.vit import ViT
+from digit.runtime.settings import check_settings, within
 from digit.training.log import Metrics
-from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, require, twin
+from digit.training.ssl.method import Method, embed, encode, follow, initialise, momentum_at, multilayer, twin
 from digit.training.ssl.views import ViewConfig, random_views
 
 
@@ -27,13 +28,13 @@ from digit.training.ssl.views import ViewConfig, random_views
 class MoCoConfig:
     """Heads, temperature and momentum (paper: heads 4096 wide, 256 out, momentum 0.99, tau 0.2, batch 4096)."""
 
-    temperature: float = 0.2
+    temperature: float = within("(0, inf)", 0.2)
     """tau: a lower value puts more weight on the nearest negatives."""
-    momentum: float = 0.99
+    momentum: float = within("[0, 1)", 0.99)
     """Momentum of the twin at the first step; it grows to 1 at the last."""
-    hidden_dim: int = 512
+    hidden_dim: int = within("[1, inf)", 512)
     """Width of the heads' inner layers."""
-    output_dim: int = 128
+    output_dim: int = within("[1, inf)", 128)
     """Width of the vectors that are compared."""
     freeze_patch_embed: bool = True
     """Keep the patch projection at its random initialisation, which makes training stable (paper, section 4.2)."""
@@ -41,10 +42,7 @@ class MoCoConfig:
     """Random views of the images."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "output_dim"):
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "temperature", self.temperature > 0, "above 0")
-        require(self, "momentum", 0 <= self.momentum < 1, "0 or below 1, such as 0.99")
+        check_settings(self, of="MoCo")
 
 
 class MoCo(Method):

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
+from digit.runtime.settings import within
 from digit.training.config import LoopConfig
 from digit.training.log import Metrics
 from digit.training.loop import TrainState, step_seed, train
@@ -37,31 +38,29 @@ METHODS: dict[str, tuple[type[Method], str]] = {
 class SSLConfig(LoopConfig):
     """Training of an encoder by any of the methods. The defaults suit two CPU cores."""
 
-    num_steps: int = 1500
+    num_steps: int = within("[0, inf)", 1500)
     """Updates in the whole run; the learning rate falls to zero at the last."""
-    batch_size: int = 64
+    batch_size: int = within("[1, inf)", 64)
     """Images per update."""
-    learning_rate: float = 1e-3
+    learning_rate: float = within("(0, inf)", 1e-3)
     """Peak learning rate (AdamW)."""
-    warmup_steps: int = 100
+    warmup_steps: int = within("[0, inf)", 100)
     """Updates of linear warm-up before the cosine."""
-    weight_decay: float = 0.05
+    weight_decay: float = within("[0, inf)", 0.05)
     """Decoupled weight decay of the weight matrices; biases, norms and tokens have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = within("[0, 1)", (0.9, 0.95))
     """Decay rates of Adam's moments."""
-    max_norm: float = 1.0
+    max_norm: float = within("[0, inf)", 1.0)
     """Largest joint L2 norm of the gradients; larger ones are scaled down to it. 0 = no clipping."""
     precision: AutoPrecision = "auto"
     """Arithmetic of the forward pass: fp32, bf16, or auto: bf16 where the hardware multiplies it, else fp32. Weights
     stay fp32."""
-    save_every: int = 250
+    save_every: int = within("[1, inf)", 250)
     """Updates between two checkpoints. The last update always saves."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.learning_rate > 0, "learning_rate", "above 0")
         self.require(self.batch_size > 1, "batch_size", "at least 2: the methods compare the images of a batch")
-        self.require(self.precision in get_args(AutoPrecision), "precision", " or ".join(get_args(AutoPrecision)))
 
     @property
     def may_grow(self) -> bool:

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.runtime.settings import check_settings, within
 
 LUMA = (0.299, 0.587, 0.114)  # weights of R, G, B in the grey value (ITU-R BT.601)
 ASPECT = 4 / 3  # the largest ratio of a crop's longer side to its shorter one
@@ -27,28 +28,29 @@ MAX_BLUR = 1 / 3  # largest outer tap of three; 1/3 averages three pixels, sigma
 class ViewConfig:
     """Strength of the random views. Colours as in MoCo v3, DINO and iBOT (BYOL's, without solarisation)."""
 
-    scale: tuple[float, float] = (0.2, 1.0)
+    scale: tuple[float, float] = within("(0, 1]", (0.2, 1.0))
     """Smallest and largest area of the crop, as fractions of the image. Its aspect ratio is 3:4 to 4:3."""
     flip: bool = True
     """Flip left and right with probability 0.5. Turn it off for images in which left and right matter."""
-    jitter: float = 0.8
+    jitter: float = within("[0, 1]", 0.8)
     """Probability that brightness, contrast, saturation and hue change."""
-    brightness: float = 0.4
+    brightness: float = within("[0, 1]", 0.4)
     """Brightness is multiplied by 1 - brightness to 1 + brightness."""
-    contrast: float = 0.4
+    contrast: float = within("[0, 1]", 0.4)
     """The distance to the mean grey value is multiplied by 1 - contrast to 1 + contrast."""
-    saturation: float = 0.2
+    saturation: float = within("[0, 1]", 0.2)
     """The distance to the pixel's grey value is multiplied by 1 - saturation to 1 + saturation."""
-    hue: float = 0.1
+    hue: float = within("[0, 0.5]", 0.1)
     """Largest rotation of the colours about the grey axis, in turns, in either direction."""
-    grey: float = 0.2
+    grey: float = within("[0, 1]", 0.2)
     """Probability that the view is grey."""
-    blur: float = 0.5
+    blur: float = within("[0, 1]", 0.5)
     """Probability of a slight blur, sigma 0 to 0.8 pixels."""
 
     def __post_init__(self) -> None:
+        check_settings(self, of="the views")
         low, high = self.scale
-        if not 0 < low <= high <= 1:
+        if low > high:
             raise DigitError(f"scale of the views is {self.scale}: it must be two areas in (0, 1], the smaller first")
 
 

@@ -1,0 +1,263 @@
+"""What a run refuses before any work: settings that it would not use, and settings that cannot work together.
+
+`digit fit` and `digit plan` call `check_recipe`, so that no plan is made for a run that would be refused.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from digit.data.tokens import MAX_VOCAB
+from digit.errors import DigitError
+from digit.models.vqgan import VQGANConfig
+from digit.runs.recipes import RECIPES, Recipe, TokenSpace
+from digit.runs.roles import ROLES, get_role
+from digit.runtime.settings import Rule, changed, flat, refuse_unused
+from digit.sampling.kinds import get_kind
+from digit.tokenizers.encoders import blank_net, resizes_positions
+from digit.tokenizers.vq import asset_config
+from digit.training.config import TrainConfig
+
+log = logging.getLogger(__name__)
+MIN_IMAGES = 2
+MODELS = ("prior", "renderer")
+# the fields of the recipe that decide a part, beside the data: where one of them changes, the part is made again
+CODEBOOK, VQGAN = (
+    ("encoder", "quantizer", "kmeans", "codebook_subset", "codebook_path"),
+    ("vqgan", "vqgan_start", "vqgan_training"),
+)
+SHARED = ("preprocess", "seed")
+DECIDED_BY = {
+    "codebook": (*SHARED, *CODEBOOK),
+    "vqgan": (*SHARED, *VQGAN),
+    "tokens": (*SHARED, *CODEBOOK, *VQGAN, "crops_per_image"),
+}
+# the fields that a run does not read where it reuses the part; it still reads the others, such as the encoder
+MADE_BY = {"codebook": CODEBOOK[1:], "vqgan": VQGAN, "tokens": ("crops_per_image",)}
+
+
+def check_recipe(
+    recipe: Recipe,
+    *,
+    chosen: Iterable[str],
+    reuse: Mapping[str, Mapping[str, Any]],
+    resolution: int,
+    num_images: int,
+    num_classes: int,
+    num_processes: int,
+    gpu: bool,
+) -> None:
+    """Raise DigitError for a recipe whose run would fail later, or would not use one of the settings chosen for it.
+
+    Args:
+        chosen: dotted names of the settings that somebody chose; the others may be a recipe's unused defaults.
+        reuse: for each part of another run that this one reuses, the settings that it was made with, by dotted name, as
+            far as they are known.
+        resolution: side in pixels of the VQGAN's images.
+        num_classes: classes of the data that the models are conditioned on; 0 is none.
+        num_processes: processes that share the work.
+        gpu: whether it runs on GPUs.
+    """
+    known = {name: value for settings in reuse.values() for name, value in settings.items()}
+    values, parts = flat(recipe), set(reuse)
+    chosen = [name for name in chosen if name not in known or known[name] != values.get(name)]
+    refuse_unused(recipe, chosen, unused_settings(recipe, parts))
+    if num_images < MIN_IMAGES:
+        raise DigitError(f"the data holds {num_images} image: training needs at least {MIN_IMAGES}")
+    check_sizes(recipe, resolution, num_classes)
+    check_training(recipe, parts, num_processes, gpu)
+    check_warmup(recipe, chosen)
+    check_sampling(recipe, num_classes)
+    if "codebook" not in parts:
+        check_codebook(recipe, num_images)
+
+
+def chosen_settings(recipe: Recipe, base: Recipe | None = None) -> list[str]:
+    """Settings with a value of somebody's own: neither the default nor that of `base` or of the recipe of its name.
+
+    Of a recipe without `base` and with a name that is not registered, none is known. preprocess.encoder_size is left
+    out: recipes and files give it beside encoder.input_size, and stay valid where that alone is changed.
+    """
+    named = RECIPES.get(recipe.name)
+    bases = [*([base] if base else []), *([named()] if named else [])]
+    own = [set(changed(recipe, other)) for other in (*bases, Recipe())]
+    names = [name for name in flat(recipe) if name != "preprocess.encoder_size"]
+    return [name for name in names if all(name in other for other in own)] if bases else []
+
+
+def unused_settings(recipe: Recipe, reuse: Iterable[str] = ()) -> list[Rule]:
+    """The settings that a run of this recipe ignores: (whether the rule applies, their pattern, why and what to do)."""
+    rules = [
+        (True, group(MADE_BY[part]), f"leave it out, or make a new {part} without --reuse_{part}") for part in reuse
+    ]
+    return [*rules, *unused_by_tokenizers(recipe), *unused_by_vqgan_training(recipe), *unused_by_models(recipe)]
+
+
+def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
+    """Unused settings of preprocessing, encoder, codebook and VQGAN."""
+    paths = {recipe.preprocess.path, recipe.codebook_path}
+    encoder, start = recipe.encoder.name, recipe.vqgan_start
+    differs = recipe.preprocess.encoder_size != recipe.encoder.input_size
+    cut = "crops are cut at preprocess.image_size: set encoder.input_size, or a path released_kmeans"
+    one_way, sizes = (
+        f"encoder {encoder} knows one way: leave it out",
+        "has sizes of its own: leave it out, or set vqgan_start to scratch",
+    )
+    return [
+        (paths == {"released"} and differs, r"preprocess\.encoder_size", cut),
+        (paths == {"released_kmeans"}, r"preprocess\.image_size", "crops are cut at preprocess.encoder_size: set that"),
+        (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
+        (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
+        (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
+    ]  # fmt: skip
+
+
+def unused_by_vqgan_training(recipe: Recipe) -> list[Rule]:
+    """Unused settings of vqgan_training."""
+    cfg, taken = recipe.vqgan_training, "the VQGAN is taken as it is: set vqgan_training.num_steps above 0"
+    perceptual = "perceptual(_stages|_crop)?" if cfg.perceptual_weight == 0 else "perceptual_(weight|stages|crop)"
+    adversarial = "adversarial_weight is 0: set it above 0"
+    rules = [
+        (cfg.num_steps == 0, r"(?!num_steps|seed).*", taken),
+        (cfg.seed != recipe.seed, "seed", "set the run's one seed"),
+        (True, "keep_best", "the VQGAN has no validation: leave it out"),
+        (cfg.perceptual == "none" or cfg.perceptual_weight == 0, perceptual, "it has no perceptual loss: set one"),
+        (cfg.perceptual == "encoder", "perceptual_stages", "perceptual encoder has no stages: set vgg"),
+        (cfg.adversarial_weight == 0, "(adversarial_(start|ramp)|discriminator_.*)", adversarial),
+        (cfg.restart_below == 0, "restart_every", "restart_below is 0: set it above 0"),
+    ]  # fmt: skip
+    return [(applies, rf"vqgan_training\.{pattern}", why) for applies, pattern, why in rules]
+
+
+def unused_by_models(recipe: Recipe) -> list[Rule]:
+    """Unused settings of the prior's and the renderer's size, training and sampling."""
+    rules: list[Rule] = [
+        (True, r"prior\.prefix_dropout", "the prior has no prefix: leave it out"),
+        (True, r"renderer\.label_dropout", "the renderer sees no label: set prior.label_dropout"),
+        (not recipe.class_conditional, r"prior\.label_dropout", "class_conditional is false: leave it out"),
+    ]
+    for name, model in zip(MODELS, recipe.model_names, strict=True):
+        cfg, kind, sampling = getattr(recipe, f"{name}_training"), get_role(model).kind, getattr(recipe.sampling, name)
+        takes = get_kind(kind).settings
+        foreign = "".join(rf"(?!{setting}$)" for setting in takes)
+        masked = "for a masked renderer set renderer_kind to masked" if name == "renderer" else "leave it out"
+        greedy, training = "temperature 0 takes the likeliest token: set it above 0", f"{name}_training"
+        rules += [
+            (cfg.optimizer != "muon", rf"{training}\.muon_learning_rate", f"set {training}.optimizer to muon"),
+            (cfg.warmup_steps == 0, rf"{training}\.warmup_from", f"set {training}.warmup_steps above 0"),
+            (cfg.seed != recipe.seed, rf"{training}\.seed", "set the run's one seed"),
+            (not recipe.validation_fraction, rf"{training}\.keep_best", "set validation_fraction above 0"),
+            (True, rf"sampling\.{name}\.{foreign}.*", f"the {name} is sampled token by token: {masked}"),
+            (sampling.temperature == 0, rf"sampling\.{name}\.top_[kp]", greedy),
+            (sampling.num_steps == 1, rf"sampling\.{name}\.choice_temperature", "num_steps is 1: set it above 1"),
+        ]  # fmt: skip
+    return rules
+
+
+def group(fields: Iterable[str]) -> str:
+    """The pattern of the settings in some fields of the recipe."""
+    return rf"({'|'.join(map(re.escape, fields))})(\..*)?"
+
+
+def unchanged_parts(names: Iterable[str]) -> list[str]:
+    """Parts of a run that none of the changed settings decides; names as config.json has them, recipe.prior.depth."""
+    fields = {name.removeprefix("recipe.").partition(".")[0] for name in names if name.startswith("recipe.")}
+    if any(not name.startswith("recipe.") for name in names):  # other data
+        return []
+    return [part for part, deciding in DECIDED_BY.items() if fields.isdisjoint(deciding)]
+
+
+# -------------------------------------------------------------------- what cannot work
+
+
+def vqgan_config(recipe: Recipe) -> VQGANConfig:
+    """Sizes of the VQGAN that the recipe trains, or of the included one that it starts from."""
+    return recipe.vqgan if recipe.vqgan_start == "scratch" else asset_config(recipe.vqgan_start)
+
+
+def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
+    """Raise DigitError where the crops do not fit the VQGAN, or a model's sizes do not fit each other."""
+    if recipe.preprocess.crop_size != resolution:
+        size = "image_size" if recipe.preprocess.path == "released" else "encoder_size"
+        raise DigitError(
+            f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {resolution}: "
+            f"set preprocess.{size} to {resolution}, or choose another VQGAN"
+        )
+    if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
+        raise DigitError(
+            f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
+            "or preprocess.random_crop or preprocess.flip to true"
+        )
+    sizes = {
+        f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size,
+        "vqgan: codes": vqgan_config(recipe).vocab_size,
+    }
+    for name, number in sizes.items():
+        if number > MAX_VOCAB:
+            raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
+    unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
+    for name in ROLES:  # heads, dropouts, vocabularies
+        recipe.sequence_config(name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=num_classes)
+
+
+def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu: bool) -> None:
+    """Raise DigitError for an untrained network, and a batch that the processes cannot share."""
+    trained = {name: getattr(recipe, f"{name}_training") for name in MODELS}
+    for name, cfg in trained.items():
+        if not cfg.num_steps:
+            raise DigitError(f"{name}_training.num_steps is 0: an untrained {name} makes noise, give at least 1")
+        if cfg.precision == "fp16" and not gpu:
+            raise DigitError(f"{name}_training.precision is fp16, which needs a GPU: choose auto, fp32 or bf16")
+    pieces = {name: (cfg.batch_size, num_processes * cfg.accumulate) for name, cfg in trained.items()}
+    if "vqgan" not in reuse:
+        if recipe.vqgan_training.num_steps:
+            pieces["vqgan"] = recipe.vqgan_training.batch_size, num_processes
+        elif recipe.vqgan_start == "scratch":
+            raise DigitError(
+                "vqgan_start is scratch and vqgan_training.num_steps 0: an untrained VQGAN renders nothing"
+            )
+    for name, (batch_size, number) in pieces.items():
+        if batch_size % number:
+            raise DigitError(
+                f"{name}_training.batch_size {batch_size} does not split into {number} equal micro-batches "
+                f"({num_processes} processes x accumulate): give a multiple"
+            )
+
+
+def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
+    """Raise DigitError for a warm-up that somebody chose longer than the training; say so of a recipe's own."""
+    for name in MODELS:
+        cfg: TrainConfig = getattr(recipe, f"{name}_training")
+        if cfg.warmup_steps > cfg.num_steps:
+            setting = f"{name}_training.warmup_steps"
+            text = f"{setting} is {cfg.warmup_steps}, longer than the training of {cfg.num_steps} steps"
+            if setting in chosen:
+                raise DigitError(f"{text}: the learning rate would never reach its peak, give fewer")
+            log.warning("%s: the learning rate will not reach its peak", text)
+
+
+def check_sampling(recipe: Recipe, num_classes: int) -> None:
+    """Raise DigitError for guidance of a model that is trained without what guides it."""
+    guides = {"prior": ("label_dropout", num_classes), "renderer": ("prefix_dropout", 1)}
+    for name, (dropout, known) in guides.items():
+        scale = getattr(recipe.sampling, name).cfg_scale
+        if scale != 1 and not (known and getattr(getattr(recipe, name), dropout)):
+            labels = "" if known else " on data with labels, class_conditional true"
+            raise DigitError(
+                f"sampling.{name}.cfg_scale is {scale}, but guidance needs {name}.{dropout} above 0{labels}: set that, "
+                "or cfg_scale to 1"
+            )
+
+
+def check_codebook(recipe: Recipe, num_images: int) -> None:
+    """Raise DigitError where all images together give fewer patches than the codebook has codes."""
+    tokens = math.prod(blank_net(recipe.encoder).grid(recipe.encoder.input_size))
+    patches, codes = num_images * tokens, recipe.quantizer_cfg.vocab_size
+    if patches < codes:
+        fewer = max(1, patches * codes // recipe.quantizer_cfg.min_points)
+        raise DigitError(
+            f"{num_images} images give {patches} patches ({tokens} each), fewer than the {codes} codes of the "
+            f"codebook: give more images, or {recipe.quantizer}.num_clusters {fewer} or less"
+        )

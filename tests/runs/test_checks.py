@@ -1,0 +1,326 @@
+"""Every setting of a recipe changes something of the run, or is refused; what cannot work is refused at once."""
+
+import dataclasses
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+from tiny import SHAPES, tiny_recipe
+
+from digit.cli import main
+from digit.errors import DigitError
+from digit.models.vqgan import VQGANConfig
+from digit.runs.checks import check_recipe, chosen_settings, unchanged_parts, unused_settings, vqgan_config
+from digit.runs.fit import Run, fit
+from digit.runs.recipes import RECIPES, Recipe, get_recipe
+from digit.runtime.settings import flat, refuse_unused
+from digit.training.vqgan import GANConfig
+
+
+def change(recipe: Recipe, **changes) -> Recipe:
+    """The recipe with other values of settings, by dotted name with __ for the dots."""
+    for name, value in changes.items():
+        recipe = changed_at(recipe, name.split("__"), value)
+    return recipe
+
+
+def changed_at(cfg, path: list[str], value):
+    inner = value if len(path) == 1 else changed_at(getattr(cfg, path[0]), path[1:], value)
+    return replace(cfg, **{path[0]: inner})
+
+
+def check(recipe: Recipe, chosen=(), **changes) -> None:
+    request = dict(reuse={}, num_images=10_000, num_classes=10, num_processes=1, gpu=False)
+    check_recipe(recipe, chosen=chosen, **request | {"resolution": vqgan_config(recipe).resolution} | changes)
+
+
+def unused(recipe: Recipe, reuse=()) -> set[str]:
+    """The settings that are refused when they are chosen."""
+
+    def refused(name: str) -> bool:
+        try:
+            refuse_unused(recipe, [name], unused_settings(recipe, reuse))
+        except DigitError:
+            return True
+        return False
+
+    return {name for name in flat(recipe) if refused(name)}
+
+
+# -------------------------------------------------------------------- every setting of a run
+
+
+def traced(cfg, reads: set[str], prefix: str = ""):
+    """A copy of a config that adds the dotted name of each setting to `reads` when the run reads it.
+
+    Reads by dataclasses (asdict, replace), by the checks and by the config itself do not count.
+    """
+
+    def read(self, name: str):
+        frame = sys._getframe(1)
+        room = frame.f_globals.get("__name__", "")
+        own = frame.f_code.co_name in ("__post_init__", "require") or room in NO_READERS
+        if not own and name in names:
+            reads.add(prefix + name)
+        return object.__getattribute__(self, name)
+
+    names = {field.name for field in dataclasses.fields(cfg)}
+    values = {name: getattr(cfg, name) for name in names}
+    inner = {
+        name: traced(value, reads, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else value
+        for name, value in values.items()
+    }
+    copy = type(cfg)(**inner)
+    object.__setattr__(copy, "__class__", type(type(cfg).__name__, (type(cfg),), {"__getattribute__": read}))
+    return copy
+
+
+NO_READERS = ("dataclasses", "digit.runtime.settings", "digit.runs.checks", "copy")
+# read by asdict, on this device or in several processes alone, or without effect on a run of this size
+READ_ELSEWHERE = {"kmeans.init", "kmeans.tolerance", "kmeans.device", "kmeans.precision"}
+OF_THE_DEVICE = ("deterministic", "parallel", "max_skipped", "keep_best")
+VARIANTS = {
+    "next token": {},
+    "masked renderer": dict(renderer_kind="masked"),
+    "muon": dict(renderer_training__optimizer="muon", prior_training__warmup_steps=2),
+    "no discriminator": dict(vqgan_training__adversarial_weight=0.0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_setting_that_no_run_reads_is_refused(variant, tmp_path, monkeypatch):
+    """Runs everything with a recipe that records its readers: an unread setting must be one of the refused ones."""
+    recipe, reads = change(tiny_recipe(), preprocess__encoder_size=40, **VARIANTS[variant]), set()
+    monkeypatch.setattr(Recipe, "with_seed", lambda self: self)
+    fit(Run(traced(recipe, reads), SHAPES, tmp_path / "run", chosen=()))
+    unread = {name for name in flat(recipe) if name not in reads and not name.startswith("sampling.")}
+    unread = {name for name in unread - READ_ELSEWHERE if not name.endswith(OF_THE_DEVICE)}
+    assert len(reads) > 60, sorted(reads)
+    assert unread <= unused(recipe) | {"prior_training.seed", "renderer_training.seed"}, sorted(unread - unused(recipe))
+
+
+@pytest.mark.parametrize("kind", ["ar", "masked"])
+def test_every_sampling_setting_reaches_its_sampler_or_is_refused(kind):
+    from digit.runs.roles import get_role
+    from digit.sampling.kinds import get_kind
+
+    recipe = change(tiny_recipe(), renderer_kind=kind)
+    refused = unused(recipe)
+    for stage, model in zip(("prior", "renderer"), recipe.model_names, strict=True):
+        taken = get_kind(get_role(model).kind).settings
+        names = {field.name for field in dataclasses.fields(recipe.sampling.prior)}
+        assert {name for name in names if f"sampling.{stage}.{name}" in refused} == names - set(taken)
+
+
+ONE_STEP = dict(renderer_kind="masked", sampling__renderer__num_steps=1)
+KMEANS_PATHS = dict(preprocess__path="released_kmeans", codebook_path="released_kmeans")
+UNUSED = [
+    ("demo", {}, "vqgan.resolution", 128),
+    ("demo", {}, "vqgan.vocab_size", 512),
+    ("demo", {}, "vqgan_training.learning_rate", 1e-4),
+    ("demo", {}, "prior_training.muon_learning_rate", 0.1),
+    ("demo", {}, "sampling.prior.num_steps", 4),
+    ("demo", {}, "sampling.renderer.choice_temperature", 1.0),
+    ("demo", {}, "kmeans.seed", 3),
+    ("demo", {}, "renderer_training.seed", 3),
+    ("demo", {}, "prior.prefix_dropout", 0.1),
+    ("demo", {}, "renderer.label_dropout", 0.1),
+    ("demo", {}, "encoder.position_interpolation", "hub"),
+    ("demo", {}, "prior_training.keep_best", False),
+    ("small", {}, "vqgan_training.perceptual_stages", 2),
+    ("small", {}, "vqgan_training.keep_best", False),
+    ("small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.adversarial_start", 3),
+    ("small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.discriminator_channels", 3),
+    ("small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_weight", 2.0),
+    ("small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_crop", 8),
+    ("small", dict(vqgan_training__restart_below=0.0), "vqgan_training.restart_every", 8),
+    ("small", dict(sampling__prior__temperature=0.0), "sampling.prior.top_p", 0.5),
+    ("small", ONE_STEP, "sampling.renderer.choice_temperature", 1.0),
+    ("small", dict(prior_training__warmup_steps=0), "prior_training.warmup_from", 1e-5),
+    ("digit_base", {}, "prior.label_dropout", 0.1),
+    ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "setting", "value"), UNUSED, ids=[f"{c[0]}:{c[2]}" for c in UNUSED])
+def test_a_setting_that_a_run_would_ignore_is_refused(name, changes, setting, value):
+    recipe = change(get_recipe(name), **changes)
+    refuse_unused(recipe, chosen_settings(recipe), unused_settings(recipe))
+    recipe = changed_at(recipe, setting.split("."), value)
+    with pytest.raises(DigitError, match=rf"{setting} is .*, which this run would not use: "):
+        refuse_unused(recipe, chosen_settings(recipe), unused_settings(recipe))
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("vqgan", "vqgan.channels"),
+        ("vqgan", "vqgan_start"),
+        ("vqgan", "vqgan_training.num_steps"),
+        ("codebook", "kmeans.num_clusters"),
+        ("codebook", "codebook_subset"),
+        ("codebook", "codebook_path"),
+        ("tokens", "crops_per_image"),
+    ],
+)
+def test_a_setting_of_a_reused_part_is_refused_unless_the_part_was_made_with_it(part, setting):
+    recipe = tiny_recipe()
+    with pytest.raises(
+        DigitError, match=rf"{setting} is .*: leave it out, or make a new {part} without --reuse_{part}"
+    ):
+        check(recipe, [setting], reuse={part: {}})
+    check(recipe, [setting], reuse={part: flat(recipe)})
+
+
+def test_settings_that_the_run_does_use_are_accepted():
+    masked = change(get_recipe("small"), renderer_kind="masked", sampling__renderer__num_steps=4, seed=7)
+    check(masked, chosen_settings(masked))
+    scratch = change(
+        get_recipe("demo"), vqgan_start="scratch", vqgan=VQGANConfig(resolution=64), vqgan_training=GANConfig()
+    )
+    check(scratch, ["vqgan.resolution", "vqgan_training.learning_rate"])
+    check(
+        change(get_recipe("demo"), renderer_training__muon_learning_rate=0.1), ["renderer_training.muon_learning_rate"]
+    )
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_registered_recipe_is_accepted(name):
+    recipe = get_recipe(name).with_seed()
+    check(recipe, chosen_settings(recipe), num_images=1_000_000, num_classes=10 if recipe.class_conditional else 0)
+
+
+# -------------------------------------------------------------------- what cannot work
+
+
+@pytest.mark.parametrize(
+    ("changes", "request_", "text"),
+    [
+        ({}, dict(num_images=30), "30 images give 480 patches .16 each., fewer than the 1024 codes of the codebook"),
+        ({}, dict(num_images=63), "give more images, or kmeans.num_clusters 126 or less"),
+        ({}, dict(num_images=1), "the data holds 1 image: training needs at least 2"),
+        ({}, dict(resolution=256), "crops are 64 px, the VQGAN takes 256: set preprocess.image_size to 256"),
+        ({}, dict(num_processes=3), "prior_training.batch_size 32 does not split into 3 equal micro-batches"),
+        (dict(kmeans__num_clusters=70_000), {}, "kmeans: codes 70000: the token store holds at most 65536"),
+        (dict(preprocess__random_crop=False, preprocess__flip=False), {}, "crops_per_image is 8, but all crops"),
+        (dict(prior_training__num_steps=0), {}, "prior_training.num_steps is 0: an untrained prior makes noise"),
+        (dict(renderer_training__precision="fp16"), {}, "renderer_training.precision is fp16, which needs a GPU"),
+        (dict(sampling__prior__cfg_scale=2.0), {}, "cfg_scale is 2.0, but guidance needs prior.label_dropout"),
+        (dict(sampling__renderer__cfg_scale=2.0), {}, "guidance needs renderer.prefix_dropout above 0"),
+        (dict(prior__label_dropout=0.1), dict(num_classes=0), "label_dropout is 0.1, but the model has no label"),
+        (dict(encoder__name="dino_vits16", encoder__input_size=65), {}, "input_size 65 is no multiple of patch 16"),
+        (dict(encoder__layer=99), {}, "has no layer 99"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(changes, request_, text):
+    recipe = change(get_recipe("small"), **changes)
+    with pytest.raises(DigitError, match=text):
+        check(recipe, **request_)
+
+
+def test_guidance_of_a_model_that_is_trained_for_it():
+    check(change(get_recipe("small"), sampling__prior__cfg_scale=2.0, prior__label_dropout=0.1))
+    check(change(get_recipe("small"), sampling__renderer__cfg_scale=2.0, renderer__prefix_dropout=0.1))
+
+
+def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_said_where_not(caplog):
+    recipe = change(get_recipe("demo"), prior_training__num_steps=100)
+    check(recipe)
+    assert "prior_training.warmup_steps is 120, longer than the training of 100 steps" in caplog.text
+    with pytest.raises(DigitError, match="never reach its peak"):
+        check(recipe, ["prior_training.warmup_steps"])
+
+
+@pytest.mark.parametrize(
+    ("changed_settings", "kept"),
+    [
+        (["recipe.prior.depth"], ["codebook", "vqgan", "tokens"]),
+        (["recipe.renderer_training.num_steps", "recipe.class_conditional"], ["codebook", "vqgan", "tokens"]),
+        (["recipe.crops_per_image"], ["codebook", "vqgan"]),
+        (["recipe.kmeans.num_clusters"], ["vqgan"]),
+        (["recipe.vqgan_training.num_steps"], ["codebook"]),
+        (["recipe.seed"], []),
+        (["recipe.preprocess.flip"], []),
+        (["recipe.prior.depth", "data.fingerprint"], []),
+    ],
+)
+def test_the_parts_that_a_changed_setting_leaves(changed_settings, kept):
+    assert unchanged_parts(changed_settings) == kept
+
+
+# -------------------------------------------------------------------- on the command line
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    path = tmp_path_factory.mktemp("settings") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(tiny_recipe())))))
+    return str(path)
+
+
+def fails(capsys, *argv: str) -> str:
+    """Run, expect exit code 2 and one line on stderr; returns it."""
+    assert main(list(argv)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ["--vqgan.resolution", "128"],
+            "--vqgan.resolution is 128, which this run would not use: vqgan64_shapes has sizes",
+        ),
+        (["--vqgan.resolution=256"], "--vqgan.resolution is 256, which this run would not use"),  # the default, typed
+        (["--sampling.renderer.num_steps", "4"], "the renderer is sampled token by token: for a masked renderer set"),
+        (["--prior_training.learning_rate", "nan"], "--prior_training.learning_rate is"),
+        (["--kmeans.num_clusters", "100000"], "kmeans: codes 100000"),
+        (["--preprocess.encoder_size", "96"], "--preprocess.encoder_size is 96, which this run would not use"),
+        (["--encoder.name", "efficientnet_lite"], "did you mean efficientnet_lite2"),
+        (["--reuse_vqgan", "runs/nothing"], "runs/nothing does not exist"),
+    ],
+)
+def test_fit_and_plan_refuse_the_same(capsys, tmp_path, words, text):
+    assert text in fails(capsys, "fit", SHAPES, "--recipe", "demo", "--out", str(tmp_path / "run"), *words)
+    assert not (tmp_path / "run").exists()
+    if "--reuse_vqgan" not in words:
+        assert text in fails(capsys, "plan", "demo", "--gpus", "1", *words)
+
+
+def test_tokens_need_the_parts_that_they_were_made_with(capsys, settings, run, tmp_path):
+    words = [
+        "fit",
+        SHAPES,
+        "--config",
+        settings,
+        "--out",
+        str(tmp_path / "run"),
+        "--reuse_tokens",
+        str(run.out / "tokens"),
+    ]
+    assert f"add --reuse_codebook {run.out / 'codebook'}" in fails(capsys, *words)
+
+
+def test_another_setting_names_the_command_that_keeps_the_other_parts_and_it_works(capsys, settings, tmp_path):
+    first = ["tokenize", SHAPES, "--config", settings, "--out", str(tmp_path / "run")]
+    assert main(first) == 0
+    line = fails(capsys, *first, "--prior.depth", "2", "--renderer.depth=2")
+    assert "recipe.prior.depth = 1, now asked for 2" in line and "from its codebook, vqgan, tokens" in line
+    words = line.partition(": digit ")[2].split()
+    assert words[words.index("--out") + 1] == f"{tmp_path / 'run'}-2"
+    assert main(["train", "prior", *words[1:]]) == 0
+    new = tmp_path / "run-2"
+    assert json.loads((new / "prior" / "model.json").read_text())["depth"] == 2
+    assert not any((new / part).exists() for part in ("codebook", "vqgan", "tokens"))  # those of the first run
+
+
+def test_a_part_that_the_setting_decides_is_made_again(capsys, settings, tmp_path):
+    first = ["codebook", SHAPES, "--config", settings, "--out", str(tmp_path / "run")]
+    assert main(first) == 0
+    line = fails(capsys, *first, "--kmeans.num_clusters", "11")
+    assert "--reuse_codebook" not in line and f"--out {tmp_path / 'run'}-2" in line
+    assert math.prod(tiny_recipe().vqgan.grid) == 16
