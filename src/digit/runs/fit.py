@@ -40,6 +40,7 @@ from digit.runtime import distributed
 from digit.runtime.files import plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
+from digit.runtime.progress import Stages
 from digit.runtime.request import require_same_request
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
@@ -167,7 +168,7 @@ class Run:
         """Folder of a stage: another run's where it is reused."""
         return self.reuse.get(stage, self.out / stage)
 
-    def _is_done(self, stage: str) -> bool:
+    def is_done(self, stage: str) -> bool:
         """Whether the stage's result is there; rank 0 looks, since a shared file system may show a file late."""
         result = self._folder(stage) / RESULTS.get(stage, "model.json")
         return distributed.on_main(result.exists)
@@ -176,7 +177,7 @@ class Run:
         """Stage codebook: fit the quantizer, or read it where it is done."""
         if "codebook" not in self._parts:
             folder = self._folder("codebook")
-            if not self._is_done("codebook"):
+            if not self.is_done("codebook"):
                 codebook = fit_codebook(
                     self.source,
                     replace(self.recipe.preprocess, path=self.recipe.codebook_path),
@@ -196,7 +197,7 @@ class Run:
         """Stage vqgan: train the VQGAN, or read it where it is done."""
         if "vqgan" not in self._parts:
             folder = self._folder("vqgan")
-            if not self._is_done("vqgan"):
+            if not self.is_done("vqgan"):
                 self._train_vqgan(folder)
             self._parts["vqgan"] = VQTokenizer.load(folder).to(self.device)
         return self._parts["vqgan"]
@@ -262,7 +263,7 @@ class Run:
         """Stage of one of ROLES: train the model, or read it where it is done."""
         folder = self.out / name
         tokens = {"tokenizer": self.tokenizer().fingerprint, "vqgan": self.train_vqgan().fingerprint}
-        if not self._is_done(name):
+        if not self.is_done(name):
             torch.manual_seed(self.recipe.seed)
             cfg = self.sequence_config(name)
             model = get_kind(cfg.kind).model(cfg).to(self.device)
@@ -399,10 +400,12 @@ class ModelBatches:
         return self.read.rows(step)
 
 
-def fit(run: Run) -> DigitPipeline:
-    """Run every stage that is not done and write OUT/pipeline; returns the pipeline."""
-    for _, make in run.stages():
-        make()
+def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:
+    """Run every stage that is not done and write OUT/pipeline; returns the pipeline. `stages` names them in progress."""
+    stages = stages or Stages([name for name, _ in run.stages()])
+    for name, make in run.stages():
+        with stages.enter(name):
+            make()
     pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
