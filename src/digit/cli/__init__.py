@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
@@ -20,7 +21,7 @@ from digit.runtime.hardware import keep_freed_memory
 from digit.runtime.lock import set_command
 from digit.runtime.output import Output, kept_open
 from digit.runtime.progress import give_back_terminal, quiet
-from digit.runtime.signals import received, stoppable
+from digit.runtime.signals import leave, received, stoppable
 
 # sections of `digit --help`; each module registers its commands
 SECTIONS = {
@@ -52,6 +53,14 @@ def usage() -> str:
     )
 
 
+def program() -> NoReturn:
+    """The program `digit`: runs one command and ends the process."""
+    code = main()
+    if code > 128:
+        leave(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code.
 
@@ -75,7 +84,8 @@ def printed(out: Output) -> int:
     out.flush()
     if out.error is None or isinstance(out.error, BrokenPipeError):  # `digit ... | head` has read enough
         return 0
-    return fail(f"the command is done, but its output could not be written to standard output: {out.error}", 2)
+    reason = getattr(out.error, "strerror", None) or out.error
+    return fail(f"the command is done, but what it printed was lost ({reason}): run it again with another > FILE", 2)
 
 
 def answer(argv: list[str]) -> int:
@@ -209,4 +219,4 @@ def report_to_launcher(text: str) -> None:
             Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 
-__all__ = ["COMMANDS", "main", "parse_labels"]
+__all__ = ["COMMANDS", "main", "parse_labels", "program"]

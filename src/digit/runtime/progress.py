@@ -132,8 +132,8 @@ class Progress:
         return f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
 
     def _eta(self) -> str:
-        """'ETA 1:33'; nothing where there is no end, or where it is reached."""
-        if self.total is None or self.done >= self.total:
+        """'ETA 1:33'; nothing where there is no end."""
+        if self.total is None:
             return ""
         left = self.left()
         return "ETA -:--" if left is None else f"ETA {format_duration(left)}"

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from digit.errors import Stopped
 
@@ -172,13 +172,18 @@ def latest_end(came_at: float) -> float:
     return came_at + END_SECONDS
 
 
-def exit_at_once(number: int, give_up: Callable[[], None]) -> None:
-    """End this process and those that it started, without waiting for any thread."""
+def exit_at_once(number: int, give_up: Callable[[], None]) -> NoReturn:
+    """Say so, and end this process."""
     telling = threading.Thread(target=give_up, daemon=True)
     telling.start()
     telling.join(1.0)  # a terminal may hang too
+    leave(128 + number)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process and those that it started at once: Python itself would wait for threads, which may hang."""
     if (processes := sys.modules.get("multiprocessing")) is not None:
         with suppress(Exception):
             for child in processes.active_children():
                 child.kill()
-    os._exit(128 + number)
+    os._exit(code)
