@@ -29,15 +29,18 @@ def photos(tmp_path_factory) -> Path:
 def run(command: str, folder: Path, **environment: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command of bash; `digit` is this package's."""
     known = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "PYTHONIOENCODING")}
-    script = f"digit() {{ {DIGIT} \"$@\"; }}; set -o pipefail; {command}"
-    done = subprocess.run(["bash", "-c", script], cwd=folder, env=known | {"PYTHONPATH": SOURCE} | environment, capture_output=True)
+    script = f'digit() {{ {DIGIT} "$@"; }}; set -o pipefail; {command}'
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=known | {"PYTHONPATH": SOURCE} | environment, capture_output=True
+    )
     told, errors = done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
     assert "Traceback" not in errors and "Exception ignored" not in errors, errors
     return done.returncode, told, errors
 
 
 @pytest.mark.parametrize(
-    "encoding", [ASCII, *({"PYTHONIOENCODING": name} for name in ("latin-1", "ascii", "cp437", "cp1252:strict", "ascii:ignore"))]
+    "encoding",
+    [ASCII, *({"PYTHONIOENCODING": name} for name in ("latin-1", "ascii", "cp437", "cp1252:strict", "ascii:ignore"))],
 )
 def test_inspect_in_any_encoding(photos, tmp_path, encoding):
     code, told, errors = run(f"digit inspect {photos} --sheet sheet.png", tmp_path, **encoding)

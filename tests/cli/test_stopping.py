@@ -34,8 +34,8 @@ def cfg(tmp_path_factory) -> Path:
 def start(*words: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "digit", *words],
-        env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"} | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -69,7 +69,9 @@ def told(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, out + errors
 
 
-@pytest.mark.parametrize("rank, number", [(0, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGHUP)])
+@pytest.mark.parametrize(
+    "rank, number", [(0, signal.SIGTERM), (0, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGHUP)]
+)
 def test_waiting_for_a_process_that_never_comes(tmp_path, rank, number):
     (process,) = ranks("tokenize", SHAPES, "--out", str(tmp_path), present=(rank,))
     until(importing(process, "libtorch_cpu"), process)
@@ -103,7 +105,8 @@ def test_what_is_sampled_is_kept_and_the_printed_command_continues(run, tmp_path
     process.send_signal(number)
     code, text = told(process)
     assert code == REQUESTS[number]
-    assert (match := re.fullmatch(r"\d+ of 40 images are sampled; to continue:\n  (digit sample .*)\n", text))
+    match = re.fullmatch(r"\d+ of 40 images are sampled; to continue:\n  (digit sample .*)\n", text)
+    assert match is not None
     again = start(*shlex.split(match[1])[1:])
     assert told(again)[0] == 0 and (tmp_path / "out" / "samples.json").exists()
 

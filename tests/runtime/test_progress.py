@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+from itertools import pairwise
 
 import pytest
 
@@ -54,9 +55,9 @@ def test_bar_count_and_eta_stay_at_any_width(bar, stages, width):
 def test_the_least_important_leave_first(bar, stages):
     shown = [set(bar.parts(width)) for width in range(200, 30, -1)]
     assert shown[0] == {"title", "description", "bar", "count", "eta", "whole", "elapsed", *METRICS}
-    for wide, narrow in zip(shown, shown[1:]):
+    for wide, narrow in pairwise(shown):
         assert narrow <= wide
-    leaving = [name for wide, narrow in zip(shown, shown[1:]) for name in wide - narrow]
+    leaving = [name for wide, narrow in pairwise(shown) for name in wide - narrow]
     assert leaving[:3] == ["data_wait", "mfu", "images_per_second"] and leaving[-3:] == ["loss", "whole", "title"]
 
 
@@ -114,7 +115,9 @@ def on_terminal(width: int, **environment: str) -> str:
     return told.decode()
 
 
-@pytest.mark.parametrize("width, environment, columns", [(40, {}, 40), (200, {}, 200), (0, {}, 80), (200, {"COLUMNS": "50"}, 50)])
+@pytest.mark.parametrize(
+    "width, environment, columns", [(40, {}, 40), (200, {}, 200), (0, {}, 80), (200, {"COLUMNS": "50"}, 50)]
+)
 def test_a_terminal_of_any_width(width, environment, columns):
     frames = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_terminal(width, **environment)))
     frames = [frame for frame in frames if frame]

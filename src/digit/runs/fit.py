@@ -401,7 +401,7 @@ class ModelBatches:
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:
-    """Run every stage that is not done and write OUT/pipeline; returns the pipeline. `stages` names them in progress."""
+    """Run every stage that is not done and write OUT/pipeline; returns the pipeline. `stages` is for progress."""
     stages = stages or Stages([name for name, _ in run.stages()])
     for name, make in run.stages():
         with stages.enter(name):

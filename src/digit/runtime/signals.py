@@ -103,7 +103,7 @@ def saving() -> Iterator[None]:
 
 @contextmanager
 def stoppable(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """A context in which the first signal raises Stopped, or KeyboardInterrupt for SIGINT; StopSignals handles it itself.
+    """A context in which the first signal raises Stopped, or KeyboardInterrupt for SIGINT, except inside a StopSignals.
 
     Where the main thread does not end, or does not save, in time, the process ends with code 128 + the signal's number;
     `give_up` is called before, in another thread, to say so.
