@@ -152,7 +152,7 @@ class Progress:
     # ---------------------------------------------------------------- a terminal
 
     def parts(self, width: int) -> dict[str, str]:
-        """What fits into `width` columns of title, description, bar, count, eta, whole, elapsed and metrics, in this order.
+        """What fits into `width` columns: title, description, bar, count, eta, whole, elapsed, metrics, in this order.
 
         Count, ETA and bar always stay. The others leave in this order: the last metric first, the time elapsed, the
         time of all stages, the stage; at last the description is cut.
