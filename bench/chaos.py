@@ -7,7 +7,7 @@
 Each run is killed with SIGKILL several times, at a random moment, at a random moment of its work, or as soon as it
 writes a temporary file, and then the same command resumes it. Its files must equal those of an uninterrupted run byte
 by byte: weights, last checkpoint, log and TensorBoard curves, tokens, codebook, images. Other runs get SIGTERM: they
-must exit with 0 and print the command that resumes them, which is then run as printed. All randomness comes from
+must exit with 143 and print the command that resumes them, which is then run as printed. All randomness comes from
 --seed, except what depends on the machine's timing.
 """
 
@@ -33,6 +33,7 @@ from tiny_runs import SHORT, Reference, Sizes, Started, Starter, Work
 LOOK_EVERY = 0.0005  # seconds between two checks of a folder
 ORPHAN_SECONDS = 5.0  # child processes of a killed process must have ended by then
 STUCK_SECONDS = 300.0
+STOPPED = 128 + signal.SIGTERM
 SHARE = 0.45  # signals arrive within this part of the uninterrupted run's length, so that work is left for the next
 MOMENTS = ("work", "write", "any")  # when signals arrive, in turn
 COMMAND = re.compile(r"digit (?:train|tokenize|codebook|sample) .*")
@@ -194,16 +195,16 @@ def orphans(process: Started) -> list[str]:
 
 def continuing(process: Started, words: Sequence[str], run: Run) -> list[str]:
     """The command that a stopped process printed, without `digit`; records a fault if it printed none or failed."""
-    if code := process.wait():
+    if (code := process.wait()) not in (0, STOPPED):
         run.faults.append(f"exit code {code} after SIGTERM: {(process.stderr or process.stdout)[-300:]}")
         return list(words)
     output = process.stdout + process.stderr
     commands = [match[0] for line in output.splitlines() if (match := COMMAND.fullmatch(line.strip()))]
-    if len(commands) == 1:
+    if code == STOPPED and len(commands) == 1:
         return shlex.split(commands[0])[1:]
-    if commands or "stopped" in output:
-        run.faults.append(f"{len(commands)} lines are a command: {output[-300:]}")
-    return list(words)  # the signal came after the last step: the process ended normally
+    if code == STOPPED or commands:
+        run.faults.append(f"exit code {code}, {len(commands)} lines are a command: {output[-300:]}")
+    return list(words)  # with 0 the signal came after the last step: the process ended normally
 
 
 # -------------------------------------------------------------------- results

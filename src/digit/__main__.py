@@ -1,7 +1,5 @@
 """`python -m digit` is `digit`."""
 
-import sys
+from digit.cli import program
 
-from digit.cli import main
-
-sys.exit(main())
+program()

@@ -11,10 +11,12 @@ class DigitError(Exception):
     """
 
     def __str__(self) -> str:
-        text = _without_middle(super().__str__())
-        if text.isprintable():
-            return text
-        return _without_middle("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        return _without_middle(printable(_without_middle(super().__str__())))
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with its control characters escaped, except those in `keep`: none of them reaches a terminal."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
 def _without_middle(text: str) -> str:
@@ -31,7 +33,7 @@ class MismatchError(DigitError):
 
 
 class Stopped(BaseException):
-    """A signal asked the work to stop and everything is saved: this is no error. The CLI exits with 0.
+    """A signal asked the work to stop and everything is saved: this is no error. The CLI exits with 128 + its number.
 
     Like KeyboardInterrupt it is no Exception: code that catches whatever a damaged file may raise lets it through.
 

@@ -6,6 +6,7 @@ import sys
 from digit.benchmark.bench import BenchConfig, add_arguments, run_bench
 from digit.errors import DigitError
 from digit.runtime.hardware import keep_freed_memory
+from digit.runtime.output import kept_open
 
 
 def say(text: str) -> None:
@@ -18,11 +19,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m digit.benchmark", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
     keep_freed_memory()
-    try:
-        run_bench(BenchConfig(**vars(parser.parse_args())), say)
-    except DigitError as error:
-        sys.stderr.write(f"digit: {error}\n")
-        return 2
+    with kept_open():
+        try:
+            run_bench(BenchConfig(**vars(parser.parse_args())), say)
+        except DigitError as error:
+            sys.stderr.write(f"digit: {error}\n")
+            return 2
     return 0
 
 

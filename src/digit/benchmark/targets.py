@@ -9,6 +9,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.runtime.files import read_json
+from digit.runtime.output import kept_open
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ def main() -> int:
     parser.add_argument("--prefix", required=True, help="prefix of their names")
     parser.add_argument("--missed", action="store_true", help="print the runs that missed a target, for profiling")
     args = parser.parse_args()
+    with kept_open():
+        return show(args)
+
+
+def show(args: argparse.Namespace) -> int:
+    """Prints what was asked for. Returns the exit code."""
     try:
         lines = list(summary(read_runs(args.folder, args.prefix)))
     except DigitError as error:

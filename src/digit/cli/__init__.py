@@ -3,22 +3,25 @@
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
-from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
+from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say, say_here
 from digit.cli.mistakes import closest, with_suggestion, with_typed_option, with_typed_output
-from digit.errors import DigitError, Stopped
+from digit.errors import DigitError, Stopped, printable
 from digit.runtime import distributed
 from digit.runtime.hardware import keep_freed_memory
 from digit.runtime.lock import set_command
-from digit.runtime.progress import quiet
-from digit.runtime.signals import stoppable
+from digit.runtime.output import Output, kept_open
+from digit.runtime.progress import give_back_terminal, quiet
+from digit.runtime.signals import leave, received, stoppable
 
 # sections of `digit --help`; each module registers its commands
 SECTIONS = {
@@ -50,14 +53,43 @@ def usage() -> str:
     )
 
 
+def program() -> NoReturn:
+    """The program `digit`: runs one command and ends the process."""
+    code = main()
+    if code > 128:
+        leave(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code.
 
-    0: done, or stopped on request and saved. 2: a user's mistake. 130: interrupted before anything could be saved. Of
-    several processes (torchrun, srun) one prints.
+    0: done. 2: a user's mistake, or a result that could not be printed. 128 + the signal's number (130 for Ctrl-C, 143
+    for SIGTERM): stopped on request; what was saved is intact, and the same command continues. Of several processes
+    (torchrun, srun) one prints.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = argv[argv[:1] == ["--"] :]  # torchrun reads no options after it
+    with kept_open() as out:
+        try:
+            code = answer(argv)
+        except SystemExit:  # after a help page
+            if (code := printed(out)) == 0:
+                raise
+        return code or printed(out)
+
+
+def printed(out: Output) -> int:
+    """0 where all that the command printed was written; says why not, and returns 2, where it was lost."""
+    out.flush()
+    if out.error is None or isinstance(out.error, BrokenPipeError):  # `digit ... | head` has read enough
+        return 0
+    reason = getattr(out.error, "strerror", None) or out.error
+    return fail(f"the command is done, but what it printed was lost ({reason}): run it again with another > FILE", 2)
+
+
+def answer(argv: list[str]) -> int:
+    """Print the page that was asked for, or run one command in a process that can be stopped; the exit code."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         say(usage())
         return 0
@@ -66,19 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     keep_freed_memory()
     set_command(same_command(argv))
+    with stoppable(lambda: tell_abandoned(argv)):
+        return run_to_the_end(argv)
+
+
+def run_to_the_end(argv: list[str]) -> int:
+    """Run one command, and say why it did not end as it should; the exit code."""
     try:
-        with stoppable():
-            run_command(argv[0], argv[1:])
+        run_command(argv[0], argv[1:])
     except Stopped as stopped:
-        say(f"{stopped}; to continue:\n  {same_command(argv)}")
-        distributed.stop(together=stopped.together)
+        return tell_stopped(stopped, argv)
     except DigitError as error:
         said = with_typed_output(with_typed_option(with_suggestion(str(error)), argv), argv)
         return fail(said + other_folder(error, argv), 2)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         return fail(str(error), 2)
     except KeyboardInterrupt:
         return fail("interrupted; run the same command again to continue", 130)
@@ -87,8 +120,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             if distributed.first_to_speak():
                 raise
             return 1
+        if (number := received()) is not None:  # the other process was asked to stop as well
+            return 128 + number
         return fail(f"{lost}: what was saved is intact, run the same command again to continue", 2)
     return 0
+
+
+def tell_stopped(stopped: Stopped, argv: list[str]) -> int:
+    """Say how far the work is and how to continue it, and leave the other processes; the exit code."""
+    say(f"{printable(str(stopped))}; to continue:\n  {same_command(argv)}")
+    report_to_launcher(str(stopped))
+    numbers = [received()]
+    with suppress(RuntimeError):  # another process is gone already
+        if stopped.together:  # one signal may have stopped all
+            numbers += distributed.gather(received())
+        distributed.stop(together=stopped.together)
+    return 128 + next((number for number in numbers if number), signal.SIGTERM)
+
+
+def tell_abandoned(argv: list[str]) -> None:
+    """Say that the process ends although its main thread hangs; asks no other process."""
+    give_back_terminal()
+    if distributed.environment().get("LOCAL_RANK", "0") == "0":
+        say_here(f"stopped while waiting: what was saved is intact; to continue:\n  {same_command(argv)}")
+        report_to_launcher("stopped while waiting")
 
 
 def run_command(name: str, argv: list[str]) -> None:
@@ -174,4 +229,4 @@ def report_to_launcher(text: str) -> None:
             Path(path).write_text(json.dumps(about), encoding="utf-8")
 
 
-__all__ = ["COMMANDS", "main", "parse_labels"]
+__all__ = ["COMMANDS", "main", "parse_labels", "program"]

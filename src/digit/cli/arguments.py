@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.mistakes import did_you_mean, explain, typed_name
-from digit.errors import DigitError
+from digit.errors import DigitError, printable
 from digit.runtime.distributed import launched_rank
 from digit.runtime.paths import is_path
 from digit.runtime.settings import flat
@@ -222,8 +222,13 @@ def refuse_nulls(parser: "ArgumentParser", args: Any) -> None:
 def say(text: str) -> None:
     """Print a result, in the first process only."""
     if launched_rank() == 0:
-        sys.stdout.write(text.rstrip("\n") + "\n")
-        sys.stdout.flush()
+        say_here(text)
+
+
+def say_here(text: str) -> None:
+    """Print in this process. Control characters, as a name of a class may hold them, are escaped."""
+    sys.stdout.write(printable(text.rstrip("\n"), keep="\n") + "\n")
+    sys.stdout.flush()
 
 
 def add_config(parser: "ArgumentParser", cfg: type) -> None:

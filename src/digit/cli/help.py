@@ -15,6 +15,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser
 
 MAX_OPTIONS = 20
+MIN_WIDTH = 20  # columns of a page, however narrow the terminal is
 _RUN = {
     "data": "data --split --limit --labels_from --preprocess.image_size",
     "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters --renderer_kind "
@@ -183,7 +184,8 @@ class CommandParser(ArgumentParser):
     def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """The page that was asked for."""
         page: Any = self._get_formatter() if formatter is None else formatter
-        page._max_help_position, page.required = 36, self.required
+        page._width, page.required = max(page._width, MIN_WIDTH), self.required
+        page._max_help_position = 36 if page._width >= 70 else 12
         paragraphs = (self.description or "").split("\n\n")
         page.add_text("\n\n".join(textwrap.fill(paragraph, page._width) for paragraph in paragraphs))
         for heading, actions in self.all_groups() if self.show_all else self.first_screen():

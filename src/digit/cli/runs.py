@@ -108,11 +108,14 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     """
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), argv, base)
+    from digit.planning.remaining import stages_of
     from digit.runs.fit import fit
     from digit.runs.report import write_report
 
-    pipe = fit(run)
-    page = distributed.on_main(lambda: write_report(run, pipe))
+    stages = stages_of(run)
+    pipe = fit(run, stages)
+    with stages.enter("report"):
+        page = distributed.on_main(lambda: write_report(run, pipe))
     say(f"done: open {page}; more images: digit sample --from {run.out} --num 64 --out samples")
 
 

@@ -97,7 +97,7 @@ def require_file(path: Path) -> None:
         raise DigitError(f"{path} is a folder: give the weights file in it")
     if path.with_name(f"{path.name}.index").is_file():
         raise DigitError(f"{path} is a TensorFlow checkpoint: give the PyTorch or safetensors weights")
-    raise DigitError(f"no such weights file: {path}")
+    raise DigitError(f"no such weights file: {path}{nearest(path)}")
 
 
 def read_torch(path: str | Path) -> Any:

@@ -13,7 +13,7 @@ import torch
 from digit import __version__
 from digit.runtime.files import atomic_path, plain, read_json, write_json
 from digit.runtime.hardware import describe_machine
-from digit.runtime.progress import format_duration
+from digit.runtime.progress import Stages, format_duration
 
 DAY = 86_400.0  # seconds
 
@@ -86,11 +86,15 @@ def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
     """Run the remaining steps, then write the summary: OUT/NAME/results.json, table.md and plots."""
     results, made = {}, {}
+    done = [step.name for step in experiment.steps if kept_result(out, step) is not None]
+    seconds = {step.name: 0.0 if step.name in done else step.seconds for step in experiment.steps}
+    stages = Stages(list(seconds), seconds)
     for step in experiment.steps:
         kept = kept_result(out, step)
         if kept is None:
             started = time.monotonic()
-            result = plain(step.make())
+            with stages.enter(step.name):
+                result = plain(step.make())
             kept = {"result": result, "seconds": time.monotonic() - started, "estimated_seconds": step.seconds}
             kept |= {"version": step.version} | provenance()
             write_json(step_path(out, step), kept)

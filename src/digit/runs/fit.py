@@ -42,6 +42,7 @@ from digit.runtime.files import differences, plain, read_json, remove_leftovers,
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.paths import nearest
+from digit.runtime.progress import Stages
 from digit.runtime.request import require_same_request
 from digit.runtime.settings import flat
 from digit.sampling.kinds import get_kind
@@ -196,7 +197,7 @@ class Run:
         """Folder of a stage: another run's where it is reused."""
         return self.reuse.get(stage, self.out / stage)
 
-    def _is_done(self, stage: str) -> bool:
+    def is_done(self, stage: str) -> bool:
         """Whether the stage's result is there; rank 0 looks, since a shared file system may show a file late."""
         return distributed.on_main(lambda: is_done(self._folder(stage), stage))
 
@@ -204,7 +205,7 @@ class Run:
         """Stage codebook: fit the quantizer, or read it where it is done."""
         if "codebook" not in self._parts:
             folder = self._folder("codebook")
-            if not self._is_done("codebook"):
+            if not self.is_done("codebook"):
                 codebook = fit_codebook(
                     self.source,
                     replace(self.recipe.preprocess, path=self.recipe.codebook_path),
@@ -226,7 +227,7 @@ class Run:
         """Stage vqgan: train the VQGAN, or read it where it is done."""
         if "vqgan" not in self._parts:
             folder = self._folder("vqgan")
-            if not self._is_done("vqgan"):
+            if not self.is_done("vqgan"):
                 self._train_vqgan(folder)
             self._parts["vqgan"] = VQTokenizer.load(folder).to(self.device)
         return self._parts["vqgan"]
@@ -298,7 +299,7 @@ class Run:
         """Stage of one of ROLES: train the model, or read it where it is done."""
         folder = self.out / name
         tokens = {"tokenizer": self.tokenizer().fingerprint, "vqgan": self.train_vqgan().fingerprint}
-        if not self._is_done(name):
+        if not self.is_done(name):
             torch.manual_seed(self.recipe.seed)
             cfg = self.sequence_config(name)
             model = get_kind(cfg.kind).model(cfg).to(self.device)
@@ -435,10 +436,12 @@ class ModelBatches:
         return self.read.rows(step)
 
 
-def fit(run: Run) -> DigitPipeline:
-    """Run every stage that is not done and write OUT/pipeline; returns the pipeline."""
-    for _, make in run.stages():
-        make()
+def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:
+    """Run every stage that is not done and write OUT/pipeline; returns the pipeline. `stages` is for progress."""
+    stages = stages or Stages([name for name, _ in run.stages()])
+    for name, make in run.stages():
+        with stages.enter(name):
+            make()
     pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe

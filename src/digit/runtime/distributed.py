@@ -10,6 +10,7 @@ joint results. Messages use gloo with a 12 h timeout, because the other ranks wa
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -137,29 +138,36 @@ def stop(together: bool = False) -> None:
     together: wait for all ranks first, as at the end of a run, because a rank that leaves while others still send can
         make them abort. After an error do not wait: the other ranks may never get here.
     """
-    import torch.distributed as dist
+    if connected():
+        import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
         if together:
             barrier()
         dist.destroy_process_group()
         _state["control"] = None
 
 
+def connected() -> bool:
+    """Whether the ranks are connected. Imports nothing: a signal may have cut the import of torch short."""
+    return getattr(sys.modules.get("torch.distributed"), "is_initialized", lambda: False)()
+
+
 def world_size() -> int:
     """Number of ranks; 1 inside `alone`."""
+    if _state["alone"] or not connected():
+        return 1
     import torch.distributed as dist
 
-    if _state["alone"]:
-        return 1
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size()
 
 
 def rank() -> int:
     """This process's rank, 0 .. world_size - 1; 0 inside `alone`."""
+    if world_size() == 1:
+        return 0
     import torch.distributed as dist
 
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_rank()
 
 
 def is_main() -> bool:
@@ -195,18 +203,18 @@ def control() -> Any:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    import torch.distributed as dist
-
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.barrier(control())
 
 
 def gather(item: T) -> list[T]:
     """The items of all ranks, in rank order, on every rank."""
-    import torch.distributed as dist
-
     items = [item] * world_size()
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.all_gather_object(items, item, group=control())
     return items
 
@@ -271,10 +279,10 @@ def on_main(work: Callable[[], T]) -> T:
 
 def first_to_speak() -> bool:
     """Whether this rank is the first to report a failure; True where the ranks cannot agree on it."""
-    import torch.distributed as dist
-
     if world_size() == 1:
         return True
+    import torch.distributed as dist
+
     try:
         return dist.distributed_c10d._get_default_store().add("digit/failures", 1) == 1
     except RuntimeError:
@@ -283,11 +291,13 @@ def first_to_speak() -> bool:
 
 def lost_peer(error: BaseException) -> str | None:
     """An error message if a message failed because another rank is gone; None for any other error."""
+    if world_size() == 1:
+        return None
     import torch.distributed as dist
 
     connection_errors = (dist.DistNetworkError, dist.DistStoreError)
     lost = isinstance(error, connection_errors) or (isinstance(error, RuntimeError) and PEER_LOST.search(str(error)))
-    if world_size() == 1 or not lost:
+    if not lost:
         return None
     return f"rank {rank()} lost contact with another of the {world_size()} processes ({first_line(error)})"
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError, MismatchError, Stopped
 from digit.runtime import distributed
 from digit.runtime.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
 from digit.version import __version__
@@ -188,9 +188,9 @@ def _raise_disk_errors(path: Path) -> Iterator[None]:
 
 
 def _raise_interrupt(error: CheckpointException) -> None:
-    """Raise a KeyboardInterrupt that torch has caught: a second Ctrl-C ends the run."""
+    """Raise what a signal raised and torch has caught: a stop request, or the second Ctrl-C."""
     for cause in _causes(error):
-        if isinstance(cause, KeyboardInterrupt):
+        if isinstance(cause, (KeyboardInterrupt, Stopped)):
             raise cause from None
 
 

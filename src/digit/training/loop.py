@@ -14,7 +14,7 @@ import torch
 
 from digit.errors import MismatchError, Stopped
 from digit.runtime import distributed
-from digit.runtime.signals import StopSignals
+from digit.runtime.signals import StopSignals, saving
 from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
 from digit.training.faults import NotFiniteError, dump_crash
@@ -126,7 +126,8 @@ def train(
                 if last or due(state.step, cfg.log_every):
                     log.write(cfg.batch_size)
                 if regular_save or stopped:
-                    last_good = save(state, cfg, folder, log, validate if regular_save else None)
+                    with saving():
+                        last_good = save(state, cfg, folder, log, validate if regular_save else None)
                 if stopped:
                     break
             if distributed.any_rank(signals.asked):  # again: a signal during the last save stops the next stage too

@@ -25,7 +25,7 @@ from digit.models.products import linear
 from digit.runtime import distributed
 from digit.runtime.hardware import multiplies_bf16
 from digit.runtime.progress import Progress
-from digit.runtime.signals import StopSignals
+from digit.runtime.signals import StopSignals, saving
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, full_precision, nearest
 from digit.tokenizers.kmeans.points import UNUSABLE, Points, open_points
@@ -98,7 +98,8 @@ class KMeans:
                 self._close(points, state, bar)
             except Stopped:  # in the middle of a pass, which leaves the state as it was before
                 if unfinished and distributed.is_main():
-                    unfinished.save(state)
+                    with saving():
+                        unfinished.save(state)
                 raise Stopped(
                     f"k-means: {len(state.history)} of at most {cfg.num_iterations} iterations are done"
                 ) from None

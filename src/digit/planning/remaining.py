@@ -1,0 +1,40 @@
+"""How long the stages of `digit fit` that are not done will take, for its progress."""
+
+import torch
+
+from digit.planning.machines import this_machine
+from digit.planning.stages import Order, Planner
+from digit.runs.fit import Run
+from digit.runs.report import JUDGED_SAMPLES
+from digit.runtime import distributed
+from digit.runtime.progress import Stages
+
+REPORT = "report"  # the last stage: samples, pictures and metrics
+
+
+def stages_of(run: Run) -> Stages:
+    """The stages of a run and its report, with the plan's estimate of each; without any where there is no plan."""
+    names = [name for name, _ in run.stages()]
+    todo = [name for name in names if not run.is_done(name)]
+    seconds = distributed.on_main(lambda: planned_seconds(run, todo)) if todo else {}
+    return Stages([*names, REPORT], {name: seconds.get(name, 0.0) for name in (*names, REPORT)} if seconds else {})
+
+
+def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
+    """Seconds of some stages, by name, and of the report; {} if they cannot be planned."""
+    order = Order(images=len(run.source), samples=JUDGED_SAMPLES, num_classes=run.num_classes)
+    try:
+        with torch.random.fork_rng([]):  # the run's own random numbers stay as they are without a plan
+            planner = Planner(run.recipe, this_machine(run.device), order)
+            return {name: stage_seconds(planner, name) for name in names} | {REPORT: planner.sampling().seconds}
+    except Exception:  # an estimate that cannot be made must not end the run
+        return {}
+
+
+def stage_seconds(planner: Planner, name: str) -> float:
+    """Seconds of one stage; without its memory, which takes longer to estimate."""
+    if name == "codebook":
+        return planner.features().seconds + planner.quantizer().seconds
+    if name == "vqgan":
+        return planner.vqgan().seconds if planner.recipe.vqgan_training.num_steps else 0.0
+    return planner.tokens().seconds if name == "tokens" else planner.training_seconds(name)

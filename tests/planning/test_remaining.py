@@ -1,0 +1,32 @@
+"""The time that `digit fit` still needs, in its progress."""
+
+from dataclasses import replace
+
+import torch
+from tiny import SHAPES, tiny_recipe
+
+from digit.planning import remaining
+from digit.planning.remaining import REPORT, stages_of
+from digit.runs.fit import Run
+
+NAMES = ["codebook", "vqgan", "tokens", "prior", "renderer", REPORT]
+
+
+def test_every_stage_that_is_not_done_takes_time(tmp_path):
+    before = torch.get_rng_state()
+    stages = stages_of(Run(tiny_recipe(), SHAPES, tmp_path))
+    assert stages.names == list(stages.seconds) == NAMES and all(seconds > 0 for seconds in stages.seconds.values())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_stage_that_is_done_or_carried_takes_none(run, tmp_path):
+    assert stages_of(run).seconds == {}  # nothing is left to estimate
+    recipe = replace(tiny_recipe(), prior_training=replace(tiny_recipe().prior_training, num_steps=100))
+    again = Run(recipe, SHAPES, tmp_path, reuse={part: run.out / part for part in ("codebook", "vqgan", "tokens")})
+    seconds = stages_of(again).seconds
+    assert [name for name in NAMES if not seconds[name]] == ["codebook", "vqgan", "tokens"]
+
+
+def test_a_plan_that_fails_is_no_estimate(tmp_path, monkeypatch):
+    monkeypatch.setattr(remaining, "this_machine", lambda device: 1 / 0)
+    assert stages_of(Run(tiny_recipe(), SHAPES, tmp_path)).seconds == {}
