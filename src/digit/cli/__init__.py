@@ -12,11 +12,12 @@ from pathlib import Path
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say
-from digit.cli.mistakes import closest, with_suggestion, with_typed_option
+from digit.cli.mistakes import with_suggestion, with_typed_option
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
 from digit.runtime.hardware import keep_freed_memory
 from digit.runtime.lock import set_command
+from digit.runtime.names import closest
 from digit.runtime.progress import quiet
 from digit.runtime.signals import stoppable
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.runtime.files import as_path
 
 WEIGHT_TYPES = ("FLOAT", "DOUBLE", "FLOAT16", "INT32", "INT64")  # of TensorProto.DataType
 
@@ -32,10 +33,10 @@ def read_onnx(path: str | Path) -> tuple[dict[str, Tensor], list[Node]]:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DigitError(f"{path} is an ONNX file and the package onnx is not installed: pip install onnx") from error
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise DigitError(f"no such weights file: {path}")
     try:
-        graph = onnx.load_model_from_string(Path(path).read_bytes()).graph
+        graph = onnx.load_model_from_string(as_path(path).read_bytes()).graph
         if not graph.initializer:
             raise ValueError("no weights in it")
         names = {onnx.TensorProto.DataType.Value(name) for name in WEIGHT_TYPES}

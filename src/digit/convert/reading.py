@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.runtime.bounded_reader import BoundedReader
-from digit.runtime.files import Stacked
+from digit.runtime.files import Stacked, as_path
 
 MAX_LISTED = 8  # names in an error
 MAX_NAME = 100  # characters of a name in an error
@@ -36,7 +36,7 @@ def read_torch(path: str | Path) -> Any:
     Tensors are mapped from the file, except in the format of torch before 1.6. Raises DigitError if the file is
     missing, damaged, or would build any other class.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise DigitError(f"no such weights file: {path}")
     try:

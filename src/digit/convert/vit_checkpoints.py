@@ -18,7 +18,7 @@ from digit.convert.onnx_weights import Node, read_onnx
 from digit.convert.reading import check_state, check_tensors, package_file, read_torch, require_state, unfit
 from digit.errors import DigitError
 from digit.models.vit import ViT, ViTConfig
-from digit.runtime.files import load_tensors
+from digit.runtime.files import as_path, load_tensors
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ FORMATS = {
 
 def read_encoder_file(path: str | Path) -> Any:
     """Opens a released encoder's file (.pth, .pth.tar, .safetensors); tensors are memory-mapped."""
-    return load_tensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
+    return load_tensors(path) if as_path(path).suffix == ".safetensors" else read_torch(path)
 
 
 def read_vit(path: str | Path, family: str, cfg: ViTConfig, loaded: Any = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from digit.errors import BadImageError
+from digit.runtime.files import as_path
 
 MAX_PIXELS = 178_956_970 // 2  # 256 MiB of RGB, Pillow's own warning limit
 # Formats to open. Others (EPS, PDF, WMF ...) start external programs or hold no photographs.
@@ -49,6 +50,11 @@ def decode_image(data: bytes | str | Path, *, name: str | None = None, max_pixel
         raise BadImageError(f"{name}: {_reason(error)}") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An open picture of any mode as RGB, the way `decode_image` makes it. Raises BadImageError as that does."""
+    return _to_rgb(_upright(image))
+
+
 def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
     """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError if there is none."""
     try:
@@ -67,6 +73,7 @@ def _formats() -> tuple[str, ...]:
 def _stream(data: bytes | str | Path) -> IO[bytes]:
     if isinstance(data, bytes):
         return io.BytesIO(data)
+    data = as_path(data)
     if not stat.S_ISREG(os.stat(data).st_mode):
         raise OSError("not a regular file")  # reading a pipe would block, reading a device would never end
     return open(data, "rb")

@@ -10,8 +10,9 @@ import numpy as np
 from digit.data.decode import EXTENSIONS, decode_image
 from digit.data.source import ImageSource, SubsetSource, file_digest, index_classes, readable
 from digit.errors import DigitError
+from digit.runtime.files import as_path
 
-__all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
+__all__ = ["FolderSource", "ImageSource", "SubsetSource", "as_source", "decode_image", "open_source"]
 
 SHAPES = "shapes"
 SHAPES_OPTIONS = ("num", "size", "seed")
@@ -36,8 +37,17 @@ def open_source(spec: str | Path, *, split: str | None = None, limit: int | None
     if isinstance(spec, str) and (spec == SHAPES or spec.startswith(SHAPES + ":")):
         source = _open_shapes(spec, split)
     else:
-        source = _open_path(Path(spec).expanduser(), split)
+        source = _open_path(as_path(spec), split)
     return ImageSource.limit(source, limit)
+
+
+def as_source(data: str | Path | ImageSource, *, split: str | None = None) -> ImageSource:
+    """`data` itself where it is a source, else what `open_source` opens. Raises DigitError for a source's split."""
+    if not isinstance(data, ImageSource):
+        return open_source(data, split=split)
+    if split is not None:
+        raise DigitError(f"split is {split!r}, but {data.name} is a source already open: open that split instead")
+    return data
 
 
 def hold_out(source: ImageSource, every: int = 5) -> tuple[ImageSource, ImageSource]:

@@ -29,7 +29,7 @@ from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
-from digit.runtime.files import plain, write_json
+from digit.runtime.files import as_path, plain, write_json
 from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import FrozenEncoder
@@ -230,8 +230,8 @@ def probe_features(
             ],
         }
     )  # fmt: skip
-    write_json(Path(out) / "probe.json", result)
-    plot(result, Path(out) / "probe.png")
+    write_json(as_path(out) / "probe.json", result)
+    plot(result, as_path(out) / "probe.png")
     return result
 
 

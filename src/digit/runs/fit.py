@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenBatches, TokenStore
@@ -37,7 +37,7 @@ from digit.runs.layout import FORMAT, RESULTS, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import as_path, plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
@@ -79,20 +79,20 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
-        data: str | ImageSource,
+        data: str | Path | ImageSource,
         out: str | Path,
         *,
         split: str | None = None,
         reuse: dict[str, str | Path] | None = None,
         device: str | None = None,
     ):
-        self.recipe, self.out = recipe.with_seed(), Path(out)
-        self.reuse = {stage: Path(folder) for stage, folder in (reuse or {}).items()}
+        self.recipe, self.out = recipe.with_seed(), as_path(out)
+        self.reuse = {stage: as_path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             if not (folder / RESULTS[stage]).is_file():
                 raise DigitError(f"{folder} holds no {RESULTS[stage]}: give the {stage} folder of a run, RUN/{stage}")
         self.device = choose_device(device)
-        self.source = open_source(data, split=split) if isinstance(data, str) else data
+        self.source = as_source(data, split=split)
         if len(self.source) < MIN_IMAGES:
             raise DigitError(f"{self.source.name} holds {len(self.source)} image: training needs at least {MIN_IMAGES}")
         self._check_sizes()

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from digit.data.crops import gather_crops
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime import plots
+from digit.runtime.files import as_path
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.tokenizers.encoders import IMAGENET_MEAN, IMAGENET_STD, EncoderConfig, FrozenEncoder, load_encoder
@@ -107,7 +108,7 @@ class PretrainConfig:
 
 
 def pretrain(
-    data: str | ImageSource,
+    data: str | Path | ImageSource,
     cfg: PretrainConfig,
     out: str | Path,
     *,
@@ -122,9 +123,9 @@ def pretrain(
 
     Raises DigitError where the data cannot be read, MismatchError where `out` holds a run with other settings.
     """
-    out, place = Path(out), choose_device(device)
+    out, place = as_path(out), choose_device(device)
     lock_folder(out)
-    source = open_source(data, split=split) if isinstance(data, str) else data
+    source = as_source(data, split=split)
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: pretraining needs at least 2 and wants thousands")
     training = replace(cfg.training, seed=cfg.seed)

@@ -16,11 +16,12 @@ from digit.data.images import ImageSource, open_source
 from digit.data.preprocess import PreprocessConfig, centre_crop
 from digit.data.shapes import CLASSES, ShapesSource
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
+from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
 from digit.runtime import plots
-from digit.runtime.files import atomic_path, write_json
+from digit.runtime.files import as_path, atomic_path, write_json
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.vqgan import image_psnr
@@ -47,7 +48,7 @@ def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -
 
 def load_images(spec: str, preprocess: PreprocessConfig, num: int) -> Tensor:
     """The first `num` images of a source, or one image file, centre-cropped -> (B, 3, S, S) uint8."""
-    path = Path(spec)
+    path = as_path(spec)
     if path.is_file() and path.suffix.lower() not in (".parquet", ".tar"):
         from digit.data.decode import decode_image
 
@@ -94,8 +95,8 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     """Pictures, metrics.json and report.html of a finished run; returns the page's path."""
     out, metrics = run.out, {}
     shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
-    labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
-    num = SHOWN_CLASSES * PER_CLASS if labels is None else len(labels)
+    labels = ClassPositions([k for k in shown for _ in range(PER_CLASS)]) if shown else None
+    num = None if labels is not None else SHOWN_CLASSES * PER_CLASS
     images = read_pictures(sample(pipe, out / "samples", num, labels, run.recipe.seed, overwrite=True))
     names = [pipe.classes[k] for k in shown] if shown else ()
     scale = max(1, 96 // pipe.image_size)
@@ -104,7 +105,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     real, truth = real_images(run.source, pipe.preprocess, spread(len(run.source), 16))
     write_reconstructions(pipe, real, out, scale)
     write_token_map(pipe, real[:8], out, scale)
-    known = truth[:8].tolist() if pipe.classes and bool((truth[:8] >= 0).all()) else None
+    known = ClassPositions(truth[:8].tolist()) if pipe.classes and bool((truth[:8] >= 0).all()) else None
     done = pipe.complete(real[:8], keep=0.5, seed=run.recipe.seed, labels=known)
     write_completions(out / "completions", real[:8], done, 0.5)
     write_loss_curves(run)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
-from digit.sampling.filters import check_filters, guide, image_uniforms, sample_filtered
+from digit.sampling.config import check_filters
+from digit.sampling.filters import guide, image_uniforms, sample_filtered
 from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
 
 

@@ -12,6 +12,7 @@ import torch
 
 from digit.errors import MismatchError, Stopped
 from digit.runtime import distributed
+from digit.runtime.files import as_path
 from digit.runtime.signals import StopSignals
 from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
@@ -101,7 +102,8 @@ def train(
     signal); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf metric (naming step and
     dump) and at a full disk, MismatchError if `out` holds another run.
     """
-    out, folder = Path(out), Path(out) / "checkpoints"
+    out = as_path(out)
+    folder = out / "checkpoints"
     log = RunLog(
         out, 0, cfg.num_steps,
         description=description, tensorboard=cfg.tensorboard, peak_images_per_second=peak_images_per_second,
