@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["DigitPipeline", "__version__"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "DigitPipeline":  # imported on first use: `import digit` and `digit --help` stay quick without torch
         from digit.pipeline.pipeline import DigitPipeline

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,9 +14,11 @@ import torch
 import yaml
 from PIL import Image
 from tiny import tiny_recipe
+from toy_pipeline import toy_pipeline
 
 from digit.cli import COMMANDS, main, parse_labels
 from digit.errors import DigitError
+from digit.pipeline.labels import ClassPositions
 
 DATA = "shapes:num=24,size=32"
 
@@ -279,4 +282,50 @@ def test_another_request_in_the_same_folder_is_refused(capsys, run_folder, tmp_p
 
 
 def test_labels_are_numbers_or_names():
-    assert parse_labels("0, 2,cube", ["sphere", "cube", "cone"]) == [0, 2, 1] and parse_labels(None, []) is None
+    pipe = toy_pipeline()
+    assert parse_labels("0, 2,dog", pipe) == ClassPositions([0, 2, 1]) and parse_labels(None, pipe) is None
+    for text, said in (
+        ("dgo", r"--labels: no class named 'dgo': did you mean dog\? classes are cat, dog, owl"),
+        ("0,,1", "--labels: no class named ''"),
+        ("", "--labels: no class named ''"),
+        ("3", "--labels: label 3 is out of range: this model knows classes 0 to 2: cat, dog, owl"),
+        ("-1", "--labels: label -1 is out of range"),
+        ("1.5", "--labels: no class named '1.5'"),
+    ):
+        with pytest.raises(DigitError, match=said):
+            parse_labels(text, pipe)
+    with pytest.raises(DigitError, match="--labels: labels were given, but this model is unconditional"):
+        parse_labels("0", toy_pipeline(num_classes=0))
+
+
+def test_numbers_mean_the_class_of_that_name_as_in_python():
+    pipe = toy_pipeline()
+    pipe.classes = ["0", "10", "2"]
+    assert parse_labels("2,10", pipe) == ClassPositions(pipe.class_positions([2, 10])) == ClassPositions([2, 1])
+    with pytest.raises(DigitError, match="--labels: no class named 1: the class names are numbers, .* 0, 10, 2"):
+        parse_labels("1", pipe)
+
+
+def test_names_with_commas_stay_together():
+    pipe = toy_pipeline()
+    pipe.classes = ["great white shark, white shark", "great white shark", "owl"]
+    assert parse_labels("great white shark, white shark,owl, great white shark", pipe) == ClassPositions([0, 2, 1])
+
+
+def test_labels_of_samples_and_completions(capsys, run_folder, tmp_path):
+    sampled = ["sample", "--from", str(run_folder), "--num", "2", "--out", str(tmp_path / "s"), "--labels"]
+    completed = ["complete", DATA, "--num", "2", "--from", str(run_folder), "--out", str(tmp_path / "c"), "--labels"]
+    for command in (sampled, completed):
+        assert "did you mean cube?" in fails(capsys, *command, "cub")
+        assert main([*command, "cube,1"]) == 0
+    assert json.loads((tmp_path / "s" / "samples.json").read_text())["classes"] == ["cube", "cube"]
+
+
+def test_a_home_folder_is_one_after_an_equals_sign_too(capsys, run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run_folder / "pipeline", tmp_path / "pipeline")
+    assert main(["sample", "--from=~/pipeline", "--num", "1", "--out=~/s"]) == 0
+    assert main(["complete", "--from=~/pipeline", "~/s", "--out=~/c"]) == 0 and main(["info", "~/s"]) == 0
+    assert main(["inspect", "~/s", "--sheet=~/sheet.png"]) == 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "pipeline", "s", "sheet.png"]

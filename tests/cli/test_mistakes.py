@@ -3,7 +3,8 @@
 import pytest
 
 from cli.test_cli import fails
-from digit.cli.mistakes import closest, with_suggestion, with_typed_option
+from digit.cli.mistakes import with_suggestion, with_typed_option
+from digit.runtime.names import closest
 
 FIT = ["fit", "shapes:num=8,size=32", "--recipe", "demo", "--out", "never"]
 SAMPLE = ["sample", "--from", "nowhere", "--out", "never"]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from digit.data.decode import decode_image
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, as_source, open_source
 from digit.data.labels import index_classes
 from digit.errors import BadImageError, DigitError
 
@@ -231,8 +231,25 @@ def test_limit_and_subset_spread_over_the_source(tmp_path):
     for bad in ([12], [-1]):
         with pytest.raises(DigitError, match=r"has 0\.\.11"):
             source.subset(bad)
-    with pytest.raises(DigitError, match="limit is 0"):
-        open_source(tmp_path, limit=0)
+    for bad in (0, -3, 2.5, True, "4"):
+        with pytest.raises(DigitError, match=f"limit is {bad!r}: it must be"):
+            open_source(tmp_path, limit=bad)
+    assert len(open_source(tmp_path, limit=np.int64(4))) == 4
+    for bad in ([0.5], np.ones(12, dtype=bool), ["0"]):
+        with pytest.raises(DigitError, match="subset asks for images by .*: give whole numbers"):
+            source.subset(bad)
+
+
+def test_sources_are_opened_by_path_of_any_kind_or_are_open_already(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = open_source(write_tree(tmp_path / "photos", ["a/1.png", "b/2.png"])).fingerprint
+    for spec in ("~/photos", tmp_path / "photos", str(tmp_path / "photos"), open_source("~/photos")):
+        assert as_source(spec).fingerprint == names
+    with pytest.raises(DigitError, match="split is 'test', but .*photos is a source already open"):
+        as_source(open_source("~/photos"), split="test")
+    for wrong in (None, 3, "", b"photos", ["photos"]):
+        with pytest.raises(DigitError, match="a path is "):
+            open_source(wrong)
 
 
 def test_classes_are_sorted_as_numbers_where_they_are_numbers():

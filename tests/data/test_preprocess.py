@@ -111,5 +111,5 @@ def test_fit_batch_brings_any_batch_to_size():
     assert fit_batch(fitted, 16) is fitted
     assert fit_batch(images[:0], 16).shape == (0, 3, 16, 16)
     for wrong in (images.float(), images[0], images[:, :1]):
-        with pytest.raises(DigitError, match="wanted \\(B, 3, H, W\\) uint8"):
+        with pytest.raises(DigitError, match=r"wanted RGB images \(B, 3, H, W\), uint8"):
             fit_batch(wrong, 16)

@@ -121,6 +121,20 @@ def test_json_names_the_protocol_and_the_table_shows_every_metric(cfg, tmp_path)
     assert all(f"warning: {line}" in table for line in result["warnings"])
 
 
+def test_arrays_pictures_and_floats_are_the_same_images():
+    images = pictures(6)
+    array = images.permute(0, 2, 3, 1).numpy()
+    forms = [array, images.numpy(), list(images), [Image.fromarray(picture) for picture in array], images.float() / 255]
+    for brought in forms:
+        assert torch.equal(open_images(brought).pixels(range(6), None), images)
+
+
+@pytest.mark.parametrize("wrong", [pictures(4).long(), pictures(4).float(), pictures(4) > 9, pictures(4)[0], 3, None])
+def test_what_is_no_image_set_is_refused(wrong):
+    with pytest.raises(DigitError, match="images are .*wanted RGB images"):
+        open_images(wrong)
+
+
 def test_num_takes_the_first_or_spreads_over_sorted_classes(tmp_path):
     assert open_images(pictures(10), 4).survey.digests == open_images(pictures(10)).survey.digests[:4]
     for name in "abc":
@@ -278,7 +292,7 @@ def test_misuse_says_what_to_do(cfg, unchecked):
     ):
         with pytest.raises(DigitError, match=reason):
             EvaluateConfig(**options)
-    with pytest.raises(DigitError, match="wanted uint8"):
+    with pytest.raises(DigitError, match="images are float32 from 0 to 199 .*wanted RGB images"):
         run(pictures(20).float(), pictures(20), cfg)
     with pytest.raises(DigitError, match="at least 2"):
         open_images(pictures(20), 1)

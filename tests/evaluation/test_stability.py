@@ -59,6 +59,16 @@ def test_noise_has_the_requested_power(unit, power):
     torch.testing.assert_close(measured, signal / 100, rtol=4 * (2 / 6912) ** 0.5, atol=0)
 
 
+def test_noise_falls_on_images_of_any_form_alike():
+    cfg = StabilityConfig()
+    expected = add_noise(GREY, 20.0, cfg=cfg)
+    for brought in (GREY.numpy(), GREY.permute(0, 2, 3, 1).numpy(), GREY.float() / 255, list(GREY)):
+        assert torch.equal(add_noise(brought, 20.0, cfg=cfg), expected)
+    for wrong in (GREY.long(), GREY.float(), GREY[0], GREY > 9):
+        with pytest.raises(DigitError, match="images are"):
+            add_noise(wrong, 20.0, cfg=cfg)
+
+
 def test_every_snr_scales_the_same_noise():
     cfg = StabilityConfig()
     weak, strong = (add_noise(GREY, snr, cfg=cfg).float() - GREY for snr in (30.0, 20.0))

@@ -63,6 +63,29 @@ def test_resize_keeps_constants_averages_detail_and_leaves_the_right_size_alone(
     assert judge_input(same, 32) is same
 
 
+def test_images_of_any_form_are_judged_alike():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    expected = judge_input(images, 4)
+    for brought in (images.float() / 255, images.numpy(), images.permute(0, 2, 3, 1).numpy(), list(images)):
+        assert torch.equal(judge_input(brought, 4), expected)
+    for wrong in (images.float(), images.long(), images > 9, images[0], images.float() * float("nan")):
+        with pytest.raises(DigitError, match="images are"):
+            judge_input(wrong, 4)
+
+
+def test_labels_of_any_integer_type_and_no_fractions():
+    features, labels = _blobs()
+    expected = fit_linear_classifier(features, labels)
+    for brought in (labels.int(), labels.numpy().astype("u1"), labels.tolist()):
+        found = fit_linear_classifier(features, brought)
+        assert torch.equal(found.weight, expected.weight)
+        assert found.accuracy(features, brought) == expected.accuracy(features, labels)
+    for wrong in (labels + 0.7, labels > 0, (labels + 0.7).numpy()):
+        for call in (fit_linear_classifier, expected.accuracy):
+            with pytest.raises(DigitError, match="labels are .*give integers"):
+                call(features, wrong)
+
+
 def test_fd_accepts_features_and_kept_statistics():
     a, b = _blobs()[0], _blobs(seed=1)[0] + 0.5
     assert fd(a, a) == pytest.approx(0.0, abs=1e-9)
@@ -144,7 +167,7 @@ def test_misuse_says_what_to_do():
     with pytest.raises(MismatchError, match="wants"):
         fit_linear_classifier(features, labels).predict(features[:, :3])
     with pytest.raises(DigitError, match="uint8"):
-        judge_input(torch.zeros(1, 3, 8, 8))
+        judge_input(torch.full((1, 3, 8, 8), 2.0))
     with pytest.raises(DigitError, match="no images"):
         collect_features([], _channel_means)
     with pytest.raises(DigitError, match="pool"):

@@ -128,19 +128,17 @@ def test_rounding(tokenizer):
         VQTokenizer(tokenizer.vqgan, rounding="up")
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    "images", [pictures(1, size=64), torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32, dtype=torch.uint8)]
-)
-def test_wrong_images_are_refused(tokenizer, images):
-    with pytest.raises(MismatchError, match="takes uint8 images"):
-        tokenizer.encode(images)
+def test_wrong_images_are_refused(tokenizer):
+    with pytest.raises(MismatchError, match=r"takes images of shape \(3, 32, 32\), got \(3, 64, 64\)"):
+        tokenizer.encode(pictures(1, size=64))
+    with pytest.raises(DigitError, match="grey"):
+        tokenizer.encode(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
 
 
 def test_wrong_tokens_are_refused(tokenizer):
-    with pytest.raises(MismatchError, match="64 tokens"):
+    with pytest.raises(MismatchError, match=r"\(1, 63\), the VQGAN takes \(B, 64\)"):
         tokenizer.decode(torch.zeros(1, 63, dtype=torch.int64))
-    with pytest.raises(MismatchError, match=r"codes 0\.\.19, got 0\.\.20"):
+    with pytest.raises(MismatchError, match="run from 0 to 20, the VQGAN knows 0 to 19"):
         tokenizer.decode(torch.arange(64)[None] % 21)
 
 

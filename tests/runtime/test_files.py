@@ -1,12 +1,23 @@
 """safetensors as we write them, against the library that defines the format; and freed memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from digit.errors import DigitError
-from digit.runtime.files import Stacked, check_writable, load_tensors, save_tensors
+from digit.runtime.files import (
+    Stacked,
+    as_path,
+    check_writable,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
 from digit.runtime.hardware import keep_freed_memory
 
 
@@ -39,6 +50,30 @@ def test_stacked_rows_are_written_as_one_float32_tensor(tmp_path):
     save_tensors(tmp_path / "t.safetensors", {"w": piece, "b": Stacked((torch.ones(2),))})
     read = load_file(tmp_path / "t.safetensors")
     assert torch.equal(read["w"], torch.cat([part.float() for part in parts])) and torch.equal(read["b"], torch.ones(2))
+
+
+@pytest.mark.parametrize("brought", ["~/a/b", Path("~/a/b")])
+def test_a_home_folder_is_one(brought, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert as_path(brought) == Path("/somewhere/a/b")
+    assert as_path("a~b/$HOME/c") == Path("a~b/$HOME/c")  # the shell's business
+
+
+@pytest.mark.parametrize("wrong", ["", None, 3, b"a", ["a"], "~nobody-of-this-name/x"])
+def test_what_is_no_path(wrong):
+    with pytest.raises(DigitError, match="path"):
+        as_path(wrong)
+
+
+def test_every_reader_and_writer_knows_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_tensors("~/a.safetensors", {"x": torch.ones(2)})
+    write_json("~/a.json", [1])
+    check_writable("~/folder", folder=True)
+    assert load_tensors("~/a.safetensors")["x"].tolist() == [1, 1] and read_json("~/a.json") == [1]
+    assert sha256_file("~/a.json") == sha256_file(tmp_path / "a.json")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json", "a.safetensors", "folder"]
 
 
 def test_keeping_freed_memory_does_no_harm():

@@ -14,11 +14,12 @@ from typing import NoReturn
 from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say, say_here
-from digit.cli.mistakes import closest, with_suggestion, with_typed_option, with_typed_output
+from digit.cli.mistakes import with_suggestion, with_typed_option, with_typed_output
 from digit.errors import DigitError, Stopped, printable
 from digit.runtime import distributed
 from digit.runtime.hardware import keep_freed_memory
 from digit.runtime.lock import set_command
+from digit.runtime.names import closest
 from digit.runtime.output import Output, kept_open
 from digit.runtime.progress import give_back_terminal, quiet
 from digit.runtime.signals import leave, received, stoppable

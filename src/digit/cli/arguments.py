@@ -10,9 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.mistakes import did_you_mean, explain, typed_name
+from digit.cli.mistakes import explain, typed_name
 from digit.errors import DigitError, printable
 from digit.runtime.distributed import launched_rank
+from digit.runtime.files import as_path
 from digit.runtime.paths import is_path
 from digit.runtime.settings import flat
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from digit.data.images import ImageSource
+    from digit.pipeline.labels import ClassPositions
+    from digit.pipeline.pipeline import DigitPipeline
 
 
 DEFAULT_RECIPE = "small"  # whose settings `digit fit` and `digit plan` show as defaults
@@ -254,7 +257,7 @@ def load_pipeline(args: Any) -> Any:
 
     if not args.source:
         raise DigitError("--from is empty: give a run or pipeline folder")
-    source, device = Path(args.source).expanduser(), choose_device(args.device)
+    source, device = as_path(args.source), choose_device(args.device)
     if not is_path(args.source) and HUB_NAME.fullmatch(args.source):
         from digit.released.hub import released_pipeline
 
@@ -269,23 +272,24 @@ def load_pipeline(args: Any) -> Any:
         raise type(error)(f"--from: {error}") from error
 
 
-def parse_labels(text: str | None, classes: Sequence[str]) -> list[int] | None:
-    """Turn '0,3' or 'cube,torus' into class numbers."""
+def parse_labels(text: str | None, pipe: "DigitPipeline") -> "ClassPositions | None":
+    """The classes of '0,3' or 'cube,torus', as `DigitPipeline.stream` takes them. Raises DigitError naming --labels."""
+    from digit.pipeline.labels import ClassPositions
+
     if text is None:
         return None
-    words = [word.strip() for word in text.split(",")]
-    unknown = [word for word in words if word not in classes]
-    if unknown and classes and all(name.isdecimal() for name in classes):
-        raise DigitError(f"--labels: the class names are numbers, and none is {unknown[0]!r}: give names of classes")
-    numbers = []
-    for word in words:
-        if word in classes:
-            numbers.append(list(classes).index(word))
-        elif word.removeprefix("-").isdecimal():
-            numbers.append(int(word))
-        else:
-            known = ", ".join(classes[:20]) or "none (unconditional model)"
-            raise DigitError(
-                f"--labels: no class named {word!r}{did_you_mean(word, classes) or ':'} classes are {known}"
-            )
-    return numbers
+    try:
+        return ClassPositions(pipe.class_positions(split_names(text, pipe.classes)))
+    except DigitError as error:
+        raise DigitError(f"--labels: {error}") from error
+
+
+def split_names(text: str, classes: Sequence[str]) -> list[str]:
+    """The parts between commas; parts that only together are the name of a class stay together."""
+    words, known, names = text.split(","), set(classes), []
+    while words:
+        ends = [end for end in range(len(words), 0, -1) if ",".join(words[:end]).strip() in known]
+        end = ends[0] if ends else 1
+        names.append(",".join(words[:end]).strip())
+        words = words[end:]
+    return names

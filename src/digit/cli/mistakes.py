@@ -4,28 +4,15 @@ import argparse
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+from digit.runtime.names import closest, did_you_mean
 
 TYPES = {"INT": "a whole number", "FLOAT": "a number", "true|false": "true or false"}
 UNKNOWN_NAME = re.compile(
     r"\b(?:(?:no|nothing) [\w ]*?named|unknown \w+) '?(?P<name>[^\s':]+)'?[^:]*: "
     r"(?P<list>choose (?:one of )?(?P<names>.+))"
 )
-
-
-def closest(word: str, names: Iterable[str]) -> list[str]:
-    """At most three names like `word`, the likeliest first; an option may be known by its last part alone."""
-    names = list(dict.fromkeys(names))
-    last = word.lstrip("-").rpartition(".")[2]
-    if same_end := [name for name in names if "." in name and name.rpartition(".")[2] == last and "." not in word]:
-        return same_end[:3]
-    return difflib.get_close_matches(word, names, n=1, cutoff=0.65)
-
-
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """`: did you mean X?`, or nothing where no name is like the word."""
-    found = closest(word, names)
-    return f": did you mean {' or '.join(found)}?" if found else ""
 
 
 def with_suggestion(text: str) -> str:

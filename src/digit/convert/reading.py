@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from digit.convert.file_kinds import AGAIN, SAFETENSORS, TORCH_OLD, TORCH_ZIP, file_kind
 from digit.errors import DigitError
 from digit.runtime.bounded_reader import BoundedReader
-from digit.runtime.files import Stacked, load_tensors
+from digit.runtime.files import Stacked, as_path, load_tensors
+from digit.runtime.paths import nearest
 
 MAX_LISTED = 8  # names in an error
 MAX_NAME = 100  # characters of a name in an error
@@ -107,7 +108,7 @@ def read_torch(path: str | Path) -> Any:
     functions of the standard library, as only hostile files do, is refused. Tensors are mapped from the file, except in
     the format of torch before 1.6. Raises DigitError if the file is missing, damaged, or of another kind.
     """
-    path = Path(path)
+    path = as_path(path)
     require_file(path)
     if file_kind(path)[0] not in (TORCH_ZIP, TORCH_OLD):
         raise DigitError(unreadable(path))

@@ -18,6 +18,7 @@ from digit.data import deep_pixels
 from digit.data.deep_pixels import Stream
 from digit.data.pixel_range import PixelRange
 from digit.errors import BadImageError
+from digit.runtime.files import as_path
 
 T = TypeVar("T")
 MAX_PIXELS = 178_956_970 // 2  # 256 MiB of RGB, Pillow's own warning limit
@@ -66,6 +67,11 @@ def decode_image(
         raise BadImageError(f"{name}: {_reason(error)}") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An open picture of any mode as RGB, the way `decode_image` makes it. Raises BadImageError as that does."""
+    return _to_rgb(_upright(image))
+
+
 def probe_image(data: bytes | str | Path) -> tuple[str, str, tuple[int, int]]:
     """(format, PIL mode, (width, height)) from the header alone. Raises BadImageError if there is none."""
     return read_header(data, lambda image, _: (image.format or "?", image.mode, image.size))
@@ -111,6 +117,7 @@ def _formats() -> tuple[str, ...]:
 def _stream(data: bytes | str | Path) -> Stream:
     if isinstance(data, bytes):
         return io.BytesIO(data)
+    data = as_path(data)
     if not stat.S_ISREG(os.stat(data).st_mode):
         raise OSError("not a regular file")  # reading a pipe would block, reading a device would never end
     return open(data, "rb")

@@ -14,9 +14,10 @@ from digit.data.listing import TARS, list_folder, some
 from digit.data.source import ImageSource, SubsetSource
 from digit.data.tree import FolderSource, ZipSource
 from digit.errors import DigitError
+from digit.runtime.files import as_path
 from digit.runtime.paths import nearest
 
-__all__ = ["FolderSource", "ImageSource", "SubsetSource", "decode_image", "open_source"]
+__all__ = ["FolderSource", "ImageSource", "SubsetSource", "as_source", "decode_image", "open_source"]
 
 SHAPES = "shapes"
 SHAPES_OPTIONS = ("num", "size", "seed")
@@ -68,11 +69,20 @@ def open_source(
     if isinstance(spec, str) and (spec == SHAPES or spec.startswith(SHAPES + ":")):
         source = _open_shapes(spec, split)
     else:
-        source = _open_path(Path(spec).expanduser(), reading)
+        source = _open_path(as_path(spec), reading)
     source.find_pixel_range(pixel_max)
     for note in source.notes:
         log.info("%s: %s", source.name, note)
     return ImageSource.limit(source, limit)
+
+
+def as_source(data: str | Path | ImageSource, *, split: str | None = None) -> ImageSource:
+    """`data` itself where it is a source, else what `open_source` opens. Raises DigitError for a source's split."""
+    if not isinstance(data, ImageSource):
+        return open_source(data, split=split)
+    if split is not None:
+        raise DigitError(f"split is {split!r}, but {data.name} is a source already open: open that split instead")
+    return data
 
 
 def hold_out(source: ImageSource, every: int = 5) -> tuple[ImageSource, ImageSource]:

@@ -14,11 +14,13 @@ import numpy as np
 from PIL import Image
 
 from digit.data.decode import MAX_PIXELS
-from digit.errors import BadImageError, DigitError
+from digit.errors import BadImageError
 from digit.runtime.settings import check_settings, within
 
 if TYPE_CHECKING:
     import torch
+
+    from digit.data.pictures import Images
 
 PathName = Literal["released", "released_kmeans"]
 MASK_64 = 2**64 - 1
@@ -119,16 +121,19 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     return crop_image(image, PreprocessConfig(image_size=size), seed=0, index=0, crop=-1)
 
 
-def fit_batch(images: "torch.Tensor", size: int) -> "torch.Tensor":
+def fit_batch(images: "Images", size: int) -> "torch.Tensor":
     """Centre crops of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, size, size); a batch of that size is unchanged.
 
-    Raises DigitError for anything but uint8 RGB images in 0..255.
+    Takes what else `digit.data.pictures.as_images` takes; the images of a list may differ in size. Raises DigitError
+    for anything else.
     """
     import torch
 
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        got = f"{tuple(images.shape)} {str(images.dtype).removeprefix('torch.')}"
-        raise DigitError(f"images are {got}, wanted (B, 3, H, W) uint8, RGB, 0..255")
+    from digit.data.pictures import as_images
+
+    if isinstance(images, list | tuple) and len(images) > 1:
+        return torch.cat([fit_batch([image], size) for image in images])
+    images = as_images(images)
     if images.shape[2:] == (size, size):
         return images
     pictures = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]

@@ -13,6 +13,7 @@ from digit.data.decode import decode_image, deep_size, largest_value
 from digit.data.fingerprint import digest
 from digit.data.pixel_range import PixelRange, find_pixel_range
 from digit.errors import DigitError
+from digit.runtime.scalars import as_int
 
 
 class ImageSource(ABC):
@@ -78,9 +79,7 @@ class ImageSource(ABC):
 
     def limit(self, num: int | None) -> "ImageSource":
         """`num` images spread evenly over the source, hence over its classes; the source itself if it has no more."""
-        if num is not None and num < 1:
-            raise DigitError(f"limit is {num}, wanted 1 or more")
-        if num is None or num >= len(self):
+        if num is None or as_int("limit", num, least=1) >= len(self):
             return self
         return SubsetSource(self, np.arange(num, dtype=np.int64) * len(self) // num)
 
@@ -94,7 +93,11 @@ class SubsetSource(ImageSource):
 
     def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray):
         self.source = source
-        self.indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+        self.indices = np.asarray(indices).reshape(-1)
+        if self.indices.size and self.indices.dtype.kind not in "iu":
+            kind = self.indices.dtype
+            raise DigitError(f"subset asks for images by {kind}: give whole numbers, of a mask np.flatnonzero(mask)")
+        self.indices = self.indices.astype(np.int64)
         if self.indices.size and (self.indices.min() < 0 or self.indices.max() >= len(source)):
             low, high = self.indices.min(), self.indices.max()
             raise DigitError(f"subset asks for images {low}..{high}, {source.name} has 0..{len(source) - 1}")

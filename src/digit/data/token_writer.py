@@ -25,7 +25,7 @@ from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore, check_format
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
-from digit.runtime.files import disk_errors, plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import as_path, disk_errors, plain, read_json, remove_leftovers, write_json
 from digit.runtime.ledger import Ledger, Spans, collect, discard
 from digit.runtime.progress import Progress
 from digit.runtime.request import require_same_request
@@ -72,7 +72,7 @@ def write_tokens(
     """
     from digit.data.loader import CropLoader
 
-    writer = _Writer(Path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
+    writer = _Writer(as_path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
     if not writer.begin():
         return TokenStore.open(folder)
     blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank

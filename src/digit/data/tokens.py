@@ -19,7 +19,7 @@ import numpy as np
 from digit.data.rows import AGAIN, check_range, crc32_file, open_array
 from digit.errors import DigitError, MismatchError
 from digit.runtime.config_json import from_json
-from digit.runtime.files import read_json
+from digit.runtime.files import as_path, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +105,7 @@ class TokenStore:
 
         Raises DigitError if the folder is missing, unfinished or of another format, or if a file is damaged.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         if not (folder / "manifest.json").exists():
             if (folder / "journal.json").exists():
                 raise DigitError(f"tokens in {folder} are not finished: run the same command again to resume")

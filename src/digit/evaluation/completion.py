@@ -17,6 +17,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from digit.data.pictures import Images, as_images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
 from digit.evaluation.cache import pipeline_key, remember, request_key
@@ -29,7 +30,7 @@ from digit.metrics.judge import JudgeNetwork
 from digit.models.sequence import SequenceModel
 from digit.pipeline.pipeline import DigitPipeline, kept_tokens
 from digit.runtime import plots
-from digit.runtime.files import plain, sha256_tensors, write_result
+from digit.runtime.files import as_path, plain, sha256_tensors, write_result
 
 SHOWN = 8  # images in the grids
 NOTE = "kept tokens are computed from whole images: a wide receptive field reveals some of the hidden part"
@@ -37,31 +38,34 @@ NOTE = "kept tokens are computed from whole images: a wide receptive field revea
 
 def run_completion(
     pipes: Mapping[str, DigitPipeline],
-    images: Tensor,
+    images: Images,
     reference: Tensor | FeatureStats,
     network: JudgeNetwork,
     keeps: Sequence[float],
     out: str | Path,
     *,
     seed: int = 0,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int | str] | None = None,
 ) -> dict[str, Any]:
     """Complete images by every pipeline at every fraction; write completion.json, completion.png, completed_NAME.png.
 
     Args:
         pipes: by name; the first is compared with each other one, usually "discriminative" against "VQ-only".
-        images: uint8 (N, 3, S, S), held out from training; cropped to the size of the pipelines.
+        images: uint8 (N, 3, S, S), or what else `as_images` takes, held out from training; cropped
+            to the size of the pipelines.
         reference: pooled features (M, D) of real images from `network`, or their statistics.
         network: gives the features and the metric's name.
         keeps: fractions of the rows (the paper's: metrics.completion.KEEPS).
         out: folder; OUT/cache keeps features by pipeline and fraction, and cached completions are not sampled again.
         seed: of the first image.
-        labels: classes (N,) of the images; with None a conditional pipeline predicts each from its whole image.
+        labels: names or numbers (N,) of the classes of the images; with None a
+            conditional pipeline predicts each from its whole image.
 
     Returns the JSON's content: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
     Raises DigitError, before any sampling, where a pipeline can keep none of the fractions exactly.
     """
-    out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
+    out, reference = as_path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
+    images = as_images(images)
     exact = {name: exact_fractions(pipe, keeps) for name, pipe in pipes.items()}
     completed, features, curves = {}, {}, {}
     for name, pipe in pipes.items():
@@ -95,7 +99,7 @@ def completions(
     network: JudgeNetwork,
     cache: Path,
     seed: int,
-    labels: Sequence[int] | None,
+    labels: Sequence[int | str] | None,
 ) -> dict[float, Mapping[str, Tensor]]:
     """Fraction -> {"features" (N, D), "shown"}, cached; fraction 1 keeps all: the VQGAN's reconstruction."""
     fitted, complete = fit_batch(images, pipe.image_size), completer(pipe, seed, labels)
@@ -110,7 +114,7 @@ def completions(
 
 
 def describe(
-    pipe: DigitPipeline, curve: Mapping[float, Interval], keeps: Sequence[float], labels: Sequence[int] | None
+    pipe: DigitPipeline, curve: Mapping[float, Interval], keeps: Sequence[float], labels: Sequence[int | str] | None
 ) -> dict[str, Any]:
     """The JSON entry of one pipeline."""
     skipped = sorted(set(keeps) - curve.keys())
@@ -137,7 +141,7 @@ def differences(features: Mapping[str, Mapping[float, Tensor]], reference: Featu
     ]
 
 
-def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int] | None) -> Complete:
+def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int | str] | None) -> Complete:
     """A pipeline as `metrics.completion.Complete`; image i is sampled with seed + i and its own label."""
 
     def complete(images: UInt8[Tensor, "B 3 S S"], keep: float, first: int) -> UInt8[Tensor, "B 3 S S"]:
@@ -157,7 +161,7 @@ def first_model(pipe: DigitPipeline) -> SequenceModel:
     return model
 
 
-def label_source(pipe: DigitPipeline, labels: Sequence[int] | None) -> str:
+def label_source(pipe: DigitPipeline, labels: Sequence[int | str] | None) -> str:
     """Where the classes of the images came from, as text for the JSON."""
     if not first_model(pipe).cfg.num_classes:
         return "none: the pipeline is unconditional"

@@ -17,6 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from digit.data import pictures
 from digit.data.decode import probe_image
 from digit.data.fingerprint import digest
 from digit.data.images import FolderSource, open_source
@@ -32,7 +33,7 @@ PIXELS = "pixels"  # the format of images without a file of their own
 MAX_PROBED = 64  # images of an array whose range is looked at
 READERS = 4  # threads that read and decode
 FIRST = re.compile(r"0{5,}\.png")  # in folders of `digit sample` and `digit complete`, whose grid.png is no sample
-Images = str | Path | Tensor | ImageSource
+Images = str | Path | ImageSource | pictures.Images
 
 
 class ArraySource(ImageSource):
@@ -134,8 +135,9 @@ def open_images(spec: Images, num: int | None = None, pixel_max: int | None = No
     """Open the images to evaluate.
 
     Args:
-        spec: uint8 tensor (N, 3, H, W), .npz with arr_0 uint8 (N, H, W, 3), an ImageSource, or what `open_source`
-            takes. In a folder of `digit sample`, grid.png is left out and samples.json gives the labels.
+        spec: uint8 tensor (N, 3, H, W) or what else `digit.data.pictures.as_images` takes, .npz with arr_0 uint8
+            (N, H, W, 3), an ImageSource, or what `open_source` takes. In a folder of `digit sample`,
+            grid.png is left out and samples.json gives the labels.
         num: keep the first `num`; of a set that is sorted by class, `num` spread evenly over it.
         pixel_max: as of `open_source`.
 
@@ -171,13 +173,13 @@ def _remarks(source: ImageSource, about: dict[str, Any], num: int | None) -> Ite
 
 
 def _open(spec: Images, pixel_max: int | None) -> ImageSource:
-    if isinstance(spec, Tensor):
-        if spec.dtype != torch.uint8 or spec.ndim != 4 or spec.shape[1] != 3:
-            raise DigitError(f"images are {spec.dtype} {tuple(spec.shape)}, wanted uint8 (N, 3, H, W), RGB in 0..255")
-        return ArraySource(spec.permute(0, 2, 3, 1).cpu().numpy(), "tensor")
-    if isinstance(spec, str | Path) and Path(spec).suffix.lower() == ".npz":
+    if isinstance(spec, ImageSource):
+        return spec
+    if not isinstance(spec, str | Path):
+        return ArraySource(pictures.as_images(spec).permute(0, 2, 3, 1).cpu().numpy(), type(spec).__name__.lower())
+    if Path(spec).suffix.lower() == ".npz":
         return ArraySource(read_npz_images(spec), str(spec))
-    return spec if isinstance(spec, ImageSource) else open_source(spec, pixel_max=pixel_max)
+    return open_source(spec, pixel_max=pixel_max)
 
 
 def _without_grid(source: FolderSource) -> ImageSource:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from digit.convert.efficientnet import find_weights, read_classifier
 from digit.convert.inception import RELEASED_SHA256, load_inception
+from digit.data.pictures import Images, as_images
 from digit.metrics.judge import JUDGE_INPUT_SIZE, Judged, JudgeNetwork, judge_input
 from digit.models.inception import INPUT_SIZE, InceptionV3, Resize, first_channels
-from digit.runtime.files import sha256_file
+from digit.runtime.files import as_path, sha256_file
 from digit.runtime.hardware import choose_device
 from digit.tokenizers.encoders import CPU_CHUNK, EncoderConfig, FrozenEncoder, load_encoder
 
@@ -39,10 +40,10 @@ def load_judge_network(
     resize is for Inception: tensorflow as in torch-fidelity and ADM's evaluator, or clean as in clean-fid. device None
     uses cuda if available. Raises DigitError for a missing or wrong file, with how to get the weights.
     """
-    device = choose_device(None if device is None else str(device))
+    device = choose_device(device)
     if inception is None:
         return Lite2Judge(device)
-    return InceptionJudge(load_inception(inception, resize).to(device), Path(inception))
+    return InceptionJudge(load_inception(inception, resize).to(device), as_path(inception))
 
 
 Outputs = tuple[Float[Tensor, "B D"], Float[Tensor, "B E"], Float[Tensor, "B C"]]  # pooled, spatial, logits
@@ -54,9 +55,13 @@ class Judge(ABC):
     name: str
     device: torch.device
 
-    def judge(self, images: UInt8[Tensor, "B 3 H W"]) -> Judged:
-        """uint8 (B, 3, H, W) RGB -> features and logits on the CPU. A CPU takes 16 images at a time, for speed."""
-        pieces = images.split(CPU_CHUNK if self.device.type == "cpu" else max(len(images), 1))
+    def judge(self, images: Images) -> Judged:
+        """uint8 (B, 3, H, W) RGB, or what else `as_images` takes -> features and logits on the CPU.
+
+        A CPU takes 16 images at a time, for speed.
+        """
+        batch = as_images(images)
+        pieces = batch.split(CPU_CHUNK if self.device.type == "cpu" else max(len(batch), 1))
         with torch.no_grad():
             outputs = [self._outputs(piece) for piece in pieces]
         return Judged(*(torch.cat(part).float().cpu() for part in zip(*outputs, strict=True)))

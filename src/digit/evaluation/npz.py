@@ -10,7 +10,7 @@ import numpy as np
 
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.traits import Traits
-from digit.runtime.files import atomic_path
+from digit.runtime.files import as_path, atomic_path
 
 DIGEST_BYTES = 32  # SHA-256
 AGAIN = "compute the statistics again"
@@ -21,6 +21,7 @@ def read_npz_images(path: str | Path) -> np.ndarray:
 
     Pickled arrays are refused, so no code is executed. Raises DigitError for a missing, damaged or other file.
     """
+    path = as_path(path)
     with _Archive(path) as (archive, names):
         if "arr_0" not in names:
             raise DigitError(f"{path} holds {_listing(names)}, wanted arr_0 with images, uint8 (N, H, W, 3)")
@@ -59,7 +60,7 @@ class _Archive:
     """Opens an .npz as (zip archive, names of its arrays); errors in the file become DigitError."""
 
     def __init__(self, path: str | Path):
-        self.path = path
+        self.path = as_path(path)
 
     def __enter__(self) -> tuple[zipfile.ZipFile, list[str]]:
         try:
@@ -92,7 +93,7 @@ def _is_images(archive: zipfile.ZipFile, entry: str) -> bool:
 
 
 def _load(path: str | Path, name: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(as_path(path), allow_pickle=False) as arrays:
         return arrays[name]
 
 

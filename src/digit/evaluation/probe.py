@@ -31,7 +31,7 @@ from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
-from digit.runtime.files import plain, write_result
+from digit.runtime.files import as_path, plain, write_result
 from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
 from digit.tokenizers.base import Encoder
@@ -251,8 +251,8 @@ def probe_features(
             ],
         }
     )  # fmt: skip
-    write_result(Path(out) / "probe.json", result)
-    plot(result, Path(out) / "probe.png")
+    write_result(as_path(out) / "probe.json", result)
+    plot(result, as_path(out) / "probe.png")
     return result
 
 

@@ -29,7 +29,7 @@ from digit.metrics.intervals import Interval, proportion_interval
 from digit.metrics.judge import JudgeNetwork
 from digit.metrics.scores import inception_score, kernel_distance, precision_recall
 from digit.runtime import distributed
-from digit.runtime.files import cache_folder, write_json
+from digit.runtime.files import as_path, cache_folder, write_json
 
 NO_CACHE = "none"
 INCEPTION = "inception"  # the network of all published metrics
@@ -89,7 +89,7 @@ class EvaluateConfig:
         """Folder that caches features; None for no cache."""
         if self.cache == NO_CACHE:
             return None
-        return Path(self.cache).expanduser() if self.cache else cache_folder() / "features"
+        return as_path(self.cache) if self.cache else cache_folder() / "features"
 
     def load_network(self, device: str | torch.device | None = None) -> JudgeNetwork:
         """Load the network of the protocol. Raises DigitError for missing or wrong weights."""

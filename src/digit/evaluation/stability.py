@@ -13,7 +13,7 @@ from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.models.tokenizer import ImageTokenizer
-from digit.runtime.files import plain, write_result
+from digit.runtime.files import as_path, plain, write_result
 
 GROUPS = {"token_change": ("token_change",), "cosine": ("feature_cosine", "code_cosine")}  # Table 1's -> ours
 NUM_IMAGES = 1000  # by default, also of `digit stability`
@@ -49,8 +49,8 @@ def run_stability(
     result = plain(measure_stability(tokenizers, batches, cfg, total))
     result["protocol"]["images"] = name
     result["paper"] = TABLE1
-    write_result(Path(out) / "stability.json", result)
-    plot(result, Path(out) / "stability.png")
+    write_result(as_path(out) / "stability.json", result)
+    plot(result, as_path(out) / "stability.png")
     return result
 
 

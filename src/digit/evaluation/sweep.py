@@ -21,7 +21,7 @@ from digit.metrics.influence import frechet_interval
 from digit.metrics.judge import JudgeNetwork, collect_judged
 from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runtime.files import plain, write_result
+from digit.runtime.files import as_path, plain, write_result
 from digit.runtime.plots import panels
 from digit.sampling.config import SamplingConfig, StageSampling
 
@@ -80,7 +80,7 @@ def run_sweep(
 
     Returns what the JSON holds; the metrics of a setting have their full names, which protocol.metrics maps.
     """
-    out, reference = Path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
+    out, reference = as_path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     if num < 2:
         raise DigitError(f"num is {num}: a distance needs at least 2 images per setting")
     sweep = Sweep(pipe, reference, network, out / "cache", num, seed)

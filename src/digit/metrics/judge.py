@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Real, UInt8
 from torch import Tensor
@@ -18,7 +17,9 @@ from torch.nn import functional as F
 
 from digit.errors import DigitError, MismatchError
 from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.models.tokens import Integers, as_integers
 from digit.runtime.files import load_tensors, save_tensors
+from digit.runtime.pixels import Pixels, as_uint8
 from digit.runtime.progress import Progress
 
 METRIC = "fd_efficientnet_lite2"
@@ -26,13 +27,13 @@ JUDGE_INPUT_SIZE = 128  # px, part of the protocol; the smallest multiple of 32 
 Features = Callable[[UInt8[Tensor, "B 3 H W"]], Real[Tensor, "B D"]]  # RGB images -> features
 
 
-def judge_input(images: UInt8[Tensor, "B 3 H W"], size: int = JUDGE_INPUT_SIZE) -> UInt8[Tensor, "B 3 S S"]:
+def judge_input(images: Pixels, size: int = JUDGE_INPUT_SIZE) -> UInt8[Tensor, "B 3 S S"]:
     """Resize uint8 (B, 3, H, W) to uint8 (B, 3, size, size): bicubic with antialiasing, the same for real and sampled.
 
+    Takes what else `digit.runtime.pixels.as_uint8` takes; raises DigitError for anything else.
     Without antialiasing, aliasing would change the distance of larger images (Parmar et al. 2022).
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise DigitError(f"judge got {images.dtype} {tuple(images.shape)}, wanted uint8 (B, 3, H, W) with 0..255 RGB")
+    images = as_uint8(images)
     if images.shape[-2:] == (size, size):
         return images
     resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True, align_corners=False)
@@ -148,9 +149,9 @@ class LinearClassifier:
         """(N, D) -> classes (N,) int64."""
         return self.logits(features).argmax(1)
 
-    def accuracy(self, features: Real[Tensor, "N D"], labels: Tensor | np.ndarray) -> float:
+    def accuracy(self, features: Real[Tensor, "N D"], labels: Integers) -> float:
         """1/N sum_i [argmax_c logits_ic = label_i]: accuracy 0..1 on features (N, D) with labels (N,)."""
-        labels = torch.as_tensor(labels)
+        labels = as_integers("labels", labels)
         if len(labels) != len(features):
             raise DigitError(f"{len(labels)} labels for {len(features)} images: give one label per image")
         return float((self.predict(features) == labels.cpu()).double().mean())
@@ -171,7 +172,7 @@ class LinearClassifier:
 
 def fit_linear_classifier(
     features: Real[Tensor, "N D"],
-    labels: Tensor | np.ndarray,
+    labels: Integers,
     *,
     num_classes: int | None = None,
     l2: float = 1e-2,
@@ -185,7 +186,7 @@ def fit_linear_classifier(
     weights within 1e-6 of the optimum. Raises DigitError for missing labels (-1), labels that are too large, and a
     wrong number of labels.
     """
-    labels = torch.as_tensor(labels).long().cpu()
+    labels = as_integers("labels", labels).cpu()
     num_classes = _check_labels(features, labels, num_classes)
     with torch.inference_mode(False), torch.enable_grad():
         x, labels = features.detach().cpu().double().clone(), labels.clone()  # (N, D); caller may use inference_mode

@@ -28,6 +28,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
 from digit.models.tokenizer import ImageTokenizer
+from digit.runtime.pixels import Pixels, as_uint8
 from digit.runtime.progress import Progress
 
 MAX_DECIBELS = 200
@@ -94,7 +95,7 @@ def noise_power(images: UInt8[Tensor, "B 3 H W"], noisy: UInt8[Tensor, "B 3 H W"
 
 
 def add_noise(
-    images: UInt8[Tensor, "B 3 H W"],
+    images: Pixels,
     snr: float,
     *,
     cfg: StabilityConfig,
@@ -109,8 +110,7 @@ def add_noise(
     Args:
         noise: `unit_noise` of these images, if it was computed before.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise DigitError(f"noise is added to uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    images = as_uint8(images)
     noise = unit_noise(tuple(images.shape), seed=cfg.seed, first=first) if noise is None else noise
     x = images.float() / 255 + noise_scale(images, snr, cfg) * noise.to(images.device)
     return (x.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -121,7 +121,7 @@ def add_noise(
 
 def measure_stability(
     tokenizers: Mapping[str, ImageTokenizer],
-    batches: Iterable[UInt8[Tensor, "B 3 H W"]],
+    batches: Iterable[Pixels],
     cfg: StabilityConfig,
     total: int | None = None,
 ) -> dict[str, Any]:
@@ -134,7 +134,8 @@ def measure_stability(
         tokenizers: by name; all get the same noisy images. For the cosine of features a tokenizer also has
             `encode_features(images) -> (tokens, features (B, N, D))`, which runs the encoder once, or
             `features(images)`, which runs it again.
-        batches: uint8 images (B, 3, H, W); the result does not depend on the batch sizes.
+        batches: uint8 images (B, 3, H, W), or what else `digit.runtime.pixels.as_uint8` takes; the
+            result does not depend on the batch sizes.
         total: number of images, for the progress bar only.
 
     Returns:
@@ -149,7 +150,8 @@ def measure_stability(
     results = {name: _TokenizerResults() for name in tokenizers}
     signal, error, count = 0.0, torch.zeros(len(cfg.snrs), dtype=torch.float64), 0
     with Progress("stability", total) as bar:
-        for images in batches:
+        for batch in batches:
+            images = as_uint8(batch)
             noise = unit_noise(tuple(images.shape), seed=cfg.seed, first=count)
             noisy = [add_noise(images, snr, cfg=cfg, noise=noise) for snr in cfg.snrs]
             signal += float(signal_power(images, cfg).double().sum())

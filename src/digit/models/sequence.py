@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from digit.errors import DigitError
+from digit.errors import DigitError, MismatchError
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import sincos_2d
+from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
 
 
@@ -244,26 +245,42 @@ class SequenceModel(nn.Module):
 
     def forward(
         self,
-        target: Int64[Tensor, "B M"],
-        prefix: Int64[Tensor, "B P"] | None = None,
-        labels: Int64[Tensor, " B"] | None = None,
+        target: Integers,
+        prefix: Integers | None = None,
+        labels: Integers | None = None,
         return_hidden: bool = False,
     ) -> Float[Tensor, "B M V"] | tuple[Float[Tensor, "B M V"], list[Float[Tensor, "B T D"]]]:
         """Logits of every target token.
 
         Args:
-            target: codes 0..V-1; a masked model also takes `cfg.mask_token`. A next-token model shifts them itself.
-            prefix: prefix codes; None uses the null prefix (models trained with prefix_dropout).
-            labels: class numbers; -1 or None is the plain start symbol.
+            target: codes (B, M) in 0..V-1, of any integer type; a masked model also takes `cfg.mask_token`. A
+                next-token model shifts them itself.
+            prefix: prefix codes (B, P); None uses the null prefix (models trained with prefix_dropout).
+            labels: classes (B,) by position, 0..num_classes-1; -1 or None is the plain start symbol.
             return_hidden: also return the embedding output and every block's output over the whole sequence
                 [prefix | start | target], T = P + 1 + M (linear probes average over all of it).
 
         Raises:
-            DigitError: prefix, labels or lengths that the model was not built for.
+            DigitError: prefix, labels, codes or lengths that the model was not built for; anything but integers.
         """
+        cfg, device = self.cfg, self.device
+        target = as_tokens(target, vocab_size=cfg.vocab_size + cfg.masked, owner="this model").to(device)
+        if prefix is not None:
+            prefix = as_tokens(prefix, vocab_size=cfg.prefix_vocab_size or None, owner="its prefix").to(device)
+        if labels is not None:
+            labels = self._known_labels(labels, len(target))
         hidden: list[Tensor] | None = [] if return_hidden else None
         logits = self.head(self.features(target, prefix, labels, hidden=hidden))  # (B, M, V)
         return logits if hidden is None else (logits, hidden)
+
+    def _known_labels(self, labels: Integers, batch: int) -> Tensor:
+        """Labels (B,) as int64 on the model's device. Raises DigitError for any others than -1..num_classes-1."""
+        labels = as_integers("labels", labels).to(self.device)
+        if labels.shape != (batch,):
+            raise MismatchError(f"labels have shape {tuple(labels.shape)}, wanted ({batch},), one for each image")
+        if self.cfg.num_classes:  # `embed` refuses labels of a model without classes
+            require_range("labels", labels, -1, self.cfg.num_classes - 1, "this model")
+        return labels
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for [prefix | start | target]; the last target token is never an input."""

@@ -12,7 +12,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.runtime.config_json import from_json
-from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, write_json, write_result
+from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, write_json, write_result
 from digit.runtime.paths import nearest
 from digit.sampling.config import SamplingConfig
 from digit.sampling.kinds import get_kind
@@ -25,7 +25,7 @@ CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, 
 
 def find_pipeline(folder: str | Path) -> Path:
     """The pipeline folder at `folder` or in its sub-folder `pipeline`. Raises DigitError where there is none."""
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     for candidate in (folder, folder / "pipeline"):
         if (candidate / MANIFEST).is_file():
             return candidate

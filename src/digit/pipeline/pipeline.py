@@ -7,22 +7,27 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
+from digit.data.pictures import Images, Output, as_images, as_output, check_output
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
+from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
+from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
     find_pipeline,
@@ -32,9 +37,11 @@ from digit.pipeline.manifest import (
     save_sequence_model,
     write_manifest,
 )
-from digit.runtime.files import MAKE_AGAIN
+from digit.runtime.files import MAKE_AGAIN, as_path
+from digit.runtime.hardware import choose_device
 from digit.runtime.progress import Progress
-from digit.sampling.config import SamplingConfig, StageSampling
+from digit.runtime.scalars import as_int, as_number
+from digit.sampling.config import SamplingConfig, StageSampling, with_changes
 from digit.sampling.kinds import get_kind, make_sampler
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
@@ -56,6 +63,9 @@ class GenerationRequest:
     """The first N discriminative tokens of each image."""
     vq: Int64[Tensor, "B M"] | None = None
     """The first M VQ tokens of each image."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", as_int("seed", self.seed))  # NumPy's integers overflow at seed + i
 
     @property
     def seeds(self) -> list[int]:
@@ -105,6 +115,16 @@ class DigitPipeline:
             if model is not None:
                 model.eval().requires_grad_(False)
         self._check()
+
+    def __repr__(self) -> str:
+        size, names = self.image_size, listed(self.classes, ": ")
+        lines = [f"DigitPipeline on {self.device}: {size} x {size} images, {self.num_classes or 'no'} classes{names}"]
+        lines += [f"  {name:<11}{part!r}" for name, part in (("tokenizer", self.tokenizer), ("vq", self.vq)) if part]
+        for name, model in (("prior", self.prior), ("renderer", self.renderer)):
+            if model is not None:
+                count = sum(p.numel() for p in model.parameters()) / 1e6
+                lines.append(f"  {name:<11}{type(model).__name__}({model.cfg.kind}, {count:.1f} M parameters)")
+        return "\n".join(lines)
 
     def _check(self) -> None:
         prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
@@ -179,6 +199,12 @@ class DigitPipeline:
         return self.tokenizer.codebook.device
 
     @property
+    def num_classes(self) -> int:
+        """Classes that labels choose among; 0 where the pipeline is unconditional or has no model to sample first."""
+        model = self.prior or self.renderer
+        return model.cfg.num_classes if model is not None else 0
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.preprocess.image_size
@@ -190,7 +216,8 @@ class DigitPipeline:
         return {name: tokenizer for name, tokenizer in named.items() if tokenizer is not None}
 
     def to(self, device: str | torch.device) -> Self:
-        """Move every part to a device."""
+        """Move every part to a device. Raises DigitError where it does not exist."""
+        device = choose_device(device)
         for part in (
             self.tokenizer and self.tokenizer.encoder,
             self.tokenizer and self.tokenizer.codebook,
@@ -207,7 +234,7 @@ class DigitPipeline:
     def stream(
         self,
         num: int | None = None,
-        labels: Sequence[int] | int | None = None,
+        labels: Labels | None = None,
         seed: int = 0,
         start: int = 0,
         end: int | None = None,
@@ -216,66 +243,115 @@ class DigitPipeline:
         """Sample batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
 
         Args:
-            num: number of images; by default one per label.
-            labels: class numbers, repeated in turn up to `num`; None takes all classes evenly.
+            num: number of images, at least one per label; by default one per label.
+            labels: names of classes, or numbers as `digit.pipeline.labels` says, repeated in turn up to `num`; None
+                takes all classes evenly.
             seed: of image 0.
             start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
                 size, or end is `num`. The batches equal those of the whole stream bit for bit: machines can share it.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
-        Raises DigitError for a label out of range, or labels given to an unconditional model.
+        Raises DigitError for an unknown label, labels given to an unconditional model, and unknown or wrong settings.
         """
         request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
         cfg = self.sized(self.settings(**sampling))
         assert cfg.batch_size is not None, "sized"
-        last = len(request.labels) if end is None else min(end, len(request.labels))
-        for name, place in (("start", start), ("end", end or 0)):
-            if place < 0 or (place % cfg.batch_size and place < len(request.labels)):
+        total = len(request.labels)
+        start, last = as_int("start", start), total if end is None else min(as_int("end", end), total)
+        for name, place in (("start", start), ("end", 0 if end is None else end)):
+            if place < 0 or (place % cfg.batch_size and place < total):
                 raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
         return self._sample(request, cfg, start, last)
 
+    @overload
+    def generate(self, *args: Any, output: Literal["pil"], **kwargs: Any) -> list[Image.Image]: ...
+    @overload
+    def generate(self, *args: Any, output: Literal["numpy"], **kwargs: Any) -> UInt8[np.ndarray, "B S S 3"]: ...
+    @overload
     def generate(
-        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
-    ) -> UInt8[Tensor, "B 3 S S"]:
-        """As `stream`, all at once: (num, 3, H, W) uint8."""
-        return self._pixels(self.stream(num, labels, seed, **sampling))
+        self,
+        num: int | None = ...,
+        labels: Labels | None = ...,
+        seed: int = ...,
+        *,
+        output: Literal["torch"] = ...,
+        **sampling: Any,
+    ) -> UInt8[Tensor, "B 3 S S"]: ...
+    def generate(
+        self,
+        num: int | None = None,
+        labels: Labels | None = None,
+        seed: int = 0,
+        *,
+        output: Output = "torch",
+        **sampling: Any,
+    ) -> UInt8[Tensor, "B 3 S S"] | UInt8[np.ndarray, "B S S 3"] | list[Image.Image]:
+        """As `stream`, all at once: (num, 3, H, W) uint8.
+
+        `output` is torch for that tensor, numpy for an array (num, H, W, 3), or pil for a list of Pillow pictures.
+        """
+        check_output(output)
+        return as_output(self._pixels(self.stream(num, labels, seed, **sampling)), output)
 
     def generate_tokens(
-        self, num: int | None = None, labels: Sequence[int] | int | None = None, seed: int = 0, **sampling: Any
+        self, num: int | None = None, labels: Labels | None = None, seed: int = 0, **sampling: Any
     ) -> dict[str, Tensor]:
         """As `generate`, before pixels: {"discriminative": (num, N), "vq": (num, M), "labels": (num,)} int64.
 
-        A VQ-only pipeline has no "discriminative".
+        The labels are positions in `classes`. A VQ-only pipeline has no "discriminative".
         """
         request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
         batches = [batch.tokens for batch in self._sample(request, self.sized(self.settings(**sampling)), pixels=False)]
         return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": request.labels}
 
+    @overload
+    def complete(self, *args: Any, output: Literal["pil"], **kwargs: Any) -> list[Image.Image]: ...
+    @overload
+    def complete(self, *args: Any, output: Literal["numpy"], **kwargs: Any) -> UInt8[np.ndarray, "B S S 3"]: ...
+    @overload
     def complete(
         self,
-        images: UInt8[Tensor, "B 3 H W"],
+        images: Images,
+        keep: float = ...,
+        seed: int = ...,
+        labels: Labels | None = ...,
+        *,
+        output: Literal["torch"] = ...,
+        **sampling: Any,
+    ) -> UInt8[Tensor, "B 3 S S"]: ...
+    def complete(
+        self,
+        images: Images,
         keep: float = 0.5,
         seed: int = 0,
-        labels: Sequence[int] | int | None = None,
+        labels: Labels | None = None,
+        *,
+        output: Output = "torch",
         **sampling: Any,
-    ) -> UInt8[Tensor, "B 3 S S"]:
+    ) -> UInt8[Tensor, "B 3 S S"] | UInt8[np.ndarray, "B S S 3"] | list[Image.Image]:
         """Keep the first rows of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
-            images: (B, 3, H, W) uint8; resized to the short side and centre-cropped where the size differs.
+            images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; resized to
+                the short side and centre-cropped where the size differs.
             keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
             seed: of the first image.
-            labels: class numbers; None takes for each image the class under which its tokens are most likely.
+            labels: one for all images or one for each, as in `stream`; None takes for each image the class under
+                which its tokens are most likely.
+            output, sampling: as in `generate`.
+
+        Raises DigitError for anything but images, and as `stream` does.
 
         Note: as in the paper, the kept tokens are computed from the whole image, so that an encoder with a wide
         receptive field reveals some of the hidden part.
         """
+        check_output(output)
         if self._require_sampling() is self.prior:
             self.require("tokenizer")
-        if not 0 < keep <= 1:
+        if not 0 < as_number("keep", keep) <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
         images = fit_batch(images, self.image_size)
-        classes = self.labels(len(images), labels) if labels is not None else self.guess_labels(images)
+        classes = self.guess_labels(images) if labels is None else self._labels_of_each(images, labels)
         given = {
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
@@ -283,16 +359,18 @@ class DigitPipeline:
         request = GenerationRequest(
             seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given["vq"]
         )
-        return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
+        return as_output(self._pixels(self._sample(request, self.sized(self.settings(**sampling)))), output)
 
     @torch.inference_mode()
-    def guess_labels(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, " B"]:
+    def guess_labels(self, images: Images) -> Int64[Tensor, " B"]:
         """Classes (B,) int64 by the model's own likelihood of the tokens (Bayes, equal priors); -1 without classes.
+
+        They are positions in `classes`. The images (B, 3, S, S) have the size of the pipeline's.
 
         A class-conditional model trained without label dropout never saw the plain start symbol, whose embedding is
         therefore untrained.
         """
-        first = self._require_sampling()
+        first, images = self._require_sampling(), as_images(images)
         if not first.cfg.num_classes:
             return torch.full((len(images),), -1)
         if first.cfg.masked:
@@ -310,23 +388,29 @@ class DigitPipeline:
                 scores[rows, label] = -nll.sum(1).cpu()
         return scores.argmax(1)
 
-    def decode(self, vq_tokens: Int64[Tensor, "B M"]) -> UInt8[Tensor, "B 3 S S"]:
-        """VQ tokens (B, M) -> pixels (B, 3, H, W) uint8."""
+    def decode(self, vq_tokens: Integers) -> UInt8[Tensor, "B 3 S S"]:
+        """VQ tokens (B, M), of any integer type -> pixels (B, 3, H, W) uint8. Raises as `VQTokenizer.decode`."""
         return self._require_vq().decode(vq_tokens)
 
-    def render(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
-        """Stage 2 alone: discriminative tokens (B, N) -> (B, 3, H, W) uint8."""
+    def render(self, tokens: Integers, seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
+        """Stage 2 alone: discriminative tokens (B, N), of any integer type -> (B, 3, H, W) uint8.
+
+        Raises DigitError for anything but integers, MismatchError for tokens that the renderer does not know.
+        """
         return self.decode(self.render_tokens(tokens, seed, **sampling))
 
-    def render_tokens(self, tokens: Int64[Tensor, "B N"], seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
+    def render_tokens(self, tokens: Integers, seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
         self.require("vq", "renderer")
-        renderer = self._require_renderer()
-        if not renderer.cfg.prefix_len:
+        renderer = self._require_renderer().cfg
+        if not renderer.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
+        tokens = as_tokens(
+            tokens, vocab_size=renderer.prefix_vocab_size, num_tokens=renderer.prefix_len, owner="the renderer"
+        )
         request = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
         batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False)
-        nothing = torch.empty(0, renderer.cfg.target_len, dtype=torch.int64)
+        nothing = torch.empty(0, renderer.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
@@ -379,32 +463,50 @@ class DigitPipeline:
         size = micro_batch_size(model, cfg.batch_size)
         return make_sampler(model, stage, precision=cfg.precision, micro_batch_size=size)
 
-    def labels(self, num: int | None = None, labels: Sequence[int] | int | None = None) -> Int64[Tensor, " B"]:
-        """The class of each requested image, (num,), -1 for none. Raises DigitError as `stream` does."""
-        if num is None:
-            num = 1 if labels is None or isinstance(labels, int) else len(labels)
-        if num < 1:
-            raise DigitError(f"num is {num}: it must be at least 1")
+    def labels(self, num: int | None = None, labels: Labels | None = None) -> Int64[Tensor, " B"]:
+        """The class of each requested image, (num,), as a position in `classes`; -1 for none. Raises as `stream`."""
         known = self._require_sampling().cfg.num_classes
-        if labels is None:
-            chosen = range(known) if known else [-1]
-        else:
-            chosen = [labels] if isinstance(labels, int) else list(labels)
-            if not known:
-                raise DigitError("labels were given, but this model is unconditional: leave them out")
-            if not chosen:
-                raise DigitError("labels is empty: give at least one class number")
-        for label in chosen:
-            if known and not 0 <= label < known:
-                raise DigitError(f"label {label} is out of range: this model knows classes 0 to {known - 1}")
+        chosen = self.class_positions(labels) if labels is not None else list(range(known)) or [-1]
+        given = 1 if labels is None else len(chosen)
+        num = given if num is None else as_int("num", num, least=1)
+        if num < given:
+            raise DigitError(f"num is {num}, but {given} labels were given: give num {given} or more, or leave it out")
         return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
 
+    def class_positions(self, labels: Labels) -> list[int]:
+        """The position in `classes` of each label. Raises DigitError for unknown ones, and without classes."""
+        known = self._require_sampling().cfg.num_classes
+        if not known:
+            raise DigitError("labels were given, but this model is unconditional: leave them out")
+        return class_positions(labels, self.classes, known)
+
+    def _labels_of_each(self, images: Tensor, labels: Labels) -> Int64[Tensor, " B"]:
+        positions = self.class_positions(labels)
+        if len(positions) not in (1, len(images)):
+            raise DigitError(f"{len(positions)} labels for {len(images)} images: give one for all, or one for each")
+        return torch.tensor(positions).expand(len(images))
+
     def settings(self, **changes: Any) -> SamplingConfig:
-        """The pipeline's sampling with changes; stages may be dictionaries. Raises DigitError for bad values."""
+        """The pipeline's sampling with changes; stages may be dictionaries.
+
+        Raises DigitError for unknown names, bad values, and settings that this pipeline would ignore.
+        """
+        cfg = with_changes(self.sampling, changes)
         for stage in ("prior", "renderer"):
-            if isinstance(changes.get(stage), dict):
-                changes[stage] = replace(getattr(self.sampling, stage), **changes[stage])
-        return replace(self.sampling, **changes)
+            if isinstance(given := changes.get(stage), Mapping):
+                self._refuse_ignored(stage, list(given))
+        return cfg
+
+    def _refuse_ignored(self, stage: str, names: Sequence[str]) -> None:
+        """Raise DigitError for settings of a stage that is missing, or whose kind of model has no such setting."""
+        model: SequenceModel | None = getattr(self, stage)
+        if names and model is None:
+            raise DigitError(f"{stage}.{names[0]} is given, but this pipeline has no {stage}: leave it out")
+        taken = get_kind(model.cfg.kind).settings if model is not None else ()
+        for name in names:
+            if model is not None and name not in taken:
+                has = f"this {stage} is {model.cfg.kind} and takes {', '.join(taken)}"
+                raise DigitError(f"{stage}.{name} is given, but {has}: leave it out")
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
         """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
@@ -418,7 +520,7 @@ class DigitPipeline:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write JSON and safetensors: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*."""
-        folder, parts = Path(folder), []
+        folder, parts = as_path(folder), []
         if self.tokenizer is not None:
             self.tokenizer.encoder.save(folder / "encoder")
             self.tokenizer.codebook.save(folder / "codebook")
@@ -435,8 +537,11 @@ class DigitPipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Read a pipeline folder, or a run folder of `digit fit`. Raises DigitError where it is missing or damaged."""
-        folder = find_pipeline(folder)
+        """Read a pipeline folder, or a run folder of `digit fit`, onto a device: cpu or cuda.
+
+        Raises DigitError where the folder is missing or damaged, or the device does not exist.
+        """
+        folder, device = find_pipeline(folder), choose_device(device)
         manifest = read_manifest(folder)
         try:
             return cls._read(folder, manifest).to(device)
@@ -463,7 +568,7 @@ class DigitPipeline:
 
 def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
     """The paper's VQ-only baseline of a run (`digit train vq_ar`), with the pipeline's VQGAN; None without one."""
-    model = Path(folder) / "vq_ar"
+    model = as_path(folder) / "vq_ar"
     if not (model / "model.json").is_file():
         return None
     renderer = load_sequence_model(model, "model").to(pipe.device)

@@ -35,6 +35,7 @@ from digit import __version__
 from digit.data.rows import ArrayFile
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.pipeline.batch import SampleBatch
+from digit.pipeline.labels import ClassPositions, Labels
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_journal import (
     GRID,
@@ -50,10 +51,11 @@ from digit.pipeline.sample_journal import (
     void,
 )
 from digit.runtime import distributed, plots
-from digit.runtime.files import atomic_path, plain, sha256_tensors, write_result
+from digit.runtime.files import as_path, atomic_path, plain, sha256_tensors, write_result
 from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
 from digit.runtime.request import require_same_request
+from digit.runtime.scalars import as_int
 from digit.runtime.signals import StopSignals
 from digit.sampling.config import SamplingConfig
 
@@ -67,7 +69,7 @@ def sample(
     pipe: DigitPipeline,
     folder: str | Path,
     num: int | None = None,
-    labels: Sequence[int] | int | None = None,
+    labels: Labels | None = None,
     seed: int = 0,
     *,
     overwrite: bool = False,
@@ -87,10 +89,12 @@ def sample(
         DigitError: a setting out of range, other images in the folder, a full disk (make room and run again).
         Stopped: SIGINT or SIGTERM came; finished batches are written, and the same call resumes.
     """
-    folder, classes = Path(folder), pipe.labels(num, labels)
+    folder, seed = as_path(folder), as_int("seed", seed)
+    chosen = None if labels is None else ClassPositions(pipe.class_positions(labels))
+    classes = pipe.labels(num, chosen)
 
     def settle() -> tuple[SamplingConfig, dict[str, Any]]:
-        return settle_request(pipe, folder, len(classes), labels, seed, pipe.settings(**sampling), overwrite)
+        return settle_request(pipe, folder, len(classes), chosen, seed, pipe.settings(**sampling), overwrite)
 
     cfg, request = distributed.on_main(settle)
     assert pipe.renderer is not None, "pipe.labels checked the parts"
@@ -99,7 +103,7 @@ def sample(
         lengths["discriminative"] = pipe.renderer.cfg.prefix_len
     names = [pipe.classes[k] if 0 <= k < len(pipe.classes) else None for k in classes.tolist()]
     whole = SampleFolder(folder, request, lengths, classes, names)
-    write_samples(whole, lambda start, end: pipe.stream(num, labels, seed, start, end, **vars(cfg)))
+    write_samples(whole, lambda start, end: pipe.stream(num, chosen, seed, start, end, **vars(cfg)))
     return [whole.picture(i) for i in range(whole.num)]
 
 
@@ -139,7 +143,7 @@ def settle_request(
     pipe: DigitPipeline,
     folder: Path,
     num: int,
-    labels: Sequence[int] | int | None,
+    labels: ClassPositions | None,
     seed: int,
     asked: SamplingConfig,
     overwrite: bool,
@@ -187,7 +191,7 @@ def require_no_fewer(folder: Path, there: dict[str, Any], num: int) -> None:
 
 
 def describe_request(
-    pipe: DigitPipeline, num: int, labels: Sequence[int] | int | None, seed: int, cfg: SamplingConfig
+    pipe: DigitPipeline, num: int, labels: ClassPositions | None, seed: int, cfg: SamplingConfig
 ) -> dict[str, Any]:
     """Everything that determines the images, as JSON gives it back. Equal requests give equal images."""
     assert pipe.vq is not None and pipe.renderer is not None, "pipe.labels checked the parts"
@@ -196,13 +200,11 @@ def describe_request(
         assert pipe.prior is not None, "pipe.labels checked the parts"
         models["prior"] = pipe.prior
     weights = {name: sha256_tensors(model.state_dict()) for name, model in models.items()}
-    if labels is not None:
-        labels = [labels] if isinstance(labels, int) else [int(k) for k in labels]
     return plain(
         {
             "num": num,
             "seed": seed,
-            "labels": "every class in turn" if labels is None else labels,
+            "labels": "every class in turn" if labels is None else list(labels.positions),
             "batch_size": cfg.batch_size,
             "precision": cfg.precision,
             **{name: asdict(getattr(cfg, name)) for name in models},

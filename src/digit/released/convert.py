@@ -27,7 +27,7 @@ from digit.errors import DigitError, MismatchError
 from digit.models.vit import SIZES, ViTConfig
 from digit.pipeline.manifest import MANIFEST, read_manifest, read_sampling, write_manifest
 from digit.pipeline.pipeline import PARTS, DigitPipeline, SamplingConfig, StageSampling
-from digit.runtime.files import disk_errors, sha256_tensors
+from digit.runtime.files import as_path, disk_errors, sha256_tensors
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
 from digit.tokenizers.kmeans.codebook import Codebook
@@ -298,7 +298,7 @@ def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
     Parts that the folder has already stay, and must agree with the new files. Raises DigitError for unreadable or
     unfit files, MismatchError if they do not belong together; `out` is then unchanged.
     """
-    out = Path(out)
+    out = as_path(out)
     conversion = Conversion(files, out)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,13 +28,14 @@ from digit.evaluation.networks import load_judge_network
 from digit.evaluation.splits import labelled
 from digit.metrics.judge import Judged, collect_judged, fd
 from digit.metrics.scores import inception_score, splits_of
+from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
 from digit.runs.fit import Run, merged
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
-from digit.runtime.files import plain, read_json, write_result
+from digit.runtime.files import as_path, plain, read_json, write_result
 from digit.runtime.hardware import choose_device
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
@@ -96,7 +97,7 @@ class Study:
         device: str | None = None,
         pixel_max: int | None = None,
     ):
-        self.data, self.scale, self.out, self.device = data, scale, Path(out), choose_device(device)
+        self.data, self.scale, self.out, self.device = data, scale, as_path(out), choose_device(device)
         self.train, self.test = open_splits(data, scale.num_train, scale.num_test, pixel_max)
         self.reuse, self.inception = dict(reuse or {}), inception
         crops = max(1, -(-scale.min_rows // len(self.train)))
@@ -112,7 +113,7 @@ class Study:
     def validate(self) -> None:
         """Check, before anything is written, what would fail after hours: encoder, weights, folders to reuse."""
         for part, folder in self.reuse.items():
-            if not (Path(folder) / RESULTS[part]).is_file():
+            if not (as_path(folder) / RESULTS[part]).is_file():
                 raise DigitError(f"{folder} holds no {RESULTS[part]}: give the {part} folder of a run, RUN/{part}")
         if "tokens" not in self.reuse or "codebook" not in self.reuse:
             _ = self._encoder
@@ -266,7 +267,7 @@ class Study:
 
         def generate(start: int) -> Tensor:
             rows = slice(start, min(start + PART, total))
-            part_labels = None if labels is None else labels[rows].tolist()
+            part_labels = None if labels is None else ClassPositions(labels[rows].tolist())
             images = pipe.generate(rows.stop - rows.start, part_labels, seed=1_000_000 * seed + start)
             if start == 0:
                 self.save_grid(f"{name}_{seed}", images[torch.arange(min(100, len(images))) * len(images) // 100])

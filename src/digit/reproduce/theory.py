@@ -12,7 +12,7 @@ import numpy as np
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
 from digit.reproduce import propositions as theory
-from digit.runtime.files import plain, write_result
+from digit.runtime.files import as_path, plain, write_result
 from digit.runtime.plots import panels
 from digit.runtime.progress import track
 
@@ -51,7 +51,7 @@ def run_theory(out: str | Path, *, scale: Literal["tiny", "small", "paper"] | Th
     """
     if isinstance(scale, str) and scale not in SCALES:
         raise DigitError(f"no scale named {scale}: choose one of {', '.join(SCALES)}")
-    cfg, out = SCALES[scale] if isinstance(scale, str) else scale, Path(out)
+    cfg, out = SCALES[scale] if isinstance(scale, str) else scale, as_path(out)
     levels = np.linspace(0, 1, cfg.num_levels).tolist()
     steps = {
         "proposition_2_1": theory.autoencoder_against_pca,

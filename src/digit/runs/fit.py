@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenBatches, TokenStore
@@ -38,7 +38,7 @@ from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import as_path, differences, plain, read_json, remove_leftovers, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.paths import nearest
@@ -97,7 +97,7 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
-        data: str | ImageSource,
+        data: str | Path | ImageSource,
         out: str | Path,
         *,
         split: str | None = None,
@@ -105,14 +105,14 @@ class Run:
         device: str | None = None,
         chosen: Sequence[str] | None = None,
     ):
-        self.recipe, self.out = recipe.with_seed(), Path(out)
-        self.reuse = {stage: Path(folder).expanduser() for stage, folder in (reuse or {}).items()}
+        self.recipe, self.out = recipe.with_seed(), as_path(out)
+        self.reuse = {stage: as_path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             if not (folder / RESULTS[stage]).is_file():
                 what = f"holds no {RESULTS[stage]}" if folder.exists() else f"does not exist{nearest(folder)}"
                 raise DigitError(f"{folder} {what}: give the {stage} folder of a run, RUN/{stage}")
         self.device = choose_device(device)
-        self.source = open_source(data, split=split) if isinstance(data, str) else data
+        self.source = as_source(data, split=split)
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
         distributed.on_main(self._claim_folder)
@@ -129,7 +129,7 @@ class Run:
             num_processes=distributed.world_size(),
             gpu=self.device.type != "cpu",
         )
-        made = {part for part in ("codebook", "vqgan") if self._is_done(part)}
+        made = {part for part in ("codebook", "vqgan") if self.is_done(part)}
         if "tokens" in self.reuse and (missing := {"codebook", "vqgan"} - made):
             part = min(missing)
             raise DigitError(

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from digit.data.crops import gather_crops
-from digit.data.images import ImageSource, open_source
+from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.models.transformer import MAX_DEPTH
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime import plots
+from digit.runtime.files import as_path
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.settings import SEED, Rule, check_settings, refuse_unused, within
@@ -123,7 +124,7 @@ def unused_settings(cfg: PretrainConfig) -> list[Rule]:
 
 
 def pretrain(
-    data: str | ImageSource,
+    data: str | Path | ImageSource,
     cfg: PretrainConfig,
     out: str | Path,
     *,
@@ -141,8 +142,8 @@ def pretrain(
     holds a run with other settings.
     """
     refuse_unused(cfg, chosen, unused_settings(cfg))
-    out, place = Path(out), choose_device(device)
-    source = open_source(data, split=split) if isinstance(data, str) else data
+    out, place = as_path(out), choose_device(device)
+    source = as_source(data, split=split)
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: pretraining needs at least 2 and wants thousands")
     lock_folder(out)

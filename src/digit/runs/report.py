@@ -18,11 +18,12 @@ from digit.data.preprocess import PreprocessConfig
 from digit.data.shapes import CLASSES, ShapesSource
 from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
+from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
 from digit.runtime import plots
-from digit.runtime.files import atomic_path, write_result
+from digit.runtime.files import as_path, atomic_path, write_result
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
 from digit.training.vqgan import image_psnr
@@ -49,7 +50,7 @@ def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -
 
 def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:
     """Opens what `open_source` takes, or one image file, which is then the only image of its source."""
-    path = Path(spec).expanduser()
+    path = as_path(spec)
     if not path.is_file() or kind_of(path.name) != "images":
         return open_source(spec, pixel_max=pixel_max)
     status = path.stat()
@@ -113,8 +114,8 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     """Pictures, metrics.json and report.html of a finished run; returns the page's path."""
     out, metrics = run.out, {}
     shown = spread(len(pipe.classes), SHOWN_CLASSES) or None
-    labels = [k for k in shown for _ in range(PER_CLASS)] if shown else None
-    num = num_shown(len(pipe.classes))
+    labels = ClassPositions([k for k in shown for _ in range(PER_CLASS)]) if shown else None
+    num = num_shown(len(pipe.classes)) if labels is None else None
     images = read_pictures(sample(pipe, out / "samples", num, labels, run.recipe.seed, overwrite=True))
     names = [pipe.classes[k] for k in shown] if shown else ()
     scale = max(1, 96 // pipe.image_size)
@@ -123,7 +124,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     real, truth = real_images(run.source, pipe.preprocess, spread(len(run.source), 16))
     write_reconstructions(pipe, real, out, scale)
     write_token_map(pipe, real[:8], out, scale)
-    known = truth[:8].tolist() if pipe.classes and bool((truth[:8] >= 0).all()) else None
+    known = ClassPositions(truth[:8].tolist()) if pipe.classes and bool((truth[:8] >= 0).all()) else None
     done = pipe.complete(real[:8], keep=0.5, seed=run.recipe.seed, labels=known)
     write_completions(out / "completions", real[:8], done, 0.5)
     write_loss_curves(run)

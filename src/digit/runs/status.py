@@ -10,7 +10,7 @@ from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runs.layout import is_done, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
-from digit.runtime.files import read_json
+from digit.runtime.files import as_path, read_json
 from digit.runtime.ledger import progress
 from digit.training import checkpoint
 from digit.training.config import CONFIG
@@ -21,13 +21,13 @@ STAGES = ("codebook", "vqgan", "tokens", *ROLES)
 
 def is_run(folder: str | Path) -> bool:
     """Whether `digit fit` or one of its stages wrote to this folder."""
-    path = Path(folder) / "config.json"
+    path = as_path(folder) / "config.json"
     return path.is_file() and isinstance(read_json(path), dict) and "recipe" in read_json(path)
 
 
 def describe_run(folder: str | Path) -> str:
     """One line per stage that was begun, which process is running, and the command to continue. Raises DigitError."""
-    folder = Path(folder)
+    folder = as_path(folder)
     cfg = read_json(folder / "config.json")
     require_format(cfg, folder / "config.json")
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
@@ -83,12 +83,12 @@ def shown(metrics: dict[str, Any]) -> str:
 
 def is_sample_folder(folder: str | Path) -> bool:
     """Whether `digit sample` wrote to this folder."""
-    return any((Path(folder) / name).is_file() for name in (SAMPLES, JOURNAL))
+    return any((as_path(folder) / name).is_file() for name in (SAMPLES, JOURNAL))
 
 
 def describe_sample_folder(folder: str | Path) -> str:
     """How many of the images are sampled, and what to type next; it only reads, so sampling may go on meanwhile."""
-    folder = Path(folder)
+    folder = as_path(folder)
     done = (folder / SAMPLES).is_file()
     about = read_json(folder / (SAMPLES if done else JOURNAL))
     request = about.get("request") if isinstance(about, dict) else None

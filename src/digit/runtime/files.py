@@ -16,16 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 from digit.errors import DigitError
 from digit.runtime.paths import nearest
+from digit.runtime.scalars import shown
 
 if TYPE_CHECKING:  # the command line answers --help without either
     import numpy as np
     import torch
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A path as callers give it, `~` as the home folder. Raises DigitError for an empty one and for anything else."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise DigitError(f"a path is {shown(path)}: give it as text or as a pathlib.Path")
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, TypeError, ValueError) as error:  # ~NAME of no user, bytes
+        raise DigitError(f"no such path: {path} ({error})") from error
+
+
 def cache_folder() -> Path:
     """The folder for files that can be computed again: DIGIT_CACHE, or `digit` in the user's cache folder."""
     if chosen := os.environ.get("DIGIT_CACHE"):
-        return Path(chosen)
+        return as_path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
@@ -41,7 +52,7 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
 
     It creates nothing: a command that fails before it has a result leaves no folder behind.
     """
-    path = Path(path)
+    path = as_path(path)
     target = path if folder else path.parent
     with disk_errors(path):
         if not folder and path.is_dir():
@@ -111,7 +122,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     Raises DigitError where the disk is full or the folder cannot be written; the previous file stays untouched.
     """
-    path = Path(path)
+    path = as_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=f".aside{path.suffix}", dir=path.parent)
@@ -191,7 +202,7 @@ def write_result(path: str | Path, value: Any) -> None:
 
 def read_json(path: str | Path) -> Any:
     """Read JSON. Raises DigitError where the file is missing or does not hold JSON."""
-    path = Path(path)
+    path = as_path(path)
     try:
         if path.exists() and not path.is_file():  # a folder, a pipe, an endless device
             raise ValueError("not a regular file")
@@ -289,7 +300,7 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
     from safetensors.torch import load_file
 
     try:
-        if (path := Path(path)).exists() and not path.is_file():
+        if (path := as_path(path)).exists() and not path.is_file():
             raise ValueError("not a regular file")
         return load_file(path)
     except FileNotFoundError as error:
@@ -300,7 +311,7 @@ def load_tensors(path: str | Path) -> dict[str, "torch.Tensor"]:
 
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes as 64 hex digits."""
-    with open(path, "rb") as file:
+    with open(as_path(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -90,14 +90,18 @@ def matmul_flops(device: "torch.device", seconds: float = 0.3) -> float:
     return done * 2 * 1024**3 / (time.perf_counter() - started)
 
 
-def choose_device(name: str | None) -> "torch.device":
+def choose_device(name: "str | torch.device | None") -> "torch.device":
     """The named device; without a name, cuda if there is a GPU, else cpu. Raises DigitError where it does not exist."""
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DigitError(f"no device named {name!r}: choose cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DigitError(f"device is {device}: choose cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DigitError("device is cuda, but torch sees no GPU: choose cpu")
+        raise DigitError(f"device is {device}, but torch sees no GPU: choose cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DigitError(f"device is {device}, but torch sees {torch.cuda.device_count()}: choose cuda:0 and so on")
     return device

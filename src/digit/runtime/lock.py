@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
-from digit.runtime.files import disk_errors, mark_output
+from digit.runtime.files import as_path, disk_errors, mark_output
 
 try:
     import fcntl
@@ -36,7 +36,7 @@ def lock_folder(folder: str | Path) -> None:
     The lock is POSIX's (fcntl) on FOLDER/.lock, so a killed process leaves nothing to clean up. On a file system
     without locks it only warns; on Windows it does nothing. Raises DigitError that names the process holding the lock.
     """
-    folder = Path(folder).resolve()
+    folder = as_path(folder).resolve()
     if folder in _held or fcntl is None:
         return
     with disk_errors(folder):
@@ -92,7 +92,7 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def release_folder(folder: str | Path) -> None:
     """Release the lock and remove its file: for folders that are finished."""
-    folder = Path(folder).resolve()
+    folder = as_path(folder).resolve()
     if (descriptor := _held.pop(folder, None)) is not None:
         (folder / NAME).unlink(missing_ok=True)
         os.close(descriptor)
@@ -100,7 +100,7 @@ def release_folder(folder: str | Path) -> None:
 
 def holder(folder: str | Path) -> dict[str, Any] | None:
     """What the lock tells of another process that is writing to `folder` now; None where there is none."""
-    path = Path(folder).resolve() / NAME
+    path = as_path(folder).resolve() / NAME
     if fcntl is None or path.parent in _held:
         return None
     try:
@@ -118,7 +118,7 @@ def holder(folder: str | Path) -> dict[str, Any] | None:
 
 def last_writer(folder: str | Path) -> dict[str, Any]:
     """{"pid", "host", "since", "command"} of the process that last locked `folder`, as far as they are known."""
-    path = Path(folder).resolve() / NAME
+    path = as_path(folder).resolve() / NAME
     if path.parent in _held:  # closing a second descriptor of the file would release our lock
         return _read(_held[path.parent])
     try:

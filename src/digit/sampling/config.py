@@ -1,9 +1,17 @@
 """Sampling settings of both stages (paper, A.3)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
+from digit.errors import DigitError
 from digit.runtime.hardware import Precision
+from digit.runtime.names import closest
+from digit.runtime.scalars import as_int, as_number, shown
 from digit.runtime.settings import check_settings, within
+
+ARGUMENTS = ("num", "labels", "seed", "keep", "output")  # of the methods that take settings as further keywords
+T = TypeVar("T", bound="StageSampling | SamplingConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,10 @@ class StageSampling:
     """Gumbel noise on the confidence of a masked model, annealed to 0."""
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "num_steps"):
+            object.__setattr__(self, name, as_int(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "cfg_scale", "choice_temperature"):
+            object.__setattr__(self, name, as_number(name, getattr(self, name)))
         check_settings(self)
 
 
@@ -43,4 +55,39 @@ class SamplingConfig:
     """fp32, or bf16 (faster; an image may then differ between machines)."""
 
     def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            object.__setattr__(self, "batch_size", as_int("batch_size", self.batch_size))
+        for stage in ("prior", "renderer"):
+            if not isinstance(value := getattr(self, stage), StageSampling):
+                raise DigitError(f"{stage} is {shown(value)}: give a dictionary such as {{'top_k': 100}}")
         check_settings(self)
+
+
+def with_changes(cfg: T, changes: Mapping[str, Any], group: str = "") -> T:
+    """`cfg` with other values; a dictionary changes single settings of a stage.
+
+    Raises DigitError for unknown names, with the closest one, and for values that a setting cannot have.
+    """
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in (field.name for field in fields(cfg)):
+            raise DigitError(unknown_setting(cfg, f"{group}{name}"))
+        inner = getattr(cfg, name)
+        nested = isinstance(inner, StageSampling) and isinstance(value, Mapping)
+        values[name] = with_changes(inner, value, f"{name}.") if nested else value
+    try:
+        return replace(cfg, **values)
+    except DigitError as error:
+        raise DigitError(f"{group}{error}") from error
+
+
+def unknown_setting(cfg: "StageSampling | SamplingConfig", name: str) -> str:
+    """The error for an unknown setting, with the settings that there are."""
+    group, _, last = name.rpartition(".")
+    known = [field.name for field in fields(cfg)]
+    near = closest(last, known if group else [*known, *ARGUMENTS])
+    if isinstance(cfg, SamplingConfig) and not near and closest(last, names := [f.name for f in fields(StageSampling)]):
+        inner = closest(last, names)[0]
+        return f"no setting named {name}: {inner} belongs to a stage, prior={{{inner!r}: ...}} or renderer={{...}}"
+    hint = f"did you mean {group + '.' * bool(group)}{near[0]}? " if near else ""
+    return f"no setting named {name}: {hint}the settings{f' of {group}' * bool(group)} are {', '.join(known)}"

@@ -15,19 +15,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from digit.errors import DigitError
-
 NEVER = float("-inf")
-
-
-def check_filters(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise DigitError where a setting is out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise DigitError(f"temperature is {temperature}: choose 0 (most likely token) or above")
-    if top_k < 0:
-        raise DigitError(f"top_k is {top_k}: choose 0 (off) or above")
-    if not 0 < top_p <= 1:
-        raise DigitError(f"top_p is {top_p}: choose above 0, up to 1 (off)")
 
 
 def filter_logits(

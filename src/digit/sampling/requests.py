@@ -17,6 +17,8 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
+from digit.models.tokens import as_integers
+from digit.runtime.scalars import as_int
 
 MICRO_BATCH_SIZE = 64  # half-precision kernels reach 90% of their peak speed (52% at 16 rows, 69% at 32)
 
@@ -50,8 +52,9 @@ def make_request(
 ) -> TokenRequest:
     """Check the rows against the model and move them to its device. Raises DigitError where they do not fit."""
     cfg, device, batch = model.cfg, model.device, len(seeds)
-    if given is None:
-        given = torch.empty(batch, 0, dtype=torch.int64)
+    given = torch.empty(batch, 0, dtype=torch.int64) if given is None else as_integers("given", given)
+    prefix = None if prefix is None else as_integers("prefix", prefix)
+    labels = None if labels is None else as_integers("labels", labels)
     rows = {"prefix": prefix, "labels": labels, "given": given}
     for name, value in rows.items():
         if value is not None and len(value) != batch:
@@ -65,7 +68,7 @@ def make_request(
     check_range("label", labels, -1, cfg.num_classes - 1)
     move = partial(torch.Tensor.to, device=device, dtype=torch.int64)
     return TokenRequest(
-        seeds=[int(s) for s in seeds],
+        seeds=[as_int("seed", seed) for seed in seeds],
         prefix=None if prefix is None else move(prefix),
         labels=None if labels is None else move(labels),
         given=move(given),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
-from digit.sampling.filters import check_filters, guide, image_uniforms, sample_filtered
+from digit.sampling.config import StageSampling
+from digit.sampling.filters import guide, image_uniforms, sample_filtered
 from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
 
 
@@ -40,7 +41,7 @@ class Sampler(ABC):
         micro_batch_size: int | None = None,
         stage: str | None = None,
     ) -> None:
-        check_filters(temperature, top_k, top_p)
+        StageSampling(temperature=temperature, top_k=top_k, top_p=top_p)  # checks their ranges
         check_guidance(model, cfg_scale)
         self.micro_batch_size = MICRO_BATCH_SIZE if micro_batch_size is None else micro_batch_size
         if self.micro_batch_size < 1:

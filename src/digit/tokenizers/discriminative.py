@@ -16,16 +16,21 @@ import torch
 from torch import Tensor
 
 from digit.data.loader import CropLoader, on_device
+from digit.data.pictures import as_images
 from digit.errors import DigitError, MismatchError
+from digit.models.tokens import as_integers, require_range
 from digit.runtime import distributed
+from digit.runtime.hardware import choose_device
 from digit.tokenizers.base import Encoder, Quantizer, QuantizerConfig
 from digit.tokenizers.quantizers import quantizer_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64, UInt8
+    from jaxtyping import Float, Int64
 
     from digit.data.images import ImageSource
+    from digit.data.pictures import Images
     from digit.data.preprocess import PreprocessConfig
+    from digit.models.tokens import Integers
 
 
 def choose_images(num_images: int, tokens_per_image: int, min_points: int, *, subset: float, seed: int) -> np.ndarray:
@@ -129,6 +134,10 @@ class DiscriminativeTokenizer:
             )
         self.encoder, self.codebook = encoder, codebook
 
+    def __repr__(self) -> str:
+        name, (rows, columns) = self.encoder.describe().get("name", type(self.encoder).__name__), self.grid
+        return f"DiscriminativeTokenizer({name}, {rows} x {columns} tokens of {self.vocab_size} codes)"
+
     @property
     def device(self) -> torch.device:
         """Where the encoder computes."""
@@ -162,37 +171,36 @@ class DiscriminativeTokenizer:
         }
 
     def to(self, device: str | torch.device) -> Self:
-        """Move encoder and codebook; returns self."""
+        """Move encoder and codebook; returns self. Raises DigitError where the device does not exist."""
+        device = choose_device(device)
         if isinstance(self.encoder, torch.nn.Module):
             self.encoder.to(device)
         self.codebook.to(device)
         return self
 
-    def features(self, images: 'UInt8[Tensor, "B 3 H W"]') -> 'Float[Tensor, "B N D"]':
+    def features(self, images: "Images") -> 'Float[Tensor, "B N D"]':
         """The encoder's features before quantisation, float32."""
-        return self.encoder.features(images)
+        return self.encoder.features(as_images(images))
 
     @torch.no_grad()
-    def encode(self, images: 'UInt8[Tensor, "B 3 H W"]') -> 'Int64[Tensor, "B N"]':
-        """uint8 RGB crops in 0..255 -> tokens in 0..K-1, on the encoder's device."""
+    def encode(self, images: "Images") -> 'Int64[Tensor, "B N"]':
+        """Square RGB crops (B, 3, S, S) uint8 -> tokens in 0..K-1, on the encoder's device.
+
+        Takes what else `digit.data.pictures.as_images` takes: Pillow pictures, arrays, floats in 0..1, which are
+        rounded to uint8. Raises DigitError for anything else.
+        """
         return self.codebook.predict(self.features(images))  # (B, N)
 
     @torch.no_grad()
-    def encode_features(
-        self, images: 'UInt8[Tensor, "B 3 H W"]'
-    ) -> 'tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"]]':
+    def encode_features(self, images: "Images") -> 'tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"]]':
         """Tokens and the features that they stand for, from one pass of the encoder."""
         features = self.features(images)
         return self.codebook.predict(features), features
 
-    def embed(self, tokens: 'Int64[Tensor, "B N"]') -> 'Float[Tensor, "B N D"]':
-        """The vector of each token, float32. Raises DigitError for tokens outside 0..K-1."""
-        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
-        if low < 0 or high >= self.vocab_size:
-            raise DigitError(
-                f"tokens run from {low} to {high}, this codebook knows 0 to {self.vocab_size - 1}: "
-                "they are of another codebook"
-            )
+    def embed(self, tokens: "Integers") -> 'Float[Tensor, "B N D"]':
+        """The vector of each token, float32. Raises MismatchError for tokens outside 0..K-1."""
+        tokens = as_integers("tokens", tokens)
+        require_range("tokens", tokens, 0, self.vocab_size - 1, "this codebook")
         return self.codebook.embed(tokens)  # (B, N, D)
 
 

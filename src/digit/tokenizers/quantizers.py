@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
-from digit.runtime.files import read_json
+from digit.runtime.files import as_path, read_json
 from digit.tokenizers.base import Quantizer, QuantizerConfig
 from digit.tokenizers.kmeans.codebook import Codebook, fit_kmeans
 from digit.tokenizers.kmeans.config import KMeansConfig
@@ -41,10 +41,10 @@ def quantizer_of(cfg: QuantizerConfig) -> QuantizerKind:
 
 def load_quantizer(folder: str | Path) -> Quantizer:
     """Read a codebook folder, whatever quantizer wrote it. Raises DigitError on unreadable files and unknown names."""
-    about = read_json(Path(folder) / "codebook.json")
+    about = read_json(as_path(folder) / "codebook.json")
     name: Any = about.get("quantizer", "kmeans") if isinstance(about, dict) else "kmeans"
     if not isinstance(name, str) or name not in QUANTIZERS:
         raise DigitError(
             f"{folder} holds a quantizer {name!r}, this version knows {', '.join(QUANTIZERS)}: update digit"
         )
-    return QUANTIZERS[name].load(Path(folder))
+    return QUANTIZERS[name].load(as_path(folder))

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from digit.data.pictures import Images, as_images
 from digit.errors import DigitError, MismatchError
+from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
-from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
-from digit.runtime.hardware import Precision
+from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.hardware import Precision, choose_device
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")
@@ -41,6 +43,11 @@ class VQTokenizer:
         self.vqgan = vqgan.eval()
         self.precision, self.chunk_size, self.rounding = precision, chunk_size, rounding
         self._fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        size = f"{self.resolution} x {self.resolution} images"
+        return f"VQTokenizer({size}, {rows} x {columns} tokens of {self.vocab_size} codes)"
 
     @property
     def vocab_size(self) -> int:
@@ -70,8 +77,8 @@ class VQTokenizer:
         return self._fingerprint
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the network; returns self."""
-        self.vqgan.to(device)
+        """Move the network; returns self. Raises DigitError where the device does not exist."""
+        self.vqgan.to(choose_device(device))
         return self
 
     def autocast(self, precision: Precision | None = None) -> AbstractContextManager:
@@ -87,29 +94,34 @@ class VQTokenizer:
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
         return (part.to(self.device) for part in tensor.split(self.chunk_size))
 
-    def encode(self, images: UInt8[Tensor, "B 3 S S"]) -> Int64[Tensor, "B M"]:
-        """RGB images in 0..255 to tokens (B, M), on the images' device. Raises MismatchError at another size."""
+    def encode(self, images: Images) -> Int64[Tensor, "B M"]:
+        """RGB images (B, 3, S, S) uint8, or what else `as_images` takes, to tokens (B, M), on the images' device.
+
+        Raises MismatchError at another size, DigitError for anything but images.
+        """
+        images = as_images(images)
         with self.autocast():
             tokens = [tokens for _, tokens in self.encoded(images)]
         return torch.cat(tokens).to(images.device)
 
-    def features(self, images: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B M C"]:
+    def features(self, images: Images) -> Float[Tensor, "B M C"]:
         """The encoder's output before quantisation, float32; otherwise as `encode`."""
         return self.encode_features(images)[1]
 
-    def encode_features(self, images: UInt8[Tensor, "B 3 S S"]) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B M C"]]:
+    def encode_features(self, images: Images) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B M C"]]:
         """Tokens and the features that they stand for, from one pass of the encoder."""
+        images = as_images(images)
         with self.autocast():
             features, tokens = zip(*self.encoded(images), strict=True)
         vectors = torch.cat([z.flatten(2).transpose(1, 2).float() for z in features])  # (B, M, C)
         return torch.cat(tokens).to(images.device), vectors.to(images.device)
 
     @torch.no_grad()
-    def encoded(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def encoded(self, images: UInt8[Tensor, "B 3 H W"]) -> Iterator[tuple[Tensor, Tensor]]:
         """(z (b, C, h, h), tokens (b, M)) of each chunk, on the network's device; one empty chunk for no images."""
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, self.resolution, self.resolution):
+        if images.shape[2:] != (self.resolution, self.resolution):
             raise MismatchError(
-                f"the VQGAN takes uint8 images of shape (3, {self.resolution}, {self.resolution}), got {images.dtype} "
+                f"the VQGAN takes images of shape (3, {self.resolution}, {self.resolution}), got "
                 f"{tuple(images.shape[1:])}: choose preprocess.image_size {self.resolution} or another VQGAN"
             )
         cfg = self.vqgan.cfg
@@ -120,23 +132,15 @@ class VQTokenizer:
             yield self.vqgan.encode(part.float() / 255)
 
     @torch.no_grad()
-    def decode(self, tokens: Int64[Tensor, "B M"], precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
-        """Tokens (B, M) to RGB images in 0..255, on the tokens' device; `precision` overrules the tokenizer's own.
+    def decode(self, tokens: Integers, precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
+        """Tokens (B, M), of any integer type, to RGB images in 0..255, on the tokens' device.
 
-        Raises DigitError at wrong lengths or codes.
+        `precision` overrules the tokenizer's own. Raises DigitError for anything but integers, MismatchError at wrong
+        lengths or codes.
         """
-        if tokens.ndim != 2 or tokens.shape[1] != self.vqgan.cfg.num_tokens:
-            raise MismatchError(
-                f"the VQGAN's images have {self.vqgan.cfg.num_tokens} tokens, got shape {tuple(tokens.shape)}: "
-                "these tokens are of another VQGAN"
-            )
+        tokens = as_tokens(tokens, vocab_size=self.vocab_size, num_tokens=self.vqgan.cfg.num_tokens, owner="the VQGAN")
         if not len(tokens):
             return torch.empty(0, 3, self.resolution, self.resolution, dtype=torch.uint8, device=tokens.device)
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-            raise MismatchError(
-                f"the VQGAN has codes 0..{self.vocab_size - 1}, got {int(tokens.min())}..{int(tokens.max())}: "
-                "these tokens are of another VQGAN"
-            )
         images, size = [], self.decoded_together
         with self.autocast(precision):
             for part in tokens.to(self.device).split(size):
@@ -148,8 +152,10 @@ class VQTokenizer:
         return (images.round() if self.rounding == "nearest" else images).to(torch.uint8)
 
     @torch.no_grad()
-    def embed(self, tokens: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
-        """The code vector of each token, float32."""
+    def embed(self, tokens: Integers) -> Float[Tensor, "... C"]:
+        """The code vector of each token, float32. Raises MismatchError for tokens outside 0..vocab_size-1."""
+        tokens = as_integers("tokens", tokens)
+        require_range("tokens", tokens, 0, self.vocab_size - 1, "the VQGAN")
         return self.vqgan.quantize.embedding(tokens.to(self.device)).to(tokens.device)
 
     def describe(self) -> dict[str, Any]:
@@ -158,7 +164,7 @@ class VQTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write vqgan.safetensors (float32) and, last, vqgan.json into `folder`."""
-        folder = Path(folder)
+        folder = as_path(folder)
         self._fingerprint = None  # the network may have been trained since
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.cfg.to_dict()}
@@ -170,7 +176,7 @@ class VQTokenizer:
 
         Raises DigitError on unreadable files, MismatchError where weights and description are of two models.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         vqgan = load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors")
         return cls(vqgan, **{"rounding": read_json(folder / "vqgan.json").get("rounding", "nearest")} | options)
 
@@ -234,7 +240,7 @@ def find_asset(name: str) -> Path:
 
 def save_asset(vqgan: VQGAN, stem: str | Path, about: dict[str, Any]) -> None:
     """Write STEM.safetensors with 8-bit weights and STEM.json, as `load_asset_vqgan` reads them."""
-    stem = Path(stem)
+    stem = as_path(stem)
     packed = pack_int8(vqgan.state_dict())
     fingerprint = sha256_tensors(unpack_int8(packed))
     save_tensors(stem.with_name(stem.name + ".safetensors"), packed)

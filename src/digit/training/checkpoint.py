@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.runtime import distributed
-from digit.runtime.files import disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
+from digit.runtime.files import as_path, disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
 from digit.version import __version__
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,13 @@ class DamagedError(DigitError):
 
 def step_folder(folder: str | Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
-    return Path(folder) / f"step_{step:08d}"
+    return as_path(folder) / f"step_{step:08d}"
 
 
 def list_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of each checkpoint in `folder`, oldest first. Raises DigitError for those of an older version."""
     checkpoints = []
-    for path in Path(folder).glob("step_*"):
+    for path in as_path(folder).glob("step_*"):
         if path.suffix == ".pt":
             raise DigitError(f"{path} was written by an older version, which this version cannot read: move it away")
         if (match := re.fullmatch(r"step_(\d+)", path.name)) is not None:
@@ -94,7 +94,7 @@ def save(
     with _raise_disk_errors(path):
         _write_tensors(partial, tensors)
     distributed.on_main(lambda: _publish(partial, path, step, skeleton, metrics or {}))
-    distributed.on_main(lambda: prune(Path(folder), step, keep, keep_best))
+    distributed.on_main(lambda: prune(as_path(folder), step, keep, keep_best))
     return path
 
 
@@ -211,7 +211,7 @@ def newest(folder: str | Path) -> Path | None:
 
     Verifies the hashes. Skips damaged checkpoints with a warning; raises DigitError if all are damaged.
     """
-    return distributed.on_main(lambda: _newest(Path(folder)))
+    return distributed.on_main(lambda: _newest(as_path(folder)))
 
 
 def _newest(folder: Path) -> Path | None:

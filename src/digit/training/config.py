@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from digit.errors import DigitError
-from digit.runtime.files import read_json, write_json
+from digit.runtime.files import as_path, read_json, write_json
 from digit.runtime.request import require_same_request
 from digit.runtime.settings import SEED, check_settings, within
 from digit.training.precision import ScaledPrecision
@@ -127,18 +127,18 @@ def describe_run(cfg: LoopConfig, about: dict[str, Any] | None) -> dict[str, Any
 
 def save_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | None) -> None:
     """Write config.json beside the checkpoints."""
-    write_json(Path(folder) / CONFIG, describe_run(cfg, about))
+    write_json(as_path(folder) / CONFIG, describe_run(cfg, about))
 
 
 def check_config(folder: str | Path, cfg: LoopConfig, about: dict[str, Any] | None) -> None:
     """Raise MismatchError, naming both values, if a setting that may not change differs from the run in `folder`."""
-    if not (path := Path(folder) / CONFIG).exists():
+    if not (path := as_path(folder) / CONFIG).exists():
         return
     saved, current = read_json(path), describe_run(cfg, about)
     if not isinstance(saved, dict) or not all(isinstance(saved.get(part), dict) for part in ("train", "about")):
-        raise DigitError(f"{path} is not the config of a run: delete {Path(folder).parent} to begin again")
+        raise DigitError(f"{path} is not the config of a run: delete {as_path(folder).parent} to begin again")
     saved["train"] = describe_run(type(cfg)(), None)["train"] | saved["train"]  # defaults of newer settings
     free = {f"train.{name}" for name in FREE_FIELDS | ({"num_steps"} if cfg.may_grow else set())}
     existing = {part: saved[part] for part in current}
     advice = "give the old value to continue, or choose another --out"
-    require_same_request(Path(folder).parent, existing, current, advice, ignore=free.__contains__)
+    require_same_request(as_path(folder).parent, existing, current, advice, ignore=free.__contains__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from digit.runtime import distributed
-from digit.runtime.files import atomic_path, disk_errors
+from digit.runtime.files import as_path, atomic_path, disk_errors
 from digit.runtime.progress import Progress
 from digit.training.faults import NotFiniteError, SpikeDetector, find_not_finite
 from digit.training.peak import PeakSpeed
@@ -26,7 +26,7 @@ Metrics = dict[str, float | Tensor]
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a log.jsonl, without a torn last line and anything else that is not a log line."""
     lines = []
-    for text in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in as_path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):

@@ -14,6 +14,7 @@ import torch
 
 from digit.errors import MismatchError, Stopped
 from digit.runtime import distributed
+from digit.runtime.files import as_path
 from digit.runtime.signals import StopSignals, saving
 from digit.training import checkpoint
 from digit.training.config import LoopConfig, check_config, describe_run, save_config
@@ -107,7 +108,8 @@ def train(
     signal); KeyboardInterrupt at once at a second SIGINT. Raises DigitError at a NaN or Inf metric (naming step and
     dump) and at a full disk, MismatchError if `out` holds another run.
     """
-    out, folder = Path(out), Path(out) / "checkpoints"
+    out = as_path(out)
+    folder = out / "checkpoints"
     log = RunLog(
         out, 0, cfg.num_steps,
         description=description, tensorboard=cfg.tensorboard, peak=peak,

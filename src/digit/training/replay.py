@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.runtime.config_json import from_json
-from digit.runtime.files import load_tensors, read_json
+from digit.runtime.files import as_path, load_tensors, read_json
 from digit.training import checkpoint
 from digit.training.config import TrainConfig
 from digit.training.optim import clip_gradients
@@ -52,7 +52,7 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> Replay:
 
     Raises DigitError if the dump is not of a sequence model or has no state from before the step.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     report = read_json(folder / "report.json")
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict) or "step" not in report:
         raise DigitError(f"{folder / 'report.json'} is not the report of a failed step: give RUN/MODEL/crash/step_...")

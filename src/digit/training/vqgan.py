@@ -28,7 +28,7 @@ from digit.models.memory_format import channels_last
 from digit.models.perceptual import load_perceptual
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
-from digit.runtime.files import write_json
+from digit.runtime.files import as_path, write_json
 from digit.runtime.settings import within
 from digit.training.config import LoopConfig
 from digit.training.ema import EMA
@@ -311,7 +311,7 @@ def train_vqgan(
     trainer.average.copy_to_model()
     metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
     if distributed.is_main():
-        write_json(Path(out) / "metrics.json", metrics)
+        write_json(as_path(out) / "metrics.json", metrics)
     return metrics
 
 

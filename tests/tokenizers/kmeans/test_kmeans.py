@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from toy_kmeans import SHARED, across_ranks, blobs, budget, fit_share, pieces
@@ -422,3 +423,26 @@ def test_the_two_least_of_each_row(num):
     assert low.equal(ordered[:, 0]) and scores.gather(1, index[:, None])[:, 0].equal(low)
     assert second.equal(ordered[:, 1] if num > 1 else torch.full((50,), torch.inf))
     assert argmin_rows(scores).equal(index)
+
+
+def test_features_are_tensors_arrays_or_lists():
+    x = blobs()
+    whole = KMeans(KMeansConfig(num_clusters=4)).fit(x)
+    for brought in (x.numpy(), x.double().numpy(), x.double(), x.tolist()):
+        again = KMeans(KMeansConfig(num_clusters=4)).fit(brought)
+        assert torch.equal(again.centroids_, whole.centroids_)
+        assert torch.equal(whole.predict(brought), whole.predict(x))
+    counts = np.arange(12).reshape(6, 2)
+    assert KMeans(KMeansConfig(num_clusters=2)).fit(counts).predict(counts).shape == (6,)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_array_of_numbers_is_refused():
+    fitted = KMeans(KMeansConfig(num_clusters=4)).fit(blobs())
+    for wrong in ([["a", "b"]], [[1.0], [1.0, 2.0]], "features", None, blobs() > 0, blobs().to(torch.complex64)):
+        for call in (fitted.predict, KMeans(KMeansConfig(num_clusters=4)).fit):
+            with pytest.raises(DigitError, match="features are .*numbers of shape"):
+                call(wrong)
+    for wrong in (torch.tensor(3.0), torch.zeros(2, 3, 5), np.zeros(5)):
+        with pytest.raises(DigitError, match="shape"):
+            KMeans(KMeansConfig(num_clusters=4)).fit(wrong)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
+from digit.models.tokens import as_integers, require_range
 from digit.runtime import distributed
-from digit.runtime.files import MAKE_AGAIN, load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
+from digit.runtime.hardware import choose_device
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import nearest
@@ -23,6 +25,8 @@ from digit.tokenizers.kmeans.unfinished import UnfinishedFit
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
 
+    from digit.models.tokens import Integers
+    from digit.tokenizers.kmeans.nearest import FeatureArray
     from digit.tokenizers.kmeans.points import Features
 
 log = logging.getLogger(__name__)
@@ -79,16 +83,21 @@ class Codebook:
         return str(self.meta.get("encoder", {}).get("name", "an encoder that is not recorded"))
 
     def to(self, device: str | torch.device) -> Self:
-        """Move the centroids; returns self."""
-        self.centroids = self.centroids.to(device)
+        """Move the centroids; returns self. Raises DigitError where the device does not exist."""
+        self.centroids = self.centroids.to(choose_device(device))
         return self
 
-    def predict(self, features: 'Float[Tensor, "... D"]') -> 'Int64[Tensor, "..."]':
+    def predict(self, features: "FeatureArray") -> 'Int64[Tensor, "..."]':
         """Nearest centroid, int64 in 0..K-1. Raises MismatchError where D differs."""
         return nearest(features, self.centroids)
 
-    def embed(self, tokens: 'Int64[Tensor, "..."]') -> 'Float[Tensor, "... D"]':
-        """The centroid of each token in 0..K-1, float32."""
+    def __repr__(self) -> str:
+        return f"Codebook({len(self)} codes of {self.dim} features, fitted on {self.encoder_name})"
+
+    def embed(self, tokens: "Integers") -> 'Float[Tensor, "... D"]':
+        """The centroid of each token in 0..K-1, float32. Raises MismatchError for others."""
+        tokens = as_integers("tokens", tokens)
+        require_range("tokens", tokens, 0, len(self) - 1, "this codebook")
         return self.centroids[tokens.to(self.device)]
 
     def summary(self) -> dict[str, Any]:
@@ -98,7 +107,7 @@ class Codebook:
 
     def save(self, folder: str | Path) -> None:
         """Write codebook.safetensors and, last, codebook.json into `folder`; a fit kept there is done with."""
-        folder = Path(folder)
+        folder = as_path(folder)
         save_tensors(folder / "codebook.safetensors", {"centroids": self.centroids})
         write_json(
             folder / "codebook.json", {"format": FORMAT, "quantizer": KIND, "fingerprint": self.fingerprint} | self.meta
@@ -108,7 +117,7 @@ class Codebook:
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         """Read what `save` wrote. Raises DigitError on unreadable files, MismatchError where they are of two fits."""
-        folder = Path(folder)
+        folder = as_path(folder)
         meta = read_json(folder / "codebook.json")
         tensors = load_tensors(folder / "codebook.safetensors")
         if not isinstance(meta, dict) or meta.get("format") != FORMAT or "centroids" not in tensors:
@@ -128,7 +137,7 @@ class Codebook:
     def from_npy(cls, path: str | Path, meta: dict[str, Any] | None = None) -> Self:
         """Read centroids released as a (K, D) .npy (km_8k.npy); a file that needs pickle is refused."""
         try:
-            centroids = np.load(path, allow_pickle=False)
+            centroids = np.load(as_path(path), allow_pickle=False)
         except FileNotFoundError as error:
             raise DigitError(f"no such file: {path}") from error
         except Exception as error:  # a damaged header raises nearly anything
@@ -138,7 +147,7 @@ class Codebook:
             raise DigitError(
                 f"{path} holds {got}, wanted floats of shape (codes, features): give the centroids as .npy"
             )
-        return cls(torch.from_numpy(centroids.astype(np.float32)), {"released_file": Path(path).name} | (meta or {}))
+        return cls(torch.from_numpy(centroids.astype(np.float32)), {"released_file": as_path(path).name} | (meta or {}))
 
 
 def fit_kmeans(
@@ -160,7 +169,7 @@ def fit_kmeans(
 
     Raises DigitError for fewer points than codes, NaN or Inf; Stopped where a signal asked for it.
     """
-    unfinished = None if folder is None else UnfinishedFit(Path(folder) / UNFINISHED, request or {})
+    unfinished = None if folder is None else UnfinishedFit(as_path(folder) / UNFINISHED, request or {})
     fit = KMeans(cfg).fit(features, across_ranks=across_ranks, unfinished=unfinished)
     if not across_ranks or distributed.is_main():
         warn_of_dead_codes(fit.dead_codes_, cfg.num_clusters)

@@ -33,8 +33,9 @@ from digit.tokenizers.kmeans.unfinished import State, UnfinishedFit
 from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Int64
 
+    from digit.tokenizers.kmeans.nearest import FeatureArray
     from digit.tokenizers.kmeans.points import Features
 
 START_CHUNK_ROWS = 4096
@@ -63,7 +64,7 @@ class KMeans:
         across_ranks: bool = False,
         unfinished: UnfinishedFit | None = None,
     ) -> Self:
-        """Cluster `features`: a Tensor (N, D), or a callable whose every call iterates the same Tensors (n, D).
+        """Cluster `features`: an array (N, D), or a callable whose every call iterates the same Tensors (n, D).
 
         across_ranks: every rank of the job calls this, each with its own share of the points. All get the fit of all
         points, from the start that one process with all shares would choose. Ranks that stream say
@@ -104,8 +105,11 @@ class KMeans:
                     f"k-means: {len(state.history)} of at most {cfg.num_iterations} iterations are done"
                 ) from None
 
-    def predict(self, features: 'Float[Tensor, "... dim"]') -> 'Int64[Tensor, "..."]':
-        """Nearest centroid of each feature. Raises DigitError before fit, MismatchError for another D."""
+    def predict(self, features: "FeatureArray") -> 'Int64[Tensor, "..."]':
+        """Nearest centroid of each feature of a tensor or array (..., D).
+
+        Raises DigitError before fit, MismatchError for another D.
+        """
         if not hasattr(self, "centroids_"):
             raise DigitError("this KMeans is not fitted: call fit(features) before predict")
         return nearest(features, self.centroids_)

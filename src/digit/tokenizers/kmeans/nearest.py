@@ -4,15 +4,17 @@ Legend: n rows of one chunk, D features, K centroids.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 from digit.models.products import linear, prepacked
+from digit.runtime.scalars import shown
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -20,7 +22,24 @@ if TYPE_CHECKING:
 CPU_CHUNK_ROWS = 1024  # at K = 8192, 256 rows cost a third of the product's speed and 4096 win none
 GPU_CHUNK_ROWS = 8192
 SLACK = 2.0**-20  # 16 units of float32's rounding
+FeatureArray = Tensor | np.ndarray | Sequence[Any]  # (..., D) real numbers; a sequence is nested lists
 LANES = 64  # neighbouring columns whose minima are taken together
+
+
+def as_features(features: FeatureArray) -> Tensor:
+    """Features as callers give them, a tensor, an array or nested lists of real numbers, as a tensor of their type.
+
+    Raises DigitError for anything else.
+    """
+    if not isinstance(features, Tensor):
+        try:
+            features = torch.from_numpy(np.array(features))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DigitError(f"features are {shown(features)}: give numbers of shape (N, D)") from error
+    if features.dtype == torch.bool or features.is_complex():
+        kind = str(features.dtype).removeprefix("torch.")
+        raise DigitError(f"features are {kind}: give real numbers of shape (N, D)")
+    return features
 
 
 def chunk_rows(device: torch.device) -> int:
@@ -29,15 +48,17 @@ def chunk_rows(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def nearest(features: 'Float[Tensor, "... dim"]', centroids: 'Float[Tensor, "codes dim"]') -> 'Int64[Tensor, "..."]':
+def nearest(features: "FeatureArray", centroids: 'Float[Tensor, "codes dim"]') -> 'Int64[Tensor, "..."]':
     """argmin_k ||x - c_k||^2, int64, shape of the features without their last axis, on the features' device.
 
     Near ties are decided in float64, so that the answer depends neither on the batch's size nor on the device.
     Raises MismatchError where D differs, DigitError for NaN or Inf.
     """
-    if features.shape[-1] != centroids.shape[1]:
+    features = as_features(features)
+    dim = features.shape[-1] if features.ndim else 0
+    if dim != centroids.shape[1]:
         raise MismatchError(
-            f"the centroids have {centroids.shape[1]} features, the input has {features.shape[-1]}: "
+            f"the centroids have {centroids.shape[1]} features, the input has {dim}: "
             "use the encoder and the layer that the codebook was fitted on, or refit (digit codebook ...)"
         )
     flat = features.reshape(-1, features.shape[-1]).float()

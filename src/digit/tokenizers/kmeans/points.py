@@ -14,16 +14,17 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.runtime import distributed
 from digit.runtime.progress import Progress
-from digit.tokenizers.kmeans.nearest import chunk_rows
+from digit.tokenizers.kmeans.nearest import as_features, chunk_rows
 from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
     from digit.tokenizers.kmeans.config import KMeansConfig
+    from digit.tokenizers.kmeans.nearest import FeatureArray
 
     Part = Float[Tensor, "n dim"] | tuple[Float[Tensor, "n dim"], np.ndarray]
-    Features = Float[Tensor, "n dim"] | Callable[[], Iterable[Part]]
+    Features = FeatureArray | Callable[[], Iterable[Part]]
 
 Stream = Callable[[], Iterator[tuple[Tensor, np.ndarray]]]  # (n, D) points with (n,) keys
 START_POINTS_PER_CENTROID = 32  # k-means++ looks at a sample of this many points a centroid
@@ -51,14 +52,14 @@ def open_points(
     cfg: "KMeansConfig",
     shares: Shares | None = None,
 ) -> Points:
-    """Points of a tensor (N, D), or of a callable whose every call iterates the same tensors (n, D), or such tensors
-    each with the numbers (n,) of its points.
+    """Points of a tensor or array (N, D), or of a callable whose every call iterates the same tensors (n, D), or such
+    tensors each with the numbers (n,) of its points.
 
     Raises DigitError for NaN or Inf, another shape, or a budget too small for the centroids alone.
     """
     shares = shares or Shares()
-    if isinstance(features, Tensor):
-        return _tensor_points(features, cfg, shares)
+    if not callable(features):
+        return _tensor_points(as_features(features), cfg, shares)
     return _stream_points(lambda: _keyed(features(), cfg, distributed.rank()), cfg, shares)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 from digit.runtime import distributed
-from digit.runtime.files import load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
+from digit.runtime.files import as_path, load_tensors, plain, remove_leftovers, save_tensors, sha256_tensors
 from digit.runtime.request import require_same_request
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class UnfinishedFit:
     """
 
     def __init__(self, path: str | Path, request: dict[str, Any]):
-        self.path, self.request = Path(path), request
+        self.path, self.request = as_path(path), request
         self.due = time.monotonic() + SAVE_EVERY_SECONDS
 
     def load(self, details: dict[str, Any]) -> State | None:
