@@ -73,10 +73,10 @@ def test_positions_whatever_the_names():
         (torch.tensor([1.0]), SOLIDS, "label is 1.0"),
         ([True], SOLIDS, "label is True"),
         (np.array([False]), SOLIDS, "label is False"),
-        ([None], SOLIDS, "label is None"),
+        ([None], SOLIDS, "a label stands for no class"),
         ([[0, 1]], SOLIDS, r"label is \[0, 1\]"),
         (4, SOLIDS, "label 4 is out of range: this model knows classes 0 to 3: sphere, cube"),
-        (-1, SOLIDS, "label -1 is out of range"),
+        (-1, SOLIDS, "a label stands for no class, but this model was trained with a class for every image"),
         ("4", SOLIDS, "label 4 is out of range"),
         ([], SOLIDS, "labels is empty"),
         ({"cube"}, SOLIDS, r"labels are \{'cube'\}: give class names or numbers in a list"),
@@ -100,3 +100,16 @@ def test_wrong_labels_are_one_line(labels, classes, said):
 
 def test_an_exact_name_comes_before_its_number():
     assert places(["1", "01"], ["1", "01"]) == [0, 1]
+
+
+@pytest.mark.parametrize("label", [None, -1, "none", "-1", np.int64(-1)])
+def test_no_class_is_a_label_where_the_model_knows_images_without(label):
+    assert class_positions([label, 1], SOLIDS, len(SOLIDS), unlabelled=True) == [-1, 1]
+    assert class_positions([label], ["0", "1", "2"], 3, unlabelled=True) == [-1]
+    with pytest.raises(DigitError, match="stands for no class"):
+        class_positions([label], SOLIDS, len(SOLIDS))
+
+
+def test_classes_that_are_called_none_or_minus_one_stay_classes():
+    assert class_positions(["none"], ["none", "some"], 2, unlabelled=True) == [0]
+    assert class_positions([-1, "-1"], ["-1", "0"], 2, unlabelled=True) == [0, 0]

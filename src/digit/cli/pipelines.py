@@ -34,8 +34,11 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--sheet", default=SHEET, help="PNG file for the contact sheet; '' for none")
     args = parse(parser, argv)
     from digit.data.inspect import choose_sheet, inspect_source
+    from digit.runtime.files import check_writable
 
     sheet = args.sheet and choose_sheet(args.sheet, args.path, named=args.sheet != SHEET)
+    if sheet:
+        check_writable(sheet)
     report = inspect_source(open_data(args, args.path, say_notes=False))
     say(report.to_text())
     if sheet:
@@ -119,7 +122,7 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument(
         "--labels",
         default=None,
-        help="names or numbers of classes, separated by commas, used in turn (default: every class)",
+        help="names or numbers of classes, separated by commas, used in turn; none for no class (default: every class)",
     )
     args = parse(parser, argv)
     from digit.pipeline.sample_folder import GRID_IMAGES, sample

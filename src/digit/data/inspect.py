@@ -133,7 +133,7 @@ def choose_sheet(path: str, source: str, *, named: bool) -> Path:
     """
     sheet, root = Path(path).expanduser(), Path(source).expanduser()
     if named:
-        if sheet.exists() and not is_contact_sheet(sheet):
+        if sheet.is_file() and not is_contact_sheet(sheet):
             raise DigitError(f"--sheet {path} exists and is no contact sheet: choose another name")
         inside = root.is_dir() and root.resolve() in sheet.resolve().parents
         if inside and not CONTACT_SHEET.fullmatch(sheet.name):

@@ -49,7 +49,7 @@ class Listing:
     def notes(self) -> Iterator[str]:
         """Says what was left out."""
         if self.own:
-            yield f"not read, because digit wrote it: {some(self.own)}"
+            yield f"not read, because DiGIT wrote it: {some(self.own)}"
         if others := self.by_kind.get("other files"):
             suffixes = Counter(suffix_of(file.name) or "without suffix" for file in others)
             listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(12))

@@ -2,6 +2,7 @@
 
 A text is the name of a class or, where no class has that name, a number in text. A number is the class of that name
 where the names of all classes are whole numbers ("0", "2", "10"), otherwise the position 0..n-1 in the list of classes.
+None, -1 and the text "none" stand for no class, as the unlabelled images of a training set have it.
 So class 2 is the same class on the command line, in Python, and in the folders that the images came from.
 """
 
@@ -17,6 +18,8 @@ from digit.errors import DigitError
 from digit.runtime.names import did_you_mean
 from digit.runtime.scalars import as_int, shown
 
+UNLABELLED = -1  # position of an image without a class
+NO_CLASS = "none"
 SHOWN = 8  # names of classes in an error
 MAX_DIGITS = 18  # of a number in text; int() refuses thousands of digits
 
@@ -32,13 +35,14 @@ Labels = ClassPositions | str | int | np.integer | np.ndarray | Tensor | Iterabl
 """A label, a sequence of labels (list, array, tensor of any integer type), or positions."""
 
 
-def class_positions(labels: Labels, classes: Sequence[str], num_classes: int) -> list[int]:
-    """The position of each label in the list of classes; one for a single label.
+def class_positions(labels: Labels, classes: Sequence[str], num_classes: int, unlabelled: bool = False) -> list[int]:
+    """The position of each label in the list of classes, -1 for no class; one for a single label.
 
     Args:
         labels: names or numbers, as this module's text says.
         classes: the names of the classes; may be empty for a model whose classes have none.
         num_classes: how many classes the model knows.
+        unlabelled: whether it also knows images without a class.
 
     Raises DigitError for unknown names, numbers out of range, fractions, booleans, and for no label at all.
     """
@@ -50,6 +54,13 @@ def class_positions(labels: Labels, classes: Sequence[str], num_classes: int) ->
     if not found:
         raise DigitError("labels is empty: give at least one class name or number")
     for position in found:
+        if position == UNLABELLED and unlabelled:
+            continue
+        if position == UNLABELLED:
+            raise DigitError(
+                "a label stands for no class, but this model was trained with a class for every image: give one of "
+                f"its classes{listed(classes, ': ')}"
+            )
         if not 0 <= position < num_classes:
             known = f"this model knows classes 0 to {num_classes - 1}"
             raise DigitError(f"label {position} is out of range: {known}{listed(classes, ': ')}")
@@ -78,17 +89,21 @@ class ClassList:
 
     def position(self, label: Any) -> int:
         """The position of one label; of a number it may be out of range."""
+        if label is None:
+            return UNLABELLED
         if not isinstance(label, str):
             return self._of_number(as_int("label", label, wanted="the name of a class or a whole number"))
         if label in self.places:
             return self._only(label)
+        if label == NO_CLASS:
+            return UNLABELLED
         if is_number(label):
             return self._of_number(int(label))
         known = f"classes are{listed(self.classes, ' ')}" if self.classes else "the classes have no names, give numbers"
         raise DigitError(f"no class named {label!r}{did_you_mean(label, self.classes) or ':'} {known}")
 
     def _of_number(self, number: int) -> int:
-        if not self.named_by_numbers:
+        if not self.named_by_numbers or (number == UNLABELLED and number not in self.places):
             return number
         if number not in self.places:
             known = listed(self.classes, " ")

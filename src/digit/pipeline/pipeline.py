@@ -474,11 +474,16 @@ class DigitPipeline:
         return torch.tensor([chosen[i % len(chosen)] for i in range(num)])
 
     def class_positions(self, labels: Labels) -> list[int]:
-        """The position in `classes` of each label. Raises DigitError for unknown ones, and without classes."""
+        """The position in `classes` of each label, -1 for no class. Raises DigitError as `stream` does."""
         known = self._require_sampling().cfg.num_classes
         if not known:
             raise DigitError("labels were given, but this model is unconditional: leave them out")
-        return class_positions(labels, self.classes, known)
+        return class_positions(labels, self.classes, known, self.knows_unlabelled)
+
+    @property
+    def knows_unlabelled(self) -> bool:
+        """Whether the model was trained on images without a class: unlabelled ones, or classes dropped at random."""
+        return self._require_sampling().cfg.label_dropout > 0 or bool(self.info.get("num_unlabelled"))
 
     def _labels_of_each(self, images: Tensor, labels: Labels) -> Int64[Tensor, " B"]:
         positions = self.class_positions(labels)

@@ -169,7 +169,7 @@ class Run:
             if (before.get("data") or {}).get("fingerprint") != self.source.fingerprint:
                 raise MismatchError(
                     f"{self.out} was made with other images, labels or class names than {self.source.name} holds now "
-                    "(or digit counts them otherwise: see --labels_from, --limit and --split, and what digit inspect "
+                    "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
                     "says): choose another --out, or give the old data"
                 )
             self._require_same(before, plain(wanted))
@@ -409,7 +409,11 @@ class Run:
             preprocess=self.recipe.preprocess,
             classes=self.source.classes if self.recipe.class_conditional else (),
             sampling=self.recipe.sampling,
-            info={"recipe": self.recipe.name, "data": self.source.name},
+            info={
+                "recipe": self.recipe.name,
+                "data": self.source.name,
+                "num_unlabelled": int((self.write_tokens().labels < 0).sum()),
+            },
         )
 
     def stages(self) -> Sequence[tuple[str, Callable[[], Any]]]:

@@ -148,7 +148,7 @@ def mark_output(folder: str | Path) -> None:
     """
     with suppress(OSError):
         if Path(folder).is_dir() and not (mark := Path(folder) / OUTPUT_MARK).exists():
-            mark.write_text("digit made this folder. Its pictures do not count as images of a folder above it.\n")
+            mark.write_text("DiGIT made this folder. Its pictures do not count as images of a folder above it.\n")
 
 
 ASIDE = re.compile(r"\..+\.[a-z0-9_]{8}\.aside(\.[^.]+)?")  # temporary names of `atomic_path`
