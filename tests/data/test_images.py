@@ -220,7 +220,7 @@ def test_mistakes_are_one_clear_line(tmp_path):
             open_source(spec)
 
 
-def test_limit_and_subset_spread_over_the_source(tmp_path):
+def test_limit_and_subset_spread_over_the_source(tmp_path, unchecked):
     names = [f"{folder}/{i}.png" for folder in "abcd" for i in range(3)]
     source = open_source(write_tree(tmp_path, names))
     assert open_source(tmp_path, limit=4).labels().tolist() == [0, 1, 2, 3]
@@ -240,7 +240,7 @@ def test_limit_and_subset_spread_over_the_source(tmp_path):
             source.subset(bad)
 
 
-def test_sources_are_opened_by_path_of_any_kind_or_are_open_already(tmp_path, monkeypatch):
+def test_sources_are_opened_by_path_of_any_kind_or_are_open_already(tmp_path, monkeypatch, unchecked):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = open_source(write_tree(tmp_path / "photos", ["a/1.png", "b/2.png"])).fingerprint
     for spec in ("~/photos", tmp_path / "photos", str(tmp_path / "photos"), open_source("~/photos")):

@@ -86,10 +86,12 @@ def test_no_images_stay_none():
         ("cat.jpg", "'cat.jpg': wanted RGB"),
         (["cat.jpg"], "image 0 of the list is 'cat.jpg'"),
         (None, "images are None"),
-        (Image.new("F", (4, 4)), "floating-point pixels have no known range"),
+        (Image.new("F", (4, 4)), "a picture of mode F has no known range"),
+        (Image.new("I;16", (4, 4)), "a picture of mode I;16 has no known range"),
+        ([Image.new("I", (4, 4))], "a picture of mode I has no known range"),
     ],
 )
-def test_anything_else_is_one_line(brought, said):
+def test_anything_else_is_one_line(brought, said, unchecked):
     with pytest.raises(DigitError, match=said) as caught:
         as_images(brought)
     assert "\n" not in str(caught.value)
@@ -110,7 +112,7 @@ def test_a_list_of_any_sizes_is_cropped_to_one():
     assert torch.equal(crops[2:], fit_batch(IMAGES[1:3], 6))
 
 
-def test_images_go_out_as_they_are_asked_for():
+def test_images_go_out_as_they_are_asked_for(unchecked):
     assert as_output(IMAGES, "torch") is IMAGES
     np.testing.assert_array_equal(as_output(IMAGES, "numpy"), ARRAY)
     pictures = as_output(IMAGES, "pil")

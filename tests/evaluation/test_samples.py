@@ -130,7 +130,7 @@ def test_arrays_pictures_and_floats_are_the_same_images():
 
 
 @pytest.mark.parametrize("wrong", [pictures(4).long(), pictures(4).float(), pictures(4) > 9, pictures(4)[0], 3, None])
-def test_what_is_no_image_set_is_refused(wrong):
+def test_what_is_no_image_set_is_refused(wrong, unchecked):
     with pytest.raises(DigitError, match="images are .*wanted RGB images"):
         open_images(wrong)
 
@@ -401,7 +401,7 @@ def test_an_interval_that_can_be_had_is_the_same_against_statistics(cfg, tmp_pat
     assert entries[0]["low"] < entries[0]["high"] and entries[0] == pytest.approx(entries[1])
 
 
-def test_validation_rows_warn_of_few_images_again_from_the_cache(cfg):
+def test_validation_rows_warn_of_few_images_again_from_the_cache(cfg, unchecked):
     from digit.evaluation.validation import DIGIT_ROW, VQ_ROW, validation_rows
 
     pipe, network = FakeTokenizers(), FakeNetwork()

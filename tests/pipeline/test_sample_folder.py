@@ -63,7 +63,7 @@ def test_what_a_folder_holds(pipe, tmp_path):
     paths = draw(pipe, tmp_path, labels=[2, 0])
     names = [f"{i:05d}.png" for i in range(NUM)]
     assert [path.name for path in paths] == names
-    assert sorted(contents(tmp_path)) == sorted([*names, "grid.png", "tokens.npz", "samples.json"])
+    assert sorted(contents(tmp_path)) == sorted([*names, "grid.png", "tokens.npz", "samples.json", ".digit"])
     how = dict(labels=[2, 0], seed=3, batch_size=SIZE)
     images, tokens = pipe.generate(NUM, **how), pipe.generate_tokens(NUM, **how)
     assert torch.equal(sample_folder.read_pictures(paths), images)

@@ -47,10 +47,10 @@ def test_a_stopped_request_goes_on(pipe, whole, tmp_path, monkeypatch, at):
     assert sampled[0][0] == first and contents(tmp_path / "s") == whole
 
 
-@pytest.mark.parametrize("place", ["save_png", "savez_compressed", "write_json"])
+@pytest.mark.parametrize("place", ["save_png", "savez_compressed", "write_result"])
 def test_a_request_stopped_at_the_end_goes_on(pipe, whole, tmp_path, monkeypatch, place):
     """While grid.png, tokens.npz or samples.json is written."""
-    owner = {"save_png": plots, "savez_compressed": np, "write_json": sample_folder}[place]
+    owner = {"save_png": plots, "savez_compressed": np, "write_result": sample_folder}[place]
     real, names = getattr(owner, place), ("grid.png", "samples.json")
 
     def stopped(target, *args, **how):

@@ -68,7 +68,15 @@ def decode_image(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An open picture of any mode as RGB, the way `decode_image` makes it. Raises BadImageError as that does."""
+    """An open picture of 8 bits in any mode as RGB, the way `decode_image` makes it.
+
+    Raises BadImageError for a picture of more bits, whose white only its file or a person can say.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise BadImageError(
+            f"a picture of mode {image.mode} has no known range: give its file to digit.data.images.decode_image (with "
+            "pixel_max, the value of white), or a picture of 8 bits"
+        )
     return _to_rgb(_upright(image))
 
 

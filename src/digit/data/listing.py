@@ -11,11 +11,13 @@ from pathlib import Path
 from digit.data.decode import EXTENSIONS
 from digit.errors import DigitError
 from digit.runtime.files import OUTPUT_MARK
+from digit.runtime.lock import NAME as LOCK
 
 PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 TARS = (".tar", *PACKED_TARS)
 LABEL_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "dataset.json")  # of Hugging Face, of StyleGAN
 KINDS = dict.fromkeys(EXTENSIONS, "images") | {".parquet": "Parquet files", ".tar": "tar files", ".zip": "zip files"}
+OUTPUT_MARKS = (OUTPUT_MARK, LOCK)  # a lock while the folder is filled, a mark afterwards
 CONTACT_SHEET = re.compile(r"contact_sheet(-\d+)?\.png")
 SOFTWARE = b"tEXtSoftware\0DiGIT"  # in the pictures of `digit inspect`
 NUM_NAMED = 3  # names that a note gives
@@ -84,8 +86,16 @@ def some(names: Iterable[str]) -> str:
 def list_folder(root: Path) -> Listing:
     """Lists every file below `root`; skips hidden files, folder loops, and folders that digit wrote below it.
 
-    Raises DigitError for a folder that cannot be listed.
+    If there is nothing else to read, it lists these folders too: then they are what is wanted. Raises DigitError for a
+    folder that cannot be listed.
     """
+    listing = _list(root, with_own=False)
+    if listing.own and not any(kind in listing.by_kind for kind in set(KINDS.values())):
+        return _list(root, with_own=True)
+    return listing
+
+
+def _list(root: Path, *, with_own: bool) -> Listing:
     listing = Listing([])
     seen: set[tuple[int, int]] = set()
     pending = [""]
@@ -99,7 +109,7 @@ def list_folder(root: Path) -> Listing:
             entries = sorted(os.scandir(root / folder), key=lambda entry: (not entry.is_symlink(), entry.name))
         except OSError as error:
             raise DigitError(f"cannot list the folder {root / folder}: {error.strerror}") from error
-        if folder and any(entry.name == OUTPUT_MARK for entry in entries):
+        if folder and not with_own and any(entry.name in OUTPUT_MARKS for entry in entries):
             listing.own.append(folder + "/")
             continue
         pending += _take(listing, folder, entries)
@@ -113,7 +123,7 @@ def _take(listing: Listing, folder: str, entries: list["os.DirEntry[str]"]) -> I
     for entry in entries:
         name = f"{folder}/{entry.name}" if folder else entry.name
         if entry.name.startswith("."):
-            listing.num_hidden += entry.name not in (OUTPUT_MARK, ".lock")
+            listing.num_hidden += entry.name not in OUTPUT_MARKS
             continue
         try:
             if entry.is_dir():

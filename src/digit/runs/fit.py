@@ -38,7 +38,7 @@ from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import as_path, differences, plain, read_json, remove_leftovers, write_json
+from digit.runtime.files import as_path, differences, plain, read_json, remove_leftovers, write_json, write_result
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.paths import nearest
@@ -174,7 +174,7 @@ class Run:
                 )
             self._require_same(before, plain(wanted))
         if not path.exists() or read_json(path) != plain(wanted):
-            write_json(path, wanted)
+            write_result(path, wanted)
 
     def _require_same(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
         """Raise OtherSettingsError, with the parts that could be kept, where a run with other settings is here."""

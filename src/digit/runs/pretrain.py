@@ -23,7 +23,7 @@ from digit.errors import DigitError
 from digit.models.transformer import MAX_DEPTH
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime import plots
-from digit.runtime.files import as_path
+from digit.runtime.files import as_path, mark_output
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.settings import SEED, Rule, check_settings, refuse_unused, within
@@ -147,6 +147,7 @@ def pretrain(
     if len(source) < 2:
         raise DigitError(f"{source.name} holds {len(source)} image: pretraining needs at least 2 and wants thousands")
     lock_folder(out)
+    mark_output(out)
     training = replace(cfg.training, seed=cfg.seed)
 
     @cache  # a finished run decodes nothing

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
-from digit.runtime.files import as_path, disk_errors, mark_output
+from digit.runtime.files import as_path, disk_errors
 
 try:
     import fcntl
@@ -70,7 +70,6 @@ def lock_folder(folder: str | Path) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(about).encode(), 0)
     _held[folder] = descriptor
-    mark_output(folder)
 
 
 def _open(path: Path, flags: int) -> int:
