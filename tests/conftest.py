@@ -1,6 +1,7 @@
 """Shared fixtures: quiet progress, one seed, and the optional folder of reference data beside the repository."""
 
 import os
+import signal
 from pathlib import Path
 
 import jaxtyping
@@ -21,14 +22,20 @@ CHECKED = (  # rooms whose annotations, shapes included, are checked at every ca
 jaxtyping.install_import_hook(CHECKED, "typecheck.check")
 
 from digit.runtime import progress  # noqa: E402  (after the hook)
+from digit.runtime.lock import set_command  # noqa: E402
 
 torch.set_num_threads(1)  # bit-exact comparisons with the single-threaded processes that some tests start
+
+
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests' own processes would ignore it
 
 
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded():
     progress.quiet()
     torch.manual_seed(0)
+    set_command("")  # of another test, which a lock would contain
 
 
 @pytest.fixture

@@ -129,8 +129,16 @@ def test_tar_members_of_one_name_are_refused(tmp_path):
 def test_shards_disagree_about_nothing_silently(tmp_path):
     write_tar(tmp_path / "0", {"0.png": picture(0), "0.cls": b"cat"})
     write_tar(tmp_path / "1", {"0.png": picture(0), "0.json": b'{"class_id": 3.5}'})
-    with pytest.raises(DigitError, match=r"class_id is 3\.5, which is no whole number"):
-        open_source(tmp_path)
+    source = open_source(tmp_path)
+    assert labels(source) == ["cat", None]
+    said = (
+        "1 samples have labels that are none (such as 0, whose class_id is 3.5, which is no whole number): unlabelled"
+    )
+    assert said in source.notes
+    with pytest.raises(
+        DigitError, match=r"class_id is 3\.5, which is no whole number: --labels_from names another key"
+    ):
+        open_source(tmp_path, labels_from="class_id")
 
 
 @pytest.mark.parametrize(

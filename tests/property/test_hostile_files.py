@@ -178,12 +178,11 @@ def test_tar_names_that_lead_elsewhere_are_only_names(tmp_path):
     assert source.read(0)[0].getpixel((0, 0)) == (200, 0, 0) and sorted(tmp_path.rglob("*")) == before
 
 
-def test_tar_duplicates_and_missing_labels(tmp_path):
+def test_tar_missing_labels(tmp_path):
     path = tar(
         tmp_path / "x.tar",
         ("0.png", png(1), {}),
         ("0.cls", b"b", {}),
-        ("0.png", png(2), {}),
         ("1.png", png(3), {}),
         ("2.cls", b"a", {}),
         ("3.png", png(4), {}),
@@ -192,8 +191,13 @@ def test_tar_duplicates_and_missing_labels(tmp_path):
         ("4.cls", b"9" * 5000, {}),
     )
     source = open_source(path)
-    assert len(source) == 4 and source.read(0)[0].getpixel((0, 0)) == (1, 0, 0)  # the first of two stays
+    assert len(source) == 4
     assert source.labels().tolist() == [1, -1, -1, 0] and source.classes == ["9" * 5000, "b"]
+
+
+def test_tar_members_of_one_name_are_refused(tmp_path):
+    path = tar(tmp_path / "x.tar", ("0.png", png(1), {}), ("0.cls", b"b", {}), ("0.png", png(2), {}))
+    refused(lambda: open_source(path), "two members 0.png")
 
 
 @pytest.mark.parametrize("size", [-512, -1536, 2**33, 2**62, 2**80])
@@ -240,7 +244,7 @@ def test_parquet_text_in_place_of_bytes_is_never_opened_as_a_path(tmp_path):
 
 def test_parquet_labels_of_wrong_types(tmp_path):
     image = [{"bytes": png(), "path": None}] * 2
-    for labels in ([0.5, 1.5], [[1], [2]], [{"a": 1}] * 2, [True, False], [None, None]):
+    for labels in ([0.5, 1.5], [[1, 2], [2]], [{"a": 1}] * 2, [None, None]):
         assert open_source(parquet(tmp_path / "a.parquet", image=image, label=labels)).labels().tolist() == [-1, -1]
     source = open_source(parquet(tmp_path / "a.parquet", image=image, label=["a\nb", "\x1b"]))
     assert source.classes == ["\x1b", "a\nb"]
@@ -256,9 +260,8 @@ def test_parquet_shards_that_differ(tmp_path):
         (folder := tmp_path / name).mkdir()
         parquet(folder / "0.parquet", image=image, label=[0, 1])
         parquet(folder / "1.parquet", **second)
-    refused(lambda: open_source(tmp_path / "image"), "its parts differ")
-    source = open_source(tmp_path / "other")
-    refused(lambda: source.read(3), "its parts differ")
+    assert open_source(tmp_path / "image").labels().tolist() == [0, 1, -1, -1]
+    refused(lambda: open_source(tmp_path / "other"), "no image column")
     (folder := tmp_path / "double").mkdir()
     table = pa.Table.from_arrays(
         [pa.array(image), pa.array([0, 1]), pa.array([0, 1])], names=["image", "label", "label"]

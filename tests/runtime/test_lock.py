@@ -48,7 +48,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path, other):
 
 
 def test_the_command_line_refuses_a_run_that_is_under_way(tmp_path, other, capsys):
-    assert main(["codebook", "shapes:num=8,size=64", "--recipe", "demo", "--out", str(tmp_path)]) == 2
+    assert main(["codebook", "shapes:num=80,size=64", "--recipe", "demo", "--out", str(tmp_path)]) == 2
     assert f"is in use by process {other.pid}" in capsys.readouterr().err
 
 

@@ -70,6 +70,11 @@ def kind_of(name: str) -> str:
     return KINDS.get(suffix_of(base), "other files")
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file of an archive or a folder that it lies in begins with a dot."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def suffix_of(name: str) -> str:
     """'a/B.PNG' -> '.png'; '' for a name without one."""
     stem, dot, suffix = name.rpartition("/")[2].rpartition(".")

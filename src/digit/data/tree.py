@@ -15,7 +15,7 @@ from digit.data.fingerprint import data_fingerprint, stamps_of
 from digit.data.label_files import LabelFile, match_images, read_label_file
 from digit.data.labels import index_classes
 from digit.data.layout import Split, choose_split, folder_classes, plain_folders, without_common_folder
-from digit.data.listing import File, Listing, some
+from digit.data.listing import File, Listing, is_hidden, some
 from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 
@@ -206,7 +206,7 @@ class ZipSource(TreeSource):
             name = info.filename.removeprefix("./")
             if not name or name.endswith("/"):
                 continue  # a folder
-            if name.startswith(JUNK) or any(part.startswith(".") for part in name.split("/")):
+            if name.startswith(JUNK) or is_hidden(name):
                 listing.num_hidden += 1
                 continue
             if info.flag_bits & 1:

@@ -20,7 +20,7 @@ from digit.data.decode import EXTENSIONS
 from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
 from digit.data.labels import Label, as_label, find_name, index_classes, label_names
 from digit.data.layout import Split, choose_split, without_common_folder
-from digit.data.listing import kind_of, some
+from digit.data.listing import is_hidden, kind_of, some
 from digit.data.source import ImageSource, readable
 from digit.data.tree import Labelled, label_tree
 from digit.errors import BadImageError, DigitError
@@ -120,9 +120,11 @@ class Shard:
 
     def __init__(self, file: Path, labels_from: str):
         self.file, self.notes, self.label_files = file, list[str](), dict[str, Member]()
-        members = []
+        members, num_hidden = [], 0
         for member in list_members(file, labels_from):
-            if kind_of(member.name) == "label files":
+            if is_hidden(member.name):
+                num_hidden += 1
+            elif kind_of(member.name) == "label files":
                 self.label_files[member.name] = member
             else:
                 members.append(member)
@@ -131,6 +133,8 @@ class Shard:
             samples = self._group_at_last_dot(members, samples)
         self.samples = [sample for sample in samples if sample.image]
         self._note_rest([sample for sample in samples if not sample.image], labels_from)
+        if num_hidden:
+            self.notes.append(f"{file.name}: not used: {num_hidden} hidden files, whose names begin with a dot")
 
     def _group_at_last_dot(self, members: list[Member], samples: list[Sample]) -> list[Sample]:
         """Samples whose names end at the last dot, if that leaves one image and all labels to each."""
@@ -184,7 +188,7 @@ def _images(sample: Sample) -> list[str]:
 
 
 def list_members(file: Path, labels_from: str) -> Iterator[Member]:
-    """The files of a tar in its order, without hidden ones. Raises DigitError for a damaged tar or repeated names."""
+    """The files of a tar in its order. Raises DigitError for a damaged tar or repeated names."""
     names: set[str] = set()
     try:
         with open(file, "rb") as raw:
@@ -200,8 +204,6 @@ def list_members(file: Path, labels_from: str) -> Iterator[Member]:
                 if info.offset_data + info.size > reader.size:
                     raise ValueError(f"{info.name!r} reaches past the end")
                 member = Member(info.name.removeprefix("./"), info.offset_data, info.size)
-                if any(part.startswith(".") for part in member.name.split("/")):
-                    continue
                 if member.name in names:
                     raise DigitError(
                         f"{file} holds two members {member.name}: name each differently, as webdataset wants it too"
@@ -263,11 +265,18 @@ def _label_samples(samples: list[Sample], labels_from: str) -> Labelled:
     if labels_from in ("none", *TREE[1:]):
         return Labelled([], np.full(len(samples), -1, dtype=np.int64))
     values: list[Label] = []
+    refused: list[str] = []
     used: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     disagree = []
     for sample in samples:
-        stated = dict(_stated(sample, labels_from))
+        try:
+            stated = dict(_stated(sample, labels_from))
+        except ValueError as error:
+            if labels_from != "auto":
+                raise DigitError(f"{sample.name}: {error}: --labels_from names another key, or none") from error
+            stated = {}
+            refused.append(f"{sample.name}, {error}")
         values.append(next(iter(stated.values()), None))
         used.update(list(stated)[:1])
         unused.update(list(stated)[1:])
@@ -283,13 +292,15 @@ def _label_samples(samples: list[Sample], labels_from: str) -> Labelled:
     if disagree:
         notes.append(f"{len(disagree)} samples have labels that differ, such as {disagree[0]}; the first one counts; "
                      f"--labels_from {next(iter(unused)).rpartition(' ')[2]} takes the other")  # fmt: skip
+    if refused:
+        notes.append(f"{len(refused)} samples have labels that are none (such as {refused[0]}): unlabelled")
     if used and (without := sum(value is None for value in values)):
         notes.append(f"{without} samples have no label: unlabelled")
     return Labelled(classes, labels, notes)
 
 
 def _stated(sample: Sample, labels_from: str) -> Iterator[tuple[str, Label]]:
-    """(where it stands, label) of all labels of a sample, the one that counts first."""
+    """(where it stands, label) of all labels of a sample, the one that counts first. Raises as `as_label`."""
     for key in LABEL_KEYS if labels_from == "auto" else (labels_from,):
         for own, member in sample.members.items():
             if own != sample.image and (own == key or own.endswith(f".{key}")) and isinstance(member.content, str):
@@ -300,9 +311,7 @@ def _stated(sample: Sample, labels_from: str) -> Iterator[tuple[str, Label]]:
                 try:
                     yield f".{own} {key}", as_label(value)
                 except ValueError as error:
-                    raise DigitError(
-                        f"{member.name}: its {key} is {error}: --labels_from names another key, or none"
-                    ) from error
+                    raise ValueError(f"whose {key} is {error}") from error
 
 
 def _label_as_folder(

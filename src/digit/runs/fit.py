@@ -166,7 +166,8 @@ class Run:
             before = read_json(path)
             require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
-            if (before.get("data") or {}).get("fingerprint") != self.source.fingerprint:
+            changed = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
+            if changed == ["fingerprint"]:
                 raise MismatchError(
                     f"{self.out} was made with other images, labels or class names than {self.source.name} holds now "
                     "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
