@@ -106,7 +106,7 @@ def test_baselines_get_the_compute_of_both_stages(run):
     ("call", "message"),
     [
         (lambda p: p.generate(num=1, labels=10), "label 10 is out of range: this model knows classes 0 to 9"),
-        (lambda p: p.generate(num=1, labels=-1), "label -1 is out of range"),
+        (lambda p: p.generate(num=1, labels=-1), "a label stands for no class"),
         (lambda p: p.generate(num=0), "num is 0"),
         (lambda p: p.complete(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), keep=0), "keep is 0"),
         (lambda p: p.generate(num=1, prior={"cfg_scale": 3.0}), "cfg_scale is 3.0"),

@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for name in ("apple", "pear"):
         (folder / "photos" / name).mkdir(parents=True)
-        for i in range(12):
+        for i in range(45):  # enough patches for the codebook of `reproduce`
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(
                 folder / "photos" / name / f"{i}.jpg"
             )
