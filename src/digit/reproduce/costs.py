@@ -11,6 +11,7 @@ import torch
 
 from digit.planning.machines import Machine, this_machine
 from digit.planning.stages import Order, Planner
+from digit.runs.checks import MIN_IMAGES
 from digit.runs.recipes import Recipe
 from digit.runs.roles import get_role
 
@@ -34,7 +35,7 @@ class Costs:
         return this_machine(self.device)
 
     def _planner(self, recipe: Recipe | None = None, **order: Any) -> Planner:
-        return Planner(recipe or self.recipe, self.machine, Order(**order))
+        return Planner(recipe or self.recipe, self.machine, Order(**order), chosen=())
 
     def images(self, kind: str, count: int) -> float:
         """Seconds for `count` images in one kind of work: tokens, judge, probe or pretrain."""
@@ -45,7 +46,8 @@ class Costs:
 
     def _tokens(self, crops: int) -> float:
         """Seconds for both kinds of tokens of `crops` crops."""
-        return self._planner(images=max(1, crops // self.recipe.crops_per_image)).tokens().seconds
+        images = max(MIN_IMAGES, crops // self.recipe.crops_per_image)
+        return self._planner(images=images, reuse=frozenset({"codebook", "vqgan"})).tokens().seconds
 
     def parts(self, num_images: int, num_rows: int) -> float:
         """Seconds for codebook, VQGAN and tokens."""
