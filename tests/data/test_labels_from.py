@@ -1,14 +1,16 @@
 """--labels_from, containers whose parts disagree, and what is refused."""
 
+import io
 import json
 import re
+import tarfile
 import zipfile
 
 import pytest
 from written_images import picture, write_folder, write_rows, write_tar, write_zip
 
 from digit.data.images import open_source
-from digit.data.labels import as_label
+from digit.data.labels import as_label, as_labels
 from digit.errors import BadImageError, DigitError
 
 
@@ -114,9 +116,6 @@ def test_tar_keys_by_name(tmp_path):
 
 
 def test_tar_members_of_one_name_are_refused(tmp_path):
-    import io
-    import tarfile
-
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for _ in range(2):
             info = tarfile.TarInfo("0.png")
@@ -143,14 +142,14 @@ def test_shards_disagree_about_nothing_silently(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "label"),
-    [(True, "true"), (2.0, 2), ([4], 4), ([0, 0, 1], 2), ("  cat ", "cat"), (b"dog", "dog"), (float("nan"), None),
-     (-1, None), ("-1", None), ("", None), ([], None), (None, None)],
+    [(True, "true"), (2.0, 2), ([4], 4), ("2.0", 2), ("NaN", None), ("  cat ", "cat"), (b"dog", "dog"),
+     (float("nan"), None), (-1, None), ("-1", None), ("", None), ([], None), (None, None)],
 )  # fmt: skip
 def test_values_of_labels(value, label):
     assert as_label(value) == label
 
 
-@pytest.mark.parametrize("value", [0.5, [1, 2], {"a": 1}, [0.5, 0.5], float("inf")])
+@pytest.mark.parametrize("value", [0.5, "0.5", [1, 2], [[1]], {"a": 1}, [0.5, 0.5], float("inf")])
 def test_values_that_are_no_label(value):
     with pytest.raises(ValueError, match="^a |which is no whole number"):
         as_label(value)
@@ -182,3 +181,92 @@ def test_a_bomb_in_a_zip_is_refused(tmp_path):
         archive.writestr("a.png", bytes(2**24))
     with pytest.raises(BadImageError, match="bomb"):
         open_source(tmp_path / "x.zip").read(0)
+
+
+def test_lists_are_one_hot_as_a_column_or_not_at_all(tmp_path):
+    assert as_labels([[0, 1, 0], [0, 0, 1], None]) == [1, 2, None]
+    for values in ([[2], [0, 1], [5]], [[0, 1], [1, 1]], [[0, 1, 0], [0, 1]]):
+        with pytest.raises(ValueError, match="several labels"):
+            as_labels(values)
+
+
+def test_label_files_of_several_tars_are_their_own(tmp_path):
+    for name in "ab":
+        table = f"file_name,label\n0.png,{name}\n".encode()
+        write_tar(tmp_path / name, {"0.png": picture(0), "metadata.csv": table})
+    assert labels(open_source(tmp_path)) == ["a", "b"]
+
+
+def test_label_files_that_contradict_each_other(tree):
+    (tree / "metadata.csv").write_text("file_name,label\n4.png,a\n")
+    (tree / "metadata.jsonl").write_text('{"file_name": "4.png", "label": "z"}')
+    with pytest.raises(DigitError, match=r"metadata.csv and metadata.jsonl give 4.png different labels, 'a' and 'z'"):
+        open_source(tree)
+
+
+def test_a_broken_label_beside_a_good_one(tmp_path):
+    members = {"0.png": picture(0), "0.cls": b"3", "0.json": b'{"category": ["a", "b"]}'}
+    assert labels(open_source(write_tar(tmp_path / "x", members))) == ["3"]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_packed_splits_and_folders(tmp_path, write):
+    names = ["train/a/1.png", "train/b/2.png", "test/a/3.png"]
+    path = write(tmp_path / "x", {name: picture(number) for number, name in enumerate(names)})
+    assert labels(open_source(path)) == ["a", "b"] and labels(open_source(path, split="test")) == ["a"]
+    path = write(tmp_path / "y", {"cats\\1.png": picture(1), "dogs\\2.png": picture(2)})
+    source = open_source(path)
+    assert labels(source) == ["cats", "dogs"] and source.read(1)[0].getpixel((0, 0)) == (2, 0, 0)
+    path = write(tmp_path / "z", {"1.png": picture(1), "run/.digit": b"", "run/2.png": picture(2)})
+    source = open_source(path)
+    assert len(source) == 1 and any("because DiGIT wrote it: run/" in note for note in source.notes)
+
+
+def test_links_in_a_tar(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("cat/1.png")
+        info.size = len(picture(5))
+        tar.addfile(info, io.BytesIO(picture(5)))
+        for name, kind, target in (("dog/1.png", tarfile.LNKTYPE, "cat/1.png"), ("cow/1.png", tarfile.SYMTYPE, "x")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    source = open_source(tmp_path / "x.tar")
+    assert labels(source) == ["cat", "dog"] and source.read(1)[0].getpixel((0, 0)) == (5, 0, 0)
+    assert "x.tar: not used: 1 links (cow/1.png)" in source.notes
+
+
+def test_members_that_differ_in_the_case_of_their_suffix(tmp_path):
+    with pytest.raises(DigitError, match=r"two members a\.png"):
+        open_source(write_tar(tmp_path / "x", {"a.png": picture(0), "a.PNG": picture(1)}))
+
+
+def test_links_to_folders_are_said(tree):
+    (tree / "z").symlink_to(tree / "x", target_is_directory=True)
+    source = open_source(tree)
+    assert len(source) == 4 and any(note.startswith("not read twice: ") for note in source.notes)
+
+
+def test_a_label_file_that_is_not_there(tree):
+    (tree / "metadata.csv").symlink_to(tree / "gone.csv")
+    with pytest.raises(DigitError, match=r"metadata.csv cannot be read"):
+        open_source(tree)
+
+
+def test_columns_of_times_are_no_labels(tmp_path):
+    import pyarrow as pa
+
+    path = write_rows(tmp_path / "x", {"label": pa.array([1, 2], pa.timestamp("ns")), "target": [4, 5]})
+    source = open_source(path)
+    assert labels(source) == ["4", "5"] and any("label" in note for note in source.notes)
+
+
+def test_what_lies_beside_containers_is_said(tmp_path):
+    write_rows(tmp_path / "d/full/train-0", {"label": [0, 1]})
+    write_rows(tmp_path / "d/mini/train-0", {"label": [0, 1]})
+    (tmp_path / "d/metadata.csv").write_text("file_name,label\n")
+    notes = open_source(tmp_path / "d").notes
+    assert any("files of 2 folders are read as one (full, mini)" in note for note in notes)
+    assert any("not used: metadata.csv" in note for note in notes)
+    path = write_zip(tmp_path / "x", {"0.png": picture(0), "x.tar": b""})
+    assert any("not used: 1 tar files" in note for note in open_source(path).notes)

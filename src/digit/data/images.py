@@ -104,7 +104,10 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
         if name not in SHAPES_OPTIONS or not value.isdecimal():
             raise DigitError(f"{spec!r}: cannot read {part!r}; wanted shapes:num=16000,size=64,seed=0")
         options[name] = int(value)
-    return ShapesSource(**options)
+    source = ShapesSource(**options)
+    if Path(SHAPES).exists():
+        source.notes = (f"these are the built-in scenes; ./{SHAPES} reads what has that name here",)
+    return source
 
 
 def _open_path(path: Path, reading: Reading) -> ImageSource:
@@ -122,13 +125,16 @@ def _open_path(path: Path, reading: Reading) -> ImageSource:
         return _open_folder(path, reading)
     if path.suffix.lower() == ".zip":
         return ZipSource(path, reading.split, reading.labels_from)
-    if reading.split is not None:
+    is_tar = path.name.lower().endswith(TARS)
+    if reading.split is not None and not is_tar:
         raise DigitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
-    return _open_files(path, [path], reading)
+    return _open_files(path, [path], reading, split=reading.split)
 
 
-def _open_files(root: Path, files: list[Path], reading: Reading, notes: Sequence[str] = ()) -> ImageSource:
-    """Opens containers of one kind; `root` names the source."""
+def _open_files(
+    root: Path, files: list[Path], reading: Reading, notes: Sequence[str] = (), split: str | None = None
+) -> ImageSource:
+    """Opens containers of one kind; `root` names the source, and `split` is one of the folders packed in a tar."""
     if files[0].suffix.lower() == ".parquet":
         from digit.data.parquet import ParquetSource
 
@@ -136,7 +142,7 @@ def _open_files(root: Path, files: list[Path], reading: Reading, notes: Sequence
     if files[0].name.lower().endswith(TARS):
         from digit.data.webdataset import TarSource
 
-        return TarSource(root, files, reading.labels_from, reading.read_contents, notes)
+        return TarSource(root, files, reading.labels_from, reading.read_contents, notes, split)
     if files[0].suffix.lower() in EXTENSIONS:
         raise DigitError(f"{root} is one image: give the folder that holds it and others")
     raise DigitError(f"{root} is a {files[0].suffix or 'nameless kind of'} file, wanted {WANTED}")
@@ -158,6 +164,12 @@ def _open_folder(root: Path, reading: Reading) -> ImageSource:
     if "zip files" in present:
         raise DigitError(f"{root} holds .zip files: give one of them ({some(names)}), or unpack them")
     names, notes = _choose_files(root, names, reading.split)
+    if "label files" in found:
+        notes.append(f"not used: {some([file.name for file in found['label files']])}, which label folders of images")
+    if len(folders := sorted({name.rpartition("/")[0] for name in names})) > 1:
+        notes.append(
+            f"files of {len(folders)} folders are read as one ({some(folders)}): give one folder to read it alone"
+        )
     return _open_files(root, [root / name for name in names], reading, [*listing.notes(), *notes])
 
 

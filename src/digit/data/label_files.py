@@ -4,11 +4,11 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from digit.data.labels import Label, as_label, find_name, label_names
+from digit.data.labels import Label, as_labels, find_name, label_names
 from digit.data.listing import some
 from digit.errors import DigitError
 
@@ -47,10 +47,15 @@ def read_label_file(name: str, data: bytes, column: str | None, folder: str | No
         raise DigitError(f"{name} has no column file_name; its columns are {some(columns)}: add it, or {HELP}")
     rest = [key for key in columns if key != paths]
     found = _column(name, rest, column)
+    try:
+        values = as_labels([row.get(found) for row in rows]) if found else [None] * len(rows)
+    except ValueError as error:
+        raise DigitError(f"{name}: its column {found} holds {error}: choose another column, or {HELP}") from error
     labels: dict[str, Label] = {}
-    for row in rows:
+    for row, label in zip(rows, values, strict=True):
         path = posixpath.normpath(posixpath.join(folder, str(row.get(paths or "")).replace("\\", "/")))
-        labels[path] = _label(name, path, row.get(found), labels) if found else None
+        if labels.setdefault(path, label) != label:
+            raise DigitError(f"{name} gives {path} two labels, {labels[path]!r} and {label!r}: leave one")
     return LabelFile(name, found, labels, [key for key in rest if key != found])
 
 
@@ -62,16 +67,6 @@ def _column(name: str, columns: Sequence[str], wanted: str | None) -> str | None
     return found
 
 
-def _label(name: str, path: str, value: Any, before: Mapping[str, Label]) -> Label:
-    try:
-        label = as_label(value)
-    except ValueError as error:
-        raise DigitError(f"{name}: the label of {path} is {error}: choose another column, or {HELP}") from error
-    if path in before and before[path] != label:
-        raise DigitError(f"{name} gives {path} two labels, {before[path]!r} and {label!r}: leave one")
-    return label
-
-
 def _rows(name: str, data: bytes) -> list[dict[str, Any]]:
     suffix = posixpath.splitext(name)[1].lower()
     if suffix == ".parquet":
@@ -80,7 +75,7 @@ def _rows(name: str, data: bytes) -> list[dict[str, Any]]:
     if suffix == ".json":
         return _stylegan_rows(json.loads(text))
     if suffix in (".jsonl", ".ndjson"):
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a line is no JSON object")
         return rows
@@ -95,7 +90,9 @@ def _parquet_rows(name: str, data: bytes) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(pa.BufferReader(data)).to_pylist()
+        table = pq.read_table(pa.BufferReader(data))
+        usable = [field.name for field in table.schema if not pa.types.is_temporal(field.type)]
+        return table.select(usable).to_pylist()
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         raise ValueError(str(error)) from error
 
@@ -117,13 +114,18 @@ def match_images(names: Sequence[str], files: Sequence[LabelFile]) -> tuple[list
     """The label of each image, None without one, and notes on what does not match."""
     rows: dict[str, Label] = {}
     for file in files:
-        rows |= file.labels
+        for path, label in file.labels.items():
+            if rows.setdefault(path, label) != label:
+                others = " and ".join(other.name for other in files if path in other.labels)
+                raise DigitError(f"{others} give {path} different labels, {rows[path]!r} and {label!r}: leave one")
     found = [rows.get(name) for name in names]
     known = set(names)
     without, lost = sum(name not in rows for name in names), [path for path in rows if path not in known]
     notes = []
     if without:
         notes.append(f"{without} images stand in no label file: unlabelled")
+    if empty := sum(name in rows and rows[name] is None for name in names):
+        notes.append(f"{empty} images have an empty label or -1: unlabelled")
     if lost:
         notes.append(f"{len(lost)} rows of label files name images that are not here, such as {some(lost)}")
     return found, notes

@@ -17,6 +17,7 @@ LABEL_NAMES = (  # of columns and keys, in order of preference; case, "-" and " 
 )  # fmt: skip
 MAX_DIGITS = 18  # of a label that is a number; int() refuses thousands of digits
 INTEGER = re.compile(rf"-?\d{{1,{MAX_DIGITS}}}", re.ASCII)
+FLOAT = re.compile(r"-?\d{1,18}\.\d*(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 Label = int | str | None
 
 
@@ -40,16 +41,15 @@ def _plain(name: str) -> str:
 def as_label(value: Any) -> Label:
     """A stored value as a class number or name; None is unlabelled, as are "", -1 and NaN.
 
-    Whole floats are numbers, booleans are the names false and true, a list of one is its item, a list of zeros and a
-    single one (one-hot) is the place of the one. Raises ValueError for anything else; its text says what it is.
+    Whole floats are numbers, also as text ("2.0"), booleans are the names false and true, a list of one is its item.
+    Raises ValueError for anything else; its text says what it is.
     """
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if hasattr(value, "tolist"):  # NumPy
         value = value.tolist()
     if value is None or isinstance(value, str):
-        text = (value or "").strip()
-        return None if text in ("", "-1") else text
+        return _of_text((value or "").strip())
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -69,15 +69,35 @@ def _whole(value: float) -> Label:
     return int(value)
 
 
+def _of_text(text: str) -> Label:
+    if text in ("", "-1") or text.lower() == "nan":
+        return None
+    return _whole(float(text)) if FLOAT.fullmatch(text) else text
+
+
+def as_labels(values: Sequence[Any]) -> list[Label]:
+    """A column of stored values as labels. Lists of one length, of zeros and a single one, are one-hot.
+
+    Raises ValueError as `as_label` does.
+    """
+    plain = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    stated = [value for value in plain if value is not None]
+    if stated and all(isinstance(value, list | tuple) and len(value) > 1 for value in stated):
+        one_hot = all(set(value) <= {0, 1} and sum(value) == 1 for value in stated if all(map(_is_number, value)))
+        if one_hot and len({len(value) for value in stated}) == 1 and all(_is_number(x) for v in stated for x in v):
+            return [None if value is None else list(value).index(1) for value in plain]
+    return [as_label(value) for value in plain]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _single(values: Sequence[Any]) -> Label:
     if not values:
         return None
-    if len(values) == 1:
+    if len(values) == 1 and not isinstance(values[0], list | tuple):
         return as_label(values[0])
-    if sorted(values, key=str) == sorted([0] * (len(values) - 1) + [1], key=str) or (
-        all(value in (0, 1) for value in values) and sum(values) == 1
-    ):
-        return list(values).index(1)
     raise ValueError(f"a list of {len(values)}, so several labels for one image")
 
 

@@ -48,6 +48,23 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
     Folders name splits if they are the first ones of the paths, and there are two different ones or nothing else; or if
     they are the last ones, and there is nothing else. Raises DigitError if there is no such split.
     """
+    found = _find_split(names, split)
+    wrapped = without_common_folder(names)
+    if found is None and wrapped != list(names) and (inner := _find_split(wrapped, split)) is not None:
+        whole = dict(zip(wrapped, names, strict=True))
+        common = names[0][: len(names[0]) - len(wrapped[0])]
+        folder = f"{common}{inner.folder}" if inner.folder else ""
+        found = Split([whole[name] for name in inner.names], inner.inner, folder, inner.notes)
+    if found is not None:
+        return found
+    if split is not None:
+        raise DigitError(f"there is no split {split!r}: no folder has that name")
+    first = Counter(name.partition("/")[0] if "/" in name else "" for name in names)
+    return Split(list(names), list(names), notes=_suspicious(names, first))
+
+
+def _find_split(names: Sequence[str], split: str | None) -> Split | None:
+    """The images of a split by the first or the last folders of their paths; None if these name no splits."""
     first = Counter(name.partition("/")[0] if "/" in name else "" for name in names)
     last = Counter(name.rpartition("/")[0].rpartition("/")[2] for name in names)
     for parts, place in ((first, 0), (last, -1)):
@@ -56,10 +73,13 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
         several = len(found) > 1
         if found and (not others if place else several or not others or split is not None):
             return _take_split(names, split, found, place, parts)
-    if split is not None:
-        raise DigitError(f"there is no split {split!r}: no folder has that name")
-    chosen = Split(list(names), list(names), notes=_suspicious(names, first))
-    return chosen
+    loose: dict[str, list[str]] = {}
+    for part in sorted(first):  # words within names, such as images_train, if no folder has another name
+        for name in dict.fromkeys(words_of(part)):
+            loose.setdefault(name, []).append(part)
+    if len(loose) > 1 and sorted(part for group in loose.values() for part in group) == sorted(first):
+        return _take_split(names, split, loose, 0, first)
+    return None
 
 
 def _splits(parts: Counter[str], split: str | None) -> dict[str, list[str]]:
@@ -158,6 +178,8 @@ def folder_classes(names: Sequence[str]) -> tuple[list[str | None], list[str]]:
 def _class_notes(classes: Sequence[str | None]) -> list[str]:
     known = sorted({name for name in classes if name})
     notes = []
+    if len(known) == 1:
+        notes.append(f"all images that have a class are of one, {known[0]}; --labels_from none takes no classes")
     if known and (outside := sum(name is None for name in classes)):
         notes.append(f"{outside} images lie beside the folders of the {len(known)} classes: unlabelled")
     if deep := [name for name in known if "/" in name]:
@@ -182,3 +204,11 @@ def without_common_folder(names: Sequence[str]) -> list[str]:
     while names and all("/" in name for name in names) and len({name.partition("/")[0] for name in names}) == 1:
         names = [name.partition("/")[2] for name in names]
     return list(names)
+
+
+def choose_packed_split(names: Sequence[str], split: str | None) -> Split:
+    """As `choose_split`, for an archive: one folder that holds everything is no class."""
+    stripped = without_common_folder(names)
+    whole = dict(zip(stripped, names, strict=True))
+    chosen = choose_split(stripped, split)
+    return Split([whole[name] for name in chosen.names], chosen.inner, chosen.folder, chosen.notes)

@@ -38,6 +38,7 @@ class Listing:
 
     files: list[File]
     own: list[str] = field(default_factory=list)  # folders and pictures that digit wrote
+    linked: list[str] = field(default_factory=list)  # links to folders that are listed under another name
     num_hidden: int = 0
 
     @cached_property
@@ -52,6 +53,8 @@ class Listing:
         """Says what was left out."""
         if self.own:
             yield f"not read, because DiGIT wrote it: {some(self.own)}"
+        if self.linked:
+            yield f"not read twice: {some(self.linked)}, links to folders that are read already"
         if others := self.by_kind.get("other files"):
             suffixes = Counter(suffix_of(file.name) or "without suffix" for file in others)
             listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(12))
@@ -68,6 +71,13 @@ def kind_of(name: str) -> str:
     if base.endswith(PACKED_TARS):
         return "tar files"
     return KINDS.get(suffix_of(base), "other files")
+
+
+def without_own(files: list[File], own: list[str]) -> list[File]:
+    """The files of an archive that do not lie in a folder which digit filled; the folders are added to `own`."""
+    marked = {file.name.rpartition("/")[0] for file in files if file.name.rpartition("/")[2] in OUTPUT_MARKS} - {""}
+    own += [f"{folder}/" for folder in sorted(marked)]
+    return [file for file in files if not any(file.name.startswith(f"{folder}/") for folder in marked)]
 
 
 def is_hidden(name: str) -> bool:
@@ -109,6 +119,7 @@ def _list(root: Path, *, with_own: bool) -> Listing:
         try:
             status = os.stat(root / folder)
             if (status.st_dev, status.st_ino) in seen:
+                listing.linked.append(folder)
                 continue  # a link back to a folder already listed
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(root / folder), key=lambda entry: (not entry.is_symlink(), entry.name))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
-from digit.data.labels import Label, as_label, find_name, index_classes, label_names
+from digit.data.labels import Label, as_labels, find_name, index_classes, label_names
 from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 
@@ -54,7 +54,10 @@ class ParquetSource(ImageSource):
         self.starts = np.cumsum([0, *(meta.metadata.num_rows for meta in metas[:-1])], dtype=np.int64)  # of each file
         if not groups or self.ends[-1] == 0:
             raise DigitError(f"{root} holds no rows")
-        parts = [_read_labels(file, meta, labels_from) for file, meta in zip(files, metas, strict=True)]
+        parts = [
+            _read_labels(file, meta, labels_from, column.removesuffix(".bytes"))
+            for file, meta, column in zip(files, metas, self.image_columns, strict=True)
+        ]
         self.classes, self._labels, found = _join_labels(self.name, files, parts)
         images = [note for _, others in columns for note in others]
         self.notes = (*notes, *dict.fromkeys(images), *found)
@@ -193,16 +196,17 @@ class LabelColumn:
     notes: list[str] = field(default_factory=list)
 
 
-def _read_labels(file: Path, meta: Any, labels_from: str) -> LabelColumn:
+def _read_labels(file: Path, meta: Any, labels_from: str, image: str) -> LabelColumn:
     """Reads the column of labels of one file; without one, every row is unlabelled."""
     schema, num = meta.schema_arrow, meta.metadata.num_rows
     named = {name: feature["names"] for name, feature in _features(schema).items()
              if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
              and isinstance(feature.get("names"), list) and name in schema.names}  # fmt: skip
     columns = [field.name for field in schema if not _is_image(field.type)]
+    binary = [field.name for field in schema if _is_image(field.type) and field.name != image]
     candidates = list(dict.fromkeys([*label_names(columns), *named]))
     if labels_from == "none":
-        return LabelColumn([None] * num, notes=_unused(columns))
+        return LabelColumn([None] * num, notes=_unused([*columns, *binary]))
     if labels_from != "auto":
         wanted = find_name(labels_from, columns)
         if wanted is None:
@@ -211,19 +215,20 @@ def _read_labels(file: Path, meta: Any, labels_from: str) -> LabelColumn:
     refused = []
     for name in candidates:
         table = _guard(file, lambda name=name: meta.read(columns=[name], use_threads=False))
-        stored = _only_column(file, table, name, num).to_pylist()
         try:
-            values = [as_label(value) for value in stored]
-        except ValueError as error:
+            values = as_labels(_only_column(file, table, name, num).to_pylist())
+        except ValueError as error:  # also of a time that Python cannot hold
             if labels_from != "auto":
                 raise DigitError(f"{file}: column {name} holds {error}, wanted one number or name a row") from error
             refused.append(f"column {name} gives no labels: it holds {error}")
             continue
         numbers = all(value is None or isinstance(value, int) for value in values)
         names = [readable(str(text)) for text in named[name]] if name in named and numbers else None
-        rest = [column for column in columns if column != name]
+        rest = [column for column in [*columns, *binary] if column != name]
         return LabelColumn(values, name, names, [*refused, f"labels are the column {name}", *_unused(rest)])
-    return LabelColumn([None] * num, notes=[*refused, *_unused([name for name in columns if name not in candidates])])
+    return LabelColumn(
+        [None] * num, notes=[*refused, *_unused([name for name in [*columns, *binary] if name not in candidates])]
+    )
 
 
 def _unused(columns: list[str]) -> list[str]:
@@ -252,6 +257,8 @@ def _join_labels(name: str, files: list[Path], parts: list[LabelColumn]) -> tupl
     kinds = {type(value) for part in parts if part.names is None for value in part.values if value is not None}
     if len(kinds) > 1:
         raise DigitError(f"{name}: its labels are numbers in one place and names in another: its parts differ")
+    if empty := sum(value is None for part in parts if part.column for value in part.values):
+        notes.append(f"{empty} rows have no label (empty, null or -1): unlabelled")
     if not with_names:
         return *index_classes([value for part in parts for value in part.values]), notes
     if len({tuple(part.names or ()) for part in with_names}) > 1:

@@ -6,6 +6,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 from digit.data.fingerprint import data_fingerprint, stamps_of
 from digit.data.label_files import LabelFile, match_images, read_label_file
 from digit.data.labels import index_classes
-from digit.data.layout import Split, choose_split, folder_classes, plain_folders, without_common_folder
-from digit.data.listing import File, Listing, is_hidden, some
+from digit.data.layout import Split, choose_packed_split, choose_split, folder_classes, plain_folders
+from digit.data.listing import OUTPUT_MARKS, File, Listing, is_hidden, some, without_own
 from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 
 MAX_RATIO, MAX_MEMBER = 1000, 2**29  # of a .zip's members: unpacked to packed size, and unpacked bytes
 JUNK = "__MACOSX/"
+READ_FROM_ZIP = ("images", "label files", "other files")  # the last are noted by `Listing.notes`
 
 
 @dataclass
@@ -92,7 +94,7 @@ def _by_files(split: Split, files: list[LabelFile]) -> Labelled:
 
 def _match_loosely(split: Split, path: Path, column: str | None) -> Labelled:
     """Labels of a file that the person named: its paths may be whole, or names of files with or without suffix."""
-    file = read_label_file(str(path), path.read_bytes(), column, folder="")
+    file = read_label_file(str(path), _read(path), column, folder="")
     if file.column is None:
         raise DigitError(
             f"{path} has no column of labels; its columns are {', '.join(file.others)}: add :COLUMN to name it"
@@ -148,7 +150,7 @@ class FolderSource(TreeSource):
         kinds = listing.by_kind
         images = {file.name: file for file in kinds["images"]}
         chosen = _choose(root, list(images), split)
-        label_files = {file.name: (root / file.name).read_bytes for file in kinds.get("label files", ())}
+        label_files = {file.name: partial(_read, root / file.name) for file in kinds.get("label files", ())}
         labelled = label_tree(chosen, label_files, labels_from)
         super().__init__(root / chosen.folder, chosen, labelled, list(listing.notes()))
         self.root, self.read_contents = root, read_contents
@@ -164,6 +166,13 @@ class FolderSource(TreeSource):
 
     def raw(self, index: int) -> Path:
         return self.root / self.files[index]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DigitError(f"{path} cannot be read ({error.strerror}): repair or remove it") from error
 
 
 def _choose(root: Path, names: Sequence[str], split: str | None) -> Split:
@@ -183,6 +192,7 @@ class ZipSource(TreeSource):
 
     def __init__(self, path: Path, split: str | None, labels_from: str):
         self.path = path
+        self._packed_as: dict[str, str] = {}  # our names -> the archive's, which may begin with ./ or hold backslashes
         self._forget()
         listing = self._list()
         kinds = listing.by_kind
@@ -190,31 +200,37 @@ class ZipSource(TreeSource):
             raise DigitError(f"{path} holds no images ({len(listing.files)} other files)")
         images = {file.name: file for file in kinds["images"]}
         try:
-            chosen = choose_split(list(images), split)
+            chosen = choose_packed_split(list(images), split)
         except DigitError as error:
             raise DigitError(f"{path}: {error}") from error
-        chosen.inner = without_common_folder(chosen.inner)
         label_files = {file.name: lambda name=file.name: self._read(name) for file in kinds.get("label files", ())}
         labelled = label_tree(chosen, label_files, labels_from)
-        super().__init__(path, chosen, labelled, list(listing.notes()))
+        unread = [f"not used: {len(kinds[kind])} {kind}" for kind in kinds if kind not in READ_FROM_ZIP]
+        super().__init__(path, chosen, labelled, [*listing.notes(), *unread])
         self._about = [images[name] for name in chosen.names]
 
     def _list(self) -> Listing:
         listing = Listing([])
         seen: set[str] = set()
+        marks: list[File] = []
         for info in _guard(self.path, lambda: self._open().infolist()):
-            name = info.filename.removeprefix("./")
+            name = info.filename.replace("\\", "/").removeprefix("./")
             if not name or name.endswith("/"):
                 continue  # a folder
             if name.startswith(JUNK) or is_hidden(name):
-                listing.num_hidden += 1
+                if name.rpartition("/")[2] in OUTPUT_MARKS:
+                    marks.append(File(name, 0, 0))
+                else:
+                    listing.num_hidden += 1
                 continue
             if info.flag_bits & 1:
                 raise DigitError(f"{self.path} is encrypted ({name}): unpack it and give the folder")
             if name in seen:
                 raise DigitError(f"{self.path} holds two files {name}: pack it anew")
             seen.add(name)
+            self._packed_as[name] = info.filename
             listing.files.append(File(name, info.file_size, info.CRC))
+        listing.files = [file for file in without_own([*listing.files, *marks], listing.own) if file.name in seen]
         listing.files.sort(key=lambda file: file.name)
         return listing
 
@@ -239,7 +255,7 @@ class ZipSource(TreeSource):
             archive = self._open()
 
             def read() -> bytes:
-                info = archive.getinfo(name if name in archive.NameToInfo else f"./{name}")
+                info = archive.getinfo(self._packed_as[name])
                 if info.file_size > MAX_MEMBER or info.file_size > MAX_RATIO * max(1, info.compress_size):
                     raise ValueError(f"{name} unpacks to {info.file_size} bytes (a decompression bomb?): refused")
                 with archive.open(info) as member:

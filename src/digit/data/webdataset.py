@@ -10,7 +10,7 @@ import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy as np
 from digit.data.decode import EXTENSIONS
 from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
 from digit.data.labels import Label, as_label, find_name, index_classes, label_names
-from digit.data.layout import Split, choose_split, without_common_folder
-from digit.data.listing import is_hidden, kind_of, some
+from digit.data.layout import Split, choose_packed_split
+from digit.data.listing import File, is_hidden, kind_of, some, without_own
 from digit.data.source import ImageSource, readable
 from digit.data.tree import Labelled, label_tree
 from digit.errors import BadImageError, DigitError
@@ -32,6 +32,7 @@ TREE = ("auto", "folders", "top")  # settings of labels_from that may read a tar
 MAX_LABEL_BYTES, MAX_LABEL_FILE_BYTES = 2**20, 2**29  # of a sample's member, of a file for all samples
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 REGULAR_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # no links, no devices
+LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 MANY_SHARDS = 8  # with more shards, indexing shows its progress
 
 
@@ -69,6 +70,7 @@ class TarSource(ImageSource):
         labels_from: str = "auto",
         read_contents: bool | None = None,
         notes: Sequence[str] = (),
+        split: str | None = None,
     ):
         self.name, self.files, self.read_contents = readable(root), files, read_contents
         self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
@@ -79,9 +81,8 @@ class TarSource(ImageSource):
         if not samples:
             raise DigitError(f"{root} holds no images: wanted members such as 0001.jpg and 0001.cls")
         labelled = _label_samples([sample for _, sample in samples], labels_from)
-        label_files = {name: member for shard in shards for name, member in shard.label_files.items()}
-        if labels_from in TREE and (labels_from != "auto" or not labelled.classes):
-            samples, labelled = _label_as_folder(samples, labelled, label_files, labels_from)
+        if split is not None or (labels_from in TREE and (labels_from != "auto" or not labelled.classes)):
+            samples, labelled = _label_as_folder(samples, labelled, shards, labels_from, split)
         images = ((number, sample.members[sample.image]) for number, sample in samples)
         self.samples = [(number, image.name, image.offset, image.size) for number, image in images]
         self.classes, self._labels = labelled.classes, labelled.labels
@@ -120,9 +121,15 @@ class Shard:
 
     def __init__(self, file: Path, labels_from: str):
         self.file, self.notes, self.label_files = file, list[str](), dict[str, Member]()
-        members, num_hidden = [], 0
-        for member in list_members(file, labels_from):
-            if is_hidden(member.name):
+        members, num_hidden, links, own = [], 0, list[str](), list[str]()
+        listed = list(list_members(file, labels_from))
+        kept = {entry.name for entry in without_own([File(member.name, 0, 0) for member in listed], own)}
+        for member in listed:
+            if member.name not in kept:
+                continue
+            if member.size < 0:
+                links.append(member.name)
+            elif is_hidden(member.name):
                 num_hidden += 1
             elif kind_of(member.name) == "label files":
                 self.label_files[member.name] = member
@@ -133,6 +140,10 @@ class Shard:
             samples = self._group_at_last_dot(members, samples)
         self.samples = [sample for sample in samples if sample.image]
         self._note_rest([sample for sample in samples if not sample.image], labels_from)
+        if links:
+            self.notes.append(f"{file.name}: not used: {len(links)} links ({some(links)})")
+        if own:
+            self.notes.append(f"{file.name}: not read, because DiGIT wrote it: {some(own)}")
         if num_hidden:
             self.notes.append(f"{file.name}: not used: {num_hidden} hidden files, whose names begin with a dot")
 
@@ -188,8 +199,9 @@ def _images(sample: Sample) -> list[str]:
 
 
 def list_members(file: Path, labels_from: str) -> Iterator[Member]:
-    """The files of a tar in its order. Raises DigitError for a damaged tar or repeated names."""
+    """The files of a tar in its order, links with size -1. Raises DigitError for a damaged tar or repeated names."""
     names: set[str] = set()
+    named: dict[str, Member] = {}
     try:
         with open(file, "rb") as raw:
             _refuse_compressed(file, raw.read(2))
@@ -199,17 +211,24 @@ def list_members(file: Path, labels_from: str) -> Iterator[Member]:
                 if info.offset <= previous or info.size < 0 or info.offset_data > reader.size:
                     raise ValueError(f"{info.name!r} has a size that leads backwards")
                 previous = info.offset
-                if info.type not in REGULAR_FILES or info.sparse:
+                name = info.name.replace("\\", "/").removeprefix("./")
+                if info.type in REGULAR_FILES and not info.sparse:
+                    if info.offset_data + info.size > reader.size:
+                        raise ValueError(f"{info.name!r} reaches past the end")
+                    member = Member(name, info.offset_data, info.size, _content(tar, info, labels_from))
+                elif info.type == tarfile.LNKTYPE and info.linkname in named:
+                    member = replace(named[info.linkname], name=name)  # a second name of a file in this tar
+                else:
+                    if info.type in LINKS:
+                        yield Member(name, 0, -1)
                     continue
-                if info.offset_data + info.size > reader.size:
-                    raise ValueError(f"{info.name!r} reaches past the end")
-                member = Member(info.name.removeprefix("./"), info.offset_data, info.size)
-                if member.name in names:
+                stem, suffix = posixpath.splitext(name)
+                if (same := stem + suffix.lower()) in names:
                     raise DigitError(
-                        f"{file} holds two members {member.name}: name each differently, as webdataset wants it too"
+                        f"{file} holds two members {same}: name each differently, as webdataset wants it too"
                     )
-                names.add(member.name)
-                member.content = _content(tar, info, labels_from)
+                names.add(same)
+                named[info.name] = member
                 yield member
             reader.seek(tar.offset)
             if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile reads a damaged header as the end of the file
@@ -270,13 +289,10 @@ def _label_samples(samples: list[Sample], labels_from: str) -> Labelled:
     unused: Counter[str] = Counter()
     disagree = []
     for sample in samples:
-        try:
-            stated = dict(_stated(sample, labels_from))
-        except ValueError as error:
-            if labels_from != "auto":
-                raise DigitError(f"{sample.name}: {error}: --labels_from names another key, or none") from error
-            stated = {}
-            refused.append(f"{sample.name}, {error}")
+        stated, odd = _stated(sample, labels_from)
+        refused += [f"{sample.name}, whose {text}" for text in odd]
+        if odd and labels_from != "auto":
+            raise DigitError(f"{refused[-1]}: --labels_from names another key, or none")
         values.append(next(iter(stated.values()), None))
         used.update(list(stated)[:1])
         unused.update(list(stated)[1:])
@@ -293,36 +309,54 @@ def _label_samples(samples: list[Sample], labels_from: str) -> Labelled:
         notes.append(f"{len(disagree)} samples have labels that differ, such as {disagree[0]}; the first one counts; "
                      f"--labels_from {next(iter(unused)).rpartition(' ')[2]} takes the other")  # fmt: skip
     if refused:
-        notes.append(f"{len(refused)} samples have labels that are none (such as {refused[0]}): unlabelled")
+        notes.append(f"{len(refused)} labels are none (such as {refused[0]})")
     if used and (without := sum(value is None for value in values)):
         notes.append(f"{without} samples have no label: unlabelled")
     return Labelled(classes, labels, notes)
 
 
-def _stated(sample: Sample, labels_from: str) -> Iterator[tuple[str, Label]]:
-    """(where it stands, label) of all labels of a sample, the one that counts first. Raises as `as_label`."""
+def _stated(sample: Sample, labels_from: str) -> tuple[dict[str, Label], list[str]]:
+    """All labels of a sample by where they stand, the one that counts first; and what is no label."""
+    stated: dict[str, Label] = {}
+    odd: list[str] = []
+    values: list[tuple[str, Any]] = []
     for key in LABEL_KEYS if labels_from == "auto" else (labels_from,):
         for own, member in sample.members.items():
             if own != sample.image and (own == key or own.endswith(f".{key}")) and isinstance(member.content, str):
-                yield f".{own}", as_label(member.content)
+                values.append((f".{own}", member.content))
     for own, member in sample.members.items():
         if isinstance(member.content, dict):
-            for key, value in member.content.items():
-                try:
-                    yield f".{own} {key}", as_label(value)
-                except ValueError as error:
-                    raise ValueError(f"whose {key} is {error}") from error
+            values += [(f".{own} {key}", value) for key, value in member.content.items()]
+    for place, value in values:
+        try:
+            stated[place] = as_label(value)
+        except ValueError as error:
+            odd.append(f"{place} is {error}")
+    return stated, odd
 
 
 def _label_as_folder(
-    samples: list[tuple[int, Sample]], labelled: Labelled, label_files: dict[str, Member], labels_from: str
+    samples: list[tuple[int, Sample]],
+    labelled: Labelled,
+    shards: Sequence["Shard"],
+    labels_from: str,
+    split: str | None,
 ) -> tuple[list[tuple[int, Sample]], Labelled]:
-    """The samples of a tar that is a packed folder, of one split, and their labels by label files or folders."""
-    names = [sample.members[sample.image].name for _, sample in samples]
-    split = choose_split(names, None) if len(set(names)) == len(names) else Split(names, list(names))
-    split.inner = without_common_folder(split.inner)
-    kept = set(split.names)
-    files = {name: lambda member=member: member.content or b"" for name, member in label_files.items()}
-    found = label_tree(split, files, labels_from)
-    found.notes = [*labelled.notes, *split.notes, *found.notes]
+    """The samples of tars that are packed folders, of one split, and their labels by label files or folders."""
+    names = [f"{shards[number].file.name}/{sample.members[sample.image].name}" for number, sample in samples]
+    plain = [sample.members[sample.image].name for _, sample in samples]
+    if len(set(plain)) == len(plain):
+        chosen = choose_packed_split(plain, split)
+        places = dict(zip(plain, names, strict=True))
+        chosen.names = [places[name] for name in chosen.names]
+    else:
+        chosen = Split(names, plain)
+    files = {
+        f"{shard.file.name}/{name}": lambda member=member: member.content or b""
+        for shard in shards
+        for name, member in shard.label_files.items()
+    }
+    found = label_tree(chosen, files, labels_from)
+    found.notes = [*labelled.notes, *chosen.notes, *found.notes]
+    kept = set(chosen.names)
     return [pair for pair, name in zip(samples, names, strict=True) if name in kept], found
