@@ -326,3 +326,28 @@ def test_a_home_folder_is_one_after_an_equals_sign_too(capsys, run_folder, tmp_p
     assert main(["complete", "--from=~/pipeline", "~/s", "--out=~/c"]) == 0 and main(["info", "~/s"]) == 0
     assert main(["inspect", "~/s", "--sheet=~/sheet.png"]) == 0
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "pipeline", "s", "sheet.png"]
+
+
+def test_completions_replace_nothing_but_completions(run_folder, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "own" / "00000.png")
+    command = ["complete", DATA, "--from", str(run_folder), "--out"]
+    assert "holds 00000.png but no completions.json" in fails(capsys, *command, str(tmp_path / "own"))
+    assert main([*command, str(tmp_path / "done"), "--num", "3"]) == 0
+    assert main([*command, str(tmp_path / "done"), "--num", "2"]) == 0
+    assert sorted(path.name for path in (tmp_path / "done").glob("0*.png")) == ["00000.png", "00001.png"]
+
+
+def test_samples_do_not_go_into_a_part_of_a_run(run_folder, capsys):
+    told = fails(capsys, "sample", "--from", str(run_folder), "--num", "2", "--out", str(run_folder / "prior"))
+    assert "a part of a run" in told and not (run_folder / "prior" / "samples.json").exists()
+
+
+def test_statistics_are_an_npz(tmp_path, capsys):
+    assert ".npz" in fails(capsys, "statistics", "shapes:num=4,size=32", "--out", str(tmp_path / "a.txt"))
+
+
+def test_shapes_take_no_other_labels(capsys):
+    assert "labels_from is 'colour'" in fails(capsys, "inspect", "shapes:num=4", "--labels_from", "colour")
+    assert main(["inspect", "shapes:num=4", "--labels_from", "none", "--sheet", ""]) == 0
+    assert "none (unlabelled)" in capsys.readouterr().out

@@ -130,9 +130,7 @@ def test_shards_disagree_about_nothing_silently(tmp_path):
     write_tar(tmp_path / "1", {"0.png": picture(0), "0.json": b'{"class_id": 3.5}'})
     source = open_source(tmp_path)
     assert labels(source) == ["cat", None]
-    said = (
-        "1 samples have labels that are none (such as 0, whose class_id is 3.5, which is no whole number): unlabelled"
-    )
+    said = "1 labels are none (such as 0, whose .json class_id is 3.5, which is no whole number)"
     assert said in source.notes
     with pytest.raises(
         DigitError, match=r"class_id is 3\.5, which is no whole number: --labels_from names another key"

@@ -19,6 +19,7 @@ from digit.cli.arguments import (
     say,
     say_assumptions,
 )
+from digit.errors import DigitError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -72,8 +73,10 @@ def run_statistics(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
     from digit.evaluation.samples import statistics_npz
-    from digit.runtime.files import check_writable
+    from digit.runtime.files import as_path, check_writable
 
+    if as_path(args.out).suffix.lower() != ".npz":
+        raise DigitError(f"--out is {args.out}: statistics are an .npz file, by which digit evaluate knows them")
     check_writable(args.out)
     defaults = EvaluateConfig()
     for name in UNUSED_BY_STATISTICS:

@@ -144,8 +144,9 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--labels", default=None, help="names or numbers of classes, separated by commas, used in turn")
     args = parse(parser, argv)
     from digit.pipeline.labels import ClassPositions
-    from digit.runs.report import load_images, open_images, write_completions
+    from digit.runs.report import load_images, open_images, require_free, write_completions
 
+    require_free(as_path(args.out))
     source = open_images(args.images, args.pixel_max)
     say_assumptions(source)
     pipe = load_pipeline(args)

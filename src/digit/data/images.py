@@ -68,6 +68,9 @@ def open_source(
     reading = Reading(split, labels_from, read_contents)
     if isinstance(spec, str) and (spec == SHAPES or spec.startswith(SHAPES + ":")):
         source = _open_shapes(spec, split)
+        if labels_from not in ("auto", "none"):
+            raise DigitError(f"labels_from is {labels_from!r}, but shapes has labels of its own: auto or none")
+        source = source.with_classes([]) if labels_from == "none" else source
     else:
         source = _open_path(as_path(spec), reading)
     source.find_pixel_range(pixel_max)

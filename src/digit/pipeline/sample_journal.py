@@ -14,6 +14,7 @@ WHILE_SAMPLING = r"journal(\.\d+)?\.json|(discriminative|vq)\.partial\.npy"
 OURS = re.compile(rf"\d{{5,}}\.png|grid\.png|tokens\.npz|samples\.json|{WHILE_SAMPLING}")
 LEFT_BY_A_KILL = re.compile(rf"\.({OURS.pattern})\..+")  # temporary files of `atomic_path`
 NEEDLESS = re.compile(rf"{WHILE_SAMPLING}|{LEFT_BY_A_KILL.pattern}")  # once all images are sampled
+RUN_FILES = {"config.json", "model.json", "pipeline.json", "manifest.json", "codebook.json", "vqgan.json"}
 OTHER_FOLDER = "choose another --out"
 
 
@@ -24,6 +25,8 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     if (folder / JOURNAL).exists():
         ledger = read_ledger(folder)
         return ledger.request if len(ledger.done) else None  # without finished images, another request may begin
+    if parts := sorted(RUN_FILES & set(listed(folder))):
+        raise DigitError(f"{folder} holds {parts[0]}, a part of a run: {OTHER_FOLDER}")
     foreign = [name for name in listed(folder) if OURS.fullmatch(name)]
     if foreign:
         raise DigitError(f"{folder} holds {min(foreign)} but no {SAMPLES}: {OTHER_FOLDER}")

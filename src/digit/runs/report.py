@@ -3,6 +3,7 @@
 import html
 import json
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from digit.data.images import FolderSource, ImageSource, open_source
 from digit.data.listing import File, Listing, kind_of
 from digit.data.preprocess import PreprocessConfig
 from digit.data.shapes import CLASSES, ShapesSource
+from digit.errors import DigitError
 from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
 from digit.pipeline.labels import ClassPositions
@@ -33,19 +35,35 @@ FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
 JUDGED_SAMPLES = 500
 JUDGE_TRAINING_SCENES = 2000
 RECONSTRUCTED = 300
+NUMBERED = re.compile(r"\d{5,}\.png")
+COMPLETIONS = "completions.json"
 
 
 # -------------------------------------------------------------------- pictures
 
 
 def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -> None:
-    """Write one PNG a completion, and grid.png with original, kept part, completion."""
+    """Write one PNG a completion, grid.png with original, kept part, completion, and completions.json.
+
+    The images of earlier completions there are removed. `require_free` tells if the folder may be written to.
+    """
+    for earlier in folder.glob("*.png"):
+        if NUMBERED.fullmatch(earlier.name):
+            earlier.unlink()
     for i, image in enumerate(done):
         plots.save_png(folder / f"{i:05d}.png", image)
     sheet = plots.interleave(images, plots.dim_below(images, keep), done)
     plots.save_png(
         folder / "grid.png", plots.grid(sheet, 9 if len(images) > 2 else 3, scale=max(1, 128 // images.shape[-1]))
     )
+    write_result(folder / COMPLETIONS, {"num": len(done), "keep": keep})
+
+
+def require_free(folder: Path) -> None:
+    """Raise DigitError where `write_completions` would replace images that are no completions."""
+    images = sorted(path.name for path in folder.glob("*.png")) if folder.is_dir() else []
+    if images and not (folder / COMPLETIONS).is_file():
+        raise DigitError(f"{folder} holds {images[0]} but no {COMPLETIONS}: choose another --out")
 
 
 def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:

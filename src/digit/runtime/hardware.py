@@ -95,7 +95,7 @@ def choose_device(name: "str | torch.device | None") -> "torch.device":
     import torch
 
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
     except (RuntimeError, TypeError) as error:
         raise DigitError(f"no device named {name!r}: choose cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):

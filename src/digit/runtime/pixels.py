@@ -41,7 +41,7 @@ def as_pixels(images: Pixels) -> Tensor:
         raise DigitError(f"images are {shown(images)}: {WANTED}")
     if images.dtype != torch.uint8:
         _check_floats(images)
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim != 4 or images.shape[1] != 3 or (len(images) and not images.numel()):
         raise DigitError(f"images are {_described(images)}{_advice_on_shape(images.shape)}: {WANTED}")
     return images
 
