@@ -8,7 +8,7 @@ import pytest
 from deep_files import png_16, tiff
 from PIL import Image, ImageCms
 
-from digit.data.assumptions import find_assumptions, is_nearly_black
+from digit.data.assumptions import describe_image, is_nearly_black
 from digit.data.decode import decode_image
 from digit.data.images import open_source
 from digit.data.inspect import inspect_source
@@ -18,6 +18,10 @@ FIRST, UPRIGHT = "several frames or pages: the first is used", "an EXIF orientat
 WHITE, CMYK = "transparency: it lies over white", "CMYK: converted without a colour profile"
 PROFILE, GAMMA = "a colour profile (ICC) other than sRGB: ignored", "a PNG gamma other than 1/2.2: ignored"
 DEEP = "more than 8 bits per channel, of which 8 are used"
+
+
+def find_assumptions(data: bytes) -> list[str]:
+    return describe_image(data)[1]
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:

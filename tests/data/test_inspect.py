@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 from PIL import Image
+from written_images import picture, write_folder
 
 from digit.data.images import open_source
 from digit.data.inspect import inspect_source
@@ -61,3 +62,14 @@ def test_thumbnails_are_spread_over_many_classes(tmp_path):
 
 def test_rendered_sources_have_no_files():
     assert inspect_source(open_source("shapes:num=10,size=32")).kinds == {"rendered RGB": 10}
+
+
+def test_processes_see_what_threads_see(tmp_path, monkeypatch):
+    files = {f"{'ab'[number % 2]}/{number}.png": picture(number) for number in range(12)}
+    source = open_source(write_folder(tmp_path, {**files, "a/broken.png": b"\x89PNG"}))
+    reports = []
+    for least in (2000, 1):
+        monkeypatch.setattr("digit.data.inspect.MIN_IMAGES_FOR_PROCESSES", least)
+        reports.append(inspect_source(source))
+    assert reports[0].to_dict() == reports[1].to_dict() and len(reports[0].bad) == 1
+    assert [entry[0] for entry in reports[0].thumbnails] == [entry[0] for entry in reports[1].thumbnails]

@@ -17,14 +17,22 @@ STANDARD_GAMMA = 0.45455  # 1 / 2.2
 EXTRA_SAMPLES, UNSPECIFIED = 338, 0  # a tag of TIFF and its value for channels that are neither colour nor alpha
 
 
-def find_assumptions(data: bytes | str | Path) -> list[str]:
-    """Phrases such as 'several frames or pages: the first is used', by the header. Raises BadImageError without one."""
-    return read_header(data, lambda image, stream: list(_assumptions(image, stream)))
+def describe_image(data: bytes | str | Path) -> tuple[str, list[str]]:
+    """('JPEG RGB' as stored, phrases such as 'several frames or pages: the first is used'), by the header.
+
+    Raises BadImageError without one.
+    """
+
+    def describe(image: ImageFile, stream: Stream) -> tuple[str, list[str]]:
+        kind = f"{image.format or '?'} {image.mode}"  # before the assumptions, which may read further
+        return kind, list(_assumptions(image, stream))
+
+    return read_header(data, describe)
 
 
 def is_nearly_black(image: Image.Image) -> bool:
     """Whether a decoded image is too dark to show anything, as where its white is not the one assumed."""
-    return int(np.asarray(image).max()) <= pixel_range.NEARLY_BLACK
+    return int(np.max(image.getextrema())) <= pixel_range.NEARLY_BLACK
 
 
 def _assumptions(image: ImageFile, stream: Stream) -> Iterator[str]:

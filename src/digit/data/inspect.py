@@ -2,9 +2,12 @@
 
 import itertools
 import math
+import multiprocessing
+import signal
+import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,8 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from digit.data.assumptions import NEARLY_BLACK, find_assumptions, is_nearly_black
-from digit.data.decode import probe_image
+from digit.data.assumptions import NEARLY_BLACK, describe_image, is_nearly_black
 from digit.data.listing import CONTACT_SHEET, is_contact_sheet
 from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
@@ -27,6 +29,8 @@ SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # bin edges of the size histogram, 
 NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then sizes in pixels
 NUM_SHOWN = 20  # classes and bad files that the text lists
 CHUNK = 128  # images decoded at a time
+MIN_IMAGES_FOR_PROCESSES = 2000  # fewer are read by threads as fast
+FORKS = sys.platform.startswith("linux")
 
 
 @dataclass(kw_only=True)
@@ -163,43 +167,74 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
     )  # fmt: skip
     if source.pixel_range and source.pixel_range.white:
         report.pixel_range = str(source.pixel_range)
-    shown = set(_choose(labels, NUM_THUMBNAILS))
+    shown = frozenset(_choose(labels, NUM_THUMBNAILS))
     sizes = []
-    for index, kind, assumed, image, reason in track(_read_all(source, num_workers), "read images", len(source)):
-        if image is None:
-            report.bad.append((source.key(index), reason))
+    for index, seen in track(_look_at_all(source, shown, num_workers), "read images", len(source)):
+        if seen.size is None:
+            report.bad.append((source.key(index), seen.reason))
         else:
-            sizes.append(image.size)
-            report.kinds[kind] += 1
-            report.assumed.update(assumed)
+            sizes.append(seen.size)
+            report.kinds[seen.kind] += 1
+            report.assumed.update(seen.assumed)
         if index in shown:
             caption = source.classes[labels[index]] if labels[index] >= 0 else str(index)
-            report.thumbnails.append((caption, _thumbnail(image)))
+            report.thumbnails.append((caption, seen.thumbnail))
     report.widths, report.heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     return report
 
 
-def _read_all(source: ImageSource, num_workers: int) -> Iterator[tuple[int, str, list[str], Image.Image | None, str]]:
-    """Yields (index, kind, what was assumed, image or None, reason) in order, with at most CHUNK images in memory."""
+@dataclass(frozen=True)
+class Seen:
+    """What a look at one image found."""
 
-    def read(index: int) -> tuple[int, str, list[str], Image.Image | None, str]:
-        try:
-            image, _ = source.read(index)
-            kind, assumed = _describe(source, index)
-            return index, kind, assumed + [NEARLY_BLACK] * is_nearly_black(image), image, ""
-        except BadImageError as error:
-            return index, "", [], None, str(error)
+    kind: str = ""  # format and mode as stored
+    assumed: tuple[str, ...] = ()  # what decoding assumes
+    size: tuple[int, int] | None = None  # (width, height); None if the image cannot be read
+    reason: str = ""  # why it cannot
+    thumbnail: Image.Image | None = None
 
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for start in range(0, len(source), CHUNK):
-            yield from pool.map(read, range(start, min(start + CHUNK, len(source))))
+
+def _look_at(source: ImageSource, index: int, shown: bool) -> Seen:
+    try:
+        image, _ = source.read(index)
+        kind, assumed = _describe(source, index)
+    except BadImageError as error:
+        return Seen(reason=str(error))
+    dark = (NEARLY_BLACK,) if is_nearly_black(image) else ()
+    return Seen(kind, (*assumed, *dark), image.size, "", _thumbnail(image) if shown else None)
+
+
+def _look_at_all(source: ImageSource, shown: Collection[int], num_workers: int) -> Iterator[tuple[int, Seen]]:
+    """Yields (index, what was found) in order: with threads, or with processes where there are many images."""
+    if len(source) < MIN_IMAGES_FOR_PROCESSES or not FORKS or num_workers < 2:
+        with ThreadPoolExecutor(max(1, num_workers)) as threads:
+            for start in range(0, len(source), CHUNK):
+                part = range(start, min(start + CHUNK, len(source)))
+                yield from zip(part, threads.map(lambda i: _look_at(source, i, i in shown), part), strict=True)
+        return
+    processes = multiprocessing.get_context("fork").Pool(num_workers, _start_process, (source, shown))
+    with processes:
+        yield from enumerate(processes.imap(_look, range(len(source)), chunksize=CHUNK))
+
+
+_work: dict[str, Any] = {}  # of a process of the pool
+
+
+def _start_process(source: ImageSource, shown: Collection[int]) -> None:
+    """The parent handles Ctrl-C, and ends its processes by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _work.update(source=source, shown=shown)
+
+
+def _look(index: int) -> Seen:
+    return _look_at(_work["source"], index, index in _work["shown"])
 
 
 def _describe(source: ImageSource, index: int) -> tuple[str, list[str]]:
     """('JPEG RGB' as stored, what decoding assumes); 'rendered RGB' for sources without files."""
-    raw = getattr(source, "raw", None)
-    data = raw(index) if raw else None
-    return ("rendered RGB", []) if data is None else ("{} {}".format(*probe_image(data)), find_assumptions(data))
+    data = source.raw(index)
+    return ("rendered RGB", []) if data is None else describe_image(data)
 
 
 def _choose(labels: np.ndarray, num: int) -> list[int]:
@@ -213,9 +248,8 @@ def _choose(labels: np.ndarray, num: int) -> list[int]:
     return [int(index) for index in rounds[:num]]
 
 
-def _thumbnail(image: Image.Image | None) -> Image.Image | None:
-    if image is not None:
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
+def _thumbnail(image: Image.Image) -> Image.Image:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     return image
 
 
