@@ -259,3 +259,17 @@ def test_the_public_names_show_without_torch():
     assert {"DigitPipeline", "__version__"} <= set(dir(digit))
     code = "import digit, sys; assert 'DigitPipeline' in dir(digit) and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_images_without_a_class_are_sampled_where_training_knew_some(tmp_path):
+    pipe = toy_pipeline()
+    with pytest.raises(DigitError, match="trained with a class for every image"):
+        pipe.generate(2, labels="none")
+    pipe.info["num_unlabelled"] = 5
+    tokens = pipe.generate_tokens(2, labels=["none", 1], seed=3)
+    assert tokens["labels"].tolist() == [-1, 1]
+    sample(pipe, tmp_path, 2, labels=["none", 1], seed=3)
+    assert read_json(tmp_path / "samples.json")["classes"] == [None, pipe.classes[1]]
+    pipe.save_pretrained(tmp_path / "pipeline")
+    again = DigitPipeline.from_pretrained(tmp_path / "pipeline")
+    assert torch.equal(again.generate_tokens(2, labels=["none", 1], seed=3)["vq"], tokens["vq"])
