@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -138,7 +139,8 @@ class ConfigLoader:
         assert not (folder / "executed").exists(), "code of a YAML file ran"
         assert code in (0, 2), f"exit code {code}"
         if code == 2:
-            assert "Traceback" not in (text := said.getvalue()), "a traceback"
+            text = said.getvalue()
+            assert "Traceback" not in text, "a traceback"
             lines = text[text.rfind("\ndigit: ") + 1 :]  # after notes and warnings
             assert lines.startswith("digit: ") and lines.endswith("\n"), "no message"
             raise DigitError(lines[7:-1])
