@@ -201,8 +201,6 @@ def settings(command: str) -> dict[str, Any]:
 @cache
 def names(command: str) -> list[str]:
     """Dotted options of a command, as its help lists them."""
-    import re
-
     said = io.StringIO()
     words = {"plan": ["small"], "train": ["prior"]}.get(command, [])
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit, DigitError):
