@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from written_images import write_tar
 
 from digit.data.decode import decode_image
 from digit.data.images import ImageSource, as_source, open_source
@@ -352,14 +353,6 @@ def test_parquet_of_the_hub(shared):
 
 
 # ---------------------------------------------------------------- WebDataset
-
-
-def write_tar(path, members: dict[str, bytes]):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def test_tar_samples_and_labels(tmp_path):

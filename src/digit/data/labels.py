@@ -82,15 +82,15 @@ def as_labels(values: Sequence[Any]) -> list[Label]:
     """
     plain = [value.tolist() if hasattr(value, "tolist") else value for value in values]
     stated = [value for value in plain if value is not None]
-    if stated and all(isinstance(value, list | tuple) and len(value) > 1 for value in stated):
-        one_hot = all(set(value) <= {0, 1} and sum(value) == 1 for value in stated if all(map(_is_number, value)))
-        if one_hot and len({len(value) for value in stated}) == 1 and all(_is_number(x) for v in stated for x in v):
-            return [None if value is None else list(value).index(1) for value in plain]
+    if stated and all(map(_is_one_hot, stated)) and len(set(map(len, stated))) == 1:
+        return [None if value is None else list(value).index(1) for value in plain]
     return [as_label(value) for value in plain]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _is_one_hot(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) < 2 or not all(isinstance(x, int | float) for x in value):
+        return False
+    return set(value) <= {0, 1} and sum(value) == 1
 
 
 def _single(values: Sequence[Any]) -> Label:

@@ -48,15 +48,14 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
     Folders name splits if they are the first ones of the paths, and there are two different ones or nothing else; or if
     they are the last ones, and there is nothing else. Raises DigitError if there is no such split.
     """
-    found = _find_split(names, split)
+    if (found := _find_split(names, split)) is not None:
+        return found
     wrapped = without_common_folder(names)
-    if found is None and wrapped != list(names) and (inner := _find_split(wrapped, split)) is not None:
+    if wrapped != list(names) and (inner := _find_split(wrapped, split)) is not None:
         whole = dict(zip(wrapped, names, strict=True))
         common = names[0][: len(names[0]) - len(wrapped[0])]
         folder = f"{common}{inner.folder}" if inner.folder else ""
-        found = Split([whole[name] for name in inner.names], inner.inner, folder, inner.notes)
-    if found is not None:
-        return found
+        return Split([whole[name] for name in inner.names], inner.inner, folder, inner.notes)
     if split is not None:
         raise DigitError(f"there is no split {split!r}: no folder has that name")
     first = Counter(name.partition("/")[0] if "/" in name else "" for name in names)

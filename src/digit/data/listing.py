@@ -73,11 +73,10 @@ def kind_of(name: str) -> str:
     return KINDS.get(suffix_of(base), "other files")
 
 
-def without_own(files: list[File], own: list[str]) -> list[File]:
-    """The files of an archive that do not lie in a folder which digit filled; the folders are added to `own`."""
-    marked = {file.name.rpartition("/")[0] for file in files if file.name.rpartition("/")[2] in OUTPUT_MARKS} - {""}
-    own += [f"{folder}/" for folder in sorted(marked)]
-    return [file for file in files if not any(file.name.startswith(f"{folder}/") for folder in marked)]
+def own_folders(names: Iterable[str]) -> tuple[str, ...]:
+    """The folders of an archive that digit filled, as 'run/', by the names of its files; not its root."""
+    marked = (name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in OUTPUT_MARKS)
+    return tuple(sorted({f"{folder}/" for folder in marked if folder}))
 
 
 def is_hidden(name: str) -> bool:

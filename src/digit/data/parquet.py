@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
 from digit.data.labels import Label, as_labels, find_name, index_classes, label_names
-from digit.data.source import ImageSource, readable
+from digit.data.source import ContainerSource, readable
 from digit.errors import BadImageError, DigitError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ CACHE_BYTES = 2**28  # row groups kept in memory, per process
 BOMB_BYTES, BOMB_RATIO = 2**28, 50  # a row group larger than this and 50 times its file is a decompression bomb
 
 
-class ParquetSource(ImageSource):
+class ParquetSource(ContainerSource):
     """Rows of one or several Parquet files, read one row group at a time; the last used ones stay in memory.
 
     Classes are the ClassLabel names in the files' metadata if there are any, else the distinct labels, sorted. Files
@@ -40,8 +39,7 @@ class ParquetSource(ImageSource):
         read_contents: bool | None = None,
         notes: Sequence[str] = (),
     ):
-        self.name, self.files, self.read_contents = readable(root), files, read_contents
-        self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
+        super().__init__(root, files, read_contents)
         metas = [_open(file) for file in files]
         for file, meta in zip(files, metas, strict=True):
             _refuse_bomb(file, meta.metadata)
@@ -63,20 +61,12 @@ class ParquetSource(ImageSource):
         self.notes = (*notes, *dict.fromkeys(images), *found)
         self._forget()
 
-    def find_fingerprint(self) -> str:
-        sizes, times = file_times(self.files)
-        stamps = stamps_of(self.files, sizes, times, self.read_contents)
-        return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)
-
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def key(self, index: int) -> str:
         file = int(np.searchsorted(self.starts, index, side="right")) - 1
         return readable(f"{self.short_names[file]} row {index - int(self.starts[file])}")
-
-    def labels(self) -> np.ndarray:
-        return self._labels
 
     def raw(self, index: int) -> bytes:
         group = int(np.searchsorted(self.ends, index, side="right"))

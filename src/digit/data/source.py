@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from digit.data.decode import decode_image, deep_size, largest_value
-from digit.data.fingerprint import digest
+from digit.data.fingerprint import data_fingerprint, digest, file_times, stamps_of
 from digit.data.pixel_range import PixelRange, find_pixel_range
 from digit.errors import DigitError
 from digit.runtime.scalars import as_int
@@ -143,6 +143,24 @@ class RelabelledSource(SubsetSource):
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, label = super().read(index)
         return image, int(self._number[label])
+
+
+class ContainerSource(ImageSource):
+    """Images packed in files: Parquet or tar. A subclass sets `classes` and `_labels`."""
+
+    _labels: np.ndarray
+
+    def __init__(self, root: Path, files: list[Path], read_contents: bool | None):
+        self.name, self.files, self.read_contents = readable(root), files, read_contents
+        self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
+
+    def labels(self) -> np.ndarray:
+        return self._labels
+
+    def find_fingerprint(self) -> str:
+        sizes, times = file_times(self.files)
+        stamps = stamps_of(self.files, sizes, times, self.read_contents)
+        return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)
 
 
 def readable(name: str | Path) -> str:

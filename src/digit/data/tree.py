@@ -16,7 +16,7 @@ from digit.data.fingerprint import data_fingerprint, stamps_of
 from digit.data.label_files import LabelFile, match_images, read_label_file
 from digit.data.labels import index_classes
 from digit.data.layout import Split, choose_packed_split, choose_split, folder_classes, plain_folders
-from digit.data.listing import OUTPUT_MARKS, File, Listing, is_hidden, some, without_own
+from digit.data.listing import OUTPUT_MARKS, File, Listing, is_hidden, own_folders, some
 from digit.data.source import ImageSource, readable
 from digit.errors import BadImageError, DigitError
 
@@ -212,14 +212,14 @@ class ZipSource(TreeSource):
     def _list(self) -> Listing:
         listing = Listing([])
         seen: set[str] = set()
-        marks: list[File] = []
+        marks: list[str] = []
         for info in _guard(self.path, lambda: self._open().infolist()):
             name = info.filename.replace("\\", "/").removeprefix("./")
             if not name or name.endswith("/"):
                 continue  # a folder
             if name.startswith(JUNK) or is_hidden(name):
                 if name.rpartition("/")[2] in OUTPUT_MARKS:
-                    marks.append(File(name, 0, 0))
+                    marks.append(name)
                 else:
                     listing.num_hidden += 1
                 continue
@@ -230,7 +230,9 @@ class ZipSource(TreeSource):
             seen.add(name)
             self._packed_as[name] = info.filename
             listing.files.append(File(name, info.file_size, info.CRC))
-        listing.files = [file for file in without_own([*listing.files, *marks], listing.own) if file.name in seen]
+        own = own_folders(marks)
+        listing.own += own
+        listing.files = [file for file in listing.files if not file.name.startswith(own)]
         listing.files.sort(key=lambda file: file.name)
         return listing
 

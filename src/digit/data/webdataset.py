@@ -5,7 +5,6 @@ key. A tar without labels of that form is read as a folder of the same files.
 """
 
 import json
-import os
 import posixpath
 import tarfile
 from collections import Counter
@@ -17,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from digit.data.decode import EXTENSIONS
-from digit.data.fingerprint import data_fingerprint, file_times, stamps_of
 from digit.data.labels import Label, as_label, find_name, index_classes, label_names
 from digit.data.layout import Split, choose_packed_split
-from digit.data.listing import File, is_hidden, kind_of, some, without_own
-from digit.data.source import ImageSource, readable
+from digit.data.listing import is_hidden, kind_of, own_folders, some
+from digit.data.source import ContainerSource, readable
 from digit.data.tree import Labelled, label_tree
 from digit.errors import BadImageError, DigitError
 from digit.runtime.bounded_reader import BoundedReader
@@ -55,7 +53,7 @@ class Sample:
     image: str = ""  # the key of its image; "" if it has none
 
 
-class TarSource(ImageSource):
+class TarSource(ContainerSource):
     """Samples of uncompressed tar files: lists each shard once, then reads an image at its offset.
 
     A sample's label is its .cls, .class or .label (a number or a name), else a key of its .json with a usual name
@@ -72,8 +70,7 @@ class TarSource(ImageSource):
         notes: Sequence[str] = (),
         split: str | None = None,
     ):
-        self.name, self.files, self.read_contents = readable(root), files, read_contents
-        self.short_names = [os.path.relpath(file, root) if file != root else file.name for file in files]
+        super().__init__(root, files, read_contents)
         shards = [
             Shard(file, labels_from) for file in (track(files, "list shards") if len(files) > MANY_SHARDS else files)
         ]
@@ -88,20 +85,12 @@ class TarSource(ImageSource):
         self.classes, self._labels = labelled.classes, labelled.labels
         self.notes = (*notes, *dict.fromkeys(note for shard in shards for note in shard.notes), *labelled.notes)
 
-    def find_fingerprint(self) -> str:
-        sizes, times = file_times(self.files)
-        stamps = stamps_of(self.files, sizes, times, self.read_contents)
-        return data_fingerprint(self.short_names, sizes, stamps, self.classes, self._labels)
-
     def __len__(self) -> int:
         return len(self.samples)
 
     def key(self, index: int) -> str:
         shard, name, _, _ = self.samples[index]
         return readable(f"{self.short_names[shard]}:{name}")
-
-    def labels(self) -> np.ndarray:
-        return self._labels
 
     def raw(self, index: int) -> bytes:
         shard, _, offset, size = self.samples[index]
@@ -121,11 +110,11 @@ class Shard:
 
     def __init__(self, file: Path, labels_from: str):
         self.file, self.notes, self.label_files = file, list[str](), dict[str, Member]()
-        members, num_hidden, links, own = [], 0, list[str](), list[str]()
+        members, num_hidden, links = [], 0, list[str]()
         listed = list(list_members(file, labels_from))
-        kept = {entry.name for entry in without_own([File(member.name, 0, 0) for member in listed], own)}
+        own = own_folders(member.name for member in listed)
         for member in listed:
-            if member.name not in kept:
+            if member.name.startswith(own):
                 continue
             if member.size < 0:
                 links.append(member.name)
