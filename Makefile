@@ -18,7 +18,7 @@ demo: env
 	@echo "Look at runs/demo/report.html (samples, reconstructions, token maps, completions) and runs/demo/metrics.json"
 
 test: env-test lint docs
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=15
 
 chaos: env
 	$(BIN)/python bench/chaos.py --out runs/chaos

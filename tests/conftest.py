@@ -38,6 +38,20 @@ def _quiet_and_seeded():
     set_command("")  # of another test, which a lock would contain
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests of whole commands first: the last file of one worker then ends soon after that of the other."""
+    items.sort(key=lambda item: item.path.parent.name not in ("end_to_end", "cli"))
+
+
+@pytest.fixture(scope="session")
+def few_scenes():
+    """Reports of shapes train their judge on 200 scenes, in place of 2,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("digit.runs.report.JUDGE_TRAINING_SCENES", 200)
+        patch.setattr("digit.runs.report.RECONSTRUCTED", 30)
+        yield
+
+
 @pytest.fixture
 def unchecked():
     """No annotation is checked: for tests of the package's own errors for wrong types and shapes."""

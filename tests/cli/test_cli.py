@@ -33,7 +33,7 @@ def cfg(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(cfg, tmp_path_factory) -> Path:
+def run_folder(cfg, tmp_path_factory, few_scenes) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
     assert main(["fit", DATA, "--config", str(cfg), "--out", str(out)]) == 0
     return out

@@ -19,7 +19,9 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "w.pth"
+    folder = tmp_path / ("long-" * 30)  # an error must not shorten a name that it says to type
+    folder.mkdir()
+    return folder / "w.pth"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, few_scenes) -> Path:
     """A working folder with photos/, tiny.yaml, and runs/demo made with the tiny recipe."""
     folder = tmp_path_factory.mktemp("readme")
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ import yaml
 from tiny import tiny_recipe
 
 from digit.cli import main
+from digit.data.images import open_source
 from digit.data.tokens import TokenStore
 from digit.runtime.files import load_tensors
 from digit.training.log import read_log
@@ -53,12 +54,21 @@ def ours(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folders(cfg, tmp_path_factory) -> tuple[Path, Path]:
+def pictures(tmp_path_factory) -> str:
+    """24 scenes as files: a report on shapes would also train a judge, which takes longer than all stages."""
+    folder, scenes = tmp_path_factory.mktemp("pictures"), open_source(DATA)
+    for index in range(len(scenes)):
+        scenes.read(index)[0].save(folder / f"{index:02d}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(cfg, pictures, tmp_path_factory) -> tuple[Path, Path]:
     """A run by one process and the same by two, the models cut up."""
     one, two = tmp_path_factory.mktemp("runs") / "one", tmp_path_factory.mktemp("runs") / "two"
     sharded = ["--prior_training.parallel", "fsdp", "--renderer_training.parallel", "fsdp"]
-    job = start("fit", DATA, "--config", str(cfg), "--out", str(two), *sharded, "--device", "cpu")
-    assert main(["fit", DATA, "--config", str(cfg), "--out", str(one), "--device", "cpu"]) == 0
+    job = start("fit", pictures, "--config", str(cfg), "--out", str(two), *sharded, "--device", "cpu")
+    assert main(["fit", pictures, "--config", str(cfg), "--out", str(one), "--device", "cpu"]) == 0
     out, errors = job.communicate(timeout=300)
     assert job.returncode == 0, errors
     assert out.count("done: open") == 1
@@ -110,11 +120,11 @@ def test_a_mistake_is_one_line(words, message, tmp_path):
     assert len(ours(errors)) == 1 and message in ours(errors)[0], errors
 
 
-def test_slurm_starts_the_same(folders, cfg):
+def test_slurm_starts_the_same(folders, cfg, pictures):
     """A job step of two tasks, as srun would start them; the run is done, so that they only meet and agree."""
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     environment = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", **step}
-    words = ["tokenize", DATA, "--config", str(cfg), "--out", str(folders[1]), "--device", "cpu"]
+    words = ["tokenize", pictures, "--config", str(cfg), "--out", str(folders[1]), "--device", "cpu"]
     tasks = [
         subprocess.Popen(
             [sys.executable, "-m", "digit", *words], env=environment | {"SLURM_PROCID": str(rank)},

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from digit.convert.reading import SAVE_STATE, Unread, kind_of, listed, require_state, split_place
+from digit.convert.reading import MAX_LISTED, SAVE_STATE, Unread, kind_of, listed, require_state, split_place
 from digit.errors import DigitError
 
 log = logging.getLogger(__name__)
@@ -66,9 +66,9 @@ def choose_set(
     if not fitting:
         return largest(loaded, source)
     chosen = best_set(fitting, preferred, source)
-    if others := [f"{source}#{found.place}" for found in fitting if found is not chosen]:
+    if others := [found for found in fitting if found is not chosen]:
         text = "%s holds %d sets of weights that fit: took %s; to take another, give %s"
-        log.warning(text, source, len(fitting), chosen.place or "the names without prefix", listed(others))
+        log.warning(text, source, len(fitting), chosen.place or "the names without prefix", choices(others, source))
     if left := [name for name in chosen.beside if not re.fullmatch(known, name)]:
         log.warning("%s: took the weights under %s; left out, not of it: %s", source, chosen.place, listed(left))
     return chosen.state
@@ -121,7 +121,7 @@ def named_set(sets: list[WeightSet], place: str, source: str) -> WeightSet:
     if len(found := exact or around) == 1:
         return found[0]
     file = split_place(source)[0]
-    advice = f"choose {listed([f'{file}#{found.place}' for found in sets])}" if sets else "give another file"
+    advice = f"choose {choices(sets, str(file))}" if sets else "give another file"
     raise DigitError(f"{file} holds {len(around) or 'no'} sets of weights under {place!r}: {advice}")
 
 
@@ -135,8 +135,15 @@ def best_set(sets: list[WeightSet], preferred: str | None, source: str) -> Weigh
     first = [found for found in sets if is_preferred(found)] if len(sets) > 1 else sets
     if len(first) == 1:
         return first[0]
-    choices = listed([f"{source}#{found.place}" for found in sets])
-    raise DigitError(f"{source} holds {len(sets)} sets of weights that fit: choose one by giving {choices}")
+    raise DigitError(
+        f"{source} holds {len(sets)} sets of weights that fit: choose one by giving {choices(sets, source)}"
+    )
+
+
+def choices(sets: list[WeightSet], file: str) -> str:
+    """How to name each set, `FILE#PLACE`, whole: it is to be copied."""
+    places = [f"{file}#{found.place}" for found in sets[:MAX_LISTED]]
+    return ", ".join(places) + (f", ... ({len(sets)} in all)" if len(sets) > MAX_LISTED else "")
 
 
 def largest(loaded: Any, source: str) -> dict[str, Tensor]:
