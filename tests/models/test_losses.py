@@ -59,3 +59,21 @@ def test_certain_and_hopeless_logits_stay_finite():
     assert loss.item() == 200.0 and metrics["accuracy"].item() == 0.5 and math.isinf(metrics["perplexity"].item())
     loss.backward()
     assert torch.equal(weight.grad, torch.tensor([[0.5], [-0.5]]))
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_a_mean_of_some_positions_is_that_of_these_alone(eps):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 8, generator=generator, requires_grad=True)
+    w = torch.randn(16, 8, generator=generator, requires_grad=True)
+    target = torch.randint(16, (50,), generator=generator)
+    counted = torch.rand(50, generator=generator) < 0.6
+    wanted, metrics = linear_cross_entropy(x[counted], w, target[counted], eps)
+    gradients = torch.autograd.grad(wanted, (x, w))
+    loss, own = linear_cross_entropy(x, w, target, eps, counted)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), gradients)
+    for name, value in metrics.items():
+        torch.testing.assert_close(own[name], value)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(x, w, target, eps, counted)[0], wanted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,11 +22,15 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     target: Int64[Tensor, " N"],
     label_smoothing: float = 0.0,
+    counted: Bool[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     """Mean smoothed cross-entropy of the logits `features @ weight.T`, in float32, and its metrics.
 
     loss = (1 - eps) nll + eps mean_v(-log p_v), torch's definition. fairseq spreads eps over the V - 1 other codes (and
     over its special symbols), so that its eps is this one times (V - 1) / V, too small a difference for a setting.
+
+    counted: the positions whose mean is taken, all by default. Their number need not be known to the host: to pick them
+    out before would make it wait for a GPU.
 
     Under autocast the products are in autocast's type. The gradient itself cannot be differentiated. Metrics are
     detached scalars: nll (nats per token, without smoothing), perplexity, accuracy.
@@ -35,11 +39,11 @@ def linear_cross_entropy(
         dtype = (features[:1] @ weight[:1].t()).dtype  # type of products, under autocast too
     features, weight = features.to(dtype), weight.to(dtype)
     if torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad):
-        loss, nll, accuracy = _LinearCrossEntropy.apply(features, weight, target, label_smoothing)
+        loss, nll, accuracy = _LinearCrossEntropy.apply(features, weight, target, label_smoothing, counted)
     else:
         rows = _chunk_rows(weight)
         chunks = zip(features.split(rows), target.split(rows), strict=True)
-        loss, nll, accuracy = _means([_score(x @ weight.t(), wanted) for x, wanted in chunks], label_smoothing)
+        loss, nll, accuracy = _means([_score(x @ weight.t(), wanted) for x, wanted in chunks], label_smoothing, counted)
     return loss, {"nll": nll, "perplexity": nll.exp(), "accuracy": accuracy}
 
 
@@ -48,12 +52,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float
+        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, label_smoothing: float, counted: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, rows = features @ weight.t(), _chunk_rows(weight)  # (N, V)
         chunks = zip(logits.split(rows), target.split(rows), strict=True)
-        loss, nll, accuracy = _means([_score(z, wanted, label_smoothing) for z, wanted in chunks], label_smoothing)
-        ctx.save_for_backward(features, weight, logits)  # now overwritten by its gradient
+        scores = [_score(z, wanted, label_smoothing) for z, wanted in chunks]
+        loss, nll, accuracy = _means(scores, label_smoothing, counted)
+        ctx.save_for_backward(features, weight, logits, counted)  # the logits are now overwritten by their gradient
         ctx.mark_non_differentiable(nll, accuracy)
         return loss, nll, accuracy
 
@@ -61,10 +66,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch annotates once_differentiable without the name ctx
         ctx: Any, *grad_outputs: Any
-    ) -> tuple[Tensor, Tensor, None, None]:
-        features, weight, slopes = ctx.saved_tensors
-        scale = grad_outputs[0] / len(features)  # scales the products, which are smaller than the (N, V) slopes
-        return (slopes @ weight).mul_(scale), (slopes.t() @ features).mul_(scale), None, None
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        features, weight, slopes, counted = ctx.saved_tensors
+        scale = grad_outputs[0] / (len(features) if counted is None else counted.sum())
+        to_features = (slopes @ weight).mul_(scale)  # the products are scaled: they are smaller than the (N, V) slopes
+        if counted is not None:
+            to_features, features = to_features.mul_(counted[:, None]), features * counted[:, None]
+        return to_features, (slopes.t() @ features).mul_(scale), None, None, None
 
 
 def _chunk_rows(weight: Tensor) -> int:
@@ -90,7 +98,10 @@ def _score(
     return metrics
 
 
-def _means(chunks: list[Tensor], label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def _means(
+    chunks: list[Tensor], label_smoothing: float, counted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, nll and accuracy, each ()."""
-    nll, spread, accuracy = torch.cat(chunks, 1).mean(1)
+    scores = torch.cat(chunks, 1)  # (3, N)
+    nll, spread, accuracy = scores.mean(1) if counted is None else (scores * counted).sum(1) / counted.sum()
     return (1 - label_smoothing) * nll + label_smoothing * spread, nll, accuracy

@@ -327,6 +327,9 @@ class SequenceModel(nn.Module):
             return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
         assert hide is not None, "a masked model predicts hidden tokens: pass the result of noise()"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
+        if target.device.type != "cpu":  # the host would wait for the number of hidden tokens
+            flat = features.flatten(0, 1), self.head.weight, target.flatten()
+            return linear_cross_entropy(*flat, label_smoothing, hide.flatten())
         return linear_cross_entropy(features[hide], self.head.weight, target[hide], label_smoothing)
 
 

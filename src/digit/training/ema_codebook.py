@@ -61,7 +61,8 @@ class EMACodebook:
         self, features: Float[Tensor, "n C"], indices: Int64[Tensor, " n"]
     ) -> tuple[Float[Tensor, " K"], Float[Tensor, "K C"]]:
         """The number of features (n, C) with each code index, (K,), and their sums, (K, C)."""
-        counts = torch.bincount(indices, minlength=len(self.weight)).to(features)
+        ones = features.new_ones(len(indices))  # bincount would wait for a GPU; sums of ones are exact up to 2^24
+        counts = features.new_zeros(len(self.weight)).index_add_(0, indices, ones)
         sums = torch.zeros_like(self.weight).index_add_(0, indices, features)
         return counts, sums
 

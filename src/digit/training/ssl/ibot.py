@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from digit.models.vit import ViT
@@ -49,30 +49,34 @@ class IBOT(DINO):
 
     def loss(self, views: list[Tensor], generator: torch.Generator, progress: float) -> tuple[Tensor, Metrics]:
         large, small = torch.cat(views[:2]), views[2:]  # (2 B, 3, S, S)
-        masked = random_masked(len(large), self.vit.cfg.table_side, self.cfg, generator).to(large.device)  # (2 B, N)
-        class_targets, patch_targets = self.targets(large, masked)
+        masked = random_masked(len(large), self.vit.cfg.table_side, self.cfg, generator)  # (2 B, N)
+        places = masked.flatten().nonzero()[:, 0].to(large.device)  # (M,), found before the copy: a GPU need not wait
+        masked = masked.to(large.device)
+        class_targets, patch_targets = self.targets(large, places)
         first, patches = encode(self.vit, embed(self.vit, large, masked, self.mask_token))
         firsts = [*first.chunk(2), *self.small_views(small)]
         class_loss = self.distil(class_targets.chunk(2), [self.head(x) for x in firsts])
-        patch_loss = self.patch_loss(patch_targets, self.head(patches[masked]), masked)
+        patch_loss = self.patch_loss(patch_targets, self.head(patches.flatten(0, 1)[places]), masked, places)
         metrics: Metrics = {"class_loss": class_loss, "patch_loss": patch_loss}
         metrics |= {"prototypes": used(class_targets), "patch_prototypes": used(patch_targets)}
         return class_loss + patch_loss, metrics
 
     @torch.no_grad()
-    def targets(self, images: Tensor, masked: Bool[Tensor, "B N"]) -> tuple[Tensor, Tensor]:
-        """P_t of the class tokens (B, K) and of the masked patches (M, K); moves both centres.
+    def targets(self, images: Tensor, places: Int64[Tensor, " M"]) -> tuple[Tensor, Tensor]:
+        """P_t of the class tokens (B, K) and of the patches at `places` of all (M, K); moves both centres.
 
         The patch centre is that of the masked patches, an unbiased sample, so the head skips the others.
         """
         first, patches = encode(self.teacher, embed(self.teacher, images))
         class_targets = self.sharpen(self.teacher_head(first), self.centre)
-        return class_targets, self.sharpen(self.teacher_head(patches[masked]), self.patch_centre)
+        return class_targets, self.sharpen(self.teacher_head(patches.flatten(0, 1)[places]), self.patch_centre)
 
-    def patch_loss(self, targets: Tensor, outputs: Tensor, masked: Bool[Tensor, "B N"]) -> Tensor:
+    def patch_loss(
+        self, targets: Tensor, outputs: Tensor, masked: Bool[Tensor, "B N"], places: Int64[Tensor, " M"]
+    ) -> Tensor:
         """L_mim, Eq. 2: every masked image has the same weight, however many patches are masked."""
         counts = masked.sum(1)  # (B,)
-        weights = (1 / counts)[:, None].expand_as(masked)[masked]  # (M,)
+        weights = (1 / counts)[:, None].expand_as(masked).flatten()[places]  # (M,)
         return (weights * self.cross_entropy(targets, outputs)).sum() / (counts > 0).sum()
 
 

@@ -1,0 +1,253 @@
+"""What runs on a GPU, run on fake CUDA tensors: python checks.py FOLDER [NAME ...] prints one JSON line a check.
+
+A check fails where tensors of two devices meet, where a value is needed that is on the device (the host would wait), and
+where an output is on the wrong device.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import fake_device
+
+fake_device.install(fake_device.build(Path(sys.argv[1])))
+
+import torch  # noqa: E402  (after the fake device)
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+
+from digit.benchmark.encode import random_encoder  # noqa: E402
+from digit.benchmark.sizes import micro  # noqa: E402
+from digit.models import sequence, tokens  # noqa: E402
+from digit.models.sequence import SequenceModel  # noqa: E402
+from digit.models.vit import ViT  # noqa: E402
+from digit.models.vqgan import VQGAN  # noqa: E402
+from digit.runs.pretrain import PretrainConfig  # noqa: E402
+from digit.runtime import progress  # noqa: E402
+from digit.sampling import requests  # noqa: E402
+from digit.sampling.masked import MaskedSampler  # noqa: E402
+from digit.sampling.next_token import NextTokenSampler  # noqa: E402
+from digit.tokenizers import vq  # noqa: E402
+from digit.tokenizers.kmeans.nearest import FastNearest  # noqa: E402
+from digit.tokenizers.vq import VQTokenizer  # noqa: E402
+from digit.training.config import TrainConfig  # noqa: E402
+from digit.training.sequence import SequenceUpdate  # noqa: E402
+from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method  # noqa: E402
+from digit.training.vqgan import GANConfig, VQGANTrainer  # noqa: E402
+
+CUDA = torch.device("cuda")
+for module in (requests, tokens, sequence, vq):  # they look at what the caller gave, once a call: the only wait that is meant
+    for name in ("check_range", "require_range"):
+        if hasattr(module, name):
+            setattr(module, name, lambda *_: None)
+torch.Tensor.pin_memory = torch.Tensor.clone  # fake tensors have no memory to pin
+make_tensor = torch.tensor
+
+
+def tensor(data: object, device: object = None, **how: object) -> Tensor:
+    """torch.tensor, which would look for a real device."""
+    made = make_tensor(data, **how)
+    made.constant = None  # else an operation with numbers alone would be done at once, on a real device
+    return made.to(device or "cpu")
+
+
+torch.tensor = tensor
+Tensor.new_tensor = lambda self, data: tensor(data, self.device, dtype=self.dtype)
+FakeTensor.__deepcopy__ = lambda self, memo: memo.setdefault(
+    id(self), nn.Parameter(self.detach().clone(), self.requires_grad) if isinstance(self, nn.Parameter) else self.clone()
+)
+SIZE = micro()
+CHECKS: dict[str, Callable[[], object]] = {}
+
+
+class Waits(TorchDispatchMode):
+    """Notes what makes the host wait: copies from the device, and results whose shape or value the host must know."""
+
+    KNOWN = ("_local_scalar_dense", "bincount", "masked_select", "nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.device.type == "cuda"]
+        by_mask = "aten.index" in str(function) and any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
+        if given and (by_mask or any(name in str(function) for name in self.KNOWN)):
+            self.found.append(str(function))
+        out = function(*args, **(kwargs or {}))
+        if given and {t.device.type for t in tree_leaves(out) if isinstance(t, Tensor)} == {"cpu"}:
+            self.found.append(f"{function} to the host")
+        return out
+
+
+def moved(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` that puts new tensors in place of the old: torch would swap their contents, which fakes cannot."""
+    for child in self.children():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            self._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        self._buffers[name] = None if buffer is None else function(buffer)
+    return self
+
+
+nn.Module._apply = moved
+
+
+def check(name: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
+    def register(function: Callable[[], object]) -> Callable[[], object]:
+        CHECKS[name] = function
+        return function
+
+    return register
+
+
+def on_cuda(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        assert tensor.device.type == "cuda", tensor.device
+
+
+def without_waiting(step: Callable[[], object]) -> object:
+    with Waits() as waits:
+        result = step()
+    assert not waits.found, f"the host waits for {waits.found}"
+    return result
+
+
+def model(name: str, **changes: object) -> SequenceModel:
+    with CUDA:
+        return SequenceModel(replace(SIZE.sequence_config(name), **changes)).eval()
+
+
+def rows(network: SequenceModel, num: int) -> dict[str, Tensor | None]:
+    cfg = network.cfg
+    prefix = torch.randint(cfg.prefix_vocab_size, (num, cfg.prefix_len)) if cfg.prefix_len else None
+    return {"target": torch.randint(cfg.vocab_size, (num, cfg.target_len)), "prefix": prefix}
+
+
+# -------------------------------------------------------------------- training
+
+
+def train(name: str, **settings: object) -> None:
+    network = model(name, dropout=0.1).train()
+    batch = {key: None if value is None else value.to(CUDA) for key, value in rows(network, 4).items()}
+    cfg = TrainConfig(batch_size=4, compile=False, warmup_steps=1, **settings)
+    update = SequenceUpdate(network, lambda step: batch, cfg)
+    metrics = without_waiting(lambda: update(1))
+    on_cuda(metrics["loss"], metrics["grad_norm"])
+
+
+for name in ("prior", "renderer", "renderer_masked"):
+    for precision in ("fp32", "bf16", "fp16"):
+        check(f"train {name} {precision}")(lambda name=name, precision=precision: train(name, precision=precision))
+for label, settings in {
+    "accumulate": {"accumulate": 2},
+    "checkpointed": {"checkpoint_activations": True},
+    "muon": {"optimizer": "muon"},
+    "average": {"ema_decay": 0.9},
+}.items():
+    check(f"train renderer {label}")(lambda settings=settings: train("renderer", precision="bf16", **settings))
+check("train renderer_masked accumulate")(lambda: train("renderer_masked", precision="bf16", accumulate=2))
+
+
+def gan(step: int, **settings: object) -> None:
+    with CUDA:
+        vqgan = VQGAN(SIZE.recipe.vqgan)
+    cfg = GANConfig(
+        num_steps=20, batch_size=2, perceptual="none", codebook_start=0, precision="bf16", restart_every=7, **settings
+    )
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    trainer = VQGANTrainer(vqgan, lambda step: images, cfg)
+    for optimizer in (trainer.optimizer, trainer.discriminator_optimizer):
+        optimizer.param_groups[0]["fused"] = True  # the other kinds read a counter on the host, which is fake here too
+    metrics = without_waiting(lambda: trainer.update(step))
+    on_cuda(metrics["l1"], metrics["grad_norm"])
+
+
+check("train vqgan before the discriminator")(lambda: gan(1, adversarial_start=5))
+check("train vqgan with the discriminator")(lambda: gan(3, adversarial_start=2))
+
+
+def ssl(name: str) -> None:
+    with CUDA:
+        vit = ViT(replace(SIZE.vit, num_blocks=None, table_side=4, patch_size=8))
+    method = build_method(name, vit, getattr(PretrainConfig(), name), 0).train()
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    update = SSLUpdate(method, lambda step: images, SSLConfig(batch_size=4, precision="bf16"), ((0.5,) * 3, (0.5,) * 3))
+    on_cuda(without_waiting(lambda: update(1))["loss"])
+
+
+for name in METHODS:
+    check(f"pretrain {name}")(lambda name=name: ssl(name))
+
+
+# -------------------------------------------------------------------- sampling
+
+
+def sample(name: str, dtype: torch.dtype | None, **settings: object) -> None:
+    guided = settings.get("cfg_scale", 1.0) != 1.0
+    changes = {"num_classes": 4, "label_dropout": 0.1} if guided and name == "prior" else {}
+    changes |= {"prefix_dropout": 0.1} if guided and name != "prior" else {}
+    network = model(name, **changes)
+    kind = MaskedSampler if network.cfg.masked else NextTokenSampler
+    how = {} if network.cfg.masked else {"fixed_shapes": False}
+    sampler = kind(network, micro_batch_size=4, dtype=dtype, **how, **settings)
+    prefix = rows(network, 6)["prefix"]
+    labels = torch.arange(6) % 4 if changes.get("num_classes") else None
+    on_cuda(without_waiting(lambda: sampler(list(range(6)), prefix=prefix, labels=labels)))
+
+
+for name in ("prior", "renderer", "renderer_masked"):
+    for dtype in (None, torch.bfloat16):
+        label = "fp32" if dtype is None else "bf16"
+        check(f"sample {name} {label}")(lambda name=name, dtype=dtype: sample(name, dtype, top_p=0.8))
+        check(f"sample {name} {label} guided")(lambda name=name, dtype=dtype: sample(name, dtype, cfg_scale=2.0))
+check("sample prior top-k")(lambda: sample("prior", None, top_k=20))
+
+
+# -------------------------------------------------------------------- tokenizers
+
+
+@check("encoder fp32 and bf16")
+def _() -> None:
+    encoder = random_encoder(SIZE, CUDA)
+    images = torch.randint(256, (5, 3, 56, 56), dtype=torch.uint8)
+    on_cuda(encoder.features(images), encoder.features(images, torch.bfloat16))
+
+
+@check("vq encode and decode")
+def _() -> None:
+    with CUDA:
+        tokenizer = VQTokenizer(VQGAN(SIZE.recipe.vqgan))
+    codes = tokenizer.encode(torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, device=CUDA))
+    on_cuda(codes, tokenizer.decode(codes))
+
+
+@check("nearest centroids of k-means")
+def _() -> None:
+    features, find = torch.randn(700, 16, device=CUDA), FastNearest(torch.randn(70, 16, device=CUDA))
+    on_cuda(without_waiting(lambda: find(features)))
+
+
+if __name__ == "__main__":
+    progress.quiet()
+    for name, function in CHECKS.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
+        fault = None
+        try:
+            with FakeTensorMode(shape_env=ShapeEnv()):
+                function()
+        except Exception as error:
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if "/digit/" in f.filename]
+            where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+            fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}{where}"
+        print(json.dumps({"name": name, "fault": fault}), flush=True)
+    fake_device.leave(0)
