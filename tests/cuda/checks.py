@@ -1,7 +1,7 @@
 """What runs on a GPU, run on fake CUDA tensors: python checks.py FOLDER [NAME ...] prints one JSON line a check.
 
-A check fails where tensors of two devices meet, where a value is needed that is on the device (the host would wait), and
-where an output is on the wrong device.
+A check fails where tensors of two devices meet, where the host would wait for a value on the device, and where an
+output is on the wrong device.
 """
 
 import json
@@ -42,7 +42,7 @@ from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method
 from digit.training.vqgan import GANConfig, VQGANTrainer  # noqa: E402
 
 CUDA = torch.device("cuda")
-for module in (requests, tokens, sequence, vq):  # they look at what the caller gave, once a call: the only wait that is meant
+for module in (requests, tokens, sequence, vq):  # they check what the caller gave, once a call: the only wait meant
     for name in ("check_range", "require_range"):
         if hasattr(module, name):
             setattr(module, name, lambda *_: None)
@@ -59,9 +59,16 @@ def tensor(data: object, device: object = None, **how: object) -> Tensor:
 
 torch.tensor = tensor
 Tensor.new_tensor = lambda self, data: tensor(data, self.device, dtype=self.dtype)
-FakeTensor.__deepcopy__ = lambda self, memo: memo.setdefault(
-    id(self), nn.Parameter(self.detach().clone(), self.requires_grad) if isinstance(self, nn.Parameter) else self.clone()
-)
+
+
+def copied(self: FakeTensor, memo: dict[int, Tensor]) -> Tensor:
+    """A deep copy; torch's own needs storage."""
+    copy = self.detach().clone()
+    copy = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
+    return memo.setdefault(id(self), copy)
+
+
+FakeTensor.__deepcopy__ = copied
 SIZE = micro()
 CHECKS: dict[str, Callable[[], object]] = {}
 
@@ -87,7 +94,7 @@ class Waits(TorchDispatchMode):
 
 
 def moved(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`Module._apply` that puts new tensors in place of the old: torch would swap their contents, which fakes cannot."""
+    """`Module._apply` that puts new tensors in place of the old: torch would swap contents, which fakes cannot."""
     for child in self.children():
         child._apply(function)
     for name, parameter in self._parameters.items():

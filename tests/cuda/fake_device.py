@@ -1,8 +1,8 @@
 """Fake CUDA tensors in a CPU build of torch. Import it before torch, in a process of its own.
 
-    import fake_device                 # compiles fake_device.cpp (seconds), loads it, then imports torch
-    with FakeTensorMode(): ...         # tensors on cuda have shapes, types and devices, but no values
-    fake_device.leave(0)               # ends the process: torch's own end would look for a real device
+import fake_device                 # compiles fake_device.cpp (seconds), loads it, then imports torch
+with FakeTensorMode(): ...         # tensors on cuda have shapes, types and devices, but no values
+fake_device.leave(0)               # ends the process: torch's own end would look for a real device
 """
 
 import ctypes
@@ -35,7 +35,7 @@ def torch_folder() -> Path:
 
 
 def install(library: Path) -> None:
-    """Make torch believe in two CUDA devices. It registers itself while torch's libraries load, so torch comes after."""
+    """Make torch believe in two CUDA devices. They register while torch's libraries load, so torch comes after."""
     assert "torch" not in sys.modules, "import fake_device before torch"
     for name in LIBRARIES:
         if (path := torch_folder() / "lib" / name).exists():

@@ -18,6 +18,8 @@ from torch import Tensor
 from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
 from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
+from digit.runtime import distributed
+from digit.runtime.hardware import cores_of_this_process
 from digit.runtime.progress import Progress
 from digit.runtime.signals import SIGNALS
 
@@ -167,7 +169,9 @@ class CropLoader:
 
     def _default_workers(self) -> int:
         """0 if processes would not pay off or cannot fork. Counts all rows, so that a resumed run uses as many."""
-        threads, process = torch.get_num_threads(), multiprocessing.current_process()
+        # torchrun gives each process one thread of torch's, however many cores there are; on a GPU the others are free
+        threads = max(torch.get_num_threads(), cores_of_this_process() if distributed.launched_size() > 1 else 1)
+        process = multiprocessing.current_process()
         forks = multiprocessing.get_start_method(allow_none=True) in (None, "fork") and FORKS
         if threads < 2 or self.num_rows < MIN_ROWS_FOR_WORKERS or process.daemon or not forks:
             return 0

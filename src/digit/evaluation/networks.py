@@ -18,7 +18,7 @@ from digit.data.pictures import Images, as_images
 from digit.metrics.judge import JUDGE_INPUT_SIZE, Judged, JudgeNetwork, judge_input
 from digit.models.inception import INPUT_SIZE, InceptionV3, Resize, first_channels
 from digit.runtime.files import as_path, sha256_file
-from digit.runtime.hardware import choose_device
+from digit.runtime.hardware import choose_device, full_precision
 from digit.tokenizers.encoders import CPU_CHUNK, EncoderConfig, FrozenEncoder, load_encoder
 
 LITE2 = "efficientnet_lite2"
@@ -62,7 +62,7 @@ class Judge(ABC):
         """
         batch = as_images(images)
         pieces = batch.split(CPU_CHUNK if self.device.type == "cpu" else max(len(batch), 1))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.device):
             outputs = [self._outputs(piece) for piece in pieces]
         return Judged(*(torch.cat(part).float().cpu() for part in zip(*outputs, strict=True)))
 

@@ -69,6 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None, None]:
         features, weight, slopes, counted = ctx.saved_tensors
         scale = grad_outputs[0] / (len(features) if counted is None else counted.sum())
+        if slopes.dtype == torch.float16:  # summed over all positions before it is scaled, a common code would overflow
+            slopes, scale = slopes * scale, scale.new_ones(())
         to_features = (slopes @ weight).mul_(scale)  # the products are scaled: they are smaller than the (N, V) slopes
         if counted is not None:
             to_features, features = to_features.mul_(counted[:, None]), features * counted[:, None]
@@ -98,9 +100,7 @@ def _score(
     return metrics
 
 
-def _means(
-    chunks: list[Tensor], label_smoothing: float, counted: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _means(chunks: list[Tensor], label_smoothing: float, counted: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, nll and accuracy, each ()."""
     scores = torch.cat(chunks, 1)  # (3, N)
     nll, spread, accuracy = scores.mean(1) if counted is None else (scores * counted).sum(1) / counted.sum()

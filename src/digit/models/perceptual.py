@@ -42,9 +42,19 @@ TRUNKS: dict[str, tuple[tuple, ...]] = {
 }
 
 
+def reflect(x: Tensor, dim: int, width: int = 2) -> Tensor:
+    """x with `width` reflected pixels at both ends of a dimension.
+
+    F.pad's reflection has no deterministic backward on a GPU, which a deterministic run would refuse.
+    """
+    size = x.shape[dim]
+    before, after = x.narrow(dim, 1, width).flip(dim), x.narrow(dim, size - 1 - width, width).flip(dim)
+    return torch.cat([before, x, after], dim)
+
+
 def blur_downsample(x: Tensor) -> Tensor:
     """Binomial [1 2 1] x [1 2 1] / 16 with stride 2 after reflecting two pixels on every side."""
-    x = F.pad(x, (2, 2, 2, 2), mode="reflect")
+    x = reflect(reflect(x, -1), -2)
     # [1 1]/2 twice is [1 2 1]/4; two poolings are several times faster than a depthwise convolution on CPU
     return F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2, 2)
 

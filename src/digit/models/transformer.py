@@ -228,7 +228,8 @@ class Block(nn.Module):
         self.dropout = Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, *, causal: bool, cache: KVCache | SteppedCache | None, first: int = 0) -> Tensor:
-        how = dict(causal=causal, layer=self.layer, cache=cache, first=first)
+        # the number matters to a cache alone; read without one, it would make the compiler treat each block as another
+        how = dict(causal=causal, layer=0 if cache is None else self.layer, cache=cache, first=first)
         if self.pre:
             x = x[:, first:] + self.dropout(self.attention(self.norm1(x), **how))
             return x + self.dropout(self.mlp(self.norm2(x)))

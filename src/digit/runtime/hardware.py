@@ -5,10 +5,13 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from digit.errors import DigitError
+from digit.runtime import distributed
 
 if TYPE_CHECKING:
     import torch
@@ -104,4 +107,39 @@ def choose_device(name: "str | torch.device | None") -> "torch.device":
         raise DigitError(f"device is {device}, but torch sees no GPU: choose cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DigitError(f"device is {device}, but torch sees {torch.cuda.device_count()}: choose cuda:0 and so on")
+    if device.type == "cuda" and distributed.launched_size() > 1:  # a number would put every rank on one GPU
+        device = torch.device("cuda", distributed.own_gpu(torch.cuda.device_count()))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs belong to the current device
     return device
+
+
+@contextmanager
+def full_precision(device: "torch.device") -> Iterator[None]:
+    """float32 products and convolutions at full precision, whatever autocast or the process's settings say.
+
+    On a GPU cuDNN's convolutions otherwise round to TF32, which changes one token of two thousand.
+    """
+    import torch
+
+    precision, tf32 = None, None
+    with suppress(RuntimeError):  # set by backend through torch's newer interface, which refuses to mix the two
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    with suppress(RuntimeError):
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        if tf32 is not None:
+            torch.backends.cudnn.allow_tf32 = tf32
+
+
+def cores_of_this_process() -> int:
+    """Cores that this process may use: those it is allowed to run on, shared among the job's processes here."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // distributed.local_size())

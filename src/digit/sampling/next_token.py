@@ -136,6 +136,7 @@ class RecordedSteps(CachedSteps):
 
     def __init__(self) -> None:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by span
+        self.stream: Any = None  # for all recordings: each stream of its own would hold a cuBLAS workspace
         self.is_allocated = False
 
     def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
@@ -181,7 +182,8 @@ class RecordedSteps(CachedSteps):
 
     def _record(self, sampler: NextTokenSampler, span: int) -> None:
         """Run the step once on a separate stream, as CUDA requires before a recording, undo it, and record it."""
-        position, stream = self.position.clone(), torch.cuda.Stream()
+        self.stream = self.stream or torch.cuda.Stream(self.position.device)
+        position, stream = self.position.clone(), self.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(sampler, span)
@@ -189,6 +191,7 @@ class RecordedSteps(CachedSteps):
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        # threads that write PNGs wait for events meanwhile, which the default mode would take for an error
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._step(sampler, span)
         self.graphs[span] = graph

@@ -28,7 +28,7 @@ from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
-from digit.runtime.hardware import Precision
+from digit.runtime.hardware import Precision, full_precision
 from digit.runtime.paths import is_path, nearest
 from digit.runtime.pixels import as_pixels
 from digit.runtime.settings import check_settings, within
@@ -204,11 +204,12 @@ class FrozenEncoder(nn.Module):
         device, dtype = self.device.type, dtype or PRECISIONS[self.precision]
         if device == "cpu" and len(images) > CPU_CHUNK:
             return torch.cat([self._run(call, part, dtype) for part in images.split(CPU_CHUNK)])
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
+        with full_precision(self.device):
             x = self.prepare(images)
             if dtype == torch.bfloat16 and isinstance(self.net, ViT):
                 return call(self._fast_net(), x).float()
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+        full = dtype == torch.float32
+        with full_precision(self.device) if full else torch.autocast(device, dtype=dtype):
             return call(self.net, x).float()
 
     def _fast_net(self) -> ViT:

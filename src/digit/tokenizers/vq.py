@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +18,7 @@ from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
-from digit.runtime.hardware import Precision, choose_device
+from digit.runtime.hardware import Precision, choose_device, full_precision
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")
@@ -84,7 +84,7 @@ class VQTokenizer:
     def autocast(self, precision: Precision | None = None) -> AbstractContextManager:
         """The context of the networks' products; None takes the tokenizer's own precision."""
         half = (precision or self.precision) == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if half else full_precision(self.device)
 
     @property
     def decoded_together(self) -> int:

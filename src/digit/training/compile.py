@@ -28,10 +28,17 @@ class TransformerForward:
         if transformer is None and (cfg.checkpoint_activations or cfg.compile is True):
             name = "checkpoint_activations" if cfg.checkpoint_activations else "compile"
             raise DigitError(f"{name} is for transformers, {type(model).__name__} is not one: leave it out")
-        if cfg.checkpoint_activations and transformer is not None:
+        if transformer is None:
+            return
+        compiled = compiles(cfg, next(model.parameters()).device)
+        by_block = cfg.checkpoint_activations or cfg.parallel == "fsdp"  # no graph spans what they do
+        if by_block:
             for block in transformer.blocks:
-                self.replacements.append((block, partial(checkpoint, block.forward, use_reentrant=False)))
-        if transformer is not None and compiles(cfg, next(model.parameters()).device):
+                forward = Compiled(block.forward) if compiled else block.forward
+                if cfg.checkpoint_activations:
+                    forward = partial(checkpoint, forward, use_reentrant=False)
+                self.replacements.append((block, forward))
+        elif compiled:
             self.replacements.append((transformer, Compiled(transformer.forward)))
 
     def __enter__(self) -> Self:
@@ -61,7 +68,8 @@ def has_triton() -> bool:
 class Compiled:
     """A function compiled at its first call for the shapes of that call; if compiling fails, the function itself.
 
-    One graph covers all blocks: block by block, torch would compile once per block number, and stop at 8.
+    One graph covers all blocks. Where the blocks are compiled one by one, all but the last of them share one graph: no
+    compiled code depends on a block's number.
     """
 
     def __init__(self, function: Callable[..., Any]):

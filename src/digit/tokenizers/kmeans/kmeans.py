@@ -23,11 +23,11 @@ from torch import Tensor
 from digit.errors import DigitError, Stopped
 from digit.models.products import linear
 from digit.runtime import distributed
-from digit.runtime.hardware import multiplies_bf16
+from digit.runtime.hardware import full_precision, multiplies_bf16
 from digit.runtime.progress import Progress
 from digit.runtime.signals import StopSignals, saving
 from digit.tokenizers.kmeans.config import KMeansConfig
-from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, full_precision, nearest
+from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, nearest
 from digit.tokenizers.kmeans.points import UNUSABLE, Points, open_points
 from digit.tokenizers.kmeans.unfinished import State, UnfinishedFit
 from digit.tokenizers.shares import Shares

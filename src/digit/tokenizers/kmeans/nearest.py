@@ -4,8 +4,7 @@ Legend: n rows of one chunk, D features, K centroids.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 from digit.models.products import linear, prepacked
+from digit.runtime.hardware import full_precision
 from digit.runtime.scalars import shown
 
 if TYPE_CHECKING:
@@ -70,23 +70,6 @@ def nearest(features: "FeatureArray", centroids: 'Float[Tensor, "codes dim"]') -
         for start in range(0, len(flat), rows):
             index[start : start + rows] = find(flat[start : start + rows])
     return index.reshape(features.shape[:-1])
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 products at full precision, whatever autocast or the process's matmul precision says."""
-    before = None
-    try:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    except RuntimeError:  # set by backend through the newer interface; torch refuses to mix the two
-        before = None
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if before is not None:
-            torch.set_float32_matmul_precision(before)
 
 
 def argmin_rows(scores: Tensor) -> Tensor:
