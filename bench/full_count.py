@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from digit.evaluation.feature_files import LABELS, FeatureCache
-from digit.metrics.feature_rows import Features, batches
+from digit.metrics.feature_rows import Features, as_rows, batches
 from digit.metrics.judge import Judged, collect_judged, fd
 from digit.metrics.probe import ProbeConfig, probe_layers
 from digit.tokenizers.kmeans.config import KMeansConfig
@@ -54,7 +54,7 @@ def probe(args: argparse.Namespace) -> None:
         size = 2 * num * args.layers * args.dim
         watch.tell(f"write {num} x {args.layers} x {args.dim}", f"{size / 2**30:.1f} GiB")
         order = torch.randperm(num)[: 200 * 1024].split(1024)
-        for _ in batches(train, order, CPU):
+        for _ in batches(as_rows(train), order, CPU):
             pass
         rate = sum(map(len, order)) / num * size / (time.perf_counter() - watch.began) / 2**30
         watch.tell("read 200 random batches of 1024", f"{rate:.2f} GiB/s")
@@ -80,7 +80,7 @@ def made_features(folder: Path, num: int, args: argparse.Namespace) -> tuple[Fea
 
 
 def kmeans(args: argparse.Namespace) -> None:
-    """The sample that k-means is fitted to: 256 points for each of 8192 centroids, of the patches of 10% of the images."""
+    """The sample that k-means is fitted to: 256 points for each of 8192 centroids, from 10% of the images."""
     watch, rows = Watch(), 64 * 256
     part = torch.randn(rows, args.dim)
 
