@@ -31,17 +31,18 @@ CPU = torch.device("cpu")
 
 
 class Watch:
-    """Prints what each part took, and the peak of the resident set so far."""
+    """Prints what each part took, on the clock and on all cores, and the peak of the resident set so far."""
 
     def __init__(self) -> None:
-        self.began = time.perf_counter()
+        self.began, self.used = time.perf_counter(), time.process_time()
 
     def tell(self, what: str, note: str = "") -> None:
         """One line for the part that ends here."""
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
+        cpu, self.used = time.process_time() - self.used, time.process_time()
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-        print(f"{what:<44} {seconds:9.1f} s   peak {peak:6.2f} GiB   {note}", flush=True)
+        print(f"{what:<44} {seconds:9.1f} s   CPU {cpu:8.1f} s   peak {peak:6.2f} GiB   {note}", flush=True)
 
 
 def probe(args: argparse.Namespace) -> None:
