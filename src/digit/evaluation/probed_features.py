@@ -24,7 +24,7 @@ from digit.data.source import ImageSource
 from digit.errors import DigitError
 from digit.evaluation.feature_files import LABELS, FeatureCache
 from digit.metrics.feature_rows import Features
-from digit.metrics.probe import ProbeConfig
+from digit.metrics.probe import ProbeConfig, check_size
 from digit.models.sequence import SequenceModel
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.pipeline import DigitPipeline
@@ -157,6 +157,7 @@ def collect(
             sizes["prior"] = layers_of(pipe.prior)
     if vq_only is not None:
         sizes["vq_only"] = layers_of(vq_only)
+    check_size(cfg, len(chosen), max(dim for _, dim in sizes.values()))
     cache = FeatureCache(folder or Path(), request, IN_MEMORY if folder is None else cfg.memory_budget_bytes)
     return collect_features(cache, of, sizes, source, chosen, pipe.preprocess, batch_size, description)
 

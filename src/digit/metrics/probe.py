@@ -141,10 +141,9 @@ def probe_layers(
         device = train.device if isinstance(train, Tensor) else torch.device("cpu")
     train, test, sgd = as_rows(train), as_rows(test), cfg.solver == "sgd"
     num, num_layers, _ = train.shape
+    check_size(cfg, train.shape[0], train.shape[2])
     if sgd:
         train = near(train, device)
-    else:
-        _check_lbfgs(train)
     order, held = _split(torch.arange(num) if groups is None else groups, cfg)
     data, settings = ProbeData(train, labels, num_classes, device), cfg.settings
     fit = fit_sgd if sgd else fit_lbfgs
@@ -318,10 +317,9 @@ def _moments(features: FeatureRows, rows: Tensor, device: torch.device) -> tuple
     return mean.float(), nonzero_scale(scale).float()
 
 
-def _check_lbfgs(train: FeatureRows) -> None:
-    """Raise DigitError where one layer's features are too many for lbfgs."""
-    num, _, dim = train.shape
-    if (needed := LBFGS_VALUE_BYTES * num * dim) > LBFGS_MAX_BYTES:
+def check_size(cfg: ProbeConfig, num: int, dim: int) -> None:
+    """Raise DigitError where `num` images of one layer's `dim` features are too many for lbfgs; before any work."""
+    if cfg.solver == "lbfgs" and (needed := LBFGS_VALUE_BYTES * num * dim) > LBFGS_MAX_BYTES:
         raise DigitError(
             f"{num:,} training images of {dim} features would take lbfgs {needed / 2**30:.0f} GiB of memory and days: "
             "use the solver sgd, or fewer images"

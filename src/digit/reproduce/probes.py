@@ -21,6 +21,7 @@ from digit.evaluation import probe as probing
 from digit.evaluation import probed_features as of
 from digit.evaluation.feature_files import LABELS, FeatureCache, discard
 from digit.metrics.feature_rows import Features
+from digit.metrics.probe import check_size
 from digit.models.efficientnet import EfficientNet
 from digit.models.sequence import SequenceModel
 from digit.reproduce.study import BATCH_SIZE, Study
@@ -41,8 +42,8 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
     kind, network = get_role(model).target, run.train_model(model)
     last = of.reads_last(study.scale.probe, released=False)
     crops, used = run.recipe.crops_per_image, crops_used(len(study.train), run.recipe.crops_per_image)
-    splits = []
-    weights = sha256_tensors(network.state_dict())
+    check_size(study.scale.probe, len(study.train) * used, network.cfg.embed_dim)
+    splits, weights = [], sha256_tensors(network.state_dict())
     for split, store in (("training", run.write_tokens()), ("test", study.test_tokens(run))):
         rows = np.arange(len(store))
         if split == "training":
@@ -115,6 +116,7 @@ def probe_itself(study: Study, run: Run, out: Path) -> dict[str, Any]:
 
     blank = torch.zeros(1, 3, preprocess.crop_size, preprocess.crop_size, dtype=torch.uint8)
     sizes = {name: (1, one.shape[2]) for name, one in features_of(blank).items()}
+    check_size(cfg, len(study.train), max(dim for _, dim in sizes.values()))
     encoders, splits = [whole.fingerprint, tokens.fingerprint], []
     for split, source in (("training", study.train), ("test", study.test)):
         request = partial(_request, source, encoders=encoders, crops=asdict(preprocess))

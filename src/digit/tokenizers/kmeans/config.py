@@ -8,6 +8,7 @@ from digit.runtime.settings import SEED, check_settings, within
 from digit.tokenizers.base import FitCost
 
 MIN_POINTS_PER_CODE = 8  # below this a centroid is the mean of a handful of patches
+DRAWN_SECONDS = 2.2e-7  # of one core, for each feature that a sample is drawn from (bench/full_count.py kmeans)
 CHUNK_SHARE = 0.25  # of the memory budget, for one chunk and its scores
 
 
@@ -78,5 +79,6 @@ class KMeansConfig:
             num_passes=self.num_iterations + 2 if streamed else 1,
             flops=2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1),
             memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
+            host_seconds=DRAWN_SECONDS * num_features,
             description=f"K {self.num_clusters}, {self.num_iterations} iterations",
         )
