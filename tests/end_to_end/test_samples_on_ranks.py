@@ -123,6 +123,8 @@ def test_probes_are_the_same(outputs):
     whole = (one / "probe" / "probe.json").read_bytes()
     assert (two / "probe" / "probe.json").read_bytes() == whole and b'"num_train": 80' in whole
     assert all(json.loads((two / f"probe.{rank}.json").read_text()) == json.loads(whole) for rank in range(2))
+    streamed = (one / "streamed_probe" / "probe.json").read_bytes()
+    assert (two / "streamed_probe" / "probe.json").read_bytes() == streamed and b"float16, in files" in streamed
 
 
 # -------------------------------------------------------------------- interruptions

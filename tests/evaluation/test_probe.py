@@ -12,7 +12,9 @@ from toy_images import NoiseSource, PatchEncoder
 from digit.data.crops import gather_crops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.evaluation.probe import collect, encoder_features, notes_on, prior_features, run_probe, to_table
+from digit.evaluation import probe
+from digit.evaluation.probe import run_probe, to_table
+from digit.evaluation.probed_features import collect, encoder_features, notes_on, prior_features
 from digit.metrics.probe import ProbeConfig, ProbeData, best_layer, fit_lbfgs, fit_sgd, probe_layers, top1_difference
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGAN, VQGANConfig
@@ -286,3 +288,86 @@ def test_unlabelled_sources_and_empty_pipelines_are_refused(tmp_path):
         collect(pipeline(), source)
     with pytest.raises(DigitError, match="nothing to probe"):
         collect(DigitPipeline(preprocess=SMALL), NoiseSource(6))
+
+
+# ---------------------------------------------------------------- many images
+
+
+class SomeRows:
+    """Rows that are read, as features in files are."""
+
+    def __init__(self, features):
+        self.features, self.shape, self.most = features, tuple(features.shape), 0
+
+    def take(self, rows):
+        self.most = max(self.most, len(rows))
+        return self.features[rows]
+
+
+@pytest.mark.parametrize("cfg", [ProbeConfig(), SGD], ids=["lbfgs", "sgd"])
+def test_features_read_by_rows_give_the_bits_of_those_in_memory(cfg):
+    (train, labels), (test, test_labels) = blobs(2000), blobs(seed=1)
+    train, test, cfg = train.half(), test.half(), replace(cfg, num_epochs=2)
+    whole = probe_layers(train, labels, test, test_labels, cfg)
+    rows = SomeRows(train)
+    read = probe_layers(rows, labels, SomeRows(test), test_labels, cfg, device=torch.device("cpu"))
+    assert [r.to_dict() for r in read] == [r.to_dict() for r in whole] and rows.most <= 1024
+    assert all(torch.equal(a.correct, b.correct) for a, b in zip(read, whole, strict=True))
+
+
+def test_too_many_images_for_lbfgs_are_refused():
+    class Many:
+        shape = (1_281_167, 17, 1024)
+
+        def take(self, rows):
+            raise AssertionError("nothing is read")
+
+    labels = torch.arange(1_281_167) % 1000
+    with pytest.raises(DigitError, match="use the solver sgd"):
+        probe_layers(Many(), labels, Many(), labels, ProbeConfig())
+
+
+def test_a_probe_from_files_is_that_from_memory_and_leaves_no_files(tmp_path):
+    train, test, found = TwoShades(60), TwoShades(30), {}
+    for name, budget in (("memory", 2**31), ("files", 0)):
+        cfg = replace(SGD, memory_budget_bytes=budget, num_epochs=5)
+        pipes = {"DiGIT": pipeline(), "baseline": pipeline(vq_only=True)}
+        found[name] = run_probe(pipes, train, test, cfg, out=tmp_path / name)
+        kept = found[name]["protocol"]["features"]
+        assert kept == ("float32, in memory" if name == "memory" else "float16, in files")
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"probe.json", "probe.png", ".digit"}
+    for kind, entry in found["memory"]["probes"].items():
+        for layer, other in zip(entry["layers"], found["files"]["probes"][kind]["layers"], strict=True):
+            assert abs(layer["top1"]["value"] - other["top1"]["value"]) < 0.05
+
+
+def test_a_probe_that_was_cut_short_runs_no_network_again(tmp_path, monkeypatch):
+    pipe, cfg = pipeline(), replace(SGD, memory_budget_bytes=0, num_epochs=2)
+    monkeypatch.setattr(probe, "probe_features", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_probe(pipe, TwoShades(60), TwoShades(30), cfg, out=tmp_path)
+    monkeypatch.undo()
+    calls = pipe.tokenizer.encoder.calls
+    assert run_probe(pipe, TwoShades(60), TwoShades(30), cfg, out=tmp_path)["protocol"]["num_train"] == 60
+    assert pipe.tokenizer.encoder.calls == calls > 0
+    assert not (tmp_path / "features").exists()
+
+
+def test_released_models_are_probed_over_all_positions(tmp_path):
+    prior, tokens = model(), torch.randint(0, 8, (5, 16))
+    means = {last: prior_features(prior, tokens, last_position=last) for last in (True, False)}
+    for info, positions, last in (
+        ({}, "auto", False), ({"recipe": "released"}, "auto", True), ({"recipe": "digit_base"}, "auto", False),
+        ({}, "all", True), ({"recipe": "released"}, "trained", False),
+    ):  # fmt: skip
+        pipe = pipeline()
+        pipe.prior, pipe.info = prior, info
+        pipe.tokenizer.encode_features = lambda images: (tokens, torch.zeros(5, 16, 3))
+        features, _ = collect(pipe, NoiseSource(5), cfg=ProbeConfig(positions=positions))
+        torch.testing.assert_close(features["prior"], means[last], rtol=0, atol=0)
+    assert "all 17 positions" in notes_on(prior, True)[0] and "16 of 17" in notes_on(prior, False)[0]
+    assert not notes_on(model(masked=True), True)
+    pipe = pipeline()
+    pipe.info = {"recipe": "released"}
+    result = run_probe(pipe, TwoShades(60), TwoShades(30), ProbeConfig(l2=(0.01,)), out=tmp_path)
+    assert "mean over all 17 positions, as in the released code" in to_table(result)

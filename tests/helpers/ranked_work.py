@@ -108,7 +108,10 @@ def probe_toys(out: Path) -> int:
     train, test = NoiseSource(90, broken=(3, 88, *range(16, 24))), NoiseSource(40, broken=tuple(range(20, 40)))
     result = run_probe(pipe, train, test, ProbeConfig(l2=(0.01,)), out=out / "probe", batch_size=8)
     (out / f"probe.{distributed.rank()}.json").write_text(json.dumps(result))
-    return tokenizer.encoder.calls
+    calls = tokenizer.encoder.calls
+    streamed = ProbeConfig(solver="sgd", num_epochs=3, batch_size=16, memory_budget_bytes=0)
+    run_probe(pipe, train, test, streamed, out=out / "streamed_probe", batch_size=8)
+    return calls
 
 
 def work(inputs: Path, out: Path) -> None:

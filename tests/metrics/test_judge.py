@@ -1,5 +1,7 @@
 """The judge's protocol on a stand-in network, and the classifier against scikit-learn."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -112,6 +114,20 @@ def test_collect_judged_keeps_everything_in_order():
     assert torch.equal(judged.spatial, whole.spatial) and torch.equal(judged.logits, whole.logits)
     with pytest.raises(DigitError, match="no images"):
         collect_judged([], _Corner())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_collect_judged_keeps_no_batch():
+    alive: list[weakref.ref] = []
+
+    def generated():
+        for _ in range(20):
+            images = torch.zeros(5, 3, 6, 6, dtype=torch.uint8)
+            alive.append(weakref.ref(images))
+            assert sum(batch() is not None for batch in alive) <= 2
+            yield images
+
+    assert len(collect_judged(generated(), _Corner())) == 100
 
 
 def test_classifier_equals_scikit_learn():

@@ -19,13 +19,15 @@ def request_key(**request: Any) -> str:
 
 
 def remember(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """Load the tensors of a file; if it is missing or damaged, make them with `make` and save them."""
+    """Load the tensors of a file; if it is missing or damaged, make them with `make` and save them.
+
+    They are memory-mapped either way, so that many sets of features take no memory that another could not have.
+    """
     try:
         return load_tensors(path)
     except DigitError:
-        made = make()
-        save_tensors(path, made)
-        return made
+        save_tensors(path, make())
+        return load_tensors(path)
 
 
 def pipeline_key(pipe: DigitPipeline) -> str:

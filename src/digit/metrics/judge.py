@@ -109,16 +109,18 @@ def collect_judged(
 ) -> Judged:
     """Features and logits of every image, in one pass over batches of uint8 (B, 3, H, W).
 
-    total is the number of images, for the progress bar only. Raises DigitError without images.
+    Batches come one at a time and are not kept, so that a generator may decode or sample them. total is the number of
+    images, for the progress bar only. Raises DigitError without images.
     """
-    parts = []
+    parts: dict[str, list[Tensor]] = {field.name: [] for field in fields(Judged)}
     with Progress(description, total) as bar:
         for images in batches:
-            parts.append(network.judge(images))
+            for name, values in vars(network.judge(images)).items():
+                parts[name].append(values)
             bar.update(len(images))
-    if not parts:
+    if not any(parts.values()):
         raise DigitError("judge got no images: give at least 2")
-    return Judged.cat(parts)
+    return Judged(**{name: torch.cat(parts.pop(name)) for name in list(parts)})  # frees each before the next
 
 
 def fd(first: Real[Tensor, "N D"] | FeatureStats, second: Real[Tensor, "M D"] | FeatureStats) -> float:

@@ -5,6 +5,8 @@ one head for each layer and learning rate at the same time. L-BFGS runs to the o
 rate, on features that fit in memory. The settings of the sweep are chosen on images held out of the training set; the
 test images are used once, at the end.
 
+Features are a tensor, or rows that are read batch by batch (`feature_rows`): SGD's memory does not grow with N.
+
 Shapes: N training and M test images, L layers, D features, C classes, S settings of the sweep.
 """
 
@@ -19,12 +21,15 @@ from jaxtyping import Bool, Float, Int64, Real
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.metrics.feature_rows import CHUNK, FeatureRows, Features, as_rows, batches, is_finite, near
 from digit.metrics.intervals import Interval, difference_interval, proportion_interval
 from digit.metrics.judge import fit_linear_classifier, nonzero_scale
 from digit.runtime.progress import Progress
+from digit.runtime.settings import check_settings, within
 
 MAX_ITERATIONS = 1000  # of L-BFGS
-CHUNK = 1024  # images whose features are copied at a time
+LBFGS_VALUE_BYTES = 24  # float64 of the features, their standardised copy and a product
+LBFGS_MAX_BYTES = 2**34  # one layer's features; more is refused, since all images must lie in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +59,16 @@ class ProbeConfig:
     """Fraction of the training images held out to choose settings and the best layer; never the test images."""
     seed: int = 0
     """Seed of the split and of sgd's image order."""
+    positions: Literal["auto", "all", "trained"] = "auto"
+    """Positions of a sequence model whose mean is taken: all (released: 257), or trained, without the last token (256),
+    which a model of ours never reads in training. auto: all for released models, trained for others."""
+    memory_budget_bytes: int = within("[0, inf)", 2**31)
+    """Features above this size (float32) are written to files, rounded to float16, and read batch by batch."""
     confidence: float = 0.95
     """Confidence of the intervals (Wilson over test images; paired bootstrap for differences)."""
 
     def __post_init__(self) -> None:
-        if self.solver not in ("lbfgs", "sgd"):
-            raise DigitError(f"solver is {self.solver!r}: choose lbfgs or sgd")
+        check_settings(self)
         if not self.l2 or not self.learning_rates or not self.weight_decays:
             raise DigitError("the probe's l2, learning_rates and weight_decays need at least one number each")
         if not 0 < self.validation_fraction < 1:
@@ -107,39 +116,46 @@ def top1_difference(first: LayerResult, second: LayerResult, cfg: ProbeConfig) -
 
 
 def probe_layers(
-    train: Real[Tensor, "N L D"],
+    train: Features,
     labels: Real[Tensor, " N"],
-    test: Real[Tensor, "M L D"],
+    test: Features,
     test_labels: Real[Tensor, " M"],
     cfg: ProbeConfig,
     names: Sequence[str] = (),
     groups: Real[Tensor, " N"] | None = None,
+    device: torch.device | None = None,
 ) -> list[LayerResult]:
     """top1_n = 1/M sum_i [argmax_c (W_n z_i + b_n)_c = y_i], z the standardised features of layer n = 0..L-1.
 
-    train (N, L, D) has labels (N,), test (M, L, D) has test_labels y (M,), classes 0..C-1. The setting is chosen on
-    held-out training images; the classifier is then trained on all of them. sgd runs on the features' device, lbfgs on
-    the CPU. groups (N,) int64 says which rows are crops of one image; they are held out together, since otherwise a
-    setting that memorises images would win.
+    train (N, L, D) has labels (N,), test (M, L, D) has test_labels y (M,), classes 0..C-1; both are tensors or rows in
+    files. The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd runs on
+    `device`, by default the features' own, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image;
+    they are held out together, since otherwise a setting that memorises images would win.
 
-    Raises DigitError for missing labels, labels that do not fit, NaN, and too few images to hold any out.
+    Raises DigitError for missing labels, labels that do not fit, NaN, too few images to hold any out, and too many for
+    lbfgs.
     """
     labels, test_labels = labels.long().cpu(), test_labels.long().cpu()
     num_classes = _check(train, labels, test, test_labels)
-    names = list(names) or [f"layer {n}" for n in range(train.shape[1])]
-    order, held = _split(torch.arange(len(train)) if groups is None else groups, cfg)
-    fit = fit_lbfgs if cfg.solver == "lbfgs" else fit_sgd
-    data, settings = ProbeData(train, labels, num_classes), cfg.settings
-    with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, len(train) - held)) as bar:
-        heads = fit(data, order[held:], [settings] * train.shape[1], cfg, bar.update)
-        hits = _predict(heads, train, order[:held]) == labels[order[:held], None, None]  # (held, L, S)
-        scores = hits.double().mean(0)  # (L, S)
+    if device is None:
+        device = train.device if isinstance(train, Tensor) else torch.device("cpu")
+    train, test, sgd = as_rows(train), as_rows(test), cfg.solver == "sgd"
+    num, num_layers, _ = train.shape
+    check_size(cfg, train.shape[0], train.shape[2])
+    if sgd:
+        train = near(train, device)
+    order, held = _split(torch.arange(num) if groups is None else groups, cfg)
+    data, settings = ProbeData(train, labels, num_classes, device), cfg.settings
+    fit = fit_sgd if sgd else fit_lbfgs
+    with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, num - held)) as bar:
+        heads = fit(data, order[held:], [settings] * num_layers, cfg, bar.update)
+        scores = _accuracies(heads, train, order[:held], labels)  # (L, S)
         chosen = scores.argmax(1).tolist()  # ties: the first setting
         heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
-    correct = _predict(heads, test, torch.arange(len(test)))[:, :, 0] == test_labels[:, None]  # (M, L)
+    correct = _predict(heads, test, torch.arange(test.shape[0]))[:, :, 0] == test_labels[:, None]  # (M, L)
     return [
         LayerResult(
-            name=names[n],
+            name=names[n] if names else f"layer {n}",
             top1=proportion_interval(int(correct[:, n].sum()), len(correct), confidence=cfg.confidence),
             setting=settings[s],
             validation_top1=float(scores[n, s]),
@@ -147,6 +163,11 @@ def probe_layers(
         )
         for n, s in enumerate(chosen)
     ]
+
+
+def _accuracies(heads: "Heads", features: FeatureRows, rows: Tensor, labels: Tensor) -> Tensor:
+    """(L, S) float64 accuracies on some rows (B,) of features whose labels are (N,)."""
+    return (_predict(heads, features, rows) == labels[rows, None, None]).double().mean(0)
 
 
 def _split(groups: Tensor, cfg: ProbeConfig) -> tuple[Tensor, int]:
@@ -180,9 +201,22 @@ class Heads:
 class ProbeData:
     """Training data of the classifiers."""
 
-    features: Real[Tensor, "N L D"]
+    features: Features  # (N, L, D)
     labels: Int64[Tensor, " N"]  # on the CPU
     num_classes: int
+    device: torch.device | None = None  # where sgd computes; None: where the features are, the CPU for files
+
+    @property
+    def rows(self) -> FeatureRows:
+        """The features, to be read by rows."""
+        return as_rows(self.features)
+
+    @property
+    def place(self) -> torch.device:
+        """Where sgd computes."""
+        if self.device is not None:
+            return self.device
+        return self.features.device if isinstance(self.features, Tensor) else torch.device("cpu")
 
 
 Sweep = list[list[dict[str, float]]]  # (L, S) settings
@@ -193,16 +227,16 @@ def _ignore(advance: int) -> None:
     pass
 
 
-def _num_updates(cfg: ProbeConfig, train: Tensor, kept: int) -> int:
+def _num_updates(cfg: ProbeConfig, train: FeatureRows, kept: int) -> int:
     """Length of the progress bar: classifiers (lbfgs) or updates (sgd), of the sweep and the final fit together."""
     if cfg.solver == "lbfgs":
         return train.shape[1] * (len(cfg.settings) + 1)
-    return cfg.num_epochs * sum(-(-num // cfg.batch_size) for num in (kept, len(train)))
+    return cfg.num_epochs * sum(-(-num // cfg.batch_size) for num in (kept, train.shape[0]))
 
 
-def _predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
+def _predict(heads: Heads, features: FeatureRows, rows: Tensor) -> Tensor:
     """Predict classes (B, L, S) int64 on the CPU for the given rows (B,) of features (N, L, D)."""
-    parts = (features[part.to(features.device)].to(heads.weight.device) for part in rows.split(CHUNK))
+    parts = (part for _, part in batches(features, rows.split(CHUNK), heads.weight.device))
     return torch.cat([heads.logits(part).argmax(3).cpu() for part in parts])
 
 
@@ -216,7 +250,7 @@ def fit_lbfgs(
     """
     fitted = []
     for layer, settings in enumerate(sweep):
-        features = data.features[rows.to(data.features.device), layer]  # (N, D)
+        features = _layer(data.rows, rows, layer)  # (N, D)
         for setting in settings:
             options: dict[str, Any] = dict(
                 num_classes=data.num_classes, max_iterations=MAX_ITERATIONS, tolerance=cfg.tolerance
@@ -230,6 +264,11 @@ def fit_lbfgs(
     return Heads(weight.permute(0, 3, 1, 2), bias, mean, scale)
 
 
+def _layer(features: FeatureRows, rows: Tensor, layer: int) -> Tensor:
+    """One layer (B, D) of some rows (B,)."""
+    return torch.cat([features.take(part)[:, layer] for part in rows.split(CHUNK)])
+
+
 @torch.no_grad()
 def fit_sgd(
     data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
@@ -238,22 +277,24 @@ def fit_sgd(
 
     Fits a classifier W (C, D), and b (C,) without decay, for every layer and setting on the given rows (N,) of data.
     lambda is the weight decay, mu the momentum, eta the learning rate, t of T the update. All classifiers train at the
-    same time, on the features' device.
+    same time, on the data's device.
     """
-    device, (_, num_layers, dim) = data.features.device, data.features.shape
+    features, device = data.rows, data.place
+    _, num_layers, dim = features.shape
     rates, decays = (
         torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
         for name in ("learning_rate", "weight_decay")
     )
-    mean, scale = _moments(data.features, rows) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
+    mean, scale = _moments(features, rows, device) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
     weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
     bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
     heads, weight_momentum, bias_momentum = Heads(weight, bias, mean, scale), weight.clone(), bias.clone()  # all 0
     generator = torch.Generator().manual_seed(cfg.seed % 2**63)
     total, step = cfg.num_epochs * -(-len(rows) // cfg.batch_size), 0
     for _ in range(cfg.num_epochs):
-        for batch in rows[torch.randperm(len(rows), generator=generator)].split(cfg.batch_size):
-            x = (data.features[batch.to(device)].float() - mean) / scale  # (B, L, D)
+        parts = rows[torch.randperm(len(rows), generator=generator)].split(cfg.batch_size)
+        for batch, read in batches(features, parts, device):
+            x = (read.float() - mean) / scale  # (B, L, D)
             error = (torch.einsum("bld,ldsc->blsc", x, weight) + bias).softmax(3)
             error[torch.arange(len(batch)), :, :, data.labels[batch]] -= 1
             error /= len(batch)  # (B, L, S, C), d CE / d logits
@@ -266,25 +307,35 @@ def fit_sgd(
     return heads
 
 
-def _moments(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _moments(features: FeatureRows, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (L, D) float32 of the rows, CHUNK at a time; a constant feature has deviation 1."""
-    parts = rows.to(features.device).split(CHUNK)
-    zero = features.new_zeros(features.shape[1:], dtype=torch.float64)
-    mean = sum((features[part].double().sum(0) for part in parts), zero) / len(rows)
-    scale = (sum(((features[part].double() - mean).square().sum(0) for part in parts), zero) / len(rows)).sqrt()
+    zero = torch.zeros(features.shape[1:], dtype=torch.float64, device=device)
+    parts = rows.split(CHUNK)
+    mean = sum((part.double().sum(0) for _, part in batches(features, parts, device)), zero) / len(rows)
+    squares = ((part.double() - mean).square().sum(0) for _, part in batches(features, parts, device))
+    scale = (sum(squares, zero) / len(rows)).sqrt()
     return mean.float(), nonzero_scale(scale).float()
 
 
-def _check(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> int:
+def check_size(cfg: ProbeConfig, num: int, dim: int) -> None:
+    """Raise DigitError where `num` images of one layer's `dim` features are too many for lbfgs; before any work."""
+    if cfg.solver == "lbfgs" and (needed := LBFGS_VALUE_BYTES * num * dim) > LBFGS_MAX_BYTES:
+        raise DigitError(
+            f"{num:,} training images of {dim} features would take lbfgs {needed / 2**30:.0f} GiB of memory and days: "
+            "use the solver sgd, or fewer images"
+        )
+
+
+def _check(train: Features, labels: Tensor, test: Features, test_labels: Tensor) -> int:
     """Check labels and features; returns the number of classes."""
     for split, features, own in (("training", train, labels), ("test", test, test_labels)):
-        if features.ndim != 3 or len(features) != len(own) or not len(own):
+        if len(features.shape) != 3 or features.shape[0] != len(own) or not len(own):
             raise DigitError(
                 f"{len(own)} labels for {split} features {tuple(features.shape)}, wanted N labels for (N, L, D)"
             )
         if own.min() < 0:
             raise DigitError(f"{int((own < 0).sum())} {split} images have no label: leave them out")
-        if not torch.isfinite(features).all():
+        if not is_finite(as_rows(features)):
             raise DigitError(f"{split} features hold NaN or infinity: check the images and the network's weights")
     if train.shape[1:] != test.shape[1:]:
         raise DigitError(f"training features are {tuple(train.shape[1:])}, test features {tuple(test.shape[1:])} "

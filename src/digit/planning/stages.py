@@ -156,6 +156,7 @@ class Planner:
         passes = self.fit_cost.num_passes
         images = self.codebook_images * passes
         times = {self.work.encoder.kind: self._seconds(self.work.encoder.kind, images * self.work.encoder.flops)}
+        times["random sample"] = self.fit_cost.host_seconds / self.machine.count
         what = f"{count(self.codebook_images)} images" + (f", {passes} times" if passes > 1 else "")
         return Stage(name="features", what=what, memory=self._encoder_memory(), times=times | self._decoding(images))
 

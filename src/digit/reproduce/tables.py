@@ -4,19 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from digit.errors import DigitError
 from digit.evaluation import paper, stability
-from digit.evaluation import probe as probing
 from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
-from digit.reproduce.study import BATCH_SIZE, Study, as_tensor, variant
+from digit.reproduce.probes import probed
+from digit.reproduce.study import Study, variant
 from digit.runs.fit import Run
-from digit.runs.roles import get_role
 from digit.runtime import plots
 from digit.training.log import last_metrics
 
@@ -86,31 +82,6 @@ def probe_step(study: Study, model: str, seed: int) -> Step:
         return probed(study, run, model, study.out / "probes" / f"{model}_{seed}")
 
     return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
-
-
-def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
-    """Probe one model of a run on the training tokens and the test images' tokens."""
-    kind, network = get_role(model).target, run.train_model(model)
-    stores = (run.write_tokens(), study.test_tokens(run))
-    features = [
-        probing.prior_features(network, as_tensor(getattr(store, kind)), batch_size=BATCH_SIZE, precision="bf16")
-        for store in stores
-    ]
-    labels = [as_tensor(store.labels) for store in stores]
-    if min(int(split.min()) for split in labels) < 0:
-        raise DigitError(f"{study.train.name} has images without a class: a probe needs one for each image")
-    crops = run.recipe.crops_per_image
-    result = probing.probe_features(
-        {model: (features[0], features[1])},
-        labels[0],
-        labels[1],
-        study.scale.probe,
-        out=out,
-        notes={model: probing.notes_on(network)},
-        about={"crops": f"{crops} at random (with flips) of each training image, one in the centre of a test image"},
-        groups=torch.arange(len(labels[0])) // crops,
-    )
-    return result["probes"][model] | {"protocol": result["protocol"]}
 
 
 # -------------------------------------------------------------------- Table 1

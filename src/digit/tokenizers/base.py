@@ -117,6 +117,8 @@ class FitCost:
     """Beside the encoder's."""
     description: str
     """A few words for the table."""
+    host_seconds: float = 0.0
+    """Of one core, beside the products: drawing the sample."""
 
 
 @runtime_checkable

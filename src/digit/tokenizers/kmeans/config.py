@@ -1,19 +1,27 @@
 """Settings of K-means (paper, section 3.2)."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from digit.runtime.hardware import Precision
 from digit.runtime.settings import SEED, check_settings, within
 from digit.tokenizers.base import FitCost
 
 MIN_POINTS_PER_CODE = 8  # below this a centroid is the mean of a handful of patches
+DRAWN_SECONDS = 2.2e-7  # of one core, for each feature that a sample is drawn from (bench/full_count.py kmeans)
 CHUNK_SHARE = 0.25  # of the memory budget, for one chunk and its scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class KMeansConfig:
-    """K-means settings; the defaults follow faiss.Kmeans, which the released code uses."""
+    """K-means settings.
+
+    The released code uses faiss.Kmeans: 20 iterations (faiss's own default is 25), all of them made, at most 256 points
+    a centroid, a start from random points, float32. `as_released` gives exactly these. The defaults differ in three
+    settings, to save time and codes: iterations stop once they gain next to nothing (tolerance), an empty cluster
+    splits the one with the largest error (empty_clusters), and distances may round to bfloat16 during the iterations
+    (precision). The random numbers are never faiss's, so the centroids are others, as with another seed.
+    """
 
     num_clusters: int = within("[1, inf)", 8192)
     """Number of centroids K (the paper has 8192 and 16000)."""
@@ -26,7 +34,10 @@ class KMeansConfig:
     max_points_per_centroid: int | None = within("[1, inf)", 256)
     """Use a random subsample of at most K times this many points; null uses all."""
     tolerance: float = within("[0, 1)", 1e-4)
-    """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations."""
+    """Stop once an iteration lowers the inertia by less than this fraction; 0 runs all iterations, as faiss."""
+    empty_clusters: Literal["largest_error", "faiss"] = "largest_error"
+    """Where an empty cluster goes: into one half of the cluster with the largest error; or, as in faiss, 1/1024 beside
+    a random cluster, large ones more often."""
     memory_budget_bytes: int = within("[1, inf)", 2**31)
     """Streamed features are kept in memory only up to this many bytes, and are streamed again otherwise."""
     precision: Literal["auto", Precision] = "auto"
@@ -36,6 +47,13 @@ class KMeansConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    def as_released(self) -> Self:
+        """These settings with those that the released code leaves to faiss; K, seed, budget and device stay."""
+        return replace(
+            self, num_iterations=20, init="random", max_points_per_centroid=256, tolerance=0.0,
+            empty_clusters="faiss", precision="fp32",
+        )  # fmt: skip
 
     @property
     def vocab_size(self) -> int:
@@ -61,5 +79,6 @@ class KMeansConfig:
             num_passes=self.num_iterations + 2 if streamed else 1,
             flops=2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1),
             memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
+            host_seconds=DRAWN_SECONDS * num_features,
             description=f"K {self.num_clusters}, {self.num_iterations} iterations",
         )

@@ -8,7 +8,6 @@ iterations may round distances to bfloat16 (hardware with bfloat16 products runs
 inertia and the last assignment never do. Nothing on the way waits for the device but the end of a pass.
 """
 
-import heapq
 import math
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from digit.runtime.hardware import full_precision, multiplies_bf16
 from digit.runtime.progress import Progress
 from digit.runtime.signals import StopSignals, saving
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.empty import split_as_faiss, split_largest_errors
 from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, nearest
 from digit.tokenizers.kmeans.points import UNUSABLE, Points, open_points
 from digit.tokenizers.kmeans.unfinished import State, UnfinishedFit
@@ -134,7 +134,10 @@ class KMeans:
         find = _finder(centroids, cfg, points, distance)
         sums = _accumulate(points, find, centroids, state.shift, self._shares, bar)
         state.centroids = sums.means(centroids)
-        reseeded = _split_largest(state.centroids, sums, state.rng)
+        if cfg.empty_clusters == "faiss":
+            reseeded = split_as_faiss(state.centroids, state.shift, sums.counts, state.rng)
+        else:
+            reseeded = split_largest_errors(state.centroids, sums.table, sums.counts, state.rng)
         settled = cfg.tolerance > 0 and bool(history) and previous - sums.inertia <= cfg.tolerance * previous
         state.settled = bool((sums.counts > 0).all()) and (sums.inertia == 0 or settled)
         self._log(len(history), sums, reseeded, time.perf_counter() - began)
@@ -266,34 +269,6 @@ def _count(points: Points, centroids: Tensor, shift: Tensor, shares: Shares, bar
     shares.agree_to_go_on()
     *_, inertia = shares.add_up(table).tolist()
     return _Counts(table[:last].long(), inertia)
-
-
-def _split_largest(centroids: Tensor, sums: _Sums, rng: np.random.Generator) -> int:
-    """Give each empty cluster one half of the cluster with the largest error, cut at random through its mean.
-
-    Changes `centroids` in place and returns how many clusters were re-seeded. The error, not the count, picks the
-    cluster: a heap of identical points has nothing to split.
-    """
-    empty = (sums.counts == 0).nonzero()[:, 0].tolist()
-    if not empty:
-        return 0
-    error = sums.squares - sums.total.square().sum(1) / sums.counts.clamp(min=1)  # sum ||x||^2 - ||s||^2 / n
-    noise = 1e-6 * sums.squares  # float32 rounds each ||x||^2
-    splittable = ((sums.counts > 1) & (error > noise)).nonzero()[:, 0].tolist()
-    errors, counts = error.tolist(), sums.counts.tolist()
-    heap = [(-errors[k], k, float(counts[k])) for k in splittable]
-    heapq.heapify(heap)
-    done = 0
-    while heap and done < len(empty):
-        negative, k, count = heapq.heappop(heap)
-        dim = centroids.shape[1]
-        step = torch.from_numpy(rng.standard_normal(dim)).to(centroids) * 0.1 * math.sqrt(-negative / count / dim)
-        centroids[empty[done]] = centroids[k] + step
-        centroids[k] -= step
-        for half in (k, empty[done]):
-            heapq.heappush(heap, (negative / 2, half, count / 2))
-        done += 1
-    return done
 
 
 def _start_centroids(sample: Tensor, cfg: KMeansConfig) -> Tensor:

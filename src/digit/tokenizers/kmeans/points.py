@@ -15,6 +15,7 @@ from digit.errors import DigitError
 from digit.runtime import distributed
 from digit.runtime.progress import Progress
 from digit.tokenizers.kmeans.nearest import as_features, chunk_rows
+from digit.tokenizers.kmeans.reservoir import Reservoir
 from digit.tokenizers.shares import Shares
 
 if TYPE_CHECKING:
@@ -176,20 +177,21 @@ def _stream_points(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> Point
 
 
 def _sample_stream(stream: Stream, cfg: "KMeansConfig", shares: Shares) -> tuple[Tensor | None, np.ndarray, int]:
-    """Reservoir: the (s, D) rows with the smallest keys, those keys, and the number of all; None for no rows at all."""
-    keys, sample, seen = np.zeros(0), None, 0
+    """The (s, D) rows with the smallest keys, those keys, and the number of all; None for no rows at all."""
+    kept, seen = None, 0
     with Progress("features for k-means") as bar:
-        for part, new in stream():
-            if sample is None:  # pages are taken as they are written
-                sample = part.new_empty(_capacity(cfg, part.shape[1], part.device), part.shape[1])
-            if part.shape[1] != sample.shape[1]:
-                raise DigitError(f"k-means features change from {sample.shape[1]} to {part.shape[1]} columns midway")
-            keys = _merge(sample, keys, _checked(part), new)
+        for part, keys in stream():
+            if kept is None:
+                kept = Reservoir(_capacity(cfg, part.shape[1], part.device), part.shape[1], like=part)
+            dim = kept.sample.shape[1]
+            if part.shape[1] != dim:
+                raise DigitError(f"k-means features change from {dim} to {part.shape[1]} columns midway")
+            kept.offer(_checked(part), keys)
             seen += len(part)
             bar.update(len(part))
             if shares.asked_to_stop:
                 break
-    return None if sample is None else sample[: len(keys)], keys, seen
+    return (None, np.zeros(0), seen) if kept is None else (kept.rows, kept.keys, seen)
 
 
 def _sample_of_some(sample: Tensor | None, cfg: "KMeansConfig", shares: Shares) -> Tensor:
@@ -199,22 +201,6 @@ def _sample_of_some(sample: Tensor | None, cfg: "KMeansConfig", shares: Shares) 
     if not known:
         raise DigitError("k-means got no features at all: the source gave no readable image")
     return torch.empty(0, known[0][0], device=known[0][1]) if sample is None else sample
-
-
-def _merge(sample: Tensor, keys: np.ndarray, part: Tensor, new: np.ndarray) -> np.ndarray:
-    """Put the rows of `part` with small enough keys into `sample` in place; returns the keys of its rows."""
-    room = min(len(sample) - len(keys), len(part))
-    sample[len(keys) : len(keys) + room] = part[:room]
-    keys = np.concatenate([keys, new[:room]])
-    part, new = part[room:], new[room:]
-    if not len(new):
-        return keys
-    keep = np.argpartition(np.concatenate([keys, new]), len(sample) - 1)[: len(sample)]
-    gone = np.setdiff1d(np.arange(len(sample)), keep)
-    come = np.sort(keep[keep >= len(sample)]) - len(sample)
-    sample[torch.from_numpy(gone).to(sample.device)] = part[torch.from_numpy(come).to(part.device)]
-    keys[gone] = new[come]
-    return keys
 
 
 def _capacity(cfg: "KMeansConfig", dim: int, device: torch.device) -> int:
