@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from digit.data.decode import EXTENSIONS, decode_image
+from digit.data.imagenet import is_known
 from digit.data.layout import split_of, words_of
 from digit.data.listing import TARS, list_folder, some
 from digit.data.source import ImageSource, SubsetSource
@@ -173,7 +174,8 @@ def _open_folder(root: Path, reading: Reading) -> ImageSource:
         notes.append(
             f"files of {len(folders)} folders are read as one ({some(folders)}): give one folder to read it alone"
         )
-    return _open_files(root, [root / name for name in names], reading, [*listing.notes(), *notes])
+    imagenets = [file.name for file in found.get("other files", ()) if is_known(file.name)]  # labels of packed images
+    return _open_files(root, [root / name for name in names], reading, [*listing.notes(imagenets), *notes])
 
 
 def _choose_files(root: Path, names: list[str], split: str | None) -> tuple[list[str], list[str]]:
