@@ -121,6 +121,9 @@ def test_a_file_that_is_named(tmp_path):
         open_source(root / "val", labels_from=str(elsewhere / "mine.txt"))
     write_folder(root, train())
     assert labels_of(open_source(root, split="val", labels_from=str(elsewhere / "mine.txt"))) == WANTED
+    truth = str(write_folder(elsewhere, {"map_clsloc.txt": MAP}) / TRUTH_FILE)
+    training, validation = (open_source(root, split=split, labels_from=truth) for split in ("train", "val"))
+    assert training.classes == sorted(CLASSES) and labels_of(validation) == WANTED, "for one command that opens both"
 
 
 def test_folders_of_a_sorted_split_need_no_file(tmp_path):

@@ -14,7 +14,7 @@ from digit.data.layout import split_of, words_of
 from digit.data.listing import TARS, list_folder, some
 from digit.data.source import ImageSource, SubsetSource
 from digit.data.tree import FolderSource, ZipSource
-from digit.errors import DigitError
+from digit.errors import DigitError, NoSplitError
 from digit.runtime.files import as_path
 from digit.runtime.paths import nearest
 
@@ -101,7 +101,7 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
     from digit.data.shapes import ShapesSource
 
     if split is not None:
-        raise DigitError(f"split is {split!r}, but shapes has no splits: choose another seed (shapes:seed=1)")
+        raise NoSplitError(f"split is {split!r}, but shapes has no splits: choose another seed (shapes:seed=1)")
     options = {}
     for part in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = part.partition("=")
@@ -131,7 +131,7 @@ def _open_path(path: Path, reading: Reading) -> ImageSource:
         return ZipSource(path, reading.split, reading.labels_from)
     is_tar = path.name.lower().endswith(TARS)
     if reading.split is not None and not is_tar:
-        raise DigitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
+        raise NoSplitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
     return _open_files(path, [path], reading, split=reading.split)
 
 
@@ -187,7 +187,7 @@ def _choose_files(root: Path, names: list[str], split: str | None) -> tuple[list
     if split is not None and not chosen:
         if root.name.lower() == split.lower():  # the folder is the split
             return names, []
-        raise DigitError(f"{root} has no split {split!r}; it has {', '.join(there) or 'none'}")
+        raise NoSplitError(f"{root} has no split {split!r}; it has {', '.join(there) or 'none'}")
     if not chosen:
         return names, [f"all splits together: {', '.join(there)}; --split takes one"] if len(there) > 1 else []
     notes = []

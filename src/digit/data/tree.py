@@ -28,6 +28,7 @@ from digit.data.labels import index_classes
 from digit.data.layout import Split, choose_packed_split, choose_split, folder_classes, plain_folders
 from digit.data.listing import OUTPUT_MARKS, File, Listing, is_hidden, own_folders, some
 from digit.data.source import ImageSource, readable
+from digit.data.synsets import are_synsets
 from digit.errors import BadImageError, DigitError
 
 MAX_RATIO, MAX_MEMBER = 1000, 2**29  # of a .zip's members: unpacked to packed size, and unpacked bytes
@@ -77,6 +78,13 @@ def _label(split: Split, label_files: Mapping[str, Callable[[], bytes]], labels_
         path, column = given
         if column is None and is_list(path) and (synsets := _of_validation(split, path, nearby)) is not None:
             return synsets
+        folders = folder_classes(split.inner)[0] if column is None and is_known(path.name) else []
+        if are_synsets(
+            list({name or "" for name in folders})
+        ):  # training images, beside the validation images it names
+            return Labelled(
+                *index_classes(folders, merge=False), [f"{path} is of validation images: folders are classes"]
+            )
         return _match_loosely(split, path, column)
     files = _read_all(label_files, labels_from)
     if with_labels := [file for file in files if file.column is not None]:
@@ -219,7 +227,7 @@ def _choose(root: Path, names: Sequence[str], split: str | None) -> Split:
     except DigitError as error:
         if split is not None and root.name.lower() == split.lower():  # the folder is the split
             return choose_split(names, None)
-        raise DigitError(f"{root}: {error}") from error
+        raise type(error)(f"{root}: {error}") from error
 
 
 class ZipSource(TreeSource):
@@ -240,7 +248,7 @@ class ZipSource(TreeSource):
         try:
             chosen = choose_packed_split(list(images), split)
         except DigitError as error:
-            raise DigitError(f"{path}: {error}") from error
+            raise type(error)(f"{path}: {error}") from error
         label_files = {file.name: lambda name=file.name: self._read(name) for file in kinds.get("label files", ())}
         others = [file.name for file in kinds.get("other files", ()) if is_known(file.name)]
         nearby = Nearby(path.absolute().parent, {name: partial(self._read, name) for name in others}, images)
