@@ -23,6 +23,12 @@ def class_key(name: str) -> str:
     return found[1] if found else name
 
 
+def short_name(name: str) -> str:
+    """'n01440764 tench' -> 'tench', where there is little room; another name as it is."""
+    found = NAMED.match(name)
+    return name[9:].strip() or name if found else name
+
+
 @dataclass
 class Synsets:
     """What one file says of synsets."""

@@ -61,9 +61,10 @@ def label_tree(
     Raises DigitError for label files that cannot be read, and for anything else as `labels_from`.
     """
     labelled = _label(split, label_files, labels_from, nearby)
-    labelled.classes, notes, used = name_classes(labelled.classes, nearby)
+    found = labelled.classes
+    labelled.classes, notes, used = name_classes(found, nearby)
     labelled.notes += notes
-    labelled.used += used
+    labelled.used += [*used, *(nearby.inside if are_synsets(found) else ())]  # no file of ImageNet's is called unused
     return labelled
 
 

@@ -1,7 +1,7 @@
 """Class labels as people give them: names, numbers, or one for all images.
 
-A text is the name of a class, else a number in text, else a part of one name alone: "tench", "Tinca tinca" and "n01440764"
-are parts of "tench, Tinca tinca" and "n01440764 tench". A number is the class of that name
+A text is the name of a class, else a number in text, else a part of one name alone ("tench", "Tinca tinca" and
+"n01440764" are parts of "tench, Tinca tinca" and "n01440764 tench"). A number is the class of that name
 where the names of all classes are whole numbers ("0", "2", "10"), otherwise the position 0..n-1 in the list of classes.
 None, -1 and the text "none" stand for no class, as the unlabelled images of a training set have it.
 So class 2 is the same class on the command line, in Python, and in the folders that the images came from.
