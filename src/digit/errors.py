@@ -28,6 +28,10 @@ class BadImageError(DigitError):
     """An image cannot be used; the text names the file and the reason."""
 
 
+class NoSplitError(DigitError):
+    """A data set has no split of the name that was asked for; a split that cannot be read is no such error."""
+
+
 class MismatchError(DigitError):
     """Two files, models or requests do not belong together; the text names both values."""
 

@@ -24,6 +24,7 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "data/": ("fit", "train"),
     "data/inspect.py": ("inspect",),
     "evaluation/npz.py": ("evaluate",),
+    "evaluation/splits.py": ("probe", "reproduce"),
     "evaluation/traps.py": ("evaluate",),
     "pipeline/manifest.py": ("fit",),  # it says: the --out folder of a finished `digit fit`
     "pipeline/sample_folder.py": ("sample",),

@@ -32,8 +32,8 @@ def members(cell: str) -> dict[str, bytes]:
     found = {}
     for number, part in enumerate(re.sub("^`|`$", "", cell).split(" ")):
         name, _, content = part.partition("=")
-        is_image = Path(name).suffix in EXTENSIONS
-        found[name] = picture(number, name) if is_image else content.replace("\\n", "\n").encode()
+        is_image = Path(name).suffix.lower() in EXTENSIONS
+        found[name] = picture(number, name) if is_image else content.replace("\\n", "\n").replace("\\s", " ").encode()
     return found
 
 
@@ -53,6 +53,15 @@ def test_examples_of_files(tmp_path, heading, files, num, classes, note):
     assert any(note in said for said in source.notes) if note else not source.notes
     for index in range(len(source)):
         assert source.read(index)[0].size == (8, 6)
+
+
+@pytest.mark.parametrize(("files", "split", "num", "classes", "note"), rows("ImageNet"))
+def test_examples_of_imagenet(tmp_path, files, split, num, classes, note):
+    path = write_folder(tmp_path / "data", members(files))
+    source = open_source(path, split=split.strip("`"))
+    assert (len(source), source.classes) == (int(num), re.findall("`(.+?)`", classes))
+    assert any(note in said for said in source.notes), source.notes
+    assert [source.read(index)[0].size for index in range(len(source))] == [(8, 6)] * len(source)
 
 
 @pytest.mark.parametrize(("columns", "classes", "unlabelled", "note"), rows("Parquet"))

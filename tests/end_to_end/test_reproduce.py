@@ -15,7 +15,7 @@ from digit.reproduce import TARGETS, Scale, Study, build, get_scale, plan, repro
 from digit.reproduce.claims import FAILS, HOLDS, UNDECIDED, seeds_claim, verdict
 from digit.reproduce.experiment import Experiment, Outcome, Step, perform
 from digit.reproduce.scales import SCALES, pretrained
-from digit.reproduce.study import open_splits
+from digit.reproduce.splits import open_splits
 from digit.runs.pretrain import PretrainConfig
 from digit.runs.recipes import ModelSpec
 from digit.tokenizers.encoders import EncoderConfig
@@ -97,7 +97,8 @@ def test_a_test_split_without_labels_is_passed_over(tmp_path):
         table = pa.table({"image": images, "label": labels})
         table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
         pq.write_table(table, tmp_path / f"{split}-00000-of-00001.parquet")
-    train, test = open_splits(str(tmp_path), None, 100)
+    train, test, where = open_splits(str(tmp_path), None, 100)
+    assert "the validation split" in where and "its test split has no labels" in where
     assert len(train) == 4 and len(test) == 3 and test.labels().tolist() == [1, 0, 1]
 
 
@@ -134,13 +135,14 @@ def test_every_scale_builds(name):
 
 
 def test_splits(tmp_path):
-    train, test = open_splits(DATA, 40, 10)
+    train, test, _ = open_splits(DATA, 40, 10)
     assert len(train) == 40 and len(test) == 10 and train.fingerprint != test.fingerprint
     for k in range(10):
         path = tmp_path / "flat" / f"{k}.png"
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (k, 0, 0)).save(path)
-    train, test = open_splits(str(tmp_path / "flat"), None, 100)
+    train, test, where = open_splits(str(tmp_path / "flat"), None, 100)
+    assert where == f"every fifth image of {tmp_path / 'flat'}"
     keys = [{source.key(i) for i in range(len(source))} for source in (train, test)]
     assert len(keys[0]) == 8 and len(keys[1]) == 2 and not keys[0] & keys[1]
 

@@ -2,6 +2,7 @@
 
 import pytest
 from toy_measure import pictures, save_folder
+from written_images import write_rows
 
 from digit.errors import DigitError
 from digit.evaluation.splits import probe_splits
@@ -66,8 +67,49 @@ def test_a_split_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "test").mkdir()
     _, test, where = probe_splits(data)
     assert len(test) == 22 and where.startswith(f"the validation split of {data} (its test split cannot be used: ")
-    unlabelled = tmp_path / "flat"
-    folder_of(unlabelled, "train")
-    save_folder(unlabelled / "test", pictures(8))
-    _, test, where = probe_splits(str(unlabelled))
-    assert len(test) == 4 and "(its test split has no labels), which a pipeline" in where
+
+
+def test_a_split_is_never_replaced_by_training_images_unasked(tmp_path):
+    """Such a split was once passed over: the reference images were then training images, as a line of text told."""
+    data = folder_of(tmp_path / "flat", "train")
+    save_folder(tmp_path / "flat/test", pictures(8))
+    with pytest.raises(DigitError, match="nothing to test on: its test split has no labels; --hold_out true"):
+        probe_splits(data)
+    with pytest.raises(DigitError, match="nothing to test on"):
+        probe_splits(f"{data}/train")
+    train, test, where = probe_splits(data, every_fifth=True)
+    assert (len(train), len(test)) == (16, 4) and where.startswith("every fifth image of")
+    assert len(probe_splits(data, test_split="test")[1]) == 8, "what was asked for is taken as it is"
+    with pytest.raises(DigitError, match="leave it out"):
+        probe_splits(data, test_split="test", every_fifth=True)
+    (tmp_path / "empty/test").mkdir(parents=True)
+    with pytest.raises(DigitError, match="its test split cannot be used"):
+        probe_splits(folder_of(tmp_path / "empty", "train"))
+
+
+def test_a_flat_validation_split_of_imagenet_names_the_file_that_would_help(tmp_path):
+    """Its test split has no labels, ever; the validation split has those of a file, which may be missing."""
+    for name in ("n01440764", "n01443537"):
+        save_folder(tmp_path / "train" / name, pictures(4))
+    for split, num in (("val", 3), ("test", 2)):
+        save_folder(tmp_path / split, pictures(num))
+        for number, path in enumerate(sorted((tmp_path / split).iterdir()), 1):
+            path.rename(path.with_name(f"ILSVRC2012_{split}_{number:08}.png"))
+    with pytest.raises(DigitError, match=r"validation split has no labels \(.*put LOC_val_solution.csv"):
+        probe_splits(str(tmp_path))
+    labels = tmp_path / "imagenet_2012_validation_synset_labels.txt"
+    labels.write_text("n01443537\nn01440764\nn01443537\n")
+    train, test, where = probe_splits(str(tmp_path))
+    assert (len(train), len(test)) == (8, 3) and where.startswith(f"the validation split of {tmp_path} (its test split")
+    assert test.with_classes(train.classes).labels().tolist() == [1, 0, 1]
+    assert len(probe_splits(str(tmp_path / "train"))[1]) == 3, "beside a folder named train, too"
+    labels.write_text("n99999999\n" * 3)
+    with pytest.raises(DigitError, match="no image of .* is of a class of"):
+        probe_splits(str(tmp_path))
+
+
+def test_a_damaged_split_is_no_missing_split(tmp_path):
+    write_rows(tmp_path / "train-0", {"label": [0, 1, 0, 1]})
+    (tmp_path / "test-0.parquet").write_bytes(b"PAR1 damaged")
+    with pytest.raises(DigitError, match=r"its test split cannot be used: .*cannot be read as Parquet"):
+        probe_splits(str(tmp_path))

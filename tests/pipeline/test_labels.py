@@ -113,3 +113,25 @@ def test_no_class_is_a_label_where_the_model_knows_images_without(label):
 def test_classes_that_are_called_none_or_minus_one_stay_classes():
     assert class_positions(["none"], ["none", "some"], 2, unlabelled=True) == [0]
     assert class_positions([-1, "-1"], ["-1", "0"], 2, unlabelled=True) == [0, 0]
+
+
+IMAGENET = ["n01440764 tench", "n01443537 goldfish", "n02012849 crane", "n03126707 crane"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "label", "place"),
+    [
+        (IMAGENET, "tench", 0), (IMAGENET, "n01443537", 1), (IMAGENET, "n01443537 goldfish", 1), (IMAGENET, "Tench", 0),
+        (["tench, Tinca tinca", "goldfish, Carassius auratus"], "Tinca tinca", 0),
+        (["tench, Tinca tinca", "tench"], "tench", 1),
+    ],
+)  # fmt: skip
+def test_a_synset_or_one_of_its_words_is_enough(classes, label, place):
+    assert places(label, classes) == [place]
+
+
+def test_words_of_several_classes_or_of_none_are_refused():
+    with pytest.raises(DigitError, match="'crane' fits several classes, 'n02012849 crane' at position 2 and"):
+        places("crane", IMAGENET)
+    with pytest.raises(DigitError, match="no class named 'tensh': did you mean tench"):
+        places("tensh", IMAGENET)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
+HOLD_OUT_HELP = "test on every fifth image of DATA, although it has splits to test on"
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -146,6 +147,7 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
         help="labelled test images (default: DATA's test or validation split, and without one every fifth image)",
     )
     parser.add_argument("--test_split", default=None, help="split of DATA, or of --test, to test on")
+    parser.add_argument("--hold_out", type=bool, default=False, help=HOLD_OUT_HELP)
     add_pipeline_arguments(parser, "probe.json and probe.png")
     parser.add_argument(
         "--num_train", type=int, default=None, help="at most this many training images, spread evenly (default: all)"
@@ -161,9 +163,8 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
-    train, test, where = probe_splits(
-        args.data, args.split, args.test, args.test_split, opened=partial(open_data, args)
-    )
+    chosen = (args.data, args.split, args.test, args.test_split)
+    train, test, where = probe_splits(*chosen, opened=partial(open_data, args), every_fifth=args.hold_out)
     pipe = load_pipeline(args)
     baseline = vq_only_baseline(args.source, pipe)
     pipes = {"DiGIT": pipe} if baseline is None else {"DiGIT": pipe, "VQ-only": baseline}
@@ -234,8 +235,15 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     )
     parser.add_argument("--scale", default="tiny", help="tiny (minutes), small (an hour or two on two cores) or paper")
     parser.add_argument(
-        "--data", default="shapes", help=DATA_HELP + "; its test split, or every fifth image, is held out"
+        "--data", default="shapes", help=DATA_HELP + "; its labelled test or validation split is tested on"
     )
+    parser.add_argument(
+        "--labels_from",
+        default="auto",
+        help="where labels come from, as of digit fit; a file of ImageNet's labels, too",
+    )
+    parser.add_argument("--test_split", default=None, help="split of DATA to test on, with or without labels")
+    parser.add_argument("--hold_out", type=bool, default=False, help=HOLD_OUT_HELP)
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
@@ -268,8 +276,11 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
     out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
     how = dict(inception=args.inception, device=args.device, pixel_max=args.pixel_max)
+    how |= dict(labels_from=args.labels_from, test_split=args.test_split, every_fifth=args.hold_out)
     study = Study(args.data, scale, out, reuse=reuse, **how)
     say_assumptions(study.train)
+    say_assumptions(study.test)
+    say(f"test images: {study.tested_on} ({len(study.test)})")
     study.validate()
     say(plan(build(args.target, study), study.out))
     if args.plan:

@@ -111,7 +111,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "probe": {
-        "data": "data --split --labels_from --num_train --test --test_split --num_test",
+        "data": "data --split --labels_from --num_train --test --test_split --hold_out --num_test",
         "what is measured": "--from --variant",
         "classifiers": "--solver --l2 --learning_rates --weight_decays --num_epochs --batch_size "
         "--validation_fraction --seed",
@@ -126,7 +126,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "reproduce": {
-        "data": "--data",
+        "data": "--data --labels_from --test_split --hold_out",
         "what is reproduced": "target --scale --plan --inception",
         "what is trained": "--encoder --encoder_size --encoder_weights --encoders --reuse_codebook --reuse_vqgan "
         "--reuse_tokens",

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from digit.data.decode import EXTENSIONS, decode_image
+from digit.data.imagenet import is_known
 from digit.data.layout import split_of, words_of
 from digit.data.listing import TARS, list_folder, some
 from digit.data.source import ImageSource, SubsetSource
 from digit.data.tree import FolderSource, ZipSource
-from digit.errors import DigitError
+from digit.errors import DigitError, NoSplitError
 from digit.runtime.files import as_path
 from digit.runtime.paths import nearest
 
@@ -100,7 +101,7 @@ def _open_shapes(spec: str, split: str | None) -> ImageSource:
     from digit.data.shapes import ShapesSource
 
     if split is not None:
-        raise DigitError(f"split is {split!r}, but shapes has no splits: choose another seed (shapes:seed=1)")
+        raise NoSplitError(f"split is {split!r}, but shapes has no splits: choose another seed (shapes:seed=1)")
     options = {}
     for part in filter(None, spec.partition(":")[2].split(",")):
         name, _, value = part.partition("=")
@@ -130,7 +131,7 @@ def _open_path(path: Path, reading: Reading) -> ImageSource:
         return ZipSource(path, reading.split, reading.labels_from)
     is_tar = path.name.lower().endswith(TARS)
     if reading.split is not None and not is_tar:
-        raise DigitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
+        raise NoSplitError(f"split is {reading.split!r}, but {path} is one file: give the folder that holds the splits")
     return _open_files(path, [path], reading, split=reading.split)
 
 
@@ -173,7 +174,8 @@ def _open_folder(root: Path, reading: Reading) -> ImageSource:
         notes.append(
             f"files of {len(folders)} folders are read as one ({some(folders)}): give one folder to read it alone"
         )
-    return _open_files(root, [root / name for name in names], reading, [*listing.notes(), *notes])
+    imagenets = [file.name for file in found.get("other files", ()) if is_known(file.name)]  # labels of packed images
+    return _open_files(root, [root / name for name in names], reading, [*listing.notes(imagenets), *notes])
 
 
 def _choose_files(root: Path, names: list[str], split: str | None) -> tuple[list[str], list[str]]:
@@ -185,7 +187,7 @@ def _choose_files(root: Path, names: list[str], split: str | None) -> tuple[list
     if split is not None and not chosen:
         if root.name.lower() == split.lower():  # the folder is the split
             return names, []
-        raise DigitError(f"{root} has no split {split!r}; it has {', '.join(there) or 'none'}")
+        raise NoSplitError(f"{root} has no split {split!r}; it has {', '.join(there) or 'none'}")
     if not chosen:
         return names, [f"all splits together: {', '.join(there)}; --split takes one"] if len(there) > 1 else []
     notes = []

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from digit.data.assumptions import NEARLY_BLACK, describe_image, is_nearly_black
 from digit.data.listing import CONTACT_SHEET, is_contact_sheet
 from digit.data.source import ImageSource, readable
+from digit.data.synsets import short_name
 from digit.errors import BadImageError, DigitError
 from digit.runtime.files import atomic_path
 from digit.runtime.progress import track
@@ -177,7 +178,7 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
             report.kinds[seen.kind] += 1
             report.assumed.update(seen.assumed)
         if index in shown:
-            caption = source.classes[labels[index]] if labels[index] >= 0 else str(index)
+            caption = short_name(source.classes[labels[index]]) if labels[index] >= 0 else str(index)
             report.thumbnails.append((caption, seen.thumbnail))
     report.widths, report.heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     return report

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from digit.data.listing import some
-from digit.errors import DigitError
+from digit.errors import NoSplitError
 
 SPLITS = {  # and the words for them, as in Hugging Face's datasets
     "train": ("train", "training"),
@@ -46,7 +46,7 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
     """Chooses the images of `split` where folders name splits; without a `split`, train if there are several.
 
     Folders name splits if they are the first ones of the paths, and there are two different ones or nothing else; or if
-    they are the last ones, and there is nothing else. Raises DigitError if there is no such split.
+    they are the last ones, and there is nothing else. Raises NoSplitError if there is no such split.
     """
     if (found := _find_split(names, split)) is not None:
         return found
@@ -57,7 +57,7 @@ def choose_split(names: Sequence[str], split: str | None) -> Split:
         folder = f"{common}{inner.folder}" if inner.folder else ""
         return Split([whole[name] for name in inner.names], inner.inner, folder, inner.notes)
     if split is not None:
-        raise DigitError(f"there is no split {split!r}: no folder has that name")
+        raise NoSplitError(f"there is no split {split!r}: no folder has that name")
     first = Counter(name.partition("/")[0] if "/" in name else "" for name in names)
     return Split(list(names), list(names), notes=_suspicious(names, first))
 
@@ -96,7 +96,7 @@ def _take_split(
     wanted = ("train" if "train" in found else None) if split is None else split_of(split) or split
     counts = {name: sum(parts[folder] for folder in folders) for name, folders in found.items()}
     if wanted is not None and wanted not in found:
-        raise DigitError(f"there is no split {split!r}; there are {', '.join(found)}")
+        raise NoSplitError(f"there is no split {split!r}; there are {', '.join(found)}")
     if split is not None and split in parts:
         folders = [split]  # typed as the folder is called
     else:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,16 +49,16 @@ class Listing:
             kinds.setdefault(kind_of(file.name), []).append(file)
         return kinds
 
-    def notes(self) -> Iterator[str]:
-        """Says what was left out."""
+    def notes(self, used: Collection[str] = ()) -> Iterator[str]:
+        """Says what was left out; `used` names files of no kind that were read after all."""
         if self.own:
             yield f"not read, because DiGIT wrote it: {some(self.own)}"
         if self.linked:
             yield f"not read twice: {some(self.linked)}, links to folders that are read already"
-        if others := self.by_kind.get("other files"):
-            suffixes = Counter(suffix_of(file.name) or "without suffix" for file in others)
+        if others := [file.name for file in self.by_kind.get("other files", ()) if file.name not in used]:
+            suffixes = Counter(suffix_of(name) or "without suffix" for name in others)
             listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common(12))
-            yield f"not used: {listed} (such as {some([file.name for file in others])})"
+            yield f"not used: {listed} (such as {some(others)})"
         if self.num_hidden:
             yield f"not used: {self.num_hidden} hidden files or folders, whose names begin with a dot"
 

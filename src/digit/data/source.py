@@ -12,6 +12,7 @@ from PIL import Image
 from digit.data.decode import decode_image, deep_size, largest_value
 from digit.data.fingerprint import data_fingerprint, digest, file_times, stamps_of
 from digit.data.pixel_range import PixelRange, find_pixel_range
+from digit.data.synsets import class_key
 from digit.errors import DigitError
 from digit.runtime.scalars import as_int
 
@@ -129,8 +130,9 @@ class RelabelledSource(SubsetSource):
 
     def __init__(self, source: ImageSource, classes: Sequence[str]):
         super().__init__(source, np.arange(len(source)))
-        place = {name: number for number, name in enumerate(classes)}
-        self._number = np.array([*(place.get(name, -1) for name in source.classes), -1], dtype=np.int64)  # [-1] is -1
+        place = {class_key(name): number for number, name in enumerate(classes)}  # a synset with and without words
+        numbers = [place.get(class_key(name), -1) for name in source.classes]
+        self._number = np.array([*numbers, -1], dtype=np.int64)  # [-1] is -1
         self.name, self.classes = source.name, list(classes)
 
     def find_fingerprint(self) -> str:

@@ -13,11 +13,22 @@ from typing import Any
 import numpy as np
 
 from digit.data.fingerprint import data_fingerprint, stamps_of
+from digit.data.imagenet import (
+    Found,
+    Nearby,
+    SynsetLabels,
+    is_known,
+    is_list,
+    label_by_name,
+    label_validation,
+    name_classes,
+)
 from digit.data.label_files import LabelFile, match_images, read_label_file
 from digit.data.labels import index_classes
 from digit.data.layout import Split, choose_packed_split, choose_split, folder_classes, plain_folders
 from digit.data.listing import OUTPUT_MARKS, File, Listing, is_hidden, own_folders, some
 from digit.data.source import ImageSource, readable
+from digit.data.synsets import are_synsets
 from digit.errors import BadImageError, DigitError
 
 MAX_RATIO, MAX_MEMBER = 1000, 2**29  # of a .zip's members: unpacked to packed size, and unpacked bytes
@@ -32,9 +43,12 @@ class Labelled:
     classes: list[str]
     labels: np.ndarray  # int64 (len,), -1 = none
     notes: list[str] = field(default_factory=list)
+    used: list[str] = field(default_factory=list)  # ImageNet's files of the tree that were read
 
 
-def label_tree(split: Split, label_files: Mapping[str, Callable[[], bytes]], labels_from: str) -> Labelled:
+def label_tree(
+    split: Split, label_files: Mapping[str, Callable[[], bytes]], labels_from: str, nearby: Nearby
+) -> Labelled:
     """Labels the images of a tree of files.
 
     Args:
@@ -42,9 +56,19 @@ def label_tree(split: Split, label_files: Mapping[str, Callable[[], bytes]], lab
         label_files: name relative to the root -> reads it.
         labels_from: "auto": the label files, if there are any with labels, else the folders; "folders" or "top": the
             folders' whole paths or first parts; "none"; the column of a label file; or PATH or PATH:COLUMN of one.
+        nearby: where ImageNet's files of labels and synsets are looked for.
 
     Raises DigitError for label files that cannot be read, and for anything else as `labels_from`.
     """
+    labelled = _label(split, label_files, labels_from, nearby)
+    found = labelled.classes
+    labelled.classes, notes, used = name_classes(found, nearby)
+    labelled.notes += notes
+    labelled.used += [*used, *(nearby.inside if are_synsets(found) else ())]  # no file of ImageNet's is called unused
+    return labelled
+
+
+def _label(split: Split, label_files: Mapping[str, Callable[[], bytes]], labels_from: str, nearby: Nearby) -> Labelled:
     num = len(split.names)
     if labels_from == "none":
         unused = [f"label files are not used: {some(label_files)}"] if label_files else []
@@ -53,13 +77,34 @@ def label_tree(split: Split, label_files: Mapping[str, Callable[[], bytes]], lab
         return Labelled(*index_classes(plain_folders(split.inner, top=labels_from == "top"), merge=False))
     if (given := _given_file(labels_from)) is not None:
         path, column = given
+        if column is None and is_list(path) and (synsets := _of_validation(split, path, nearby)) is not None:
+            return synsets
+        folders = folder_classes(split.inner)[0] if column is None and is_known(path.name) else []
+        if are_synsets(
+            list({name or "" for name in folders})
+        ):  # training images, beside the validation images it names
+            return Labelled(
+                *index_classes(folders, merge=False), [f"{path} is of validation images: folders are classes"]
+            )
         return _match_loosely(split, path, column)
     files = _read_all(label_files, labels_from)
     if with_labels := [file for file in files if file.column is not None]:
         return _by_files(split, with_labels)
     notes = [f"{file.name} has no column of labels (its columns: {', '.join(file.others) or 'none'})" for file in files]
     classes, more = folder_classes(split.inner)
+    if not any(classes) and (synsets := label_by_name(split.names) or label_validation(split.names, nearby)):
+        return _of_synsets(synsets, notes)
     return Labelled(*index_classes(classes, merge=False), [*notes, *more])
+
+
+def _of_synsets(found: SynsetLabels, notes: Sequence[str] = ()) -> Labelled:
+    return Labelled(*index_classes(found.values, merge=False), [*notes, *found.notes], found.used)
+
+
+def _of_validation(split: Split, path: Path, nearby: Nearby) -> Labelled | None:
+    """Labels of ImageNet's validation images by a file that the person named; None for other images."""
+    found = label_validation(split.names, nearby, Found(str(path), partial(_read, path)))
+    return None if found is None else _of_synsets(found)
 
 
 def _given_file(labels_from: str) -> tuple[Path, str | None] | None:
@@ -151,8 +196,10 @@ class FolderSource(TreeSource):
         images = {file.name: file for file in kinds["images"]}
         chosen = _choose(root, list(images), split)
         label_files = {file.name: partial(_read, root / file.name) for file in kinds.get("label files", ())}
-        labelled = label_tree(chosen, label_files, labels_from)
-        super().__init__(root / chosen.folder, chosen, labelled, list(listing.notes()))
+        others = [file.name for file in kinds.get("other files", ()) if is_known(file.name)]
+        nearby = Nearby(root.absolute().parent, {name: partial(_read, root / name) for name in others}, images)
+        labelled = label_tree(chosen, label_files, labels_from, nearby)
+        super().__init__(root / chosen.folder, chosen, labelled, list(listing.notes(labelled.used)))
         self.root, self.read_contents = root, read_contents
         self._about = [images[name] for name in chosen.names]
 
@@ -181,7 +228,7 @@ def _choose(root: Path, names: Sequence[str], split: str | None) -> Split:
     except DigitError as error:
         if split is not None and root.name.lower() == split.lower():  # the folder is the split
             return choose_split(names, None)
-        raise DigitError(f"{root}: {error}") from error
+        raise type(error)(f"{root}: {error}") from error
 
 
 class ZipSource(TreeSource):
@@ -202,11 +249,13 @@ class ZipSource(TreeSource):
         try:
             chosen = choose_packed_split(list(images), split)
         except DigitError as error:
-            raise DigitError(f"{path}: {error}") from error
+            raise type(error)(f"{path}: {error}") from error
         label_files = {file.name: lambda name=file.name: self._read(name) for file in kinds.get("label files", ())}
-        labelled = label_tree(chosen, label_files, labels_from)
+        others = [file.name for file in kinds.get("other files", ()) if is_known(file.name)]
+        nearby = Nearby(path.absolute().parent, {name: partial(self._read, name) for name in others}, images)
+        labelled = label_tree(chosen, label_files, labels_from, nearby)
         unread = [f"not used: {len(kinds[kind])} {kind}" for kind in kinds if kind not in READ_FROM_ZIP]
-        super().__init__(path, chosen, labelled, [*listing.notes(), *unread])
+        super().__init__(path, chosen, labelled, [*listing.notes(labelled.used), *unread])
         self._about = [images[name] for name in chosen.names]
 
     def _list(self) -> Listing:

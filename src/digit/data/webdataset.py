@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from digit.data.decode import EXTENSIONS
+from digit.data.imagenet import Nearby
 from digit.data.labels import Label, as_label, find_name, index_classes, label_names
 from digit.data.layout import Split, choose_packed_split
-from digit.data.listing import is_hidden, kind_of, own_folders, some
+from digit.data.listing import TARS, is_hidden, kind_of, own_folders, some
 from digit.data.source import ContainerSource, readable
+from digit.data.synsets import are_synsets
 from digit.data.tree import Labelled, label_tree
 from digit.errors import BadImageError, DigitError
 from digit.runtime.bounded_reader import BoundedReader
@@ -76,10 +78,13 @@ class TarSource(ContainerSource):
         ]
         samples = [(number, sample) for number, shard in enumerate(shards) for sample in shard.samples]
         if not samples:
-            raise DigitError(f"{root} holds no images: wanted members such as 0001.jpg and 0001.cls")
+            packed = [name for shard in shards for name in shard.packed]
+            hint = f"; it holds {some(packed)}: unpack it and give the folder" if packed else ""
+            raise DigitError(f"{root} holds no images: wanted members such as 0001.jpg and 0001.cls{hint}")
         labelled = _label_samples([sample for _, sample in samples], labels_from)
         if split is not None or (labels_from in TREE and (labels_from != "auto" or not labelled.classes)):
-            samples, labelled = _label_as_folder(samples, labelled, shards, labels_from, split)
+            nearby = Nearby(Path(root).absolute() if Path(root).is_dir() else Path(root).absolute().parent)
+            samples, labelled = _label_as_folder(samples, labelled, shards, labels_from, split, nearby)
         images = ((number, sample.members[sample.image]) for number, sample in samples)
         self.samples = [(number, image.name, image.offset, image.size) for number, image in images]
         self.classes, self._labels = labelled.classes, labelled.labels
@@ -128,6 +133,7 @@ class Shard:
         if any(len(_images(sample)) > 1 for sample in samples):
             samples = self._group_at_last_dot(members, samples)
         self.samples = [sample for sample in samples if sample.image]
+        self.packed = [member.name for member in members if member.name.lower().endswith(TARS)]
         self._note_rest([sample for sample in samples if not sample.image], labels_from)
         if links:
             self.notes.append(f"{file.name}: not used: {len(links)} links ({some(links)})")
@@ -330,8 +336,12 @@ def _label_as_folder(
     shards: Sequence["Shard"],
     labels_from: str,
     split: str | None,
+    nearby: Nearby,
 ) -> tuple[list[tuple[int, Sample]], Labelled]:
-    """The samples of tars that are packed folders, of one split, and their labels by label files or folders."""
+    """The samples of tars that are packed folders, of one split, and their labels by label files or folders.
+
+    Tars that are named after synsets (n01440764.tar, as ImageNet's training images come) are the folders themselves.
+    """
     names = [f"{shards[number].file.name}/{sample.members[sample.image].name}" for number, sample in samples]
     plain = [sample.members[sample.image].name for _, sample in samples]
     if len(set(plain)) == len(plain):
@@ -340,12 +350,16 @@ def _label_as_folder(
         chosen.names = [places[name] for name in chosen.names]
     else:
         chosen = Split(names, plain)
+    if are_synsets([shard.file.stem for shard in shards]) and split is None:
+        stems = [shards[number].file.stem for number, _ in samples]
+        chosen = Split(names, [f"{stem}/{name.replace('/', '_')}" for stem, name in zip(stems, plain, strict=True)])
+        chosen.notes = ["each .tar is a class, the synset of its name"]
     files = {
         f"{shard.file.name}/{name}": lambda member=member: member.content or b""
         for shard in shards
         for name, member in shard.label_files.items()
     }
-    found = label_tree(chosen, files, labels_from)
+    found = label_tree(chosen, files, labels_from, nearby)
     found.notes = [*labelled.notes, *chosen.notes, *found.notes]
     kept = set(chosen.names)
     return [pair for pair, name in zip(samples, names, strict=True) if name in kept], found

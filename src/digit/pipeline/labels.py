@@ -1,14 +1,17 @@
 """Class labels as people give them: names, numbers, or one for all images.
 
-A text is the name of a class or, where no class has that name, a number in text. A number is the class of that name
+A text is the name of a class, else a number in text, else a part of one name alone ("tench", "Tinca tinca" and
+"n01440764" are parts of "tench, Tinca tinca" and "n01440764 tench"). A number is the class of that name
 where the names of all classes are whole numbers ("0", "2", "10"), otherwise the position 0..n-1 in the list of classes.
 None, -1 and the text "none" stand for no class, as the unlabelled images of a training set have it.
 So class 2 is the same class on the command line, in Python, and in the folders that the images came from.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from digit.runtime.scalars import as_int, shown
 
 UNLABELLED = -1  # position of an image without a class
 NO_CLASS = "none"
+SYNSET = re.compile(r"(n\d{8}) ", re.ASCII)  # at the start of a class's name, as `digit.data.synsets` gives it
 SHOWN = 8  # names of classes in an error
 MAX_DIGITS = 18  # of a number in text; int() refuses thousands of digits
 
@@ -99,8 +103,10 @@ class ClassList:
             return UNLABELLED
         if is_number(label):
             return self._of_number(int(label))
+        if (part := label.strip().lower()) in self.parts:
+            return self._only(label, self.parts[part])
         known = f"classes are{listed(self.classes, ' ')}" if self.classes else "the classes have no names, give numbers"
-        raise DigitError(f"no class named {label!r}{did_you_mean(label, self.classes) or ':'} {known}")
+        raise DigitError(f"no class named {label!r}{did_you_mean(label, [*self.classes, *self.parts]) or ':'} {known}")
 
     def _of_number(self, number: int) -> int:
         if not self.named_by_numbers or (number == UNLABELLED and number not in self.places):
@@ -110,8 +116,20 @@ class ClassList:
             raise DigitError(f"no class named {number}: the class names are numbers, classes are{known}")
         return self._only(number)
 
-    def _only(self, label: str | int) -> int:
-        first, *others = self.places[label]
+    @cached_property
+    def parts(self) -> dict[str, list[int]]:
+        """Places of classes by each of their words, in lower case, and by their synset: 'tench', 'n01440764'."""
+        found: dict[str, list[int]] = {}
+        for place, name in enumerate(self.classes):
+            synset = SYNSET.match(name)
+            words = name[synset.end() :] if synset else name
+            parts = {word.strip().lower() for word in words.split(",")} | ({synset[1]} if synset else set())
+            for part in parts - {""}:
+                found.setdefault(part, []).append(place)
+        return found
+
+    def _only(self, label: str | int, places: Sequence[int] = ()) -> int:
+        first, *others = places or self.places[label]
         if others:
             names = " and ".join(f"{self.classes[place]!r} at position {place}" for place in (first, others[0]))
             raise DigitError(f"label {label!r} fits several classes, {names}: give ClassPositions([{first}])")

