@@ -15,7 +15,7 @@ import numpy as np
 
 from digit.data.images import open_source
 from digit.runs.fit import Run
-from digit.runs.recipes import SMALL_64, TINY, Recipe, cpu_training
+from digit.runs.recipes import SMALL_64, ModelSpec, Recipe, cpu_training
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.training.log import read_log
 from digit.training.vqgan import GANConfig
@@ -24,7 +24,7 @@ KINDS = ("1 stored crop", "8 in turn", "fresh")
 
 
 def recipe(steps: int, seed: int) -> Recipe:
-    training = replace(cpu_training(steps), save_every=steps // 5, warmup_steps=50)
+    training = replace(cpu_training(steps), save_every=steps // 5, warmup_steps=50, precision="fp32")
     return Recipe(
         **SMALL_64,
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
@@ -33,7 +33,7 @@ def recipe(steps: int, seed: int) -> Recipe:
         crops_per_image=8,
         validation_fraction=0.2,
         class_conditional=False,
-        prior=TINY,
+        prior=ModelSpec(depth=3, embed_dim=128, num_heads=4, dropout=0.0),
         prior_training=training,
         seed=seed,
     )
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=2)
     args = parser.parse_args()
     source = open_source(args.data, split="train").limit(args.images)

@@ -93,7 +93,9 @@ def test_fresh_crops_are_shared_among_the_processes(folders, cfg, tmp_path):
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     errors = job.communicate(timeout=120)[1]
     assert job.returncode == 0, errors
-    one, two, stored = (read_log(f / "renderer" / "log.jsonl") for f in (tmp_path / "one", tmp_path / "two", folders[0]))
+    one, two, stored = (
+        read_log(f / "renderer" / "log.jsonl") for f in (tmp_path / "one", tmp_path / "two", folders[0])
+    )
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-5)
     assert one[-1]["loss"] != stored[-1]["loss"]  # step 4 begins the second epoch
 

@@ -66,7 +66,7 @@ def crop_numbers(images: np.ndarray, epochs: np.ndarray, num_crops: int, seed: i
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """(n,) uint64 to uint64, a bijection that looks random: the finaliser of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """(n,) uint64 to uint64: a bijection that looks random, SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

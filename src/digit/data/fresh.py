@@ -1,4 +1,4 @@
-"""New crops of the images in every epoch, decoded ahead by worker processes: what training without stored tokens reads."""
+"""New crops of the images in every epoch, decoded ahead by worker processes: training beside stored tokens."""
 
 import atexit
 import multiprocessing

@@ -88,7 +88,7 @@ class Shards:
     def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """Copies `rows`, (n,) int64 from 0 on: (n, N). As numpy's take along axis 0, the only one."""
         rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)}")
         found = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         shards = np.searchsorted(self.starts, rows, side="right") - 1

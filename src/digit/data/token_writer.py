@@ -339,14 +339,20 @@ class _Writer:
                     copy_rows(part.path, self.folder / f"{stem}.npy", keep[first : first + len(part)], part)
         bad = [[key, reason] for _, key, reason in sorted(self.ledger.notes.values())]
         sums = crc32_files([self.folder / f"{stem}.npy" for stem in self._stems])
-        about: dict[str, Any] = {"rows": int(keep.sum()), "bad": bad, "crc32": dict(zip(self._stems, sums, strict=True))}
+        about: dict[str, Any] = {
+            "rows": int(keep.sum()),
+            "bad": bad,
+            "crc32": dict(zip(self._stems, sums, strict=True)),
+        }
         if "shard_rows" in self.request:
-            about["shards"] = [int(keep[at : at + self.shard_rows].sum()) for at in range(0, len(keep), self.shard_rows)]
+            about["shards"] = [
+                int(keep[at : at + self.shard_rows].sum()) for at in range(0, len(keep), self.shard_rows)
+            ]
         write_json(self.manifest, self.request | about)
         self._clean()
 
     def _readable_rows(self) -> np.ndarray:
-        """bool (num_rows,): the rows to keep. An image keeps all of its crops or none, even if it could be read once."""
+        """bool (num_rows,): the rows to keep. An image keeps all of its crops or none, also one that was read once."""
         keep, crops = np.ones(self.num_rows, dtype=bool), self.request["crops_per_image"]
         for start, stop in self.ledger.dropped.spans:
             keep[start // crops * crops : -(-stop // crops) * crops] = False

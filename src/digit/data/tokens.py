@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # format 1, of digit 0.1, called the first array disc.npy
 MAX_VOCAB = 65536  # uint16
-WHOLE_CHECK_BYTES = 2**31  # stores up to this size are read and checked whole whenever they are opened, in a second or two
+WHOLE_CHECK_BYTES = (
+    2**31
+)  # stores up to this size are read and checked whole whenever they are opened, in a second or two
 MEMORY_SHARE = 0.25  # of this machine's memory that the training processes on it may fill with tokens, together
 AHEAD = 4  # batches that threads read ahead of use from mapped files
 
@@ -259,7 +261,9 @@ class TokenStore:
         if not self.checked:
             for name, values in found.items():
                 layout = self.manifest.get(name)
-                low, most = (-1, len(self.manifest["classes"]) - 1) if name == "labels" else (0, layout["vocab_size"] - 1)
+                low, most = (
+                    (-1, len(self.manifest["classes"]) - 1) if name == "labels" else (0, layout["vocab_size"] - 1)
+                )
                 check_range(self.folder / name, values, low, most, name)
         return {name: torch.from_numpy(values).long() for name, values in found.items()}
 

@@ -56,9 +56,9 @@ class SequenceUpdate:
     """`update(step)` does one step: it fetches batch `step` and updates the model, the optimizer and the EMA.
 
     Batches with a method `part(step, start, stop)` give each process its own rows alone; others give it the whole
-    batch. The batch is split into world_size x accumulate equal micro-batches. The loss's random numbers (`model.noise`) are
-    generated for the whole batch, so N processes give what one gives. Dropout is seeded per micro-batch, so N processes
-    give what one gives with accumulate=N.
+    batch. The batch is split into world_size x accumulate equal micro-batches. The loss's random numbers
+    (`model.noise`) are generated for the whole batch, so N processes give what one gives. Dropout is seeded per
+    micro-batch, so N processes give what one gives with accumulate=N.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[int], Batch], cfg: TrainConfig):
@@ -239,14 +239,14 @@ def train_sequence_model(
     """Train a SequenceModel in place; a second call with the same `out` resumes the run.
 
     `batches(step)` returns the global batch as keyword arguments of `model.loss`: target (B, M) int64 and, if the model
-    has them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch,
-    label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If the model has `noise(batch, generator)`,
-    the tensors that it returns are further keyword arguments; it may look at the shapes of the batch alone. Put the
-    model on its device first. If `batches` has a method `part(step, start, stop)`, each process asks it for its own
-    rows of the batch; if it has `rows(step)`, that names the rows of a batch that fails. `validate(model)` gets the model in eval mode (with
-    fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With `flops_per_image` of
-    forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the hardware's peak,
-    `mfu`.
+    has them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. If `batches` has a method `part(step,
+    start, stop)`, each process asks it for its own rows of the batch; if it has `rows(step)`, that names the rows of a
+    batch that fails. `model.loss(**batch, label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If
+    the model has `noise(batch, generator)`, the tensors that it returns are further keyword arguments; it may look at
+    the shapes of the batch alone. Put the model on its device first. `validate(model)` gets the model in eval mode
+    (with fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With
+    `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the
+    hardware's peak, `mfu`.
 
     Returns the model, in eval mode, and the last logged metrics. The model holds the average of its weights if
     `cfg.ema_decay` is set, else the last weights. Raises the errors of `digit.training.loop.train`.
