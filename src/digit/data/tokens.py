@@ -95,7 +95,9 @@ class _Contents:
         """Every file of the store."""
         shards, files = self.shards or [self.rows], []
         for name, layout in (("discriminative", self.discriminative), ("vq", self.vq)):
-            for number, rows in enumerate(shards) if layout else ():
+            if layout is None:
+                continue
+            for number, rows in enumerate(shards):
                 stem = shard_stem(name, number, len(shards))
                 files.append(_File(name, stem, (rows, layout.length), "<u2", layout.vocab_size - 1))
         return [*files, _File("labels", "labels", (self.rows,), "<i4", len(self.classes) - 1)]
@@ -258,13 +260,11 @@ class TokenStore:
         import torch
 
         found = {name: array.take(rows, axis=0) for name, array in arrays.items()}
-        if not self.checked:
-            for name, values in found.items():
-                layout = self.manifest.get(name)
-                low, most = (
-                    (-1, len(self.manifest["classes"]) - 1) if name == "labels" else (0, layout["vocab_size"] - 1)
-                )
-                check_range(self.folder / name, values, low, most, name)
+        for name, values in found.items() if not self.checked else ():
+            if name == "labels":
+                check_range(self.folder / name, values, -1, len(self.manifest["classes"]) - 1, name)
+            else:
+                check_range(self.folder / name, values, 0, self.manifest[name]["vocab_size"] - 1, name)
         return {name: torch.from_numpy(values).long() for name, values in found.items()}
 
 
