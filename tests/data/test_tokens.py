@@ -18,7 +18,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.data.rows import ArrayFile
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
-from digit.errors import DigitError, MismatchError, Stopped
+from digit.errors import BadImageError, DigitError, MismatchError, Stopped
 from digit.runtime import files
 from digit.runtime.request import shown
 
@@ -432,12 +432,123 @@ def test_batches_are_a_function_of_seed_and_step(tmp_path, batch_size):
     assert not torch.equal(seen[:36], torch.cat([store.batches(36, seed=2)(0)["vq"]]))
 
 
-def test_batches_of_some_rows(tmp_path):
+def test_batches_of_some_images(tmp_path):
     store = write(tmp_path / "t")
-    batch = store.batches(4, 0, rows=[5, 6, 7, 8])(3)
-    assert sorted(map(tuple, batch["vq"].tolist())) == sorted(map(tuple, store.vq[5:9].tolist()))
+    batches = store.batches(2, 0, images=[2, 3])
+    seen = torch.cat([batches(step)["vq"] for step in range(3)])  # three epochs: each crop of both images once
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, store.vq[6:12].tolist()))
     with pytest.raises(DigitError, match="at least 1"):
-        store.batches(4, 0, rows=[])
+        store.batches(4, 0, images=[])
+    with pytest.raises(DigitError, match=r"images 3\.\.12 of a store of 12"):
+        store.batches(4, 0, images=[3, 12])
+
+
+def test_an_epoch_is_one_pass_over_the_images_and_crops_take_turns(tmp_path):
+    batches = write(tmp_path / "t").batches(12, seed=7)
+    epochs = [batches.rows(step) for step in range(6)]
+    for rows in epochs:
+        assert sorted(rows // 3) == list(range(12))
+    crops = [dict(zip((rows // 3).tolist(), (rows % 3).tolist(), strict=True)) for rows in epochs]
+    for image in range(12):
+        turns = [crop[image] for crop in crops]
+        assert sorted(turns[:3]) == sorted(turns[2:5]) == [0, 1, 2] and turns[:3] == turns[3:]
+    assert len(set(crops[0].values())) == 3  # images do not all begin with the same crop
+    assert not np.array_equal(epochs[0] // 3, epochs[1] // 3)
+
+
+def test_one_crop_an_image_keeps_the_old_batches(tmp_path):
+    """Bit for bit what version 0.2.0's order gave: permutations of the rows by default_rng([seed, epoch])."""
+    store = write(tmp_path / "t", crops_per_image=1)
+    batches = store.batches(5, seed=3)
+    old = np.concatenate([np.random.default_rng([3, epoch]).permutation(12) for epoch in range(4)])
+    assert np.array_equal(np.concatenate([batches.rows(step) for step in range(9)]), old[:45])
+
+
+# ---- shards
+
+
+def test_shards_hold_what_one_file_holds(tmp_path):
+    one, many = write(tmp_path / "one"), write(tmp_path / "many", shard_bytes=320)  # 10 rows of 16 VQ tokens
+    names = [f"{name}-{n:05d}-of-00004.npy" for name in ("discriminative", "vq") for n in range(4)]
+    assert sorted(contents(tmp_path / "many")) == sorted([*names, "labels.npy", "manifest.json"])
+    assert many.manifest["shards"] == [10, 10, 10, 6] and "shards" not in one.manifest
+    assert np.array_equal(np.asarray(many.vq), one.vq) and many.vq.shape == one.vq.shape
+    rows = [35, 0, 9, 10, 10, 29]
+    for name, value in one.batch(rows).items():
+        assert torch.equal(many.batch(rows)[name], value)
+    assert np.array_equal(many.vq[8:12], one.vq[8:12]) and np.array_equal(many.vq[-1], one.vq[-1])
+    for in_memory in (True, False):
+        read, wanted = many.batches(7, seed=2, in_memory=in_memory), one.batches(7, seed=2)
+        for step in (0, 1, 2, 9, 4):
+            assert all(torch.equal(read(step)[name], wanted(step)[name]) for name in ("discriminative", "vq", "labels"))
+        read.close()
+
+
+@pytest.mark.parametrize("broken", [(), (0, 4, 5)], ids=["whole", "broken"])
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_interrupted_shards_go_on_and_end_byte_identical(tmp_path, stop_at, broken):
+    source = NoiseSource(broken=broken)
+    write(tmp_path / "straight", source=source, shard_bytes=320)
+    with pytest.raises(Stop):
+        write(tmp_path / "stopped", source=source, vq=ToyTokenizer(4, 65536, "vq", stop_at=stop_at), shard_bytes=320)
+    with pytest.raises(MismatchError, match="shard_rows = 10, now asked for"):
+        write(tmp_path / "stopped", source=source)
+    store = write(tmp_path / "stopped", source=source, shard_bytes=320)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "straight")
+    assert np.array_equal(np.asarray(store.vq), write(tmp_path / "one", source=source).vq)
+    assert len(write(tmp_path / "stopped", source=source)) == len(store)  # a finished one opens with any shard_bytes
+
+
+def test_an_image_that_can_be_read_only_once_loses_all_its_crops(tmp_path):
+    """Batches of 4 rows cut image 1 (rows 3 to 5) in two; only the first of them can read it."""
+
+    class Flaky(NoiseSource):
+        reads = 0
+
+        def read(self, index):
+            self.reads += index == 1
+            if index == 1 and self.reads > 1:
+                raise BadImageError("noise/1.png: gone")
+            return super().read(index)
+
+    store = write(tmp_path / "t", source=Flaky())
+    assert len(store) == 33 and np.array_equal(store.vq, np.delete(write(tmp_path / "w").vq, [3, 4, 5], axis=0))
+
+
+def test_large_stores_are_checked_when_asked_and_each_batch_when_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("digit.data.tokens.WHOLE_CHECK_BYTES", 100)
+    write(tmp_path / "t", shard_bytes=320)
+    path = tmp_path / "t" / "discriminative-00002-of-00004.npy"
+    data = bytearray(path.read_bytes())
+    data[-8:] = np.array([7, 7, 7, 7], "<u2").tobytes()  # tokens of the vocabulary, but not these
+    path.write_bytes(data)
+    store = TokenStore.open(tmp_path / "t")
+    store.batches(36, seed=0)(0)
+    with pytest.raises(DigitError, match="discriminative-00002-of-00004.npy has CRC-32"):
+        store.verify()
+    with pytest.raises(DigitError, match="CRC-32"):
+        TokenStore.open(tmp_path / "t", whole=True)
+    data[-8:] = np.array([1000] * 4, "<u2").tobytes()
+    path.write_bytes(data)
+    for in_memory in (True, False):
+        batches = TokenStore.open(tmp_path / "t").batches(12, seed=0, in_memory=in_memory)
+        with pytest.raises(DigitError, match=r"discriminative holds discriminative \d+..1000"):
+            for step in range(3):
+                batches(step)
+        batches.close()
+    os.truncate(path, 200)
+    with pytest.raises(DigitError, match="truncated"):
+        TokenStore.open(tmp_path / "t")
+
+
+def test_parts_of_a_batch_are_its_rows(tmp_path):
+    store = write(tmp_path / "t")
+    for in_memory in (True, False):
+        batches = store.batches(8, seed=1, in_memory=in_memory)
+        for step in (0, 1, 2, 7):
+            parts = [batches.part(step, start, start + 4)["vq"] for start in (0, 4)]
+            assert torch.equal(torch.cat(parts), batches(step)["vq"])
+        batches.close()
 
 
 def test_batches_of_some_arrays_are_new_int64_tensors(tmp_path):

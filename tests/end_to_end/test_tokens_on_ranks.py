@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_ranks import STREAMED, HookedEncoder, SumTokenizer, make_codebook, make_run, make_tokens
+from toy_ranks import SHARD_BYTES, STREAMED, HookedEncoder, SumTokenizer, make_codebook, make_run, make_tokens
 
 from digit.runtime.files import load_tensors, read_json, write_json
 from digit.runtime.ledger import of_rank
@@ -61,6 +61,7 @@ def one(tmp_path_factory) -> Path:
     """Everything as one rank makes it without a break."""
     folder = tmp_path_factory.mktemp("one")
     make_tokens(folder / "tokens")
+    make_tokens(folder / "shards", shard_bytes=SHARD_BYTES)
     make_codebook(folder / "codebook")
     make_codebook(folder / "one_batch", batch_size=64)
     make_codebook(folder / "streamed", cfg=STREAMED)
@@ -106,6 +107,11 @@ def test_every_rank_says_the_same(two):
 def test_tokens_of_two_ranks_are_those_of_one(one, two, name):
     assert sorted(contents(one / "tokens")) == STORE
     assert contents(two / name) == contents(one / "tokens")
+
+
+def test_shards_of_two_ranks_are_those_of_one(one, two):
+    assert len(contents(one / "shards")) == 2 * 4 + 2
+    assert contents(two / "shards") == contents(one / "shards")
 
 
 def test_tokens_of_two_ranks_go_on_on_one(one, two):

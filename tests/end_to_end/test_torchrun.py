@@ -95,6 +95,21 @@ def test_the_losses_are_the_same(folders, stage):
     assert pairs and all(abs(a - b) < 1e-5 for a, b in pairs), pairs
 
 
+def test_fresh_crops_are_shared_among_the_processes(folders, cfg, tmp_path):
+    """Each process decodes and encodes half of every batch; the losses are those of one process."""
+    reuse = [word for part in ("codebook", "vqgan", "tokens") for word in (f"--reuse_{part}", str(folders[0] / part))]
+    words = ["train", "renderer", DATA, "--config", str(cfg), "--training_crops", "fresh", *reuse, "--device", "cpu"]
+    job = start(*words, "--out", str(tmp_path / "two"))
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    errors = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, errors
+    one, two, stored = (
+        read_log(f / "renderer" / "log.jsonl") for f in (tmp_path / "one", tmp_path / "two", folders[0])
+    )
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-5)
+    assert one[-1]["loss"] != stored[-1]["loss"]  # step 4 begins the second epoch
+
+
 def test_the_samples_are_the_same(folders, tmp_path):
     words = ["sample", "--from", str(folders[0]), "--num", "10", "--batch_size", "2", "--device", "cpu", "--out"]
     job = start("--", *words, str(tmp_path / "two"))

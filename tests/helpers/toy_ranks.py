@@ -24,6 +24,7 @@ from digit.tokenizers.vq import VQTokenizer
 
 SMALL = PreprocessConfig(image_size=8, encoder_size=8)
 BROKEN = (7, 20)
+SHARD_BYTES = 640  # 20 rows of 16 VQ tokens
 
 
 class SumTokenizer:
@@ -114,6 +115,7 @@ def main(folder: Path) -> None:
     distributed.start("cpu")
     said = {
         "tokens": outcome(lambda: make_tokens(folder / "tokens")),
+        "shards": outcome(lambda: make_tokens(folder / "shards", shard_bytes=SHARD_BYTES)),
         "left by four": outcome(lambda: make_tokens(folder / "left_by_four")),
         "tokens, stop": outcome(
             lambda: make_tokens(folder / "stopped", SumTokenizer(when=2, hook=only_on(1, ask_to_stop)))

@@ -15,7 +15,7 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.planning.machines import GPUS, Machine, get_gpu
 from digit.planning.memory import CPU_FRAGMENTATION, LiveMemory, blank_batch, training_memory
-from digit.planning.report import dollars
+from digit.planning.report import dollars, notes
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
@@ -176,6 +176,39 @@ def test_more_images_take_more_where_they_are_seen():
     assert many.training_seconds("prior") == few.training_seconds("prior")  # the recipe's steps
     rows = Planner(tiny_recipe(), CPU, Order(images=1_000_000, epochs=2)).training_config("prior")
     assert rows.num_steps * rows.batch_size == pytest.approx(2e6, rel=0.01)
+
+
+def test_an_epoch_is_a_pass_over_the_images_however_many_crops_are_stored():
+    one, many = (Planner(tiny_recipe(crops_per_image=crops), CPU, Order(images=10_000, epochs=2)) for crops in (1, 8))
+    assert one.training_config("prior").num_steps == many.training_config("prior").num_steps == 2500
+    assert many.tokens().times["encoding"] == pytest.approx(8 * one.tokens().times["encoding"])
+    text = "\n".join(notes(many))
+    assert "prior sees every image 2 times, each of its 8 crops 0.25 times" in text
+    assert "renderer sees every image 2 times, always the same crop" in "\n".join(notes(one))
+
+
+def test_fresh_crops_cost_encoding_of_their_role_and_decoding():
+    machine, order = replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"]))
+    stored, fresh = (
+        Planner(replace(get_recipe("digit_base"), training_crops=crops), machine, order)
+        for crops in ("stored", "fresh")
+    )
+    work, images = fresh.work, 125_000 * 2048
+    encoding = work.encoder.flops / (0.6 * 67e12 * 8) + work.nearest_flops / (0.5 * 67e12 * 8)  # shares of fp32
+    assert fresh.encoding_seconds("prior") == pytest.approx(images * encoding)
+    vq = work.vq_encoder.flops / machine.rate("convolutions")
+    assert fresh.encoding_seconds("renderer") == pytest.approx(images * (encoding + vq))
+    assert fresh.encoding_seconds("vq_ar") == pytest.approx(
+        vq * fresh.training_config("vq_ar").num_steps * fresh.training_config("vq_ar").batch_size
+    )
+    for name in ("prior", "renderer"):
+        extra = fresh.training_seconds(name) - stored.training_seconds(name)
+        assert extra == pytest.approx(fresh.encoding_seconds(name))
+        assert fresh.training(name).memory > stored.training(name).memory  # the tokenizers are beside it
+    slow = Planner(fresh.recipe, replace(machine, cores=0.1), order)
+    assert slow.training("prior").bottleneck == "JPEG decoding"
+    assert "each time a new crop" in "\n".join(notes(fresh)) and "validation and probes" in "\n".join(notes(fresh))
+    assert stored.encoding_seconds("prior") == 0
 
 
 def test_batch_that_devices_cannot_share_is_refused():

@@ -257,6 +257,22 @@ def test_training_leaves_the_callers_random_numbers_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_own_rows_get_their_part_of_the_whole_batch_s_random_numbers(monkeypatch, rank):
+    update = SequenceUpdate(ToyModel(), toy_batches(), toy_config(accumulate=2))
+    monkeypatch.setattr(parallel.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel.distributed, "rank", lambda: rank)
+    update.num_micro_batches = 4
+    whole = toy_batches()(3)
+    own = {name: None if v is None else v.chunk(2)[rank] for name, v in whole.items()}
+    (noise, wanted), (own_noise, found) = update.split(whole, 3), update.split(own, 3)
+    assert torch.equal(noise["hidden"], own_noise["hidden"]) and len(wanted) == len(found) == 2
+    for one, two in zip(wanted, found, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in ("target", "labels", "hidden"))
+    with pytest.raises(DigitError, match="batch 3 has 2 rows, batch_size is 8"):
+        update.split({name: None if v is None else v[:2] for name, v in whole.items()}, 3)
+
+
 def test_unlabelled_batches_train(tmp_path):
     model = run_toy(tmp_path, num_steps=2, labelled=False)
     assert torch.equal(model.label.weight, ToyModel().label.weight)  # no gradient, so no decay either

@@ -46,7 +46,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out --seed",
     },
     "tokenize": {
-        "data": "data --split --limit --labels_from --preprocess.image_size --crops_per_image",
+        "data": "data --split --limit --labels_from --preprocess.image_size --crops_per_image --training_crops",
         "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters",
         "what is reused": "--reuse_codebook --reuse_vqgan",
         "size and length": "--vqgan_training.num_steps --vqgan_training.batch_size",

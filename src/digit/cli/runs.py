@@ -130,10 +130,15 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos", ranks=True)
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Write discriminative and VQ tokens of every image; makes missing tokenizers first."""
+    """Write discriminative and VQ tokens of every image; makes missing tokenizers first.
+
+    Tokens that are there already are read whole and checked: every checksum, every number.
+    """
     base = add_run_arguments(parser, argv)
     run = make_run(parse(parser, argv), argv, base)
     store = run.write_tokens()
+    if not store.checked:  # larger stores are opened without reading them
+        distributed.on_main(store.verify)
     say(
         f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
         f"and {store.vq.shape[1]} VQ tokens"

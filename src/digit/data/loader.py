@@ -195,19 +195,19 @@ class CropLoader:
 
             generator = torch.Generator()  # else DataLoader advances the global generator
             workers = min(self.num_workers, max(1, len(self)))
-            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=generator)
-            with _signals_held():
+            made = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=pass_on, generator=generator)
+            with held_signals():
                 made = iter(made)
         for arrays, bad in made:
             yield CropBatch(*map(torch.from_numpy, arrays)), bad
 
 
-def _as_is(item: object) -> object:
+def pass_on(item: object) -> object:
     return item
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
+def held_signals() -> Iterator[None]:
     """Blocks stop signals: processes started inside ignore them, and this process handles them afterwards.
 
     Batch systems and terminals signal every process of a job. The parent decides when to stop, because it may still

@@ -1,8 +1,13 @@
-"""Plain .npy files that are filled row by row, and that can be resumed after a kill or a full disk."""
+"""Plain .npy files that are filled row by row, and that can be resumed after a kill or a full disk.
+
+A long array lies in several files, its shards: NAME.npy if there is one, else NAME-00002-of-00017.npy and so on.
+"""
 
 import math
 import os
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from digit.runtime.files import atomic_path, disk_errors
 
 COPY_ROWS = 65536
 CRC_BYTES = 2**22
+CRC_THREADS = 4
 AGAIN = "delete the folder and make the tokens again (digit tokenize ...)"
 
 
@@ -44,6 +50,52 @@ def crc32_file(path: Path) -> int:
         while block := file.read(CRC_BYTES):
             total = zlib.crc32(block, total)
     return total
+
+
+def crc32_files(paths: Sequence[Path]) -> list[int]:
+    """CRC-32 of several files, a few at a time."""
+    with ThreadPoolExecutor(CRC_THREADS, "digit-crc") as pool:
+        return list(pool.map(crc32_file, paths))
+
+
+def shard_stem(name: str, shard: int, num_shards: int) -> str:
+    """Name of a shard's file without its ending: vq if it is the only one, else vq-00002-of-00017."""
+    return name if num_shards == 1 else f"{name}-{shard:05d}-of-{num_shards:05d}"
+
+
+class Shards:
+    """The rows of several arrays, one array after another, read as if they were one array (R, N)."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *map(len, self.parts)], dtype=np.int64)  # (S + 1,)
+        self.shape, self.dtype = (int(self.starts[-1]), *self.parts[0].shape[1:]), self.parts[0].dtype
+        self.nbytes = sum(part.nbytes for part in self.parts)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.parts).astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Rows by number, slice, list or array of numbers; copies them."""
+        if isinstance(key, slice):
+            return self.take(np.arange(*key.indices(len(self)), dtype=np.int64))
+        rows = np.asarray(key, dtype=np.int64)
+        return self.take(np.where(rows < 0, rows + len(self), rows).reshape(-1)).reshape(*rows.shape, *self.shape[1:])
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Copies `rows`, (n,) int64 from 0 on: (n, N). As numpy's take along axis 0, the only one."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)}")
+        found = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self.parts[shard].take(rows[here] - self.starts[shard], axis=0)
+        return found
 
 
 def check_range(path: Path, array: np.ndarray, low: int, high: int, what: str) -> None:
@@ -80,6 +132,9 @@ class ArrayFile:
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
         self.row_bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def allocate(self) -> None:
         """Writes the header and zeros up to the full length, so that the disk blocks are allocated."""
         with disk_errors(self.path), open(self.path, "wb") as file:
@@ -113,6 +168,53 @@ class ArrayFile:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+
+class ArrayFiles:
+    """One array in an ArrayFile for every `shard_rows` rows; the last holds the rest."""
+
+    def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: str, shard_rows: int):
+        self.shard_rows, num = shard_rows, max(1, -(-shape[0] // shard_rows))
+        self.stems = [shard_stem(name, shard, num) for shard in range(num)]
+        self.parts = [
+            ArrayFile(folder / f"{stem}.partial.npy", (min(shard_rows, shape[0] - first), *shape[1:]), dtype)
+            for stem, first in zip(self.stems, range(0, num * shard_rows, shard_rows), strict=True)
+        ]
+        self.opened: list[ArrayFile] = []
+        self.written: set[ArrayFile] = set()  # since the last sync
+
+    def allocate(self) -> None:
+        """As `ArrayFile.allocate`, for all shards."""
+        for part in self.parts:
+            part.allocate()
+
+    def __enter__(self) -> "ArrayFiles":
+        try:
+            for part in self.parts:
+                self.opened.append(part.__enter__())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Writes `values` to rows row..row + len(values) - 1, across shards where need be."""
+        while len(values):
+            shard, place = divmod(row, self.shard_rows)
+            part, count = self.parts[shard], min(len(values), self.shard_rows - place)
+            part.write(place, values[:count])
+            self.written.add(part)
+            row, values = row + count, values[count:]
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk."""
+        for part in self.written:
+            part.sync()
+        self.written.clear()
+
+    def __exit__(self, *_: object) -> None:
+        for part in self.opened:
+            part.__exit__()
 
 
 def copy_rows(partial: Path, final: Path, keep: np.ndarray, array: ArrayFile) -> None:

@@ -1,7 +1,7 @@
 """Writes a token store: both kinds of tokens of the same image crops, on one or several ranks.
 
     FOLDER/journal.json      while writing: the request, the rows that are done, the rows to drop
-    FOLDER/NAME.partial.npy  while writing: the arrays, in full length
+    FOLDER/NAME.partial.npy  while writing: the arrays, in full length; tokens beyond `shard_bytes` in several files
 
 Several ranks (torchrun) write their rows into the same files, on a file system that all of them see. A run that is
 killed at any moment resumes at the last journal entry, on any number of ranks. The finished files are byte-identical
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.rows import AGAIN, ArrayFile, copy_rows, crc32_file
+from digit.data.rows import AGAIN, ArrayFiles, copy_rows, crc32_files
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore, check_format
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from digit.models.tokenizer import ImageTokenizer
 
 JOURNAL_EVERY_SECONDS = 5.0  # a killed run repeats at most this much work
+SHARD_BYTES = 2**32  # of one file of tokens
 
 
 def write_tokens(
@@ -55,6 +56,7 @@ def write_tokens(
     indices: Sequence[int] | np.ndarray | None = None,
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
+    shard_bytes: int = SHARD_BYTES,
 ) -> TokenStore:
     """Tokenizes every crop in one pass over the images, resuming an interrupted run.
 
@@ -64,6 +66,8 @@ def write_tokens(
         tokenizer, vq: discriminative and VQ tokenizer; one of them may be None.
         crops_per_image: random crops (with flips) of each image.
         indices: images of the source to use; all by default.
+        shard_bytes: about the most bytes in one file of tokens. A run is resumed with the value that it began with; a
+            finished store opens whatever the value.
 
     Raises:
         MismatchError: the folder holds tokens made with other settings; names the first that differs, and both values.
@@ -72,7 +76,8 @@ def write_tokens(
     """
     from digit.data.loader import CropLoader
 
-    writer = _Writer(as_path(folder), _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices))
+    request = _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices)
+    writer = _Writer(as_path(folder), request | _sharding(request, shard_bytes))
     if not writer.begin():
         return TokenStore.open(folder)
     blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
@@ -179,6 +184,14 @@ def _layout(tokenizer: "ImageTokenizer | None") -> dict[str, Any] | None:
     return {"grid": list(tokenizer.grid), "length": int(np.prod(tokenizer.grid)), "vocab_size": tokenizer.vocab_size}
 
 
+def _sharding(request: dict[str, Any], shard_bytes: int) -> dict[str, Any]:
+    """Rows of one file of tokens, {"shard_rows": ...}; {} where one file holds them all, as in every older store."""
+    lengths = [request[name]["length"] for name in ("discriminative", "vq") if request[name]]
+    rows = max(1, shard_bytes // (2 * max(lengths)))
+    num_rows = request["source"]["num_images"] * request["crops_per_image"]
+    return {"shard_rows": rows} if rows < num_rows else {}
+
+
 class _Writer:
     """The files of one unfinished store. A journal only names rows that are already on disk.
 
@@ -191,17 +204,20 @@ class _Writer:
         self.num_rows = self.num_images * request["crops_per_image"]
         self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
         self.ledger = Ledger(request, self.num_rows)  # notes: {unreadable image: [row, key, reason]}
-        lengths = {name: request[name]["length"] for name in ("discriminative", "vq") if request[name]}
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {
-            name: ((self.num_rows, length), "<u2") for name, length in lengths.items()
-        }
-        shapes["labels"] = ((self.num_rows,), "<i4")
-        self.opened: list[ArrayFile] = []
+        self.shard_rows = request.get("shard_rows", self.num_rows)
+        self.opened: list[ArrayFiles] = []
         self.saved = time.monotonic()
-        self.arrays = {name: ArrayFile(self._partial(name), *shape) for name, shape in shapes.items()}
+        self.arrays = {
+            name: ArrayFiles(folder, name, (self.num_rows, request[name]["length"]), "<u2", self.shard_rows)
+            for name in ("discriminative", "vq")
+            if request[name]
+        }
+        self.arrays["labels"] = ArrayFiles(folder, "labels", (self.num_rows,), "<i4", self.num_rows)  # never sharded
 
-    def _partial(self, name: str) -> Path:
-        return self.folder / f"{name}.partial.npy"
+    @property
+    def _stems(self) -> list[str]:
+        """Names of the finished files without .npy."""
+        return [stem for array in self.arrays.values() for stem in array.stems]
 
     def begin(self) -> bool:
         """Returns whether any work is left. Raises MismatchError if the folder or another rank has other settings.
@@ -228,7 +244,7 @@ class _Writer:
             raise DigitError(f"{self.journal} is damaged ({error!r}): {AGAIN}") from error
         if ledger is not None:
             return ledger
-        foreign = [f"{name}.npy" for name in self.arrays if (self.folder / f"{name}.npy").exists()]
+        foreign = [f"{stem}.npy" for stem in self._stems if (self.folder / f"{stem}.npy").exists()]
         if foreign:
             raise DigitError(f"{self.folder} holds {foreign[0]} but no manifest.json: choose another folder")
         with disk_errors(self.folder):
@@ -245,10 +261,13 @@ class _Writer:
     def _compare(self, existing: Any) -> None:
         """Raises MismatchError if `existing`, a manifest or a journal's request, differs from this request."""
         check_format(self.folder, existing)
-        existing = {name: existing.get(name) for name in self.request}  # without rows and checksums
+        ignored = {"source.name"}  # a path as typed; the fingerprint decides
+        if "rows" in existing:  # a finished store says itself how it is sharded
+            ignored.add("shard_rows")
+        wanted = {"shard_rows": None} | self.request
+        existing = {name: existing.get(name) for name in wanted}  # without rows and checksums
         advice = "choose another folder, or the old setting"
-        # source.name is a path as typed; the fingerprint decides
-        require_same_request(self.folder, existing, self.request, advice, ignore={"source.name"}.__contains__)
+        require_same_request(self.folder, existing, wanted, advice, ignore=ignored.__contains__)
 
     def __enter__(self) -> "_Writer":
         if not self.ledger.complete:
@@ -310,20 +329,38 @@ class _Writer:
     def _finish(self) -> None:
         """Drops the unreadable rows, renames the files and writes the manifest. Can be interrupted and repeated."""
         assert self.ledger.complete, "every row is written before the store is finished"
-        keep = np.ones(self.num_rows, dtype=bool)
-        keep[list(self.ledger.dropped)] = False
+        keep = self._readable_rows()
         if not keep.any():
             raise DigitError(f"none of the {self.num_images} images can be read: see digit inspect")
-        for name, array in self.arrays.items():
-            if not (self.folder / f"{name}.npy").exists():
-                copy_rows(self._partial(name), self.folder / f"{name}.npy", keep, array)
+        for array in self.arrays.values():
+            for shard, (stem, part) in enumerate(zip(array.stems, array.parts, strict=True)):
+                first = shard * array.shard_rows
+                if not (self.folder / f"{stem}.npy").exists():
+                    copy_rows(part.path, self.folder / f"{stem}.npy", keep[first : first + len(part)], part)
         bad = [[key, reason] for _, key, reason in sorted(self.ledger.notes.values())]
-        crc32 = {name: crc32_file(self.folder / f"{name}.npy") for name in self.arrays}
-        write_json(self.manifest, self.request | {"rows": int(keep.sum()), "bad": bad, "crc32": crc32})
+        sums = crc32_files([self.folder / f"{stem}.npy" for stem in self._stems])
+        about: dict[str, Any] = {
+            "rows": int(keep.sum()),
+            "bad": bad,
+            "crc32": dict(zip(self._stems, sums, strict=True)),
+        }
+        if "shard_rows" in self.request:
+            about["shards"] = [
+                int(keep[at : at + self.shard_rows].sum()) for at in range(0, len(keep), self.shard_rows)
+            ]
+        write_json(self.manifest, self.request | about)
         self._clean()
+
+    def _readable_rows(self) -> np.ndarray:
+        """bool (num_rows,): the rows to keep. An image keeps all of its crops or none, also one that was read once."""
+        keep, crops = np.ones(self.num_rows, dtype=bool), self.request["crops_per_image"]
+        for start, stop in self.ledger.dropped.spans:
+            keep[start // crops * crops : -(-stop // crops) * crops] = False
+        return keep
 
     def _clean(self) -> None:
         """Removes the files that only an unfinished store needs."""
-        for path in map(self._partial, self.arrays):
-            path.unlink(missing_ok=True)
+        for array in self.arrays.values():
+            for part in array.parts:
+                part.path.unlink(missing_ok=True)
         discard(self.journal)

@@ -62,16 +62,14 @@ def notes(planner: Planner) -> list[str]:
         f"{slowest.bottleneck}"
     ]
     lines += [line for stage in stages for line in stage.advice]
-    rows = order.images * recipe.crops_per_image
     pixels = order.images * IMAGENET_BYTES
-    lines.append(f"token store {size(planner.store_bytes)} on disk, and in the RAM of every training process")
+    lines.append(f"token store {size(planner.store_bytes)} on disk{store_use(planner)}")
     tokens = [stage for stage in stages if stage.name == "tokens"]
     reading = f"; tokenizing reads {size(pixels / tokens[0].seconds)} per second" if tokens else ""
     lines.append(f"images about {size(pixels)} on disk at ImageNet's mean file size{reading}")
     for name in recipe.model_names:
         cfg = planner.training_config(name)
-        passes = cfg.num_steps * cfg.batch_size / rows
-        lines.append(f"{name} sees every crop {passes:.3g} times (set with --epochs)")
+        lines.append(f"{name} {passes(planner, name, cfg.num_steps * cfg.batch_size / order.images)}")
     if planner.fit_cost.num_passes > 1 and "codebook" not in order.reuse:
         lines.append(
             "the features exceed the quantizer's memory budget: every iteration encodes the images again "
@@ -97,6 +95,32 @@ def notes(planner: Planner) -> list[str]:
             "of two"
         )
     return ["- " + line for line in lines]
+
+
+def store_use(planner: Planner) -> str:
+    """How training reads the token store."""
+    if planner.fresh:
+        return ", for validation and probes: training encodes fresh crops"
+    return ", in the RAM of every training process if all of them fit a quarter of their machine's, else mapped"
+
+
+def passes(planner: Planner, name: str, epochs: float) -> str:
+    """How often a model sees an image and a crop, and what fresh crops add to a step."""
+    crops, cfg = planner.recipe.crops_per_image, planner.training_config(name)
+    if not planner.fresh:
+        each = f", each of its {crops} crops {epochs / crops:.3g} times" if crops > 1 else ", always the same crop"
+        return f"sees every image {epochs:.3g} times{each} (set with --epochs)"
+    step, times = planner.encoding_seconds(name) / cfg.num_steps, planner.training_times(name)
+    without, decoding = times["training and encoding"] / cfg.num_steps - step, times["JPEG decoding"] / cfg.num_steps
+    return (
+        f"sees every image {epochs:.3g} times, each time a new crop (set with --epochs): a step takes "
+        f"{short(without)}, encoding its crops {short(step)} more, decoding them meanwhile {short(decoding)}"
+    )
+
+
+def short(seconds: float) -> str:
+    """Formats the seconds of a step: 23 ms, 1.23 s."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
 def as_json(planner: Planner) -> dict[str, Any]:

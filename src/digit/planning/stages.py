@@ -68,7 +68,7 @@ class Order:
     samples: int = within("[0, 1_000_000_000_000]", 0)
     """Images sampled after the run, beside those of its report."""
     epochs: float | None = within("(0, 1_000_000]", None)
-    """Passes of each model over the stored crops; None takes the recipe's number of steps."""
+    """Passes of each model over the images, with one crop of each; None takes the recipe's number of steps."""
     num_classes: int = within("[0, 1_000_000_000]", 0)
     """Classes of the data, for a class-conditional recipe."""
     reuse: frozenset[str] = field(default_factory=frozenset)
@@ -193,18 +193,29 @@ class Planner:
 
     def tokens(self) -> Stage:
         """Both kinds of tokens of every crop."""
-        work, crops = self.work, self.order.images * self.recipe.crops_per_image
-        seconds = self._seconds(work.encoder.kind, crops * work.encoder.flops)
-        seconds += self._seconds("convolutions", crops * work.vq_encoder.flops)
-        seconds += self._seconds("nearest code", crops * work.nearest_flops)
+        crops = self.order.images * self.recipe.crops_per_image
+        times = {"encoding": self._encoding(crops, ("discriminative", "vq"))} | self._decoding(self.order.images)
+        return Stage(name="tokens", what=f"{count(crops)} crops", memory=self._tokenizing_memory(), times=times)
+
+    def _encoding(self, crops: float, kinds: Sequence[str]) -> float:
+        """Seconds to turn crops into some kinds of tokens, without decoding."""
+        work, seconds = self.work, 0.0
+        if "discriminative" in kinds:
+            seconds += self._seconds(work.encoder.kind, crops * work.encoder.flops)
+            seconds += self._seconds("nearest code", crops * work.nearest_flops)
+        if "vq" in kinds:
+            seconds += self._seconds("convolutions", crops * work.vq_encoder.flops)
+        return seconds
+
+    def _tokenizing_memory(self) -> float:
+        """Bytes of both tokenizers at work."""
+        work = self.work
         maps = ENCODING_BATCH * 3 * work.vqgan.channels * work.vqgan.resolution**2 / 4  # 16 images at a time
-        memory = self._encoder_memory() + self._inference_memory(work.vq_encoder, maps)
-        times = {"encoding": seconds} | self._decoding(self.order.images)
-        return Stage(name="tokens", what=f"{count(crops)} crops", memory=memory, times=times)
+        return self._encoder_memory() + self._inference_memory(work.vq_encoder, maps)
 
     @property
     def store_bytes(self) -> float:
-        """Bytes of the token store on disk, and in RAM during training."""
+        """Bytes of the token store on disk."""
         row = TOKEN_BYTES * (self.work.num_tokens + self.work.vqgan.num_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
@@ -215,8 +226,7 @@ class Planner:
         cfg = self.recipe.training(get_role(name))
         if self.order.epochs is None:
             return cfg
-        rows = self.order.images * self.recipe.crops_per_image
-        return replace(cfg, num_steps=max(1, math.ceil(self.order.epochs * rows / cfg.batch_size)))
+        return replace(cfg, num_steps=max(1, math.ceil(self.order.epochs * self.order.images / cfg.batch_size)))
 
     def memory(self, name: str, training: TrainConfig) -> TrainingMemory:
         """Memory of a training step on one device."""
@@ -226,22 +236,46 @@ class Planner:
     def training(self, name: str) -> Stage:
         """Training of one sequence model."""
         cfg = self.training_config(name)
-        memory = self.memory(name, cfg).peak
+        memory = self.memory(name, cfg).peak + self._beside
         parameters = num_parameters(self.work.sequence(name))
         split = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
         return Stage(
             name=name,
             what=f"{count(parameters)} parameters, {count(cfg.num_steps)} steps of {cfg.batch_size}{split}",
             memory=memory,
-            times={"matrix multiplication": self.training_seconds(name)},
+            times=self.training_times(name),
             advice=self.make_fit(name, cfg) if memory > self.machine.usable else (),
         )
 
+    @property
+    def _beside(self) -> float:
+        """Bytes on each device beside the training itself: the tokenizers, where they encode fresh crops."""
+        return self._tokenizing_memory() if self.fresh else 0.0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether training encodes new crops."""
+        return self.recipe.training_crops == "fresh"
+
     def training_seconds(self, name: str) -> float:
         """Seconds to train one sequence model."""
+        return max(self.training_times(name).values())
+
+    def training_times(self, name: str) -> dict[str, float]:
+        """Seconds to train one sequence model, by what could limit it. Fresh crops are encoded between the steps, on
+        the same devices, and decoded meanwhile on the CPU."""
         cfg = self.training_config(name)
         flops = self.work.training_flops(name) * cfg.num_steps * cfg.batch_size
-        return self._seconds("training", flops * (4 / 3 if cfg.checkpoint_activations else 1))  # a second forward pass
+        flops *= 4 / 3 if cfg.checkpoint_activations else 1  # a second forward pass
+        seconds, images = self._seconds("training", flops), cfg.num_steps * cfg.batch_size
+        if not self.fresh:
+            return {"matrix multiplication": seconds}
+        return {"training and encoding": seconds + self.encoding_seconds(name)} | self._decoding(images)
+
+    def encoding_seconds(self, name: str) -> float:
+        """Seconds of a model's training that encode fresh crops, one for each image seen, into its role's tokens."""
+        cfg = self.training_config(name)
+        return self._encoding(cfg.num_steps * cfg.batch_size, get_role(name).tokens) if self.fresh else 0.0
 
     def make_fit(self, name: str, cfg: TrainConfig) -> tuple[str, ...]:
         """Ways to make a batch fit: the fewest pieces, and activation checkpointing with the fewest."""
@@ -250,7 +284,7 @@ class Planner:
         for checkpointing in {cfg.checkpoint_activations, True}:
             for accumulate in (n for n in divisors(rows) if n >= (1 if checkpointing else cfg.accumulate)):
                 candidate = replace(cfg, accumulate=accumulate, checkpoint_activations=checkpointing)
-                if (memory := self.memory(name, candidate).peak) <= self.machine.usable:
+                if (memory := self.memory(name, candidate).peak + self._beside) <= self.machine.usable:
                     settings = [f"{section}.accumulate {accumulate}"]
                     settings += [f"{section}.checkpoint_activations true"] if checkpointing else []
                     fitting.append(f"{name} fits with {' '.join(settings)}: {size(memory)}")

@@ -190,6 +190,11 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
             f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
             "or preprocess.random_crop or preprocess.flip to true"
         )
+    if recipe.training_crops == "fresh" and recipe.preprocess.deterministic:
+        raise DigitError(
+            "training_crops is fresh, but all crops of an image would be the same: set it to stored, or "
+            "preprocess.random_crop or preprocess.flip to true"
+        )
     sizes = {
         f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size,
         "vqgan: codes": vqgan_config(recipe).vocab_size,

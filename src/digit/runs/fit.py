@@ -13,7 +13,8 @@ done, and writes its result, because a shared file system can show new files lat
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from digit.data.epochs import AllBut
+from digit.data.fresh import FreshCrops
 from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
-from digit.data.tokens import TokenBatches, TokenStore
+from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import EfficientNet
 from digit.models.perceptual import EncoderDistance
@@ -33,10 +36,11 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
+from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches
 from digit.runs.checks import check_recipe, chosen_settings, unchanged_parts, vqgan_config
 from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
 from digit.runs.recipes import Recipe, TokenSpace
-from digit.runs.roles import ROLES, get_role, loss_arguments
+from digit.runs.roles import ROLES, Role, get_role, loss_arguments
 from digit.runtime import distributed
 from digit.runtime.files import as_path, differences, plain, read_json, remove_leftovers, write_json, write_result
 from digit.runtime.hardware import choose_device
@@ -309,10 +313,11 @@ class Run:
             training = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name) if self.recipe.validation_fraction else None
-            train_sequence_model(
-                model, self.batches(name, training), training, folder,
-                about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
-            )  # fmt: skip
+            with closing(self.batches(name, training)) as batches:
+                train_sequence_model(
+                    model, batches, training, folder,
+                    about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
+                )  # fmt: skip
             distributed.on_main(lambda: self._save_model(model, folder, tokens))
         require_same_request(folder, read_json(folder / "tokens.json"), tokens, f"give that one, or delete {folder}")
         return load_sequence_model(folder, "model").to(self.device)
@@ -358,34 +363,66 @@ class Run:
         cfg = self.recipe.training(get_role(name))
         return training_flops(self.sequence_config(name)) * cfg.num_steps * cfg.batch_size
 
-    def batches(self, name: str, cfg: TrainConfig) -> "ModelBatches":
-        """step -> {"target", "prefix", "labels"} for one of ROLES, from tokens in RAM."""
-        labelled = bool(self.sequence_config(name).num_classes)
-        role = get_role(name)
+    def batches(self, name: str, cfg: TrainConfig) -> Batches:
+        """step -> {"target", "prefix", "labels"} for one of ROLES, from stored tokens or from fresh crops."""
+        role, labelled = get_role(name), bool(self.sequence_config(name).num_classes)
+        arguments = partial(loss_arguments, role, labelled=labelled)
+        images = AllBut(self.write_tokens().num_images, self.held_out_every)
+        if self.recipe.training_crops == "fresh":
+            return self._fresh_batches(role, cfg, images, arguments)
         names = [*role.tokens, *(["labels"] if labelled else [])]
-        rows = np.flatnonzero(~self.held_out_rows())
-        read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, rows=rows, names=names)
-        pixels = self._crops if role.target == "pixels" else None
-        return ModelBatches(read, partial(loss_arguments, role, labelled=labelled), pixels)
+        read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, images=images, names=names)
+        return ModelBatches(read, arguments, self._crops if role.target == "pixels" else None)
+
+    def _fresh_batches(self, role: Role, cfg: TrainConfig, images: AllBut, arguments: Arguments) -> Batches:
+        crops = FreshCrops(
+            self.source, self.recipe.preprocess,
+            batch_size=cfg.batch_size, seed=self.recipe.seed, images=self.stored_images[images[np.arange(len(images))]],
+            max_bad_fraction=self.recipe.max_bad_fraction,
+        )  # fmt: skip
+        makers: dict[str, Callable[[], Any]] = {"discriminative": self.tokenizer, "vq": self.train_vqgan}
+        tokenizers = {kind: makers[kind]() for kind in role.tokens}
+        return FreshBatches(crops, arguments, tokenizers, cfg.batch_size, self.device)
+
+    @cached_property
+    def stored_images(self) -> np.ndarray:
+        """(num_images,) int64: the image of the source behind each readable image of the token store."""
+        unreadable = {key for key, _ in self.write_tokens().manifest["bad"]}
+        if not unreadable:
+            return np.arange(len(self.source), dtype=np.int64)
+        return np.array([i for i in range(len(self.source)) if self.source.key(i) not in unreadable], dtype=np.int64)
 
     def _crops(self, rows: np.ndarray) -> torch.Tensor:
         """(B, 3, H, W) uint8: the crops that these rows of the token store were made of."""
-        recipe = self.recipe
-        return read_rows(self.source, recipe.preprocess, rows, crops_per_image=recipe.crops_per_image, seed=recipe.seed)
+        store = self.write_tokens()
+        images, crops = np.divmod(rows, store.crops_per_image)
+        made = {"crops_per_image": store.crops_per_image, "seed": store.manifest["seed"]}
+        rows = self.stored_images[images] * store.crops_per_image + crops
+        return read_rows(self.source, self.recipe.preprocess, rows, **made)
+
+    @property
+    def held_out_every(self) -> int:
+        """Of every so many images the first is kept out of training, with all its crops; 0 keeps none out."""
+        fraction = self.recipe.validation_fraction
+        return max(2, round(1 / fraction)) if fraction else 0
 
     def held_out_rows(self) -> np.ndarray:
         """bool (R,): rows kept out of training: every 1 / validation_fraction-th image, with all its crops."""
-        images = np.arange(len(self.write_tokens())) // self.recipe.crops_per_image
-        if not self.recipe.validation_fraction:
-            return np.zeros(len(images), dtype=bool)
-        return images % max(2, round(1 / self.recipe.validation_fraction)) == 0
+        store, every = self.write_tokens(), self.held_out_every
+        held = np.arange(store.num_images) % every == 0 if every else np.zeros(store.num_images, dtype=bool)
+        return np.repeat(held, store.crops_per_image)
 
     def validation(self, name: str) -> Callable[[nn.Module], dict[str, float]]:
-        """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time."""
-        rows = np.flatnonzero(self.held_out_rows())
-        chosen = rows[np.linspace(0, len(rows) - 1, min(MAX_VALIDATION_ROWS, len(rows))).astype(int)]
+        """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time.
+
+        They are the stored crops, whatever crops the model trains on.
+        """
+        store, crops = self.write_tokens(), self.recipe.crops_per_image
+        num_rows = -(-store.num_images // self.held_out_every) * crops  # of images 0, every, 2 every, ...
+        places = np.linspace(0, num_rows - 1, min(MAX_VALIDATION_ROWS, num_rows)).astype(np.int64)
+        chosen = places // crops * self.held_out_every * crops + places % crops
         labelled = bool(self.sequence_config(name).num_classes)
-        found = self.write_tokens().batch(chosen)
+        found = store.batch(chosen)
         if get_role(name).target == "pixels":
             found["pixels"] = self._crops(chosen)
         batch = loss_arguments(get_role(name), found, labelled=labelled)
@@ -421,24 +458,6 @@ class Run:
         """Stage names and what makes each, in order."""
         models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
         return [("codebook", self.fit_codebook), ("vqgan", self.train_vqgan), ("tokens", self.write_tokens), *models]
-
-
-@dataclass(frozen=True)
-class ModelBatches:
-    """`batches(step)` -> keywords of a model's loss; `batches.rows(step)` -> the rows of the token store in it."""
-
-    read: TokenBatches
-    arguments: Callable[[dict[str, torch.Tensor]], dict[str, Any]]
-    pixels: Callable[[np.ndarray], torch.Tensor] | None = None
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        rows = self.read(step)
-        if self.pixels is not None:
-            rows["pixels"] = self.pixels(self.read.rows(step))
-        return self.arguments(rows)
-
-    def rows(self, step: int) -> np.ndarray:
-        return self.read.rows(step)
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:

@@ -84,7 +84,11 @@ class Recipe:
     vqgan_training: GANConfig = field(default_factory=GANConfig)
     """Training of the VQGAN; num_steps 0 takes the start as it is."""
     crops_per_image: int = within("[1, inf)", 1)
-    """Crops (with flips) of each image in the token store."""
+    """Crops (with flips) of each image in the token store. An epoch of training passes over the images and takes one
+    crop of each, in turn."""
+    training_crops: Literal["stored", "fresh"] = "stored"
+    """Crops that prior and renderer train on: stored, those of the token store; or fresh, new ones of every image in
+    every epoch, encoded in the training loop as the released code does. `digit plan` tells what either costs."""
     class_conditional: bool = True
     """Condition on labels where the data has them."""
     prior: ModelSpec = field(default_factory=ModelSpec)

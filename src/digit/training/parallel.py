@@ -1,7 +1,7 @@
 """One model on several ranks: replicated (DistributedDataParallel) or sharded (fully_shard).
 
-Gradients are the mean over the ranks in both cases. A batch is global: every rank asks for batch `step` and takes its
-own slice of it.
+Gradients are the mean over the ranks in both cases. A batch is global: every rank takes its own slice of batch `step`,
+of the whole batch or, where the batches can be had in parts, without reading the rest.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -55,9 +55,10 @@ class SkippedUpdates:
 class SequenceUpdate:
     """`update(step)` does one step: it fetches batch `step` and updates the model, the optimizer and the EMA.
 
-    The batch is split into world_size x accumulate equal micro-batches. The loss's random numbers (`model.noise`) are
-    generated for the whole batch, so N processes give what one gives. Dropout is seeded per micro-batch, so N processes
-    give what one gives with accumulate=N.
+    Batches with a method `part(step, start, stop)` give each process its own rows alone; others give it the whole
+    batch. The batch is split into world_size x accumulate equal micro-batches. The loss's random numbers
+    (`model.noise`) are generated for the whole batch, so N processes give what one gives. Dropout is seeded per
+    micro-batch, so N processes give what one gives with accumulate=N.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[int], Batch], cfg: TrainConfig):
@@ -94,7 +95,7 @@ class SequenceUpdate:
     def __call__(self, step: int) -> Metrics:
         lr = set_lr(self.optimizer, learning_rate_at(step, self.cfg))
         started = time.perf_counter()
-        batch = self.batches(step)
+        batch = self.fetch(step)
         data_seconds = time.perf_counter() - started
         if not self.ddp_buckets_final:  # DDP rebuilds them after its first backward, which changes the order of sums
             self.ddp_buckets_final = True
@@ -106,19 +107,46 @@ class SequenceUpdate:
             self.ema.update(step)
         return metrics
 
-    def forward_backward(self, batch: Batch, step: int) -> Metrics:
-        """Compute the gradients of the global batch's mean loss; returns metrics, to be averaged over the ranks."""
+    def fetch(self, step: int) -> Batch:
+        """Batch `step`: this process's rows where the batches can be had in parts, else the whole."""
+        part = getattr(self.batches, "part", None)
+        if part is None:
+            return self.batches(step)
+        rows = self.cfg.batch_size // distributed.world_size()
+        return part(step, distributed.rank() * rows, (distributed.rank() + 1) * rows)
+
+    def split(self, batch: Batch, step: int) -> tuple[Batch, list[Batch]]:
+        """The whole batch's random numbers, and this process's micro-batches with theirs.
+
+        Raises DigitError for a batch that is neither the whole nor this process's share of it.
+        """
         accumulate, first = self.cfg.accumulate, distributed.rank() * self.cfg.accumulate
         target = batch["target"]
         assert target is not None
-        if target.shape[0] != self.cfg.batch_size:
-            raise DigitError(f"batch {step} has {target.shape[0]} rows, batch_size is {self.cfg.batch_size}")
-        batch = batch | self.noise(batch, step)
+        total, share = self.cfg.batch_size, self.cfg.batch_size // distributed.world_size()
+        if target.shape[0] not in (total, share):
+            raise DigitError(f"batch {step} has {target.shape[0]} rows, batch_size is {total}")
+        if target.shape[0] == total:
+            noise = self.noise(batch, step)
+            whole = parallel.split_batch(batch | noise, self.num_micro_batches)
+            return noise, whole[first : first + accumulate]
+        outline = {n: None if v is None else v[:1].expand(total, *v.shape[1:]) for n, v in batch.items()}
+        noise = self.noise(outline, step)  # it looks at shapes alone
+        noises = parallel.split_batch(noise, self.num_micro_batches)[first : first + accumulate]
+        own = parallel.split_batch(batch, accumulate)
+        return noise, [part | of_part for part, of_part in zip(own, noises, strict=True)]
+
+    def forward_backward(self, batch: Batch, step: int) -> Metrics:
+        """Compute the gradients of the global batch's mean loss; returns metrics, to be averaged over the ranks.
+
+        `batch` is the whole batch, or this process's rows of it.
+        """
+        accumulate, first = self.cfg.accumulate, distributed.rank() * self.cfg.accumulate
+        noise, micro_batches = self.split(batch, step)
         totals: Metrics = {}
-        micro_batches = parallel.split_batch(batch, self.num_micro_batches)[first : first + accumulate]
         for i, micro_batch in enumerate(micro_batches):
             self.seed(step, first + i)
-            weight = self.weight(batch, micro_batch) / accumulate
+            weight = self.weight(noise, micro_batch) / accumulate
             inputs = {name: None if v is None else to_device(v, self.device) for name, v in micro_batch.items()}
             last = i + 1 == accumulate  # the ranks exchange gradients once per step
             with nullcontext() if last else parallel.without_gradient_sync(self.objective):
@@ -138,9 +166,9 @@ class SequenceUpdate:
         self.generator.manual_seed(step_seed(self.cfg.seed, step))
         return draw(batch, self.generator)
 
-    def weight(self, batch: Batch, micro_batch: Batch) -> Tensor | float:
+    def weight(self, noise: Batch, micro_batch: Batch) -> Tensor | float:
         """Weight of a micro-batch's mean loss, 1 on average: a masked model averages over its hidden tokens only."""
-        if (hide := batch.get("hide")) is None or self.num_micro_batches == 1:
+        if (hide := noise.get("hide")) is None or self.num_micro_batches == 1:
             return 1.0
         part = micro_batch["hide"]
         assert part is not None
@@ -211,13 +239,14 @@ def train_sequence_model(
     """Train a SequenceModel in place; a second call with the same `out` resumes the run.
 
     `batches(step)` returns the global batch as keyword arguments of `model.loss`: target (B, M) int64 and, if the model
-    has them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. `model.loss(**batch,
-    label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If the model has `noise(batch, generator)`,
-    the tensors that it returns are further keyword arguments. Put the model on its device first. If `batches` has a
-    method `rows(step)`, it names the rows of a batch that fails. `validate(model)` gets the model in eval mode (with
-    fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With `flops_per_image` of
-    forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the hardware's peak,
-    `mfu`.
+    has them, prefix (B, N) int64 and labels (B,) int64, with B = cfg.batch_size. If `batches` has a method `part(step,
+    start, stop)`, each process asks it for its own rows of the batch; if it has `rows(step)`, that names the rows of a
+    batch that fails. `model.loss(**batch, label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If
+    the model has `noise(batch, generator)`, the tensors that it returns are further keyword arguments; it may look at
+    the shapes of the batch alone. Put the model on its device first. `validate(model)` gets the model in eval mode
+    (with fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With
+    `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the
+    hardware's peak, `mfu`.
 
     Returns the model, in eval mode, and the last logged metrics. The model holds the average of its weights if
     `cfg.ema_decay` is set, else the last weights. Raises the errors of `digit.training.loop.train`.

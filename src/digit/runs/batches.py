@@ -1,0 +1,92 @@
+"""What a model of a run trains on: stored tokens, or crops that are new in every epoch and encoded in the loop."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.data.fresh import FreshCrops
+from digit.data.tokens import TokenBatches
+from digit.models.tokenizer import ImageTokenizer
+
+ENCODED_TOGETHER = 64  # images
+Arguments = Callable[[dict[str, Tensor]], dict[str, Any]]
+
+
+class Batches(Protocol):
+    """`batches(step)` -> keywords of a model's loss, for a whole batch."""
+
+    def __call__(self, step: int) -> dict[str, Any]: ...
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        """Rows start .. stop - 1 of the batch: what one of several processes trains on."""
+        ...
+
+    def rows(self, step: int) -> np.ndarray:
+        """(B,) int64: what the batch was made of, for the report on a step that fails."""
+        ...
+
+    def close(self) -> None:
+        """End the threads or processes that read ahead."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelBatches:
+    """Batches of stored tokens; `rows` are those of the token store. `pixels` gives the crops behind some rows."""
+
+    read: TokenBatches
+    arguments: Arguments
+    pixels: Callable[[np.ndarray], Tensor] | None = None
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.read.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        found = self.read.part(step, start, stop)
+        if self.pixels is not None:
+            found["pixels"] = self.pixels(self.read.rows(step)[start:stop])
+        return self.arguments(found)
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.read.rows(step)
+
+    def close(self) -> None:
+        self.read.close()
+
+
+@dataclass(frozen=True)
+class FreshBatches:
+    """Batches of new crops; `rows` are images of the source. `tokenizers` (name -> tokenizer) encode them in float32.
+
+    Tokens come out on the tokenizers' device. They are those that a token store would hold of the same crops, but for
+    rounding on a GPU, where the number of images that are encoded together may differ.
+    """
+
+    crops: FreshCrops
+    arguments: Arguments
+    tokenizers: Mapping[str, ImageTokenizer]
+    batch_size: int
+    device: torch.device
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        crops = self.crops.part(step, start, stop)
+        images = crops.images
+        if self.device.type == "cuda":
+            images = images.pin_memory().to(self.device, non_blocking=True)  # once for all tokenizers
+        found = {"labels": crops.labels, "pixels": images}
+        for name, tokenizer in self.tokenizers.items():
+            found[name] = torch.cat([tokenizer.encode(part) for part in images.split(ENCODED_TOGETHER)])
+        return self.arguments(found)
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.crops.images(step)
+
+    def close(self) -> None:
+        self.crops.close()

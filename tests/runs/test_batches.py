@@ -1,0 +1,156 @@
+"""What models train on: stored tokens in turn, or fresh crops; by parts, resumable, without the held-out images."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import SHAPES, tiny_recipe
+from toy_images import NoiseSource
+
+from digit.data.shapes import ShapesSource
+from digit.errors import DigitError, Stopped
+from digit.runs.checks import unchanged_parts
+from digit.runs.fit import Run
+from digit.runs.roles import ROLES
+from digit.runtime.files import load_tensors
+from digit.training.log import read_log
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Run:
+    run = Run(tiny_recipe(), SHAPES, tmp_path_factory.mktemp("base") / "run")
+    run.write_tokens()
+    return run
+
+
+def beside(base: Run, out, **changes) -> Run:
+    """A run with the base's codebook, VQGAN and tokens."""
+    reuse = {part: base.out / part for part in ("codebook", "vqgan", "tokens")}
+    return Run(replace(tiny_recipe(), **changes), SHAPES, out, reuse=reuse)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_processes(monkeypatch):
+    """They take a second to start; test_fresh.py and test_torchrun.py have them."""
+    monkeypatch.setattr("digit.data.fresh.default_workers", lambda: 0)
+
+
+@pytest.fixture
+def fresh(base, tmp_path) -> Run:
+    return beside(base, tmp_path / "fresh", training_crops="fresh")
+
+
+def get_batches(run: Run, model: str):
+    return run.batches(model, run.training_config(model))
+
+
+@pytest.mark.parametrize("model", ["prior", "renderer", "vq_ar"])
+def test_the_first_epoch_of_fresh_crops_is_the_store(base, fresh, model):
+    """24 images in batches of 8: three steps of the same tokens; from the fourth on other crops."""
+    stored, made = get_batches(base, model), get_batches(fresh, model)
+    for step in range(3):
+        one, two = stored(step), made(step)
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert (value is None and two[name] is None) or torch.equal(value, two[name]), name
+        assert np.array_equal(stored.rows(step), made.rows(step))
+    later = [torch.cat([batches(step)["target"] for step in range(3, 6)]) for batches in (stored, made)]
+    assert not torch.equal(*later)
+    made.close()
+
+
+def test_only_the_tokenizers_of_a_role_are_used(base, fresh, monkeypatch):
+    monkeypatch.setattr(type(fresh.train_vqgan()), "encode", None)  # the prior needs no VQ tokens
+    made = get_batches(fresh, "prior")
+    assert set(made.tokenizers) == {"discriminative"} and made(0)["target"].shape == (8, 4)
+    made.close()
+
+
+def test_parts_make_the_whole(base, fresh):
+    for batches in (get_batches(base, "renderer"), get_batches(fresh, "renderer")):
+        whole, parts = batches(1), [batches.part(1, start, start + 4) for start in (0, 4)]
+        for name in ("target", "prefix"):
+            assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+        batches.close()
+
+
+def test_fresh_training_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    """Stopped in its second epoch and begun again: the weights and the log of a run that was not."""
+    training = replace(tiny_recipe().prior_training, num_steps=8, batch_size=8, save_every=2)
+    settings = dict(training_crops="fresh", prior_training=training, validation_fraction=0.25)
+    whole = beside(base, tmp_path / "whole", **settings)
+    whole.train_model("prior")
+    cut = beside(base, tmp_path / "cut", **settings)
+    real = Run.batches
+
+    def stopping(self, name, cfg):
+        made = real(self, name, cfg)
+
+        class Stop(type(made)):
+            def part(self, step, start, stop):
+                if step == 5:
+                    raise Stopped("here")
+                return super().part(step, start, stop)
+
+        return Stop(**vars(made))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "batches", stopping)
+        with pytest.raises(Stopped):
+            cut.train_model("prior")
+    beside(base, tmp_path / "cut", **settings).train_model("prior")
+    first, second = (load_tensors(run.out / "prior" / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    logs = [[line.get("val_nll") for line in read_log(run.out / "prior" / "log.jsonl")] for run in (whole, cut)]
+    assert logs[0] == logs[1] and any(logs[0])
+
+
+def test_held_out_images_are_in_no_batch(base, tmp_path):
+    held = [0, 4, 8, 12, 16, 20]
+    for crops in ("stored", "fresh"):
+        run = beside(base, tmp_path / crops, training_crops=crops, validation_fraction=0.25)
+        batches = get_batches(run, "prior")
+        seen = np.unique([batches.rows(step) for step in range(9)])
+        assert seen.tolist() == [image for image in range(24) if image not in held]
+        assert np.flatnonzero(run.held_out_rows()).tolist() == held
+        batches.close()
+
+
+def test_crops_behind_tokens_are_found_past_broken_images_and_other_seeds(tmp_path):
+    """Pixels of stored rows come of the image and the seed that the store was made with."""
+    settings = dict(crops_per_image=2, max_bad_fraction=0.5, class_conditional=False)
+    kmeans = replace(tiny_recipe().kmeans, num_clusters=4)
+    source = NoiseSource(17, broken=(0, 3))
+    first = Run(tiny_recipe(**settings, kmeans=kmeans), source, tmp_path / "first")
+    store = first.write_tokens()
+    assert store.num_images == 15 and first.stored_images.tolist() == [1, 2, *range(4, 17)]
+    reuse = {part: first.out / part for part in ("codebook", "vqgan", "tokens")}
+    other = Run(tiny_recipe(**settings, kmeans=kmeans, seed=9), source, tmp_path / "other", reuse=reuse)
+    rows = np.array([0, 5, 29, 4])
+    tokens = other.tokenizer().encode(other._crops(rows))
+    assert np.array_equal(tokens, store.discriminative[rows])
+
+
+def test_pixels_of_fresh_crops_come_along(base, fresh, monkeypatch):
+    tiny_config = fresh.sequence_config("renderer")
+    role = replace(ROLES["renderer"], name="renderer_pixels", target="pixels")
+    monkeypatch.setitem(ROLES, role.name, role)
+    monkeypatch.setattr(Run, "sequence_config", lambda self, name: tiny_config)
+    made = fresh.batches("renderer_pixels", fresh.training_config("prior"))
+    batch = made(4)
+    assert batch["target"].shape == (8, 3, SIZE, SIZE) and batch["target"].dtype == torch.uint8
+    assert torch.equal(fresh.tokenizer().encode(batch["target"]), batch["prefix"])
+    made.close()
+
+
+def test_fresh_crops_need_crops_that_differ(tmp_path):
+    still = replace(tiny_recipe().preprocess, random_crop=False, flip=False)
+    with pytest.raises(DigitError, match="training_crops is fresh, but all crops of an image would be the same"):
+        Run(tiny_recipe(training_crops="fresh", preprocess=still), ShapesSource(24), tmp_path)
+
+
+def test_other_training_crops_keep_tokenizers_and_tokens():
+    assert unchanged_parts(["recipe.training_crops"]) == ["codebook", "vqgan", "tokens"]
