@@ -4,6 +4,7 @@ import pytest
 from toy_measure import pictures, save_folder
 from written_images import write_rows
 
+from digit.data import listing
 from digit.errors import DigitError
 from digit.evaluation.splits import probe_splits
 
@@ -113,3 +114,12 @@ def test_a_damaged_split_is_no_missing_split(tmp_path):
     (tmp_path / "test-0.parquet").write_bytes(b"PAR1 damaged")
     with pytest.raises(DigitError, match=r"its test split cannot be used: .*cannot be read as Parquet"):
         probe_splits(str(tmp_path))
+
+
+def test_a_folder_is_listed_once_for_its_splits(tmp_path, monkeypatch):
+    data, listed = folder_of(tmp_path, "train", "val"), []
+    monkeypatch.setattr(listing, "_list_all", lambda root, real=listing._list_all: listed.append(root) or real(root))
+    probe_splits(data)
+    assert listed == [tmp_path]
+    save_folder(tmp_path / "val" / "cat", pictures(12))
+    assert len(probe_splits(data)[1]) == 23 and len(listed) == 2, "the next call sees what has changed since"

@@ -4,6 +4,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,9 @@ OUTPUT_MARKS = (OUTPUT_MARK, LOCK)  # a lock while the folder is filled, a mark 
 CONTACT_SHEET = re.compile(r"contact_sheet(-\d+)?\.png")
 SOFTWARE = b"tEXtSoftware\0DiGIT"  # in the pictures of `digit inspect`
 NUM_NAMED = 3  # names that a note gives
+
+
+_shared: ContextVar[dict[Path, "Listing"] | None] = ContextVar("shared listings", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +108,25 @@ def list_folder(root: Path) -> Listing:
     If there is nothing else to read, it lists these folders too: then they are what is wanted. Raises DigitError for a
     folder that cannot be listed.
     """
+    shared = _shared.get()
+    if shared is None:
+        return _list_all(root)
+    if root not in shared:
+        shared[root] = _list_all(root)
+    return shared[root]
+
+
+@contextmanager
+def shared_listings() -> Iterator[None]:
+    """Lists each folder once while it lasts, for the splits of one data set: ImageNet has 1.33 million files."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def _list_all(root: Path) -> Listing:
     listing = _list(root, with_own=False)
     if listing.own and not any(kind in listing.by_kind for kind in set(KINDS.values())):
         return _list(root, with_own=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from digit.data.images import hold_out, open_source
 from digit.data.layout import split_of
+from digit.data.listing import shared_listings
 from digit.data.pixel_range import require_same_white
 from digit.data.source import ImageSource
 from digit.errors import DigitError, NoSplitError
@@ -95,7 +96,9 @@ def probe_splits(
         return train, chosen, where
     own = OwnSplits(data, split, opened)
     if not every_fifth:
-        if (found := own.find()) is not None:
+        with shared_listings():
+            found = own.find()
+        if found is not None:
             return found
         if own.unusable:
             raise DigitError(f"{data} has nothing to test on: {'; '.join(own.unusable)}; {CHOICES}")
