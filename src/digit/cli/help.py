@@ -46,7 +46,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out --seed",
     },
     "tokenize": {
-        "data": "data --split --limit --labels_from --preprocess.image_size --crops_per_image --training_crops",
+        "data": "data --split --limit --labels_from --preprocess.image_size --crops_per_image",
         "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters",
         "what is reused": "--reuse_codebook --reuse_vqgan",
         "size and length": "--vqgan_training.num_steps --vqgan_training.batch_size",
@@ -55,7 +55,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     },
     "train": {
         "data": "data --split --limit --labels_from",
-        "what is trained": "model --recipe --config --reuse_codebook --reuse_vqgan --reuse_tokens",
+        "what is trained": "model --recipe --config --training_crops --reuse_codebook --reuse_vqgan --reuse_tokens",
         "size and length": "--prior.depth --prior.embed_dim --prior_training.num_steps --prior_training.batch_size "
         "--renderer.depth --renderer.embed_dim --renderer_training.num_steps --renderer_training.batch_size "
         "--vqgan_training.num_steps",
