@@ -233,7 +233,11 @@ def table2(study: Study) -> Experiment:
         lines += ["", paper.cited_probes()]
         picture = out / "table2.png"
         plots.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
-        return Outcome(table="\n".join(lines), metrics={"top1": top1, "paper": [asdict(row) for row in paper.TABLE2_ROWS]}, pictures=[picture])
+        return Outcome(
+            table="\n".join(lines),
+            metrics={"top1": top1, "paper": [asdict(row) for row in paper.TABLE2_ROWS]},
+            pictures=[picture],
+        )
 
     return Experiment(title="Table 2: linear probe of the autoregressive models", steps=steps, summarise=summarise)
 
@@ -280,7 +284,9 @@ def generation(study: Study, title: str, conditional: bool, reported: Sequence[p
         }
         outcome = generation_outcome(study, rows, reported_of(study, reported), out, costs)
         table = f"{outcome.table}\n\n{paper.cited_generation(reported)}"
-        return replace(outcome, table=table, metrics=outcome.metrics | {"costs": costs, "cited": [asdict(row) for row in reported]})
+        return replace(
+            outcome, table=table, metrics=outcome.metrics | {"costs": costs, "cited": [asdict(row) for row in reported]}
+        )
 
     return Experiment(title=title, steps=steps, summarise=summarise)
 
