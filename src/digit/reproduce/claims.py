@@ -187,9 +187,20 @@ def conditions(study: Study, budgets: dict[str, dict[str, float]]) -> str:
         f"prior alone with {ratio:.2g} times its compute. Top-p {sampling.prior.top_p:g} of the prior, "
         f"{sampling.renderer.top_p:g} of renderer and VQ-only, not tuned for either. Tokens: {tokens.name}, "
         f"{encoder_training}, K = {study.recipe.quantizer_cfg.vocab_size}; the probe benefits from classes that an "
-        "encoder was trained on. Intervals: "
-        f"bootstrap over images, for all SNRs together (stability); Student's t over seeds {listed(study.scale.seeds)} "
-        "of the models, on one codebook and one VQGAN (the others)."
+        "encoder was trained on. Intervals: bootstrap over images, for all SNRs together (stability); "
+        f"{of_the_others(study)}"
+    )
+
+
+def of_the_others(study: Study) -> str:
+    """What the intervals of the claims on generation and probing rest on, as text."""
+    if len(study.scale.seeds) >= MIN_SEEDS:
+        seeds = listed(study.scale.seeds)
+        return f"Student's t over seeds {seeds} of the models, on one codebook and one VQGAN (the others)."
+    return (
+        f"over images of seed {study.scale.seeds[0]} alone (the others): samples for the distance, by the infinitesimal "
+        "jackknife, test images for the probe, by Newcombe's; another training run may differ by more, and fewer than "
+        f"{MIN_SEEDS} seeds cannot say by how much."
     )
 
 

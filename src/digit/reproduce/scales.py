@@ -165,7 +165,7 @@ def paper() -> Scale:
     its shape: 13 blocks of 448 are 38.8 M with K = 8192; nor its renderer, which is the base one for 200 epochs here.
     """
     base = digit_base()
-    short = replace(base, renderer_training=base.prior_training)
+    short = replace(base, renderer_training=replace(base.renderer_training, num_steps=base.prior_training.num_steps))
     compared = replace(
         short,
         prior=ModelSpec(depth=13, embed_dim=448, num_heads=7),
