@@ -198,9 +198,9 @@ def of_the_others(study: Study) -> str:
         seeds = listed(study.scale.seeds)
         return f"Student's t over seeds {seeds} of the models, on one codebook and one VQGAN (the others)."
     return (
-        f"over images of seed {study.scale.seeds[0]} alone (the others): samples for the distance, by the infinitesimal "
-        "jackknife, test images for the probe, by Newcombe's; another training run may differ by more, and fewer than "
-        f"{MIN_SEEDS} seeds cannot say by how much."
+        f"over images of seed {study.scale.seeds[0]} alone (the others): samples for the distance, by the "
+        "infinitesimal jackknife, test images for the probe, by Newcombe's; another training run may differ by more, "
+        f"and fewer than {MIN_SEEDS} seeds cannot say by how much."
     )
 
 

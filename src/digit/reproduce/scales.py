@@ -10,7 +10,7 @@ from digit.metrics.completion import KEEPS
 from digit.metrics.probe import ProbeConfig
 from digit.runs.pretrain import PretrainConfig
 from digit.runs.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, digit_base, digit_large
-from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.config import MASKED_TOP_P, SamplingConfig, StageSampling
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.config import TrainConfig
 from digit.training.ssl.train import SSLConfig
@@ -148,6 +148,7 @@ def small() -> Scale:
         class_conditional=False,
         vqgan_training=replace(base.vqgan_training, num_steps=900, adversarial_start=600),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
+        masked_top_p=MASKED_TOP_P,
     )
     methods, larger = pretrained(PretrainConfig()), replace(recipe.prior, depth=6, embed_dim=256, num_heads=4)
     return Scale(
