@@ -1,6 +1,6 @@
 """Figures 1, 7 and 8 of the paper: the overview of methods, and pictures."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,18 +136,33 @@ def draw_overview(path: Path, left: Sequence[Point], right: Sequence[Point], *, 
 
 
 def bubbles(plot: Any, points: Sequence[Point]) -> None:
-    """Points with their names; a value that is not told stands at the worse end of its axis."""
+    """Points with their names, area by parameters; a value that is not told stands beyond the worse end of its axis."""
     largest = max((point.parameters for point in points), default=1.0)
-    ends = [[value for point in points if (value := getattr(point, axis)) is not None] for axis in ("x", "y")]
-    low_x, high_y = (min(ends[0], default=0.0), max(ends[1], default=1.0))
-    for point in points:
-        x, y = low_x if point.x is None else point.x, high_y if point.y is None else point.y
-        missing = point.x is None or point.y is None
+    place_x, place_y = (beyond(points, axis, worse) for axis, worse in (("x", min), ("y", max)))
+    for number, point in enumerate(points):
+        x, y = place_x if point.x is None else point.x, place_y if point.y is None else point.y
         colour = OURS if point.ours else COLOURS.get(point.kind, "#888")
-        area = 20 + 600 * (point.parameters / largest) ** 0.5
-        plot.scatter([x], [y], s=area, color=colour, alpha=0.25 if missing else 0.6, edgecolors="#333")
-        plot.annotate(f"{point.name} ({NOT_TOLD})" if missing else point.name, (x, y), fontsize=6, ha="center")
+        area = 20 + 400 * (point.parameters / largest) ** 0.5
+        plot.scatter([x], [y], s=area, color=colour, alpha=0.55, edgecolors="#333", linewidths=0.6)
+        shift = (0, 9 if number % 2 else -13)  # neighbours in the list are often neighbours in the panel
+        plot.annotate(point.name, (x, y), xytext=shift, textcoords="offset points", fontsize=6, ha="center")
+    if any(point.x is None for point in points):
+        plot.annotate(NOT_TOLD, (place_x, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+    if any(point.y is None for point in points):
+        plot.annotate(NOT_TOLD, (1.0, place_y), xycoords=("axes fraction", "data"), ha="left", va="center")
+    kinds = dict.fromkeys(point.kind for point in points)
+    for kind in kinds:
+        plot.scatter([], [], color=COLOURS.get(kind, OURS), label=kind)
+    plot.legend(fontsize=7)
     plot.grid(alpha=0.3)
+    plot.margins(0.12)
+
+
+def beyond(points: Sequence[Point], axis: str, worse: Callable[[list[float]], float]) -> float:
+    """A place on an axis a little beyond its worse end, for values that are not told."""
+    told = [value for point in points if (value := getattr(point, axis)) is not None] or [0.0, 1.0]
+    end = worse(told)
+    return end + 0.12 * (end - sum(told) / len(told)) * 2
 
 
 def overview_table(study: Study, left: Iterable[Point], right: Iterable[Point]) -> str:
