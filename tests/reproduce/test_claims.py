@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 
 from digit.reproduce.claims import FAILS, HOLDS, UNDECIDED, images_claim, top1_difference
-from digit.reproduce.latent import to_table
+from digit.reproduce.latent import distances, to_table
 
 DIFFERENCE = {"value": -5.0, "low": -6.0, "high": -4.0}
 
@@ -27,6 +28,14 @@ def test_newcombes_interval_is_his():
     found = top1_difference(first, second)
     assert [found.value, found.low, found.high] == pytest.approx([20.0, 5.24, 33.39], abs=0.01)
     assert top1_difference(second, first).low == pytest.approx(-found.high)
+
+
+def test_the_generated_images_lie_within_the_bound_of_the_equations():
+    rng = torch.Generator().manual_seed(0)
+    images, own, generated = (torch.randn(400, 6, generator=rng) * (1 + k) + k for k in range(3))
+    found = distances(images, own, generated)
+    assert found["sum"] == pytest.approx(found["D_H"] + found["D_G"])
+    assert found["sum"] < found["generated"] <= found["bound"]  # squares obey no triangle inequality, roots do
 
 
 def test_the_table_of_the_equations():

@@ -32,7 +32,7 @@ from digit.reproduce.tables import (
     training_steps,
     whiskers,
 )
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 
 MIN_SEEDS = 3  # with fewer, the intervals of generation and probing are over images
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
@@ -100,8 +100,13 @@ def difference_step(study: Study, first: Method, second: Method, seed: int) -> S
 
     def make() -> dict[str, Any]:
         pair = [samples_of(study, method, seed, False).pooled for method in (first, second)]
-        reference = FeatureStats.of(study.reference.pooled)
-        return frechet_difference(pair[0], pair[1], reference.mean, reference.cov, paired=False).to_dict()
+        images = study.reference.pooled
+
+        def difference() -> dict[str, Any]:
+            reference = FeatureStats.of(images)
+            return frechet_difference(pair[0], pair[1], reference.mean, reference.cov, paired=False).to_dict()
+
+        return distributed.on_main(difference)
 
     return Step(name="difference", seconds=study.costs.images("judge", study.scale.num_samples), make=make)
 

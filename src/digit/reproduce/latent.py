@@ -15,6 +15,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from digit.metrics.judge import Judged, fd
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.study import Study
@@ -31,7 +33,7 @@ from digit.reproduce.tables import (
     scores_step,
     training_steps,
 )
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 
 REPORTED = {  # (D_H, generated images): Table 3, validation data and unconditional rows; D_G is in no table
     "DiGIT + AR": (1.92, 9.13),
@@ -64,17 +66,18 @@ def distances_step(study: Study, method: Method, seed: int) -> Step:
 
     def make() -> dict[str, float]:
         own, generated = decoded().pooled, samples_of(study, method, seed, False).pooled
-        d_h, d_g = fd(own, study.reference.pooled), fd(generated, own)
-        return {
-            "D_H": d_h,
-            "D_G": d_g,
-            "sum": d_h + d_g,
-            "generated": fd(generated, study.reference.pooled),
-            "bound": (sqrt(d_h) + sqrt(d_g)) ** 2,
-        }
+        images = study.reference.pooled
+        return distributed.on_main(lambda: distances(images, own, generated))
 
     seconds = study.costs.images("judge", study.scale.num_samples) / 10
     return Step(name=f"latent_{method.renderer}", seconds=seconds, make=make)
+
+
+def distances(images: Tensor, own: Tensor, generated: Tensor) -> dict[str, float]:
+    """The distances of the table, from features (N, D) of the test images, of their decoded own tokens, of samples."""
+    d_h, d_g = fd(own, images), fd(generated, own)
+    bound = (sqrt(d_h) + sqrt(d_g)) ** 2
+    return {"D_H": d_h, "D_G": d_g, "sum": d_h + d_g, "generated": fd(generated, images), "bound": bound}
 
 
 def to_table(rows: dict[str, dict[str, float]]) -> str:

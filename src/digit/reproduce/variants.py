@@ -16,6 +16,7 @@ from digit.runs.fit import Run
 from digit.runs.layout import is_done
 from digit.runs.recipes import Recipe
 from digit.runs.roles import ROLES, get_role
+from digit.runtime import distributed
 
 Variant = Literal["base", "short", "longer", "large", "compared"]
 OF_NO_MODEL = ("name", "sampling", "masked_top_p", "class_top_k", "max_bad_fraction")  # fields
@@ -86,14 +87,21 @@ def run_of(study: Study, name: Variant, seed: int, conditional: bool) -> Run:
     """The run of a variant with a seed, with or without classes; it reads parts and models that others have made."""
     if is_base(study, name, seed, conditional):
         return study.base
-    reuse: dict[str, str | Path] = dict(own_parts(study, name))
-    for model in ROLES:
-        made_by, classes = home(study, name, model, conditional)
-        folder = folder_of(study, made_by, seed, classes) / model
-        if (made_by, classes) != (name, conditional) and is_done(folder, model):
-            reuse[model] = folder
+    reuse = own_parts(study, name) | made_elsewhere(study, name, seed, conditional)
     changes = changes_of(study, name) | {"seed": seed, "class_conditional": conditional}
     return study.run(run_name(name, seed, conditional), shared=shared_parts(study, name), reuse=reuse, **changes)
+
+
+def made_elsewhere(study: Study, name: Variant, seed: int, conditional: bool) -> dict[str, Path]:
+    """Folders of the finished models that another run makes; rank 0 looks, since a file may show late elsewhere."""
+    homes = {model: home(study, name, model, conditional) for model in ROLES}
+    folders = {
+        model: folder_of(study, made_by, seed, classes) / model
+        for model, (made_by, classes) in homes.items()
+        if (made_by, classes) != (name, conditional)
+    }
+    done = distributed.on_main(lambda: [model for model, folder in folders.items() if is_done(folder, model)])
+    return {model: folders[model] for model in done}
 
 
 def is_base(study: Study, name: Variant, seed: int, conditional: bool) -> bool:
