@@ -81,7 +81,7 @@ def test_tokens_of_another_codebook_are_refused(run, tmp_path):
         mixed.write_tokens()
 
 
-@pytest.mark.parametrize("renderer", ["renderer_masked", "vq_ar", "vq_masked"])
+@pytest.mark.parametrize("renderer", ["renderer_masked", "vq_ar", "vq_ar_epochs", "vq_masked"])
 def test_masked_renderer_and_baselines_train_and_draw(run, renderer):
     prior = "prior" if renderer == "renderer_masked" else None
     pipe = run.make_pipeline(prior, renderer)
@@ -129,7 +129,7 @@ def test_one_image_is_not_enough(tmp_path):
 
 def test_differences_names_the_leaves():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [("a.c", 2, 3)]
-    assert set(ROLES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"}
+    assert set(ROLES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_ar_epochs", "vq_masked"}
 
 
 def test_completion_without_labels_takes_the_likeliest_class(pipe):

@@ -14,7 +14,7 @@ from digit.metrics.intervals import Interval
 from digit.reproduce import TARGETS, Scale, Study, build, get_scale, plan, reproduce
 from digit.reproduce.claims import FAILS, HOLDS, UNDECIDED, seeds_claim, verdict
 from digit.reproduce.experiment import Experiment, Outcome, Step, perform
-from digit.reproduce.scales import SCALES, pretrained
+from digit.reproduce.scales import SCALES, lengthened, pretrained
 from digit.reproduce.splits import open_splits
 from digit.runs.pretrain import PretrainConfig
 from digit.runs.recipes import ModelSpec
@@ -30,9 +30,10 @@ def micro() -> Scale:
     encoder = PretrainConfig(
         image_size=32, source_size=32, patch_size=16, depth=3, embed_dim=24, num_heads=2, training=ssl
     )
+    recipe, larger = replace(tiny_recipe(), class_conditional=False), ModelSpec(depth=2, embed_dim=48, num_heads=2)
     return Scale(
         name="tiny",
-        recipe=replace(tiny_recipe(), class_conditional=False),
+        recipe=recipe,
         num_train=40,
         num_test=30,
         num_samples=16,
@@ -41,7 +42,8 @@ def micro() -> Scale:
         num_completed=8,
         num_swept=8,
         clusters=(6, 12),
-        larger=ModelSpec(depth=2, embed_dim=48, num_heads=2),
+        longer=lengthened(recipe),
+        large=replace(recipe, prior=larger, renderer=larger),
         prefixes=(0.5, 0.75),
         sweep=SweepConfig(top_k=(2,), top_p=(0.5,)),
         encoders=pretrained(encoder)[:2],

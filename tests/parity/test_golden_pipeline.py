@@ -86,6 +86,7 @@ def test_masked_renderer_and_classes(golden, expected, tmp_path):
         golden, tmp_path, prior="stage1_cond.pt", renderer="stage2_nar.pt", vqgan="vqgan.ckpt", renderer_kind="masked"
     )
     assert pipe.renderer.cfg.masked and pipe.prior.cfg.num_classes == 1000 and pipe.sampling.prior.top_k == 300
+    assert pipe.sampling.renderer.top_p == 1  # the released MaskGIT decoding filters nothing
     target = expected["vqgan_indices"].masked_fill(expected["stage2_nar_mask"], pipe.renderer.cfg.mask_token)
     logits = pipe.renderer(target, prefix=expected["tokens"])
     torch.testing.assert_close(logits, expected["stage2_nar_logits"][:, 1:, 5:], **TOLERANCE)

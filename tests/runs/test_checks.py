@@ -112,7 +112,10 @@ def test_every_sampling_setting_reaches_its_sampler_or_is_refused(kind):
     for stage, model in zip(("prior", "renderer"), recipe.model_names, strict=True):
         taken = get_kind(get_role(model).kind).settings
         names = {field.name for field in dataclasses.fields(recipe.sampling.prior)}
-        assert {name for name in names if f"sampling.{stage}.{name}" in refused} == names - set(taken)
+        # a masked renderer's top-p is masked_top_p: the filter of sampling.renderer belongs to next tokens
+        elsewhere = {"top_p"} if (stage, kind) == ("renderer", "masked") else set()
+        assert {name for name in names if f"sampling.{stage}.{name}" in refused} == names - set(taken) | elsewhere
+    assert ("masked_top_p" in refused) == (kind == "ar")
 
 
 ONE_STEP = dict(renderer_kind="masked", sampling__renderer__num_steps=1)
@@ -141,6 +144,10 @@ UNUSED = [
     ("small", ONE_STEP, "sampling.renderer.choice_temperature", 1.0),
     ("small", dict(prior_training__warmup_steps=0), "prior_training.warmup_from", 1e-5),
     ("digit_base", {}, "prior.label_dropout", 0.1),
+    ("digit_base", {}, "class_top_k", 100),
+    ("digit_base", {}, "masked_steps", 100),
+    ("digit_base", {}, "masked_top_p", 0.9),
+    ("digit_base", dict(renderer_kind="masked"), "sampling.renderer.top_p", 0.9),
     ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
 ]  # fmt: skip
 

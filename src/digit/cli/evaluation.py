@@ -226,12 +226,14 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
 def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     """Reproduce a table or figure of the paper, or test its claims, at a chosen scale.
 
-    TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a
-    (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims. It prints a plan with
+    TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig1 (overview), fig3a, fig3b (ablation),
+    fig4a (encoders), fig4b (completion), fig5 (sampling), fig6 (theory), fig7, fig8 (pictures), latent (equations 1
+    to 6) or claims. It prints a plan with
     estimated times first. Finished work is reused, and targets of one folder share codebook, VQGAN, tokens and models.
     """
     parser.add_argument(
-        "target", help="table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6 or claims"
+        "target",
+        help="table1 to table4, fig1, fig3a, fig3b, fig4a, fig4b, fig5, fig6, fig7, fig8, latent or claims",
     )
     parser.add_argument("--scale", default="tiny", help="tiny (minutes), small (an hour or two on two cores) or paper")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """The folder of a pipeline: pipeline.json beside encoder/, codebook/, vqgan/, prior.* and renderer.*."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from digit.convert.reading import WEIGHT_DTYPES
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.models.sequence import SequenceModel
+from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, write_json, write_result
 from digit.runtime.paths import nearest
-from digit.sampling.config import SamplingConfig
+from digit.sampling.config import SamplingConfig, released_prior, released_renderer
 from digit.sampling.kinds import get_kind
 
 FORMAT_VERSION = 2  # format 1 was that of digit 0.1, which named the settings of the parts differently
 MAX_WEIGHT = 1e6  # trained weights stay below 100; a flipped exponent bit gives 1e38, and then NaN everywhere
+LARGE_WIDTH = 1536  # of the paper's large model (A.3)
 MANIFEST = "pipeline.json"
 CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
 
@@ -71,6 +72,18 @@ def write_manifest(
 def read_sampling(saved: dict[str, Any]) -> SamplingConfig:
     """The SamplingConfig of a manifest."""
     return from_json(SamplingConfig, saved, f"sampling in {MANIFEST}")
+
+
+def released_sampling(
+    sampling: SamplingConfig, *, prior: SequenceConfig | None = None, renderer: SequenceConfig | None = None
+) -> SamplingConfig:
+    """`sampling` with the authors' settings for the models that are given, by their size, labels and kind."""
+    if prior is not None:
+        stage = released_prior(large=prior.embed_dim >= LARGE_WIDTH, labels=bool(prior.num_classes))
+        sampling = replace(sampling, prior=stage)
+    if renderer is not None:
+        sampling = replace(sampling, renderer=released_renderer(masked=renderer.masked))
+    return sampling
 
 
 def save_sequence_model(model: SequenceModel, folder: Path, name: str) -> None:

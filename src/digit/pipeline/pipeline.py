@@ -34,6 +34,7 @@ from digit.pipeline.manifest import (
     load_sequence_model,
     read_manifest,
     read_sampling,
+    released_sampling,
     save_sequence_model,
     write_manifest,
 )
@@ -110,7 +111,7 @@ class DigitPipeline:
     ):
         self.tokenizer, self.vq, self.prior, self.renderer = tokenizer, vq, prior, renderer
         self.preprocess, self.classes, self.info = preprocess, list(classes), dict(info or {})
-        self.sampling = sampling or SamplingConfig()
+        self.sampling = sampling or released_sampling(SamplingConfig(), renderer=renderer and renderer.cfg)
         for model in (prior, renderer):
             if model is not None:
                 model.eval().requires_grad_(False)

@@ -25,8 +25,8 @@ from digit.convert.vqgan import convert_state, find_state
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
 from digit.models.vit import SIZES, ViTConfig
-from digit.pipeline.manifest import MANIFEST, read_manifest, read_sampling, write_manifest
-from digit.pipeline.pipeline import PARTS, DigitPipeline, SamplingConfig, StageSampling
+from digit.pipeline.manifest import MANIFEST, read_manifest, read_sampling, released_sampling, write_manifest
+from digit.pipeline.pipeline import PARTS, DigitPipeline, SamplingConfig
 from digit.runtime.files import as_path, disk_errors, sha256_tensors
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
@@ -34,7 +34,6 @@ from digit.tokenizers.kmeans.codebook import Codebook
 from digit.tokenizers.vq import VQTokenizer
 
 ORDER = ("encoder", "codebook", "vqgan", "prior", "renderer")
-LARGE_WIDTH = 1536
 IMAGE_SIZE, ENCODER_SIZE = 256, 224  # pixels, of all released models
 TOKENS = 256  # per image, of either kind, if there is no encoder or VQGAN to tell
 
@@ -111,7 +110,7 @@ class Folder:
     def sampling(self) -> SamplingConfig:
         """The manifest's sampling settings, else those of the released scripts for the base model."""
         if (saved := self.manifest.get("sampling")) is None:
-            return SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8))
+            return SamplingConfig()
         return read_sampling(saved)
 
 
@@ -260,14 +259,9 @@ class Conversion:
     # ---------------------------------------------------------------- folder
 
     def sampling(self) -> SamplingConfig:
-        """The released scripts' settings: top-k 200 (base), 400 (large), 300 (class-conditional); top-p 0.8."""
-        sampling = self.folder.sampling()
-        if prior := self.new.get("prior"):
-            top_k = 300 if prior.cfg.num_classes else 400 if prior.cfg.embed_dim >= LARGE_WIDTH else 200
-            sampling = replace(sampling, prior=StageSampling(top_k=top_k))
-        if "renderer" in self.new:
-            sampling = replace(sampling, renderer=StageSampling(top_p=0.8))
-        return sampling
+        """The released scripts' settings, by the kind and size of the models (`digit.sampling.config`)."""
+        models = {name: self.new[name].cfg for name in ("prior", "renderer") if name in self.new}
+        return released_sampling(self.folder.sampling(), **models)
 
     def write(self, staging: Path) -> None:
         """Writes the pipeline folder to `staging`: links to the parts that are kept, the new parts, the manifest."""

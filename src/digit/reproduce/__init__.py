@@ -12,13 +12,19 @@ from digit.errors import DigitError
 from digit.reproduce.claims import claims
 from digit.reproduce.experiment import Experiment, Outcome, perform, plan
 from digit.reproduce.figures import fig3a, fig3b, fig4a, fig4b, fig5, fig6
+from digit.reproduce.latent import latent
+from digit.reproduce.pictures import fig1, fig7, fig8
 from digit.reproduce.scales import SCALES, Scale, get_scale
 from digit.reproduce.study import Study
 from digit.reproduce.tables import table1, table2, table3, table4
 
 TARGETS: dict[str, Callable[[Study], Experiment]] = {
     target.__name__: target
-    for target in (table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6, claims)
+    for target in (
+        *(table1, table2, table3, table4),
+        *(fig1, fig3a, fig3b, fig4a, fig4b, fig5, fig6, fig7, fig8),
+        *(latent, claims),
+    )
 }
 
 

@@ -28,6 +28,7 @@ class Costs:
 
     def __init__(self, recipe: Recipe, device: torch.device):
         self.recipe, self.device = recipe, device
+        self._planners: dict[tuple[Recipe, Order], Planner] = {}
 
     @cached_property
     def machine(self) -> Machine:
@@ -35,7 +36,11 @@ class Costs:
         return this_machine(self.device)
 
     def _planner(self, recipe: Recipe | None = None, **order: Any) -> Planner:
-        return Planner(recipe or self.recipe, self.machine, Order(**order), chosen=())
+        """The planner of a recipe and an order, made once: a target asks for the same ones many times."""
+        key = recipe or self.recipe, Order(**order)
+        if key not in self._planners:
+            self._planners[key] = Planner(key[0], self.machine, key[1], chosen=())
+        return self._planners[key]
 
     def images(self, kind: str, count: int) -> float:
         """Seconds for `count` images in one kind of work: tokens, judge, probe or pretrain."""

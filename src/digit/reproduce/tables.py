@@ -1,27 +1,66 @@
 """Tables 1 to 4 of the paper: stability, linear probe, unconditional and class-conditional generation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from digit.evaluation import paper, stability
 from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
+from digit.metrics.judge import Judged
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Outcome, Step
 from digit.reproduce.probes import probed
-from digit.reproduce.study import Study, variant
+from digit.reproduce.study import Study
+from digit.reproduce.variants import Variant, home, model_name, recipe_of, run_name, run_of
 from digit.runs.fit import Run
 from digit.runtime import plots
 from digit.training.log import last_metrics
 
-METHODS: dict[str, tuple[str | None, str]] = {  # name -> (prior, renderer)
-    "DiGIT + AR": ("prior", "renderer"),
-    "DiGIT + MaskGIT": ("prior", "renderer_masked"),
-    "VQ-only AR": (None, "vq_ar"),
-    "VQ-only MaskGIT": (None, "vq_masked"),
+
+class Method(NamedTuple):
+    """What a row of Table 3 or 4 samples with: models (names of ROLES) of one variant of the recipe."""
+
+    prior: str | None
+    renderer: str
+    variant: Variant = "base"
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that it needs."""
+        return (self.prior, self.renderer) if self.prior else (self.renderer,)
+
+
+METHODS = {
+    "DiGIT + AR": Method("prior", "renderer"),
+    "DiGIT + MaskGIT": Method("prior", "renderer_masked"),
+    "DiGIT + AR, large": Method("prior", "renderer", "large"),
+    "VQ-only AR": Method(None, "vq_ar"),  # the compute of prior and renderer together
+    "VQ-only AR, own epochs": Method(None, "vq_ar_epochs"),  # the paper's 200
+    "VQ-only MaskGIT": Method(None, "vq_masked"),
 }
+
+
+def methods_of(study: Study) -> dict[str, Method]:
+    """The methods that a study compares: the large recipe and the baseline's own epochs where its scale has them."""
+    left_out = {"DiGIT + AR, large"} if not study.scale.large_rows else set()
+    left_out |= {"VQ-only AR, own epochs"} if study.recipe.vq_only_steps is None else set()
+    return {label: method for label, method in METHODS.items() if label not in left_out}
+
+
+def vq_only(study: Study) -> str:
+    """Label of the VQ-only baseline that the paper's 24.38 stands for: its own epochs where there is such a one."""
+    return next(label for label in ("VQ-only AR, own epochs", "VQ-only AR") if label in methods_of(study))
+
+
+def reported_of(study: Study, rows: Sequence[paper.Generation]) -> dict[str, tuple[float, float | str]]:
+    """Label of our row -> the paper's (FID, IS); the VQ-only AR row stands for the one of 200 epochs if it is alone."""
+    reported = paper.by_label(rows)
+    if vq_only(study) == "VQ-only AR":
+        reported["VQ-only AR"] = reported.pop("VQ-only AR, own epochs")
+    return reported
 
 
 # -------------------------------------------------------------------- steps
@@ -42,14 +81,22 @@ def parts_step(study: Study) -> Step:
     return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make)
 
 
-def training_step(study: Study, model: str, seed: int, conditional: bool) -> Step:
-    """Step: one trained model, with images seen, FLOPs, seconds and likelihood."""
-    name = f"{variant(conditional)}_{model}_{seed}"
+def training_step(study: Study, model: str, seed: int, conditional: bool, variant: Variant = "base") -> Step:
+    """Step: one trained model, with images seen, FLOPs, seconds and likelihood. Equal models are one step."""
+    made_by, classes = home(study, variant, model, conditional)
     return Step(
-        name=name,
-        seconds=study.costs.model(model),
-        make=lambda: trained(study.seeded(seed, conditional=conditional), model),
+        name=model_name(study, variant, model, seed, conditional),
+        seconds=study.costs.model(model, recipe_of(study, made_by)),
+        make=lambda: trained(run_of(study, made_by, seed, classes), model),
     )
+
+
+def training_steps(study: Study, methods: Iterable[Method], seed: int, conditional: bool) -> list[Step]:
+    """The steps that train the models of some methods, each once."""
+    steps = [
+        training_step(study, model, seed, conditional, method.variant) for method in methods for model in method.models
+    ]
+    return list({step.name: step for step in steps}.values())
 
 
 def trained(run: Run, model: str) -> dict[str, Any]:
@@ -61,27 +108,42 @@ def trained(run: Run, model: str) -> dict[str, Any]:
     return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
 
 
-def samples_step(study: Study, method: str, seed: int, conditional: bool) -> Step:
+def scores_step(study: Study, method: Method, seed: int, conditional: bool) -> Step:
     """Step: scores of the samples of one method and seed."""
-    prior, renderer = METHODS[method]
-    label = f"{variant(conditional)}_{renderer}"
-
-    def make() -> dict[str, Any]:
-        run = study.seeded(seed, conditional=conditional)
-        return study.scores(study.samples(label, run, prior, renderer, seed))
-
-    return Step(name=f"{label}_{seed}_samples", seconds=study.costs.sampling(study.scale.num_samples), make=make)
+    return Step(
+        name=samples_name(study, method, seed, conditional),
+        seconds=study.costs.sampling(study.scale.num_samples),
+        make=lambda: study.scores(samples_of(study, method, seed, conditional)),
+    )
 
 
-def probe_step(study: Study, model: str, seed: int) -> Step:
+def samples_name(study: Study, method: Method, seed: int, conditional: bool) -> str:
+    """Name of the step of a method's scores. A variant that changes none of the models has the base's samples."""
+    return f"{run_name(sampled_as(study, method), seed, conditional, method.renderer)}_samples"
+
+
+def sampled_as(study: Study, method: Method) -> Variant:
+    """The variant whose samples a method has: the base where every model is the base's."""
+    homes = {home(study, method.variant, model, False)[0] for model in method.models}
+    return "base" if homes == {"base"} else method.variant
+
+
+def samples_of(study: Study, method: Method, seed: int, conditional: bool) -> Judged:
+    """Features of the samples of one method and seed, from models that are trained."""
+    variant = sampled_as(study, method)
+    run, label = run_of(study, variant, seed, conditional), run_name(variant, seed, conditional, method.renderer)
+    return study.samples(label.removesuffix(f"_{seed}"), run, method.prior, method.renderer, seed)
+
+
+def probe_step(study: Study, model: str, seed: int, variant: Variant = "base") -> Step:
     """Step: linear probe of every layer of an unconditional model, prior or vq_ar."""
     rows = len(study.train) * study.recipe.crops_per_image + len(study.test)
+    name = model_name(study, variant, model, seed, False)
 
     def make() -> dict[str, Any]:
-        run = study.seeded(seed)
-        return probed(study, run, model, study.out / "probes" / f"{model}_{seed}")
+        return probed(study, run_of(study, variant, seed, False), model, study.out / "probes" / name)
 
-    return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
+    return Step(name=f"{name}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
 
 
 # -------------------------------------------------------------------- Table 1
@@ -122,25 +184,31 @@ def stability_step(study: Study) -> Step:
 def table2(study: Study) -> Experiment:
     """Linear probe of the unconditional models, best layer."""
     study.require_labels("a linear probe")
-    models = {"DiGIT": "prior", "VQ-only AR": "vq_ar"}
-    reported = {"DiGIT": "71.7 (219 M), 80.3 (732 M)", "VQ-only AR": "61.8 (VIM + VQGAN, 650 M)"}
+    models: dict[str, tuple[str, Variant]] = {"DiGIT": ("prior", "base"), "VQ-only AR": ("vq_ar", "base")}
+    if study.scale.large_rows:
+        models["DiGIT, large"] = ("prior", "large")
+    reported = {"DiGIT": "71.7 (219 M)", "DiGIT, large": "80.3 (732 M)", "VQ-only AR": "61.8 (VIM + VQGAN, 650 M)"}
     seeds = study.scale.seeds
     steps = [parts_step(study)]
-    for seed in seeds:
-        for model in models.values():
-            steps += [training_step(study, model, seed, False), probe_step(study, model, seed)]
+    probes = {
+        (label, seed): probe_step(study, model[0], seed, model[1]) for label, model in models.items() for seed in seeds
+    }
+    for (label, seed), probe in probes.items():
+        steps += [training_step(study, models[label][0], seed, False, models[label][1]), probe]
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
-        top1 = {
-            method: [best_top1(results[f"plain_{model}_{seed}_probe"]) for seed in seeds]
-            for method, model in models.items()
-        }
+        top1 = {method: [best_top1(results[probes[method, seed].name]) for seed in seeds] for method in models}
         lines = ["| method | top-1, best layer, % | seeds | paper (ImageNet) |", "|---|---|---|---|"]
         for method, values in top1.items():
             lines.append(f"| {method} | {over_seeds(values)} | {listed(values)} | {reported[method]} |")
+        lines += ["", paper.cited_probes()]
         picture = out / "table2.png"
         plots.bars_png(picture, {m: whiskers(v) for m, v in top1.items()}, xlabel="top-1 accuracy, %")
-        return Outcome(table="\n".join(lines), metrics={"top1": top1, "paper": paper.TABLE2}, pictures=[picture])
+        return Outcome(
+            table="\n".join(lines),
+            metrics={"top1": top1, "paper": [asdict(row) for row in paper.TABLE2_ROWS]},
+            pictures=[picture],
+        )
 
     return Experiment(title="Table 2: linear probe of the autoregressive models", steps=steps, summarise=summarise)
 
@@ -155,38 +223,41 @@ def best_top1(result: dict[str, Any]) -> float:
 
 def table3(study: Study) -> Experiment:
     """Class-unconditional generation."""
-    return generation(study, "Table 3: class-unconditional generation", False, paper.TABLE3)
+    return generation(study, "Table 3: class-unconditional generation", False, paper.TABLE3_ROWS)
 
 
 def table4(study: Study) -> Experiment:
     """Class-conditional generation."""
-    return generation(study, "Table 4: class-conditional generation", True, paper.TABLE4)
+    return generation(study, "Table 4: class-conditional generation", True, paper.TABLE4_ROWS)
 
 
-def generation(study: Study, title: str, conditional: bool, reported: dict[str, tuple[float, float]]) -> Experiment:
-    """Four methods at equal training FLOPs, for every seed, and the two rows of validation data."""
+def generation(study: Study, title: str, conditional: bool, reported: Sequence[paper.Generation]) -> Experiment:
+    """Every method and seed, and the two rows of validation data; renderers are those of the unconditional runs."""
     if conditional:
         study.require_labels(title)
-    seeds, kind = study.scale.seeds, variant(conditional)
+    seeds, methods = study.scale.seeds, methods_of(study)
     steps = [parts_step(study)]
     for seed in seeds:
-        for model in ("prior", "renderer", "renderer_masked", "vq_ar", "vq_masked"):
-            steps.append(training_step(study, model, seed, conditional))
-        steps += [samples_step(study, method, seed, conditional) for method in METHODS]
+        steps += training_steps(study, methods.values(), seed, conditional)
+        steps += [scores_step(study, method, seed, conditional) for method in methods.values()]
     steps += [golden_step(study, conditional), floor_step(study)]
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         rows = {
-            method: [results[f"{kind}_{renderer}_{seed}_samples"] for seed in seeds]
-            for method, (_, renderer) in METHODS.items()
+            label: [results[samples_name(study, method, seed, conditional)] for seed in seeds]
+            for label, method in methods.items()
         }
-        rows["validation data: DiGIT + VQ"] = [results[f"{kind}_golden"]]
+        rows["validation data: DiGIT + VQ"] = [results["golden"]]
         rows["validation data: VQ only"] = [results["floor"]]
         costs = {
-            method: sum(results[f"{kind}_{m}_{seeds[0]}"]["training_pflops"] for m in models if m)
-            for method, models in METHODS.items()
+            label: [results[model_name(study, method.variant, model, seeds[0], conditional)] for model in method.models]
+            for label, method in methods.items()
         }
-        return generation_outcome(study, rows, reported, out, costs)
+        outcome = generation_outcome(study, rows, reported_of(study, reported), out, costs)
+        table = f"{outcome.table}\n\n{paper.cited_generation(reported)}"
+        return replace(
+            outcome, table=table, metrics=outcome.metrics | {"costs": costs, "cited": [asdict(row) for row in reported]}
+        )
 
     return Experiment(title=title, steps=steps, summarise=summarise)
 
@@ -194,23 +265,25 @@ def generation(study: Study, title: str, conditional: bool, reported: dict[str, 
 def generation_outcome(
     study: Study,
     rows: Mapping[str, Sequence[Mapping[str, float]]],
-    reported: dict[str, tuple[float, float]],
+    reported: Mapping[str, tuple[float, float | str]],
     out: Path,
-    costs: Mapping[str, float] | None = None,
+    costs: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
 ) -> Outcome:
-    """Table, bar plot and metrics: distance and inception score by method, the paper's beside ours."""
+    """Table, bar plot and metrics: distance and inception score by method, the paper's beside ours.
+
+    `costs` are the results of the training steps of each method's models.
+    """
     distance, score = study.network.metric("fd"), study.network.metric("is")
     lines = [
-        f"| method | {distance} | {score} | images | training PFLOPs | paper FID | paper IS |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | {distance} | {score} | images | epochs | training PFLOPs | paper FID | paper IS |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method, by_seed in rows.items():
         fid, inception = reported.get(method, ("", ""))
-        cost = f"{costs[method]:.3g}" if costs and method in costs else ""
+        cost, epochs = cost_of((costs or {}).get(method, ()), len(study.train))
         values = [over_seeds([row[name] for row in by_seed]) for name in (distance, score)]
-        lines.append(
-            f"| {method} | {values[0]} | {values[1]} | {by_seed[0]['images']} | {cost} | {fid} | {inception} |"
-        )
+        cells = (method, *values, by_seed[0]["images"], epochs, cost, fid, inception)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     picture = out / "distances.png"
     plots.bars_png(
         picture, {m: whiskers([row[distance] for row in by_seed]) for m, by_seed in rows.items()}, xlabel=distance
@@ -221,6 +294,13 @@ def generation_outcome(
     unequal = " Fewer images alone give larger distances." if len(counts) > 1 else ""
     lines += ["", protocol(study) + spread + unequal]
     return Outcome(table="\n".join(lines), metrics={"rows": rows, "paper": reported}, pictures=[picture])
+
+
+def cost_of(trained: Sequence[Mapping[str, float]], num_images: int) -> tuple[str, str]:
+    """(PFLOPs of the models together, epochs of each: "200 + 400"), as text; empty without models."""
+    pflops = sum(model["training_pflops"] for model in trained)
+    epochs = [f"{model['images'] / num_images:.3g}" for model in trained]
+    return (f"{pflops:.3g}" if trained else ""), " + ".join(epochs)
 
 
 def protocol(study: Study) -> str:
@@ -238,28 +318,41 @@ def protocol(study: Study) -> str:
 
 
 def golden_step(study: Study, conditional: bool) -> Step:
-    """Step: the AR renderer on the test images' own discriminative tokens, as if from a perfect prior."""
-    kind, count = variant(conditional), min(study.scale.num_samples, len(study.test))
+    """Step: the AR renderer on the test images' own discriminative tokens, as if from a perfect prior.
 
-    def make() -> dict[str, Any]:
-        run = study.seeded(study.scale.seeds[0], conditional=conditional)
-        pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(count)
-        assert pipe.tokenizer is not None
-        tokens = pipe.tokenizer.encode(images)
-        return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(tokens)))
+    One step for Tables 3 and 4, which have the same renderer; `conditional` says whose prior stands beside it, unused.
+    """
+    return Step(
+        name="golden",
+        seconds=study.costs.sampling(num_rendered(study)),
+        make=lambda: study.scores(golden(study, conditional)),
+    )
 
-    return Step(name=f"{kind}_golden", seconds=study.costs.sampling(count), make=make)
+
+def golden(study: Study, conditional: bool) -> Judged:
+    """Features of the test images, rendered from their own discriminative tokens."""
+    run = run_of(study, "base", study.scale.seeds[0], conditional)
+    pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(num_rendered(study))
+    assert pipe.tokenizer is not None
+    tokens = pipe.tokenizer.encode(images)
+    return study.judged("golden", lambda: pipe.render(tokens))
 
 
 def floor_step(study: Study) -> Step:
     """Step: VQGAN reconstructions of the test images, a lower bound for every renderer."""
-    count = min(study.scale.num_samples, len(study.test))
+    seconds = study.costs.sampling(num_rendered(study))
+    return Step(name="floor", seconds=seconds, make=lambda: study.scores(floor(study)))
 
-    def make() -> dict[str, Any]:
-        vq, images = study.base.train_vqgan(), study.some_test_images(count)
-        return study.scores(study.judged("floor", lambda: vq.decode(vq.encode(images))))
 
-    return Step(name="floor", seconds=study.costs.sampling(count), make=make)
+def floor(study: Study) -> Judged:
+    """Features of the VQGAN's reconstructions of the test images, not from a prior."""
+    vq, images = study.base.train_vqgan(), study.some_test_images(num_rendered(study))
+    return study.judged("floor", lambda: vq.decode(vq.encode(images)))
+
+
+def num_rendered(study: Study) -> int:
+    """Test images in the rows of validation data."""
+    return min(study.scale.num_samples, len(study.test))
 
 
 # -------------------------------------------------------------------- values as text

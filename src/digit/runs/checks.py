@@ -153,6 +153,12 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
             (sampling.temperature == 0, rf"sampling\.{name}\.top_[kp]", greedy),
             (sampling.num_steps == 1, rf"sampling\.{name}\.choice_temperature", "num_steps is 1: set it above 1"),
         ]  # fmt: skip
+    masked = recipe.renderer_kind == "masked"
+    rules += [
+        (masked, r"sampling\.renderer\.top_p", "a masked renderer has a top-p of its own: set masked_top_p"),
+        (not masked, "masked_(steps|top_p)", "it is of a masked renderer: set renderer_kind to masked"),
+        (not recipe.class_conditional, "class_top_k", "class_conditional is false: leave it out"),
+    ]
     return rules
 
 

@@ -63,7 +63,7 @@ from digit.training.vqgan import train_vqgan
 MAX_VALIDATION_ROWS = 256
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
-    r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*"
+    r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*|masked_top_p|class_top_k"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
     r"|parallel|max_skipped|deterministic))"
 )
@@ -90,7 +90,8 @@ class Run:
         data: what `open_source` takes, or a source.
         out: the run folder.
         split: split of a Hub-layout data set; by default train where there is one.
-        reuse: folders of another run's parts, by stage name ("codebook", "vqgan", "tokens").
+        reuse: folders of another run's parts, by stage name ("codebook", "vqgan", "tokens"), and of its models
+            (names of ROLES), which must be of the same tokens, shape and classes.
         device: cpu or cuda.
         chosen: dotted names of the settings that somebody chose, which are refused where the run would not use them; by
             default those in which the recipe differs from the registered one of its name.
@@ -112,8 +113,9 @@ class Run:
         self.recipe, self.out = recipe.with_seed(), as_path(out)
         self.reuse = {stage: as_path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
-            if not (folder / RESULTS[stage]).is_file():
-                what = f"holds no {RESULTS[stage]}" if folder.exists() else f"does not exist{nearest(folder)}"
+            result = RESULTS.get(stage, "model.json")
+            if not (folder / result).is_file():
+                what = f"holds no {result}" if folder.exists() else f"does not exist{nearest(folder)}"
                 raise DigitError(f"{folder} {what}: give the {stage} folder of a run, RUN/{stage}")
         self.device = choose_device(device)
         self.source = as_source(data, split=split)
@@ -126,7 +128,7 @@ class Run:
         check_recipe(
             self.recipe,
             chosen=chosen,
-            reuse={stage: settings_of(folder) for stage, folder in self.reuse.items()},
+            reuse={stage: settings_of(folder) for stage, folder in self.reuse.items() if stage in RESULTS},
             resolution=self._vqgan_config().resolution,
             num_images=len(self.source),
             num_classes=self.num_classes,
@@ -302,9 +304,11 @@ class Run:
 
     def train_model(self, name: str) -> SequenceModel:
         """Stage of one of ROLES: train the model, or read it where it is done."""
-        folder = self.out / name
+        folder = self._folder(name)
         tokens = {"tokenizer": self.tokenizer().fingerprint, "vqgan": self.train_vqgan().fingerprint}
-        if not self.is_done(name):
+        if name in self.reuse:
+            self._require_same_model(name, folder)
+        elif not self.is_done(name):
             torch.manual_seed(self.recipe.seed)
             cfg = self.sequence_config(name)
             model = get_kind(cfg.kind).model(cfg).to(self.device)
@@ -321,6 +325,11 @@ class Run:
             distributed.on_main(lambda: self._save_model(model, folder, tokens))
         require_same_request(folder, read_json(folder / "tokens.json"), tokens, f"give that one, or delete {folder}")
         return load_sequence_model(folder, "model").to(self.device)
+
+    def _require_same_model(self, name: str, folder: Path) -> None:
+        """Raise MismatchError where a reused model has another shape than this run's would have."""
+        wanted = plain(self.sequence_config(name).to_dict())
+        require_same_request(folder, read_json(folder / "model.json"), wanted, f"leave it out, and train a {name}")
 
     @staticmethod
     def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str]) -> None:
@@ -439,14 +448,15 @@ class Run:
 
     def make_pipeline(self, prior: str | None = "prior", renderer: str | None = None) -> DigitPipeline:
         """A pipeline of this run's models, trained where they are not done; prior None is a VQ-only baseline."""
+        renderer = renderer or self.recipe.model_names[1]
         return DigitPipeline(
             tokenizer=self.tokenizer() if prior else None,
             vq=self.train_vqgan(),
             prior=self.train_model(prior) if prior else None,
-            renderer=self.train_model(renderer or self.recipe.model_names[1]),
+            renderer=self.train_model(renderer),
             preprocess=self.recipe.preprocess,
             classes=self.source.classes if self.recipe.class_conditional else (),
-            sampling=self.recipe.sampling,
+            sampling=self.recipe.sampling_of(renderer, labelled=bool(self.num_classes)),
             info={
                 "recipe": self.recipe.name,
                 "data": self.source.name,

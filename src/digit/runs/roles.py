@@ -44,6 +44,7 @@ class Role:
         return tuple(kind for kind in (self.prefix, self.target) if kind not in (None, "pixels"))
 
 
+# vq_ar has the compute of both stages together; vq_ar_epochs has the paper's own 200 epochs (Table 3: 24.38)
 ROLES = {
     role.name: role
     for role in (
@@ -51,6 +52,7 @@ ROLES = {
         Role(name="renderer", target="vq", prefix="discriminative", labels=False),
         Role(name="renderer_masked", target="vq", prefix="discriminative", kind="masked", labels=False),
         Role(name="vq_ar", target="vq", replaces=("prior", "renderer")),
+        Role(name="vq_ar_epochs", target="vq"),
         Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer")),
     )
 }

@@ -10,6 +10,10 @@ from digit.runtime.names import closest
 from digit.runtime.scalars import as_int, as_number, shown
 from digit.runtime.settings import check_settings, within
 
+# The paper's filters (A.3), and where it is silent those of the released scripts: recipes and converted files read them
+# here. The released MaskGIT decoding draws from all codes; a top-p of 0.8 belongs to the autoregressive renderer alone.
+TOP_K, LARGE_TOP_K, CLASS_TOP_K = 200, 400, 300  # of a prior: base, large, class-conditional
+TOP_P, MASKED_TOP_P = 0.8, 1.0  # of a renderer: autoregressive, masked
 ARGUMENTS = ("num", "labels", "seed", "keep", "output")  # of the methods that take settings as further keywords
 T = TypeVar("T", bound="StageSampling | SamplingConfig")
 
@@ -21,9 +25,11 @@ class StageSampling:
     temperature: float = within("[0, inf)", 1.0)
     """Divides the logits; 0 takes the most likely token."""
     top_k: int = within("[0, inf)", 0)
-    """Keep the k most likely tokens; 0 keeps all (paper, A.3: 200 base, 400 large for the prior)."""
+    """Keep the k most likely tokens; 0 keeps all (paper, A.3: 200 base, 400 large for the prior; the released
+    class-conditional script: 300)."""
     top_p: float = within("(0, 1]", 1.0)
-    """Keep the most likely tokens up to this probability (paper, A.3: 0.8 for the renderer)."""
+    """Keep the most likely tokens up to this probability (paper, A.3: 0.8 for the autoregressive
+    renderer; released MaskGIT decoding: 1)."""
     cfg_scale: float = within("[0, inf)", 1.0)
     """Classifier-free guidance; 1 is off, as in the paper. Needs a model trained with label or prefix dropout."""
     num_steps: int = within("[1, inf)", 8)
@@ -39,13 +45,23 @@ class StageSampling:
         check_settings(self)
 
 
+def released_prior(*, large: bool = False, labels: bool = False) -> StageSampling:
+    """Stage 1 as the authors sample it: top-k 200 (base), 400 (large; both A.3), 300 (class-conditional script)."""
+    return StageSampling(top_k=CLASS_TOP_K if labels else LARGE_TOP_K if large else TOP_K)
+
+
+def released_renderer(*, masked: bool = False) -> StageSampling:
+    """Stage 2 as the authors sample it: top-p 0.8 token by token (A.3); MaskGIT from all codes (released code)."""
+    return StageSampling(top_p=MASKED_TOP_P if masked else TOP_P)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """Sampling settings of both stages, batch size and precision."""
 
-    prior: StageSampling = field(default_factory=lambda: StageSampling(top_k=200))
+    prior: StageSampling = field(default_factory=lambda: released_prior())
     """Stage 1."""
-    renderer: StageSampling = field(default_factory=lambda: StageSampling(top_p=0.8))
+    renderer: StageSampling = field(default_factory=lambda: released_renderer())
     """Stage 2."""
     batch_size: int | None = within("[1, inf)", None)
     """Images sampled together; None takes up to 64 on a CPU and up to 128 on a GPU, as free memory allows. An image
