@@ -14,7 +14,7 @@ from digit.evaluation.completion import run_completion
 from digit.evaluation.probe import encoder_features, probe_features
 from digit.evaluation.sweep import run_sweep
 from digit.models.vit import SIZES as VITS
-from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
 from digit.reproduce.study import Study
 from digit.reproduce.tables import (
     METHODS,
@@ -31,7 +31,7 @@ from digit.reproduce.tables import (
 from digit.reproduce.theory import run_theory
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 from digit.runtime.progress import track
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.config import TrainConfig
@@ -50,7 +50,9 @@ def fig3a(study: Study) -> Experiment:
         recipe = replace(study.recipe, **changes)
         seconds = study.costs.model("prior", recipe) + study.costs.model("renderer", recipe)
         seconds += study.costs.sampling(study.scale.num_samples)
-        steps.append(Step(name=name, seconds=seconds, make=partial(changed_recipe_scores, study, name, changes, seed)))
+        needs = Needs(models=(("prior", recipe), ("renderer", recipe)), images=study.scale.num_samples)
+        make = partial(changed_recipe_scores, study, name, changes, seed)
+        steps.append(Step(name=name, seconds=seconds, make=make, needs=needs))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         names = (f"plain_vq_ar_{seed}_samples", f"plain_renderer_{seed}_samples", *variants)
@@ -88,7 +90,9 @@ def fig3b(study: Study) -> Experiment:
     seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
     steps = [parts_step(study)]
     for k in study.scale.clusters:
-        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=partial(probe_of_codebook, study, k)))
+        recipe = replace(study.recipe, kmeans=replace(study.recipe.kmeans, num_clusters=k))
+        needs, make = Needs(models=(("prior", recipe),), tokens=rows), partial(probe_of_codebook, study, k)
+        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=make, needs=needs))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         curves, lines = {}, ["| K | best layer | top-1, % |", "|---|---|---|"]
@@ -112,7 +116,8 @@ def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
         run = study.seeded(seed)
     else:
         run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
-    return probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}")
+    study.prepare(run, "prior")
+    return distributed.on_main(lambda: probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}"))
 
 
 # -------------------------------------------------------------------- Figure 4a
@@ -131,6 +136,7 @@ def fig4a(study: Study) -> Experiment:
         ):
             raise DigitError(f"{name} ({cfg.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
     rows = len(study.train) * study.recipe.crops_per_image
+    models = (("prior", study.recipe), ("renderer", study.recipe))
     steps = [
         parts_step(study),
         training_step(study, "vq_ar", seed, False),
@@ -144,11 +150,15 @@ def fig4a(study: Study) -> Experiment:
                     name=f"pretrain_{name}",
                     seconds=costs.images("pretrain", images),
                     make=partial(train_encoder, study, name, cfg),
+                    serial=True,
                 )
             )
         seconds = costs.parts(len(study.train), rows) + costs.model("prior") + costs.model("renderer")
         seconds += costs.sampling(study.scale.num_samples) + costs.images("probe", 2 * rows)
-        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, cfg)))
+        encoders = (cfg,) if isinstance(cfg, EncoderConfig) else ()
+        needs = Needs(models=models, images=study.scale.num_samples, tokens=rows, encoders=encoders)
+        make = partial(compare_encoder, study, name, cfg)
+        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=make, needs=needs))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -198,8 +208,10 @@ def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig
         f"encoder_{name}", shared=("vqgan",), encoder=encoder, preprocess=preprocess, class_conditional=False, seed=seed
     )
     scores = study.scores(study.samples(f"encoder_{name}", run, *METHODS["DiGIT + AR"], seed))
-    lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
-    ol = probe_itself(study, run, study.out / "probes" / f"encoder_{name}_itself")
+    study.prepare(run, "prior")
+    out = study.out / "probes"
+    lp = distributed.on_main(lambda: probed(study, run, "prior", out / f"encoder_{name}"))
+    ol = distributed.on_main(lambda: probe_itself(study, run, out / f"encoder_{name}_itself"))
     cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
     probes = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "training_pflops": cost}
     return scores | probes | {"encoder": run.encoder.describe()}
@@ -240,7 +252,7 @@ def fig4b(study: Study) -> Experiment:
         )  # fmt: skip
 
     seconds = 2 * len(study.scale.prefixes) * study.costs.sampling(count)
-    steps.append(Step(name="completion", seconds=seconds, make=make))
+    steps.append(Step(name="completion", seconds=seconds, make=make, needs=Needs(images=count)))
     return Experiment(
         title="Figure 4b: completion by prefix length",
         steps=steps,
@@ -264,7 +276,8 @@ def fig5(study: Study) -> Experiment:
         return run_sweep(pipe, study.reference.pooled, study.network, study.scale.sweep, out, num=count, seed=seed)
 
     settings = study.scale.sweep.num_settings
-    steps.append(Step(name="sweep", seconds=settings * study.costs.sampling(count), make=make))
+    seconds, needs = settings * study.costs.sampling(count), Needs(images=settings * count)
+    steps.append(Step(name="sweep", seconds=seconds, make=make, needs=needs))
     return Experiment(
         title="Figure 5: top-k and top-p of both stages",
         steps=steps,
@@ -281,7 +294,7 @@ def fig6(study: Study) -> Experiment:
     out = study.out / "theory"
     return Experiment(
         title="Figure 6 and Propositions 2.1, 2.2",
-        steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name))],
+        steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name), serial=True)],
         summarise=lambda results, _: Outcome(
             table=statements_table(results["theory"]["statements"]),
             metrics=results["theory"],

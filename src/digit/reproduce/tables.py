@@ -1,10 +1,12 @@
 """Tables 1 to 4 of the paper: stability, linear probe, unconditional and class-conditional generation."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from digit.errors import DigitError
 from digit.evaluation import paper, stability
@@ -13,11 +15,11 @@ from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
-from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
 from digit.reproduce.study import BATCH_SIZE, Study, as_tensor, variant
 from digit.runs.fit import Run
 from digit.runs.roles import get_role
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 from digit.training.log import last_metrics
 
 METHODS: dict[str, tuple[str | None, str]] = {  # name -> (prior, renderer)
@@ -43,7 +45,7 @@ def parts_step(study: Study) -> Step:
             "vq_codes": run.train_vqgan().vocab_size,
         }
 
-    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make)
+    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make, needs=Needs(tokens=rows))
 
 
 def training_step(study: Study, model: str, seed: int, conditional: bool) -> Step:
@@ -53,13 +55,14 @@ def training_step(study: Study, model: str, seed: int, conditional: bool) -> Ste
         name=name,
         seconds=study.costs.model(model),
         make=lambda: trained(study.seeded(seed, conditional=conditional), model),
+        needs=Needs(models=((model, replace(study.recipe, class_conditional=conditional)),)),
     )
 
 
 def trained(run: Run, model: str) -> dict[str, Any]:
     """Train a model of a run, unless it is trained; returns its cost and likelihood."""
     run.train_model(model)
-    cfg, last = run.training_config(model), last_metrics(run.out / model)
+    cfg, last = run.training_config(model), distributed.on_main(lambda: last_metrics(run.out / model))
     images = cfg.num_steps * cfg.batch_size
     flops = training_flops(run.sequence_config(model)) * images
     return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
@@ -74,7 +77,9 @@ def samples_step(study: Study, method: str, seed: int, conditional: bool) -> Ste
         run = study.seeded(seed, conditional=conditional)
         return study.scores(study.samples(label, run, prior, renderer, seed))
 
-    return Step(name=f"{label}_{seed}_samples", seconds=study.costs.sampling(study.scale.num_samples), make=make)
+    count = study.scale.num_samples
+    seconds, needs = study.costs.sampling(count), Needs(images=count)
+    return Step(name=f"{label}_{seed}_samples", seconds=seconds, make=make, needs=needs)
 
 
 def probe_step(study: Study, model: str, seed: int) -> Step:
@@ -83,7 +88,8 @@ def probe_step(study: Study, model: str, seed: int) -> Step:
 
     def make() -> dict[str, Any]:
         run = study.seeded(seed)
-        return probed(study, run, model, study.out / "probes" / f"{model}_{seed}")
+        study.prepare(run, model)
+        return distributed.on_main(lambda: probed(study, run, model, study.out / "probes" / f"{model}_{seed}"))
 
     return Step(name=f"plain_{model}_{seed}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
 
@@ -137,9 +143,8 @@ def stability_step(study: Study) -> Step:
         run = study.base
         tokenizers = {"discriminative": run.tokenizer(), "vq": run.train_vqgan()}
         cfg = StabilityConfig(seed=study.recipe.seed, confidence=1 - 0.05 / len(StabilityConfig().snrs))  # Bonferroni
-        return stability.run_stability(
-            tokenizers, study.test, study.recipe.preprocess, cfg, num=count, out=study.out / "stability"
-        )
+        images, out = study.some_test_images(count), study.out / "stability"
+        return stability.run_stability(tokenizers, images, study.recipe.preprocess, cfg, out=out, name=study.test.name)
 
     noisy = count * (1 + len(StabilityConfig().snrs))
     return Step(name="stability", seconds=study.costs.images("tokens", noisy), make=make, version=2)
@@ -272,12 +277,16 @@ def golden_step(study: Study, conditional: bool) -> Step:
 
     def make() -> dict[str, Any]:
         run = study.seeded(study.scale.seeds[0], conditional=conditional)
-        pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(count)
-        assert pipe.tokenizer is not None
-        tokens = pipe.tokenizer.encode(images)
-        return study.scores(study.judged(f"{kind}_golden", lambda: pipe.render(tokens)))
+        pipe = study.sampler(run, "prior", "renderer")
+        tokenizer = pipe.tokenizer
+        assert tokenizer is not None
 
-    return Step(name=f"{kind}_golden", seconds=study.costs.sampling(count), make=make)
+        def render(images: Tensor, first: int) -> Tensor:
+            return pipe.render(tokenizer.encode(images), seed=first)
+
+        return study.scores(study.test_judged(f"{kind}_golden", render, count))
+
+    return Step(name=f"{kind}_golden", seconds=study.costs.sampling(count), make=make, needs=Needs(images=count))
 
 
 def floor_step(study: Study) -> Step:
@@ -285,10 +294,10 @@ def floor_step(study: Study) -> Step:
     count = min(study.scale.num_samples, len(study.test))
 
     def make() -> dict[str, Any]:
-        vq, images = study.base.train_vqgan(), study.some_test_images(count)
-        return study.scores(study.judged("floor", lambda: vq.decode(vq.encode(images))))
+        vq = study.base.train_vqgan()
+        return study.scores(study.test_judged("floor", lambda images, _: study.reconstruct(vq, images), count))
 
-    return Step(name="floor", seconds=study.costs.sampling(count), make=make)
+    return Step(name="floor", seconds=study.costs.sampling(count), make=make, needs=Needs(images=count))
 
 
 # -------------------------------------------------------------------- values as text
