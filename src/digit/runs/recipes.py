@@ -307,6 +307,7 @@ def digit_base() -> Recipe:
         encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224),
         kmeans=KMeansConfig(num_clusters=8192, memory_budget_bytes=2**33),
         class_conditional=False,
+        renderer_training=replace(RELEASED_TRAINING, accumulate=2),  # 43 of 73 GiB on each of eight GPUs; 83 in one piece
         sampling=SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8)),
     )
 
@@ -328,6 +329,6 @@ def digit_large() -> Recipe:
         prior=size,
         prior_training=training,
         renderer=size,
-        renderer_training=training,
+        renderer_training=replace(training, accumulate=2),  # 57 of 73 GiB on each of eight GPUs; 102 in one piece
         sampling=SamplingConfig(prior=StageSampling(top_k=400), renderer=StageSampling(top_p=0.8)),
     )
