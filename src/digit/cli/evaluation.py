@@ -1,7 +1,6 @@
 """Commands that measure: evaluate, statistics, stability, probe and sweep."""
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (

@@ -35,7 +35,7 @@ DECIDED = {
     "renderer_kind": "the target decides it: table3 and table4 train both kinds",
     "name": "the scale has a name",
 }
-FIXED = ("name", "recipe", "encoders")  # fields of a scale that are no options
+FIXED = ("name", "encoders")  # fields of a scale that are no options, beside its recipes
 SHORT = {  # shorter words for some options
     "--samples": "--num_samples",
     "--encoder": "--encoder.name",
@@ -57,22 +57,23 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
 
     TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig3a, fig3b (ablation), fig4a
     (encoders), fig4b (completion), fig5 (sampling), fig6 (theory) or claims; several with commas; or all. It prints a
-    plan with estimated times first, and checks weights, labels, memory and disk. Finished work is reused, and targets of
-    one folder share codebook, VQGAN, tokens and models. Every setting of the scale and of its recipe can be changed.
+    plan with estimated times first, and checks weights, labels, memory and disk. Finished work is reused, and targets
+    of one folder share codebook, VQGAN, tokens and models. Every setting of the scale and its recipe can be changed.
     """
     argv = [*map(long_form, argv)]
     refuse_decided(argv)
     base = add_arguments(parser, argv)
     args = parse(parser, argv)
     from digit.reproduce import Study, build, check_everything, chosen_targets, plan, reproduce_all
+    from digit.reproduce.rehearsal import listed, rehearsed
 
     targets = chosen_targets(args.target)
     scale = chosen_scale(args, argv, base)
     reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
-    out = args.out or f"reproduced/{scale.name}-{Path(args.data.split(':')[0]).name}"
-    study = Study(
-        args.data, scale, out, reuse=reuse, inception=args.inception, device=args.device, pixel_max=args.pixel_max
-    )
+    scale, cuts = rehearsed(scale) if args.rehearse else (scale, [])
+    out = args.out or f"reproduced/{scale.name}{'-rehearsal' * args.rehearse}-{Path(args.data.split(':')[0]).name}"
+    how = dict(inception=args.inception, device=args.device, pixel_max=args.pixel_max, cuts=cuts)
+    study = Study(args.data, scale, out, reuse=reuse, **how)
     say_assumptions(study.train)
     experiments = [build(target, study) for target in targets]
     text = distributed.on_main(lambda: plan(experiments, study.out))
@@ -81,7 +82,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
         check_everything(experiments, study)
         return
     check_everything(experiments, study)
-    say(text)
+    say(f"{listed(cuts)}\n\n{text}" if cuts else text)
     for outcome, folder in reproduce_all(targets, study):
         say(f"\n{outcome.table}\n\nresults, table and pictures: {folder}")
 
@@ -108,7 +109,7 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
     scale = get_scale(value_of(argv, "--scale") or DEFAULT_SCALE)
     parser.add_argument(
         "target",
-        help="table1, table2, table3, table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6, claims, several with commas, or all",
+        help="table1 to table4, fig3a, fig3b, fig4a, fig4b, fig5, fig6, claims, several with commas, or all",
     )
     parser.add_argument(
         "--scale",
@@ -123,6 +124,11 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
     parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
     parser.add_argument("--plan", action="store_true", help="print the plan, check what can be checked, and stop")
     parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="the same commands, structure, tokens and code with few steps and narrow models: tries everything",
+    )
+    parser.add_argument(
         "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"
     )
     parser.add_argument(
@@ -134,7 +140,7 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
         )
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    parser.add_class_arguments(Scale, as_group=True, skip=set(FIXED))
+    parser.add_class_arguments(Scale, as_group=True, skip={f.name for f in fields(Scale)} - {*option_names(scale)})
     parser.add_class_arguments(Recipe, as_group=True, skip=set(DECIDED))
     parser.set_defaults(
         {name: plain_value(getattr(scale, name)) for name in option_names(scale)}
@@ -148,16 +154,15 @@ def plain_value(value: Any) -> Any:
 
 
 def option_names(cfg: Any) -> list[str]:
-    """The fields of a scale or a recipe that are options."""
-    from digit.runs.recipes import Recipe
-
-    fixed = DECIDED if isinstance(cfg, Recipe) else FIXED
-    return [field.name for field in fields(cfg) if field.name not in fixed]
+    """The fields of a scale or a recipe that are options; a scale's recipes are changed together."""
+    fixed = FIXED if hasattr(cfg, "recipe") else DECIDED
+    return [field.name for field in fields(cfg) if field.name not in fixed and "Recipe" not in str(field.type)]
 
 
 def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     """The scale that parsed arguments describe. Raises DigitError for settings that its runs would not use."""
     from digit.runs.checks import unused_settings
+    from digit.runs.recipes import Recipe
 
     if args.scale != base.name:
         raise DigitError(
@@ -168,8 +173,23 @@ def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     chosen = {*typed_settings(argv, recipe), *changed(given, base.recipe)}
     reuse = [part for part in ("codebook", "vqgan", "tokens") if getattr(args, f"reuse_{part}")]
     refuse_unused(recipe, sorted(chosen), unused_settings(recipe, reuse))
-    scale = replace(base, recipe=recipe, **{name: getattr(args, name) for name in option_names(base)})
+    scale = replace(base, **{name: getattr(args, name) for name in option_names(base)})
+    recipes = {field.name: getattr(base, field.name) for field in fields(base)}
+    scale = replace(
+        scale,
+        **{name: with_changes(r, recipe, base.recipe) for name, r in recipes.items() if isinstance(r, Recipe)},
+    )
     return scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
+
+
+def with_changes(cfg: Any, given: Any, base: Any) -> Any:
+    """`cfg` with those settings that differ between `given` and `base`, two configs of its class."""
+    values = {}
+    for name in (field.name for field in fields(cfg)):
+        own, new, old = (getattr(config, name) for config in (cfg, given, base))
+        nested = is_dataclass(own) and type(own) is type(new) is type(old)
+        values[name] = with_changes(own, new, old) if nested else new if new != old else own
+    return replace(cfg, **values)
 
 
 def with_fitting_encoder(recipe: "Recipe", base: "Recipe") -> "Recipe":

@@ -62,7 +62,8 @@ def run_completion(
             conditional pipeline predicts each from its whole image.
 
     Returns the JSON's content: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
-    All ranks call it together: they share the images, and rank 0 measures and writes. Raises DigitError, before any sampling, where a pipeline can keep none of the fractions exactly.
+    All ranks call it together: they share the images, and rank 0 measures and writes. Raises DigitError, before any
+    sampling, where a pipeline can keep none of the fractions exactly.
     """
     out, reference = as_path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     images = as_images(images)

@@ -180,7 +180,7 @@ class Sweep:
         return remember_rows(path, self.num, self.batch_size, make)["vq"].long()
 
     def _prefix(self, stages: Mapping[str, StageSampling], vq: dict[int, Tensor]) -> Tensor:
-        """Discriminative tokens (num, N) int32 of a prior's setting; new ones leave the VQ tokens after them in `vq`."""
+        """Discriminative tokens (num, N) int32 of a prior's setting; new ones leave their VQ tokens in `vq`."""
 
         def both(start: int, stop: int) -> dict[str, Tensor]:
             tokens = self._generate(start, stop, stages)

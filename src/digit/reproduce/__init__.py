@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from digit.errors import DigitError
-from digit.reproduce.claims import claims
 from digit.reproduce.checks import check_everything
+from digit.reproduce.claims import claims
 from digit.reproduce.experiment import Experiment, Outcome, perform, plan
 from digit.reproduce.figures import fig3a, fig3b, fig4a, fig4b, fig5, fig6
 from digit.reproduce.scales import SCALES, Scale, get_scale

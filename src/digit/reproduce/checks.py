@@ -70,12 +70,18 @@ def check_memory(steps: Sequence[Step], study: Study, ranks: int) -> None:
         for model, recipe in step.needs.models:
             if not known & {(model, recipe_key(recipe))}:
                 known.add((model, recipe_key(recipe)))
-                check_stage(planner(study, recipe, machine, ranks).training(model), machine)
-    if steps and any(step.needs.tokens for step in steps) and machine.gpu:
+                plan = planner(study, recipe, machine, ranks)
+                check_stage(plan.training(model) if machine.gpu else weights(plan, model), machine)
+    if any(step.needs.tokens for step in steps) and machine.gpu:
         stages = planner(study, study.recipe, machine, ranks)
         missing = [] if "codebook" in study.reuse else [stages.features(), stages.quantizer()]
         for stage in missing if "tokens" in study.reuse else [*missing, stages.tokens()]:
             check_stage(stage, machine)
+
+
+def weights(plan: Planner, model: str) -> Stage:
+    """A model's weights, gradients and moments alone: tracing its step on a CPU takes minutes for a large model."""
+    return Stage(name=model, what="", memory=ADAM_BYTES * num_parameters(plan.work.sequence(model)), times={})
 
 
 def check_stage(stage: Stage, machine: Machine) -> None:

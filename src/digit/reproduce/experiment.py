@@ -137,9 +137,10 @@ def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any
                 kept = make_step(step, out)
         results[step.name] = kept["result"]
         made[step.name] = {key: value for key, value in kept.items() if key != "result"}
-    about = {"experiment": name, "title": experiment.title} | context
+    title = f"REHEARSAL: {experiment.title}" if context.get("rehearsal") else experiment.title
+    about = {"experiment": name, "title": title} | context
     outcome = summarised(experiment, results, out / name)
-    distributed.on_main(lambda: write_outcome(experiment, outcome, out / name, about, made))
+    distributed.on_main(lambda: write_outcome(outcome, out / name, about, made))
     return outcome
 
 
@@ -167,15 +168,13 @@ def summarised(experiment: Experiment, results: dict[str, Any], folder: Path) ->
         return experiment.summarise(results, Path(scratch))
 
 
-def write_outcome(
-    experiment: Experiment, outcome: Outcome, folder: Path, about: Mapping[str, Any], made: dict[str, Any]
-) -> None:
+def write_outcome(outcome: Outcome, folder: Path, about: Mapping[str, Any], made: dict[str, Any]) -> None:
     """Write table.md and results.json, and copy pictures that an evaluation has written elsewhere."""
     for picture in outcome.pictures:
         if picture.parent != folder:
             shutil.copyfile(picture, folder / picture.name)
     with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(f"# {experiment.title}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
+        temporary.write_text(f"# {about['title']}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
     whole = {"metrics": outcome.metrics, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
     write_json(folder / "results.json", plain({**about, **whole, "summarised_by": provenance()}))
 

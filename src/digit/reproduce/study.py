@@ -34,6 +34,7 @@ from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.mapped_crops import mapped_crops
+from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.runs.fit import FREE_SETTING, Run, merged
 from digit.runs.layout import RESULTS
@@ -89,6 +90,7 @@ class Study:
         reuse: folders of a finished run's codebook, vqgan and tokens.
         inception: weights of FID's network; None uses EfficientNet-Lite2, whose distances are not called FID.
         pixel_max: white in images of more than 8 bits, as of `open_source`.
+        cuts: what a rehearsal cut from the scale (`rehearsal.rehearsed`); results say it.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Study:
         inception: str | None = None,
         device: str | None = None,
         pixel_max: int | None = None,
+        cuts: Sequence[Cut] = (),
     ):
+        self.cuts = list(cuts)
         self.data, self.scale, self.out, self.device = data, scale, as_path(out), choose_device(device)
         self.train, self.test = open_splits(data, scale.num_train, scale.num_test, pixel_max)
         self.reuse, self.inception = dict(reuse or {}), inception
@@ -172,6 +176,7 @@ class Study:
             "judge": self.network.describe(),
             "seeds": list(self.scale.seeds),
             "ranks": distributed.world_size(),
+            "rehearsal": [cut._asdict() for cut in self.cuts] or None,
         }
 
     # ---------------------------------------------------------------- runs

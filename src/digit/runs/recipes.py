@@ -307,7 +307,9 @@ def digit_base() -> Recipe:
         encoder=EncoderConfig(name="dinov2_vitb14_reg4", input_size=224),
         kmeans=KMeansConfig(num_clusters=8192, memory_budget_bytes=2**33),
         class_conditional=False,
-        renderer_training=replace(RELEASED_TRAINING, accumulate=2),  # 43 of 73 GiB on each of eight GPUs; 83 in one piece
+        renderer_training=replace(
+            RELEASED_TRAINING, accumulate=2
+        ),  # 43 of 73 GiB on each of eight GPUs; 83 in one piece
         sampling=SamplingConfig(prior=StageSampling(top_k=200), renderer=StageSampling(top_p=0.8)),
     )
 
