@@ -8,6 +8,7 @@ command fails, or a results.json or table.md is missing, says nothing of the reh
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -62,10 +63,21 @@ def killed(command: list[str], out: Path, seed: int) -> int:
     while process.poll() is None and steps_done(out) < wanted:
         time.sleep(POLL)
     time.sleep(chance.uniform(0, 5))
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    for number in (*descendants(process.pid), process.pid) if process.poll() is None else ():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
     process.wait()
     return steps_done(out)
+
+
+def descendants(parent: int) -> list[int]:
+    """Numbers of the processes that a process has started, and of theirs: torchrun's ranks have own sessions."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [child for child, its_parent in parents.items() if its_parent == parent]
+    return found + [number for child in found for number in descendants(child)]
 
 
 def numbers(value: Any) -> Iterator[float]:

@@ -36,7 +36,7 @@ def chosen_targets(text: str) -> list[str]:
     names = list(TARGETS) if text == "all" else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in TARGETS:
-            raise DigitError(f"nothing named {name} to reproduce: choose all, or some of {', '.join(TARGETS)}")
+            raise DigitError(f"nothing named {name} to reproduce: choose one of {', '.join(TARGETS)}, all")
     return list(dict.fromkeys(names))
 
 
