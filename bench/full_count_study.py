@@ -2,15 +2,16 @@
 
     python bench/full_count_study.py --images 50000 --side 256 --folder /scratch
 
-Crops of generated images go to one memory-mapped file, a judge without a network reads them part by part, and two sets
-of features (Inception's sizes: 2048 + 2023 + 1008) give a distance. `own` is the largest resident memory that belongs to
-this process alone; the map's pages (`mapped`) are the system's cache, which all processes of a machine share.
+Crops of generated images go to one memory-mapped file, a judge without a network reads them part by part, and two
+sets of features (Inception's sizes: 2048 + 2023 + 1008) give a distance. `own` is the largest resident memory that
+belongs to this process alone; the map's pages (`mapped`) are the system's cache, shared by a machine's processes.
 """
 
 import argparse
 import tempfile
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Generated(ImageSource):
     def read(self, index: int) -> tuple[Image.Image, int]:
         return Image.new("RGB", (self.side, self.side), (index % 256, index // 256 % 256, 0)), index % 1000
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         return f"{self.num} {self.side}"
 
@@ -94,7 +95,7 @@ def measure(folder: Path, num: int, side: int, peak: Peak) -> None:
         batch = images[starts[part] : starts[part] + rows[part]]
         seed = np.random.default_rng(int(batch[0, 0, 0, 0]) + part)
         made = {name: seed.standard_normal((len(batch), size), dtype=np.float32) for name, size in SIZES.items()}
-        return {name: torch.from_numpy(values) + batch.float().mean() for name, values in made.items()}
+        return {name: torch.from_numpy(values) + batch.sum() / batch.numel() for name, values in made.items()}
 
     sets = []
     for name in ("reference", "samples"):

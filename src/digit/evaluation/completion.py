@@ -132,8 +132,8 @@ def completions(
         def judged(batch: Tensor) -> Tensor:
             return network.judge(batch).pooled
 
-        def complete_part(batch: Tensor, keep: float, first: int) -> Tensor:
-            return complete(batch, keep, start + first)
+        def complete_part(images: Tensor, keep: float, first: int) -> Tensor:
+            return complete(images, keep, start + first)
 
         shown = max(0, SHOWN - start)
         return complete_and_judge(

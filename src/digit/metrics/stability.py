@@ -167,7 +167,8 @@ def measure_stability(
             count += len(images)
             bar.update(len(images))
     shares = distributed.gather((signal, error, count, results))
-    signal, error, count = (sum(share[i] for share in shares) for i in range(3))
+    signal, count = sum(share[0] for share in shares), sum(share[2] for share in shares)
+    error = torch.stack([share[1] for share in shares]).sum(0)
     results = {name: _TokenizerResults.joined([share[3][name] for share in shares]) for name in tokenizers}
     if count < 2:
         raise DigitError(f"stability got {count} images: an interval over images needs at least 2")
