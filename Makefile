@@ -3,13 +3,14 @@
 # make chaos  kills, full disks and read-only disks under every long command: about half an hour on two CPU cores
 # make docs   the documentation as a site, in site/; make docs-serve shows it while you write
 # make notebook  runs docs/journey.ipynb and keeps its pictures
+# make rehearsal  digit reproduce all --rehearse on two processes, killed once and resumed; SCALE, DATA, MORE choose what
 # make nightly  every table and figure of the paper at tiny scale on rendered shapes
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test chaos nightly lint docs docs-serve notebook env env-test env-bench clean help
+.PHONY: demo test chaos nightly rehearsal lint docs docs-serve notebook env env-test env-bench clean help
 help:
 	@sed -n 's/^# //p' Makefile
 
@@ -28,6 +29,11 @@ chaos: env
 TARGETS := table1 table2 table3 table4 fig1 fig3a fig3b fig4a fig4b fig5 fig6 fig7 fig8 latent claims
 nightly: env
 	for target in $(TARGETS); do $(BIN)/digit reproduce $$target --scale tiny --out runs/nightly || exit 1; done
+
+SCALE ?= tiny
+DATA  ?= shapes
+rehearsal: env
+	$(BIN)/python bench/rehearsal.py --out runs/rehearsal -- --scale $(SCALE) --data $(DATA) $(MORE)
 
 lint: env-test
 	$(BIN)/ruff format --check src tests bench docs/hooks

@@ -41,7 +41,7 @@ def test_the_notebook_runs(monkeypatch):
 def commands(page: Path) -> list[list[str]]:
     """The `digit ...` lines of a page's code blocks, continued lines joined, without comments."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = re.findall(r"^(?:    )+(?:torchrun [^\n]*-m )?(digit [a-z][^\n]*)$", text, re.MULTILINE)
+    lines = re.findall(r"^(?:    )+(?:torchrun [^\n]*-m )?(digit (?:-- )?[a-z][^\n]*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 

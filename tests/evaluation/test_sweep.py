@@ -119,11 +119,11 @@ def test_an_interrupted_sweep_resumes(pipe, reference, tmp_path, monkeypatch, af
     whole = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path / "whole", num=NUM)
     decoded, decode = [], DigitPipeline.decode
 
-    def killed(self, tokens):
+    def killed(self, tokens, precision=None):
         decoded.append(len(tokens))
         if len(decoded) == after:
             raise KeyboardInterrupt
-        return decode(self, tokens)
+        return decode(self, tokens, precision)
 
     monkeypatch.setattr(DigitPipeline, "decode", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -166,7 +166,7 @@ def test_a_score_of_one_split_has_no_deviation(pipe, reference, tmp_path):
 
 
 def test_samples_that_do_not_vary_are_swept_without_intervals(pipe, reference, tmp_path, monkeypatch):
-    monkeypatch.setattr(DigitPipeline, "decode", lambda self, tokens: torch.zeros(len(tokens), 3, 32, 32).byte())
+    monkeypatch.setattr(DigitPipeline, "decode", lambda self, tokens, _: torch.zeros(len(tokens), 3, 32, 32).byte())
     result = run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
     best = result["best"]["fd_toy"]
     assert best["low"] is None and "do not vary" in best["missing"] and best["intervals_apart"] is None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from digit import __version__
-from digit.cli import benchmark, evaluation, pipelines, planning, runs
+from digit.cli import benchmark, evaluation, pipelines, planning, reproduction, runs
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say, say_here
 from digit.cli.mistakes import with_suggestion, with_typed_option, with_typed_output
 from digit.errors import DigitError, Stopped, printable
@@ -29,6 +29,7 @@ SECTIONS = {
     runs: "train",
     pipelines: "look and sample",
     evaluation: "measure",
+    reproduction: "the paper",
     benchmark: "speed",
     planning: "plan",
 }

@@ -1,14 +1,12 @@
-"""Commands that measure: evaluate, statistics, stability, probe, sweep, and every table and figure of the paper."""
+"""Commands that measure: evaluate, statistics, stability, probe and sweep."""
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
-    PIXEL_MAX_HELP,
     add_config,
     add_reading,
     command,
@@ -17,7 +15,6 @@ from digit.cli.arguments import (
     parse,
     read_config,
     say,
-    say_assumptions,
 )
 from digit.errors import DigitError
 
@@ -215,77 +212,3 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     for text in result["warnings"]:
         say(f"warning: {text}")
     say(f"plots and metrics: {args.out}")
-
-
-@command(
-    "reproduce",
-    "digit reproduce claims --scale tiny                              # on rendered shapes, minutes\n"
-    "  digit reproduce table3 --scale small --data photos/ --plan       # the plan alone\n"
-    "  digit reproduce table3 --scale small --data photos/",
-)
-def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Reproduce a table or figure of the paper, or test its claims, at a chosen scale.
-
-    TARGET is table1 (stability), table2 (probe), table3, table4 (generation), fig1 (overview), fig3a, fig3b (ablation),
-    fig4a (encoders), fig4b (completion), fig5 (sampling), fig6 (theory), fig7, fig8 (pictures), latent (equations 1
-    to 6) or claims. It prints a plan with
-    estimated times first. Finished work is reused, and targets of one folder share codebook, VQGAN, tokens and models.
-    """
-    parser.add_argument(
-        "target",
-        help="table1 to table4, fig1, fig3a, fig3b, fig4a, fig4b, fig5, fig6, fig7, fig8, latent or claims",
-    )
-    parser.add_argument("--scale", default="tiny", help="tiny (minutes), small (an hour or two on two cores) or paper")
-    parser.add_argument(
-        "--data", default="shapes", help=DATA_HELP + "; its labelled test or validation split is tested on"
-    )
-    parser.add_argument(
-        "--labels_from",
-        default="auto",
-        help="where labels come from, as of digit fit; a file of ImageNet's labels, too",
-    )
-    parser.add_argument("--test_split", default=None, help="split of DATA to test on, with or without labels")
-    parser.add_argument("--hold_out", type=bool, default=False, help=HOLD_OUT_HELP)
-    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
-    parser.add_argument("--out", default=None, help="folder (default: reproduced/SCALE-DATA)")
-    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
-    parser.add_argument(
-        "--inception", default=None, help="weights of FID's Inception network (default: EfficientNet-Lite2 instead)"
-    )
-    parser.add_argument(
-        "--encoder", default=None, help="encoder of the tokens, as --encoder.name of digit fit (default: the scale's)"
-    )
-    parser.add_argument(
-        "--encoder_size",
-        type=int,
-        default=None,
-        help="side of its input in pixels, as --encoder.input_size (default: the scale's)",
-    )
-    parser.add_argument("--encoder_weights", default=None, help="its weights file, as --encoder.weights of digit fit")
-    parser.add_argument(
-        "--encoders", default="", help="weights files for fig4a --scale paper: MAE=mae.pth,MoCo=moco.pth,iBOT=ibot.pth"
-    )
-    for part in ("codebook", "vqgan", "tokens"):
-        parser.add_argument(
-            f"--reuse_{part}", default=None, help=f"folder of another run's {part} to use instead of making one"
-        )
-    parser.add_argument("--device", default=None, help=DEVICE_HELP)
-    args = parse(parser, argv)
-    from digit.reproduce import Study, build, get_scale, plan, reproduce
-
-    scale = get_scale(args.scale).with_encoder(args.encoder, args.encoder_weights, args.encoder_size)
-    scale = scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
-    reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
-    out = args.out or f"reproduced/{args.scale}-{Path(args.data.split(':')[0]).name}"
-    how = dict(inception=args.inception, device=args.device, pixel_max=args.pixel_max)
-    how |= dict(labels_from=args.labels_from, test_split=args.test_split, every_fifth=args.hold_out)
-    study = Study(args.data, scale, out, reuse=reuse, **how)
-    say_assumptions(study.train)
-    say_assumptions(study.test)
-    say(f"test images: {study.tested_on} ({len(study.test)})")
-    study.validate()
-    say(plan(build(args.target, study), study.out))
-    if args.plan:
-        return
-    outcome, folder = reproduce(args.target, study)
-    say(f"\n{outcome.table}\n\nresults, table and pictures: {folder}")

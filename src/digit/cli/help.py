@@ -127,9 +127,10 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     },
     "reproduce": {
         "data": "--data --labels_from --test_split --hold_out",
-        "what is reproduced": "target --scale --plan --inception",
-        "what is trained": "--encoder --encoder_size --encoder_weights --encoders --reuse_codebook --reuse_vqgan "
-        "--reuse_tokens",
+        "what is reproduced": "target --scale --config --plan --rehearse --inception",
+        "size": "--seeds --num_samples",
+        "what is trained": "--encoder.name --encoder.input_size --encoder.weights --encoders --reuse_codebook "
+        "--reuse_vqgan --reuse_tokens",
         "machine": "--device",
         "output": "--out",
     },

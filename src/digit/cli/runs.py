@@ -32,7 +32,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     """Add DATA, --recipe, --out and one dotted option for each field of the recipe. Returns the recipe's name."""
     from digit.runs.recipes import RECIPES, Recipe, get_recipe
 
-    name = _value_of(argv, "--recipe") or DEFAULT_RECIPE  # sets the defaults, so it is read before the parser exists
+    name = value_of(argv, "--recipe") or DEFAULT_RECIPE  # sets the defaults, so it is read before the parser exists
     recipe = get_recipe(name)
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument(
@@ -57,7 +57,7 @@ def _default(value: Any) -> Any:
     return asdict(cast(Any, value)) if is_dataclass(value) else value
 
 
-def _value_of(argv: Sequence[str], option: str) -> str | None:
+def value_of(argv: Sequence[str], option: str) -> str | None:
     """The value of an option, read without a parser."""
     for i, word in enumerate(argv):
         if word == option and i + 1 < len(argv):
@@ -86,12 +86,12 @@ def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
 
 def beside(argv: Sequence[str], kept: Mapping[str, Path]) -> list[str]:
     """The arguments of the same work in a new folder next to --out, which reuses the `kept` parts of the run there."""
-    words, given = [], _value_of(argv, "--out") or ""
+    words, given = [], value_of(argv, "--out") or ""
     new = next(name for n in itertools.count(2) if not Path(name := f"{given.rstrip('/')}-{n}").exists())
     for i, word in enumerate(argv):
         after_out = i > 0 and argv[i - 1] == "--out"
         words.append(new if after_out else f"--out={new}" if word.startswith("--out=") else word)
-    free = [part for part in kept if _value_of(argv, f"--reuse_{part}") is None]
+    free = [part for part in kept if value_of(argv, f"--reuse_{part}") is None]
     return [*words, *(word for part in free for word in (f"--reuse_{part}", str(kept[part])))]
 
 

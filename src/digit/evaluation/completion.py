@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from digit.data.pictures import Images, as_images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
-from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.cache import pipeline_key, remember_rows, request_key
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.features import fingerprint
 from digit.metrics.completion import Complete, complete_and_judge, curve_difference, distance_curve
@@ -29,10 +28,11 @@ from digit.metrics.intervals import Interval
 from digit.metrics.judge import JudgeNetwork
 from digit.models.sequence import SequenceModel
 from digit.pipeline.pipeline import DigitPipeline, kept_tokens
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 from digit.runtime.files import as_path, plain, sha256_tensors, write_result
 
 SHOWN = 8  # images in the grids
+BATCH = 256  # images that are completed together
 NOTE = "kept tokens are computed from whole images: a wide receptive field reveals some of the hidden part"
 
 
@@ -62,17 +62,35 @@ def run_completion(
             conditional pipeline predicts each from its whole image.
 
     Returns the JSON's content: pipes.NAME.curve lists {"keep", "kept", "distance"}, skipped the fractions left out.
-    Raises DigitError, before any sampling, where a pipeline can keep none of the fractions exactly.
+    All ranks call it together: they share the images, and rank 0 measures and writes. Raises DigitError, before any
+    sampling, where a pipeline can keep none of the fractions exactly.
     """
     out, reference = as_path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     images = as_images(images)
     exact = {name: exact_fractions(pipe, keeps) for name, pipe in pipes.items()}
-    completed, features, curves = {}, {}, {}
+    completed = {
+        name: completions(pipe, images, exact[name], network, out / "cache", seed, labels)
+        for name, pipe in pipes.items()
+    }
+    return distributed.on_main(lambda: measure(pipes, images, completed, reference, network, keeps, out, seed, labels))
+
+
+def measure(
+    pipes: Mapping[str, DigitPipeline],
+    images: Tensor,
+    completed: Mapping[str, Mapping[float, Mapping[str, Tensor]]],
+    reference: FeatureStats,
+    network: JudgeNetwork,
+    keeps: Sequence[float],
+    out: Path,
+    seed: int,
+    labels: Sequence[int | str] | None,
+) -> dict[str, Any]:
+    """Distances of what `completions` gave by pipeline; writes completion.json and the plots."""
+    features, curves = {}, {}
     for name, pipe in pipes.items():
-        completed[name] = completions(pipe, images, exact[name], network, out / "cache", seed, labels)
-        plot_grid(
-            out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png", images, completed[name], pipe.image_size
-        )
+        path = out / f"completed_{re.sub('[^A-Za-z0-9-]+', '_', name)}.png"
+        plot_grid(path, images, completed[name], pipe.image_size)
         features[name] = {keep: entry["features"] for keep, entry in completed[name].items()}
         curves[name] = distance_curve(features[name], reference)
     result = {
@@ -106,11 +124,24 @@ def completions(
     request = {"pipe": pipeline_key(pipe), "sampling": asdict(pipe.sampling), "network": fingerprint(network)}
     request |= {"images": sha256_tensors({"images": fitted}), "seed": seed, "labels": labels and list(labels)}
 
-    def make(keep: float) -> dict[str, Tensor]:
-        return complete_and_judge(complete, fitted, keep, lambda batch: network.judge(batch).pooled, num_shown=SHOWN)
+    def rows(keep: float) -> Mapping[str, Tensor]:
+        path = cache / f"{request_key(**request, keep=keep)}.safetensors"
+        return remember_rows(path, len(fitted), block, lambda start, stop: completed_rows(keep, start, stop))
 
-    paths = {keep: cache / f"{request_key(**request, keep=keep)}.safetensors" for keep in (*keeps, 1.0)}
-    return {keep: remember(path, partial(make, keep)) for keep, path in paths.items()}
+    def completed_rows(keep: float, start: int, stop: int) -> dict[str, Tensor]:
+        def judged(batch: Tensor) -> Tensor:
+            return network.judge(batch).pooled
+
+        def complete_part(images: Tensor, keep: float, first: int) -> Tensor:
+            return complete(images, keep, start + first)
+
+        shown = max(0, SHOWN - start)
+        return complete_and_judge(
+            complete_part, fitted[start:stop], keep, judged, batch_size=stop - start, num_shown=shown
+        )
+
+    block = pipe.sampling.batch_size or BATCH
+    return {keep: rows(keep) for keep in (*keeps, 1.0)}
 
 
 def describe(

@@ -13,6 +13,7 @@ from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.models.tokenizer import ImageTokenizer
+from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, write_result
 
 GROUPS = {"token_change": ("token_change",), "cosine": ("feature_cosine", "code_cosine")}  # Table 1's -> ours
@@ -29,6 +30,7 @@ def run_stability(
     num: int = NUM_IMAGES,
     out: str | Path,
     batch_size: int = 32,
+    name: str = "given images",
 ) -> dict[str, Any]:
     """Compute the metrics, write OUT/stability.json and OUT/stability.png, return what the JSON holds.
 
@@ -38,20 +40,30 @@ def run_stability(
             are used unchanged.
         preprocess: the tokenizers' preprocessing; only its crop size is used.
         batch_size: images at a time; the result does not depend on it.
+        name: of images that are given as a tensor. Several ranks share those, and rank 0 writes the files.
     """
     cfg = cfg or StabilityConfig()
     batches: Iterable[Tensor]
+    first = 0
     if isinstance(images, Tensor):
-        batches, total, name = images.split(batch_size), len(images), "given images"
+        own = distributed.share(len(images), batch_size)
+        batches = images[own.start : own.stop].split(batch_size) if own else ()
+        total, first = len(own), own.start
     else:
+        assert distributed.world_size() == 1, "ranks share a tensor of images"
         batches = (crops for crops, _ in centre_crops(images, preprocess, num=num, batch_size=batch_size))
         total, name = min(num, len(images)), images.name
-    result = plain(measure_stability(tokenizers, batches, cfg, total))
+    result = plain(measure_stability(tokenizers, batches, cfg, total, first=first))
     result["protocol"]["images"] = name
     result["paper"] = TABLE1
-    write_result(as_path(out) / "stability.json", result)
-    plot(result, as_path(out) / "stability.png")
+    distributed.on_main(lambda: write(result, as_path(out)))
     return result
+
+
+def write(result: Mapping[str, Any], out: Path) -> None:
+    """Write stability.json and stability.png."""
+    write_result(out / "stability.json", result)
+    plot(result, out / "stability.png")
 
 
 def published(result: Mapping[str, Any]) -> list[str]:

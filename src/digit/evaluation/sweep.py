@@ -13,14 +13,16 @@ import numpy as np
 from torch import Tensor
 
 from digit.errors import DigitError
-from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.cache import pipeline_key, remember_rows, request_key
 from digit.evaluation.curves import plotted
 from digit.evaluation.features import fingerprint
 from digit.metrics.frechet import FeatureStats, count_warnings
 from digit.metrics.influence import frechet_interval
-from digit.metrics.judge import JudgeNetwork, collect_judged
+from digit.metrics.judge import JudgeNetwork
 from digit.metrics.scores import inception_score, splits_of
+from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
+from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, write_result
 from digit.runtime.plots import panels
 from digit.sampling.config import SamplingConfig, StageSampling
@@ -28,7 +30,6 @@ from digit.sampling.config import SamplingConfig, StageSampling
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off
 NUM_SAMPLES = 1000  # per setting by default, also of `digit sweep`
-DECODE_BATCH = 256  # images in memory at a time
 ONE_SPLIT = "one split has no deviation"
 
 
@@ -78,7 +79,8 @@ def run_sweep(
         num: images per setting, spread evenly over the classes.
         seed: of the first image; every setting uses the same seeds.
 
-    Returns what the JSON holds; the metrics of a setting have their full names, which protocol.metrics maps.
+    Returns what the JSON holds; the metrics of a setting have their full names, which protocol.metrics maps. All ranks
+    call it together: they share the samples of each setting, and rank 0 scores them.
     """
     out, reference = as_path(out), reference if isinstance(reference, FeatureStats) else FeatureStats.of(reference)
     if num < 2:
@@ -99,9 +101,13 @@ def run_sweep(
     }
     result["best"] = best(result)
     result["warnings"] = count_warnings(num, reference.count, reference.dim)
-    result = plain(result)
+    return distributed.on_main(lambda: write(plain(result), out, sweep.vocab_sizes))
+
+
+def write(result: dict[str, Any], out: Path, vocab_sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Write sweep.json and the plots; returns the result."""
     write_result(out / "sweep.json", result)
-    plot_sweeps(out / "sweep.png", result, sweep.vocab_sizes)
+    plot_sweeps(out / "sweep.png", result, vocab_sizes)
     if result["joint"]:
         plot_joint(out / "joint.png", result)
     return result
@@ -133,6 +139,8 @@ class Sweep:
         self.pipe, self.reference, self.network = pipe, reference, network
         self.cache, self.num, self.seed = cache, num, seed
         self.request = {"pipe": pipeline_key(pipe), "num": num, "seed": seed, "precision": pipe.sampling.precision}
+        self.batch_size: int = distributed.on_main(lambda: pipe.sized(pipe.sampling).batch_size) or 1
+        self.labels = pipe.labels(num)
         self.vocab_sizes = {stage: getattr(pipe, stage).cfg.vocab_size for stage in STAGES if getattr(pipe, stage)}
         self.metrics = {name: network.metric(name) for name in ("fd", "is")}
         self._results: dict[str, dict[str, Any]] = {}
@@ -142,7 +150,8 @@ class Sweep:
         stages = self.stages(sampling)
         key = request_key(**self.request, **stages)
         if key not in self._results:
-            self._results[key] = {"sampling": stages} | self._score(self._features(key, sampling))
+            judged = self._features(key, sampling)
+            self._results[key] = {"sampling": stages} | distributed.on_main(lambda: self._score(judged))
         return self._results[key]
 
     def stages(self, sampling: SamplingConfig) -> dict[str, dict[str, Any]]:
@@ -157,30 +166,46 @@ class Sweep:
         """VQ tokens (num, M) int64 of a setting; the cache keeps both kinds as int32."""
         stages = {stage: StageSampling(**values) for stage, values in self.stages(sampling).items()}
         path = self.cache / f"vq-{request_key(**self.request, **self.stages(sampling))}.safetensors"
-        return remember(path, lambda: {"vq": self._sample(stages).int()})["vq"].long()
+        known: dict[int, Tensor] = {}
+        prefix = self._prefix(stages, known) if "prior" in stages else None
 
-    def _sample(self, stages: Mapping[str, StageSampling]) -> Tensor:
-        if "prior" not in stages:
-            return self.pipe.generate_tokens(self.num, None, self.seed, **stages)["vq"]
-        tokens: dict[str, Tensor] = {}
+        def make(start: int, stop: int) -> dict[str, Tensor]:
+            if start in known:
+                return {"vq": known[start]}
+            if prefix is None:
+                return {"vq": self._generate(start, stop, stages)["vq"].int()}
+            rows, sampling = prefix[start:stop].long(), {"renderer": stages["renderer"], "batch_size": self.batch_size}
+            return {"vq": self.pipe.render_tokens(rows, self.seed + start, **sampling).int()}
 
-        def both() -> dict[str, Tensor]:
-            tokens.update(self.pipe.generate_tokens(self.num, None, self.seed, **stages))
+        return remember_rows(path, self.num, self.batch_size, make)["vq"].long()
+
+    def _prefix(self, stages: Mapping[str, StageSampling], vq: dict[int, Tensor]) -> Tensor:
+        """Discriminative tokens (num, N) int32 of a prior's setting; new ones leave their VQ tokens in `vq`."""
+
+        def both(start: int, stop: int) -> dict[str, Tensor]:
+            tokens = self._generate(start, stop, stages)
+            vq[start] = tokens["vq"].int()
             return {"discriminative": tokens["discriminative"].int()}
 
-        key = request_key(**self.request, prior=asdict(stages["prior"]))
-        discriminative = remember(self.cache / f"discriminative-{key}.safetensors", both)["discriminative"].long()
-        if "vq" in tokens:
-            return tokens["vq"]
-        return self.pipe.render_tokens(discriminative, self.seed, renderer=stages["renderer"])
+        path = self.cache / f"discriminative-{request_key(**self.request, prior=asdict(stages['prior']))}.safetensors"
+        return remember_rows(path, self.num, self.batch_size, both)["discriminative"]
+
+    def _generate(self, start: int, stop: int, stages: Mapping[str, StageSampling]) -> dict[str, Tensor]:
+        """Both kinds of tokens of images `start` .. `stop - 1`."""
+        labels = ClassPositions(self.labels[start:stop].tolist()) if self.pipe.num_classes else None
+        sampling = {**stages, "batch_size": self.batch_size}
+        return self.pipe.generate_tokens(stop - start, labels, self.seed + start, **sampling)
 
     def _features(self, key: str, sampling: SamplingConfig) -> Mapping[str, Tensor]:
-        def make() -> dict[str, Tensor]:
-            batches = (self.pipe.decode(part) for part in self.tokens(sampling).split(DECODE_BATCH))
-            judged = collect_judged(batches, self.network, self.num)
+        tokens, precision = self.tokens(sampling), self.pipe.sampling.precision
+
+        def make(start: int, stop: int) -> dict[str, Tensor]:
+            judged = self.network.judge(self.pipe.decode(tokens[start:stop], precision))
             return {"pooled": judged.pooled, "logits": judged.logits}
 
-        return remember(self.cache / f"judged-{request_key(key=key, by=fingerprint(self.network))}.safetensors", make)
+        by = {"key": key, "by": fingerprint(self.network)} | ({"decoded": "bf16"} if precision == "bf16" else {})
+        path = self.cache / f"judged-{request_key(**by)}.safetensors"
+        return remember_rows(path, self.num, self.batch_size, make)
 
     def _score(self, judged: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         pooled, logits = judged["pooled"], judged["logits"]

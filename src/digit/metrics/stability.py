@@ -14,7 +14,7 @@ Shapes: B images, N positions of a tokenizer's grid, D channels of its features 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from torch import Tensor
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
 from digit.models.tokenizer import ImageTokenizer
+from digit.runtime import distributed
 from digit.runtime.pixels import Pixels, as_uint8
 from digit.runtime.progress import Progress
 
@@ -124,6 +125,8 @@ def measure_stability(
     batches: Iterable[Pixels],
     cfg: StabilityConfig,
     total: int | None = None,
+    *,
+    first: int = 0,
 ) -> dict[str, Any]:
     """token_change = mean_n [t'_n != t_n], feature_cosine and code_cosine = mean_n cos(v'_n, v_n), at every SNR.
 
@@ -137,6 +140,9 @@ def measure_stability(
         batches: uint8 images (B, 3, H, W), or what else `digit.runtime.pixels.as_uint8` takes; the
             result does not depend on the batch sizes.
         total: number of images, for the progress bar only.
+        first: index of the first image, which selects its noise; above 0 where ranks share the images.
+
+    All ranks of a job call it together, each with its share of the images, in rank order; each gets the whole result.
 
     Returns:
         protocol: all settings. snr_as_fed_db: the SNRs after clipping and rounding, over all images.
@@ -152,7 +158,7 @@ def measure_stability(
     with Progress("stability", total) as bar:
         for batch in batches:
             images = as_uint8(batch)
-            noise = unit_noise(tuple(images.shape), seed=cfg.seed, first=count)
+            noise = unit_noise(tuple(images.shape), seed=cfg.seed, first=first + count)
             noisy = [add_noise(images, snr, cfg=cfg, noise=noise) for snr in cfg.snrs]
             signal += float(signal_power(images, cfg).double().sum())
             error += torch.stack([noise_power(images, other) for other in noisy])
@@ -160,6 +166,10 @@ def measure_stability(
                 results[name].add(tokenizer, images, noisy)
             count += len(images)
             bar.update(len(images))
+    shares = distributed.gather((signal, error, count, results))
+    signal, count = sum(share[0] for share in shares), sum(share[2] for share in shares)
+    error = torch.stack([share[1] for share in shares]).sum(0)
+    results = {name: _TokenizerResults.joined([share[3][name] for share in shares]) for name in tokenizers}
     if count < 2:
         raise DigitError(f"stability got {count} images: an interval over images needs at least 2")
     about = "noise is Gaussian, clipped and rounded to 8 bits; intervals are a bootstrap over images"
@@ -190,9 +200,19 @@ class _TokenizerResults:
             by_snr.setdefault("code_cosine", []).append(cosine(tokenizer.embed(noisy_tokens), codes))
             if features is not None and noisy_features is not None:
                 by_snr.setdefault("feature_cosine", []).append(cosine(noisy_features, features))
-        self.tokens.append(tokens.cpu())
+        self.tokens.append(tokens.int().cpu())
         for metric, values in by_snr.items():
             self.batches.setdefault(metric, []).append(torch.stack(values).cpu())
+
+    @classmethod
+    def joined(cls, parts: "Sequence[_TokenizerResults]") -> "_TokenizerResults":
+        """The results of all ranks' images, in rank order."""
+        whole = cls()
+        for part in parts:
+            whole.tokens += part.tokens
+            for metric, values in part.batches.items():
+                whole.batches.setdefault(metric, []).extend(values)
+        return whole
 
     def values(self, metric: str) -> Tensor:
         """One metric of every image at every SNR, (S, number of images)."""

@@ -39,7 +39,7 @@ from digit.pipeline.manifest import (
     write_manifest,
 )
 from digit.runtime.files import MAKE_AGAIN, as_path
-from digit.runtime.hardware import choose_device
+from digit.runtime.hardware import Precision, choose_device
 from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
@@ -389,16 +389,19 @@ class DigitPipeline:
                 scores[rows, label] = -nll.sum(1).cpu()
         return scores.argmax(1)
 
-    def decode(self, vq_tokens: Integers) -> UInt8[Tensor, "B 3 S S"]:
-        """VQ tokens (B, M), of any integer type -> pixels (B, 3, H, W) uint8. Raises as `VQTokenizer.decode`."""
-        return self._require_vq().decode(vq_tokens)
+    def decode(self, vq_tokens: Integers, precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
+        """VQ tokens (B, M), of any integer type -> pixels (B, 3, H, W) uint8. Raises as `VQTokenizer.decode`.
+
+        Precision bf16 is that of pipelines that sample in bf16; otherwise the VQ tokenizer's own holds.
+        """
+        return self._require_vq().decode(vq_tokens, "bf16" if precision == "bf16" else None)
 
     def render(self, tokens: Integers, seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
         """Stage 2 alone: discriminative tokens (B, N), of any integer type -> (B, 3, H, W) uint8.
 
         Raises DigitError for anything but integers, MismatchError for tokens that the renderer does not know.
         """
-        return self.decode(self.render_tokens(tokens, seed, **sampling))
+        return self.decode(self.render_tokens(tokens, seed, **sampling), self.settings(**sampling).precision)
 
     def render_tokens(self, tokens: Integers, seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
@@ -444,9 +447,7 @@ class DigitPipeline:
                 else:
                     tensors["vq"] = rendered
                     if pixels:
-                        tensors[IMAGES] = self._require_vq().decode(
-                            rendered, "bf16" if cfg.precision == "bf16" else None
-                        )
+                        tensors[IMAGES] = self.decode(rendered, cfg.precision)
                 batch = SampleBatch(first, rows.labels, tensors)
                 bar.update(len(batch))
                 yield batch

@@ -1,14 +1,16 @@
 """Every table and figure of the paper as one command: a plan, resumable steps, then our results beside the paper's.
 
     digit reproduce table3 --scale small --data photos/
+    torchrun --nproc-per-node=8 -m digit -- reproduce all --scale paper --data imagenet/ ...
 
 The results are OUT/TARGET/results.json, table.md and plots. All targets of a folder share models, tokens and features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from digit.errors import DigitError
+from digit.reproduce.checks import check_everything
 from digit.reproduce.claims import claims
 from digit.reproduce.experiment import Experiment, Outcome, perform, plan
 from digit.reproduce.figures import fig3a, fig3b, fig4a, fig4b, fig5, fig6
@@ -35,13 +37,33 @@ def build(target: str, study: Study) -> Experiment:
     return TARGETS[target](study)
 
 
+def chosen_targets(text: str) -> list[str]:
+    """The targets that `all`, or names with commas between them, stand for. Raises DigitError that lists them."""
+    names = list(TARGETS) if text == "all" else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in TARGETS:
+            raise DigitError(f"nothing named {name} to reproduce: choose one of {', '.join(TARGETS)}, all")
+    return list(dict.fromkeys(names))
+
+
 def reproduce(target: str, study: Study) -> tuple[Outcome, Path]:
     """Run the remaining steps of a target; returns its outcome and the folder of results.json, table.md and plots."""
-    experiment = build(target, study)
-    study.validate()
+    return reproduce_all([target], study)[0]
+
+
+def reproduce_all(targets: Sequence[str], study: Study) -> list[tuple[Outcome, Path]]:
+    """As `reproduce`, for several targets; what would fail after hours fails before anything starts.
+
+    All ranks of a job call it together.
+    """
+    experiments = {target: build(target, study) for target in targets}
+    check_everything(list(experiments.values()), study)
     study.claim()
-    outcome = perform(experiment, study.out, target, study.describe())
-    return outcome, study.out / target
+    about = study.describe()
+    return [(perform(e, study.out, name, about), study.out / name) for name, e in experiments.items()]
 
 
-__all__ = ["SCALES", "TARGETS", "Experiment", "Outcome", "Scale", "Study", "build", "get_scale", "plan", "reproduce"]
+__all__ = [
+    "SCALES", "TARGETS", "Experiment", "Outcome", "Scale", "Study", "build", "check_everything", "chosen_targets",
+    "get_scale", "plan", "reproduce", "reproduce_all",
+]  # fmt: skip

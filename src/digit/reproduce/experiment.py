@@ -1,9 +1,14 @@
-"""An experiment is a list of steps and a summary; finished steps are read from their files."""
+"""An experiment is a list of steps and a summary; finished steps are read from their files.
+
+Several ranks (torchrun) make a step together. Rank 0 alone looks which steps are done and writes their files, because a
+shared file system can show new files late; every rank gets the same results.
+"""
 
 import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,28 @@ from typing import Any
 import torch
 
 from digit import __version__
+from digit.runs.recipes import Recipe
+from digit.runtime import distributed
 from digit.runtime.files import atomic_path, plain, read_json, write_json
 from digit.runtime.hardware import describe_machine
 from digit.runtime.progress import Stages, format_duration
+from digit.tokenizers.encoders import EncoderConfig
 
 DAY = 86_400.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a step needs of the machine and of its user, for the checks before anything starts (`checks.py`)."""
+
+    models: tuple[tuple[str, Recipe], ...] = ()
+    """Models (names of ROLES) that it trains, each with its recipe."""
+    images: int = 0
+    """Images that it samples or reconstructs, and whose features it keeps."""
+    tokens: int = 0
+    """Rows of token stores that it writes."""
+    encoders: tuple[EncoderConfig, ...] = ()
+    """Encoders that it loads beside the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +51,10 @@ class Step:
     make: Callable[[], Any]
     version: int = 1
     """Increase it when the computation changes: results of older versions are computed again."""
+    serial: bool = False
+    """Rank 0 makes it alone while the others wait. Such a step may use no run of the study, which all ranks share."""
+    needs: Needs = field(default_factory=Needs)
+    """For the checks before anything starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +75,31 @@ class Experiment:
     title: str
     steps: Sequence[Step]
     summarise: Callable[[dict[str, Any], Path], Outcome]
-    """(results of the steps by name, the experiment's folder) -> Outcome; it writes plots into the folder."""
+    """(results of the steps by name, the experiment's folder) -> Outcome; it writes plots into the folder. Every rank
+    calls it, so that what it asks of the study is asked on all of them; only rank 0's folder is kept."""
 
 
-def plan(experiment: Experiment, out: Path) -> str:
-    """List the steps with estimated times, and which are done, as text."""
-    lines = [f"{experiment.title}"]
-    left = 0.0
-    for step in experiment.steps:
-        done = kept_result(out, step) is not None
-        left += 0 if done else step.seconds
-        lines.append(f"  {'done' if done else about(step.seconds):>9}  {step.name}")
+def plan(experiments: Experiment | Sequence[Experiment], out: Path) -> str:
+    """List the steps with estimated times, and which are done, as text; a step of several experiments counts once."""
+    listed = [experiments] if isinstance(experiments, Experiment) else experiments
+    lines, left = [], 0.0
+    names: set[str] = set()
+    for experiment in listed:
+        lines.append(experiment.title)
+        for step in experiment.steps:
+            done, known = kept_result(out, step) is not None, step.name in names
+            left += 0 if done or known else step.seconds
+            lines.append(f"  {'done' if done else 'as above' if known else about(step.seconds):>9}  {step.name}")
+            names.add(step.name)
     lines.append(f"  {about(left):>9}  to go")
     return "\n".join(lines)
+
+
+def to_do(experiments: Sequence[Experiment], out: Path) -> list[Step]:
+    """The steps without a result, each once; the same on every rank."""
+    steps = {step.name: step for experiment in experiments for step in experiment.steps}
+    missing = distributed.on_main(lambda: [name for name, step in steps.items() if kept_result(out, step) is None])
+    return [steps[name] for name in missing]
 
 
 def about(seconds: float) -> str:
@@ -84,40 +122,61 @@ def kept_result(out: Path, step: Step) -> dict[str, Any] | None:
 
 
 def perform(experiment: Experiment, out: Path, name: str, context: dict[str, Any]) -> Outcome:
-    """Run the remaining steps, then write the summary: OUT/NAME/results.json, table.md and plots."""
+    """Run the remaining steps, then write the summary: OUT/NAME/results.json, table.md and plots.
+
+    All ranks call it together, and each gets the outcome.
+    """
     results, made = {}, {}
-    done = [step.name for step in experiment.steps if kept_result(out, step) is not None]
-    seconds = {step.name: 0.0 if step.name in done else step.seconds for step in experiment.steps}
+    kept_steps = distributed.on_main(lambda: {step.name: kept_result(out, step) for step in experiment.steps})
+    seconds = {step.name: 0.0 if kept_steps[step.name] else step.seconds for step in experiment.steps}
     stages = Stages(list(seconds), seconds)
     for step in experiment.steps:
-        kept = kept_result(out, step)
+        kept = kept_steps[step.name]
         if kept is None:
-            started = time.monotonic()
             with stages.enter(step.name):
-                result = plain(step.make())
-            kept = {"result": result, "seconds": time.monotonic() - started, "estimated_seconds": step.seconds}
-            kept |= {"version": step.version} | provenance()
-            write_json(step_path(out, step), kept)
+                kept = make_step(step, out)
         results[step.name] = kept["result"]
-        made[step.name] = {name: value for name, value in kept.items() if name != "result"}
-    folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    outcome = experiment.summarise(results, folder)
+        made[step.name] = {key: value for key, value in kept.items() if key != "result"}
+    title = f"REHEARSAL: {experiment.title}" if context.get("rehearsal") else experiment.title
+    about = {"experiment": name, "title": title} | context
+    outcome = summarised(experiment, results, out / name)
+    distributed.on_main(lambda: write_outcome(outcome, out / name, about, made))
+    return outcome
+
+
+def make_step(step: Step, out: Path) -> dict[str, Any]:
+    """Make a step on all ranks; rank 0 writes its file. Returns the file's content."""
+    started = time.monotonic()
+    result = distributed.on_main(step.make) if step.serial else step.make()
+
+    def keep() -> dict[str, Any]:
+        kept = {"result": plain(result), "seconds": time.monotonic() - started, "estimated_seconds": step.seconds}
+        kept |= {"ranks": ranks, "version": step.version} | provenance()
+        write_json(step_path(out, step), kept)
+        return kept
+
+    ranks = distributed.world_size()
+    return distributed.on_main(keep)
+
+
+def summarised(experiment: Experiment, results: dict[str, Any], folder: Path) -> Outcome:
+    """Summarise on every rank; what ranks other than 0 write is thrown away."""
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        return experiment.summarise(results, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        return experiment.summarise(results, Path(scratch))
+
+
+def write_outcome(outcome: Outcome, folder: Path, about: Mapping[str, Any], made: dict[str, Any]) -> None:
+    """Write table.md and results.json, and copy pictures that an evaluation has written elsewhere."""
     for picture in outcome.pictures:
-        if picture.parent != folder:  # written by an evaluation
+        if picture.parent != folder:
             shutil.copyfile(picture, folder / picture.name)
     with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(f"# {experiment.title}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
-    write_json(
-        folder / "results.json",
-        plain(
-            {"experiment": name, "title": experiment.title}
-            | context
-            | {"metrics": outcome.metrics, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
-            | {"summarised_by": provenance()}
-        ),
-    )
-    return outcome
+        temporary.write_text(f"# {about['title']}\n\n{outcome.table.rstrip()}\n", encoding="utf-8")
+    whole = {"metrics": outcome.metrics, "steps": made, "seconds": sum(step["seconds"] for step in made.values())}
+    write_json(folder / "results.json", plain({**about, **whole, "summarised_by": provenance()}))
 
 
 def provenance() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from digit.evaluation import paper
 from digit.evaluation.completion import run_completion
 from digit.evaluation.sweep import run_sweep
 from digit.models.vit import SIZES as VITS
-from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
 from digit.reproduce.probes import probe_itself, probed
 from digit.reproduce.study import Study
 from digit.reproduce.tables import (
@@ -30,7 +30,7 @@ from digit.reproduce.theory import run_theory
 from digit.reproduce.variants import changes_of, model_name, recipe_of
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 from digit.tokenizers.encoders import EncoderConfig
 
 # -------------------------------------------------------------------- Figure 3a
@@ -70,7 +70,9 @@ def fig3b(study: Study) -> Experiment:
     seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
     steps = [parts_step(study)]
     for k in study.scale.clusters:
-        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=partial(probe_of_codebook, study, k)))
+        recipe = replace(study.recipe, kmeans=replace(study.recipe.kmeans, num_clusters=k))
+        needs, make = Needs(models=(("prior", recipe),), tokens=rows), partial(probe_of_codebook, study, k)
+        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=make, needs=needs))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         curves, lines = {}, ["| K | best layer | top-1, % |", "|---|---|---|"]
@@ -94,7 +96,8 @@ def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
         run = study.seeded(seed)
     else:
         run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
-    return probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}")
+    study.prepare(run, "prior")
+    return distributed.on_main(lambda: probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}"))
 
 
 # -------------------------------------------------------------------- Figure 4a
@@ -117,6 +120,7 @@ def fig4a(study: Study) -> Experiment:
         METHODS[vq_only(study)],
         recipe_of(study, "compared"),
     )
+    models = (("prior", recipe), ("renderer", recipe))
     steps = [
         parts_step(study),
         *training_steps(study, [baseline], seed, False),
@@ -130,14 +134,16 @@ def fig4a(study: Study) -> Experiment:
                     name=f"pretrain_{name}",
                     seconds=costs.images("pretrain", images),
                     make=partial(train_encoder, study, name, cfg),
+                    serial=True,
                 )
             )
         seconds = costs.parts(len(study.train), rows) + costs.model("prior", recipe)
         seconds += costs.model("renderer", recipe)
         seconds += costs.sampling(study.scale.num_samples) + costs.images("probe", 2 * rows)
-        steps.append(
-            Step(name=f"encoder_{name}", seconds=seconds, make=partial(compare_encoder, study, name, cfg), version=2)
-        )
+        encoders = (cfg,) if isinstance(cfg, EncoderConfig) else ()
+        needs = Needs(models=models, images=study.scale.num_samples, tokens=rows, encoders=encoders)
+        make = partial(compare_encoder, study, name, cfg)
+        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=make, needs=needs, version=2))
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -195,8 +201,10 @@ def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig
     changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": preprocess}
     run: Run = study.run(f"encoder_{name}", shared=("vqgan",), **changes | {"class_conditional": False, "seed": seed})
     scores = study.scores(study.samples(f"encoder_{name}", run, "prior", "renderer", seed))
-    lp = probed(study, run, "prior", study.out / "probes" / f"encoder_{name}")
-    ol = probe_itself(study, run, study.out / "probes" / f"encoder_{name}_itself")
+    study.prepare(run, "prior")
+    out = study.out / "probes"
+    lp = probed(study, run, "prior", out / f"encoder_{name}")
+    ol = probe_itself(study, run, out / f"encoder_{name}_itself")
     cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
     probes = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "ol_patches": best_top1(ol["patches"]) / 100}
     probes["training_pflops"] = cost
@@ -223,7 +231,7 @@ def fig4b(study: Study) -> Experiment:
         )  # fmt: skip
 
     seconds = 2 * len(study.scale.prefixes) * study.costs.sampling(count)
-    steps.append(Step(name="completion", seconds=seconds, make=make))
+    steps.append(Step(name="completion", seconds=seconds, make=make, needs=Needs(images=count)))
     return Experiment(
         title="Figure 4b: completion by prefix length",
         steps=steps,
@@ -246,7 +254,8 @@ def fig5(study: Study) -> Experiment:
         return run_sweep(pipe, study.reference.pooled, study.network, study.scale.sweep, out, num=count, seed=seed)
 
     settings = study.scale.sweep.num_settings
-    steps.append(Step(name="sweep", seconds=settings * study.costs.sampling(count), make=make))
+    seconds, needs = settings * study.costs.sampling(count), Needs(images=settings * count)
+    steps.append(Step(name="sweep", seconds=seconds, make=make, needs=needs))
     return Experiment(
         title="Figure 5: top-k and top-p of both stages",
         steps=steps,
@@ -263,7 +272,7 @@ def fig6(study: Study) -> Experiment:
     out = study.out / "theory"
     return Experiment(
         title="Figure 6 and Propositions 2.1, 2.2",
-        steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name))],
+        steps=[Step(name="theory", seconds=30.0, make=lambda: run_theory(out, scale=study.scale.name), serial=True)],
         summarise=lambda results, _: Outcome(
             table=statements_table(results["theory"]["statements"]),
             metrics=results["theory"],

@@ -120,7 +120,7 @@ def tiny() -> Scale:
         base,
         name="tiny",
         class_conditional=False,
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.9)),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.9), precision="bf16"),
         kmeans=replace(base.kmeans, num_clusters=256),
         prior=size,
         prior_training=cpu_training(300),
@@ -147,7 +147,7 @@ def small() -> Scale:
         name="small",
         class_conditional=False,
         vqgan_training=replace(base.vqgan_training, num_steps=900, adversarial_start=600),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
+        sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95), precision="bf16"),
         masked_top_p=MASKED_TOP_P,
     )
     methods, larger = pretrained(PretrainConfig()), replace(recipe.prior, depth=6, embed_dim=256, num_heads=4)

@@ -2,12 +2,15 @@
 
 OUT/study.json    scale, data, judge; the folder refuses other settings
 OUT/runs/NAME/    `digit fit` runs; those that do not change codebook, VQGAN or tokens use those of `base`
-OUT/judged/       features of every judged image set
+OUT/test_images/  centre crops of the test images, memory-mapped
+OUT/judged/NAME/  features of every judged image set, in parts
+
+Several ranks (torchrun) share all of it: they call everything here together, in the same order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digit.data.crops import gather_crops
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError
-from digit.evaluation.cache import pipeline_key, remember, request_key
+from digit.evaluation.cache import pipeline_key, remember_parts, request_key
 from digit.evaluation.features import fingerprint
 from digit.evaluation.networks import load_judge_network
 from digit.evaluation.splits import labelled
@@ -28,19 +30,23 @@ from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
+from digit.reproduce.mapped_crops import mapped_crops
+from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.reproduce.splits import open_splits
-from digit.runs.fit import Run, merged
+from digit.runs.fit import FREE_SETTING, Run, merged
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
+from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, read_json, write_result
 from digit.runtime.hardware import choose_device
+from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
+from digit.tokenizers.vq import VQTokenizer
 
 PARTS = ("codebook", "vqgan", "tokens")
-BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64
-PART = 1000  # samples per cache file
+BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64  # of sampling where the recipe gives none; of judging
 
 
 def variant(conditional: bool) -> str:
@@ -60,6 +66,7 @@ class Study:
         pixel_max: white in images of more than 8 bits, as of `open_source`.
         labels_from: where labels come from, as of `open_source`.
         test_split, every_fifth: other test images than the usual ones, as of `open_splits`.
+        cuts: what a rehearsal cut from the scale (`rehearsal.rehearsed`); results say it.
     """
 
     def __init__(
@@ -75,7 +82,9 @@ class Study:
         labels_from: str = "auto",
         test_split: str | None = None,
         every_fifth: bool = False,
+        cuts: Sequence[Cut] = (),
     ):
+        self.cuts = list(cuts)
         self.data, self.scale, self.out, self.device = data, scale, as_path(out), choose_device(device)
         chosen: dict[str, Any] = {"labels_from": labels_from, "test_split": test_split, "every_fifth": every_fifth}
         sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
@@ -83,7 +92,7 @@ class Study:
         self.reuse, self.inception = dict(reuse or {}), inception
         crops = max(scale.recipe.crops_per_image, -(-scale.min_rows // len(self.train)))
         self.recipe = replace(scale.recipe, crops_per_image=crops)
-        self.check()
+        distributed.on_main(self.check)
 
     def require_labels(self, what: str) -> None:
         """Raise DigitError unless training and test images have classes."""
@@ -126,13 +135,17 @@ class Study:
         if not path.exists() or not any((self.out / "steps").glob("*.json")):  # no results to protect yet
             return
         existing = merged(self.request, read_json(path))  # settings that older versions lack count as equal
-        require_same_request(self.out, existing, self.request, "choose another --out")
+        require_same_request(self.out, existing, self.request, "choose another --out", ignore=changes_no_result)
 
     def claim(self) -> None:
-        """Write study.json; from then on the folder takes these settings alone."""
-        self.check()
-        if not any((self.out / "steps").glob("*.json")) or not (self.out / "study.json").exists():
+        """Write study.json; from then on the folder takes these settings alone, but for those that change no result."""
+
+        def write() -> None:
+            self.check()
+            lock_folder(self.out)
             write_result(self.out / "study.json", self.request)
+
+        distributed.on_main(write)
 
     def describe(self) -> dict[str, Any]:
         """The scale with every setting, the data and the judge, for results.json."""
@@ -143,6 +156,8 @@ class Study:
             | {"test_images": len(self.test), "tested_on": self.tested_on, "train_fingerprint": self.train.fingerprint},
             "judge": self.network.describe(),
             "seeds": list(self.scale.seeds),
+            "ranks": distributed.world_size(),
+            "rehearsal": [cut._asdict() for cut in self.cuts] or None,
         }
 
     # ---------------------------------------------------------------- runs
@@ -177,6 +192,13 @@ class Study:
             return self.base
         return self.run(f"{variant(conditional)}_{seed}", seed=seed, class_conditional=conditional)
 
+    def prepare(self, run: Run, *models: str) -> None:
+        """Make on all ranks what rank 0 then reads alone (`distributed.on_main`): models, tokens, test tokens."""
+        for model in models:
+            run.train_model(model)
+        run.write_tokens()
+        self.test_tokens(run)
+
     @cached_property
     def costs(self) -> Costs:
         """Time estimates for this machine."""
@@ -186,7 +208,7 @@ class Study:
 
     @cached_property
     def test_images(self) -> Tensor:
-        """Centre crops of the test images, (N, 3, S, S) uint8."""
+        """Centre crops of the test images, (N, 3, S, S) uint8; memory-mapped, so that slices cost nothing."""
         return self._test[0]
 
     @cached_property
@@ -196,12 +218,16 @@ class Study:
 
     @cached_property
     def _test(self) -> tuple[Tensor, Tensor]:
-        return gather_crops(self.test, self.recipe.preprocess)
+        return mapped_crops(self.out / "test_images", self.test, self.recipe.preprocess)
 
     def some_test_images(self, num: int) -> Tensor:
-        """`num` test images, spread evenly."""
+        """`num` test images, spread evenly; all of them as they are mapped."""
+        return self.test_images if num >= len(self.test_images) else self.test_images[self.places(num)]
+
+    def places(self, num: int) -> Tensor:
+        """Places of `num` test images, spread evenly, (num,) int64."""
         total = len(self.test_images)
-        return self.test_images[torch.arange(min(num, total)) * total // min(num, total)]
+        return torch.arange(min(num, total)) * total // min(num, total)
 
     def test_tokens(self, run: Run) -> TokenStore:
         """Both kinds of tokens of the test images' centre crops, from the tokenizers of a run."""
@@ -215,59 +241,80 @@ class Study:
         """The judge: FID's Inception network if its weights are given, else EfficientNet-Lite2."""
         return load_judge_network(self.inception, device=self.device)
 
-    def judged(self, name: str, images: Callable[[], Tensor]) -> Judged:
-        """Features of an image set, cached under its name."""
+    def judged(self, name: str, images: Callable[[int, int], Tensor], total: int) -> Judged:
+        """Features of `total` images, cached under a name; `images(start, stop)` makes uint8 (stop - start, 3, S, S).
 
-        def make() -> dict[str, Tensor]:
-            batch = images()
-            batches = batch.split(JUDGE_BATCH_SIZE)
-            return vars(collect_judged(batches, self.network, total=len(batch), description=f"judge {name}"))
+        Ranks share the parts, of one sampling batch each; at most one part is in memory at a time.
+        """
+        starts, size = range(0, total, self.batch_size), self.batch_size
+        rows = [min(start + size, total) - start for start in starts]
 
-        return Judged(**remember(self.out / "judged" / f"{name}.safetensors", make))
+        def make(part: int) -> dict[str, Tensor]:
+            made = images(starts[part], starts[part] + rows[part])
+            batches = made.split(JUDGE_BATCH_SIZE)
+            return vars(collect_judged(batches, self.network, total=len(made), description=f"judge {name}"))
+
+        paths = [self.out / "judged" / name / f"{start:07d}.safetensors" for start in starts]
+        return Judged.cat([Judged(**part) for part in remember_parts(paths, make, rows)])
+
+    def test_judged(self, name: str, change: Callable[[Tensor, int], Tensor], num: int) -> Judged:
+        """Features of changed test images: `change(images, first)` of `num` of them, spread evenly, part by part."""
+        places = self.places(num)
+        return self.judged(name, lambda a, b: change(self.test_images[places[a:b]], a), len(places))
 
     @cached_property
     def reference(self) -> Judged:
         """The test images, judged."""
-        return self.judged("test", lambda: self.test_images)
+        return self.judged("test", lambda start, stop: self.test_images[start:stop], len(self.test_images))
 
     def scores(self, judged: Judged) -> dict[str, Any]:
         """Fréchet distance to the test images and inception score, each under the network's own name."""
+        reference = self.reference
+        return distributed.on_main(lambda: self._scores(judged, reference))
+
+    def _scores(self, judged: Judged, reference: Judged) -> dict[str, Any]:
         num_splits = splits_of(len(judged))
         mean, deviation = inception_score(judged.logits, num_splits)
         return {
-            self.network.metric("fd"): fd(judged.pooled, self.reference.pooled),
+            self.network.metric("fd"): fd(judged.pooled, reference.pooled),
             self.network.metric("is"): mean,
             self.network.metric("is") + "_std": deviation if num_splits > 1 else None,  # one split has no deviation
             "images": len(judged.pooled),
         }
 
+    @property
+    def batch_size(self) -> int:
+        """Images that are sampled together."""
+        return self.recipe.sampling.batch_size or BATCH_SIZE
+
     def sampler(self, run: Run, prior: str | None, renderer: str) -> DigitPipeline:
-        """A pipeline of a run's models that samples in bf16."""
+        """A pipeline of a run's models that samples as the recipe says, in batches of one size on every machine."""
         pipe = run.make_pipeline(prior, renderer)
-        pipe.sampling = replace(pipe.sampling, precision="bf16", batch_size=BATCH_SIZE)
+        pipe.sampling = replace(pipe.sampling, batch_size=self.batch_size)
         return pipe
 
+    def reconstruct(self, vq: VQTokenizer, images: Tensor) -> Tensor:
+        """VQGAN reconstructions (B, 3, S, S) uint8, decoded in the precision of the samples."""
+        return vq.decode(vq.encode(images), "bf16" if self.recipe.sampling.precision == "bf16" else None)
+
     def samples(self, name: str, run: Run, prior: str | None, renderer: str, seed: int) -> Judged:
-        """Sample and judge `num_samples` images, PART at a time; pictures/NAME_SEED.png shows 100 of the first part.
+        """Sample and judge `num_samples` images; pictures/NAME_SEED.png shows up to 100 of the first batch.
 
         A conditional model samples the classes of the test images, in their proportions.
         """
         pipe, total = self.sampler(run, prior, renderer), self.scale.num_samples
         labels = self.test_labels[torch.arange(total) * len(self.test_labels) // total] if run.num_classes else None
 
-        def generate(start: int) -> Tensor:
-            rows = slice(start, min(start + PART, total))
-            part_labels = None if labels is None else ClassPositions(labels[rows].tolist())
-            images = pipe.generate(rows.stop - rows.start, part_labels, seed=1_000_000 * seed + start)
+        def generate(start: int, stop: int) -> Tensor:
+            part_labels = None if labels is None else ClassPositions(labels[start:stop].tolist())
+            images = pipe.generate(stop - start, part_labels, seed=1_000_000 * seed + start)
             if start == 0:
-                self.save_grid(f"{name}_{seed}", images[torch.arange(min(100, len(images))) * len(images) // 100])
+                shown = min(100, len(images))
+                self.save_grid(f"{name}_{seed}", images[torch.arange(shown) * len(images) // shown])
             return images
 
         key = request_key(pipe=pipeline_key(pipe), sampling=asdict(pipe.sampling), seed=seed, num=total)
-        parts = [
-            self.judged(f"{name}_{seed}_{key}_{start}", partial(generate, start)) for start in range(0, total, PART)
-        ]
-        return Judged.cat(parts)
+        return self.judged(f"{name}_{seed}_{key}", generate, total)
 
     def save_grid(self, name: str, images: Tensor) -> None:
         """Save images as a grid, ten per row, as OUT/pictures/NAME.png."""
@@ -275,6 +322,12 @@ class Study:
 
         grid = plots.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
         plots.save_png(self.out / "pictures" / f"{name}.png", grid)
+
+
+def changes_no_result(setting: str) -> bool:
+    """Whether a setting of study.json may differ in a rerun: those of `digit fit`, but for how the models sample."""
+    name = setting.removeprefix("scale.")
+    return bool(FREE_SETTING.fullmatch(name)) and not name.startswith("recipe.sampling.")
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

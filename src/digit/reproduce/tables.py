@@ -5,18 +5,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from digit.evaluation import paper, stability
 from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.judge import Judged
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
-from digit.reproduce.experiment import Experiment, Outcome, Step
+from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
 from digit.reproduce.probes import probed
 from digit.reproduce.study import Study
 from digit.reproduce.variants import Variant, home, model_name, recipe_of, run_name, run_of
 from digit.runs.fit import Run
-from digit.runtime import plots
+from digit.runtime import distributed, plots
 from digit.training.log import last_metrics
 
 
@@ -78,7 +80,7 @@ def parts_step(study: Study) -> Step:
             "vq_codes": run.train_vqgan().vocab_size,
         }
 
-    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make)
+    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make, needs=Needs(tokens=rows))
 
 
 def training_step(study: Study, model: str, seed: int, conditional: bool, variant: Variant = "base") -> Step:
@@ -88,6 +90,7 @@ def training_step(study: Study, model: str, seed: int, conditional: bool, varian
         name=model_name(study, variant, model, seed, conditional),
         seconds=study.costs.model(model, recipe_of(study, made_by)),
         make=lambda: trained(run_of(study, made_by, seed, classes), model),
+        needs=Needs(models=((model, replace(recipe_of(study, made_by), class_conditional=classes)),)),
     )
 
 
@@ -102,7 +105,7 @@ def training_steps(study: Study, methods: Iterable[Method], seed: int, condition
 def trained(run: Run, model: str) -> dict[str, Any]:
     """Train a model of a run, unless it is trained; returns its cost and likelihood."""
     run.train_model(model)
-    cfg, last = run.training_config(model), last_metrics(run.out / model)
+    cfg, last = run.training_config(model), distributed.on_main(lambda: last_metrics(run.out / model))
     images = cfg.num_steps * cfg.batch_size
     flops = training_flops(run.sequence_config(model)) * images
     return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
@@ -114,6 +117,7 @@ def scores_step(study: Study, method: Method, seed: int, conditional: bool) -> S
         name=samples_name(study, method, seed, conditional),
         seconds=study.costs.sampling(study.scale.num_samples),
         make=lambda: study.scores(samples_of(study, method, seed, conditional)),
+        needs=Needs(images=study.scale.num_samples),
     )
 
 
@@ -141,7 +145,9 @@ def probe_step(study: Study, model: str, seed: int, variant: Variant = "base") -
     name = model_name(study, variant, model, seed, False)
 
     def make() -> dict[str, Any]:
-        return probed(study, run_of(study, variant, seed, False), model, study.out / "probes" / name)
+        run = run_of(study, variant, seed, False)
+        study.prepare(run, model)
+        return probed(study, run, model, study.out / "probes" / name)
 
     return Step(name=f"{name}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
 
@@ -170,9 +176,8 @@ def stability_step(study: Study) -> Step:
         run = study.base
         tokenizers = {"discriminative": run.tokenizer(), "vq": run.train_vqgan()}
         cfg = StabilityConfig(seed=study.recipe.seed, confidence=1 - 0.05 / len(StabilityConfig().snrs))  # Bonferroni
-        return stability.run_stability(
-            tokenizers, study.test, study.recipe.preprocess, cfg, num=count, out=study.out / "stability"
-        )
+        images, out = study.some_test_images(count), study.out / "stability"
+        return stability.run_stability(tokenizers, images, study.recipe.preprocess, cfg, out=out, name=study.test.name)
 
     noisy = count * (1 + len(StabilityConfig().snrs))
     return Step(name="stability", seconds=study.costs.images("tokens", noisy), make=make, version=2)
@@ -326,16 +331,21 @@ def golden_step(study: Study, conditional: bool) -> Step:
         name="golden",
         seconds=study.costs.sampling(num_rendered(study)),
         make=lambda: study.scores(golden(study, conditional)),
+        needs=Needs(images=num_rendered(study)),
     )
 
 
 def golden(study: Study, conditional: bool) -> Judged:
     """Features of the test images, rendered from their own discriminative tokens."""
     run = run_of(study, "base", study.scale.seeds[0], conditional)
-    pipe, images = study.sampler(run, "prior", "renderer"), study.some_test_images(num_rendered(study))
-    assert pipe.tokenizer is not None
-    tokens = pipe.tokenizer.encode(images)
-    return study.judged("golden", lambda: pipe.render(tokens))
+    pipe = study.sampler(run, "prior", "renderer")
+    tokenizer = pipe.tokenizer
+    assert tokenizer is not None
+
+    def render(images: Tensor, first: int) -> Tensor:
+        return pipe.render(tokenizer.encode(images), seed=first)
+
+    return study.test_judged("golden", render, num_rendered(study))
 
 
 def floor_step(study: Study) -> Step:
@@ -346,8 +356,8 @@ def floor_step(study: Study) -> Step:
 
 def floor(study: Study) -> Judged:
     """Features of the VQGAN's reconstructions of the test images, not from a prior."""
-    vq, images = study.base.train_vqgan(), study.some_test_images(num_rendered(study))
-    return study.judged("floor", lambda: vq.decode(vq.encode(images)))
+    vq = study.base.train_vqgan()
+    return study.test_judged("floor", lambda images, _: study.reconstruct(vq, images), num_rendered(study))
 
 
 def num_rendered(study: Study) -> int:
