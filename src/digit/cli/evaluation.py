@@ -7,6 +7,7 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    HOLD_OUT_HELP,
     add_config,
     add_reading,
     command,
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
-HOLD_OUT_HELP = "test on every fifth image of DATA, although it has splits to test on"
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 

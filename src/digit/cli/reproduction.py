@@ -114,8 +114,7 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
     scale = get_scale(value_of(argv, "--scale") or DEFAULT_SCALE)
     parser.add_argument(
         "target",
-        help="table1 to table4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to fig8, latent, claims, several with commas, or "
-        "all",
+        help="table1 to 4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to 8, latent, claims; several with commas; all",
     )
     parser.add_argument(
         "--scale",

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from digit.evaluation.sweep import SweepConfig
 from digit.metrics.probe import ProbeConfig
 from digit.reproduce.scales import Scale
-from digit.runs.recipes import ModelSpec
+from digit.runs.recipes import ModelSpec, Recipe
 from digit.sampling.config import SamplingConfig
+from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.training.config import LoopConfig
 
@@ -21,6 +22,7 @@ WIDTH = 64  # of a rehearsed model, about
 COUNTS = {  # fields of a scale: images of a rehearsal
     "num_test": 64, "num_samples": 16, "num_stability": 16, "num_completed": 8, "num_swept": 8,
 }  # fmt: skip
+MOST_STEPS = 4  # updates of a model
 KEPT_VALUES = 2  # of a list of settings that are each measured
 
 
@@ -56,10 +58,21 @@ def cut_config(cfg: Any) -> Any:
     return changed
 
 
+def cut_recipe(cfg: Any) -> Any:
+    """Numbers of updates that stand in the recipe itself; encoders take their size from their file."""
+    steps = {name: MOST_STEPS for name in ("masked_steps", "vq_only_steps") if getattr(cfg, name)}
+    return replace(cfg, **steps)
+
+
+def cut_encoder(cfg: Any) -> Any:
+    """A weights file may be a stand-in of another width and depth."""
+    return replace(cfg, sizes="file") if cfg.weights else cfg
+
+
 def cut_training(cfg: Any) -> Any:
     """A few updates of small batches, with a checkpoint on the way; micro-batches stay."""
     accumulate = getattr(cfg, "accumulate", 1)
-    steps = min(cfg.num_steps, 4)
+    steps = min(cfg.num_steps, MOST_STEPS)
     changes: dict[str, Any] = {"num_steps": steps, "batch_size": min(cfg.batch_size, 4 * accumulate)}
     changes |= {"save_every": min(cfg.save_every, 2), "log_every": 1}
     if hasattr(cfg, "warmup_steps"):
@@ -103,6 +116,8 @@ def ends(values: tuple) -> tuple:
 
 
 RULES: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (Recipe, cut_recipe),
+    (EncoderConfig, cut_encoder),
     (LoopConfig, cut_training),
     (ModelSpec, cut_model),
     (SamplingConfig, cut_sampling),
