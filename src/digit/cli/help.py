@@ -55,7 +55,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     },
     "train": {
         "data": "data --split --limit --labels_from",
-        "what is trained": "model --recipe --config --training_crops --reuse_codebook --reuse_vqgan --reuse_tokens",
+        "what is trained": "model --recipe --config --reuse_codebook --reuse_vqgan --reuse_tokens",
         "size and length": "--prior.depth --prior.embed_dim --prior_training.num_steps --prior_training.batch_size "
         "--renderer.depth --renderer.embed_dim --renderer_training.num_steps --renderer_training.batch_size "
         "--vqgan_training.num_steps",
