@@ -52,14 +52,14 @@ def tree(args: argparse.Namespace) -> None:
 def listing(args: argparse.Namespace) -> None:
     """Lists the tree, then opens both splits as a reproduction does."""
     from digit.data.listing import list_folder
-    from digit.reproduce.splits import open_splits
+    from digit.evaluation.splits import probe_splits
 
     began = time.perf_counter()
     found = list_folder(Path(args.folder))
     began = tell(f"list {len(found.files)} files", began)
     del found
-    train, test, _ = open_splits(args.folder, None, VAL)
-    tell("open_splits", began, f"{len(train)} and {len(test)} images of {len(train.classes)} classes")
+    train, test, _ = probe_splits(args.folder)
+    tell("open both splits", began, f"{len(train)} and {len(test)} images of {len(train.classes)} classes")
 
 
 def fingerprint(args: argparse.Namespace) -> None:
