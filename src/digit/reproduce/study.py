@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from digit.data.images import ImageSource, hold_out, open_source
+from digit.data.mapped_crops import mapped_crops
 from digit.data.pixel_range import require_same_white
 from digit.data.shapes import ShapesSource
 from digit.data.token_writer import write_tokens
@@ -33,7 +34,6 @@ from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
-from digit.reproduce.mapped_crops import mapped_crops
 from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.runs.fit import FREE_SETTING, Run, merged
