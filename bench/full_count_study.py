@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from digit.data.mapped_crops import mapped_crops
 from digit.data.preprocess import PreprocessConfig
 from digit.data.source import ImageSource
 from digit.evaluation.cache import remember_parts
 from digit.metrics.judge import Judged, fd
-from digit.reproduce.mapped_crops import mapped_crops
 
 SIZES = {"pooled": 2048, "spatial": 2023, "logits": 1008}
 PART = 250

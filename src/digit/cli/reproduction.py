@@ -152,8 +152,8 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
         )
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
-    fixed: set[str | int] = {field.name for field in fields(Scale) if field.name not in option_names(scale)}
-    parser.add_class_arguments(Scale, as_group=True, skip=fixed)
+    fixed = {field.name for field in fields(Scale)}.difference(option_names(scale))
+    parser.add_class_arguments(Scale, as_group=True, skip={*fixed})
     parser.add_class_arguments(Recipe, as_group=True, skip={*DECIDED})
     parser.set_defaults(
         {name: plain_value(getattr(scale, name)) for name in option_names(scale)}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digit.data.mapped_crops import mapped_crops
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError
@@ -30,7 +31,6 @@ from digit.metrics.scores import inception_score, splits_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
-from digit.reproduce.mapped_crops import mapped_crops
 from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.reproduce.splits import open_splits
