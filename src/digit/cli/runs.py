@@ -152,7 +152,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model: vqgan, prior, renderer, renderer_masked, vq_ar, vq_ar_epochs or vq_masked.
+    """Train one model: vqgan, prior, renderer, renderer_masked or a VQ-only baseline.
 
     vq_ar and vq_masked are VQ-only baselines with the compute of prior and renderer together, vq_ar_epochs is the one
     of the paper, for the recipe's vq_only_steps. Missing codebook, VQGAN and tokens are made first.
