@@ -23,6 +23,7 @@ COUNTS = {  # fields of a scale: images of a rehearsal
     "num_test": 64, "num_samples": 16, "num_stability": 16, "num_completed": 8, "num_swept": 8,
 }  # fmt: skip
 MOST_STEPS = 4  # updates of a model
+MOST_CROPS = 2  # of an image: they take turns all the same
 KEPT_VALUES = 2  # of a list of settings that are each measured
 
 
@@ -41,7 +42,8 @@ def rehearsed(scale: Scale) -> tuple[Scale, list[Cut]]:
     """The scale with few steps, images and channels, and the list of what was cut."""
     cut = cut_config(scale)
     counts = {name: min(getattr(scale, name), most) for name, most in COUNTS.items()}
-    short = replace(cut, **counts, prefixes=ends(scale.prefixes))
+    encoders = tuple((name, cut_config(encoder)) for name, encoder in scale.encoders)
+    short = replace(cut, **counts, prefixes=ends(scale.prefixes), encoders=encoders)
     return short, list(differing(scale, short))
 
 
@@ -59,9 +61,9 @@ def cut_config(cfg: Any) -> Any:
 
 
 def cut_recipe(cfg: Any) -> Any:
-    """Numbers of updates that stand in the recipe itself; encoders take their size from their file."""
-    steps = {name: MOST_STEPS for name in ("masked_steps", "vq_only_steps") if getattr(cfg, name)}
-    return replace(cfg, **steps)
+    """Stored crops of an image, and numbers of updates that stand in the recipe itself."""
+    counts = {name: MOST_STEPS for name in ("masked_steps", "vq_only_steps") if getattr(cfg, name)}
+    return replace(cfg, **counts, crops_per_image=min(cfg.crops_per_image, MOST_CROPS))
 
 
 def cut_encoder(cfg: Any) -> Any:
@@ -133,6 +135,9 @@ def differing(before: Any, after: Any, name: str = "") -> Iterator[Cut]:
         for field in fields(before):
             inner = f"{name}.{field.name}" if name else field.name
             yield from differing(getattr(before, field.name), getattr(after, field.name), inner)
+    elif before != after and name == "encoders":
+        for (label, old), (_, new) in zip(before, after, strict=True):
+            yield from differing(old, new, f"encoders.{label}")
     elif before != after:
         yield Cut(name, before, after)
 
