@@ -95,10 +95,21 @@ def test_the_losses_are_the_same(folders, stage):
     assert pairs and all(abs(a - b) < 1e-5 for a, b in pairs), pairs
 
 
-def test_fresh_crops_are_shared_among_the_processes(folders, cfg, tmp_path):
+def test_fresh_crops_are_shared_among_the_processes(folders, cfg, pictures, tmp_path):
     """Each process decodes and encodes half of every batch; the losses are those of one process."""
     reuse = [word for part in ("codebook", "vqgan", "tokens") for word in (f"--reuse_{part}", str(folders[0] / part))]
-    words = ["train", "renderer", DATA, "--config", str(cfg), "--training_crops", "fresh", *reuse, "--device", "cpu"]
+    words = [
+        "train",
+        "renderer",
+        pictures,
+        "--config",
+        str(cfg),
+        "--training_crops",
+        "fresh",
+        *reuse,
+        "--device",
+        "cpu",
+    ]
     job = start(*words, "--out", str(tmp_path / "two"))
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
     errors = job.communicate(timeout=120)[1]

@@ -149,11 +149,11 @@ class ConfigLoader:
 @contextlib.contextmanager
 def work_mocked_out() -> Iterator[None]:
     """Ends commands where they would start to compute."""
-    from digit.cli.runs import _value_of, add_run_arguments
+    from digit.cli.runs import value_of, add_run_arguments
 
     def remembered(parser: Any, argv: list[str]) -> str:
         """Calls add_run_arguments, which takes most of the time, once for each command and recipe."""
-        name = _value_of(argv, "--recipe") or "small"
+        name = value_of(argv, "--recipe") or "small"
         if (parser.prog, name) in PARSERS:
             vars(parser).update(PARSERS[parser.prog, name])
         else:
