@@ -149,7 +149,7 @@ class ConfigLoader:
 @contextlib.contextmanager
 def work_mocked_out() -> Iterator[None]:
     """Ends commands where they would start to compute."""
-    from digit.cli.runs import value_of, add_run_arguments
+    from digit.cli.runs import add_run_arguments, value_of
 
     def remembered(parser: Any, argv: list[str]) -> str:
         """Calls add_run_arguments, which takes most of the time, once for each command and recipe."""
