@@ -261,7 +261,7 @@ def _count(points: Points, centroids: Tensor, shift: Tensor, shares: Shares, bar
     for chunk in points.chunks():
         x = chunk - shift  # (n, D)
         index = find(x)
-        table[:last] += torch.bincount(index, minlength=last)
+        table.index_add_(0, index, table.new_ones(len(index)))  # bincount would make the host wait for a GPU
         table[last] += x.sub_(centroids[index]).square_().sum(dtype=torch.float64)
         bar.update(len(chunk))
         if shares.asked_to_stop:
