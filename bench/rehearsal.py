@@ -25,17 +25,18 @@ POLL = 1.0  # seconds
 
 
 def main() -> int:
-    own, _, passed = " ".join(sys.argv[1:]).partition(" -- ")
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    own, passed = sys.argv[1:cut], sys.argv[cut + 1 :]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--targets", default="all", help="all, or names with commas between them")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moment at which the ranks are killed")
     parser.add_argument("--no-kill", action="store_true", help="run once, without interruption")
-    args = parser.parse_args(own.split())
+    args = parser.parse_args(own)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
     command += ["-m", "digit", "--", "reproduce", args.targets, "--rehearse", "--device", "cpu"]
-    command += ["--out", str(args.out), *passed.split()]
+    command += ["--out", str(args.out), *passed]
     started = time.monotonic()
     if not args.no_kill:
         print(f"killed after {killed(command, args.out, args.seed)} steps; the same command goes on", flush=True)

@@ -36,3 +36,13 @@ def test_every_cut_is_said():
     assert Cut("num_samples", 50_000, 16) in cuts and "recipe.prior.embed_dim: 1024 -> 64" in listed(cuts)
     assert not any(word in cut.setting for cut in cuts for word in ("depth", "num_clusters", "image_size", "seeds"))
     assert rehearsed(short)[1] == [], "a rehearsal has nothing left to cut"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_every_batch_can_be_shared_by_the_ranks(monkeypatch, ranks):
+    monkeypatch.setattr("digit.runtime.distributed.launched_size", lambda: ranks)
+    short, _ = rehearsed(get_scale("paper"))
+    for recipe in (short.recipe, short.large, short.compared):
+        for cfg in (recipe.prior_training, recipe.renderer_training):
+            assert cfg.batch_size % (ranks * cfg.accumulate) == 0
+    assert short.num_train == 4000

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from digit.reproduce import Scale
     from digit.runs.recipes import Recipe
+    from digit.runtime.settings import Rule
 
 DEFAULT_SCALE = "tiny"
 # settings of a recipe that the targets set themselves: what to do instead
@@ -174,7 +175,6 @@ def option_names(cfg: Any) -> list[str]:
 
 def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     """The scale that parsed arguments describe. Raises DigitError for settings that its runs would not use."""
-    from digit.runs.checks import unused_settings
     from digit.runs.recipes import Recipe
 
     if args.scale != base.name:
@@ -185,7 +185,7 @@ def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     recipe = with_fitting_encoder(given, base.recipe)
     chosen = {*typed_settings(argv, recipe), *changed(given, base.recipe)}
     reuse = [part for part in ("codebook", "vqgan", "tokens") if getattr(args, f"reuse_{part}")]
-    refuse_unused(recipe, sorted(chosen), unused_settings(recipe, reuse))
+    refuse_unused(recipe, sorted(chosen), unused_by_all(recipe, reuse))
     scale = replace(base, **{name: getattr(args, name) for name in option_names(base)})
     recipes = {field.name: getattr(base, field.name) for field in fields(base)}
     scale = replace(
@@ -193,6 +193,17 @@ def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
         **{name: with_changes(r, recipe, base.recipe) for name, r in recipes.items() if isinstance(r, Recipe)},
     )
     return scale.with_encoder_files(dict(pair.partition("=")[::2] for pair in args.encoders.split(",") if pair))
+
+
+def unused_by_all(recipe: "Recipe", reuse: Sequence[str]) -> "list[Rule]":
+    """The settings that no target uses: they train both kinds of renderers, with and without classes."""
+    from digit.runs.checks import unused_settings
+
+    kinds: Any = [(classes, kind) for classes in (False, True) for kind in ("ar", "masked")]
+    made = [replace(recipe, class_conditional=classes, renderer_kind=kind) for classes, kind in kinds]
+    rules = [unused_settings(one, reuse) for one in made]
+    applying = [{(pattern, why) for applies, pattern, why in of if applies} for of in rules]
+    return [(True, pattern, why) for _, pattern, why in rules[0] if all((pattern, why) in found for found in applying)]
 
 
 def with_changes(cfg: Any, given: Any, base: Any) -> Any:

@@ -37,6 +37,7 @@ WHOLE_CHECK_BYTES = (
     2**31
 )  # stores up to this size are read and checked whole whenever they are opened, in a second or two
 MEMORY_SHARE = 0.25  # of this machine's memory that the training processes on it may fill with tokens, together
+MOST_IN_MEMORY = 2**32  # bytes of one process; beyond, one copy in the system's cache serves all of them
 AHEAD = 4  # batches that threads read ahead of use from mapped files
 
 
@@ -213,7 +214,10 @@ class TokenStore:
 
     def batch(self, rows: Sequence[int] | np.ndarray | slice) -> dict[str, "torch.Tensor"]:
         """Returns {"discriminative": (B, N), "vq": (B, M), "labels": (B,)} int64 of `rows`, without absent tokens."""
-        rows = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)]
+        rows = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
+        if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of a store of {len(self)}")
+        rows = np.where(rows < 0, rows + len(self), rows)
         held = {"discriminative": self.discriminative, "vq": self.vq, "labels": self.labels}
         return self._gather({name: array for name, array in held.items() if array is not None}, rows)
 
@@ -236,7 +240,8 @@ class TokenStore:
             images: numbers of readable images, 0 .. num_images - 1; all by default.
             names: arrays to read; absent tokens are left out.
             in_memory: read them into RAM, 2 bytes a token, or leave them mapped and let threads read ahead. By default
-                in RAM where they fit a quarter of this machine's memory, for all of the job's processes on it.
+                in RAM where they take 4 GiB or less, and fit a quarter of this machine's memory for all of the job's
+                processes on it.
         """
         chosen = AllBut(self.num_images) if images is None else images
         chosen = chosen if isinstance(chosen, AllBut) else np.asarray(chosen, dtype=np.int64)
@@ -247,7 +252,8 @@ class TokenStore:
         arrays = {name: array for name in names if (array := getattr(self, name)) is not None}
         if in_memory is None:
             needed = sum(array.nbytes for array in arrays.values()) * distributed.local_size()
-            in_memory = needed <= MEMORY_SHARE * physical_memory()
+            own = needed // distributed.local_size()
+            in_memory = needed <= MEMORY_SHARE * physical_memory() and own <= MOST_IN_MEMORY
         if in_memory:
             arrays = {name: np.array(array) for name, array in arrays.items()}
         return TokenBatches(self, arrays, chosen, batch_size, seed, ahead=0 if in_memory else AHEAD)

@@ -96,7 +96,9 @@ def near(features: FeatureRows, device: torch.device, free: int | None = None) -
     """
     if isinstance(features, HeldRows) or (free is None and device.type != "cuda"):
         return features
-    free = torch.cuda.mem_get_info(device)[0] if free is None else free
+    if free is None:
+        torch.cuda.empty_cache()  # what training has left in torch's cache counts as used
+        free = torch.cuda.mem_get_info(device)[0]
     num, layers, dim = features.shape
     first = features.take(torch.arange(min(1, num)))
     if num * layers * dim * first.element_size() > SHARE_OF_GPU * free:

@@ -18,11 +18,13 @@ from digit.reproduce.tables import (
     best_top1,
     generation_outcome,
     parts_step,
+    probe_step,
     protocol,
     samples_name,
     scores_step,
     shown,
     trained,
+    training_step,
     training_steps,
     vq_only,
 )
@@ -30,7 +32,7 @@ from digit.reproduce.theory import run_theory
 from digit.reproduce.variants import changes_of, model_name, recipe_of
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
-from digit.runtime import distributed, plots
+from digit.runtime import plots
 from digit.tokenizers.encoders import EncoderConfig
 
 # -------------------------------------------------------------------- Figure 3a
@@ -69,15 +71,20 @@ def fig3b(study: Study) -> Experiment:
     rows = len(study.train) * study.recipe.crops_per_image
     seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
     steps = [parts_step(study)]
+    names, seed = {}, study.scale.seeds[0]
     for k in study.scale.clusters:
-        recipe = replace(study.recipe, kmeans=replace(study.recipe.kmeans, num_clusters=k))
-        needs, make = Needs(models=(("prior", recipe),), tokens=rows), partial(probe_of_codebook, study, k)
-        steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=make, needs=needs))
+        if k == study.recipe.kmeans.num_clusters:  # Table 2's probe
+            steps += [training_step(study, "prior", seed, False), probe_step(study, "prior", seed)]
+        else:
+            recipe = replace(study.recipe, kmeans=replace(study.recipe.kmeans, num_clusters=k))
+            needs, make = Needs(models=(("prior", recipe),), tokens=rows), partial(probe_of_codebook, study, k)
+            steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=make, needs=needs, version=2))
+        names[k] = steps[-1].name
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         curves, lines = {}, ["| K | best layer | top-1, % |", "|---|---|---|"]
         for k in study.scale.clusters:
-            result = results[f"probe_k{k}"]
+            result = results[names[k]]
             top1 = [100 * layer["top1"]["value"] for layer in result["layers"]]
             curves[f"K = {k}"] = (range(len(top1)), top1)
             lines.append(f"| {k} | {result['best']['name']} | {best_top1(result):.1f} |")
@@ -92,12 +99,8 @@ def fig3b(study: Study) -> Experiment:
 def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
     """Probe a prior that is trained on a codebook of another size."""
     seed, kmeans = study.scale.seeds[0], replace(study.recipe.kmeans, num_clusters=num_clusters)
-    if num_clusters == study.recipe.kmeans.num_clusters:
-        run = study.seeded(seed)
-    else:
-        run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
-    study.prepare(run, "prior")
-    return distributed.on_main(lambda: probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}"))
+    run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
+    return probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}")
 
 
 # -------------------------------------------------------------------- Figure 4a

@@ -47,7 +47,7 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
     for split, store in (("training", run.write_tokens()), ("test", study.test_tokens(run))):
         rows = np.arange(len(store))
         if split == "training":
-            rows = rows[rows % crops < used]
+            rows = (np.arange(len(store) // crops)[:, None] * crops + np.arange(used)).ravel()
         cache = FeatureCache(
             out / "features" / split,
             partial(dict, model=weights, tokens=store.manifest, rows=len(rows), last=last, precision=PRECISION),

@@ -13,6 +13,7 @@ from digit.evaluation.sweep import SweepConfig
 from digit.metrics.probe import ProbeConfig
 from digit.reproduce.scales import Scale
 from digit.runs.recipes import ModelSpec, Recipe
+from digit.runtime import distributed
 from digit.sampling.config import SamplingConfig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
@@ -22,6 +23,7 @@ WIDTH = 64  # of a rehearsed model, about
 COUNTS = {  # fields of a scale: images of a rehearsal
     "num_test": 64, "num_samples": 16, "num_stability": 16, "num_completed": 8, "num_swept": 8,
 }  # fmt: skip
+MOST_IMAGES = 4000  # to train on: enough features for the paper's larger codebook, and some of each class
 MOST_STEPS = 4  # updates of a model
 MOST_CROPS = 2  # of an image: they take turns all the same
 KEPT_VALUES = 2  # of a list of settings that are each measured
@@ -42,6 +44,8 @@ def rehearsed(scale: Scale) -> tuple[Scale, list[Cut]]:
     """The scale with few steps, images and channels, and the list of what was cut."""
     cut = cut_config(scale)
     counts = {name: min(getattr(scale, name), most) for name, most in COUNTS.items()}
+    if scale.num_train is None or scale.num_train > MOST_IMAGES:
+        counts["num_train"] = MOST_IMAGES
     encoders = tuple((name, cut_config(encoder)) for name, encoder in scale.encoders)
     short = replace(cut, **counts, prefixes=ends(scale.prefixes), encoders=encoders)
     return short, list(differing(scale, short))
@@ -75,7 +79,8 @@ def cut_training(cfg: Any) -> Any:
     """A few updates of small batches, with a checkpoint on the way; micro-batches stay."""
     accumulate = getattr(cfg, "accumulate", 1)
     steps = min(cfg.num_steps, MOST_STEPS)
-    changes: dict[str, Any] = {"num_steps": steps, "batch_size": min(cfg.batch_size, 4 * accumulate)}
+    pieces = max(4, distributed.launched_size()) * accumulate  # one image or more in each
+    changes: dict[str, Any] = {"num_steps": steps, "batch_size": min(cfg.batch_size, pieces)}
     changes |= {"save_every": min(cfg.save_every, 2), "log_every": 1}
     if hasattr(cfg, "warmup_steps"):
         changes["warmup_steps"] = min(cfg.warmup_steps, 2)
@@ -135,7 +140,7 @@ def differing(before: Any, after: Any, name: str = "") -> Iterator[Cut]:
         for field in fields(before):
             inner = f"{name}.{field.name}" if name else field.name
             yield from differing(getattr(before, field.name), getattr(after, field.name), inner)
-    elif before != after and name == "encoders":
+    elif before != after and name == "encoders" and isinstance(before, tuple):
         for (label, old), (_, new) in zip(before, after, strict=True):
             yield from differing(old, new, f"encoders.{label}")
     elif before != after:

@@ -8,6 +8,7 @@ OUT/judged/NAME/  features of every judged image set, in parts
 Several ranks (torchrun) share all of it: they call everything here together, in the same order.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -46,6 +47,8 @@ from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 from digit.tokenizers.vq import VQTokenizer
 
 PARTS = ("codebook", "vqgan", "tokens")
+OF_A_RECIPE = re.compile(r"scale\.(recipe|short|longer|large|compared)\.")  # fields of a scale that hold a recipe
+HOW_MODELS_SAMPLE = re.compile(r"recipe\.(sampling\.|masked_top_p|class_top_k)")
 BATCH_SIZE, JUDGE_BATCH_SIZE = 250, 64  # of sampling where the recipe gives none; of judging
 
 
@@ -325,9 +328,14 @@ class Study:
 
 
 def changes_no_result(setting: str) -> bool:
-    """Whether a setting of study.json may differ in a rerun: those of `digit fit`, but for how the models sample."""
-    name = setting.removeprefix("scale.")
-    return bool(FREE_SETTING.fullmatch(name)) and not name.startswith("recipe.sampling.")
+    """Whether a setting of study.json may differ in a rerun: those of `digit fit`, but for how the models sample.
+
+    Seeds may be added, and encoders be named later: each has steps and folders of its own.
+    """
+    if setting.startswith(("scale.seeds", "scale.encoders")):
+        return True
+    name = OF_A_RECIPE.sub("recipe.", setting)
+    return bool(FREE_SETTING.fullmatch(name)) and not HOW_MODELS_SAMPLE.match(name)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:

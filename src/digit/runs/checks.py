@@ -158,7 +158,15 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
         (masked, r"sampling\.renderer\.top_p", "a masked renderer has a top-p of its own: set masked_top_p"),
         (not masked, "masked_(steps|top_p)", "it is of a masked renderer: set renderer_kind to masked"),
         (not recipe.class_conditional, "class_top_k", "class_conditional is false: leave it out"),
-    ]
+        (
+            recipe.class_conditional and recipe.class_top_k > 0, r"sampling\.prior\.top_k",
+            "a class-conditional prior takes class_top_k: set that",
+        ),
+        (
+            masked and recipe.masked_steps is not None, r"renderer_training\.num_steps",
+            "a masked renderer takes masked_steps: set that",
+        ),
+    ]  # fmt: skip
     return rules
 
 

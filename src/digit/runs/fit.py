@@ -80,6 +80,10 @@ class OtherSettingsError(MismatchError):
         super().__init__(text)
         self.kept = kept
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As rank 0 sends it to the other ranks."""
+        return type(self), (str(self), self.kept)
+
 
 class Run:
     """One run folder. Its verbs (fit_codebook, train_vqgan, write_tokens, train_model) make a part, or read it where it
@@ -168,7 +172,8 @@ class Run:
         remove_leftovers(self.out, *places, *(place / "checkpoints" for place in places))
         path = self.out / "config.json"
         made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in ROLES)]
-        if path.exists() and any((self.out / result).exists() for result in made):
+        begun = any(any((self.out / model / "checkpoints").glob("step_*")) for model in ROLES)  # and would go on
+        if path.exists() and (begun or any((self.out / result).exists() for result in made)):
             before = read_json(path)
             require_format(before, path)
             before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings

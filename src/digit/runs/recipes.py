@@ -325,8 +325,8 @@ def digit_base() -> Recipe:
     Prior and VQ-only baseline 200 epochs, renderer 400 (A.3); MaskGIT renderer 200 (Table 3: A.3 names 400 for
     "the decoder", the row of the table 200, and we follow the row). The learning rate is the paper's 3e-4; the released
     code trains stage 2 at 5e-4 (--renderer_training.learning_rate 5e-4). Docs: paper.md.
-    100 random crops of each image are tokenized once, 123 GiB for all models; --training_crops fresh encodes a new crop
-    of every image in every epoch instead, as released, which more than doubles the time of training.
+    100 random crops of each image are tokenized once, 123 GiB for all models of a codebook; --training_crops fresh with
+    --crops_per_image 1 encodes a new crop of every image in every epoch, as released, and more than doubles the time.
     The encoder's and the VQGAN's weights must be at hand; MAGE's VQGAN becomes a folder, with the released code's
     truncation to 8 bits, by `digit convert --vqgan vqgan_jax_strongaug.ckpt --out mage`.
 

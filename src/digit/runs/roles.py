@@ -53,7 +53,7 @@ ROLES = {
         Role(name="renderer_masked", target="vq", prefix="discriminative", kind="masked", labels=False),
         Role(name="vq_ar", target="vq", replaces=("prior", "renderer")),
         Role(name="vq_ar_epochs", target="vq"),
-        Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer")),
+        Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer_masked")),
     )
 }
 RENDERERS: dict[RendererKind, str] = {"ar": "renderer", "masked": "renderer_masked"}  # recipe.renderer_kind to the role

@@ -62,8 +62,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def physical_memory() -> int:
-    """Bytes of this machine's memory; 0 where the system does not tell."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    """Bytes of memory that this machine has, or that a container or batch system leaves to the job; 0 if unknown."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with suppress(OSError, ValueError):  # another system, or "max": no limit
+            whole = min(whole, int(limit.read_text()))
+    return whole
 
 
 def _processor() -> str:

@@ -31,6 +31,8 @@ class TransformerForward:
         if transformer is None:
             return
         compiled = compiles(cfg, next(model.parameters()).device)
+        if compiled:  # torch keeps eight graphs of one function: the ninth model of a process would run eagerly
+            torch._dynamo.reset()
         by_block = cfg.checkpoint_activations or cfg.parallel == "fsdp"  # no graph spans what they do
         if by_block:
             for block in transformer.blocks:
