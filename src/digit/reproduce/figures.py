@@ -204,7 +204,6 @@ def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig
     changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": preprocess}
     run: Run = study.run(f"encoder_{name}", shared=("vqgan",), **changes | {"class_conditional": False, "seed": seed})
     scores = study.scores(study.samples(f"encoder_{name}", run, "prior", "renderer", seed))
-    study.prepare(run, "prior")
     out = study.out / "probes"
     lp = probed(study, run, "prior", out / f"encoder_{name}")
     ol = probe_itself(study, run, out / f"encoder_{name}_itself")

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -195,13 +194,6 @@ class Study:
             return self.base
         return self.run(f"{variant(conditional)}_{seed}", seed=seed, class_conditional=conditional)
 
-    def prepare(self, run: Run, *models: str) -> None:
-        """Make on all ranks what rank 0 then reads alone (`distributed.on_main`): models, tokens, test tokens."""
-        for model in models:
-            run.train_model(model)
-        run.write_tokens()
-        self.test_tokens(run)
-
     @cached_property
     def costs(self) -> Costs:
         """Time estimates for this machine."""
@@ -336,8 +328,3 @@ def changes_no_result(setting: str) -> bool:
         return True
     name = OF_A_RECIPE.sub("recipe.", setting)
     return bool(FREE_SETTING.fullmatch(name)) and not HOW_MODELS_SAMPLE.match(name)
-
-
-def as_tensor(array: np.ndarray) -> Tensor:
-    """A token array of a store as int64."""
-    return torch.from_numpy(np.asarray(array).astype(np.int64))

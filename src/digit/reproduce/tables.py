@@ -145,9 +145,7 @@ def probe_step(study: Study, model: str, seed: int, variant: Variant = "base") -
     name = model_name(study, variant, model, seed, False)
 
     def make() -> dict[str, Any]:
-        run = run_of(study, variant, seed, False)
-        study.prepare(run, model)
-        return probed(study, run, model, study.out / "probes" / name)
+        return probed(study, run_of(study, variant, seed, False), model, study.out / "probes" / name)
 
     return Step(name=f"{name}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
 
