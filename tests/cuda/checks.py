@@ -16,6 +16,7 @@ import fake_device
 fake_device.install(fake_device.build(Path(sys.argv[1])))
 
 import torch  # noqa: E402  (after the fake device)
+import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from digit.benchmark.encode import random_encoder  # noqa: E402
-from digit.benchmark.sizes import micro  # noqa: E402
+from digit.benchmark.sizes import base, micro  # noqa: E402
 from digit.models import sequence, tokens  # noqa: E402
 from digit.models.sequence import SequenceModel  # noqa: E402
 from digit.models.vit import ViT  # noqa: E402
@@ -32,7 +33,7 @@ from digit.runs.pretrain import PretrainConfig  # noqa: E402
 from digit.runtime import progress  # noqa: E402
 from digit.sampling import requests  # noqa: E402
 from digit.sampling.masked import MaskedSampler  # noqa: E402
-from digit.sampling.next_token import NextTokenSampler  # noqa: E402
+from digit.sampling.next_token import NextTokenSampler, RecordedSteps  # noqa: E402
 from digit.tokenizers import vq  # noqa: E402
 from digit.tokenizers.kmeans.nearest import FastNearest  # noqa: E402
 from digit.tokenizers.vq import VQTokenizer  # noqa: E402
@@ -217,6 +218,79 @@ for name in ("prior", "renderer", "renderer_masked"):
         check(f"sample {name} {label}")(lambda name=name, dtype=dtype: sample(name, dtype, top_p=0.8))
         check(f"sample {name} {label} guided")(lambda name=name, dtype=dtype: sample(name, dtype, cfg_scale=2.0))
 check("sample prior top-k")(lambda: sample("prior", None, top_k=20))
+
+
+# -------------------------------------------------------------------- launches of a decoding step
+
+
+BUDGET = 12  # kernels a layer and decoding step
+
+
+class Operators(TorchDispatchMode):
+    """Notes each operator on CUDA tensors that computes something: all but views, allocations and questions.
+
+    As a rule an operator launches one kernel. A sort, a top-k or a cumulative sum launches a few, as may a product that
+    cuBLAS splits; only a profile on a GPU tells. Attention is one operator here, as with torch's fused kernels.
+    """
+
+    NOTHING = ("empty", "_unsafe_view", "detach", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        on_gpu = any(isinstance(t, Tensor) and t.device.type == "cuda" for t in tree_leaves((args, kwargs, out)))
+        name = function.overloadpacket.__name__
+        if on_gpu and function.namespace != "prim" and not function.is_view and not name.startswith(self.NOTHING):
+            self.names.append(name)
+        return out
+
+
+def operators_of_a_step(name: str, depth: int, kernel: bool, **changes: object) -> list[str]:
+    """Names of the operators from one token to the next, as a CUDA graph records them."""
+    paper = base().recipe.sampling
+    cfg = paper.prior if name == "prior" else paper.renderer
+    how = {"temperature": cfg.temperature, "top_k": min(cfg.top_k, 5), "top_p": cfg.top_p}
+    sampler = NextTokenSampler(
+        model(name, depth=depth, **changes), micro_batch_size=4, dtype=torch.bfloat16, fixed_shapes=True, **how
+    )
+    decoder = RecordedSteps()
+    decoder._allocate(sampler)
+    operators = Operators()
+
+    def one_operator(q: Tensor, *others: object, **how: object) -> Tensor:
+        operators.names.append("attention")
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+    decoder.kernel = one_operator if kernel else None
+    plain = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = one_operator  # this device has no fused kernel that torch could choose
+    try:
+        with torch.no_grad(), operators:
+            decoder._step(sampler, decoder.max_len)
+    finally:
+        F.scaled_dot_product_attention = plain
+    return operators.names
+
+
+def few_launches(name: str, kernel: bool, **changes: object) -> None:
+    few, many = (operators_of_a_step(name, depth, kernel, **changes) for depth in (2, 3))
+    layer, depth = len(many) - len(few), base().sequence_config(name).depth
+    rest = len(few) - 2 * layer
+    assert layer <= BUDGET, f"{layer} in a layer: {many}"
+    if kernel:
+        assert layer * depth + rest <= BUDGET * depth, f"{layer} in each of {depth} layers and {rest} beside them: {few}"
+    else:
+        assert rest <= 3 * BUDGET, f"{rest} beside the layers: {few}"
+
+
+for kernel in (True, False):
+    label = "with the kernel" if kernel else "without the kernel"
+    check(f"launches of prior {label}")(lambda kernel=kernel: few_launches("prior", kernel))
+    check(f"launches of prior with classes {label}")(lambda kernel=kernel: few_launches("prior", kernel, num_classes=4))
+    check(f"launches of renderer {label}")(lambda kernel=kernel: few_launches("renderer", kernel))
 
 
 # -------------------------------------------------------------------- tokenizers

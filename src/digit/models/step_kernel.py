@@ -1,13 +1,15 @@
 """Triton kernel: attention of one query a row over a key-value cache whose filled length is a number on the GPU.
 
-It needs Triton, which torch's CUDA builds bring; `step_attention.step_kernel` decides whether it is used.
+It needs Triton, which torch's CUDA builds bring; `decoding.step_kernel` decides whether it is used.
 
 Shapes: R rows, H heads, d width of a head, T positions of the cache. Scores, softmax and sums are in float32.
 """
 
+from typing import no_type_check
+
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 TILE = 4096  # elements of keys that a program reads at once: 64 positions of 64 features
@@ -26,6 +28,7 @@ def step_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     Returns (R, H, 1, d), contiguous.
     """
     rows, heads, _, dim = q.shape
+    assert keys.stride() == values.stride() and keys.stride(3) == q.stride(3) == k.stride(3) == v.stride(3) == 1
     out = torch.empty((rows, heads, 1, dim), dtype=q.dtype, device=q.device)
     padded = triton.next_power_of_2(dim)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(1))]
@@ -44,6 +47,7 @@ def step_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
 
 
 @triton.jit
+@no_type_check  # tests check annotations at every call, which a compiler of source text cannot follow
 def attend_to_cache(
     q_at,
     k_at,
