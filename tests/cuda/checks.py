@@ -281,7 +281,9 @@ def few_launches(name: str, kernel: bool, **changes: object) -> None:
     rest = len(few) - 2 * layer
     assert layer <= BUDGET, f"{layer} in a layer: {many}"
     if kernel:
-        assert layer * depth + rest <= BUDGET * depth, f"{layer} in each of {depth} layers and {rest} beside them: {few}"
+        assert layer * depth + rest <= BUDGET * depth, (
+            f"{layer} in each of {depth} layers and {rest} beside them: {few}"
+        )
     else:
         assert rest <= 3 * BUDGET, f"{rest} beside the layers: {few}"
 

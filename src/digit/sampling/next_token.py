@@ -50,7 +50,13 @@ class NextTokenSampler(Sampler):
         on_gpu = model.device.type == "cuda"
         self.use_cache, self.fixed_shapes = use_cache, on_gpu if fixed_shapes is None else fixed_shapes
         self.step = StepTransformer(self.model.transformer, self.num_rows)
-        self._recorded = RecordedSteps() if self.use_cache and self.fixed_shapes else None  # kept from call to call
+        self.records = self.use_cache and self.fixed_shapes
+        self._recorded = RecordedSteps() if self.records else None  # kept from call to call
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its copy of the weights, and of the cache of recorded steps."""
+        return super().held_bytes + (0 if self._recorded is None else self._recorded.held_bytes)
 
     @property
     def uniform_shape(self) -> tuple[int, ...]:
@@ -159,6 +165,11 @@ class RecordedSteps(CachedSteps):
         self.u = torch.zeros(num, cfg.target_len, dtype=torch.float64, device=device)  # (C, M)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
         self.is_allocated = True
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.keys.nbytes + self.cache.values.nbytes if self.is_allocated else 0
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
         if i == self.known:
