@@ -1,19 +1,24 @@
 """What runs on a GPU, run on fake CUDA tensors: python checks.py FOLDER [NAME ...] prints one JSON line a check.
 
 A check fails where tensors of two devices meet, where the host would wait for a value on the device, and where an
-output is on the wrong device.
+output is on the wrong device. FOLDER gets the fake device's library; `cuda` in its place runs the checks on a real GPU,
+and `cpu` tries them without one.
 """
 
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import fake_device
 
-fake_device.install(fake_device.build(Path(sys.argv[1])))
+REAL = sys.argv[1] in ("cuda", "cpu")
+if not REAL:
+    fake_device.install(fake_device.build(Path(sys.argv[1])))
 
 import torch  # noqa: E402  (after the fake device)
 import torch.nn.functional as F  # noqa: E402
@@ -42,12 +47,11 @@ from digit.training.sequence import SequenceUpdate  # noqa: E402
 from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method  # noqa: E402
 from digit.training.vqgan import GANConfig, VQGANTrainer  # noqa: E402
 
-CUDA = torch.device("cuda")
+CUDA = torch.device(sys.argv[1] if REAL else "cuda")
 for module in (requests, tokens, sequence, vq):  # they check what the caller gave, once a call: the only wait meant
     for name in ("check_range", "require_range"):
         if hasattr(module, name):
             setattr(module, name, lambda *_: None)
-torch.Tensor.pin_memory = torch.Tensor.clone  # fake tensors have no memory to pin
 make_tensor = torch.tensor
 
 
@@ -58,10 +62,6 @@ def tensor(data: object, device: object = None, **how: object) -> Tensor:
     return made.to(device or "cpu")
 
 
-torch.tensor = tensor
-Tensor.new_tensor = lambda self, data: tensor(data, self.device, dtype=self.dtype)
-
-
 def copied(self: FakeTensor, memo: dict[int, Tensor]) -> Tensor:
     """A deep copy; torch's own needs storage."""
     copy = self.detach().clone()
@@ -69,9 +69,28 @@ def copied(self: FakeTensor, memo: dict[int, Tensor]) -> Tensor:
     return memo.setdefault(id(self), copy)
 
 
-FakeTensor.__deepcopy__ = copied
+def moved(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`Module._apply` that puts new tensors in place of the old: torch would swap contents, which fakes cannot."""
+    for child in self.children():
+        child._apply(function)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            self._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        self._buffers[name] = None if buffer is None else function(buffer)
+    return self
+
+
+if not REAL:  # what fake tensors cannot do
+    torch.Tensor.pin_memory = torch.Tensor.clone
+    torch.tensor = tensor
+    Tensor.new_tensor = lambda self, data: tensor(data, self.device, dtype=self.dtype)
+    FakeTensor.__deepcopy__ = copied
+    nn.Module._apply = moved
+
 SIZE = micro()
 CHECKS: dict[str, Callable[[], object]] = {}
+NOTES: set[str] = set()  # of the check that runs
 
 
 class Waits(TorchDispatchMode):
@@ -94,21 +113,6 @@ class Waits(TorchDispatchMode):
         return out
 
 
-def moved(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`Module._apply` that puts new tensors in place of the old: torch would swap contents, which fakes cannot."""
-    for child in self.children():
-        child._apply(function)
-    for name, parameter in self._parameters.items():
-        if parameter is not None:
-            self._parameters[name] = nn.Parameter(function(parameter.detach()), parameter.requires_grad)
-    for name, buffer in self._buffers.items():
-        self._buffers[name] = None if buffer is None else function(buffer)
-    return self
-
-
-nn.Module._apply = moved
-
-
 def check(name: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
     def register(function: Callable[[], object]) -> Callable[[], object]:
         CHECKS[name] = function
@@ -119,10 +123,19 @@ def check(name: str) -> Callable[[Callable[[], object]], Callable[[], object]]:
 
 def on_cuda(*tensors: Tensor) -> None:
     for tensor in tensors:
-        assert tensor.device.type == "cuda", tensor.device
+        assert tensor.device.type == CUDA.type, tensor.device
 
 
 def without_waiting(step: Callable[[], object]) -> object:
+    """Run a step; on a real GPU first once for what is made once, then again to note what CUDA calls a wait."""
+    if REAL and CUDA.type == "cuda":
+        step()
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step()
+            torch.cuda.set_sync_debug_mode("default")
+        NOTES.update(f"waits at {Path(wait.filename).name}:{wait.lineno}" for wait in waits)
     with Waits() as waits:
         result = step()
     assert not waits.found, f"the host waits for {waits.found}"
@@ -153,7 +166,7 @@ def train(name: str, **settings: object) -> None:
 
 
 for name in ("prior", "renderer", "renderer_masked"):
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "bf16", "fp16")[: 2 if CUDA.type == "cpu" else 3]:
         check(f"train {name} {precision}")(lambda name=name, precision=precision: train(name, precision=precision))
 for label, settings in {
     "accumulate": {"accumulate": 2},
@@ -173,7 +186,7 @@ def gan(step: int, **settings: object) -> None:
     )
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     trainer = VQGANTrainer(vqgan, lambda step: images, cfg)
-    for optimizer in (trainer.optimizer, trainer.discriminator_optimizer):
+    for optimizer in () if REAL else (trainer.optimizer, trainer.discriminator_optimizer):
         optimizer.param_groups[0]["fused"] = True  # the other kinds read a counter on the host, which is fake here too
     metrics = without_waiting(lambda: trainer.update(step))
     on_cuda(metrics["l1"], metrics["grad_norm"])
@@ -205,7 +218,7 @@ def sample(name: str, dtype: torch.dtype | None, **settings: object) -> None:
     changes |= {"prefix_dropout": 0.1} if guided and name != "prior" else {}
     network = model(name, **changes)
     kind = MaskedSampler if network.cfg.masked else NextTokenSampler
-    how = {} if network.cfg.masked else {"fixed_shapes": False}
+    how = {} if network.cfg.masked or REAL else {"fixed_shapes": False}
     sampler = kind(network, micro_batch_size=4, dtype=dtype, **how, **settings)
     prefix = rows(network, 6)["prefix"]
     labels = torch.arange(6) % 4 if changes.get("num_classes") else None
@@ -241,7 +254,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        on_gpu = any(isinstance(t, Tensor) and t.device.type == "cuda" for t in tree_leaves((args, kwargs, out)))
+        on_gpu = any(isinstance(t, Tensor) and t.device.type == CUDA.type for t in tree_leaves((args, kwargs, out)))
         name = function.overloadpacket.__name__
         if on_gpu and function.namespace != "prim" and not function.is_view and not name.startswith(self.NOTHING):
             self.names.append(name)
@@ -288,7 +301,7 @@ def few_launches(name: str, kernel: bool, **changes: object) -> None:
         assert rest <= 3 * BUDGET, f"{rest} beside the layers: {few}"
 
 
-for kernel in (True, False):
+for kernel in () if CUDA.type == "cpu" else (True, False):
     label = "with the kernel" if kernel else "without the kernel"
     check(f"launches of prior {label}")(lambda kernel=kernel: few_launches("prior", kernel))
     check(f"launches of prior with classes {label}")(lambda kernel=kernel: few_launches("prior", kernel, num_classes=4))
@@ -325,12 +338,13 @@ if __name__ == "__main__":
         if len(sys.argv) > 2 and name not in sys.argv[2:]:
             continue
         fault = None
+        NOTES.clear()
         try:
-            with FakeTensorMode(shape_env=ShapeEnv()):
+            with nullcontext() if REAL else FakeTensorMode(shape_env=ShapeEnv()):
                 function()
         except Exception as error:
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "/digit/" in f.filename]
             where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
             fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}{where}"
-        print(json.dumps({"name": name, "fault": fault}), flush=True)
+        print(json.dumps({"name": name, "fault": fault, "notes": sorted(NOTES)}), flush=True)
     fake_device.leave(0)

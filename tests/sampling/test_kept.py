@@ -1,4 +1,4 @@
-"""Samplers kept from call to call: made once, not shared, and gone with their pipeline without the garbage collector."""
+"""Samplers kept from call to call: made once, not shared, and gone with their pipeline without garbage collection."""
 
 import copy
 import gc
@@ -16,6 +16,7 @@ from digit.sampling.kept import KeptSamplers
 from digit.sampling.next_token import NextTokenSampler, RecordedSteps
 from digit.sampling.sampler import Sampler
 
+PLAIN = StageSampling()
 HOW = dict(precision="fp32", micro_batch_size=2)
 
 
@@ -49,7 +50,7 @@ def prior(**changes):
     return SequenceModel(SequenceConfig(vocab_size=7, target_len=4, depth=1, embed_dim=16, num_heads=2, **changes))
 
 
-def use(kept, model, cfg=StageSampling(), **changes):
+def use(kept, model, cfg=PLAIN, **changes):
     with kept.lend("prior", model, cfg, **(HOW | changes)) as sampler:
         sampler([1, 2, 3])
         return id(sampler), weakref.ref(sampler)
@@ -104,10 +105,10 @@ def test_an_open_stream_keeps_its_sampler_to_itself(recording):
 
 def test_a_sampler_is_made_again_when_it_would_sample_something_else(recording):
     kept, model = KeptSamplers(), prior()
-    first, sampler = use(kept, model)
+    first, _ = use(kept, model)
     assert use(kept, model)[0] == first
     for settings in ({"cfg": StageSampling(top_k=2)}, {"micro_batch_size": 3}, {"precision": "bf16"}):
-        number, sampler = use(kept, model, **settings)
+        _, sampler = use(kept, model, **settings)
         assert sampler() is not None and use(kept, model, **settings)[1]() is sampler()
     for change in (
         lambda: model.head.weight.detach().mul_(2),

@@ -20,7 +20,7 @@ from digit.errors import DigitError
 
 CACHE_SPAN = 32  # positions
 StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`step_kernel.step_attention`: q, k and v (B, H, 1, d), keys and values (B, H, t, d), position (1,) to (B, H, 1, d)."""
+"""`step_kernel.step_attention`: q, k, v (B, H, 1, d), keys and values (B, H, t, d), position (1,) to (B, H, 1, d)."""
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # larger numbers in a file are errors, and would take hours to build
 
 
