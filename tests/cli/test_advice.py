@@ -40,7 +40,6 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
 }
 WHOLE_COMMANDS = {"released/hub.py", "runs/report.py", "runs/status.py"}  # messages with a command line to copy
 NOT_OURS = {  # options of other programs
-    ("benchmark/targets.py", "--prefix"),
     ("benchmark/targets.py", "--missed"),
     ("convert/onnx_weights.py", "--no"),
     ("convert/reading.py", "--no"),
