@@ -56,7 +56,8 @@ def check_step_kernel(kernel: StepKernel, device: torch.device, dtype: torch.dty
     keys, values = torch.randn(2, rows, heads, length, head_dim, generator=generator).to(dtype)
     for position in (0, 64, 71):
         stored = [keys.to(device, copy=True), values.to(device, copy=True)]
-        out = kernel(*(x.to(device) for x in (q, k, v)), *stored, torch.tensor([position], device=device))
+        new = [x.to(device) for x in (q, k, v)]
+        out = kernel(new[0], new[1], new[2], stored[0], stored[1], torch.tensor([position], device=device))
         keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
         assert torch.equal(stored[0].cpu(), keys) and torch.equal(stored[1].cpu(), values), "it stores something else"
         seen = KeysValues(*(x[:, :, : position + 1].double() for x in (keys, values)))

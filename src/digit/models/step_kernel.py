@@ -32,7 +32,7 @@ def step_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     out = torch.empty((rows, heads, 1, dim), dtype=q.dtype, device=q.device)
     padded = triton.next_power_of_2(dim)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(1))]
-    attend_to_cache[(rows * heads,)](
+    attend_to_cache[(rows * heads,)](  # pyright: ignore[reportIndexIssue]  jit makes it a launcher for a grid
         *(q, k, v, keys, values, position, out),
         *strides,
         *keys.stride()[:3],

@@ -204,9 +204,10 @@ class Attention(nn.Module):
         """(B, T, D) to (B, T - first, D): the outputs of positions from `first` on."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        copied = x.device.type == "cpu" and length > 1  # batched products read dense blocks; a GPU's kernels need none
-        q, k, v = parts.contiguous() if copied else parts
+        if x.device.type == "cpu" and length > 1:  # batched products need dense blocks; a GPU's kernels take views
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, d) each
+        else:
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         q, k = self.with_positions(q, k, 0 if cache is None else cache.position)
         seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
