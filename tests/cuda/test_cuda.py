@@ -54,3 +54,11 @@ def test_kernels_compute_what_torch_computes_and_compile(way, tmp_path):
     found = results("kernels.py", way, **cache | ({"TRITON_INTERPRET": "1"} if way == "interpreted" else {}))
     assert len(found) >= 9
     assert not {name: fault for name, fault in found.items() if fault}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: bench/gpu.sh runs these on one")
+@pytest.mark.parametrize("script", ["checks.py", "values.py"])
+def test_on_a_real_gpu(script):
+    found = results(script, "cuda")
+    assert not {name: fault for name, fault in found.items() if fault}
