@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import fake_device
 
@@ -28,12 +29,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+from toy_pipeline import toy_pipeline  # noqa: E402
+
 from digit.benchmark.encode import random_encoder  # noqa: E402
 from digit.benchmark.sizes import base, micro  # noqa: E402
 from digit.models import sequence, tokens  # noqa: E402
 from digit.models.sequence import SequenceModel  # noqa: E402
 from digit.models.vit import ViT  # noqa: E402
 from digit.models.vqgan import VQGAN  # noqa: E402
+from digit.pipeline.pipeline import DigitPipeline  # noqa: E402
 from digit.runs.pretrain import PretrainConfig  # noqa: E402
 from digit.runtime import progress  # noqa: E402
 from digit.sampling import requests  # noqa: E402
@@ -87,6 +92,8 @@ if not REAL:  # what fake tensors cannot do
     Tensor.new_tensor = lambda self, data: tensor(data, self.device, dtype=self.dtype)
     FakeTensor.__deepcopy__ = copied
     nn.Module._apply = moved
+    RecordedSteps._run = RecordedSteps._step  # nothing can be recorded
+    torch.cuda.Event = torch.cuda.current_stream = MagicMock
 
 SIZE = micro()
 CHECKS: dict[str, Callable[[], object]] = {}
@@ -218,8 +225,7 @@ def sample(name: str, dtype: torch.dtype | None, **settings: object) -> None:
     changes |= {"prefix_dropout": 0.1} if guided and name != "prior" else {}
     network = model(name, **changes)
     kind = MaskedSampler if network.cfg.masked else NextTokenSampler
-    how = {} if network.cfg.masked or REAL else {"fixed_shapes": False}
-    sampler = kind(network, micro_batch_size=4, dtype=dtype, **how, **settings)
+    sampler = kind(network, micro_batch_size=4, dtype=dtype, **settings)
     prefix = rows(network, 6)["prefix"]
     labels = torch.arange(6) % 4 if changes.get("num_classes") else None
     on_cuda(without_waiting(lambda: sampler(list(range(6)), prefix=prefix, labels=labels)))
@@ -231,6 +237,28 @@ for name in ("prior", "renderer", "renderer_masked"):
         check(f"sample {name} {label}")(lambda name=name, dtype=dtype: sample(name, dtype, top_p=0.8))
         check(f"sample {name} {label} guided")(lambda name=name, dtype=dtype: sample(name, dtype, cfg_scale=2.0))
 check("sample prior top-k")(lambda: sample("prior", None, top_k=20))
+
+
+def pipeline(**changes: object) -> DigitPipeline:
+    with CUDA:
+        return toy_pipeline(**changes)
+
+
+def generated(**changes: object) -> None:
+    """Images and tokens come back on the host; nothing of the two stages and the decoder leaves the GPU before."""
+    made = pipeline(**changes)
+    images = made.generate(num=5, seed=1, batch_size=2, renderer={"cfg_scale": 1.0})
+    tokens = made.generate_tokens(num=3, labels=[0, 1, 2], batch_size=2)
+    assert {x.device.type for x in (images, *tokens.values())} == {"cpu"}
+    assert images.shape == (5, 3, 16, 16) and tokens["vq"].shape == (3, 16)
+
+
+for label, changes in {"": {}, " MaskGIT": {"masked": True}, " VQ-only": {"prior": False}}.items():
+    check(f"generate{label}")(lambda changes=changes: generated(**changes))
+check("complete")(
+    lambda: pipeline(prior=False).complete(torch.zeros(3, 3, 16, 16, dtype=torch.uint8), labels=[0, 1, 2], batch_size=2)
+)
+check("render")(lambda: pipeline().render(torch.zeros(3, 4, dtype=torch.int64), batch_size=2))
 
 
 # -------------------------------------------------------------------- launches of a decoding step
