@@ -1,7 +1,7 @@
 """What a real GPU computes, beside the CPU and beside itself: python values.py cuda prints one JSON line a check.
 
-`cpu` in place of `cuda` tries the checks without a GPU. Networks are small, weights random. checks.py says whether the
-same paths run at all; this file whether their numbers are right.
+`cpu` in place of `cuda` tries the checks without a GPU; names of checks may follow. Networks are small, weights random.
+checks.py says whether the same paths run at all; this file whether their numbers are right.
 """
 
 import json
@@ -24,9 +24,12 @@ from toy_pipeline import toy_pipeline
 from digit.benchmark.encode import random_encoder
 from digit.benchmark.sizes import micro
 from digit.models.decoding import step_kernel
+from digit.models.efficientnet import EfficientNet, EfficientNetConfig
+from digit.models.inception import InceptionV3
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
 from digit.runtime import progress
+from digit.runtime.hardware import full_precision
 from digit.sampling.masked import MaskedSampler
 from digit.sampling.next_token import NextTokenSampler
 from digit.tokenizers.kmeans.config import KMeansConfig
@@ -256,6 +259,43 @@ def _() -> dict[str, float]:
     return errors
 
 
+@check("features of an EfficientNet and of Inception")
+def _() -> dict[str, float]:
+    """Convolutions in float32, where cuDNN would round to TF32 unless it is told not to."""
+    torch.manual_seed(0)
+    nets = {"efficientnet": EfficientNet(EfficientNetConfig()).eval(), "inception": InceptionV3().eval()}
+    images = numbers(4, 3, 224, 224).to(torch.uint8)
+    inputs = {"efficientnet": (images.float() - 127) / 128, "inception": images}
+    errors = {}
+    for name, net in nets.items():
+        found = []
+        for device in (CPU, DEVICE):
+            with torch.no_grad(), full_precision(device):
+                features = net.to(device)(inputs[name].to(device))
+            found.append(features if isinstance(features, Tensor) else features.pooled)
+        errors[name] = relative(found[1], found[0])
+    assert max(errors.values()) < 1e-4, errors
+    return errors
+
+
+@check("linear probe by sgd")
+def _() -> dict[str, float] | str:
+    try:
+        from digit.metrics.probe import ProbeConfig, probe_layers
+    except ImportError as error:
+        return f"not tried: {error}"  # scipy, for intervals
+    centres, labels = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), torch.arange(600) % 5
+    noise = torch.randn(600, 2, 16, generator=torch.Generator().manual_seed(1))
+    x = centres[labels][:, None] + noise * torch.tensor([0.5, 2.0])[:, None]  # (N, L, D): a clear and a noisy layer
+    cfg = ProbeConfig(solver="sgd", num_epochs=10, batch_size=64)
+    here, there = (
+        probe_layers(x[:400].to(d), labels[:400], x[400:].to(d), labels[400:], cfg, device=d) for d in (DEVICE, CPU)
+    )
+    equal = min((a.correct == b.correct).double().mean().item() for a, b in zip(here, there, strict=True))
+    assert equal >= 0.97, equal
+    return {"equal": equal, "top1": here[0].top1.value}
+
+
 @check("VQ tokens and pixels")
 def _() -> dict[str, float]:
     torch.manual_seed(0)
@@ -276,6 +316,8 @@ def _() -> dict[str, float]:
 if __name__ == "__main__":
     progress.quiet()
     for name, function in CHECKS.items():
+        if len(sys.argv) > 2 and name not in sys.argv[2:]:
+            continue
         fault, result, began = None, None, time.perf_counter()
         try:
             result = function()
