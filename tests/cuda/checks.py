@@ -140,8 +140,10 @@ def without_waiting(step: Callable[[], object]) -> object:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            step()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         NOTES.update(f"waits at {Path(wait.filename).name}:{wait.lineno}" for wait in waits)
     with Waits() as waits:
         result = step()

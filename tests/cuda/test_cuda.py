@@ -37,7 +37,7 @@ def results(script: str, *words: str, **variables: str) -> dict[str, str | None]
 
 
 def test_training_and_sampling_neither_mix_devices_nor_wait(faults):
-    assert len(faults) >= 42
+    assert len(faults) >= 47
     assert not {name: fault for name, fault in faults.items() if fault}
 
 
