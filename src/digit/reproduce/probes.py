@@ -63,7 +63,7 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
         result = probing.probe_features(
             {model: (train, test)}, labels, test_labels, study.scale.probe,
             out=out, notes={model: of.notes_on(network, last)}, about={"crops": about},
-            groups=torch.arange(len(labels)) // used, device=study.device,
+            groups=torch.arange(len(labels)) // used, device=study.device, states=out / "features",
         )  # fmt: skip
         discard(out / "features")
         return result["probes"][model] | {"protocol": result["protocol"]}
@@ -129,7 +129,7 @@ def probe_itself(study: Study, run: Run, out: Path) -> dict[str, Any]:
         result = probing.probe_features(
             {name: (train[name], test[name]) for name in sizes}, labels, test_labels, cfg,
             out=out, notes={probing.POOLED: [pooling_of(whole)], "patches": [PATCHES]}, device=study.device,
-            about={"crops": "one in the centre of each image"},
+            about={"crops": "one in the centre of each image"}, states=out / "features",
         )  # fmt: skip
         discard(out / "features")
         return result["probes"][probing.POOLED] | {"patches": result["probes"]["patches"]}
