@@ -385,7 +385,9 @@ def test_sgd_that_was_killed_goes_on_to_the_bit(tmp_path):
 
     def probed(out, last):
         words = [sys.executable, "-c", KILLED, str(out), str(last)]
-        return subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)})
+        return subprocess.run(
+            words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
+        )
 
     assert probed(tmp_path / "killed", 7).returncode == probed(tmp_path / "killed", 25).returncode == -signal.SIGKILL
     rest = probed(tmp_path / "killed", 0)

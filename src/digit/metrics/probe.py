@@ -336,9 +336,7 @@ def fit_sgd(
     return Heads(weight, bias, mean, scale)
 
 
-def _begun(
-    data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, kept: FitState | None
-) -> dict[str, Tensor]:
+def _begun(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, kept: FitState | None) -> dict[str, Tensor]:
     """The state of `fit_sgd`: what was saved of a fit of the same settings, else that before the first update."""
     features, device = data.rows, data.place
     _, num_layers, dim = features.shape

@@ -26,7 +26,7 @@ from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.batch import IMAGES, SampleBatch
-from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
+from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
@@ -39,7 +39,7 @@ from digit.pipeline.manifest import (
     write_manifest,
 )
 from digit.runtime.files import MAKE_AGAIN, as_path
-from digit.runtime.hardware import Precision, choose_device
+from digit.runtime.hardware import Precision, choose_device, free_memory
 from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
@@ -521,7 +521,7 @@ class DigitPipeline:
             return cfg
         renderer, vq = self._require_renderer(), self._require_vq()
         prior = self.prior if renderer.cfg.prefix_len else None
-        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free_bytes(self.device)))
+        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free_memory(self.device)))
 
     # ---------------------------------------------------------------- folder
 
