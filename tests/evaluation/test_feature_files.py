@@ -66,7 +66,7 @@ def test_whole_files_of_the_same_request_are_not_made_again(tmp_path):
 
 
 def test_files_that_are_made_again_are_other_features(tmp_path):
-    """Features of a GPU may differ in their last bits: what was trained on the old files must not go on with new ones."""
+    """A GPU may give other last bits: what was trained on the old files must not go on with the new ones."""
     made = cache(tmp_path).collect(parts, SIZES, 100)["prior"]
     assert identity(made) == identity(cache(tmp_path).collect(parts, SIZES, 100)["prior"]) != ""
     discard(tmp_path)

@@ -193,7 +193,7 @@ def test_an_epoch_is_a_pass_over_the_images_however_many_crops_are_stored():
 def test_fresh_crops_cost_encoding_of_their_role_and_decoding():
     machine, order = replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"]))
     stored, fresh = (
-        Planner(replace(get_recipe("digit_base"), training_crops=crops), machine, order)
+        Planner(replace(get_recipe("digit_base"), training_crops=crops, crops_per_image=1), machine, order)
         for crops in ("stored", "fresh")
     )
     work, images = fresh.work, 125_000 * 2048

@@ -175,6 +175,7 @@ def option_names(cfg: Any) -> list[str]:
 
 def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     """The scale that parsed arguments describe. Raises DigitError for settings that its runs would not use."""
+    from digit.runs.checks import check_own_steps
     from digit.runs.recipes import Recipe
 
     if args.scale != base.name:
@@ -186,6 +187,7 @@ def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     chosen = {*typed_settings(argv, recipe), *changed(given, base.recipe)}
     reuse = [part for part in ("codebook", "vqgan", "tokens") if getattr(args, f"reuse_{part}")]
     refuse_unused(recipe, sorted(chosen), unused_by_all(recipe, reuse))
+    check_own_steps(recipe, chosen)
     scale = replace(base, **{name: getattr(args, name) for name in option_names(base)})
     recipes = {field.name: getattr(base, field.name) for field in fields(base)}
     scale = replace(

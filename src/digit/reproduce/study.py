@@ -92,8 +92,8 @@ class Study:
         sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
         self.train, self.test, self.tested_on = sources
         self.reuse, self.inception = dict(reuse or {}), inception
-        crops = max(scale.recipe.crops_per_image, -(-scale.min_rows // len(self.train)))
-        self.recipe = replace(scale.recipe, crops_per_image=crops)
+        least = 1 if scale.recipe.training_crops == "fresh" else -(-scale.min_rows // len(self.train))
+        self.recipe = replace(scale.recipe, crops_per_image=max(scale.recipe.crops_per_image, least))
         distributed.on_main(self.check)
 
     def require_labels(self, what: str) -> None:
