@@ -163,8 +163,9 @@ class FeatureCache:
             if name == LABELS:
                 found[name] = torch.cat([_read_labels(path, count) for path, count in counts.items()])
             else:
+                layers, dim = known["sizes"][name]
                 made = f"{known['made']} {name}"
-                found[name] = FeatureFiles(list(counts), list(counts.values()), *known["sizes"][name], made)
+                found[name] = FeatureFiles(list(counts), list(counts.values()), layers, dim, made)
         return found
 
 

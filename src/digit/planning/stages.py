@@ -300,30 +300,39 @@ class Planner:
     # ---------------------------------------------------------------- sampling
 
     def sampling(self) -> Stage:
-        """Both stages token by token, then pixels."""
-        recipe, work = self.recipe, self.work
-        names = recipe.model_names
-        settings = {name: getattr(recipe.sampling, get_role(name).settings) for name in names}
-        prior, renderer = (self._stand_in(name) for name in names)
-        vq = BlankVQ(work.vqgan, self._device)
-        weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
-        free = int(self.machine.usable - weights)
-        batch = recipe.sampling.batch_size or choose_batch_size(prior, renderer, vq, recipe.sampling, free)
-        memory = weights + sampling_bytes(prior, renderer, vq, recipe.sampling, batch)
+        """Both stages token by token, then pixels: the images of the report, and further ones."""
+        names, more = self.recipe.model_names, self.order.samples
+        batch, memory = self._sampled_together(names)
+        report = num_shown(self.work.num_classes) + num_judged(self.order.images)
+        which = f"{count(report)} images of the report" + (f", {count(more)} more" * bool(more))
+        what = f"{which}, {batch} together, {self.recipe.sampling.precision}"
+        return Stage(name="sampling", what=what, memory=memory, times=self.sampling_times(report + more, names))
+
+    def sampling_times(self, samples: int, names: Sequence[str]) -> dict[str, float]:
+        """Seconds to sample images with some models (names of ROLES, the renderer last), by what could limit it."""
+        batch, _ = self._sampled_together(names)
         totals: dict[str, float] = {}
         for name in names:
-            for cause, seconds in self.batch_seconds(work.sequence(name), settings[name], batch).items():
+            settings = getattr(self.recipe.sampling, get_role(name).settings)
+            for cause, seconds in self.batch_seconds(self.work.sequence(name), settings, batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
-        report = num_shown(work.num_classes) + num_judged(self.order.images)
-        samples = report + self.order.samples
         batches = math.ceil(samples / batch / self.machine.count)
-        pixels = self._seconds("convolutions", samples * work.vq_decoder.flops)
-        times = {cause: seconds * batches + pixels for cause, seconds in totals.items()}
-        which = f"{count(report)} images of the report" + (
-            f", {count(self.order.samples)} more" * bool(self.order.samples)
-        )
-        what = f"{which}, {batch} together, {recipe.sampling.precision}"
-        return Stage(name="sampling", what=what, memory=memory, times=times)
+        pixels = self._seconds("convolutions", samples * self.work.vq_decoder.flops)
+        return {cause: seconds * batches + pixels for cause, seconds in totals.items()}
+
+    def _sampled_together(self, names: Sequence[str]) -> tuple[int, float]:
+        """(images in a batch, bytes) of a pipeline of some models."""
+        work, sampling = self.work, self.recipe.sampling
+        *priors, renderer = (self._stand_in(name) for name in names)
+        prior, vq = (priors[0] if priors else None), BlankVQ(work.vqgan, self._device)
+        weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
+        free = int(self.machine.usable - weights)
+        batch = sampling.batch_size or choose_batch_size(prior, renderer, vq, sampling, free)
+        return batch, weights + sampling_bytes(prior, renderer, vq, sampling, batch)
+
+    def decoding_seconds(self, images: float) -> float:
+        """Seconds to turn images into VQ tokens and back."""
+        return self._seconds("convolutions", images * (self.work.vq_encoder.flops + self.work.vq_decoder.flops))
 
     @property
     def _device(self) -> torch.device:

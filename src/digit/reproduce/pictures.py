@@ -24,7 +24,7 @@ from digit.reproduce.tables import (
     scores_step,
     training_steps,
 )
-from digit.reproduce.variants import run_of
+from digit.reproduce.variants import recipe_of, run_of
 from digit.runtime import distributed, plots
 
 COLOURS = {"GAN": "#c58b3c", "diffusion": "#7d6bb0", "masked": "#4f9d69", "masked+AR": "#8fb34a", "AR": "#c0504d"}
@@ -58,7 +58,6 @@ def fig1(study: Study) -> Experiment:
         steps += [scores_step(study, method, seed, conditional) for method in methods.values()]
     probes = {method.variant: probe_step(study, "prior", seed, method.variant) for method in methods.values()}
     steps += [*probes.values(), sizes_step(study, methods, seed)]
-    steps = list({step.name: step for step in steps}.values())  # renderers are shared
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -202,7 +201,7 @@ def picture(study: Study, name: str, title: str, conditional: bool) -> Experimen
     method = METHODS["DiGIT + AR, large" if "DiGIT + AR, large" in known else "DiGIT + AR"]
     path = study.out / "pictures" / f"{name}.png"
     steps = [parts_step(study), *training_steps(study, [method], seed, conditional)]
-    seconds = study.costs.sampling(ROWS * COLUMNS)
+    seconds = study.costs.sampling(ROWS * COLUMNS, method.models, recipe_of(study, method.variant))
     steps.append(Step(name=name, seconds=seconds, make=lambda: draw_samples(study, method, seed, conditional, path)))
 
     def summarise(results: dict[str, Any], _: Path) -> Outcome:
