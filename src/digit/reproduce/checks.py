@@ -6,6 +6,7 @@ plan beside the device's own, room on the disk, and the number of samples.
 
 import logging
 import math
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from digit.errors import DigitError
 from digit.planning.machines import Machine, this_machine
 from digit.planning.stages import Order, Planner, Stage, size
 from digit.planning.work import num_parameters
-from digit.reproduce.experiment import Experiment, Step, to_do
+from digit.reproduce.experiment import Experiment, Needs, Step, to_do
 from digit.reproduce.study import Study
 from digit.runs.recipes import Recipe
 from digit.runtime import distributed
@@ -95,16 +96,16 @@ class Plans:
 
 def check_memory(steps: Sequence[Step], plans: Plans) -> None:
     """Raise DigitError, with the settings that fit, for a stage that does not fit into the memory of this device."""
-    machine = plans.machine
     models = {(model, recipe_key(recipe)): recipe for step in steps for model, recipe in step.needs.models}
     for (model, _), recipe in models.items():
-        check_stage(plans.of(recipe).training(model) if machine.gpu else weights(plans, model, recipe), machine)
-    for recipe, parts in [(step.needs.recipe, step.needs.parts) for step in steps] if machine.gpu else ():
-        if recipe is not None:
+        gpu = plans.machine.gpu
+        check_stage(plans.of(recipe).training(model) if gpu else weights(plans, model, recipe), plans.machine)
+    for recipe, parts in [(step.needs.recipe, step.needs.parts) for step in steps]:
+        if recipe is not None and parts and plans.machine.gpu:
             stages = plans.of(recipe)
             codebook = [stages.features(), stages.quantizer()] if "codebook" in parts else []
             for stage in [*codebook, stages.tokens()] if "tokens" in parts else codebook:
-                check_stage(stage, machine)
+                check_stage(stage, plans.machine)
 
 
 def weights(plans: Plans, model: str, recipe: Recipe) -> Stage:
@@ -176,7 +177,7 @@ def disk_bytes(steps: Sequence[Step], plans: Plans) -> int:
     passing = max((missing(out, step.needs.passing, step.needs.passing_folders) for step in steps), default=0)
     if any(step.needs.images for step in steps):  # they are compared with the test images
         kept += missing(out, FEATURE_BYTES * len(study.test), ("judged/test",))
-    if kept or passing:
+    if any(step.needs != Needs() for step in steps):
         kept += missing(out, 3 * len(study.test) * study.recipe.preprocess.crop_size**2, ("test_images",))
     return math.ceil(kept + passing)
 
@@ -204,5 +205,7 @@ def allocated(folder: Path) -> int:
     for path in folder.rglob("*"):
         with suppress(OSError):  # deleted meanwhile
             about = path.lstat()
+            if not stat.S_ISREG(about.st_mode):
+                continue
             total += 512 * about.st_blocks if hasattr(about, "st_blocks") else about.st_size
     return total

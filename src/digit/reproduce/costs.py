@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from digit.metrics.probe import ProbeConfig
+from digit.models.vqgan import VQGANConfig
 from digit.planning.machines import Machine, this_machine
 from digit.planning.stages import PARTS, Order, Planner
 from digit.runs.checks import MIN_IMAGES
@@ -29,10 +30,14 @@ SHARED = ("judge",)  # work that all ranks share
 
 
 class Costs:
-    """Estimates for the ranks' machines and one recipe."""
+    """Estimates for the ranks' machines and one recipe.
 
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.recipe, self.device = recipe, device
+    Args:
+        vqgan: sizes of a VQGAN that is given, in place of those of the recipes.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, vqgan: VQGANConfig | None = None):
+        self.recipe, self.device, self.vqgan = recipe, device, vqgan
         self._planners: dict[tuple[Recipe, Order], Planner] = {}
 
     @cached_property
@@ -44,7 +49,8 @@ class Costs:
         """The planner of a recipe that makes some parts, made once: a target asks for the same ones many times."""
         key = recipe or self.recipe, Order(**order, reuse=frozenset(PARTS).difference(made))
         if key not in self._planners:
-            self._planners[key] = Planner(key[0], self.machine, key[1], chosen=())
+            given = {} if self.vqgan is None else {"vqgan": self.vqgan, "vqgan_start": "scratch"}
+            self._planners[key] = Planner(replace(key[0], **given), self.machine, key[1], chosen=())
         return self._planners[key]
 
     def images(self, kind: str, count: int) -> float:

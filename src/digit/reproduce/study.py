@@ -43,7 +43,7 @@ from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import VQTokenizer, read_vqgan
 
 PARTS = ("codebook", "vqgan", "tokens")
 OF_A_RECIPE = re.compile(r"scale\.(recipe|short|longer|large|compared)\.")  # fields of a scale that hold a recipe
@@ -197,7 +197,8 @@ class Study:
     @cached_property
     def costs(self) -> Costs:
         """Time estimates for this machine."""
-        return Costs(self.recipe, self.device)
+        about = as_path(self.reuse["vqgan"]) / RESULTS["vqgan"] if "vqgan" in self.reuse else None
+        return Costs(self.recipe, self.device, read_vqgan(about)[0] if about and about.is_file() else None)
 
     # ---------------------------------------------------------------- images
 
