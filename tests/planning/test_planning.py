@@ -19,6 +19,8 @@ from digit.planning.report import dollars, notes
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
+from digit.runs.report import num_judged, num_shown
+from digit.sampling.config import SamplingConfig
 from digit.training.config import TrainConfig
 
 PRIOR = SequenceConfig(vocab_size=512, target_len=64, depth=3, embed_dim=128, num_heads=4, norm="post")
@@ -216,6 +218,20 @@ def test_notes_on_fresh_crops_and_the_tokenizers_beside_training():
     stored, fresh = (Planner(tiny_recipe(training_crops=c), CPU, Order(images=1000)) for c in ("stored", "fresh"))
     assert fresh.training("prior").memory > stored.training("prior").memory
     assert "each time a new crop" in "\n".join(notes(fresh)) and "validation and probes" in "\n".join(notes(fresh))
+
+
+def test_sampling_takes_the_time_of_its_models_and_images_alone():
+    planner = Planner(
+        replace(tiny_recipe(), sampling=SamplingConfig(batch_size=8)), CPU, Order(images=1000, samples=40)
+    )
+
+    def seconds(samples, *names):
+        return max(planner.sampling_times(samples, names).values())
+
+    assert seconds(80, "prior", "renderer") == pytest.approx(2 * seconds(40, "prior", "renderer"))
+    assert seconds(40, "vq_ar") < seconds(40, "prior", "renderer")
+    report = num_shown(0) + num_judged(1000)
+    assert planner.sampling().seconds == pytest.approx(seconds(report + 40, "prior", "renderer"))
 
 
 def test_batch_that_devices_cannot_share_is_refused():

@@ -57,9 +57,9 @@ def test_no_name_covers_another_or_leaves_its_panel(together):
     for panel, points in zip(axes.ravel(), [points for group in groups for points in group], strict=True):
         written = [text for text in panel.texts if text.get_text() != "n/a"]
         assert sorted(text.get_text() for text in written) == sorted(point.name for point in points)
-        boxes = [Text.get_window_extent(text).extents for text in written]  # without the line to the bubble
+        boxes = [tuple(Text.get_window_extent(text).extents) for text in written]  # without the line to the bubble
         assert not [pair for pair in combinations(boxes, 2) if overlap(*pair) > 0]
-        frame = panel.get_window_extent().extents
+        frame = tuple(panel.get_window_extent().extents)
         assert all(covered(box, [], frame) < 1e-6 for box in boxes), "inside the panel"
     plt.close(figure)
 

@@ -68,7 +68,7 @@ TABLE2_ROWS = tuple(
 
 
 def generation_rows(table: str) -> tuple[Generation, ...]:
-    """The rows of a table: type | method | parameters | epochs | FID | IS | label of our row; † trained with guidance."""
+    """Rows from lines `type | method | parameters | epochs | FID | IS | label of our row`; † trained with guidance."""
     rows = []
     for line in table.strip().splitlines():
         kind, method, parameters, epochs, fid, inception, ours = (cell.strip() for cell in line.split("|"))

@@ -35,6 +35,7 @@ ROWS, COLUMNS = 6, 8  # of Figures 7 and 8
 NAME_SIZE = 6  # of the letters in Figure 1, points
 ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 70, 290, 110, 250)  # of a name, from above, degrees
 GAPS = (1, 5, 10, 16, 24, 34, 46, 60)  # between a bubble and its name, points
+Box = tuple[float, ...]  # left, bottom, right, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +184,10 @@ def bubbles(plot: Any, points: Sequence[Point]) -> list[Disc]:
 def write_names(plot: Any, discs: Sequence[Disc]) -> None:
     """Write each name at the nearest place where it covers no other name and no bubble; far ones with a line."""
     points_per_pixel = 72 / plot.figure.dpi
-    bounds = np.array(plot.get_window_extent().extents) * points_per_pixel  # left, bottom, right, top
+    bounds = tuple(np.array(plot.get_window_extent().extents) * points_per_pixel)
     centres = plot.transData.transform([(disc.x, disc.y) for disc in discs]).reshape(-1, 2) * points_per_pixel
     radii = [sqrt(disc.area / pi) for disc in discs]
-    taken = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
+    taken: list[Box] = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
     for disc, centre, radius in sorted(zip(discs, centres, radii, strict=True), key=lambda entry: entry[2]):
         size = name_size(plot, disc.name) * points_per_pixel
         boxes = [(box, gap) for gap in GAPS for box in boxes_around(centre, radius + gap, size)]
@@ -207,22 +208,22 @@ def name_size(plot: Any, name: str) -> np.ndarray:
     return np.array([extent.width + 4, extent.height + 1])
 
 
-def boxes_around(centre: np.ndarray, distance: float, size: np.ndarray) -> Iterator[tuple[float, ...]]:
-    """Boxes (left, bottom, right, top) of a size at a distance from a centre: above, below, beside, then between."""
+def boxes_around(centre: np.ndarray, distance: float, size: np.ndarray) -> Iterator[Box]:
+    """Boxes of a size at a distance from a centre: above, below, beside, then between."""
     for angle in ANGLES:
         direction = np.array([sin(radians(angle)), cos(radians(angle))])
         middle = centre + direction * (distance + size / 2)
         yield (*(middle - size / 2), *(middle + size / 2))
 
 
-def covered(box: Sequence[float], taken: Sequence[Sequence[float]], bounds: Sequence[float]) -> float:
+def covered(box: Box, taken: Sequence[Box], bounds: Box) -> float:
     """Area of a box that lies on taken boxes or beyond the bounds."""
     whole = (box[2] - box[0]) * (box[3] - box[1])
     return sum(overlap(box, other) for other in taken) + whole - overlap(box, bounds)
 
 
-def overlap(first: Sequence[float], second: Sequence[float]) -> float:
-    """Area that two boxes (left, bottom, right, top) share."""
+def overlap(first: Box, second: Box) -> float:
+    """Area that two boxes share."""
     width = min(first[2], second[2]) - max(first[0], second[0])
     height = min(first[3], second[3]) - max(first[1], second[1])
     return max(0.0, width) * max(0.0, height)
