@@ -273,3 +273,8 @@ def test_images_without_a_class_are_sampled_where_training_knew_some(tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     again = DigitPipeline.from_pretrained(tmp_path / "pipeline")
     assert torch.equal(again.generate_tokens(2, labels=["none", 1], seed=3)["vq"], tokens["vq"])
+
+
+def test_the_authors_repository_is_no_folder_and_says_who_fetches_it():
+    with pytest.raises(DigitError, match="released_pipeline"):
+        DigitPipeline.from_pretrained("DAMO-NLP-SG/DiGIT")

@@ -33,6 +33,7 @@ DECIDED_BY = {
     "codebook": (*SHARED, *CODEBOOK),
     "vqgan": (*SHARED, *VQGAN),
     "tokens": (*SHARED, *CODEBOOK, *VQGAN, "crops_per_image"),
+    "vq_tokens": (*SHARED, *VQGAN, "crops_per_image"),
 }
 # the fields that a run does not read where it reuses the part; it still reads the others, such as the encoder
 MADE_BY = {"codebook": CODEBOOK[1:], "vqgan": VQGAN, "tokens": ("crops_per_image",)}
@@ -177,11 +178,15 @@ def group(fields: Iterable[str]) -> str:
 
 
 def unchanged_parts(names: Iterable[str]) -> list[str]:
-    """Parts of a run that none of the changed settings decides; names as config.json has them, recipe.prior.depth."""
+    """Parts of a run that none of the changed settings decides; names as config.json has them, recipe.prior.depth.
+
+    The VQ tokens are named where they are all that can be kept of the tokens.
+    """
     fields = {name.removeprefix("recipe.").partition(".")[0] for name in names if name.startswith("recipe.")}
     if any(not name.startswith("recipe.") for name in names):  # other data
         return []
-    return [part for part, deciding in DECIDED_BY.items() if fields.isdisjoint(deciding)]
+    parts = [part for part, deciding in DECIDED_BY.items() if fields.isdisjoint(deciding)]
+    return [part for part in parts if part != "vq_tokens" or "tokens" not in parts]
 
 
 # -------------------------------------------------------------------- what cannot work
