@@ -220,6 +220,13 @@ def test_notes_on_fresh_crops_and_the_tokenizers_beside_training():
     assert "each time a new crop" in "\n".join(notes(fresh)) and "validation and probes" in "\n".join(notes(fresh))
 
 
+def test_vq_tokens_of_another_store_take_neither_time_nor_room():
+    both, one = (Planner(tiny_recipe(), CPU, Order(images=1000, reuse=frozenset(r))) for r in ((), ("vq_tokens",)))
+    assert (both.store_bytes, one.store_bytes) == (1000 * (2 * (4 + 16) + 4), 1000 * (2 * 4 + 4))
+    vq = both.work.vq_encoder.flops * 1000 / CPU.rate("convolutions")
+    assert both.tokens().times["encoding"] - one.tokens().times["encoding"] == pytest.approx(vq)
+
+
 def test_sampling_takes_the_time_of_its_models_and_images_alone():
     planner = Planner(
         replace(tiny_recipe(), sampling=SamplingConfig(batch_size=8)), CPU, Order(images=1000, samples=40)

@@ -73,7 +73,8 @@ def test_the_large_recipe_has_a_store_of_its_own_once(tmp_path):
     assert stores == ["parts", "large_parts"]
     names = list(steps)
     assert names.index("large_parts") < names.index("large_plain_prior_0")
-    assert kept_bytes(steps["large_parts"], plans) == kept_bytes(steps["parts"], plans) > 0
+    assert kept_bytes(steps["parts"], plans) == 40 * (2 * (4 + 16) + 4)
+    assert kept_bytes(steps["large_parts"], plans) == 40 * (2 * 4 + 4), "its VQ tokens are links"
     reused = study_in(tmp_path)
     reused.reuse = {part: tmp_path for part in ("codebook", "vqgan", "tokens")}
     assert kept_bytes(steps_of(reused, "table1")["parts"], plans) == 0, "tokens that are given take no room"
@@ -100,7 +101,9 @@ def test_features_of_a_probe_pass_and_only_the_largest_counts(tmp_path):
 
 def test_every_step_of_figures_with_own_codebooks_says_what_it_writes(tmp_path):
     steps = steps_of(study_in(tmp_path, clusters=(6, 12)), "fig3b")
-    assert steps["prior_k6"].needs.parts == ("codebook", "tokens") and steps["prior_k6"].needs.folders == ("runs/k6",)
+    needs = steps["prior_k6"].needs
+    assert needs.parts == ("codebook", "tokens") and needs.folders == ("runs/k6",) and needs.linked
+    assert not steps_of(study_in(tmp_path, clusters=(6, 12), seeds=(3,)), "fig3b")["prior_k6"].needs.linked
     assert steps["probe_k6"].needs.passing and not steps["probe_k6"].needs.models
     assert list(steps).index("prior_k6") < list(steps).index("probe_k6")
 

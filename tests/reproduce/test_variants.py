@@ -26,7 +26,7 @@ def study(tmp_path_factory) -> Study:
 def free_of_charge(study: Study) -> Study:
     """The study without estimates of time, which take longer than the rest."""
     names = ("images", "parts", "model", "sampling", "reconstruction", "probe", "probe_itself")
-    study.costs = SimpleNamespace(**{name: lambda *_args: 0.0 for name in names})
+    study.costs = SimpleNamespace(**{name: lambda *_args, **_options: 0.0 for name in names})
     return study
 
 

@@ -30,6 +30,7 @@ IMAGENET_BYTES = 110e3  # mean size of its JPEGs
 LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
 ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
+VQ_TOKENS = "vq_tokens"  # of another store, which a new one links
 SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|kmeans\.num_clusters|crops_per_image")  # read even if it is reused
 
 
@@ -72,12 +73,12 @@ class Order:
     num_classes: int = within("[0, 1_000_000_000]", 0)
     """Classes of the data, for a class-conditional recipe."""
     reuse: frozenset[str] = field(default_factory=frozenset)
-    """Parts that exist already: codebook, vqgan, tokens."""
+    """Parts that exist already: codebook, vqgan, tokens; or vq_tokens alone."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if unknown := sorted(self.reuse - set(PARTS)):
-            raise DigitError(f"reuse names {', '.join(unknown)}: choose among {', '.join(PARTS)}")
+        if unknown := sorted(self.reuse - {*PARTS, VQ_TOKENS}):
+            raise DigitError(f"reuse names {', '.join(unknown)}: choose among {', '.join((*PARTS, VQ_TOKENS))}")
 
 
 class Planner:
@@ -94,7 +95,7 @@ class Planner:
         check_recipe(
             recipe,
             chosen=chosen_settings(recipe) if chosen is None else chosen,
-            reuse=dict.fromkeys(order.reuse, sizes),  # a plan knows of them what the recipe says
+            reuse=dict.fromkeys(order.reuse - {VQ_TOKENS}, sizes),  # a plan knows of them what the recipe says
             resolution=vqgan_config(recipe).resolution,
             num_images=order.images,
             num_classes=classes,
@@ -194,7 +195,8 @@ class Planner:
     def tokens(self) -> Stage:
         """Both kinds of tokens of every crop."""
         crops = self.order.images * self.recipe.crops_per_image
-        times = {"encoding": self._encoding(crops, ("discriminative", "vq"))} | self._decoding(self.order.images)
+        kinds = ("discriminative",) if VQ_TOKENS in self.order.reuse else ("discriminative", "vq")
+        times = {"encoding": self._encoding(crops, kinds)} | self._decoding(self.order.images)
         return Stage(name="tokens", what=f"{count(crops)} crops", memory=self._tokenizing_memory(), times=times)
 
     def _encoding(self, crops: float, kinds: Sequence[str]) -> float:
@@ -215,8 +217,9 @@ class Planner:
 
     @property
     def store_bytes(self) -> float:
-        """Bytes of the token store on disk."""
-        row = TOKEN_BYTES * (self.work.num_tokens + self.work.vqgan.num_tokens) + LABEL_BYTES
+        """Bytes of the token store on disk, without VQ tokens that are links."""
+        vq_tokens = 0 if VQ_TOKENS in self.order.reuse else self.work.vqgan.num_tokens
+        row = TOKEN_BYTES * (self.work.num_tokens + vq_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
     # ---------------------------------------------------------------- models

@@ -16,7 +16,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.planning.machines import Machine, this_machine
-from digit.planning.stages import Order, Planner, Stage, size
+from digit.planning.stages import VQ_TOKENS, Order, Planner, Stage, size
 from digit.planning.work import num_parameters
 from digit.reproduce.experiment import Experiment, Needs, Step, to_do
 from digit.reproduce.study import Study
@@ -71,7 +71,7 @@ class Plans:
 
     def __init__(self, study: Study, ranks: int):
         self.study, self.ranks = study, ranks
-        self.plans: dict[str, Planner] = {}
+        self.plans: dict[tuple[str, bool], Planner] = {}
         self.parameters: dict[tuple[str, str], int] = {}
 
     @cached_property
@@ -79,11 +79,11 @@ class Plans:
         """The machine of one rank."""
         return this_device(self.study, self.ranks)
 
-    def of(self, recipe: Recipe) -> Planner:
-        """The plan of a recipe."""
-        key = recipe_key(recipe)
+    def of(self, recipe: Recipe, *, linked: bool = False) -> Planner:
+        """The plan of a recipe; linked: its store takes the VQ tokens of another."""
+        key = recipe_key(recipe), linked
         if key not in self.plans:
-            self.plans[key] = planner(self.study, recipe, self.machine, self.ranks)
+            self.plans[key] = planner(self.study, recipe, self.machine, self.ranks, linked=linked)
         return self.plans[key]
 
     def num_parameters(self, model: str, recipe: Recipe) -> int:
@@ -131,13 +131,14 @@ def this_device(study: Study, ranks: int) -> Machine:
     return replace(machine, memory=machine.memory / distributed.local_size())
 
 
-def planner(study: Study, recipe: Recipe, machine: Machine, ranks: int) -> Planner:
+def planner(study: Study, recipe: Recipe, machine: Machine, ranks: int, *, linked: bool = False) -> Planner:
     """The plan of a recipe of this study. A CPU's share of a batch is planned as a batch of its own."""
     if not machine.gpu and ranks > 1:
         changes = {name: shared(getattr(recipe, name), ranks) for name in ("prior_training", "renderer_training")}
         recipe = replace(recipe, **changes)
     classes = len(study.train.classes) if recipe.class_conditional else 0
-    order = Order(images=len(study.train), num_classes=classes, reuse=frozenset(study.reuse))
+    reuse = frozenset(study.reuse) | ({VQ_TOKENS} if linked else set())
+    order = Order(images=len(study.train), num_classes=classes, reuse=reuse)
     return Planner(recipe, machine, order, chosen=())
 
 
@@ -186,7 +187,7 @@ def kept_bytes(step: Step, plans: Plans) -> float:
     """Bytes that a step leaves on the disk: token stores, checkpoints and weights, features of images."""
     needs, total = step.needs, float(step.needs.images * FEATURE_BYTES)
     if needs.recipe is not None and "tokens" in needs.parts:
-        total += plans.of(needs.recipe).store_bytes
+        total += plans.of(needs.recipe, linked=needs.linked).store_bytes
     for model, recipe in needs.models:
         kept = plans.of(recipe).training_config(model).keep_checkpoints + 1  # one more while it is written
         total += plans.num_parameters(model, recipe) * (ADAM_BYTES * kept + 4)

@@ -14,7 +14,7 @@ import torch
 from digit.metrics.probe import ProbeConfig
 from digit.models.vqgan import VQGANConfig
 from digit.planning.machines import Machine, this_machine
-from digit.planning.stages import PARTS, Order, Planner
+from digit.planning.stages import PARTS, VQ_TOKENS, Order, Planner
 from digit.runs.checks import MIN_IMAGES
 from digit.runs.recipes import Recipe
 from digit.runs.roles import get_role
@@ -45,9 +45,12 @@ class Costs:
         """The machine that runs the work, as many times as there are ranks."""
         return replace(this_machine(self.device), count=distributed.world_size())
 
-    def _planner(self, recipe: Recipe | None = None, made: Iterable[str] = (), **order: Any) -> Planner:
+    def _planner(
+        self, recipe: Recipe | None = None, made: Iterable[str] = (), linked: bool = False, **order: Any
+    ) -> Planner:
         """The planner of a recipe that makes some parts, made once: a target asks for the same ones many times."""
-        key = recipe or self.recipe, Order(**order, reuse=frozenset(PARTS).difference(made))
+        reuse = frozenset(PARTS).difference(made) | ({VQ_TOKENS} if linked else set())
+        key = recipe or self.recipe, Order(**order, reuse=reuse)
         if key not in self._planners:
             given = {} if self.vqgan is None else {"vqgan": self.vqgan, "vqgan_start": "scratch"}
             self._planners[key] = Planner(replace(key[0], **given), self.machine, key[1], chosen=())
@@ -62,9 +65,12 @@ class Costs:
         seconds = count * pixels / PER_SECOND[kind] * REFERENCE_FLOPS / self.machine.peaks["bf16"]
         return seconds / self.machine.count if kind in SHARED else seconds
 
-    def parts(self, num_images: int, made: Sequence[str] = PARTS, recipe: Recipe | None = None) -> float:
-        """Seconds for those parts of a run that are made: codebook, VQGAN, tokens of every crop."""
-        planner = self._planner(recipe, made, images=num_images)
+    def parts(
+        self, num_images: int, made: Sequence[str] = PARTS, recipe: Recipe | None = None, *, linked: bool = False
+    ) -> float:
+        """Seconds for those parts of a run that are made: codebook, VQGAN, tokens of every crop; linked: the VQ tokens
+        are those of another store."""
+        planner = self._planner(recipe, made, linked, images=num_images)
         stages = [planner.features(), planner.quantizer()] if "codebook" in made else []
         stages += [planner.vqgan()] if "vqgan" in made and planner.recipe.vqgan_training.num_steps else []
         stages += [planner.tokens()] if "tokens" in made else []

@@ -38,6 +38,8 @@ class Needs:
     """Parts of a run (codebook, vqgan, tokens) that it makes,"""
     recipe: Recipe | None = None
     """with this recipe."""
+    linked: bool = False
+    """Whether the VQ tokens of its store are links to those of the base run."""
     encoders: tuple[EncoderConfig, ...] = ()
     """Encoders that it loads beside the recipe's."""
     folders: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.evaluation import paper
 from digit.evaluation.completion import run_completion
@@ -29,7 +30,7 @@ from digit.reproduce.tables import (
     vq_only,
 )
 from digit.reproduce.theory import run_theory
-from digit.reproduce.variants import changes_of, model_name, recipe_of
+from digit.reproduce.variants import changes_of, links_vq_tokens, model_name, recipe_of
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
 from digit.runtime import plots
@@ -99,11 +100,15 @@ def codebook_steps(study: Study, num_clusters: int) -> list[Step]:
     changes: dict[str, Any] = dict(class_conditional=False, seed=seed)
     changes["kmeans"] = replace(study.recipe.kmeans, num_clusters=num_clusters)
     run, recipe = partial(study.run, name, shared=("vqgan",), **changes), replace(study.recipe, **changes)
+    linked = links_vq_tokens(study, recipe, OWN_PARTS)
+    seconds = study.costs.parts(len(study.train), OWN_PARTS, recipe, linked=linked)
     prior = Step(
         name=f"prior_{name}",
-        seconds=study.costs.parts(len(study.train), OWN_PARTS, recipe) + study.costs.model("prior", recipe),
+        seconds=seconds + study.costs.model("prior", recipe),
         make=lambda: trained(run(), "prior"),
-        needs=Needs(models=(("prior", recipe),), parts=OWN_PARTS, recipe=recipe, folders=(f"runs/{name}",)),
+        needs=Needs(
+            models=(("prior", recipe),), parts=OWN_PARTS, recipe=recipe, linked=linked, folders=(f"runs/{name}",)
+        ),
     )
     return [prior, model_probe_step(study, f"probe_{name}", name, "prior", recipe, run)]
 
@@ -193,13 +198,18 @@ def encoder_steps(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) 
     """
     costs, recipe, models = study.costs, recipe_of(study, "compared"), ("prior", "renderer")
     label, count, run = f"encoder_{name}", study.scale.num_samples, partial(encoder_run, study, name, cfg)
-    seconds = costs.parts(len(study.train), OWN_PARTS, recipe) + costs.sampling(count, models, recipe)
+    encoder = encoder_of(study, name, cfg)
+    cut = replace(recipe, preprocess=encoder_preprocess(study, encoder), seed=study.scale.seeds[0])
+    linked = links_vq_tokens(study, cut, OWN_PARTS)
+    seconds = costs.parts(len(study.train), OWN_PARTS, recipe, linked=linked)
+    seconds += costs.sampling(count, models, recipe)
     generation = Step(
         name=label,
         seconds=seconds + sum(costs.model(model, recipe) for model in models),
         make=lambda: encoder_scores(study, label, run()),
         needs=Needs(
             models=tuple((model, recipe) for model in models), images=count, parts=OWN_PARTS, recipe=recipe,
+            linked=linked,
             encoders=(cfg,) if isinstance(cfg, EncoderConfig) else (),
             folders=(f"runs/{label}", f"judged/{label}_*"),
         ),
@@ -212,14 +222,22 @@ def encoder_steps(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) 
 
 def encoder_run(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> Run:
     """The run of one encoder, with codebook and tokens of its own."""
-    if isinstance(cfg, EncoderConfig):
-        encoder = cfg
-    else:
-        encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
-    preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
-    changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": preprocess}
+    encoder = encoder_of(study, name, cfg)
+    changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": encoder_preprocess(study, encoder)}
     changes |= {"class_conditional": False, "seed": study.scale.seeds[0]}
     return study.run(f"encoder_{name}", shared=("vqgan",), **changes)
+
+
+def encoder_of(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> EncoderConfig:
+    """An encoder that is given, or the one that is trained here."""
+    if isinstance(cfg, EncoderConfig):
+        return cfg
+    return EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
+
+
+def encoder_preprocess(study: Study, encoder: EncoderConfig) -> PreprocessConfig:
+    """The study's preprocessing for the input of an encoder."""
+    return replace(study.recipe.preprocess, encoder_size=encoder.input_size)
 
 
 def encoder_scores(study: Study, label: str, run: Run) -> dict[str, Any]:

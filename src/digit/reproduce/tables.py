@@ -20,6 +20,7 @@ from digit.reproduce.variants import (
     Variant,
     folder_of,
     home,
+    links_vq_tokens,
     made_parts,
     model_name,
     parts_run,
@@ -90,8 +91,10 @@ def parts_step(study: Study, name: Variant = "base") -> Step:
             "vq_codes": run.train_vqgan().vocab_size,
         }
 
-    needs = Needs(parts=made, recipe=recipe, folders=tuple(f"runs/{name}/{part}" for part in made))
-    seconds = study.costs.parts(len(study.train), made, recipe)
+    linked = name != "base" and links_vq_tokens(study, recipe, made)
+    folders = tuple(f"runs/{name}/{part}" for part in made)
+    needs = Needs(parts=made, recipe=recipe, linked=linked, folders=folders)
+    seconds = study.costs.parts(len(study.train), made, recipe, linked=linked)
     return Step(name="parts" if name == "base" else f"{name}_parts", seconds=seconds, make=make, needs=needs)
 
 
