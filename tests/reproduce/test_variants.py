@@ -53,6 +53,18 @@ def test_every_row_of_ours_in_the_paper_is_a_row_here(study):
     assert set(paper.TABLE3) <= labels and set(paper.FIG3A) == set(list(paper.FIG3A))
 
 
+def test_each_probe_and_the_parts_of_the_large_recipe_are_steps_of_their_own(study):
+    """So that what was done before a kill is not repeated."""
+    names = steps(study, "fig4a")
+    for name in ("MAE", "MoCo", "iBOT"):
+        first = names.index(f"encoder_{name}")
+        assert names[first : first + 3] == [f"encoder_{name}", f"encoder_{name}_lp", f"encoder_{name}_ol"]
+    names = steps(study, "fig3b")
+    assert {"prior_k1024", "probe_k1024", "prior_k4096", "probe_k4096", "plain_prior_0_probe"} <= set(names)
+    names = steps(study, "table3")
+    assert names.index("large_parts") < names.index("large_plain_prior_0")
+
+
 def test_the_baseline_is_there_by_epochs_and_by_compute(study):
     assert vq_only(study) == "VQ-only AR, own epochs"
     for target in ("table3", "table4", "fig3a"):

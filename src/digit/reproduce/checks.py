@@ -156,7 +156,8 @@ def shared(cfg: Any, ranks: int) -> Any:
 def recipe_key(recipe: Recipe) -> str:
     """What decides the memory of a recipe's models and the size of its token store, as text."""
     models = (recipe.prior, recipe.renderer, recipe.prior_training, recipe.renderer_training, recipe.class_conditional)
-    tokens = (recipe.quantizer_cfg, recipe.preprocess, recipe.encoder, recipe.vqgan, recipe.crops_per_image)
+    crops = (recipe.preprocess, recipe.crops_per_image, recipe.training_crops)
+    tokens = (recipe.quantizer_cfg, recipe.encoder, recipe.vqgan, *crops)
     return repr((*models, *tokens))
 
 

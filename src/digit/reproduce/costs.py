@@ -60,7 +60,7 @@ class Costs:
         """Seconds for `count` images in one kind of work: tokens, judge, probe or pretrain."""
         if kind == "tokens":
             images = max(MIN_IMAGES, count // self.recipe.crops_per_image)
-            return self._planner(made=("tokens",), images=images).tokens().seconds
+            return self._planner(images=images).tokens().seconds
         pixels = (self.recipe.preprocess.image_size / 64) ** 2
         seconds = count * pixels / PER_SECOND[kind] * REFERENCE_FLOPS / self.machine.peaks["bf16"]
         return seconds / self.machine.count if kind in SHARED else seconds
