@@ -145,6 +145,7 @@ class DigitPipeline:
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
+            ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -208,7 +209,7 @@ class DigitPipeline:
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
-        return self.preprocess.image_size
+        return self.preprocess.crop_size
 
     @property
     def tokenizers(self) -> dict[str, ImageTokenizer]:
