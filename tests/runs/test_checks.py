@@ -274,7 +274,7 @@ def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_sa
         (["recipe.prior.depth"], ["codebook", "vqgan", "tokens"]),
         (["recipe.renderer_training.num_steps", "recipe.class_conditional"], ["codebook", "vqgan", "tokens"]),
         (["recipe.crops_per_image"], ["codebook", "vqgan"]),
-        (["recipe.kmeans.num_clusters"], ["vqgan"]),
+        (["recipe.kmeans.num_clusters"], ["vqgan", "vq_tokens"]),
         (["recipe.vqgan_training.num_steps"], ["codebook"]),
         (["recipe.seed"], []),
         (["recipe.preprocess.flip"], []),
