@@ -27,7 +27,7 @@ from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.batch import IMAGES, SampleBatch
-from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
+from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
@@ -40,7 +40,7 @@ from digit.pipeline.manifest import (
     write_manifest,
 )
 from digit.runtime.files import MAKE_AGAIN, as_path
-from digit.runtime.hardware import Precision, choose_device
+from digit.runtime.hardware import Precision, choose_device, free_memory
 from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
@@ -148,6 +148,7 @@ class DigitPipeline:
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
+            ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -211,7 +212,7 @@ class DigitPipeline:
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
-        return self.preprocess.image_size
+        return self.preprocess.crop_size
 
     @property
     def tokenizers(self) -> dict[str, ImageTokenizer]:
@@ -529,7 +530,7 @@ class DigitPipeline:
             return cfg
         renderer, vq = self._require_renderer(), self._require_vq()
         prior = self.prior if renderer.cfg.prefix_len else None
-        free = free_bytes(self.device) + self._samplers.held_bytes  # these give way, or are used again
+        free = free_memory(self.device) + self._samplers.held_bytes  # these give way, or are used again
         return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free))
 
     # ---------------------------------------------------------------- folder
