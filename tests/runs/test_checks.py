@@ -246,11 +246,12 @@ def test_fresh_crops_with_one_stored_crop_or_with_tokens_that_are_there():
 def test_updates_of_a_renderer_that_others_of_the_comparison_would_not_take():
     recipe, setting = change(get_recipe("digit_base"), renderer_training__num_steps=500), "renderer_training.num_steps"
     check_own_steps(recipe, [])
-    with pytest.raises(DigitError, match="num_steps is 500, but the masked renderer would .* masked_steps, 125000"):
+    with pytest.raises(DigitError, match="num_steps is 500, but renderer_masked would .* masked_steps, 125000"):
         check_own_steps(recipe, [setting])
     with pytest.raises(DigitError, match="vq_ar_epochs would still train for vq_only_steps, 125000 .* to null"):
         check_own_steps(recipe, [setting, "masked_steps"])
     check_own_steps(recipe, [setting, "masked_steps", "vq_only_steps"])
+    check_own_steps(recipe, [setting], ["renderer"])
     check_own_steps(change(recipe, masked_steps=None, vq_only_steps=None), [setting])
     check_own_steps(change(get_recipe("small"), renderer_training__num_steps=500), [setting])
 

@@ -5,7 +5,7 @@ It needs Triton, which torch's CUDA builds bring; `decoding.step_kernel` decides
 Shapes: R rows, H heads, d width of a head, T positions of the cache. Scores, softmax and sums are in float32.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -32,7 +32,8 @@ def step_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     out = torch.empty((rows, heads, 1, dim), dtype=q.dtype, device=q.device)
     padded = triton.next_power_of_2(dim)
     strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(1))]
-    attend_to_cache[(rows * heads,)](  # pyright: ignore[reportIndexIssue]  jit makes it a launcher for a grid
+    launcher: Any = attend_to_cache  # what jit makes of it takes a grid
+    launcher[(rows * heads,)](
         *(q, k, v, keys, values, position, out),
         *strides,
         *keys.stride()[:3],

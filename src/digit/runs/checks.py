@@ -12,7 +12,7 @@ from typing import Any
 from digit.data.tokens import MAX_VOCAB
 from digit.errors import DigitError
 from digit.models.vqgan import VQGANConfig
-from digit.runs.recipes import RECIPES, Recipe, TokenSpace
+from digit.runs.recipes import OWN_STEPS, RECIPES, Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
 from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
@@ -274,15 +274,15 @@ def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
             log.warning("%s: the learning rate will not reach its peak", text)
 
 
-def check_own_steps(recipe: Recipe, chosen: Iterable[str]) -> None:
+def check_own_steps(recipe: Recipe, chosen: Iterable[str], models: Iterable[str] = tuple(OWN_STEPS)) -> None:
     """Raise DigitError where somebody chose other updates of renderers, and the recipe has a number for some of them.
 
-    For whatever trains all kinds of renderers and baselines to compare them.
+    models: those that are trained; by default all, as where they are compared.
     """
     chosen, setting = set(chosen), "renderer_training.num_steps"
-    for name, model in {"masked_steps": "the masked renderer", "vq_only_steps": "the baseline vq_ar_epochs"}.items():
+    for model, name in OWN_STEPS.items():
         steps = getattr(recipe, name)
-        if setting in chosen and name not in chosen and steps is not None:
+        if model in models and setting in chosen and name not in chosen and steps is not None:
             raise DigitError(
                 f"{setting} is {recipe.renderer_training.num_steps}, but {model} would still train for {name}, {steps} "
                 f"updates: set {name} too, to null for as many as the renderer, or to {steps} to leave it"

@@ -56,6 +56,8 @@ class TokenSpace(NamedTuple):
 
 
 NO_TOKENS = TokenSpace(0, 0)
+# models whose number of updates may have a field of its own
+OWN_STEPS = {"renderer_masked": "masked_steps", "vq_ar_epochs": "vq_only_steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class Recipe:
     def training(self, role: Role) -> TrainConfig:
         """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
         cfg: TrainConfig = getattr(self, f"{role.settings}_training")
-        steps = {"renderer_masked": self.masked_steps, "vq_ar_epochs": self.vq_only_steps}.get(role.name)
+        steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
