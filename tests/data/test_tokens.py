@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from toy_images import NoiseSource, PatchEncoder
+from toy_store import SMALL, Stop, ToyTokenizer, contents, write
 
 from digit.data import token_writer as store_module
 from digit.data.preprocess import PreprocessConfig
@@ -22,41 +22,7 @@ from digit.errors import BadImageError, DigitError, MismatchError, Stopped
 from digit.runtime import files
 from digit.runtime.request import shown
 
-SMALL = PreprocessConfig(image_size=8, encoder_size=8)
 FILES = ["discriminative.npy", "labels.npy", "manifest.json", "vq.npy"]
-
-
-class Stop(Exception):
-    """The kill."""
-
-
-class ToyTokenizer:
-    """A token is the sum of its cell's pixels; ends the run at call number `stop_at`."""
-
-    def __init__(self, side: int = 2, vocab_size: int = 1000, name: str = "toy", stop_at: int | None = None, stop=None):
-        self.grid, self.vocab_size, self.fingerprint = (side, side), vocab_size, f"{name}-{vocab_size}-{side}"
-        self.calls, self.stop_at, self.stop = 0, stop_at, stop
-
-    def encode(self, images):
-        self.calls += 1
-        if self.calls == self.stop_at:
-            (self.stop or self._raise)()
-        cells = torch.nn.functional.adaptive_avg_pool2d(images.double(), self.grid[0]).sum(1).flatten(1)
-        return (cells * 100).round().long() % self.vocab_size
-
-    def _raise(self):
-        raise Stop
-
-
-def write(folder: Path, *, source=None, discriminative=None, vq=None, **changes) -> TokenStore:
-    settings = dict(crops_per_image=3, seed=5, batch_size=4, max_bad_fraction=0.5) | changes
-    preprocess = settings.pop("preprocess", SMALL)
-    discriminative, vq = discriminative or ToyTokenizer(), vq or ToyTokenizer(4, 65536, "vq")
-    return write_tokens(folder, source or NoiseSource(), preprocess, discriminative, vq, **settings)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_rows_are_aligned_and_complete(tmp_path):
@@ -142,8 +108,9 @@ def test_killed_process_goes_on_byte_identical(tmp_path):
     """os._exit is a kill: no handler runs; without a journal since the start, everything is made again."""
     write(tmp_path / "straight", source=NoiseSource(broken=(7,)))
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom data.test_tokens import *\n"
-        "store_module.JOURNAL_EVERY_SECONDS = float(sys.argv[2])\n"
+        "import os, sys\nfrom pathlib import Path\nfrom digit.data import token_writer\nfrom toy_images import *\n"
+        "from toy_store import *\n"
+        "token_writer.JOURNAL_EVERY_SECONDS = float(sys.argv[2])\n"
         "write(Path(sys.argv[1]), source=NoiseSource(broken=(7,)), "
         "discriminative=ToyTokenizer(stop_at=6, stop=lambda: os._exit(9)))\n"
     )
@@ -347,6 +314,15 @@ def test_a_store_of_format_1_is_refused(tmp_path, name):
         ) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("manifest", ["2", "1", '"format"', "[2]", "null"])
+def test_a_manifest_that_is_no_dictionary_is_refused(tmp_path, manifest):
+    folder = write(tmp_path / "t").folder
+    (folder / "manifest.json").write_text(manifest)
+    for call in (lambda: write(folder), lambda: TokenStore.open(folder)):
+        with pytest.raises(DigitError, match="format None"):
+            call()
 
 
 def test_folders_without_a_store(tmp_path):

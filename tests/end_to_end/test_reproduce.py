@@ -68,6 +68,13 @@ def test_a_target_leaves_results_a_table_and_pictures(study, target):
     assert outcome.pictures and all(path.is_file() and path.stat().st_size > 1000 for path in outcome.pictures)
 
 
+def test_other_codebooks_take_the_vq_tokens_of_the_base_run(study):
+    base = study.out / "runs" / "base" / "tokens" / "vq.npy"
+    others = [run / "tokens" / "vq.npy" for run in (study.out / "runs").glob("k*")]
+    others += [run / "tokens" / "vq.npy" for run in (study.out / "runs").glob("encoder_*")]
+    assert len(others) >= 3 and all(path.samefile(base) for path in others)
+
+
 def test_a_second_run_reads_what_is_done(study, monkeypatch):
     reproduce("table1", study)
     again = Study(DATA, micro(), study.out)

@@ -1,6 +1,7 @@
 """`digit evaluate`: metrics of a stand-in network, the cache, saved statistics, hostile files, validation rows."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,12 @@ def test_statistics_of_another_network_are_refused(cfg, tmp_path):
     Statistics(np.zeros(2048), np.eye(2048)).save(tmp_path / "inception.npz")
     with pytest.raises(MismatchError, match="--inception"):
         run(pictures(30), tmp_path / "inception.npz", cfg)
+
+
+def test_a_number_of_reference_images_beside_statistics_is_refused(cfg, tmp_path):
+    statistics_npz(pictures(30), tmp_path / "s.npz", cfg, network=FakeNetwork())
+    with pytest.raises(DigitError, match="leave out --num_reference"):
+        run(pictures(30), tmp_path / "s.npz", replace(cfg, num_reference=20))
 
 
 # -------------------------------------------------------------------- hostile files

@@ -331,7 +331,7 @@ def test_tokens_out_of_range_or_of_another_type_are_refused_before_training(tmp_
 
 
 def test_a_finished_store_holds_checksums(tmp_path):
-    from data.test_tokens import write
+    from toy_store import write
 
     folder = write(tmp_path / "t").folder
     manifest = read_json(folder / "manifest.json")

@@ -3,7 +3,7 @@
 import pickle
 from pathlib import Path
 
-from digit.runs.fit import OtherSettingsError
+from digit.runs.claim import OtherSettingsError
 
 
 def test_an_error_that_rank_0_sends_keeps_its_text_and_parts():

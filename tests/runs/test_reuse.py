@@ -1,11 +1,13 @@
 """A model of another run is taken as it is where it is the same, and refused where it is not."""
 
+import os
 from dataclasses import replace
 
 import pytest
 from tiny import SHAPES, tiny_recipe
 
 from digit.errors import DigitError, MismatchError
+from digit.runs.claim import OtherSettingsError
 from digit.runs.fit import Run
 
 
@@ -43,3 +45,25 @@ def test_the_two_sampling_rules_reach_the_pipeline(first):
     assert first.make_pipeline(None, "vq_ar_epochs").sampling.renderer.top_p == 0.8
     assert first.make_pipeline(None, "vq_masked").sampling.renderer.top_p == 1
     assert first.training_config("vq_ar_epochs").num_steps == first.recipe.renderer_training.num_steps
+
+
+def test_another_codebook_takes_the_vq_tokens(first, tmp_path):
+    parts = {"vqgan": first.out / "vqgan", "vq_tokens": first.out / "tokens"}
+    recipe = replace(tiny_recipe(), kmeans=replace(tiny_recipe().kmeans, num_clusters=9))
+    run = Run(recipe, SHAPES, tmp_path / "second", reuse=parts)
+    store, own = run.write_tokens(), first.write_tokens()
+    assert os.path.samefile(store.folder / "vq.npy", own.folder / "vq.npy")
+    assert store.discriminative.max() < 9 and (store.labels == own.labels).all()
+
+
+def test_vq_tokens_beside_reused_tokens_are_refused(first, tmp_path):
+    parts = {part: first.out / part for part in ("codebook", "vqgan", "tokens")}
+    with pytest.raises(DigitError, match="leave out --reuse_vq_tokens"):
+        Run(first.recipe, SHAPES, tmp_path / "second", reuse=parts | {"vq_tokens": first.out / "tokens"})
+
+
+def test_a_changed_codebook_offers_the_vq_tokens(first):
+    recipe = replace(first.recipe, kmeans=replace(first.recipe.kmeans, num_clusters=9))
+    with pytest.raises(OtherSettingsError) as caught:
+        Run(recipe, SHAPES, first.out)
+    assert caught.value.kept == {"vqgan": first.out / "vqgan", "vq_tokens": first.out / "tokens"}

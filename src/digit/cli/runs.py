@@ -47,6 +47,11 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
         parser.add_argument(
             f"--reuse_{part}", default=None, help=f"folder of another run's {part} to use instead of making one"
         )
+    parser.add_argument(
+        "--reuse_vq_tokens",
+        default=None,
+        help="folder of another run's tokens, of the same crops and VQGAN: its VQ tokens are taken (hard links)",
+    )
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(Recipe, as_group=True)
     parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
@@ -71,6 +76,7 @@ def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
     """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
     from digit.runs.checks import chosen_settings
     from digit.runs.fit import Run
+    from digit.runs.layout import REUSABLE
     from digit.runs.recipes import Recipe, get_recipe
 
     if args.recipe != base:
@@ -78,7 +84,7 @@ def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
             f"--recipe {args.recipe} stands in a settings file, which is read too late for it: give it as an option"
         )
     recipe = read_config(args, Recipe)
-    reuse = {part: folder for part in ("codebook", "vqgan", "tokens") if (folder := getattr(args, f"reuse_{part}"))}
+    reuse = {part: folder for part in REUSABLE if (folder := getattr(args, f"reuse_{part}"))}
     source = open_data(args, args.data)
     chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, get_recipe(base))]
     return Run(recipe, source, args.out, reuse=reuse, device=args.device, chosen=chosen)

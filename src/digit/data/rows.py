@@ -5,6 +5,7 @@ A long array lies in several files, its shards: NAME.npy if there is one, else N
 
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,8 @@ class ArrayFile:
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Writes `values` to rows row..row + len(values) - 1."""
+        if not len(values):  # an empty view has no bytes to cast
+            return
         with disk_errors(self.path):
             data = np.ascontiguousarray(values, dtype=self.dtype).data.cast("B")
             self.file.seek(self.offset + row * self.row_bytes)
@@ -215,6 +218,16 @@ class ArrayFiles:
     def __exit__(self, *_: object) -> None:
         for part in self.opened:
             part.__exit__()
+
+
+def link_or_copy(source: Path, final: Path) -> None:
+    """Makes `final` a hard link of a finished file; a copy where the file system has no links or is another one."""
+    with disk_errors(final):
+        try:
+            os.link(source.resolve(), final)
+        except OSError:
+            with atomic_path(final) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 def copy_rows(partial: Path, final: Path, keep: np.ndarray, array: ArrayFile) -> None:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.rows import AGAIN, ArrayFiles, copy_rows, crc32_files
+from digit.data.rows import AGAIN, ArrayFiles, copy_rows, crc32_files, shard_stem
+from digit.data.taken_tokens import TakenTokens
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore, check_format
 from digit.errors import DigitError, Stopped
 from digit.runtime import distributed
@@ -57,6 +58,7 @@ def write_tokens(
     num_workers: int | None = None,
     max_bad_fraction: float = 0.01,
     shard_bytes: int = SHARD_BYTES,
+    vq_tokens: str | Path | None = None,
 ) -> TokenStore:
     """Tokenizes every crop in one pass over the images, resuming an interrupted run.
 
@@ -68,18 +70,27 @@ def write_tokens(
         indices: images of the source to use; all by default.
         shard_bytes: about the most bytes in one file of tokens. A run is resumed with the value that it began with; a
             finished store opens whatever the value.
+        vq_tokens: folder of a finished store of the same crops and the same VQGAN. Its VQ tokens are taken, as hard
+            links where that is possible, and only the discriminative tokens are made. Images that could not be read
+            for that store are left out here too.
 
     Raises:
-        MismatchError: the folder holds tokens made with other settings; names the first that differs, and both values.
+        MismatchError: the folder holds tokens made with other settings, or `vq_tokens` holds those of other crops or of
+            another VQGAN; names the first setting that differs, and both values.
         DigitError: a vocabulary beyond 65536, too many unreadable images, a full disk (free some space and run again).
         Stopped: a signal asked the run to stop; the finished rows are saved.
     """
     from digit.data.loader import CropLoader
 
     request = _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices)
-    writer = _Writer(as_path(folder), request | _sharding(request, shard_bytes))
+    request |= _sharding(request, shard_bytes)
+    taken = None if vq_tokens is None else TakenTokens(TokenStore.open(vq_tokens), request)
+    writer = _Writer(as_path(folder), request, taken)
     if not writer.begin():
         return TokenStore.open(folder)
+    if taken is not None:
+        writer.leave_out(taken.unreadable(source, indices))
+        vq = None
     blocks = writer.ledger.done.missing_blocks(writer.num_rows, batch_size)  # the same on every rank
     starts = [blocks[place] for place in distributed.share(len(blocks))]  # of this rank's batches
     crops = partial(
@@ -195,29 +206,37 @@ def _sharding(request: dict[str, Any], shard_bytes: int) -> dict[str, Any]:
 class _Writer:
     """The files of one unfinished store. A journal only names rows that are already on disk.
 
-    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes the files.
+    Every rank writes its own rows of the same files and its own journal; rank 0 allocates and finishes the files. The
+    VQ tokens that are `taken` from another store have no partial file.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
-        self.folder, self.request = folder, request
+    def __init__(self, folder: Path, request: dict[str, Any], taken: TakenTokens | None = None) -> None:
+        self.folder, self.taken = folder, taken
+        self.request: dict[str, Any] = request | ({} if taken is None else {"vq_tokens": taken.checksums})
         self.num_images = request["source"]["num_images"]
         self.num_rows = self.num_images * request["crops_per_image"]
         self.journal, self.manifest = folder / "journal.json", folder / "manifest.json"
-        self.ledger = Ledger(request, self.num_rows)  # notes: {unreadable image: [row, key, reason]}
+        self.ledger = Ledger(self.request, self.num_rows)  # notes: {unreadable image: [row, key, reason]}
         self.shard_rows = request.get("shard_rows", self.num_rows)
         self.opened: list[ArrayFiles] = []
         self.saved = time.monotonic()
         self.arrays = {
             name: ArrayFiles(folder, name, (self.num_rows, request[name]["length"]), "<u2", self.shard_rows)
             for name in ("discriminative", "vq")
-            if request[name]
+            if request[name] and not (name == "vq" and taken)
         }
         self.arrays["labels"] = ArrayFiles(folder, "labels", (self.num_rows,), "<i4", self.num_rows)  # never sharded
 
     @property
     def _stems(self) -> list[str]:
         """Names of the finished files without .npy."""
-        return [stem for array in self.arrays.values() for stem in array.stems]
+        stems = {name: array.stems for name, array in self.arrays.items()} | {"vq": self._vq_stems}
+        return [stem for name in ("discriminative", "vq", "labels") for stem in stems.get(name, [])]
+
+    @property
+    def _vq_stems(self) -> list[str]:
+        num = -(-self.num_rows // self.shard_rows)
+        return [shard_stem("vq", shard, num) for shard in range(num)] if self.request["vq"] else []
 
     def begin(self) -> bool:
         """Returns whether any work is left. Raises MismatchError if the folder or another rank has other settings.
@@ -261,13 +280,15 @@ class _Writer:
     def _compare(self, existing: Any) -> None:
         """Raises MismatchError if `existing`, a manifest or a journal's request, differs from this request."""
         check_format(self.folder, existing)
-        ignored = {"source.name"}  # a path as typed; the fingerprint decides
-        if "rows" in existing:  # a finished store says itself how it is sharded
-            ignored.add("shard_rows")
-        wanted = {"shard_rows": None} | self.request
+        ignored = ["source.name"]  # a path as typed; the fingerprint decides
+        if (
+            "rows" in existing
+        ):  # a finished store says itself how it is sharded, and is equal wherever its tokens are from
+            ignored += ["shard_rows", "vq_tokens"]
+        wanted = {"shard_rows": None, "vq_tokens": None} | self.request
         existing = {name: existing.get(name) for name in wanted}  # without rows and checksums
         advice = "choose another folder, or the old setting"
-        require_same_request(self.folder, existing, wanted, advice, ignore=ignored.__contains__)
+        require_same_request(self.folder, existing, wanted, advice, ignore=lambda name: name.startswith(tuple(ignored)))
 
     def __enter__(self) -> "_Writer":
         if not self.ledger.complete:
@@ -298,6 +319,11 @@ class _Writer:
                 f"{len(bad)} of {self.num_images} images unreadable, more than max_bad_fraction {max_bad_fraction:g}: "
                 f"see digit inspect; the first: {key} ({reason})"
             )
+
+    def leave_out(self, unreadable: dict[str, Any]) -> None:
+        """Drops images, {index: [first row, key, reason]}, whatever can be read of them now."""
+        rows = Spans((row, row + self.request["crops_per_image"]) for row, _, _ in unreadable.values())
+        self.ledger.join(Ledger(self.request, self.num_rows, Spans(), rows, unreadable))
 
     def write(self, row: int, values: dict[str, np.ndarray], dropped: np.ndarray, bad: dict[str, Any]) -> None:
         """Writes rows from `row` on of every array; `dropped`, (B,) bool, marks the rows of the `bad` images."""
@@ -337,6 +363,7 @@ class _Writer:
                 first = shard * array.shard_rows
                 if not (self.folder / f"{stem}.npy").exists():
                     copy_rows(part.path, self.folder / f"{stem}.npy", keep[first : first + len(part)], part)
+        self._take(keep)
         bad = [[key, reason] for _, key, reason in sorted(self.ledger.notes.values())]
         sums = crc32_files([self.folder / f"{stem}.npy" for stem in self._stems])
         about: dict[str, Any] = {
@@ -348,8 +375,27 @@ class _Writer:
             about["shards"] = [
                 int(keep[at : at + self.shard_rows].sum()) for at in range(0, len(keep), self.shard_rows)
             ]
-        write_json(self.manifest, self.request | about)
+        write_json(self.manifest, {k: v for k, v in self.request.items() if k != "vq_tokens"} | about)
         self._clean()
+
+    def _take(self, keep: np.ndarray) -> None:
+        """Takes the VQ tokens of the rows to keep, bool (num_rows,), from the other store."""
+        if self.taken is None:
+            return
+        left_out = {key for key, _ in self.taken.store.manifest["bad"]}
+        known, crops = np.ones(self.num_rows, dtype=bool), self.request["crops_per_image"]
+        for row, key, _ in self.ledger.notes.values():
+            if key in left_out:
+                known[row // crops * crops : (row // crops + 1) * crops] = False
+        if known.sum() != len(self.taken.store):
+            raise DigitError(
+                f"{self.taken.store.folder} holds {len(self.taken.store)} rows, {known.sum()} were expected: {AGAIN}"
+            )
+        numbers = np.cumsum(known) - 1  # (num_rows,): the other store's row of each row here
+        for stem, first in zip(self._vq_stems, range(0, self.num_rows, self.shard_rows), strict=True):
+            here = slice(first, first + self.shard_rows)
+            if not (self.folder / f"{stem}.npy").exists():
+                self.taken.copy(self.folder / f"{stem}.npy", numbers[here][keep[here]])
 
     def _readable_rows(self) -> np.ndarray:
         """bool (num_rows,): the rows to keep. An image keeps all of its crops or none, also one that was read once."""

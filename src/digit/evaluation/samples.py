@@ -123,6 +123,11 @@ def evaluate(
     cfg = cfg or EvaluateConfig()
     sample_images = open_images(samples, cfg.num, cfg.pixel_max)
     real_images, statistics = open_reference(reference, cfg.num_reference, cfg.pixel_max)
+    if real_images is None and cfg.num_reference is not None:
+        raise DigitError(
+            f"num_reference is {cfg.num_reference}, and the reference is statistics of images that are not here: leave "
+            "out --num_reference, or give the images"
+        )
     side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
     sizes = fitted_sizes(sample_images, real_images, cfg, side)
     network = network or cfg.load_network(device)

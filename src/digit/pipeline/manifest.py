@@ -21,6 +21,7 @@ FORMAT_VERSION = 2  # format 1 was that of digit 0.1, which named the settings o
 MAX_WEIGHT = 1e6  # trained weights stay below 100; a flipped exponent bit gives 1e38, and then NaN everywhere
 LARGE_WIDTH = 1536  # of the paper's large model (A.3)
 MANIFEST = "pipeline.json"
+RELEASED = "DAMO-NLP-SG/DiGIT"  # the authors' repository of checkpoints, which is no pipeline folder
 CONTENT: dict[str, type] = {"parts": list, "preprocess": dict, "classes": list, "sampling": dict, "info": dict}
 
 
@@ -31,7 +32,10 @@ def find_pipeline(folder: str | Path) -> Path:
         if (candidate / MANIFEST).is_file():
             return candidate
     what = f"does not exist{nearest(folder)}" if not folder.exists() else f"holds no {MANIFEST}"
-    raise DigitError(f"{folder} {what}: give the --out folder of a finished `digit fit`")
+    advice = "give the --out folder of a finished `digit fit`"
+    if str(folder) == RELEASED:
+        advice = f"fetch it by released_pipeline() of digit.released.hub, or by digit sample --from {folder}"
+    raise DigitError(f"{folder} {what}: {advice}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

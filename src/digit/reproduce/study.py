@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from digit.data.mapped_crops import mapped_crops
+from digit.data.taken_tokens import crop_settings
 from digit.data.token_writer import write_tokens
 from digit.data.tokens import TokenStore
 from digit.errors import DigitError
@@ -34,7 +35,8 @@ from digit.reproduce.costs import Costs
 from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.reproduce.splits import open_splits
-from digit.runs.fit import FREE_SETTING, Run, merged
+from digit.runs.claim import FREE_SETTING, merged
+from digit.runs.fit import Run
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
 from digit.runtime import distributed
@@ -43,7 +45,7 @@ from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import VQTokenizer, read_vqgan
 
 PARTS = ("codebook", "vqgan", "tokens")
 OF_A_RECIPE = re.compile(r"scale\.(recipe|short|longer|large|compared)\.")  # fields of a scale that hold a recipe
@@ -92,8 +94,8 @@ class Study:
         sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
         self.train, self.test, self.tested_on = sources
         self.reuse, self.inception = dict(reuse or {}), inception
-        crops = max(scale.recipe.crops_per_image, -(-scale.min_rows // len(self.train)))
-        self.recipe = replace(scale.recipe, crops_per_image=crops)
+        least = 1 if scale.recipe.training_crops == "fresh" else -(-scale.min_rows // len(self.train))
+        self.recipe = replace(scale.recipe, crops_per_image=max(scale.recipe.crops_per_image, least))
         distributed.on_main(self.check)
 
     def require_labels(self, what: str) -> None:
@@ -186,7 +188,15 @@ class Study:
         folder: dict[str, str | Path] = {part: self.base.reuse.get(part, self.base.out / part) for part in shared}
         folder |= reuse or {}
         recipe: Recipe = replace(self.recipe, **changes)
+        if "vqgan" in shared and "tokens" not in folder and self._base_has_vq_tokens_of(recipe):
+            folder["vq_tokens"] = self.base.write_tokens().folder
         return Run(recipe, self.train, self.out / "runs" / name, reuse=folder, device=str(self.device))
+
+    def _base_has_vq_tokens_of(self, recipe: Recipe) -> bool:
+        """Whether a recipe with the base run's VQGAN makes the VQ tokens that the base run has."""
+        made, crops = self.base.write_tokens().manifest, crop_settings(asdict(recipe.preprocess))
+        same_order = (made["seed"], made["crops_per_image"]) == (recipe.seed, recipe.crops_per_image)
+        return same_order and crop_settings(made["preprocessing"]) == crops
 
     def seeded(self, seed: int, *, conditional: bool = False) -> Run:
         """A run of the recipe with another seed, with or without classes, on the base run's tokens."""
@@ -197,7 +207,8 @@ class Study:
     @cached_property
     def costs(self) -> Costs:
         """Time estimates for this machine."""
-        return Costs(self.recipe, self.device)
+        about = as_path(self.reuse["vqgan"]) / RESULTS["vqgan"] if "vqgan" in self.reuse else None
+        return Costs(self.recipe, self.device, read_vqgan(about)[0] if about and about.is_file() else None)
 
     # ---------------------------------------------------------------- images
 

@@ -33,6 +33,7 @@ DECIDED_BY = {
     "codebook": (*SHARED, *CODEBOOK),
     "vqgan": (*SHARED, *VQGAN),
     "tokens": (*SHARED, *CODEBOOK, *VQGAN, "crops_per_image"),
+    "vq_tokens": (*SHARED, *VQGAN, "crops_per_image"),
 }
 # the fields that a run does not read where it reuses the part; it still reads the others, such as the encoder
 MADE_BY = {"codebook": CODEBOOK[1:], "vqgan": VQGAN, "tokens": ("crops_per_image",)}
@@ -67,6 +68,7 @@ def check_recipe(
     if num_images < MIN_IMAGES:
         raise DigitError(f"the data holds {num_images} image: training needs at least {MIN_IMAGES}")
     check_sizes(recipe, resolution, num_classes)
+    check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
     check_warmup(recipe, chosen)
     check_sampling(recipe, num_classes)
@@ -176,11 +178,15 @@ def group(fields: Iterable[str]) -> str:
 
 
 def unchanged_parts(names: Iterable[str]) -> list[str]:
-    """Parts of a run that none of the changed settings decides; names as config.json has them, recipe.prior.depth."""
+    """Parts of a run that none of the changed settings decides; names as config.json has them, recipe.prior.depth.
+
+    The VQ tokens are named where they are all that can be kept of the tokens.
+    """
     fields = {name.removeprefix("recipe.").partition(".")[0] for name in names if name.startswith("recipe.")}
     if any(not name.startswith("recipe.") for name in names):  # other data
         return []
-    return [part for part, deciding in DECIDED_BY.items() if fields.isdisjoint(deciding)]
+    parts = [part for part, deciding in DECIDED_BY.items() if fields.isdisjoint(deciding)]
+    return [part for part in parts if part != "vq_tokens" or "tokens" not in parts]
 
 
 # -------------------------------------------------------------------- what cannot work
@@ -199,16 +205,6 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
             f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {resolution}: "
             f"set preprocess.{size} to {resolution}, or choose another VQGAN"
         )
-    if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
-        raise DigitError(
-            f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
-            "or preprocess.random_crop or preprocess.flip to true"
-        )
-    if recipe.training_crops == "fresh" and recipe.preprocess.deterministic:
-        raise DigitError(
-            "training_crops is fresh, but all crops of an image would be the same: set it to stored, or "
-            "preprocess.random_crop or preprocess.flip to true"
-        )
     sizes = {
         f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size,
         "vqgan: codes": vqgan_config(recipe).vocab_size,
@@ -219,6 +215,27 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
     unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
     for name in ROLES:  # heads, dropouts, vocabularies
         recipe.sequence_config(name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=num_classes)
+
+
+def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
+    """Raise DigitError for several crops of an image that would be equal, or that no model would be trained on."""
+    if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
+        raise DigitError(
+            f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
+            "or preprocess.random_crop or preprocess.flip to true"
+        )
+    fresh = recipe.training_crops == "fresh"
+    if fresh and recipe.preprocess.deterministic:
+        raise DigitError(
+            "training_crops is fresh, but all crops of an image would be the same: set it to stored, or "
+            "preprocess.random_crop or preprocess.flip to true"
+        )
+    if fresh and recipe.crops_per_image > 1 and "tokens" not in reuse:
+        raise DigitError(
+            f"training_crops is fresh, but {recipe.crops_per_image} crops of each image would be tokenized first and "
+            "none of them trained on: set crops_per_image to 1, which is enough for validation and probes, or "
+            "training_crops to stored"
+        )
 
 
 def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu: bool) -> None:
@@ -255,6 +272,21 @@ def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
             if setting in chosen:
                 raise DigitError(f"{text}: the learning rate would never reach its peak, give fewer")
             log.warning("%s: the learning rate will not reach its peak", text)
+
+
+def check_own_steps(recipe: Recipe, chosen: Iterable[str]) -> None:
+    """Raise DigitError where somebody chose other updates of renderers, and the recipe has a number for some of them.
+
+    For whatever trains all kinds of renderers and baselines to compare them.
+    """
+    chosen, setting = set(chosen), "renderer_training.num_steps"
+    for name, model in {"masked_steps": "the masked renderer", "vq_only_steps": "the baseline vq_ar_epochs"}.items():
+        steps = getattr(recipe, name)
+        if setting in chosen and name not in chosen and steps is not None:
+            raise DigitError(
+                f"{setting} is {recipe.renderer_training.num_steps}, but {model} would still train for {name}, {steps} "
+                f"updates: set {name} too, to null for as many as the renderer, or to {steps} to leave it"
+            )
 
 
 def check_sampling(recipe: Recipe, num_classes: int) -> None:

@@ -11,7 +11,6 @@ Several ranks (torchrun) make a stage together, in a folder that all of them see
 done, and writes its result, because a shared file system can show new files late.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -37,18 +36,17 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches
-from digit.runs.checks import check_recipe, chosen_settings, unchanged_parts, vqgan_config
-from digit.runs.layout import FORMAT, RESULTS, is_done, require_format
+from digit.runs.checks import check_recipe, chosen_settings, vqgan_config
+from digit.runs.claim import claim_folder, settings_of
+from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.recipes import Recipe, TokenSpace
-from digit.runs.roles import ROLES, Role, get_role, loss_arguments
+from digit.runs.roles import Role, get_role, loss_arguments
 from digit.runtime import distributed
-from digit.runtime.files import as_path, differences, plain, read_json, remove_leftovers, write_json, write_result
+from digit.runtime.files import as_path, plain, read_json, write_json
 from digit.runtime.hardware import choose_device
-from digit.runtime.lock import lock_folder
 from digit.runtime.paths import nearest
 from digit.runtime.progress import Stages
 from digit.runtime.request import require_same_request
-from digit.runtime.settings import flat
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
@@ -61,28 +59,6 @@ from digit.training.sequence import train_sequence_model
 from digit.training.vqgan import train_vqgan
 
 MAX_VALIDATION_ROWS = 256
-# settings that change no result, or only what is sampled afterwards
-FREE_SETTING = re.compile(
-    r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*|masked_top_p|class_top_k"
-    r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
-    r"|parallel|max_skipped|deterministic))"
-)
-
-
-class OtherSettingsError(MismatchError):
-    """The run folder holds a run with other settings.
-
-    Attributes:
-        kept: folders of the finished parts that another run could reuse, since no other setting decides them.
-    """
-
-    def __init__(self, text: str, kept: dict[str, Path]):
-        super().__init__(text)
-        self.kept = kept
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As rank 0 sends it to the other ranks."""
-        return type(self), (str(self), self.kept)
 
 
 class Run:
@@ -94,8 +70,9 @@ class Run:
         data: what `open_source` takes, or a source.
         out: the run folder.
         split: split of a Hub-layout data set; by default train where there is one.
-        reuse: folders of another run's parts, by stage name ("codebook", "vqgan", "tokens"), and of its models
-            (names of ROLES), which must be of the same tokens, shape and classes.
+        reuse: folders of another run's parts, by name ("codebook", "vqgan", "tokens"), and of its models (names of
+            ROLES), which must be of the same tokens, shape and classes. "vq_tokens" is the tokens' folder of a run with
+            the same crops and VQGAN, whose VQ tokens alone are taken.
         device: cpu or cuda.
         chosen: dotted names of the settings that somebody chose, which are refused where the run would not use them; by
             default those in which the recipe differs from the registered one of its name.
@@ -117,15 +94,18 @@ class Run:
         self.recipe, self.out = recipe.with_seed(), as_path(out)
         self.reuse = {stage: as_path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
-            result = RESULTS.get(stage, "model.json")
+            made_by = REUSABLE.get(stage, stage)
+            result = RESULTS.get(made_by, "model.json")
             if not (folder / result).is_file():
                 what = f"holds no {result}" if folder.exists() else f"does not exist{nearest(folder)}"
-                raise DigitError(f"{folder} {what}: give the {stage} folder of a run, RUN/{stage}")
+                raise DigitError(f"{folder} {what}: give the {made_by} folder of a run, RUN/{made_by}")
+        if {"tokens", "vq_tokens"} <= set(self.reuse):
+            raise DigitError("the tokens that are reused hold VQ tokens: leave out --reuse_vq_tokens")
         self.device = choose_device(device)
         self.source = as_source(data, split=split)
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
-        distributed.on_main(self._claim_folder)
+        distributed.on_main(lambda: claim_folder(self.out, self.recipe, self.source))
 
     def _check(self, chosen: Sequence[str]) -> None:
         """Refuse now what would only show after hours."""
@@ -157,46 +137,6 @@ class Run:
     def num_classes(self) -> int:
         """Classes the models are conditioned on; 0 is none."""
         return len(self.source.classes) if self.recipe.class_conditional else 0
-
-    def _claim_folder(self) -> None:
-        """Lock the folder; write config.json, or compare with what is there as far as results exist that it made."""
-        pixel_range = self.source.pixel_range
-        white = {"pixel_max": pixel_range.white} if pixel_range and pixel_range.white else {}
-        wanted = {
-            "format": FORMAT,
-            "recipe": asdict(self.recipe),
-            "data": {"name": self.source.name, **white, "fingerprint": self.source.fingerprint},
-        }
-        lock_folder(self.out)
-        places = [self.out / name for name in (*RESULTS, *ROLES)]
-        remove_leftovers(self.out, *places, *(place / "checkpoints" for place in places))
-        path = self.out / "config.json"
-        made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in ROLES)]
-        begun = any(any((self.out / model / "checkpoints").glob("step_*")) for model in ROLES)  # and would go on
-        if path.exists() and (begun or any((self.out / result).exists() for result in made)):
-            before = read_json(path)
-            require_format(before, path)
-            before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
-            changed = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
-            if changed == ["fingerprint"]:
-                raise MismatchError(
-                    f"{self.out} was made with other images, labels or class names than {self.source.name} holds now "
-                    "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
-                    "says): choose another --out, or give the old data"
-                )
-            self._require_same(before, plain(wanted))
-        if not path.exists() or read_json(path) != plain(wanted):
-            write_result(path, wanted)
-
-    def _require_same(self, before: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """Raise OtherSettingsError, with the parts that could be kept, where a run with other settings is here."""
-        other = [name for name, _, _ in differences(before, wanted) if not FREE_SETTING.fullmatch(name)]
-        kept = [part for part in unchanged_parts(other) if (self.out / part / RESULTS[part]).exists()]
-        try:
-            advice = "choose another --out, or the old setting"
-            require_same_request(self.out, before, wanted, advice, ignore=FREE_SETTING.fullmatch)
-        except MismatchError as error:
-            raise OtherSettingsError(str(error), {part: self.out / part for part in kept}) from None
 
     # ---------------------------------------------------------------- stages
 
@@ -292,6 +232,7 @@ class Run:
                 crops_per_image=self.recipe.crops_per_image,
                 seed=self.recipe.seed,
                 max_bad_fraction=self.recipe.max_bad_fraction,
+                vq_tokens=self.reuse.get("vq_tokens"),
             )
         store.check(codebook_hash=tokenizer.fingerprint, vqgan_hash=vq.fingerprint)
         existing = store.manifest["source"]["fingerprint"]
@@ -484,18 +425,3 @@ def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:
     pipe = run.make_pipeline()
     distributed.on_main(lambda: pipe.save_pretrained(run.out / "pipeline"))
     return pipe
-
-
-def settings_of(part: Path) -> dict[str, Any]:
-    """Settings of the run that made a part, by dotted name; none where the folder is not that of a run."""
-    path = part.parent / "config.json"
-    made = read_json(path) if path.is_file() else None
-    recipe = made.get("recipe") if isinstance(made, dict) else None
-    return flat(recipe) if isinstance(recipe, dict) else {}
-
-
-def merged(defaults: Any, given: Any) -> Any:
-    """`given` with what it lacks, at any depth, out of `defaults`."""
-    if not (isinstance(defaults, dict) and isinstance(given, dict)):
-        return given
-    return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}

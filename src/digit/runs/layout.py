@@ -8,6 +8,9 @@ from digit.errors import DigitError
 FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 
+# what a run may take from another run, --reuse_NAME, and the stage of that run in whose folder it lies
+REUSABLE = {"codebook": "codebook", "vqgan": "vqgan", "tokens": "tokens", "vq_tokens": "tokens"}
+
 
 def is_done(folder: Path, stage: str) -> bool:
     """Whether all files of a stage's result are in its folder; what was damaged and deleted is so made again."""

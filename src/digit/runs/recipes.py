@@ -88,7 +88,8 @@ class Recipe:
     crop of each, in turn."""
     training_crops: Literal["stored", "fresh"] = "stored"
     """Crops that prior and renderer train on: stored, those of the token store; or fresh, new ones of every image in
-    every epoch, encoded in the training loop as the released code does. `digit plan` tells what either costs."""
+    every epoch, encoded in the training loop as the released code does; then crops_per_image must be 1. `digit plan`
+    tells what either costs."""
     class_conditional: bool = True
     """Condition on labels where the data has them."""
     prior: ModelSpec = field(default_factory=ModelSpec)
