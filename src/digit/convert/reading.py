@@ -151,6 +151,8 @@ def add_stand_in(message: str, stand_ins: dict[str, type[Unread]]) -> bool:
 
 def is_plain(name: str) -> bool:
     """Whether a global is the class of a mere value: not a function of the standard library, as hostile files call."""
+    if not all(part.isidentifier() for part in name.split(".")):  # damaged bytes
+        return False
     root, _, rest = name.partition(".")
     root = IMPORT_MAPPING.get(root, root)  # torch.save writes some modules by their names in Python 2
     if root == "builtins":
@@ -161,6 +163,7 @@ def is_plain(name: str) -> bool:
 def refusal(path: Path, message: str) -> str:
     """The error for a file that torch's weights_only loader refuses with `message`."""
     if blocked := blocked_global(message):
+        blocked = "".join(letter if letter.isprintable() else "?" for letter in blocked)
         return (
             f"{path} holds more than tensors (it wants {blocked}), and DiGIT runs no code from a file: if you trust "
             "it, load it by torch.load(FILE, weights_only=False), save its tensors alone by torch.save, and give that"
