@@ -1,6 +1,7 @@
 """`digit evaluate`: metrics of a stand-in network, the cache, saved statistics, hostile files, validation rows."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -193,6 +194,40 @@ def test_cache_none_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "home").exists()
     run(pictures(20), pictures(20, seed=1), EvaluateConfig())
     assert list((tmp_path / "home" / "features").iterdir())
+
+
+def test_what_depends_on_the_reference_alone_is_computed_once(cfg, tmp_path, monkeypatch):
+    """Radii, statistics, roots of covariances and kernel sums of a reference come from the cache."""
+    from digit.evaluation import features, samples
+
+    calls = Counter()
+
+    def count(module, name):
+        make = getattr(module, name)
+
+        def counted(x, *args):
+            calls[name, len(x)] += 1
+            return make(x, *args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, name in ((features, "nearest_others"), (features, "square_root"), (samples, "kernel_within")):
+        count(module, name)
+    reference, network = pictures(90, seed=1), FakeNetwork()
+    first = run(pictures(40), reference, cfg, network=network)
+    assert calls == {("nearest_others", 90): 1, ("nearest_others", 40): 1, ("square_root", 12): 1,
+                     ("square_root", 6): 1, ("kernel_within", 90): 1}  # fmt: skip
+    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 5
+    run(pictures(40, seed=2), reference, cfg, network=network)
+    assert sum(calls.values()) == 6 and calls["nearest_others", 40] == 2
+    uncached = run(pictures(40), reference, replace(cfg, cache="none"))["metrics"]
+    assert uncached == first["metrics"]
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert run(pictures(40), reference, cfg, network=network) == first
+    assert calls["nearest_others", 90] == 3
+    run(pictures(40), reference[:80], cfg, network=network)
+    assert calls["nearest_others", 80] == 1
 
 
 # -------------------------------------------------------------------- statistics

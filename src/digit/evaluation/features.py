@@ -5,18 +5,23 @@ Ranks share the parts in turn; rank 0 receives all of them, in order.
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32, Float64, UInt8
 from torch import Tensor
 
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
-from digit.metrics.frechet import FeatureStats
+from digit.metrics.distances import nearest_others
+from digit.metrics.frechet import FeatureStats, square_root
 from digit.metrics.judge import Judged, JudgeNetwork
 from digit.runtime import distributed
 from digit.runtime.files import load_tensors, save_tensors
@@ -35,6 +40,8 @@ class Features:
     spatial: FeatureStats  # of (N, E); only its mean and covariance are needed
     digests: UInt8[Tensor, "N 32"]  # SHA-256 of the pixels that the network received
     grey: Bool[Tensor, " N"]  # all three channels equal
+    key: str  # hash of the network and of all images in order
+    cache: Path | None  # folder for what depends on these features alone
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -42,6 +49,36 @@ class Features:
     def pixel_keys(self) -> list[bytes]:
         """Content hash of each image's pixels."""
         return [row.tobytes() for row in self.digests.numpy()]
+
+    @cached_property
+    def stats(self) -> FeatureStats:
+        """Statistics of the pooled features, cached where they take less space than these."""
+        if len(self) < 2 * self.pooled.shape[1]:
+            return FeatureStats.of(self.pooled)
+        return FeatureStats.restore(self.remember("statistics", lambda: FeatureStats.of(self.pooled).state()))
+
+    def root(self, of: Literal["pooled", "spatial"]) -> Float64[np.ndarray, "D D"]:
+        """The square root of a covariance, cached where it takes less space than the features."""
+        stats = self.stats if of == "pooled" else self.spatial
+        if len(self) < 2 * stats.dim:
+            return square_root(stats.cov)
+        return self.remember(f"root of {of}", lambda: {"root": torch.from_numpy(square_root(stats.cov))})[
+            "root"
+        ].numpy()
+
+    def nearest_others(self, k: int) -> Float64[np.ndarray, "N K"]:
+        """Squared distances (N, k) of the pooled features to their k nearest others, cached."""
+
+        def make() -> dict[str, Tensor]:
+            return {"squares": torch.from_numpy(nearest_others(self.pooled, k)[0])}
+
+        return self.remember(f"squares of {k} nearest", make)["squares"].numpy()
+
+    def remember(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that depend on `what` and these features alone, from the cache, or made and cached."""
+        if self.cache is None:
+            return make()
+        return remember(self.cache / f"{digest([FORMAT, self.key.encode(), what.encode()])}.safetensors", make)
 
 
 @dataclass(frozen=True)
@@ -51,6 +88,16 @@ class Shard:
     key: str
     num: int
     make: Callable[[], Tensor]  # -> uint8 (num, 3, H, W)
+
+
+def remember(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Read tensors from a file; where it is missing or damaged, make and save them."""
+    try:
+        return load_tensors(path)
+    except DigitError:
+        made = make()
+        save_tensors(path, made)
+        return made
 
 
 def shards(images: ImageSet, side: int | None) -> Iterator[Shard]:
@@ -71,7 +118,9 @@ def collect(
     Returns None on ranks other than 0.
     """
     kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": []}
-    spatial, network_key, world_size = FeatureStats(), fingerprint(network).encode(), distributed.world_size()
+    network_key, world_size = fingerprint(network).encode(), distributed.world_size()
+    key = digest([network_key, *(part.key.encode() for part in parts)])
+    moments = SpatialStats(cache and cache / f"{digest([FORMAT, key.encode(), b'spatial'])}.safetensors")
 
     def judged_part(part: Shard) -> dict[str, Tensor]:
         path = cache and cache / f"{digest([FORMAT, network_key, part.key.encode()])}.safetensors"
@@ -91,12 +140,34 @@ def collect(
             ):
                 bar.update(len(judged["grey"]))
                 if distributed.is_main():
-                    spatial.update(judged["spatial"])
+                    moments.update(judged["spatial"])
                     for name, values in kept.items():
                         values.append(judged[name])
     if not distributed.is_main():
         return None
-    return Features(**{name: torch.cat(values) for name, values in kept.items()}, spatial=spatial)
+    outputs = {name: torch.cat(values) for name, values in kept.items()}
+    return Features(**outputs, spatial=moments.finish(), key=key, cache=cache)
+
+
+class SpatialStats:
+    """Statistics of the spatial features, which are too large to keep; cached where that takes less space."""
+
+    def __init__(self, path: Path | None):
+        self._path, self._stats, self._done = path, FeatureStats(), False
+        if path is not None and distributed.is_main():
+            with suppress(DigitError):
+                self._stats, self._done = FeatureStats.restore(load_tensors(path)), True
+
+    def update(self, spatial: Float32[Tensor, "B E"]) -> None:
+        """Add the features of some images."""
+        if not self._done:
+            self._stats.update(spatial)
+
+    def finish(self) -> FeatureStats:
+        """The statistics of all images."""
+        if self._path is not None and not self._done and self._stats.count >= 2 * self._stats.dim:
+            save_tensors(self._path, self._stats.state())
+        return self._stats
 
 
 def fingerprint(network: JudgeNetwork) -> str:

@@ -23,11 +23,12 @@ from digit.evaluation.networks import load_judge_network
 from digit.evaluation.npz import Statistics, read_npz_names, read_statistics
 from digit.evaluation.protocols import PROTOCOLS, ProtocolName
 from digit.evaluation.traps import Side, find_traps
-from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.metrics.frechet import frechet_distance
 from digit.metrics.influence import frechet_interval
-from digit.metrics.intervals import Interval, proportion_interval
+from digit.metrics.intervals import Interval
 from digit.metrics.judge import JudgeNetwork
-from digit.metrics.scores import inception_score, kernel_distance, precision_recall
+from digit.metrics.neighbours import compare_neighbours
+from digit.metrics.scores import inception_score, kernel_distance, kernel_subsets, kernel_within
 from digit.runtime import distributed
 from digit.runtime.files import as_path, cache_folder, write_json
 
@@ -208,12 +209,11 @@ def scores(
     left_out: dict[str, str] = {}
     assert fake is not None and not (real is None and moments is None)  # `evaluate` opens images or statistics
     if moments is not None:
-        mean, cov = moments.mu, moments.sigma
+        mean, cov, root = moments.mu, moments.sigma, None
     else:
         assert real is not None
-        stats = FeatureStats.of(real.pooled)
-        mean, cov = stats.mean, stats.cov
-    metrics["fd"] = frechet_interval(fake.pooled, mean, cov).to_dict()
+        mean, cov, root = real.stats.mean, real.stats.cov, real.root("pooled")
+    metrics["fd"] = frechet_interval(fake.pooled, mean, cov, root=root).to_dict()
     seed = cfg.seed if PROTOCOLS[cfg.protocol].shuffled_splits else None
     if len(fake) < cfg.num_splits:
         left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
@@ -221,31 +221,41 @@ def scores(
         reason = "one split has no deviation" if cfg.num_splits == 1 else ""
         metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed), reason)
     if moments is not None:
-        mean, cov = moments.mu_s, moments.sigma_s
+        mean, cov, root = moments.mu_s, moments.sigma_s, None
     else:
         assert real is not None
-        mean, cov = real.spatial.mean, real.spatial.cov
+        mean, cov, root = real.spatial.mean, real.spatial.cov, real.root("spatial")
     if mean is None:
         left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
     else:
         assert cov is not None  # statistics hold mu_s and sigma_s together
-        value = frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)
+        value = frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov, root2=root)
         metrics["sfd"] = Interval.without(value, "of spatial features only mean and covariance are kept").to_dict()
     if real is None:
         left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
     else:
-        subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        whole = cfg.kernel_subset_size >= max(len(fake), len(real)) and len(fake) == len(real)
-        reason = "every subset is the whole set" if whole else "one subset" if cfg.kernel_subsets == 1 else ""
-        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets), reason)
+        metrics["kd"] = _kernel_distance(fake, real, cfg)
         if min(len(fake), len(real)) <= cfg.num_neighbours:
             left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
         else:
-            shares = precision_recall(real.pooled, fake.pooled, cfg.num_neighbours)
-            for name, share, total in zip(("precision", "recall"), shares, (len(fake), len(real)), strict=True):
-                metrics[name] = proportion_interval(round(share * total), total).to_dict()
+            k = cfg.num_neighbours
+            own = {"real_squares": real.nearest_others(k), "fake_squares": fake.nearest_others(k)}
+            found = compare_neighbours(real.pooled, fake.pooled, k, **own)
+            metrics |= {"precision": found.precision().to_dict(), "recall": found.recall().to_dict()}
     named = {network.metric(name): entry for name, entry in metrics.items()}
     return named, {network.metric(name): reason for name, reason in left_out.items()}
+
+
+def _kernel_distance(fake: Features, real: Features, cfg: EvaluateConfig) -> dict[str, Any]:
+    """Kernel distance with its deviation; the sums within the reference are cached, since they take the longest."""
+    size = min(cfg.kernel_subset_size, len(fake), len(real))
+    whole = size == len(fake) == len(real)
+    reason = "every subset is the whole set" if whole else "one subset" if cfg.kernel_subsets == 1 else ""
+    chosen = kernel_subsets(len(fake), len(real), cfg.kernel_subsets, size, cfg.seed)[1]
+    what = f"kernel sums of {digest([chosen.numpy().tobytes()])}"
+    within = real.remember(what, lambda: {"sums": kernel_within(real.pooled, chosen)})["sums"]
+    subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": size, "seed": cfg.seed, "within_second": within}
+    return _with_std(kernel_distance(fake.pooled, real.pooled, **subsets), reason)
 
 
 def _with_std(pair: tuple[float, float], missing: str) -> dict[str, Any]:
@@ -333,7 +343,7 @@ def statistics_npz(
 
     def save() -> Statistics:
         assert features is not None  # on rank 0
-        pooled, spatial = FeatureStats.of(features.pooled), features.spatial
+        pooled, spatial = features.stats, features.spatial
         moments = Statistics(
             pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network),
             Side("reference", chosen, size, features).traits, features.digests.numpy(),
