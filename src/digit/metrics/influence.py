@@ -33,6 +33,20 @@ def frechet_interval(
 
     root is `square_root(cov)`, if it is known already; it takes an eigenproblem of (D, D).
     """
+    value, error = frechet_with_error(features, mean, cov, root=root)
+    if error <= ERROR_TOLERANCE * float(np.trace(as_float64(cov))):
+        return Interval.without(value, "the samples do not vary, or have the reference's own mean and covariance")
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return Interval(value, max(0.0, value - half), value + half)
+
+
+def frechet_with_error(
+    features: Features, mean: Mean, cov: Covariance, *, root: Covariance | None = None
+) -> tuple[float, float]:
+    """(d, frechet_error), d the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
+
+    root as for `frechet_interval`. Raises DigitError for fewer than 2 samples, and for another D.
+    """
     x = FeatureStats.checked(features)
     if len(x) < 2:
         raise DigitError(f"{len(x)} samples have no covariance: give at least 2")
@@ -44,11 +58,7 @@ def frechet_interval(
     root = square_root(cov) if root is None else as_float64(root)
     cross = np.linalg.svd((vectors * scale).T @ root, compute_uv=False).sum()
     value = max(float(shift @ shift + np.square(scale).sum() + np.trace(cov) - 2.0 * cross), 0.0)
-    error = _error(_influence(x, shift, cov, scale, vectors))
-    if error <= ERROR_TOLERANCE * float(np.trace(cov)):
-        return Interval.without(value, "the samples do not vary, or have the reference's own mean and covariance")
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
-    return Interval(value, max(0.0, value - half), value + half)
+    return value, _error(_influence(x, shift, cov, scale, vectors))
 
 
 def frechet_difference(

@@ -155,3 +155,29 @@ def authenticity(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"]) -> float:
     See `Neighbours.authenticity`. Raises as `compare_neighbours`.
     """
     return compare_neighbours(real, fake, 1).authenticity().value
+
+
+def copying_score(
+    real: Real[Tensor, "N D"], held_out: Real[Tensor, "H D"], fake: Real[Tensor, "M D"]
+) -> tuple[float, float]:
+    """(U - M H / 2) / sqrt(M H (M + H + 1) / 12),  U = sum_jh [d(f_j) > d(h)] + [d(f_j) = d(h)] / 2;  and its p-value.
+
+    Z_U of data copying (Meehan et al. 2020), with the whole space as one cell: d is the distance to the nearest
+    training image, of fake features (M, D) and of real ones (H, D) that were not trained on; real (N, D) are those that
+    were. 0 is best: below -3 samples lie nearer to training images than new images do (they copy), above 3 farther
+    (they miss the distribution). It grows with the number of images and has no interval; the p-value is that of a
+    two-sided normal test. Needs about 20 images of each. Raises DigitError for other shapes, NaN and infinity.
+    """
+    from scipy.stats import norm, rankdata
+
+    squares = []
+    for points in (fake, held_out):
+        points, training = checked_pair(points, real)
+        pairs = Pairs(points, training)
+        nearest = Nearest(pairs, 1)
+        pairs.sweep(nearest.add)
+        squares.append(nearest.result()[0][:, 0])
+    num, num_held_out = map(len, squares)
+    u = rankdata(np.concatenate(squares))[:num].sum() - num * (num + 1) / 2
+    z = float((u - num * num_held_out / 2) / np.sqrt(num * num_held_out * (num + num_held_out + 1) / 12))
+    return z, float(2 * norm.sf(abs(z)))
