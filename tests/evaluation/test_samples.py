@@ -198,28 +198,29 @@ def test_cache_none_writes_nothing(tmp_path, monkeypatch):
 
 def test_what_depends_on_the_reference_alone_is_computed_once(cfg, tmp_path, monkeypatch):
     """Radii, statistics, roots of covariances and kernel sums of a reference come from the cache."""
-    from digit.evaluation import features, samples
+    from digit.evaluation import features, measures
 
     calls = Counter()
 
     def count(module, name):
         make = getattr(module, name)
 
-        def counted(x, *args):
+        def counted(x, *args, **options):
             calls[name, len(x)] += 1
-            return make(x, *args)
+            return make(x, *args, **options)
 
         monkeypatch.setattr(module, name, counted)
 
-    for module, name in ((features, "nearest_others"), (features, "square_root"), (samples, "kernel_within")):
+    for module, name in ((features, "nearest_others"), (features, "square_root"), (measures, "kernel_within"),
+                         (measures, "mean_kernel")):  # fmt: skip
         count(module, name)
     reference, network = pictures(90, seed=1), FakeNetwork()
     first = run(pictures(40), reference, cfg, network=network)
     assert calls == {("nearest_others", 90): 1, ("nearest_others", 40): 1, ("square_root", 12): 1,
-                     ("square_root", 6): 1, ("kernel_within", 90): 1}  # fmt: skip
-    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 5
+                     ("square_root", 6): 1, ("kernel_within", 90): 1, ("mean_kernel", 90): 1}  # fmt: skip
+    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 6
     run(pictures(40, seed=2), reference, cfg, network=network)
-    assert sum(calls.values()) == 6 and calls["nearest_others", 40] == 2
+    assert sum(calls.values()) == 7 and calls["nearest_others", 40] == 2
     uncached = run(pictures(40), reference, replace(cfg, cache="none"))["metrics"]
     assert uncached == first["metrics"]
     for path in (tmp_path / "cache").iterdir():
@@ -240,7 +241,10 @@ def test_kept_statistics_give_the_same_distances_and_say_what_they_cannot(cfg, t
     full, short = (run(samples, spec, cfg) for spec in (reference, tmp_path / "stats.npz"))
     for name in ("fd_fake", "sfd_fake", "is_fake"):
         assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-9)
-    assert set(short["left_out"]) == {"kd_fake", "precision_fake", "recall_fake"}
+    for name in ("fd_infinity_fake", "vendi_fake"):
+        assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-6)
+    of_images = ["fd_ratio", "kd", "cmmd", "sw", "precision", "recall", "density", "coverage", "authenticity"]
+    assert set(short["left_out"]) == {f"{name}_fake" for name in of_images}
     assert "give its images" in to_table(short)
     assert short["reference"]["statistics"]["num"] == 80
 
@@ -339,7 +343,16 @@ def test_misuse_says_what_to_do(cfg, unchecked):
     with pytest.raises(DigitError, match="at least 2"):
         open_images(pictures(20), 1)
     few = run(pictures(3), pictures(3, seed=1), cfg)
-    assert set(few["left_out"]) == {"is_fake", "precision_fake", "recall_fake"}
+    needy = ["fd_infinity", "fd_ratio", "is", "precision", "recall", "density", "coverage"]
+    assert set(few["left_out"]) == {f"{name}_fake" for name in needy}
+    assert "it needs 48" in few["left_out"]["fd_infinity_fake"]
+    for options, reason in (
+        ({"measures": "most"}, "choose all or published"),
+        ({"network": "dinov2_vitl14", "inception": "x.pth"}, "choose one network"),
+        ({"weights": "x.pth"}, "without --network"),
+    ):
+        with pytest.raises(DigitError, match=reason):
+            EvaluateConfig(**options)
 
 
 # -------------------------------------------------------------------- validation rows

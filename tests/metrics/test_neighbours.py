@@ -10,7 +10,7 @@ from sklearn.neighbors import NearestNeighbors
 from digit.errors import DigitError, MismatchError
 from digit.metrics import distances
 from digit.metrics.distances import Nearest, Pairs, nearest_others
-from digit.metrics.neighbours import authenticity, compare_neighbours, density_coverage, precision_recall
+from digit.metrics.neighbours import authenticity, compare_at, compare_neighbours, density_coverage, precision_recall
 
 
 def gaussian(num: int, dim: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -116,8 +116,9 @@ def test_radii_that_are_known_already_change_nothing():
     real, fake = gaussian(101, 5), gaussian(77, 5, 0.5, seed=1)
     whole = compare_neighbours(real, fake)
     known = {"real_squares": nearest_others(real, 3)[0], "fake_squares": nearest_others(fake, 3)[0]}
-    for value, wanted in zip(parts(compare_neighbours(real, fake, **known)), parts(whole), strict=True):
-        assert (value == wanted).all()
+    at_two, at_three = compare_at(real, fake, (2, 3), **known)
+    for found, expected in ((at_three, whole), (at_two, compare_neighbours(real, fake, 2))):
+        assert all((a == b).all() for a, b in zip(parts(found), parts(expected), strict=True))
 
 
 def test_order_of_the_images_does_not_matter():

@@ -22,7 +22,10 @@ from digit.errors import DigitError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
+UNUSED_BY_STATISTICS = (
+    "measures", "num", "num_splits", "num_neighbours", "density_neighbours", "kernel_subsets", "kernel_subset_size",
+    "num_directions", "seed",
+)  # fmt: skip
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -34,10 +37,12 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
     ranks=True,
 )
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
+    """Score samples against a reference: FID, FID_infinity, Inception Score, KID, sFID, CMMD, precision, recall,
+    density, coverage, authenticity and Vendi score, each with its interval and direction.
 
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
-    EfficientNet-Lite2 is used, and its metrics have other names: they do not compare with any published FID.
+    EfficientNet-Lite2 is used, or the encoder of --network, and the metrics have other names: they do not compare with
+    any published FID.
     docs/evaluation.md says which protocol belongs to which paper. The command warns of problems such as JPEG samples, a
     wrong size or repeated images.
     """

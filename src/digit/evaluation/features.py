@@ -165,7 +165,7 @@ class SpatialStats:
 
     def finish(self) -> FeatureStats:
         """The statistics of all images."""
-        if self._path is not None and not self._done and self._stats.count >= 2 * self._stats.dim:
+        if self._path is not None and not self._done and self._stats.count >= 2 * self._stats.dim > 0:
             save_tensors(self._path, self._stats.state())
         return self._stats
 

@@ -5,6 +5,7 @@ the other r. All measures of one comparison come from one pass over the pairs (`
 of float64. They depend on N and M, and on the network: compare only values of the same three.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,30 +91,42 @@ def _share(chosen: np.ndarray) -> Interval:
     return proportion_interval(int(chosen.sum()), len(chosen))
 
 
-def compare_neighbours(
+def compare_neighbours(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"], k: int = 3) -> Neighbours:
+    """Find the neighbours of fake features (M, D) among real ones (N, D) and the reverse.
+
+    Raises DigitError unless both sets hold more than k points, and for NaN, infinity and features of another shape.
+    """
+    return compare_at(real, fake, (k,))[0]
+
+
+def compare_at(
     real: Real[Tensor, "N D"],
     fake: Real[Tensor, "M D"],
-    k: int = 3,
+    ks: Sequence[int],
     *,
     real_squares: Float64[np.ndarray, "N K"] | None = None,
     fake_squares: Float64[np.ndarray, "M K"] | None = None,
-) -> Neighbours:
-    """Find the neighbours of fake features (M, D) among real ones (N, D) and the reverse.
+) -> list[Neighbours]:
+    """`compare_neighbours` for several k in one pass over the pairs.
 
-    real_squares (N, k) and fake_squares (M, k) are the results of `nearest_others(real, k)` and of fake, if they are
-    known already: they take N² D and M² D operations, the rest N M D. Raises DigitError unless both sets hold more than
-    k points, and for NaN, infinity and features of another shape.
+    real_squares (N, K) and fake_squares (M, K), K the largest k, are the results of `nearest_others(real, K)` and of
+    fake, if they are known already: they take N² D and M² D operations, the rest N M D.
     """
     real, fake = checked_pair(real, fake)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise DigitError(f"k = {k} neighbours among {len(real)} real and {len(fake)} fake images: give more images")
-    real_squares = nearest_others(real, k)[0] if real_squares is None else real_squares
-    fake_squares = nearest_others(fake, k)[0] if fake_squares is None else fake_squares
+    most = max(ks)
+    if not 1 <= min(ks) <= most < min(len(real), len(fake)):
+        raise DigitError(f"k = {most} neighbours among {len(real)} real and {len(fake)} fake images: give more images")
+    real_squares = nearest_others(real, most)[0] if real_squares is None else real_squares
+    fake_squares = nearest_others(fake, most)[0] if fake_squares is None else fake_squares
     pairs = Pairs(fake, real)
-    nearest, balls = Nearest(pairs, 1), _Balls(pairs, real_squares[:, k - 1], fake_squares[:, k - 1])
-    pairs.sweep(nearest.add, balls.add)
+    nearest = Nearest(pairs, 1)
+    balls = [_Balls(pairs, real_squares[:, k - 1], fake_squares[:, k - 1]) for k in ks]
+    pairs.sweep(nearest.add, *(one.add for one in balls))
     squares, which = (values[:, 0] for values in nearest.result())
-    return Neighbours(k, balls.num, balls.covered, balls.recalled, which, squares, real_squares[which, 0])
+    return [
+        Neighbours(k, one.num, one.covered, one.recalled, which, squares, real_squares[which, 0])
+        for k, one in zip(ks, balls, strict=True)
+    ]
 
 
 class _Balls:
