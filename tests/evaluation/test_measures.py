@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from toy_measure import FakeNetwork, pictures, run, sample_folder
@@ -155,3 +156,62 @@ def test_an_encoder_by_its_name(cfg):
     assert "fd_efficientnet_lite0" in result["metrics"] and result["protocol"]["network"]["dim"] == 1280
     with pytest.raises(DigitError, match="no_such_net"):
         digit.evaluate(images, reference, cfg, network="no_such_net")
+
+
+# -------------------------------------------------------------------- files of other programs
+
+
+def test_features_of_dgm_eval_give_what_the_images_give(cfg, tmp_path):
+    images, reference = pictures(50), pictures(60, seed=1)
+    reps = FakeNetwork().judge(reference).pooled.double().numpy()
+    np.savez(tmp_path / "reps.npz", model="fake", reps=reps, hparams=np.array({"a": 1}))  # hparams is a pickled object
+    full, short = (run(images, spec, cfg) for spec in (reference, tmp_path / "reps.npz"))
+    assert set(short["left_out"]) == {"sfd_fake"}
+    for name, entry in short["metrics"].items():
+        assert entry == pytest.approx(full["metrics"][name], rel=1e-6), name
+    assert short["reference"]["statistics"]["num"] == 60
+
+
+def test_files_of_torch_fidelity(cfg, tmp_path):
+    images, pooled = pictures(40), FakeNetwork().judge(pictures(60, seed=1)).pooled
+    stats = FeatureStats.of(pooled)
+    torch.save({"mu": stats.mean, "sigma": stats.cov}, tmp_path / "x-stat-fid-2048.pt")
+    torch.save(pooled, tmp_path / "x-features-2048.pt")
+    full = run(images, pictures(60, seed=1), cfg)["metrics"]
+    of_stats, of_features = (run(images, tmp_path / f"x-{name}-2048.pt", cfg) for name in ("stat-fid", "features"))
+    assert of_stats["metrics"]["fd_fake"] == pytest.approx(full["fd_fake"], rel=1e-6)
+    assert "kd_fake" in of_stats["left_out"] and of_features["metrics"]["kd_fake"] == pytest.approx(full["kd_fake"])
+
+
+class Trigger:
+    fired = False
+
+    def __reduce__(self):
+        return (setattr, (Trigger, "fired", True))
+
+
+@pytest.mark.parametrize(
+    ("held", "reason"),
+    [
+        (Trigger(), "other objects than arrays"),
+        ({"mu": np.array([Trigger()], dtype=object), "sigma": np.eye(1)}, "other objects than arrays"),
+        ({"mu": np.zeros(12)}, "no statistics"),
+        ({"mu": np.zeros(12), "sigma": np.eye(11)}, "wanted"),
+        (torch.zeros(3, 4, 5), "wanted finite floats"),
+        (torch.full((3, 12), float("nan")), "wanted finite floats"),
+    ],
+)
+def test_hostile_torch_files_are_refused(cfg, tmp_path, held, reason):
+    torch.save(held, tmp_path / "x.pt")
+    with pytest.raises(DigitError, match=reason):
+        run(pictures(30), tmp_path / "x.pt", cfg)
+    assert not Trigger.fired
+
+
+def test_damaged_and_missing_torch_files_are_refused(cfg, tmp_path):
+    torch.save(torch.zeros(40, 12), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("no statistics")
+    for name in ("cut.pt", "text.pt", "missing.pt"):
+        with pytest.raises(DigitError, match=name):
+            run(pictures(30), tmp_path / name, cfg)

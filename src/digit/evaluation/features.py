@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -45,6 +45,13 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.pooled)
+
+    @classmethod
+    def of_file(cls, pooled: Float32[Tensor, "N D"], cache: Path | None) -> Self:
+        """Pooled features that another program saved: no logits, no spatial features, nothing of the images."""
+        none, key = pooled.new_zeros(len(pooled), 0), digest([b"file", pooled.numpy().tobytes()])
+        digests, grey = torch.zeros(len(pooled), 32, dtype=torch.uint8), torch.zeros(len(pooled), dtype=torch.bool)
+        return cls(pooled, none, FeatureStats.of(none), digests, grey, key, cache)
 
     def pixel_keys(self) -> list[bytes]:
         """Content hash of each image's pixels."""

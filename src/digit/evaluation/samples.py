@@ -19,7 +19,7 @@ from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images
 from digit.evaluation.measures import Scores, about_measure, by_class, compute, wanted_measures
 from digit.evaluation.networks import AnyNetwork, as_network
-from digit.evaluation.npz import Statistics, read_npz_names, read_statistics
+from digit.evaluation.npz import TORCH_SUFFIXES, Statistics, read_npz_names, read_statistics
 from digit.evaluation.protocols import PROTOCOLS
 from digit.evaluation.settings import EvaluateConfig
 from digit.evaluation.traps import Side, find_traps
@@ -50,7 +50,8 @@ def evaluate(
 
     Args:
         samples: folder of images, .npz with arr_0 uint8 (N, H, W, 3), uint8 tensor (N, 3, H, W), or any source.
-        reference: the same, or an .npz of statistics (mu, sigma[, mu_s, sigma_s]), with or without images.
+        reference: the same, or statistics: an .npz with mu, sigma[, mu_s, sigma_s], with or without images, an .npz of
+            features by dgm-eval, or a .pt of statistics or features from torch-fidelity's cache.
         cfg: the protocol and its settings.
         out: JSON file for the result.
         device: cpu or cuda; None uses cuda if available. Ignored with a network that is no name.
@@ -118,10 +119,10 @@ def open_reference(
     spec: Images, num: int | None, pixel_max: int | None = None
 ) -> tuple[ImageSet | None, Statistics | None]:
     """Open images, statistics, or both (ADM's reference batches). Raises DigitError for neither."""
-    if not isinstance(spec, str | Path) or Path(spec).suffix.lower() != ".npz":
+    if not isinstance(spec, str | Path) or Path(spec).suffix.lower() not in (".npz", *TORCH_SUFFIXES):
         return open_images(spec, num, pixel_max), None
     statistics = read_statistics(spec)
-    if statistics is not None and "arr_0" not in read_npz_names(spec):
+    if statistics is not None and (Path(spec).suffix.lower() != ".npz" or "arr_0" not in read_npz_names(spec)):
         return None, statistics
     return open_images(spec, num, pixel_max), statistics
 
@@ -160,8 +161,11 @@ def scores(
 
 def _compute(samples: Side, reference: Side, cfg: EvaluateConfig) -> Scores:
     assert samples.features is not None
-    shuffled = PROTOCOLS[cfg.protocol].shuffled_splits
-    return compute(samples.features, reference.features, reference.statistics, cfg, shuffled_splits=shuffled)
+    shuffled, statistics = PROTOCOLS[cfg.protocol].shuffled_splits, reference.statistics
+    real = reference.features
+    if real is None and statistics is not None and statistics.features is not None:
+        real = Features.of_file(torch.from_numpy(statistics.features), cfg.cache_folder)
+    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled)
 
 
 def _named(found: Scores, network: JudgeNetwork) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
