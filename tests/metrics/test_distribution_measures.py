@@ -14,7 +14,7 @@ from sklearn.preprocessing import normalize
 
 from digit.errors import DigitError, MismatchError
 from digit.metrics.diversity import vendi_score
-from digit.metrics.extrapolation import frechet_infinity, frechet_ratio, samples_needed
+from digit.metrics.extrapolation import Half, frechet_infinity, frechet_ratio, real_distance, samples_needed
 from digit.metrics.frechet import FeatureStats
 from digit.metrics.kernels import cubic_distance, gaussian_distance, mean_kernel
 from digit.metrics.neighbours import copying_score
@@ -70,8 +70,11 @@ def test_ratio_equals_its_definition_and_is_one_for_real_images():
     order = rng.permutation(301)
     rest = real[order[150:]]
     gauss = rest.mean(0), np.cov(rest, rowvar=False)
-    wanted = naive_frechet(fake[rng.permutation(120)], *gauss) / naive_frechet(real[order[:120]], *gauss)
+    wanted = naive_frechet(fake, *gauss) / naive_frechet(real[order[:120]], *gauss)
     assert frechet_ratio(real, fake, seed=3).value == pytest.approx(wanted, rel=1e-5)
+    half = Half.of(real, 3)
+    known = frechet_ratio(real, fake, seed=3, half=half, second=real_distance(real, 120, half, 3))
+    assert known == frechet_ratio(real, fake, seed=3)
     found = [frechet_ratio(gaussian(600, 6, seed=2 * s), gaussian(300, 6, seed=2 * s + 1)) for s in range(30)]
     assert np.exp(np.mean([np.log(one.value) for one in found])) == pytest.approx(1, abs=0.15)
     assert np.mean([one.low <= 1 <= one.high for one in found]) > 0.8

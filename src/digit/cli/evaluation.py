@@ -49,7 +49,10 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("samples", help=IMAGES_HELP)
-    parser.add_argument("reference", help="the same, or statistics (mu, sigma) or features of other programs: .npz, .pt of torch-fidelity")
+    parser.add_argument(
+        "reference",
+        help="the same, or statistics (mu, sigma) or features of other programs: .npz, .pt of torch-fidelity",
+    )
     add_config(parser, EvaluateConfig)
     parser.add_argument("--out", default=None, help="JSON file for all results")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)

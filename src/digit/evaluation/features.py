@@ -59,13 +59,11 @@ class Features:
 
     @cached_property
     def stats(self) -> FeatureStats:
-        """Statistics of the pooled features, cached where they take less space than these."""
-        if len(self) < 2 * self.pooled.shape[1]:
-            return FeatureStats.of(self.pooled)
-        return FeatureStats.restore(self.remember("statistics", lambda: FeatureStats.of(self.pooled).state()))
+        """Statistics of the pooled features, cached."""
+        return FeatureStats.restore(self.remember_matrix("statistics", lambda: FeatureStats.of(self.pooled).state()))
 
     def root(self, of: Literal["pooled", "spatial"]) -> Float64[np.ndarray, "D D"]:
-        """The square root of a covariance, cached where it takes less space than the features."""
+        """The square root (D, D) of a covariance, cached."""
         stats = self.stats if of == "pooled" else self.spatial
         if len(self) < 2 * stats.dim:
             return square_root(stats.cov)
@@ -80,6 +78,10 @@ class Features:
             return {"squares": torch.from_numpy(nearest_others(self.pooled, k)[0])}
 
         return self.remember(f"squares of {k} nearest", make)["squares"].numpy()
+
+    def remember_matrix(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As `remember`, for matrices (D, D); only where they take less space than the features."""
+        return make() if len(self) < 2 * self.pooled.shape[1] else self.remember(what, make)
 
     def remember(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that depend on `what` and these features alone, from the cache, or made and cached."""

@@ -12,7 +12,7 @@ from digit.evaluation.features import Features
 from digit.evaluation.npz import Statistics
 from digit.evaluation.settings import EvaluateConfig
 from digit.metrics.diversity import vendi_score
-from digit.metrics.extrapolation import frechet_infinity, frechet_ratio, samples_needed
+from digit.metrics.extrapolation import Half, frechet_infinity, frechet_ratio, real_distance, samples_needed
 from digit.metrics.frechet import frechet_distance
 from digit.metrics.influence import frechet_interval
 from digit.metrics.intervals import Interval
@@ -124,7 +124,22 @@ def _frechet(
     found.add("fd", lambda: frechet_interval(fake.pooled, mean, cov, root=root))
     found.add("fd_infinity", lambda: frechet_infinity(fake.pooled, mean, cov, seed=cfg.seed, root=root), unless=few)
     reason = NO_IMAGES if real is None else "it needs 4 reference images" if len(real) < 4 else ""
-    found.add("fd_ratio", lambda: frechet_ratio(_held(real).pooled, fake.pooled, seed=cfg.seed), unless=reason)
+    found.add("fd_ratio", lambda: _ratio(fake, _held(real), cfg.seed), unless=reason)
+
+
+def _ratio(fake: Features, real: Features, seed: int) -> Interval:
+    """The distance ratio; the half of the reference, and the distance of the other half to it, are cached."""
+
+    def make_half() -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(value) for name, value in vars(Half.of(real.pooled, seed)).items()}
+
+    def make_second() -> dict[str, torch.Tensor]:
+        return {"second": torch.tensor(real_distance(real.pooled, num, half, seed), dtype=torch.float64)}
+
+    state = real.remember_matrix(f"half {seed}", make_half)
+    half, num = Half(**{name: value.numpy() for name, value in state.items()}), min(len(fake), len(real) // 2)
+    distance, error = real.remember(f"half {seed}, {num} images", make_second)["second"].tolist()
+    return frechet_ratio(real.pooled, fake.pooled, seed=seed, half=half, second=(distance, error))
 
 
 def _inception_score(found: Scores, fake: Features, cfg: EvaluateConfig, shuffled: bool) -> None:

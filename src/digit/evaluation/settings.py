@@ -53,7 +53,7 @@ class EvaluateConfig:
     """Random subsets of the kernel distance (KID)."""
     kernel_subset_size: int = 1000
     """Images in each subset; at most as many as there are."""
-    num_directions: int = 1000
+    num_directions: int = 256
     """Directions of the sliced Wasserstein distance."""
     seed: int = 0
     """Seed of splits, subsets, halves and directions."""

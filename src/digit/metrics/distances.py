@@ -185,12 +185,15 @@ class Nearest:
         pairs, k = self._pairs, self._k
         lower, columns = self._lower.numpy(), self._columns.numpy()
         i = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
-        squares = pairs.exact(i.ravel(), columns.ravel()).reshape(columns.shape)
+        upper = np.partition(lower + 2 * pairs.errors(i, columns), k - 1, axis=1)[:, k - 1 : k]
+        possible = lower <= upper
+        squares = np.full(columns.shape, np.inf)
+        squares[possible] = pairs.exact(i[possible], columns[possible])
         order = np.argsort(squares, axis=1, kind="stable")[:, :k]
         found, which = np.take_along_axis(squares, order, 1), np.take_along_axis(columns, order, 1)
         if lower.shape[1] < self._num:
-            upper = np.partition(lower + 2 * pairs.errors(i, columns), k - 1, axis=1)[:, k - 1]
-            for row, candidates in pairs.candidates(np.flatnonzero(lower[:, -1] <= upper), k):
+            open_rows = np.flatnonzero(possible[:, -1])
+            for row, candidates in pairs.candidates(open_rows, k):
                 squares = pairs.exact(np.full(len(candidates), row), candidates)
                 order = np.argsort(squares, kind="stable")[:k]
                 found[row], which[row] = squares[order], candidates[order]

@@ -4,10 +4,12 @@ Both have the bias's cause in common with any Fréchet distance, the error of th
 """
 
 import math
+from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Self
 
 import numpy as np
-from jaxtyping import Real
+from jaxtyping import Float64, Real
 from torch import Tensor
 
 from digit.errors import DigitError
@@ -75,12 +77,45 @@ def frechet_infinity(
     return Interval(value, value - half, value + half)
 
 
+@dataclass(frozen=True)
+class Half:
+    """One random half B of real images: its mean (D,), and the square root (D, D) of its covariance."""
+
+    mean: Float64[np.ndarray, " D"]
+    root: Float64[np.ndarray, "D D"]
+
+    @classmethod
+    def of(cls, real: Features, seed: int = 0) -> Self:
+        """Compute it from real features (N, D). Raises DigitError for fewer than 4 images."""
+        stats = FeatureStats.of(_halves(FeatureStats.checked(real), seed)[1])
+        return cls(stats.mean, square_root(stats.cov))
+
+    def distance(self, features: Features) -> tuple[float, float]:
+        """Fréchet distance of features (n, D) to this half, and its standard error."""
+        return frechet_with_error(features, self.mean, self.root @ self.root, root=self.root)
+
+
+def _halves(real: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The random halves A and B of real features (N, D); B is the larger where N is odd."""
+    if len(real) < 4:
+        raise DigitError(f"{len(real)} real images: halves need at least 4")
+    order = np.random.default_rng(seed).permutation(len(real))
+    return real[order[: len(real) // 2]], real[order[len(real) // 2 :]]
+
+
+def real_distance(real: Features, num: int, half: Half, seed: int = 0) -> tuple[float, float]:
+    """d(A_n, B) of `frechet_ratio` and its standard error, n = num, B = half."""
+    return half.distance(_halves(FeatureStats.checked(real), seed)[0][:num])
+
+
 def frechet_ratio(
     real: Real[np.ndarray, "N D"] | Real[Tensor, "N D"],
     fake: Real[np.ndarray, "M D"] | Real[Tensor, "M D"],
     *,
     seed: int = 0,
     confidence: float = 0.95,
+    half: Half | None = None,
+    second: tuple[float, float] | None = None,
 ) -> Interval:
     """d(fake_n, B) / d(A_n, B),  A and B random halves of the real images, n = min(M, |A|) random images of each set.
 
@@ -90,24 +125,18 @@ def frechet_ratio(
     number of images, and tells more of them apart: use thousands.
 
     The interval is that of the logarithm, ratio * exp(-+ z hypot(e_1 / d_1, e_2 / d_2)) with the `frechet_error` of
-    both distances, B fixed. Raises DigitError for fewer than 4 real or 2 fake images.
+    both distances, B fixed. half is `Half.of(real, seed)` and second `real_distance(real, n, half, seed)`, if they are
+    known already. Raises DigitError for fewer than 4 real or 2 fake images.
     """
-    real, fake = FeatureStats.checked(real), FeatureStats.checked(fake)
-    if len(real) < 4 or len(fake) < 2:
-        raise DigitError(f"{len(real)} real and {len(fake)} fake images: halves need at least 4, samples 2")
-    rng = np.random.default_rng(seed)
-    order, half = rng.permutation(len(real)), len(real) // 2
-    num = min(len(fake), half)
-    rest = FeatureStats.of(real[order[half:]])
-    root = square_root(rest.cov)
-    first = frechet_with_error(fake[rng.permutation(len(fake))[:num]], rest.mean, rest.cov, root=root)
-    second = frechet_with_error(real[order[:num]], rest.mean, rest.cov, root=root)
+    fake = FeatureStats.checked(fake)
+    num = min(len(fake), len(real) // 2)
+    half = Half.of(real, seed) if half is None else half
+    second = real_distance(real, num, half, seed) if second is None else second
+    first = half.distance(fake[np.random.default_rng(seed).permutation(len(fake))[:num]])
     if second[0] <= 0 or first[0] <= 0:
         value = first[0] / second[0] if second[0] > 0 else math.nan
         return Interval.without(value, "a distance is 0: the images do not vary")
     value = first[0] / second[0]
-    factor = math.exp(
-        NormalDist().inv_cdf((1 + confidence) / 2)
-        * math.hypot(*(error / distance for distance, error in (first, second)))
-    )
+    error = math.hypot(*(error / distance for distance, error in (first, second)))
+    factor = math.exp(NormalDist().inv_cdf((1 + confidence) / 2) * error)
     return Interval(value, value / factor, value * factor)

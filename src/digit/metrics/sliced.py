@@ -1,5 +1,6 @@
 """Sliced Wasserstein distance: optimal transport along random directions, by sorting."""
 
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -11,7 +12,7 @@ from digit.errors import DigitError
 from digit.metrics.arrays import checked_pair
 from digit.metrics.intervals import Interval
 
-DIRECTIONS = 1000
+DIRECTIONS = 256
 AT_ONCE = 50  # directions
 
 
@@ -68,13 +69,21 @@ def transport(x: Float64[np.ndarray, " N"], y: Float64[np.ndarray, " M"]) -> tup
     if num == total:
         distance = float(np.square(x - y).mean())
     else:
-        # both quantile functions are constant between the multiples of 1 / N and of 1 / M; in integers of 1 / (N M)
-        ends = np.union1d(np.arange(1, num + 1) * total, np.arange(1, total + 1) * num)
-        widths = np.diff(ends, prepend=0) / (num * total)
-        distance = float((widths * np.square(x[(ends - 1) // total] - y[(ends - 1) // num])).sum())
+        widths, rows, columns = _steps(num, total)
+        distance = float(widths @ np.square(x[rows] - y[columns]))
     level = np.arange(1, num) * total  # of the quantile i / N, in units of 1 / (N M)
     target = y[(level - 1) // num]
     steps = (x[1:] - x[:-1]) * (x[1:] + x[:-1] - 2 * target)
     potential = np.empty(num)
     potential[order] = np.concatenate([[0.0], np.cumsum(steps)])
     return distance, potential - potential.mean()
+
+
+@lru_cache(maxsize=4)
+def _steps(num: int, total: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Widths (S,) of the intervals on which both quantile functions are constant, and the values (S,) they take there.
+
+    They end at multiples of 1 / N and of 1 / M; in integers of 1 / (N M).
+    """
+    ends = np.union1d(np.arange(1, num + 1) * total, np.arange(1, total + 1) * num)
+    return np.diff(ends, prepend=0) / (num * total), (ends - 1) // total, (ends - 1) // num
