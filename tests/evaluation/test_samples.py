@@ -14,6 +14,7 @@ from digit.errors import DigitError, MismatchError
 from digit.evaluation.image_set import open_images
 from digit.evaluation.npz import Statistics, read_npz_images, read_statistics
 from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.metrics.distances import Pairs
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_error, frechet_interval
 
@@ -206,29 +207,29 @@ def test_what_depends_on_the_reference_alone_is_computed_once(cfg, tmp_path, mon
         make = getattr(module, name)
 
         def counted(x, *args, **options):
-            calls[name, len(x)] += 1
+            calls[name, len(x.x) if isinstance(x, Pairs) else len(x)] += 1
             return make(x, *args, **options)
 
         monkeypatch.setattr(module, name, counted)
 
-    for module, name in ((features, "nearest_others"), (features, "square_root"), (measures, "kernel_within"),
-                         (measures, "mean_kernel")):  # fmt: skip
+    for module, name in ((features, "Nearest"), (features, "square_root"), (measures, "kernel_within"),
+                         (features, "GaussianMeans")):  # fmt: skip
         count(module, name)
     reference, network = pictures(90, seed=1), FakeNetwork()
     first = run(pictures(40), reference, cfg, network=network)
-    assert calls == {("nearest_others", 90): 1, ("nearest_others", 40): 1, ("square_root", 12): 1,
-                     ("square_root", 6): 1, ("kernel_within", 90): 1, ("mean_kernel", 90): 1}  # fmt: skip
-    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 6
+    assert calls == {("Nearest", 90): 1, ("Nearest", 40): 1, ("square_root", 12): 1, ("square_root", 6): 1,
+                     ("kernel_within", 90): 1, ("GaussianMeans", 90): 1, ("GaussianMeans", 40): 1}  # fmt: skip
+    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 7
     run(pictures(40, seed=2), reference, cfg, network=network)
-    assert sum(calls.values()) == 7 and calls["nearest_others", 40] == 2
+    assert sum(calls.values()) == 9 and calls["Nearest", 40] == 2 == calls["GaussianMeans", 40]
     uncached = run(pictures(40), reference, replace(cfg, cache="none"))["metrics"]
     assert uncached == first["metrics"]
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:50])
     assert run(pictures(40), reference, cfg, network=network) == first
-    assert calls["nearest_others", 90] == 3
+    assert calls["Nearest", 90] == 3
     run(pictures(40), reference[:80], cfg, network=network)
-    assert calls["nearest_others", 80] == 1
+    assert calls["Nearest", 80] == 1
 
 
 # -------------------------------------------------------------------- statistics

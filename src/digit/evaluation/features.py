@@ -20,9 +20,10 @@ from torch import Tensor
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
-from digit.metrics.distances import nearest_others
+from digit.metrics.distances import Nearest, Pairs
 from digit.metrics.frechet import FeatureStats, square_root
 from digit.metrics.judge import Judged, JudgeNetwork
+from digit.metrics.kernels import GaussianMeans, UnitMoments
 from digit.runtime import distributed
 from digit.runtime.files import load_tensors, save_tensors
 from digit.runtime.progress import Progress
@@ -71,13 +72,47 @@ class Features:
             "root"
         ].numpy()
 
-    def nearest_others(self, k: int) -> Float64[np.ndarray, "N K"]:
-        """Squared distances (N, k) of the pooled features to their k nearest others, cached."""
+    @cached_property
+    def unit_moments(self) -> UnitMoments:
+        """Moments of the pooled features, scaled to length 1; cached. Raises DigitError for features of length 0."""
+        return UnitMoments(**self.remember_matrix("unit moments", lambda: vars(UnitMoments.of(self.pooled))))
 
-        def make() -> dict[str, Tensor]:
-            return {"squares": torch.from_numpy(nearest_others(self.pooled, k)[0])}
+    def within(self, k: int, *, gaussian: bool) -> tuple[Float64[np.ndarray, "N K"], Float64[np.ndarray, " N"] | None]:
+        """Squared distances (N, k) of the pooled features to their k nearest others, and `gaussian_means` (N,) of them.
 
-        return self.remember(f"squares of {k} nearest", make)["squares"].numpy()
+        Both come from one pass over the pairs and are cached. gaussian: whether the means are wanted.
+        """
+        names = (f"squares of {k} nearest", "gaussian means")
+        squares, means = (self._recall(name) for name in names)
+        missing = squares is None, gaussian and means is None
+        if any(missing):
+            pairs = Pairs(self.pooled)
+            nearest = Nearest(pairs, k) if missing[0] else None
+            sums = GaussianMeans(pairs, moments=self.unit_moments) if missing[1] else None
+            pairs.sweep(*(consumer.add for consumer in (nearest, sums) if consumer is not None))
+            if nearest is not None:
+                squares = self._keep(names[0], torch.from_numpy(nearest.result()[0]))
+            if sums is not None:
+                means = self._keep(names[1], torch.from_numpy(sums.result()))
+        assert squares is not None
+        return squares.numpy(), None if means is None else means.numpy()
+
+    def _recall(self, what: str) -> Tensor | None:
+        """A tensor that `_keep` has cached."""
+        if self.cache is None:
+            return None
+        with suppress(DigitError):
+            return load_tensors(self._path(what))["kept"]
+        return None
+
+    def _keep(self, what: str, made: Tensor) -> Tensor:
+        if self.cache is not None:
+            save_tensors(self._path(what), {"kept": made})
+        return made
+
+    def _path(self, what: str) -> Path:
+        assert self.cache is not None
+        return self.cache / f"{digest([FORMAT, self.key.encode(), what.encode()])}.safetensors"
 
     def remember_matrix(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """As `remember`, for matrices (D, D); only where they take less space than the features."""
@@ -87,7 +122,7 @@ class Features:
         """Tensors that depend on `what` and these features alone, from the cache, or made and cached."""
         if self.cache is None:
             return make()
-        return remember(self.cache / f"{digest([FORMAT, self.key.encode(), what.encode()])}.safetensors", make)
+        return remember(self._path(what), make)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from digit.data.fingerprint import digest
 from digit.evaluation.features import Features
 from digit.evaluation.npz import Statistics
 from digit.evaluation.settings import EvaluateConfig
+from digit.metrics.distances import Block, Pairs
 from digit.metrics.diversity import vendi_score
 from digit.metrics.extrapolation import Half, frechet_infinity, frechet_ratio, real_distance, samples_needed
 from digit.metrics.frechet import frechet_distance
 from digit.metrics.influence import frechet_interval
 from digit.metrics.intervals import Interval
-from digit.metrics.kernels import cubic_distance, gaussian_distance, mean_kernel
+from digit.metrics.kernels import GaussianMeans, cubic_distance, gaussian_distance, gaussian_interval
 from digit.metrics.neighbours import Neighbours, compare_at
 from digit.metrics.scores import inception_score, kernel_distance, kernel_subsets, kernel_within
 from digit.metrics.sliced import sliced_wasserstein
@@ -104,7 +105,7 @@ def compute(
     _inception_score(found, fake, cfg, shuffled_splits)
     _spatial(found, fake, real, moments)
     _kernels(found, fake, real, cfg)
-    _neighbours(found, fake, real, cfg)
+    _pairs(found, fake, real, cfg)
     found.add("vendi", lambda: vendi_score(fake.pooled), unless=_no_direction(fake))
     ordered = [name for name in MEASURES if name in found.values]
     found.values = {name: found.values[name] for name in ordered}
@@ -173,36 +174,53 @@ def _spatial(found: Scores, fake: Features, real: Features | None, moments: Stat
 def _kernels(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:
     no_images = NO_IMAGES if real is None else ""
     found.add("kd", lambda: _kernel_distance(fake, _held(real), cfg), unless=no_images)
-    reason = no_images or _no_direction(fake) or _no_direction(_held(real))
-    found.add("cmmd", lambda: _cmmd(fake, _held(real)), unless=reason)
     directions = {"num_directions": cfg.num_directions, "seed": cfg.seed}
     found.add("sw", lambda: sliced_wasserstein(fake.pooled, _held(real).pooled, **directions), unless=no_images)
 
 
-def _cmmd(fake: Features, real: Features) -> Interval:
-    def make() -> dict[str, torch.Tensor]:
-        return {"mean": torch.tensor(mean_kernel(real.pooled), dtype=torch.float64)}
-
-    return gaussian_distance(fake.pooled, real.pooled, within_second=float(real.remember("mean kernel", make)["mean"]))
-
-
-def _neighbours(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:
+def _pairs(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:
+    """Measures of nearest neighbours, and CMMD: all from one pass over the pairs of each two sets."""
     ks = {"precision": cfg.num_neighbours, "recall": cfg.num_neighbours, "authenticity": 1}
     ks |= dict.fromkeys(("density", "coverage"), cfg.density_neighbours)
     ks = {name: k for name, k in ks.items() if name in found.wanted}
     if real is None:
-        found.left_out |= dict.fromkeys(ks, NO_IMAGES)
+        found.left_out |= dict.fromkeys((*ks, *({"cmmd"} & found.wanted)), NO_IMAGES)
         return
-    fewest = min(len(fake), len(real))
+    fewest, means = min(len(fake), len(real)), None
     found.left_out |= {name: f"needs more than {k} images of each" for name, k in ks.items() if k >= fewest}
-    if not (possible := sorted({k for k in ks.values() if k < fewest})):
-        return
-    squares = {"real_squares": real.nearest_others(possible[-1]), "fake_squares": fake.nearest_others(possible[-1])}
-    by_k = dict(zip(possible, compare_at(real.pooled, fake.pooled, possible, **squares), strict=True))
-    for name, k in ks.items():
-        if k in by_k:
-            found.add(name, getattr(by_k[k], name))
-    found.neighbours = by_k.get(cfg.density_neighbours) or by_k[possible[-1]]
+    no_direction = _no_direction(fake) or _no_direction(real)
+    gaussian = "cmmd" in found.wanted and not no_direction
+    if possible := sorted({k for k in ks.values() if k < fewest}):
+        real_squares, real_means = real.within(possible[-1], gaussian=gaussian)
+        fake_squares, fake_means = fake.within(possible[-1], gaussian=gaussian)
+        sums: list[GaussianMeans] = []
+
+        def consumer(pairs: Pairs) -> Callable[[Block], None]:
+            sums.append(GaussianMeans(pairs, moments=real.unit_moments))
+            return sums[0].add
+
+        found_at = compare_at(
+            real.pooled,
+            fake.pooled,
+            possible,
+            real_squares=real_squares,
+            fake_squares=fake_squares,
+            consumer=consumer if gaussian else None,
+        )
+        by_k = dict(zip(possible, found_at, strict=True))
+        for name, k in ks.items():
+            if k in by_k:
+                found.add(name, getattr(by_k[k], name))
+        found.neighbours = by_k.get(cfg.density_neighbours) or by_k[possible[-1]]
+        if gaussian:
+            assert fake_means is not None and real_means is not None
+            means = fake_means, sums[0].result(), float(real_means.mean())
+    found.add("cmmd", lambda: _cmmd(fake, real, means), unless=no_direction)
+
+
+def _cmmd(fake: Features, real: Features, means: tuple[np.ndarray, np.ndarray, float] | None) -> Interval:
+    """CMMD from its means, or of features of which no pairs were needed otherwise."""
+    return gaussian_distance(fake.pooled, real.pooled) if means is None else gaussian_interval(*means)
 
 
 def _kernel_distance(fake: Features, real: Features, cfg: EvaluateConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ the other r. All measures of one comparison come from one pass over the pairs (`
 of float64. They depend on N and M, and on the network: compare only values of the same three.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,11 +106,13 @@ def compare_at(
     *,
     real_squares: Float64[np.ndarray, "N K"] | None = None,
     fake_squares: Float64[np.ndarray, "M K"] | None = None,
+    consumer: Callable[[Pairs], Callable[[Block], None]] | None = None,
 ) -> list[Neighbours]:
     """`compare_neighbours` for several k in one pass over the pairs.
 
     real_squares (N, K) and fake_squares (M, K), K the largest k, are the results of `nearest_others(real, K)` and of
-    fake, if they are known already: they take N² D and M² D operations, the rest N M D.
+    fake, if they are known already: they take N² D and M² D operations, the rest N M D. consumer makes a function of
+    the pairs of fake (rows) with real points that gets their blocks too.
     """
     real, fake = checked_pair(real, fake)
     most = max(ks)
@@ -121,7 +123,8 @@ def compare_at(
     pairs = Pairs(fake, real)
     nearest = Nearest(pairs, 1)
     balls = [_Balls(pairs, real_squares[:, k - 1], fake_squares[:, k - 1]) for k in ks]
-    pairs.sweep(nearest.add, *(one.add for one in balls))
+    others = () if consumer is None else (consumer(pairs),)
+    pairs.sweep(nearest.add, *(one.add for one in balls), *others)
     squares, which = (values[:, 0] for values in nearest.result())
     return [
         Neighbours(k, one.num, one.covered, one.recalled, which, squares, real_squares[which, 0])
