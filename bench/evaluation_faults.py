@@ -27,7 +27,7 @@ SHOWN = 12.0  # standard errors at the end of the colours
 
 
 def main() -> None:
-    cfg = EvaluateConfig(image_size=SIDE)
+    cfg = EvaluateConfig(image_size=SIDE, kernel_subset_size=NUM // 2)
     network = cfg.load_network()
     reference, sound = scenes(21, 1), scenes(22, 1)
     spare, classes = scenes(23, 3), open_images(spec(23, 3)).class_names
@@ -38,12 +38,13 @@ def main() -> None:
     sets = {
         "sound": sound,
         "half of the classes": spare[kept],
-        "each of 100 images ten times, noise of 2 levels": noisy(sound[:100].repeat(10, 1, 1, 1), 2, noise),
-        "copies of the reference, noise of 2 levels": noisy(reference, 2, noise),
+        "100 images ten times, each 0 to 9 levels darker": darker(sound[:100].repeat(10, 1, 1, 1)),
+        "copies of the reference, 0 to 9 levels darker": darker(reference),
         "blur, 3 px": blur(sound),
         "half the size": resize(resize(sound, SIDE // 2), SIDE),
         "noise of 8 levels": noisy(sound, 8, noise),
-        "8 levels darker": (sound.int() - 8).clamp(min=0).to(torch.uint8),
+        "noise of 2 levels": noisy(sound, 2, noise),
+        "0 to 9 levels darker": darker(sound),
     }
     results = {name: evaluate(images, reference, cfg, network=network)["metrics"] for name, images in sets.items()}
     names = [name for name in MEASURES if has_spread(results["sound"].get(network.metric(name), {}))]
@@ -68,6 +69,12 @@ def spec(seed: int, times: int) -> str:
 def scenes(seed: int, times: int) -> Tensor:
     """uint8 (times * NUM, 3, SIDE, SIDE)."""
     return open_images(spec(seed, times)).pixels(range(times * NUM), None)
+
+
+def darker(images: Tensor) -> Tensor:
+    """Darkens each block of 100 images by another 0 to 9 grey levels, so that copies have other pixels."""
+    levels = torch.arange(len(images)) // 100
+    return (images.int() - levels.int()[:, None, None, None]).clamp(min=0).to(torch.uint8)
 
 
 def noisy(images: Tensor, levels: float, generator: torch.Generator) -> Tensor:

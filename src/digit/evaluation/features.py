@@ -102,7 +102,7 @@ class Features:
         if self.cache is None:
             return None
         with suppress(DigitError):
-            return load_tensors(self._path(what))["kept"]
+            return load_tensors(self._path(what)).get("kept")
         return None
 
     def _keep(self, what: str, made: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ that they should surround. The infinitesimal jackknife (Jaeckel 1972; Efron 1982
 respect to the weight of each image: two eigenproblems in all, and no repeated images.
 """
 
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -54,11 +55,19 @@ def frechet_with_error(
     if cov.shape != (x.shape[1], x.shape[1]):
         raise MismatchError(f"features have {x.shape[1]} dimensions, the Gaussian {len(mean)}: use one network")
     shift, x = x.mean(0) - mean, x - x.mean(0)
-    scale, vectors = _spectrum(x)
     root = square_root(cov) if root is None else as_float64(root)
-    cross = np.linalg.svd((vectors * scale).T @ root, compute_uv=False).sum()
-    value = max(float(shift @ shift + np.square(scale).sum() + np.trace(cov) - 2.0 * cross), 0.0)
-    return value, _error(_influence(x, shift, cov, scale, vectors))
+    if len(x) <= x.shape[1]:
+        # x S2^(1/2) = U diag(s) V': Tr (S S2)^(1/2) = sum_k s_k / r and x_i'T x_i = r sum_k U_ik² s_k, r = sqrt(N - 1)
+        left, cross, _ = np.linalg.svd(x @ root, full_matrices=False)
+        cross, total = cross * math.sqrt(len(x) - 1), np.square(x).sum()
+        influence = 2 * x @ shift + (np.square(x).sum(1) - np.square(left) @ cross) * (len(x) / (len(x) - 1))
+        value = shift @ shift + (total - 2.0 * cross.sum()) / (len(x) - 1) + np.trace(cov)
+    else:
+        scale, vectors = _spectrum(x)
+        cross = np.linalg.svd((vectors * scale).T @ root, compute_uv=False)
+        influence = _influence(x, shift, cov, scale, vectors)
+        value = shift @ shift + np.square(scale).sum() + np.trace(cov) - 2.0 * cross.sum()
+    return max(float(value), 0.0), _error(influence)
 
 
 def frechet_difference(
