@@ -37,8 +37,10 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
     ranks=True,
 )
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Score samples against a reference: FID, FID_infinity, Inception Score, KID, sFID, CMMD, precision, recall,
-    density, coverage, authenticity and Vendi score, each with its interval and direction.
+    """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
+
+    Beside them FID_infinity, the FID ratio to real images, CMMD, sliced Wasserstein, density, coverage, authenticity
+    and Vendi score. Each metric has its interval, and the table says which direction is better.
 
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
     EfficientNet-Lite2 is used, or the encoder of --network, and the metrics have other names: they do not compare with
