@@ -135,7 +135,8 @@ def heat_map(path: str, names: list[str], scores: dict[str, list[float]]) -> Non
         axis.set_yticks(range(len(scores)), list(scores))
         for y, row in enumerate(scores.values()):
             for x, score in enumerate(row):
-                axis.text(x, y, f"{score:.0f}", ha="center", va="center", fontsize=8)
+                colour = "white" if abs(score) > SHOWN / 2 else "black"
+                axis.text(x, y, f"{round(score)}", ha="center", va="center", fontsize=8, color=colour)
 
 
 if __name__ == "__main__":
