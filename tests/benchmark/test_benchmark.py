@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from digit.benchmark import floors
+from digit.benchmark import floors, targets
 from digit.benchmark.bench import PARTS, BenchConfig, run_bench
 from digit.benchmark.clock import Timing, alternate, peak_memory
 from digit.benchmark.measurement import Measurement
@@ -221,6 +221,21 @@ def test_targets_find_their_values():
     assert all(line.endswith("not measured") for _, _, line in summary({}))
 
 
+def test_targets_are_read_from_the_scripts_file(tmp_path, capsys, monkeypatch):
+    row = {"case": "step", "precision": "bf16", "mfu": 0.4}
+    parts = {
+        "train:base": {"result": {"results": [row]}},
+        "values": {"result": []},
+        "sample:base": {"failed": "exit 1"},
+    }
+    (tmp_path / "x.json").write_text(json.dumps({"parts": parts}))
+    for more, wanted in (([], "base, training MFU"), (["--missed"], "train:base\n")):
+        monkeypatch.setattr(sys, "argv", ["targets", str(tmp_path / "x.json"), *more])
+        assert targets.main() == 0
+        out = capsys.readouterr().out
+        assert out == wanted if more else out.count("not measured") == len(H100) - 1 and wanted in out
+
+
 def test_target_cases_are_those_that_the_benchmark_names(run):
     made = {row["case"] for row in run[0]["results"]} | {p.name for p in SIZES["base"]().points}
     made |= {case.replace("56 px", "224 px") for case in made}
@@ -231,19 +246,40 @@ def test_target_cases_are_those_that_the_benchmark_names(run):
 # -------------------------------------------------------------------- scripts, start-up
 
 
+def gpu_script(out: Path, *parts: str, **variables: str) -> tuple[subprocess.CompletedProcess, dict]:
+    env = os.environ | {"PYTHON": sys.executable} | variables
+    command = ["bash", str(ROOT / "bench/gpu.sh"), str(out), *parts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    return done, json.loads(out.read_text()) if out.exists() else {}
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="a bash script")
 def test_gpu_script_needs_little_and_loses_one_part_alone(tmp_path):
     for name in NOT_THERE:
         (tmp_path / f"{name}.py").write_text("raise ImportError('not on this machine')\n")
-    out = tmp_path / "out"
     paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
-    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": paths, "RUNS": "micro:train micro:no micro:sample"}
-    done = subprocess.run(["bash", str(ROOT / "bench/gpu.sh"), str(out)], env=env, capture_output=True, text=True)
-    assert done.returncode == 1 and "FAILED: no at micro (exit 2)" in done.stdout, done.stderr
-    assert {path.name.split("-", 1)[1] for path in out.iterdir()} == {
-        "micro-train.json", "micro-sample.json", "summary.txt"
-    }  # fmt: skip
-    assert "not measured" in next(out.glob("*-summary.txt")).read_text()
+    done, report = gpu_script(tmp_path / "out" / "x.json", PYTHONPATH=paths, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts, machine = report["parts"], report["machine"]
+    assert list(parts) == ["values", "paths", "sample:micro", "train:micro", "kernels", "encode:micro", "kmeans:micro"]
+    assert machine["missing"] == [] and {"torch", "numpy", "python", "commit", "driver"} <= set(machine)
+    assert len(parts["values"]["result"]) >= 18 and len(parts["paths"]["result"]) >= 33
+    assert {row["case"] for row in parts["sample:micro"]["result"]["results"]} >= {"images", "images masked"}
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="a bash script")
+def test_gpu_script_keeps_what_failed_and_what_had_no_time(tmp_path):
+    (tmp_path / "safetensors.py").write_text("raise ImportError('broken on this machine')\n")
+    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    done, report = gpu_script(tmp_path / "a.json", "encode:micro", "kernels", PYTHONPATH=paths)
+    assert done.returncode == 1 and "FAILED: exit 1" in done.stdout
+    assert "broken on this machine" in report["parts"]["encode:micro"]["output"]
+    assert "failed" not in report["parts"]["kernels"]
+    done, report = gpu_script(tmp_path / "b.json", "encode:micro", BUDGET="1")
+    assert done.returncode == 1 and report["parts"] == {"encode:micro": {"failed": "no time left"}}
+    done, report = gpu_script(tmp_path / "c.json", "everything")
+    assert done.returncode == 2 and "no part named everything" in done.stdout and not report
 
 
 @pytest.mark.parametrize("code", ["import digit", "from digit.cli import main; main(['--help'])"])

@@ -19,6 +19,7 @@ WRITERS = ("evaluate", "statistics", "stability", "probe", "sweep", "reproduce",
 WRITERS += ("codebook", "tokenize", "train", "pretrain")  # the commands with --out
 TRAINERS = ("fit", "train", "pretrain")
 MET_IN = {  # the commands in which a file's messages are met; the longest beginning of its path counts
+    "evaluation/samples.py": ("evaluate",),
     "benchmark/": ("bench",),
     "convert/vit_checkpoints.py": ("convert",),  # infer_shape asks for --encoder_heads there alone
     "data/": ("fit", "train"),
@@ -26,7 +27,6 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "evaluation/npz.py": ("evaluate",),
     "evaluation/splits.py": ("probe", "reproduce"),
     "evaluation/traps.py": ("evaluate",),
-    "pipeline/manifest.py": ("fit",),  # it says: the --out folder of a finished `digit fit`
     "pipeline/sample_folder.py": ("sample",),
     "pipeline/sample_journal.py": ("sample",),
     "planning/": ("plan",),
@@ -38,9 +38,13 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "runtime/lock.py": ("fit", "train", "pretrain", "sample", "codebook", "tokenize"),
     "training/": TRAINERS,
 }
-WHOLE_COMMANDS = {"released/hub.py", "runs/report.py", "runs/status.py"}  # messages with a command line to copy
+WHOLE_COMMANDS = {
+    "pipeline/manifest.py",
+    "released/hub.py",
+    "runs/report.py",
+    "runs/status.py",
+}  # messages with a command line to copy
 NOT_OURS = {  # options of other programs
-    ("benchmark/targets.py", "--prefix"),
     ("benchmark/targets.py", "--missed"),
     ("convert/onnx_weights.py", "--no"),
     ("convert/reading.py", "--no"),

@@ -44,6 +44,7 @@ def test_another_encoder_comes_with_its_layer_and_its_crops():
         (["--seed", "3"], "--seeds"),
         (["--class_conditional=true"], "table4"),
         (["--prior_training.muon_learning_rate", "0.1"], "would not use"),
+        (["--scale=paper", "--renderer_training.num_steps", "500"], "still train for masked_steps, 125000"),
         (["--seeds", "0,0", "--data", "shapes:num=40,size=64"], "each once"),
     ],
 )

@@ -316,6 +316,15 @@ def test_a_store_of_format_1_is_refused(tmp_path, name):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("manifest", ["2", "1", '"format"', "[2]", "null"])
+def test_a_manifest_that_is_no_dictionary_is_refused(tmp_path, manifest):
+    folder = write(tmp_path / "t").folder
+    (folder / "manifest.json").write_text(manifest)
+    for call in (lambda: write(folder), lambda: TokenStore.open(folder)):
+        with pytest.raises(DigitError, match="format None"):
+            call()
+
+
 def test_folders_without_a_store(tmp_path):
     with pytest.raises(DigitError, match="holds no tokens"):
         TokenStore.open(tmp_path / "nowhere")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from digit.errors import DigitError
-from digit.evaluation.feature_files import COMMIT, FeatureCache, FeatureFiles, discard
+from digit.evaluation.feature_files import COMMIT, FeatureCache, FeatureFiles, discard, identity
 from digit.metrics.feature_rows import FeatureRows, HeldRows, as_rows, batches, near
 
 SIZES = {"prior": (3, 4), "encoder": (1, 5)}
@@ -63,6 +63,16 @@ def test_whole_files_of_the_same_request_are_not_made_again(tmp_path):
     assert len(log) == 3 * num, "a damaged file"
     discard(tmp_path)
     assert not tmp_path.exists()
+
+
+def test_files_that_are_made_again_are_other_features(tmp_path):
+    """A GPU may give other last bits: what was trained on the old files must not go on with the new ones."""
+    made = cache(tmp_path).collect(parts, SIZES, 100)["prior"]
+    assert identity(made) == identity(cache(tmp_path).collect(parts, SIZES, 100)["prior"]) != ""
+    discard(tmp_path)
+    assert identity(made) != identity(again := cache(tmp_path).collect(parts, SIZES, 100)["prior"])
+    whole = features()["prior"]
+    assert identity(whole) == identity(HeldRows(whole.clone())) not in (identity(again), identity(whole + 1))
 
 
 def test_a_run_that_was_cut_short_leaves_nothing_that_counts(tmp_path):

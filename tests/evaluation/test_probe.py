@@ -1,5 +1,9 @@
 """Linear probes: both solvers against scikit-learn and torch, how settings are chosen, and features of models."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +16,7 @@ from toy_images import NoiseSource, PatchEncoder
 from digit.data.crops import gather_crops
 from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.evaluation import probe
+from digit.evaluation import probe, probe_state
 from digit.evaluation.probe import run_probe, to_table
 from digit.evaluation.probed_features import collect, encoder_features, notes_on, prior_features
 from digit.metrics.probe import ProbeConfig, ProbeData, best_layer, fit_lbfgs, fit_sgd, probe_layers, top1_difference
@@ -351,6 +355,62 @@ def test_a_probe_that_was_cut_short_runs_no_network_again(tmp_path, monkeypatch)
     assert run_probe(pipe, TwoShades(60), TwoShades(30), cfg, out=tmp_path)["protocol"]["num_train"] == 60
     assert pipe.tokenizer.encoder.calls == calls > 0
     assert not (tmp_path / "features").exists()
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from digit.evaluation import probe_state
+from digit.evaluation.probe import probe_features
+from digit.metrics.probe import ProbeConfig
+out, last = Path(sys.argv[1]), int(sys.argv[2])
+save, saves = probe_state.StateFile.save, []
+def saving(self, tensors):
+    save(self, tensors)
+    saves.append(self.path.name.split(".")[1])
+    if len(saves) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+probe_state.StateFile.save, probe_state.SAVE_EVERY = saving, 0.0
+labels = torch.arange(240) % 4
+train = torch.randn(240, 3, 6, generator=torch.Generator().manual_seed(0)) + labels[:, None, None]
+cfg = ProbeConfig(solver="sgd", learning_rates=(0.1, 0.4), num_epochs=5, batch_size=64)
+states = out / "states" if last >= 0 else None
+probe_features({"prior": (train, train)}, labels, labels, cfg, out=out, states=states)
+print(*saves)
+"""
+
+
+def test_sgd_that_was_killed_goes_on_to_the_bit(tmp_path):
+    """Killed in the middle of an epoch of the sweep, then in the final fit; 20 updates each."""
+
+    def probed(out, last):
+        words = [sys.executable, "-c", KILLED, str(out), str(last)]
+        return subprocess.run(
+            words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
+        )
+
+    assert probed(tmp_path / "killed", 7).returncode == probed(tmp_path / "killed", 25).returncode == -signal.SIGKILL
+    rest = probed(tmp_path / "killed", 0)
+    assert rest.returncode == 0, rest.stderr
+    assert rest.stdout.split() == ["final"] * 8, "13 updates of the sweep and 12 of the final fit were done"
+    probed(tmp_path / "whole", -1)
+    killed, whole = (tmp_path / name / "probe.json" for name in ("killed", "whole"))
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_the_state_of_sgd_belongs_to_its_features_and_settings(tmp_path):
+    (train, labels), cfg = blobs(), SGD
+    other = {
+        "features": (train + 1, labels, cfg), "labels": (train, labels.flip(0), cfg),
+        "settings": (train, labels, replace(SGD, num_epochs=2)), "the same": (train.clone(), labels.clone(), cfg),
+    }  # fmt: skip
+    paths = {name: probe_state.states_in(tmp_path, c, t, ls, None)("sweep").path for name, (t, ls, c) in other.items()}
+    own = probe_state.states_in(tmp_path, cfg, train, labels, None)("sweep")
+    assert own.path == paths.pop("the same") and own.path not in paths.values() and len(set(paths.values())) == 3
+    assert own.load() == {}, "nothing was saved"
+    own.path.write_bytes(b"torn")
+    assert own.load() == {}
+    assert probe_state.states_in(tmp_path, ProbeConfig(), train, labels, None) is None
 
 
 def test_released_models_are_probed_over_all_positions(tmp_path):

@@ -207,3 +207,9 @@ def test_positions_start_from_places(masked: bool):
         assert nearness[[0, 1, 4, 5], 0].min() > nearness[[10, 11, 14, 15], 0].max()
     assert torch.equal(model.positions[0], torch.zeros(32)) == masked
     assert 0.3 < model.prefix_positions.square().mean() < 0.7
+
+
+def test_a_prefix_of_another_batch_is_refused():
+    target, prefix = torch.randint(11, (2, 6)), torch.randint(7, (1, 4))
+    with pytest.raises(DigitError, match="prefix has 1 rows, target 2"):
+        with_prefix()(target, prefix=prefix)

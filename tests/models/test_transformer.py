@@ -1,11 +1,14 @@
 """Backbone: attention against its definition, cache, dropout, norms."""
 
 import math
+import sys
 
 import pytest
 import torch
 
 from digit.errors import DigitError
+from digit.models import decoding
+from digit.models.decoding import check_step_kernel, step_kernel
 from digit.models.transformer import Dropout, KeysValues, KVCache, Transformer, TransformerConfig, attend
 
 CFG = dict(depth=3, embed_dim=32, num_heads=4, dropout=0.0)
@@ -93,3 +96,36 @@ def test_dropout_rate_scale_and_reproducibility():
 def test_settings_that_cannot_be():
     with pytest.raises(DigitError, match="embed_dim 30 is not divisible by num_heads 4"):
         TransformerConfig(embed_dim=30, num_heads=4)
+
+
+def test_without_a_working_kernel_decoding_uses_torch(monkeypatch, caplog):
+    where = dict(dtype=torch.float32, head_dim=8)
+    assert step_kernel(torch.device("cpu"), **where) is None
+    monkeypatch.setattr(decoding, "find_spec", lambda name: None)
+    assert step_kernel(torch.device("cuda", 7), **where) is None and not caplog.records
+    monkeypatch.setattr(decoding, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "digit.models.step_kernel", None)  # stands for a Triton that cannot start
+    assert step_kernel(torch.device("cuda", 8), **where) is None
+    assert "decoding uses torch's" in caplog.text
+
+
+def test_the_trial_of_a_kernel_accepts_torchs_attention_alone():
+    def plain(q, k, v, keys, values, position):
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
+        end = int(position) + 1
+        return attend(q, KeysValues(keys[:, :, :end], values[:, :, :end]))
+
+    def misses_the_newest(q, k, v, keys, values, position):
+        plain(q, k, v, keys, values, position)
+        end = max(1, int(position))
+        return attend(q, KeysValues(keys[:, :, :end], values[:, :, :end]))
+
+    def stores_nothing(q, k, v, keys, values, position):
+        return plain(q, k, v, keys.clone(), values.clone(), position)
+
+    where = torch.device("cpu"), torch.float32, 8
+    check_step_kernel(plain, *where)
+    for wrong in (misses_the_newest, stores_nothing):
+        with pytest.raises(AssertionError):
+            check_step_kernel(wrong, *where)

@@ -95,6 +95,27 @@ def test_the_result_does_not_depend_on_chunks(tokenizer):
     assert (tokenizer.decode(whole).int() - images.int()).abs().max() <= 1
 
 
+def test_as_many_images_together_as_a_cache_holds(tokenizer):
+    """8 MiB of one map: 1 image of 256 px and 32 channels, 8 of 128 px and 16."""
+    assert (tokenizer.encoded_together, tokenizer.decoded_together) == (16, 8)  # 32 KiB an image
+    tokenizer.chunk_size = 3
+    assert (tokenizer.encoded_together, tokenizer.decoded_together) == (3, 8)
+    for resolution, channels, images in ((256, 128, 1), (256, 32, 1), (128, 16, 8), (64, 32, 16)):
+        with torch.device("meta"):
+            vqgan = VQGAN(replace(TINY, resolution=resolution, channels=channels, channel_mult=(1, 1, 1)))
+        vqgan.quantize = tokenizer.vqgan.quantize  # on the CPU
+        other = VQTokenizer(vqgan)
+        assert (other.encoded_together, other.decoded_together) == (images, min(images, 8))
+
+
+def test_without_gradients_maps_are_overwritten_and_pictures_the_same(tokenizer):
+    images = pictures(2).float() / 255
+    with_gradients = tokenizer.vqgan(images)
+    with torch.no_grad():
+        without = tokenizer.vqgan(images)
+    assert all(torch.equal(a, b) for a, b in zip(with_gradients, without, strict=True))
+
+
 def test_features_are_what_the_tokens_stand_for(tokenizer):
     images = pictures(5)
     tokens, features = tokenizer.encode_features(images)

@@ -11,6 +11,7 @@ from toy_images import PatchEncoder
 from toy_pipeline import toy_pipeline
 
 import digit
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError, MismatchError
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
@@ -278,3 +279,15 @@ def test_images_without_a_class_are_sampled_where_training_knew_some(tmp_path):
 def test_the_authors_repository_is_no_folder_and_says_who_fetches_it():
     with pytest.raises(DigitError, match="released_pipeline"):
         DigitPipeline.from_pretrained("DAMO-NLP-SG/DiGIT")
+
+
+def test_crops_of_another_size_than_the_vqgan_takes_are_refused():
+    whole = toy_pipeline()
+    with pytest.raises(DigitError, match="pixels of the VQGAN is 16, of the crops 8"):
+        DigitPipeline(vq=whole.vq, renderer=whole.renderer, preprocess=PreprocessConfig(image_size=8))
+
+
+def test_the_path_of_the_codebook_has_its_own_size():
+    whole, preprocess = toy_pipeline(), PreprocessConfig(path="released_kmeans", image_size=256, encoder_size=16)
+    pipe = DigitPipeline(vq=whole.vq, renderer=whole.renderer, preprocess=preprocess)
+    assert pipe.image_size == 16

@@ -19,6 +19,8 @@ from digit.planning.report import dollars, notes
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
+from digit.runs.report import num_judged, num_shown
+from digit.sampling.config import SamplingConfig
 from digit.training.config import TrainConfig
 
 PRIOR = SequenceConfig(vocab_size=512, target_len=64, depth=3, embed_dim=128, num_heads=4, norm="post")
@@ -193,7 +195,7 @@ def test_an_epoch_is_a_pass_over_the_images_however_many_crops_are_stored():
 def test_fresh_crops_cost_encoding_of_their_role_and_decoding():
     machine, order = replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"]))
     stored, fresh = (
-        Planner(replace(get_recipe("digit_base"), training_crops=crops), machine, order)
+        Planner(replace(get_recipe("digit_base"), training_crops=crops, crops_per_image=1), machine, order)
         for crops in ("stored", "fresh")
     )
     work, images = fresh.work, 125_000 * 2048
@@ -216,6 +218,27 @@ def test_notes_on_fresh_crops_and_the_tokenizers_beside_training():
     stored, fresh = (Planner(tiny_recipe(training_crops=c), CPU, Order(images=1000)) for c in ("stored", "fresh"))
     assert fresh.training("prior").memory > stored.training("prior").memory
     assert "each time a new crop" in "\n".join(notes(fresh)) and "validation and probes" in "\n".join(notes(fresh))
+
+
+def test_vq_tokens_of_another_store_take_neither_time_nor_room():
+    both, one = (Planner(tiny_recipe(), CPU, Order(images=1000, reuse=frozenset(r))) for r in ((), ("vq_tokens",)))
+    assert (both.store_bytes, one.store_bytes) == (1000 * (2 * (4 + 16) + 4), 1000 * (2 * 4 + 4))
+    vq = both.work.vq_encoder.flops * 1000 / CPU.rate("convolutions")
+    assert both.tokens().times["encoding"] - one.tokens().times["encoding"] == pytest.approx(vq)
+
+
+def test_sampling_takes_the_time_of_its_models_and_images_alone():
+    planner = Planner(
+        replace(tiny_recipe(), sampling=SamplingConfig(batch_size=8)), CPU, Order(images=1000, samples=40)
+    )
+
+    def seconds(samples, *names):
+        return max(planner.sampling_times(samples, names).values())
+
+    assert seconds(80, "prior", "renderer") == pytest.approx(2 * seconds(40, "prior", "renderer"))
+    assert seconds(40, "vq_ar") < seconds(40, "prior", "renderer")
+    report = num_shown(0) + num_judged(1000)
+    assert planner.sampling().seconds == pytest.approx(seconds(report + 40, "prior", "renderer"))
 
 
 def test_batch_that_devices_cannot_share_is_refused():

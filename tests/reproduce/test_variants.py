@@ -25,8 +25,8 @@ def study(tmp_path_factory) -> Study:
 
 def free_of_charge(study: Study) -> Study:
     """The study without estimates of time, which take longer than the rest."""
-    names = ("images", "parts", "model", "sampling")
-    study.costs = SimpleNamespace(**{name: lambda *_args: 0.0 for name in names})
+    names = ("images", "parts", "model", "sampling", "reconstruction", "probe", "probe_itself")
+    study.costs = SimpleNamespace(**{name: lambda *_args, **_options: 0.0 for name in names})
     return study
 
 
@@ -51,6 +51,18 @@ def test_every_row_of_ours_in_the_paper_is_a_row_here(study):
     assert paper.TABLE3["DiGIT + AR, large"] == paper.FIG3A["+ larger model"]
     assert paper.TABLE3["VQ-only AR, own epochs"] == paper.FIG3A["VQ tokens"]
     assert set(paper.TABLE3) <= labels and set(paper.FIG3A) == set(list(paper.FIG3A))
+
+
+def test_each_probe_and_the_parts_of_the_large_recipe_are_steps_of_their_own(study):
+    """So that what was done before a kill is not repeated."""
+    names = steps(study, "fig4a")
+    for name in ("MAE", "MoCo", "iBOT"):
+        first = names.index(f"encoder_{name}")
+        assert names[first : first + 3] == [f"encoder_{name}", f"encoder_{name}_lp", f"encoder_{name}_ol"]
+    names = steps(study, "fig3b")
+    assert {"prior_k1024", "probe_k1024", "prior_k4096", "probe_k4096", "plain_prior_0_probe"} <= set(names)
+    names = steps(study, "table3")
+    assert names.index("large_parts") < names.index("large_plain_prior_0")
 
 
 def test_the_baseline_is_there_by_epochs_and_by_compute(study):

@@ -13,7 +13,14 @@ from tiny import SHAPES, tiny_recipe
 from digit.cli import main
 from digit.errors import DigitError
 from digit.models.vqgan import VQGANConfig
-from digit.runs.checks import check_recipe, chosen_settings, unchanged_parts, unused_settings, vqgan_config
+from digit.runs.checks import (
+    check_own_steps,
+    check_recipe,
+    chosen_settings,
+    unchanged_parts,
+    unused_settings,
+    vqgan_config,
+)
 from digit.runs.fit import Run, fit
 from digit.runs.recipes import RECIPES, Recipe, get_recipe
 from digit.runtime.settings import flat, refuse_unused
@@ -213,6 +220,8 @@ def test_every_registered_recipe_is_accepted(name):
         ({}, dict(num_processes=3), "prior_training.batch_size 32 does not split into 3 equal micro-batches"),
         (dict(kmeans__num_clusters=70_000), {}, "kmeans: codes 70000: the token store holds at most 65536"),
         (dict(preprocess__random_crop=False, preprocess__flip=False), {}, "crops_per_image is 8, but all crops"),
+        (dict(training_crops="fresh"), {}, "but 8 crops of each image would be tokenized first"),
+        (dict(training_crops="fresh"), {}, "set crops_per_image to 1, .*, or training_crops to stored"),
         (dict(prior_training__num_steps=0), {}, "prior_training.num_steps is 0: an untrained prior makes noise"),
         (dict(renderer_training__precision="fp16"), {}, "renderer_training.precision is fp16, which needs a GPU"),
         (dict(sampling__prior__cfg_scale=2.0), {}, "cfg_scale is 2.0, but guidance needs prior.label_dropout"),
@@ -226,6 +235,25 @@ def test_what_cannot_work_is_refused(changes, request_, text):
     recipe = change(get_recipe("small"), **changes)
     with pytest.raises(DigitError, match=text):
         check(recipe, **request_)
+
+
+def test_fresh_crops_with_one_stored_crop_or_with_tokens_that_are_there():
+    check(change(get_recipe("small"), training_crops="fresh", crops_per_image=1))
+    recipe = change(get_recipe("small"), training_crops="fresh")
+    check(recipe, reuse={part: flat(recipe) for part in ("codebook", "vqgan", "tokens")})
+
+
+def test_updates_of_a_renderer_that_others_of_the_comparison_would_not_take():
+    recipe, setting = change(get_recipe("digit_base"), renderer_training__num_steps=500), "renderer_training.num_steps"
+    check_own_steps(recipe, [])
+    with pytest.raises(DigitError, match="num_steps is 500, but renderer_masked would .* masked_steps, 125000"):
+        check_own_steps(recipe, [setting])
+    with pytest.raises(DigitError, match="vq_ar_epochs would still train for vq_only_steps, 125000 .* to null"):
+        check_own_steps(recipe, [setting, "masked_steps"])
+    check_own_steps(recipe, [setting, "masked_steps", "vq_only_steps"])
+    check_own_steps(recipe, [setting], ["renderer"])
+    check_own_steps(change(recipe, masked_steps=None, vq_only_steps=None), [setting])
+    check_own_steps(change(get_recipe("small"), renderer_training__num_steps=500), [setting])
 
 
 def test_guidance_of_a_model_that_is_trained_for_it():
@@ -247,7 +275,7 @@ def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_sa
         (["recipe.prior.depth"], ["codebook", "vqgan", "tokens"]),
         (["recipe.renderer_training.num_steps", "recipe.class_conditional"], ["codebook", "vqgan", "tokens"]),
         (["recipe.crops_per_image"], ["codebook", "vqgan"]),
-        (["recipe.kmeans.num_clusters"], ["vqgan"]),
+        (["recipe.kmeans.num_clusters"], ["vqgan", "vq_tokens"]),
         (["recipe.vqgan_training.num_steps"], ["codebook"]),
         (["recipe.seed"], []),
         (["recipe.preprocess.flip"], []),

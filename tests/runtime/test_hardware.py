@@ -2,7 +2,7 @@
 
 import torch
 
-from digit.runtime.hardware import choose_device, cores_of_this_process, full_precision
+from digit.runtime.hardware import choose_device, cores_of_this_process, free_memory, full_precision, physical_memory
 
 
 def test_a_rank_takes_its_own_gpu_whatever_number_is_named(monkeypatch):
@@ -29,3 +29,19 @@ def test_the_cores_of_a_machine_are_shared_by_its_ranks(monkeypatch):
     assert cores_of_this_process() == 96
     monkeypatch.setattr("digit.runtime.distributed.local_size", lambda: 8)
     assert cores_of_this_process() == 12
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave_to_this_process(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 2**24 < free_memory(cpu) <= physical_memory()
+    monkeypatch.setattr("digit.runtime.hardware.physical_memory", lambda: 3 * 2**20)
+    assert free_memory(cpu) == 3 * 2**20, "a container leaves less than the system has"
+    monkeypatch.setattr("digit.runtime.distributed.local_size", lambda: 3)
+    assert free_memory(cpu) == 2**20
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch):
+    numbers = {"mem_get_info": (5, 9), "memory_reserved": 4, "memory_allocated": 1}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
+    assert free_memory(torch.device("cuda")) == 8

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from digit.models.products import linear as onednn_linear
 from digit.models.products import prepacked
@@ -81,9 +82,13 @@ def trial(run: Run) -> float:
 
 
 def attention_products(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
-    """q k^T and p v for (B * H, n, d) over (B * H, t, d)."""
+    """q k^T and p v for (B * H, n, d) over (B * H, t, d).
+
+    On a GPU without cuDNN's kernel, which would build a plan for each length of a cache.
+    """
     if q.is_cuda:
-        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=causal)
     else:
         torch.bmm(torch.bmm(q, k.transpose(1, 2)), v)
 

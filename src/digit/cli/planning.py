@@ -55,7 +55,9 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
         default=None,
         help=f"number of classes of a class-conditional recipe (default: {IMAGENET_CLASSES}, ImageNet-1k's)",
     )
-    parser.add_argument("--reuse", default="", help="parts that you already have, with commas: codebook,vqgan,tokens")
+    parser.add_argument(
+        "--reuse", default="", help="parts that you already have, with commas: codebook,vqgan,tokens,vq_tokens"
+    )
     parser.add_argument("--gpu", default=None, help=f"kind of GPU: {', '.join(GPUS)} (default: this machine)")
     parser.add_argument("--gpus", type=int, default=None, help="number of GPUs (default: 1; h100 without --gpu)")
     parser.add_argument(

@@ -67,7 +67,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     refuse_decided(argv)
     base = add_arguments(parser, argv)
     args = parse(parser, argv)
-    from digit.reproduce import Study, build, check_everything, chosen_targets, plan, reproduce_all
+    from digit.reproduce import Study, build_all, check_everything, chosen_targets, perform_all, plan
     from digit.reproduce.rehearsal import listed, rehearsed
 
     targets = chosen_targets(args.target)
@@ -81,7 +81,8 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     say_assumptions(study.train)
     say_assumptions(study.test)
     say(f"test images: {study.tested_on} ({len(study.test)})")
-    experiments = [build(target, study) for target in targets]
+    by_target = build_all(targets, study)
+    experiments = list(by_target.values())
     text = distributed.on_main(lambda: plan(experiments, study.out))
     if args.plan:
         say(text)
@@ -89,7 +90,7 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
         return
     check_everything(experiments, study)
     say(f"{listed(cuts)}\n\n{text}" if cuts else text)
-    for outcome, folder in reproduce_all(targets, study):
+    for outcome, folder in perform_all(by_target, study):
         say(f"\n{outcome.table}\n\nresults, table and pictures: {folder}")
 
 
@@ -175,6 +176,7 @@ def option_names(cfg: Any) -> list[str]:
 
 def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     """The scale that parsed arguments describe. Raises DigitError for settings that its runs would not use."""
+    from digit.runs.checks import check_own_steps
     from digit.runs.recipes import Recipe
 
     if args.scale != base.name:
@@ -186,6 +188,7 @@ def chosen_scale(args: Any, argv: Sequence[str], base: "Scale") -> "Scale":
     chosen = {*typed_settings(argv, recipe), *changed(given, base.recipe)}
     reuse = [part for part in ("codebook", "vqgan", "tokens") if getattr(args, f"reuse_{part}")]
     refuse_unused(recipe, sorted(chosen), unused_by_all(recipe, reuse))
+    check_own_steps(recipe, chosen)
     scale = replace(base, **{name: getattr(args, name) for name in option_names(base)})
     recipes = {field.name: getattr(base, field.name) for field in fields(base)}
     scale = replace(

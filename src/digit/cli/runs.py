@@ -166,12 +166,14 @@ def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar, vq_ar_epochs or vq_masked")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
+    from digit.runs.checks import check_own_steps
     from digit.runs.roles import ROLES
     from digit.runtime.files import read_json
 
     if args.model not in ("vqgan", *ROLES):
         raise DigitError(f"no model named {args.model}: choose one of vqgan, {', '.join(ROLES)}")
     run = make_run(args, argv, base)
+    check_own_steps(run.recipe, typed_settings(argv, run.recipe), [args.model])
     if args.model == "vqgan":
         run.train_vqgan()
     else:

@@ -327,7 +327,7 @@ class TokenBatches:
 
 def check_format(folder: Path, manifest: Any) -> None:
     """Raises DigitError if `manifest`, or a journal's request, is of a store that this version cannot read."""
-    got = manifest.get("format") if isinstance(manifest, dict) else manifest
+    got = manifest.get("format") if isinstance(manifest, dict) else None
     if got == 1:
         raise DigitError(
             f"tokens in {folder} have format 1, written by digit 0.1; this version reads format {FORMAT}: {AGAIN}, or "

@@ -2,6 +2,7 @@
 
 FOLDER/NAME.RANK.rows    bare rows of one rank, in order
 FOLDER/features.json     what they are of, written last; with another request the files are made again
+FOLDER/KEY.STAGE.state   weights and momentum of a probe's sgd, while it runs (`probe_state`)
 
 A folder that is whole is used again, so that classifiers that were cut short need no second pass of the networks.
 
@@ -9,6 +10,7 @@ Shapes: N images, B images of a batch, L layers, D features.
 """
 
 import os
+import secrets
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,22 +27,32 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.evaluation.sharing import rows_to_main
-from digit.metrics.feature_rows import Features
+from digit.metrics.feature_rows import Features, HeldRows
 from digit.runtime import distributed
-from digit.runtime.files import MAKE_AGAIN, atomic_path, disk_errors, plain, read_json, remove_leftovers, require_space
+from digit.runtime.files import (
+    MAKE_AGAIN,
+    atomic_path,
+    disk_errors,
+    plain,
+    read_json,
+    remove_leftovers,
+    require_space,
+    sha256_tensors,
+)
 from digit.runtime.files import write_json as commit
 
 READERS = 8  # threads that wait for the disk together
 COMMIT = "features.json"
-LABELS = "labels"
+LABELS, STATE = "labels", ".state"
 Batches = Callable[[], Iterator[Mapping[str, Tensor]]]  # this rank's share: name -> (B, L, D) float, or labels (B,)
 
 
 class FeatureFiles:
     """Rows (N, L, D) float16 in files, one after another; reading leaves nothing in memory but what was asked for."""
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], layers: int, dim: int):
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], layers: int, dim: int, made: str = ""):
         self.shape = sum(counts), layers, dim
+        self.made = made  # text that changes whenever files are made again
         self.row_bytes = 2 * layers * dim
         for path, count in zip(paths, counts, strict=True):
             size = path.stat().st_size if path.is_file() else -1
@@ -109,7 +121,7 @@ class FeatureCache:
             distributed.on_main(lambda: self._make_room(2 * size))
             shares = distributed.on_every_rank(lambda: self._write(batches()))
             known = {"request": request, "sizes": plain(dict(sizes)), "shares": shares}
-            distributed.on_main(lambda: commit(self.folder / COMMIT, known))
+            distributed.on_main(lambda: commit(self.folder / COMMIT, known | {"made": secrets.token_hex(16)}))
         return self._open() if distributed.is_main() else {}
 
     def _is_whole(self, request: Mapping[str, Any]) -> bool:
@@ -151,8 +163,19 @@ class FeatureCache:
             if name == LABELS:
                 found[name] = torch.cat([_read_labels(path, count) for path, count in counts.items()])
             else:
-                found[name] = FeatureFiles(list(counts), list(counts.values()), *known["sizes"][name])
+                layers, dim = known["sizes"][name]
+                made = f"{known['made']} {name}"
+                found[name] = FeatureFiles(list(counts), list(counts.values()), layers, dim, made)
         return found
+
+
+def identity(features: Features) -> str:
+    """Text that changes with the features: a hash of those in memory; of files, when they were made."""
+    if isinstance(features, Tensor | HeldRows):
+        return sha256_tensors({"features": features.tensor if isinstance(features, HeldRows) else features})
+    if isinstance(features, FeatureFiles):
+        return features.made
+    raise TypeError(f"features in a {type(features).__name__} have no identity: give a tensor or files")
 
 
 def discard(folder: Path) -> None:
@@ -161,7 +184,7 @@ def discard(folder: Path) -> None:
     for path in folder.glob("*"):
         if path.is_dir():
             discard(path)
-        elif path.suffix == ".rows":
+        elif path.suffix in (".rows", STATE):
             path.unlink()
     remove_leftovers(folder)
     with suppress(OSError):  # never made, or not ours alone

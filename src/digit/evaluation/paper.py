@@ -65,88 +65,71 @@ TABLE2_ROWS = tuple(
         ("DiGIT", "16 x 16", 1536, "732M", 80.3, "DiGIT, large"),
     )
 )
-VALIDATION_ROWS = (  # last rows of Tables 3 and 4
-    Generation(
-        kind="data",
-        method="validation data, DiGIT + VQ",
-        fid=1.92,
-        inception=184.40,
-        ours="validation data: DiGIT + VQ",
-    ),
-    Generation(
-        kind="data", method="validation data, VQ only", fid=1.67, inception=175.56, ours="validation data: VQ only"
-    ),
+
+
+def generation_rows(table: str) -> tuple[Generation, ...]:
+    """Rows from lines `type | method | parameters | epochs | FID | IS | label of our row`; † trained with guidance."""
+    rows = []
+    for line in table.strip().splitlines():
+        kind, method, parameters, epochs, fid, inception, ours = (cell.strip() for cell in line.split("|"))
+        score = float(inception.removesuffix("†")) if inception else None
+        guided, distance = fid.endswith("†"), float(fid.removesuffix("†"))
+        about: dict[str, str] = dict(kind=kind, method=method, parameters=parameters, epochs=epochs, ours=ours)
+        rows.append(Generation(**about, fid=distance, inception=score, guided=guided))
+    return tuple(rows)
+
+
+# last rows of Tables 3 and 4
+VALIDATION_ROWS = generation_rows("""
+data | validation data, DiGIT + VQ |  |  | 1.92 | 184.40 | validation data: DiGIT + VQ
+data | validation data, VQ only    |  |  | 1.67 | 175.56 | validation data: VQ only
+""")
+# unconditional
+TABLE3_ROWS = (
+    generation_rows("""
+GAN       | BigGAN           | 70M   |      | 38.6  | 24.70  |
+diffusion | LDM              | 395M  |      | 39.1  | 22.83  |
+diffusion | ADM              | 554M  |      | 26.2  | 39.70  |
+masked    | MAGE             | 200M  | 1600 | 11.1  | 81.17  |
+masked    | MAGE             | 463M  | 1600 | 9.10  | 105.1  |
+masked    | MaskGIT          | 227M  | 300  | 20.7  | 42.08  | VQ-only MaskGIT
+masked    | DiGIT (+MaskGIT) | 219M  | 200  | 9.04  | 75.04  | DiGIT + MaskGIT
+AR        | VQGAN            | 214M  | 200  | 24.38 | 30.93  | VQ-only AR, own epochs
+AR        | GIVT             | 304M  | 500  | 17.70 |        |
+AR        | GIVT             | 1.67B | 500  | 11.02 |        |
+AR        | DiGIT (+VQGAN)   | 219M  | 400  | 9.13  | 73.85  | DiGIT + AR
+AR        | DiGIT (+VQGAN)   | 732M  | 200  | 4.59  | 141.29 | DiGIT + AR, large
+""")
+    + VALIDATION_ROWS
 )
-TABLE3_ROWS = (  # unconditional
-    Generation(kind="GAN", method="BigGAN", parameters="70M", fid=38.6, inception=24.70),
-    Generation(kind="diffusion", method="LDM", parameters="395M", fid=39.1, inception=22.83),
-    Generation(kind="diffusion", method="ADM", parameters="554M", fid=26.2, inception=39.70),
-    Generation(kind="masked", method="MAGE", parameters="200M", epochs="1600", fid=11.1, inception=81.17),
-    Generation(kind="masked", method="MAGE", parameters="463M", epochs="1600", fid=9.10, inception=105.1),
-    Generation(
-        kind="masked", method="MaskGIT", parameters="227M", epochs="300", fid=20.7, inception=42.08,
-        ours="VQ-only MaskGIT",
-    ),
-    Generation(
-        kind="masked", method="DiGIT (+MaskGIT)", parameters="219M", epochs="200", fid=9.04, inception=75.04,
-        ours="DiGIT + MaskGIT",
-    ),
-    Generation(
-        kind="AR", method="VQGAN", parameters="214M", epochs="200", fid=24.38, inception=30.93,
-        ours="VQ-only AR, own epochs",
-    ),
-    Generation(kind="AR", method="GIVT", parameters="304M", epochs="500", fid=17.70),
-    Generation(kind="AR", method="GIVT", parameters="1.67B", epochs="500", fid=11.02),
-    Generation(
-        kind="AR", method="DiGIT (+VQGAN)", parameters="219M", epochs="400", fid=9.13, inception=73.85,
-        ours="DiGIT + AR",
-    ),
-    Generation(
-        kind="AR", method="DiGIT (+VQGAN)", parameters="732M", epochs="200", fid=4.59, inception=141.29,
-        ours="DiGIT + AR, large",
-    ),
-    *VALIDATION_ROWS,
-)  # fmt: skip
-TABLE4_ROWS = (  # class-conditional
-    Generation(kind="GAN", method="BigGAN", parameters="160M", fid=6.95, inception=198.2),
-    Generation(kind="diffusion", method="ADM", parameters="554M", fid=10.94, inception=101.0),
-    Generation(kind="diffusion", method="LDM-4", parameters="400M", fid=10.56, inception=103.5),
-    Generation(kind="diffusion", method="DiT-XL/2", parameters="675M", fid=9.62, inception=121.50),
-    Generation(kind="diffusion", method="L-DiT-7B", parameters="7B", fid=6.09, inception=153.32),
-    Generation(kind="masked", method="Contextual RQ-Trans", parameters="371M", epochs="300", fid=5.45, inception=172.6),
-    Generation(kind="masked+AR", method="VAR", parameters="310M", epochs="200", fid=4.64),
-    Generation(kind="masked+AR", method="VAR", parameters="310M", epochs="200", fid=3.60, inception=257.5, guided=True),
-    Generation(kind="masked+AR", method="VAR", parameters="600M", epochs="250", fid=2.95, inception=306.1, guided=True),
-    Generation(kind="masked", method="MAGVIT-v2", parameters="307M", epochs="1080", fid=3.65, inception=200.5),
-    Generation(kind="AR", method="VQVAE-2", parameters="13.5B", fid=31.11, inception=45),
-    Generation(kind="AR", method="RQ-Trans", parameters="480M", fid=15.72, inception=86.8),
-    Generation(kind="AR", method="RQ-Trans", parameters="3.8B", fid=7.55, inception=134.0),
-    Generation(kind="AR", method="ViTVQGAN", parameters="650M", epochs="360", fid=11.20, inception=97.2),
-    Generation(kind="AR", method="ViTVQGAN", parameters="1.7B", epochs="360", fid=5.3, inception=149.9),
-    Generation(kind="AR", method="GIVT", parameters="304M", epochs="500", fid=5.67),
-    Generation(kind="AR", method="GIVT", parameters="1.67B", epochs="500", fid=3.46),
-    Generation(
-        kind="masked", method="MaskGIT", parameters="227M", epochs="300", fid=6.18, inception=182.1,
-        ours="VQ-only MaskGIT",
-    ),
-    Generation(
-        kind="masked", method="DiGIT (+MaskGIT)", parameters="219M", epochs="200", fid=4.62, inception=146.19,
-        ours="DiGIT + MaskGIT",
-    ),
-    Generation(
-        kind="AR", method="VQGAN", parameters="227M", epochs="300", fid=18.65, inception=80.4,
-        ours="VQ-only AR, own epochs",
-    ),
-    Generation(
-        kind="AR", method="DiGIT (+VQGAN)", parameters="219M", epochs="400", fid=4.79, inception=142.87,
-        ours="DiGIT + AR",
-    ),
-    Generation(
-        kind="AR", method="DiGIT (+VQGAN)", parameters="732M", epochs="200", fid=3.39, inception=205.96,
-        ours="DiGIT + AR, large",
-    ),
-    *VALIDATION_ROWS,
-)  # fmt: skip
+# class-conditional
+TABLE4_ROWS = (
+    generation_rows("""
+GAN       | BigGAN              | 160M  |      | 6.95  | 198.2  |
+diffusion | ADM                 | 554M  |      | 10.94 | 101.0  |
+diffusion | LDM-4               | 400M  |      | 10.56 | 103.5  |
+diffusion | DiT-XL/2            | 675M  |      | 9.62  | 121.50 |
+diffusion | L-DiT-7B            | 7B    |      | 6.09  | 153.32 |
+masked    | Contextual RQ-Trans | 371M  | 300  | 5.45  | 172.6  |
+masked+AR | VAR                 | 310M  | 200  | 4.64  |        |
+masked+AR | VAR                 | 310M  | 200  | 3.60† | 257.5† |
+masked+AR | VAR                 | 600M  | 250  | 2.95† | 306.1† |
+masked    | MAGVIT-v2           | 307M  | 1080 | 3.65  | 200.5  |
+AR        | VQVAE-2             | 13.5B |      | 31.11 | 45     |
+AR        | RQ-Trans            | 480M  |      | 15.72 | 86.8   |
+AR        | RQ-Trans            | 3.8B  |      | 7.55  | 134.0  |
+AR        | ViTVQGAN            | 650M  | 360  | 11.20 | 97.2   |
+AR        | ViTVQGAN            | 1.7B  | 360  | 5.3   | 149.9  |
+AR        | GIVT                | 304M  | 500  | 5.67  |        |
+AR        | GIVT                | 1.67B | 500  | 3.46  |        |
+masked    | MaskGIT             | 227M  | 300  | 6.18  | 182.1  | VQ-only MaskGIT
+masked    | DiGIT (+MaskGIT)    | 219M  | 200  | 4.62  | 146.19 | DiGIT + MaskGIT
+AR        | VQGAN               | 227M  | 300  | 18.65 | 80.4   | VQ-only AR, own epochs
+AR        | DiGIT (+VQGAN)      | 219M  | 400  | 4.79  | 142.87 | DiGIT + AR
+AR        | DiGIT (+VQGAN)      | 732M  | 200  | 3.39  | 205.96 | DiGIT + AR, large
+""")
+    + VALIDATION_ROWS
+)
 
 
 def by_label(rows: Iterable[Generation]) -> dict[str, tuple[float, float | str]]:

@@ -20,6 +20,7 @@ from digit.errors import DigitError
 from digit.evaluation.curves import Curve, curves_png
 from digit.evaluation.feature_files import FeatureFiles, discard
 from digit.evaluation.paper import FIG4A, TABLE2
+from digit.evaluation.probe_state import states_in
 from digit.evaluation.probed_features import collect, last_position, notes_on, training_of
 from digit.evaluation.splits import labelled
 from digit.metrics.feature_rows import Features
@@ -100,7 +101,9 @@ def run_probe(
     device = next(iter(named.values())).device
 
     def finish() -> dict[str, Any]:
-        found = probe_features(features, labels, test_labels, cfg, out=out, notes=notes, about=about, device=device)
+        found = probe_features(
+            features, labels, test_labels, cfg, out=out, notes=notes, about=about, device=device, states=folder
+        )
         discard(folder)
         return found
 
@@ -111,17 +114,19 @@ def probe_features(
     features: Mapping[str, tuple[Features, Features]], labels: Tensor, test_labels: Tensor,
     cfg: ProbeConfig | None = None, *, out: str | Path, notes: Mapping[str, list[str]] | None = None,
     about: Mapping[str, Any] | None = None, groups: Tensor | None = None, device: torch.device | None = None,
+    states: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """As `run_probe`, from features by name, (train (N, L, D), test (M, L, D)), all of the same images.
 
     groups (N,) says which training rows are crops of one image. sgd computes on `device`, None: where the features
-    are.
+    are. It keeps its state in the folder `states`, which the caller discards in the end: what was killed goes on there.
     """
     cfg, notes = cfg or ProbeConfig(), notes or {}
-    probed = {
-        name: probe_layers(train, labels, test, test_labels, cfg, layer_names(train.shape[1], name), groups, device)
-        for name, (train, test) in features.items()
-    }
+    probed = {}
+    for name, (train, test) in features.items():
+        of_fits = states and states_in(states, cfg, train, labels, groups)
+        names = layer_names(train.shape[1], name)
+        probed[name] = probe_layers(train, labels, test, test_labels, cfg, names, groups, device, of_fits)
     best = {name: best_layer(layers) for name, layers in probed.items()}
     result = plain(
         {

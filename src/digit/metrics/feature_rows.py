@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int64, Real
 from torch import Tensor
 
+from digit.runtime.hardware import free_memory
+
 CHUNK = 1024  # images whose features are read at a time
 AHEAD = 2  # batches that are read while one is used
 SHARE_OF_GPU = 0.6  # of its free memory; the classifiers and a batch's logits need the rest
@@ -92,13 +94,11 @@ def near(features: FeatureRows, device: torch.device, free: int | None = None) -
     """The features in a GPU's own memory where they take a fair part of what is free there; else as they are.
 
     ImageNet's, 17 layers x 1024 in half precision, are 42 GiB: a GPU of 80 GB holds them, and no update waits for a
-    disk. free: bytes, by default what the GPU says.
+    disk. free: bytes, by default those of `free_memory`.
     """
     if isinstance(features, HeldRows) or (free is None and device.type != "cuda"):
         return features
-    if free is None:
-        torch.cuda.empty_cache()  # what training has left in torch's cache counts as used
-        free = torch.cuda.mem_get_info(device)[0]
+    free = free_memory(device) if free is None else free
     num, layers, dim = features.shape
     first = features.take(torch.arange(min(1, num)))
     if num * layers * dim * first.element_size() > SHARE_OF_GPU * free:

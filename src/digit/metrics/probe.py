@@ -11,10 +11,10 @@ Shapes: N training and M test images, L layers, D features, C classes, S setting
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int64, Real
@@ -124,13 +124,15 @@ def probe_layers(
     names: Sequence[str] = (),
     groups: Real[Tensor, " N"] | None = None,
     device: torch.device | None = None,
+    states: "Callable[[str], FitState] | None" = None,
 ) -> list[LayerResult]:
     """top1_n = 1/M sum_i [argmax_c (W_n z_i + b_n)_c = y_i], z the standardised features of layer n = 0..L-1.
 
     train (N, L, D) has labels (N,), test (M, L, D) has test_labels y (M,), classes 0..C-1; both are tensors or rows in
     files. The setting is chosen on held-out training images; the classifier is then trained on all of them. sgd runs on
     `device`, by default the features' own, lbfgs on the CPU. groups (N,) int64 says which rows are crops of one image;
-    they are held out together, since otherwise a setting that memorises images would win.
+    they are held out together, since otherwise a setting that memorises images would win. states("sweep") and
+    states("final") keep the state of sgd's two fits, so that a probe that was killed goes on, to the bit.
 
     Raises DigitError for missing labels, labels that do not fit, NaN, too few images to hold any out, and too many for
     lbfgs.
@@ -146,12 +148,17 @@ def probe_layers(
         train = near(train, device)
     order, held = _split(torch.arange(num) if groups is None else groups, cfg)
     data, settings = ProbeData(train, labels, num_classes, device), cfg.settings
-    fit = fit_sgd if sgd else fit_lbfgs
+
+    def fit(rows: Tensor, sweep: Sweep, stage: str) -> Heads:
+        if not sgd:
+            return fit_lbfgs(data, rows, sweep, cfg, bar.update)
+        return fit_sgd(data, rows, sweep, cfg, bar.update, states and states(stage))
+
     with Progress(f"probe ({cfg.solver})", _num_updates(cfg, train, num - held)) as bar:
-        heads = fit(data, order[held:], [settings] * num_layers, cfg, bar.update)
+        heads = fit(order[held:], [settings] * num_layers, "sweep")
         scores = _accuracies(heads, train, order[:held], labels)  # (L, S)
         chosen = scores.argmax(1).tolist()  # ties: the first setting
-        heads = fit(data, order.sort().values, [[settings[s]] for s in chosen], cfg, bar.update)
+        heads = fit(order.sort().values, [[settings[s]] for s in chosen], "final")
     correct = _predict(heads, test, torch.arange(test.shape[0]))[:, :, 0] == test_labels[:, None]  # (M, L)
     return [
         LayerResult(
@@ -219,6 +226,24 @@ class ProbeData:
         return self.features.device if isinstance(self.features, Tensor) else torch.device("cpu")
 
 
+@runtime_checkable
+class FitState(Protocol):
+    """Where sgd keeps its state while it runs: weights, momentum, the number of the update."""
+
+    def load(self) -> Mapping[str, Tensor]:
+        """What was saved last; empty where nothing was."""
+        ...
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        ...
+
+    def save(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace what was saved."""
+        ...
+
+
 Sweep = list[list[dict[str, float]]]  # (L, S) settings
 Advance = Callable[[int], object]  # called with the number of steps just done
 
@@ -271,28 +296,30 @@ def _layer(features: FeatureRows, rows: Tensor, layer: int) -> Tensor:
 
 @torch.no_grad()
 def fit_sgd(
-    data: ProbeData, rows: Int64[Tensor, " R"], sweep: Sweep, cfg: ProbeConfig, advance: Advance = _ignore
+    data: ProbeData,
+    rows: Int64[Tensor, " R"],
+    sweep: Sweep,
+    cfg: ProbeConfig,
+    advance: Advance = _ignore,
+    kept: FitState | None = None,
 ) -> Heads:
     """g = dCE/dW + lambda W,  v <- mu v + g,  W <- W - eta/2 (1 + cos(pi t / T)) v;  from W = v = 0.
 
     Fits a classifier W (C, D), and b (C,) without decay, for every layer and setting on the given rows (N,) of data.
     lambda is the weight decay, mu the momentum, eta the learning rate, t of T the update. All classifiers train at the
-    same time, on the data's device.
+    same time, on the data's device. A fit that was killed goes on from what `kept` holds, to the bit.
     """
-    features, device = data.rows, data.place
-    _, num_layers, dim = features.shape
-    rates, decays = (
-        torch.tensor([[[setting[name]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
-        for name in ("learning_rate", "weight_decay")
-    )
-    mean, scale = _moments(features, rows, device) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
-    weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
-    bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
-    heads, weight_momentum, bias_momentum = Heads(weight, bias, mean, scale), weight.clone(), bias.clone()  # all 0
+    state = _begun(data, rows, sweep, cfg, kept)
+    features, device, mean, scale = data.rows, data.place, state["mean"], state["scale"]
+    weight, bias, rates, decays = (state[name] for name in ("weight", "bias", "rates", "decays"))
+    weight_momentum, bias_momentum = state["weight_momentum"], state["bias_momentum"]
     generator = torch.Generator().manual_seed(cfg.seed % 2**63)
-    total, step = cfg.num_epochs * -(-len(rows) // cfg.batch_size), 0
-    for _ in range(cfg.num_epochs):
-        parts = rows[torch.randperm(len(rows), generator=generator)].split(cfg.batch_size)
+    per_epoch, step = -(-len(rows) // cfg.batch_size), int(state["step"])
+    total = cfg.num_epochs * per_epoch
+    advance(step)
+    for epoch in range(cfg.num_epochs):
+        order = rows[torch.randperm(len(rows), generator=generator)]  # also of an epoch that is done, as before
+        parts = order.split(cfg.batch_size)[max(0, step - epoch * per_epoch) :]
         for batch, read in batches(features, parts, device):
             x = (read.float() - mean) / scale  # (B, L, D)
             error = (torch.einsum("bld,ldsc->blsc", x, weight) + bias).softmax(3)
@@ -304,7 +331,28 @@ def fit_sgd(
             bias -= rate * bias_momentum.mul_(cfg.momentum).add_(error.sum(0))
             step += 1
             advance(1)
-    return heads
+            if kept is not None and (kept.due or step == total):
+                kept.save(state | {"step": torch.tensor(step)})
+    return Heads(weight, bias, mean, scale)
+
+
+def _begun(data: ProbeData, rows: Tensor, sweep: Sweep, cfg: ProbeConfig, kept: FitState | None) -> dict[str, Tensor]:
+    """The state of `fit_sgd`: what was saved of a fit of the same settings, else that before the first update."""
+    features, device = data.rows, data.place
+    _, num_layers, dim = features.shape
+    settings = {
+        name: torch.tensor([[[setting[key]] for setting in settings] for settings in sweep], device=device)  # (L, S, 1)
+        for name, key in (("rates", "learning_rate"), ("decays", "weight_decay"))
+    }
+    saved = {name: tensor.to(device, copy=True) for name, tensor in (kept.load() if kept is not None else {}).items()}
+    if saved and all(torch.equal(saved[name], values) for name, values in settings.items()):
+        return saved
+    mean, scale = _moments(features, rows, device) if cfg.standardise else torch.tensor([0.0, 1.0], device=device)
+    weight = torch.zeros(num_layers, dim, len(sweep[0]), data.num_classes, device=device)  # (L, D, S, C)
+    bias = torch.zeros(num_layers, len(sweep[0]), data.num_classes, device=device)  # (L, S, C)
+    momentum = {"weight_momentum": weight.clone(), "bias_momentum": bias.clone()}  # 0
+    about = {"mean": mean, "scale": scale, "step": torch.tensor(0)}
+    return {"weight": weight, "bias": bias} | momentum | settings | about
 
 
 def _moments(features: FeatureRows, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

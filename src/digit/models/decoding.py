@@ -8,8 +8,11 @@ Shapes: R rows, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +20,48 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.products import PackedLinear
-from digit.models.transformer import Block, KVCache, SteppedCache, Transformer, attend
+from digit.models.transformer import Block, KeysValues, KVCache, StepKernel, SteppedCache, Transformer, attend
 
 FUSED_GELU_ROWS = 16  # above this, oneDNN's GELU is slower than torch's (measured at 8 and 64 rows)
 Product = Callable[..., Tensor]
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def step_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> StepKernel | None:
+    """The kernel of `SteppedCache` for this device, type and width of a head, or None: torch's attention with a mask.
+
+    A kernel needs a CUDA device and Triton. It is tried once, since Triton compiles where it runs, with the C compiler
+    and the GPU that it finds there.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    try:
+        from digit.models.step_kernel import step_attention
+
+        check_step_kernel(step_attention, device, dtype, head_dim)
+    except Exception as error:  # of Triton, its compilers or the driver: each raises its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.warning("Triton's attention for one query does not work here (%s): decoding uses torch's", reason)
+        return None
+    return step_attention
+
+
+@torch.no_grad()
+def check_step_kernel(kernel: StepKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raise AssertionError where the kernel stores or computes anything but torch's attention does."""
+    rows, heads, length = 3, 2, 80
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(rows, 3, heads, 1, head_dim, generator=generator).to(dtype).unbind(1)  # views, as in a step
+    keys, values = torch.randn(2, rows, heads, length, head_dim, generator=generator).to(dtype)
+    for position in (0, 64, 71):
+        stored = [keys.to(device, copy=True), values.to(device, copy=True)]
+        new = [x.to(device) for x in (q, k, v)]
+        out = kernel(new[0], new[1], new[2], stored[0], stored[1], torch.tensor([position], device=device))
+        keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        assert torch.equal(stored[0].cpu(), keys) and torch.equal(stored[1].cpu(), values), "it stores something else"
+        seen = KeysValues(*(x[:, :, : position + 1].double() for x in (keys, values)))
+        torch.testing.assert_close(out.cpu(), attend(q.double(), seen).to(dtype))
 
 
 class StepTransformer:
@@ -64,7 +105,7 @@ class StepBlock:
         rows, width = x.shape
         q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)
         q, k = self.with_positions(q, k, cache.position)
-        return attend(q, cache.extend(layer, k, v)).reshape(rows, width)
+        return cache.attend(layer, q, k, v).reshape(rows, width)
 
 
 def product(linear: nn.Linear | PackedLinear, *, gelu: bool = False, num_rows: int = 0) -> Product:

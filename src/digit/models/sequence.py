@@ -267,6 +267,8 @@ class SequenceModel(nn.Module):
         target = as_tokens(target, vocab_size=cfg.vocab_size + cfg.masked, owner="this model").to(device)
         if prefix is not None:
             prefix = as_tokens(prefix, vocab_size=cfg.prefix_vocab_size or None, owner="its prefix").to(device)
+            if len(prefix) != len(target):
+                raise MismatchError(f"prefix has {len(prefix)} rows, target {len(target)}: give one for each image")
         if labels is not None:
             labels = self._known_labels(labels, len(target))
         hidden: list[Tensor] | None = [] if return_hidden else None

@@ -7,6 +7,7 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 
 CACHE_SPAN = 32  # positions
+StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""`step_kernel.step_attention`: q, k, v (B, H, 1, d), keys and values (B, H, t, d), position (1,) to (B, H, 1, d)."""
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # larger numbers in a file are errors, and would take hours to build
 
 
@@ -95,6 +98,10 @@ class KVCache:
             self.mask[:, end:] = float("-inf")
         return KeysValues(keys, values, self.mask)
 
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, H, n, d) and attend to all positions up to theirs: (B, H, n, d)."""
+        return attend(q, self.extend(layer, k, v))
+
     def advance(self, length: int) -> None:
         """All layers have stored `length` positions."""
         self.position += length
@@ -103,20 +110,29 @@ class KVCache:
 class SteppedCache:
     """A filled KVCache for steps of one position whose shapes and addresses never change, as a CUDA graph needs it.
 
-    The position is a number on the device, (1,) int64; attention reads `span` positions and a mask hides those past it.
+    The position is a number on the device, (1,) int64. `kernel` reads the cache up to it. Without one, attention reads
+    all `span` positions, and a mask hides those past it.
     """
 
-    def __init__(self, cache: KVCache, position: Tensor, span: int) -> None:
+    def __init__(self, cache: KVCache, position: Tensor, span: int, kernel: StepKernel | None = None) -> None:
         self.keys, self.values = cache.keys[:, :, :, :span], cache.values[:, :, :, :span]
-        self.position = position
-        unseen = torch.arange(span, device=position.device) > position
-        self.mask = self.keys.new_zeros(1, span).masked_fill_(unseen, float("-inf"))
+        self.position, self.kernel, self.mask = position, kernel, None
+        if kernel is None:
+            unseen = torch.arange(span, device=position.device) > position
+            self.mask = self.keys.new_zeros(1, span).masked_fill_(unseen, float("-inf"))
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Store (B, H, 1, d) at the position; returns what it attends to."""
+        """Store (B, H, 1, d) at the position; returns what it attends to, for steps without a kernel."""
+        assert self.kernel is None
         self.keys[layer].index_copy_(2, self.position, k)
         self.values[layer].index_copy_(2, self.position, v)
         return KeysValues(self.keys[layer], self.values[layer], self.mask)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (B, H, 1, d) and attend to all positions up to theirs: (B, H, 1, d)."""
+        if self.kernel is None:
+            return attend(q, self.extend(layer, k, v))
+        return self.kernel(q, k, v, self.keys[layer], self.values[layer], self.position)
 
     def advance(self, length: int) -> None:
         """The next step's position."""
@@ -188,8 +204,10 @@ class Attention(nn.Module):
         """(B, T, D) to (B, T - first, D): the outputs of positions from `first` on."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        parts = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        q, k, v = parts if length == 1 else parts.contiguous()
+        if x.device.type == "cpu" and length > 1:  # batched products need dense blocks; a GPU's kernels take views
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, d) each
+        else:
+            q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         q, k = self.with_positions(q, k, 0 if cache is None else cache.position)
         seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)

@@ -98,7 +98,8 @@ class NormSwish(nn.GroupNorm):
         # on CUDA autocast would run group_norm in fp32 and return fp32 maps, twice the memory traffic
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            return F.silu(F.group_norm(input, self.num_groups, weight, bias, self.eps))
+            normalised = F.group_norm(input, self.num_groups, weight, bias, self.eps)
+            return F.silu(normalised, inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
@@ -116,7 +117,7 @@ class ResBlock(nn.Module):
         h = self.conv2(self.norm2(h))
         # the released net feeds h, not x, to the shortcut; its weights only make sense that way
         skip = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x
-        return skip + h
+        return skip + h if torch.is_grad_enabled() else h.add_(skip)
 
 
 class Upsample(nn.Module):

@@ -6,15 +6,12 @@ a stage, or the decoder's maps). KV cache of one image: 2 (keys, values) x depth
 a CPU were 82 to 86% of the estimate for next-token models, 59% for a masked renderer.
 """
 
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from digit.models.sequence import SequenceConfig
-from digit.runtime import distributed
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.vq import VQTokenizer
 
@@ -112,16 +109,3 @@ def _rows(model: SampledModel, stage: StageSampling, batch_size: int) -> int:
 
 def _element(cfg: SamplingConfig) -> int:
     return 2 if cfg.precision == "bf16" else 4  # bytes
-
-
-def free_bytes(device: torch.device) -> int:
-    """Free memory of a device in bytes: on a GPU including torch's unused cache, on a CPU this process's share."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))  # kB
-        return free // distributed.local_size()
-    except (OSError, StopIteration):  # no Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2 if hasattr(os, "sysconf") else 2**32

@@ -8,6 +8,7 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -26,7 +27,7 @@ from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.batch import IMAGES, SampleBatch
-from digit.pipeline.batch_size import choose_batch_size, free_bytes, micro_batch_size
+from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
@@ -39,11 +40,12 @@ from digit.pipeline.manifest import (
     write_manifest,
 )
 from digit.runtime.files import MAKE_AGAIN, as_path
-from digit.runtime.hardware import Precision, choose_device
+from digit.runtime.hardware import Precision, choose_device, free_memory
 from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
-from digit.sampling.kinds import get_kind, make_sampler
+from digit.sampling.kept import KeptSamplers
+from digit.sampling.kinds import get_kind
 from digit.sampling.sampler import Sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.encoders import FrozenEncoder
@@ -112,6 +114,7 @@ class DigitPipeline:
         self.tokenizer, self.vq, self.prior, self.renderer = tokenizer, vq, prior, renderer
         self.preprocess, self.classes, self.info = preprocess, list(classes), dict(info or {})
         self.sampling = sampling or released_sampling(SamplingConfig(), renderer=renderer and renderer.cfg)
+        self._samplers = KeptSamplers()
         for model in (prior, renderer):
             if model is not None:
                 model.eval().requires_grad_(False)
@@ -145,6 +148,7 @@ class DigitPipeline:
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
+            ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -208,7 +212,7 @@ class DigitPipeline:
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
-        return self.preprocess.image_size
+        return self.preprocess.crop_size
 
     @property
     def tokenizers(self) -> dict[str, ImageTokenizer]:
@@ -434,9 +438,12 @@ class DigitPipeline:
         num, model = len(request.labels) if end is None else end, self._require_renderer()
         prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
         assert batch_size is not None, "sized"
-        prior = self._sampler(self.prior, cfg.prior, cfg) if prefix_len and self.prior is not None else None
-        renderer = self._sampler(model, cfg.renderer, cfg)
-        with Progress("sample", num, done=start) as bar:
+        first_stage = self.prior if prefix_len else None
+        with (
+            nullcontext() if first_stage is None else self._sampler("prior", first_stage, cfg.prior, cfg) as prior,
+            self._sampler("renderer", model, cfg.renderer, cfg) as renderer,
+            Progress("sample", num, done=start) as bar,
+        ):
             for first in range(start, num, batch_size):
                 rows = request.rows(first, batch_size)
                 prefix = self._prefix(prior, rows) if prefix_len else None
@@ -460,10 +467,12 @@ class DigitPipeline:
         assert prior is not None, "checked by _require_sampling"
         return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
 
-    def _sampler(self, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig) -> Sampler:
+    def _sampler(
+        self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig
+    ) -> AbstractContextManager[Sampler]:
         assert cfg.batch_size is not None, "sized"
         size = micro_batch_size(model, cfg.batch_size)
-        return make_sampler(model, stage, precision=cfg.precision, micro_batch_size=size)
+        return self._samplers.lend(name, model, stage, precision=cfg.precision, micro_batch_size=size)
 
     def labels(self, num: int | None = None, labels: Labels | None = None) -> Int64[Tensor, " B"]:
         """The class of each requested image, (num,), as a position in `classes`; -1 for none. Raises as `stream`."""
@@ -521,7 +530,8 @@ class DigitPipeline:
             return cfg
         renderer, vq = self._require_renderer(), self._require_vq()
         prior = self.prior if renderer.cfg.prefix_len else None
-        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free_bytes(self.device)))
+        free = free_memory(self.device) + self._samplers.held_bytes  # these give way, or are used again
+        return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free))
 
     # ---------------------------------------------------------------- folder
 

@@ -30,6 +30,7 @@ IMAGENET_BYTES = 110e3  # mean size of its JPEGs
 LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
 ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
+VQ_TOKENS = "vq_tokens"  # of another store, which a new one links
 SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|kmeans\.num_clusters|crops_per_image")  # read even if it is reused
 
 
@@ -72,12 +73,12 @@ class Order:
     num_classes: int = within("[0, 1_000_000_000]", 0)
     """Classes of the data, for a class-conditional recipe."""
     reuse: frozenset[str] = field(default_factory=frozenset)
-    """Parts that exist already: codebook, vqgan, tokens."""
+    """Parts that exist already: codebook, vqgan, tokens; or vq_tokens alone."""
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if unknown := sorted(self.reuse - set(PARTS)):
-            raise DigitError(f"reuse names {', '.join(unknown)}: choose among {', '.join(PARTS)}")
+        if unknown := sorted(self.reuse - {*PARTS, VQ_TOKENS}):
+            raise DigitError(f"reuse names {', '.join(unknown)}: choose among {', '.join((*PARTS, VQ_TOKENS))}")
 
 
 class Planner:
@@ -94,7 +95,7 @@ class Planner:
         check_recipe(
             recipe,
             chosen=chosen_settings(recipe) if chosen is None else chosen,
-            reuse=dict.fromkeys(order.reuse, sizes),  # a plan knows of them what the recipe says
+            reuse=dict.fromkeys(order.reuse - {VQ_TOKENS}, sizes),  # a plan knows of them what the recipe says
             resolution=vqgan_config(recipe).resolution,
             num_images=order.images,
             num_classes=classes,
@@ -194,7 +195,8 @@ class Planner:
     def tokens(self) -> Stage:
         """Both kinds of tokens of every crop."""
         crops = self.order.images * self.recipe.crops_per_image
-        times = {"encoding": self._encoding(crops, ("discriminative", "vq"))} | self._decoding(self.order.images)
+        kinds = ("discriminative",) if VQ_TOKENS in self.order.reuse else ("discriminative", "vq")
+        times = {"encoding": self._encoding(crops, kinds)} | self._decoding(self.order.images)
         return Stage(name="tokens", what=f"{count(crops)} crops", memory=self._tokenizing_memory(), times=times)
 
     def _encoding(self, crops: float, kinds: Sequence[str]) -> float:
@@ -215,8 +217,9 @@ class Planner:
 
     @property
     def store_bytes(self) -> float:
-        """Bytes of the token store on disk."""
-        row = TOKEN_BYTES * (self.work.num_tokens + self.work.vqgan.num_tokens) + LABEL_BYTES
+        """Bytes of the token store on disk, without VQ tokens that are links."""
+        vq_tokens = 0 if VQ_TOKENS in self.order.reuse else self.work.vqgan.num_tokens
+        row = TOKEN_BYTES * (self.work.num_tokens + vq_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
     # ---------------------------------------------------------------- models
@@ -300,30 +303,39 @@ class Planner:
     # ---------------------------------------------------------------- sampling
 
     def sampling(self) -> Stage:
-        """Both stages token by token, then pixels."""
-        recipe, work = self.recipe, self.work
-        names = recipe.model_names
-        settings = {name: getattr(recipe.sampling, get_role(name).settings) for name in names}
-        prior, renderer = (self._stand_in(name) for name in names)
-        vq = BlankVQ(work.vqgan, self._device)
-        weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
-        free = int(self.machine.usable - weights)
-        batch = recipe.sampling.batch_size or choose_batch_size(prior, renderer, vq, recipe.sampling, free)
-        memory = weights + sampling_bytes(prior, renderer, vq, recipe.sampling, batch)
+        """Both stages token by token, then pixels: the images of the report, and further ones."""
+        names, more = self.recipe.model_names, self.order.samples
+        batch, memory = self._sampled_together(names)
+        report = num_shown(self.work.num_classes) + num_judged(self.order.images)
+        which = f"{count(report)} images of the report" + (f", {count(more)} more" * bool(more))
+        what = f"{which}, {batch} together, {self.recipe.sampling.precision}"
+        return Stage(name="sampling", what=what, memory=memory, times=self.sampling_times(report + more, names))
+
+    def sampling_times(self, samples: int, names: Sequence[str]) -> dict[str, float]:
+        """Seconds to sample images with some models (names of ROLES, the renderer last), by what could limit it."""
+        batch, _ = self._sampled_together(names)
         totals: dict[str, float] = {}
         for name in names:
-            for cause, seconds in self.batch_seconds(work.sequence(name), settings[name], batch).items():
+            settings = getattr(self.recipe.sampling, get_role(name).settings)
+            for cause, seconds in self.batch_seconds(self.work.sequence(name), settings, batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
-        report = num_shown(work.num_classes) + num_judged(self.order.images)
-        samples = report + self.order.samples
         batches = math.ceil(samples / batch / self.machine.count)
-        pixels = self._seconds("convolutions", samples * work.vq_decoder.flops)
-        times = {cause: seconds * batches + pixels for cause, seconds in totals.items()}
-        which = f"{count(report)} images of the report" + (
-            f", {count(self.order.samples)} more" * bool(self.order.samples)
-        )
-        what = f"{which}, {batch} together, {recipe.sampling.precision}"
-        return Stage(name="sampling", what=what, memory=memory, times=times)
+        pixels = self._seconds("convolutions", samples * self.work.vq_decoder.flops)
+        return {cause: seconds * batches + pixels for cause, seconds in totals.items()}
+
+    def _sampled_together(self, names: Sequence[str]) -> tuple[int, float]:
+        """(images in a batch, bytes) of a pipeline of some models."""
+        work, sampling = self.work, self.recipe.sampling
+        *priors, renderer = (self._stand_in(name) for name in names)
+        prior, vq = (priors[0] if priors else None), BlankVQ(work.vqgan, self._device)
+        weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
+        free = int(self.machine.usable - weights)
+        batch = sampling.batch_size or choose_batch_size(prior, renderer, vq, sampling, free)
+        return batch, weights + sampling_bytes(prior, renderer, vq, sampling, batch)
+
+    def decoding_seconds(self, images: float) -> float:
+        """Seconds to turn images into VQ tokens and back."""
+        return self._seconds("convolutions", images * (self.work.vq_encoder.flops + self.work.vq_decoder.flops))
 
     @property
     def _device(self) -> torch.device:

@@ -6,7 +6,7 @@
 The results are OUT/TARGET/results.json, table.md and plots. All targets of a folder share models, tokens and features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from digit.errors import DigitError
@@ -56,14 +56,24 @@ def reproduce_all(targets: Sequence[str], study: Study) -> list[tuple[Outcome, P
 
     All ranks of a job call it together.
     """
-    experiments = {target: build(target, study) for target in targets}
+    experiments = build_all(targets, study)
     check_everything(list(experiments.values()), study)
+    return perform_all(experiments, study)
+
+
+def build_all(targets: Sequence[str], study: Study) -> dict[str, Experiment]:
+    """The experiments of some targets, by name."""
+    return {target: build(target, study) for target in targets}
+
+
+def perform_all(experiments: Mapping[str, Experiment], study: Study) -> list[tuple[Outcome, Path]]:
+    """Run the remaining steps of experiments that were checked (`check_everything`). All ranks call it together."""
     study.claim()
     about = study.describe()
     return [(perform(e, study.out, name, about), study.out / name) for name, e in experiments.items()]
 
 
 __all__ = [
-    "SCALES", "TARGETS", "Experiment", "Outcome", "Scale", "Study", "build", "check_everything", "chosen_targets",
-    "get_scale", "plan", "reproduce", "reproduce_all",
+    "SCALES", "TARGETS", "Experiment", "Outcome", "Scale", "Study", "build", "build_all", "check_everything",
+    "chosen_targets", "get_scale", "perform_all", "plan", "reproduce", "reproduce_all",
 ]  # fmt: skip

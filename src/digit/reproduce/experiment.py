@@ -34,10 +34,20 @@ class Needs:
     """Models (names of ROLES) that it trains, each with its recipe."""
     images: int = 0
     """Images that it samples or reconstructs, and whose features it keeps."""
-    tokens: int = 0
-    """Rows of token stores that it writes."""
+    parts: tuple[str, ...] = ()
+    """Parts of a run (codebook, vqgan, tokens) that it makes,"""
+    recipe: Recipe | None = None
+    """with this recipe."""
+    linked: bool = False
+    """Whether the VQ tokens of its store are links to those of the base run."""
     encoders: tuple[EncoderConfig, ...] = ()
     """Encoders that it loads beside the recipe's."""
+    folders: tuple[str, ...] = ()
+    """Where it writes all of that: glob patterns in OUT. What a killed run has left there needs no further room."""
+    passing: int = 0
+    """Bytes of files that it deletes when it is done: a probe's features,"""
+    passing_folders: tuple[str, ...] = ()
+    """and where it writes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +84,13 @@ class Experiment:
 
     title: str
     steps: Sequence[Step]
+    """Each counts once, however often it is listed."""
     summarise: Callable[[dict[str, Any], Path], Outcome]
     """(results of the steps by name, the experiment's folder) -> Outcome; it writes plots into the folder. Every rank
     calls it, so that what it asks of the study is asked on all of them; only rank 0's folder is kept."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", list({step.name: step for step in self.steps}.values()))
 
 
 def plan(experiments: Experiment | Sequence[Experiment], out: Path) -> str:

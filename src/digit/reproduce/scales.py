@@ -30,7 +30,7 @@ class Scale:
     num_train: int | None
     """Training images, spread evenly over the data; None takes all."""
     min_rows: int = 0
-    """Minimum rows of the token store: small data gets several crops per image."""
+    """Minimum rows of the token store: small data gets several crops per image, unless training makes fresh ones."""
     num_test: int = 10_000
     """Test images: the reference of every distance and the test set of probes."""
     num_samples: int = 50_000

@@ -45,7 +45,7 @@ from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import VQTokenizer, read_vqgan
 
 PARTS = ("codebook", "vqgan", "tokens")
 OF_A_RECIPE = re.compile(r"scale\.(recipe|short|longer|large|compared)\.")  # fields of a scale that hold a recipe
@@ -94,8 +94,8 @@ class Study:
         sources = open_splits(data, scale.num_train, scale.num_test, pixel_max, **chosen)
         self.train, self.test, self.tested_on = sources
         self.reuse, self.inception = dict(reuse or {}), inception
-        crops = max(scale.recipe.crops_per_image, -(-scale.min_rows // len(self.train)))
-        self.recipe = replace(scale.recipe, crops_per_image=crops)
+        least = 1 if scale.recipe.training_crops == "fresh" else -(-scale.min_rows // len(self.train))
+        self.recipe = replace(scale.recipe, crops_per_image=max(scale.recipe.crops_per_image, least))
         distributed.on_main(self.check)
 
     def require_labels(self, what: str) -> None:
@@ -207,7 +207,8 @@ class Study:
     @cached_property
     def costs(self) -> Costs:
         """Time estimates for this machine."""
-        return Costs(self.recipe, self.device)
+        about = as_path(self.reuse["vqgan"]) / RESULTS["vqgan"] if "vqgan" in self.reuse else None
+        return Costs(self.recipe, self.device, read_vqgan(about)[0] if about and about.is_file() else None)
 
     # ---------------------------------------------------------------- images
 

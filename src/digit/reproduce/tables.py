@@ -14,9 +14,20 @@ from digit.metrics.judge import Judged
 from digit.metrics.stability import StabilityConfig
 from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
-from digit.reproduce.probes import probed
+from digit.reproduce.probes import model_probe_step
 from digit.reproduce.study import Study
-from digit.reproduce.variants import Variant, home, model_name, recipe_of, run_name, run_of
+from digit.reproduce.variants import (
+    Variant,
+    folder_of,
+    home,
+    links_vq_tokens,
+    made_parts,
+    model_name,
+    parts_run,
+    recipe_of,
+    run_name,
+    run_of,
+)
 from digit.runs.fit import Run
 from digit.runtime import distributed, plots
 from digit.training.log import last_metrics
@@ -68,19 +79,23 @@ def reported_of(study: Study, rows: Sequence[paper.Generation]) -> dict[str, tup
 # -------------------------------------------------------------------- steps
 
 
-def parts_step(study: Study) -> Step:
-    """Step: codebook, VQGAN and tokens of the base run."""
-    rows = len(study.train) * study.recipe.crops_per_image
+def parts_step(study: Study, name: Variant = "base") -> Step:
+    """Step: codebook, VQGAN and tokens, as far as a variant of the recipe makes its own."""
+    made, recipe = made_parts(study, name), recipe_of(study, name)
 
     def make() -> dict[str, Any]:
-        run = study.base
+        run = parts_run(study, name)
         return {
             "codebook": run.fit_codebook().summary(),
             "rows": len(run.write_tokens()),
             "vq_codes": run.train_vqgan().vocab_size,
         }
 
-    return Step(name="parts", seconds=study.costs.parts(len(study.train), rows), make=make, needs=Needs(tokens=rows))
+    linked = name != "base" and links_vq_tokens(study, recipe, made)
+    folders = tuple(f"runs/{name}/{part}" for part in made)
+    needs = Needs(parts=made, recipe=recipe, linked=linked, folders=folders)
+    seconds = study.costs.parts(len(study.train), made, recipe, linked=linked)
+    return Step(name="parts" if name == "base" else f"{name}_parts", seconds=seconds, make=make, needs=needs)
 
 
 def training_step(study: Study, model: str, seed: int, conditional: bool, variant: Variant = "base") -> Step:
@@ -90,16 +105,28 @@ def training_step(study: Study, model: str, seed: int, conditional: bool, varian
         name=model_name(study, variant, model, seed, conditional),
         seconds=study.costs.model(model, recipe_of(study, made_by)),
         make=lambda: trained(run_of(study, made_by, seed, classes), model),
-        needs=Needs(models=((model, replace(recipe_of(study, made_by), class_conditional=classes)),)),
+        needs=Needs(
+            models=((model, replace(recipe_of(study, made_by), class_conditional=classes)),),
+            folders=(f"runs/{folder_of(study, made_by, seed, classes).name}/{model}",),
+        ),
     )
 
 
+def model_steps(study: Study, model: str, seed: int, conditional: bool, variant: Variant = "base") -> list[Step]:
+    """The steps to one trained model: the parts that its variant makes for itself, and its training."""
+    own = made_parts(study, variant) if variant != "base" else ()
+    parts = [parts_step(study, variant)] if own else []
+    return [*parts, training_step(study, model, seed, conditional, variant)]
+
+
 def training_steps(study: Study, methods: Iterable[Method], seed: int, conditional: bool) -> list[Step]:
-    """The steps that train the models of some methods, each once."""
-    steps = [
-        training_step(study, model, seed, conditional, method.variant) for method in methods for model in method.models
+    """The steps to the trained models of some methods."""
+    return [
+        step
+        for method in methods
+        for model in method.models
+        for step in model_steps(study, model, seed, conditional, method.variant)
     ]
-    return list({step.name: step for step in steps}.values())
 
 
 def trained(run: Run, model: str) -> dict[str, Any]:
@@ -113,17 +140,23 @@ def trained(run: Run, model: str) -> dict[str, Any]:
 
 def scores_step(study: Study, method: Method, seed: int, conditional: bool) -> Step:
     """Step: scores of the samples of one method and seed."""
+    count, folder = study.scale.num_samples, f"judged/{samples_label(study, method, seed, conditional)}_*"
     return Step(
         name=samples_name(study, method, seed, conditional),
-        seconds=study.costs.sampling(study.scale.num_samples),
+        seconds=study.costs.sampling(count, method.models, recipe_of(study, method.variant)),
         make=lambda: study.scores(samples_of(study, method, seed, conditional)),
-        needs=Needs(images=study.scale.num_samples),
+        needs=Needs(images=count, folders=(folder,)),
     )
 
 
 def samples_name(study: Study, method: Method, seed: int, conditional: bool) -> str:
     """Name of the step of a method's scores. A variant that changes none of the models has the base's samples."""
-    return f"{run_name(sampled_as(study, method), seed, conditional, method.renderer)}_samples"
+    return f"{samples_label(study, method, seed, conditional)}_samples"
+
+
+def samples_label(study: Study, method: Method, seed: int, conditional: bool) -> str:
+    """What a method's samples are called: plain_renderer_0."""
+    return run_name(sampled_as(study, method), seed, conditional, method.renderer)
 
 
 def sampled_as(study: Study, method: Method) -> Variant:
@@ -134,20 +167,15 @@ def sampled_as(study: Study, method: Method) -> Variant:
 
 def samples_of(study: Study, method: Method, seed: int, conditional: bool) -> Judged:
     """Features of the samples of one method and seed, from models that are trained."""
-    variant = sampled_as(study, method)
-    run, label = run_of(study, variant, seed, conditional), run_name(variant, seed, conditional, method.renderer)
+    run = run_of(study, sampled_as(study, method), seed, conditional)
+    label = samples_label(study, method, seed, conditional)
     return study.samples(label.removesuffix(f"_{seed}"), run, method.prior, method.renderer, seed)
 
 
 def probe_step(study: Study, model: str, seed: int, variant: Variant = "base") -> Step:
     """Step: linear probe of every layer of an unconditional model, prior or vq_ar."""
-    rows = len(study.train) * study.recipe.crops_per_image + len(study.test)
-    name = model_name(study, variant, model, seed, False)
-
-    def make() -> dict[str, Any]:
-        return probed(study, run_of(study, variant, seed, False), model, study.out / "probes" / name)
-
-    return Step(name=f"{name}_probe", seconds=study.costs.images("probe", rows), make=make, version=2)
+    name, recipe = model_name(study, variant, model, seed, False), recipe_of(study, variant)
+    return model_probe_step(study, f"{name}_probe", name, model, recipe, lambda: run_of(study, variant, seed, False))
 
 
 # -------------------------------------------------------------------- Table 1
@@ -197,7 +225,7 @@ def table2(study: Study) -> Experiment:
         (label, seed): probe_step(study, model[0], seed, model[1]) for label, model in models.items() for seed in seeds
     }
     for (label, seed), probe in probes.items():
-        steps += [training_step(study, models[label][0], seed, False, models[label][1]), probe]
+        steps += [*model_steps(study, models[label][0], seed, False, models[label][1]), probe]
 
     def summarise(results: dict[str, Any], out: Path) -> Outcome:
         top1 = {method: [best_top1(results[probes[method, seed].name]) for seed in seeds] for method in models}
@@ -327,9 +355,9 @@ def golden_step(study: Study, conditional: bool) -> Step:
     """
     return Step(
         name="golden",
-        seconds=study.costs.sampling(num_rendered(study)),
+        seconds=study.costs.sampling(num_rendered(study), ("renderer",)),
         make=lambda: study.scores(golden(study, conditional)),
-        needs=Needs(images=num_rendered(study)),
+        needs=Needs(images=num_rendered(study), folders=("judged/golden",)),
     )
 
 
@@ -348,8 +376,12 @@ def golden(study: Study, conditional: bool) -> Judged:
 
 def floor_step(study: Study) -> Step:
     """Step: VQGAN reconstructions of the test images, a lower bound for every renderer."""
-    seconds = study.costs.sampling(num_rendered(study))
-    return Step(name="floor", seconds=seconds, make=lambda: study.scores(floor(study)))
+    return Step(
+        name="floor",
+        seconds=study.costs.reconstruction(num_rendered(study)),
+        make=lambda: study.scores(floor(study)),
+        needs=Needs(images=num_rendered(study), folders=("judged/floor",)),
+    )
 
 
 def floor(study: Study) -> Judged:

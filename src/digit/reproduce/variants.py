@@ -6,10 +6,12 @@ its tokens, size, training and seed, and by the classes if it is given any: a re
 Table 4 samples with Table 3's renderers.
 """
 
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from digit.data.taken_tokens import crop_settings
 from digit.reproduce.study import PARTS, Study, variant
 from digit.runs.checks import unchanged_parts
 from digit.runs.fit import Run
@@ -111,16 +113,35 @@ def is_base(study: Study, name: Variant, seed: int, conditional: bool) -> bool:
 
 def folder_of(study: Study, name: Variant, seed: int, conditional: bool) -> Path:
     """Folder of `run_of`."""
-    if is_base(study, name, seed, conditional):
-        return study.base.out
-    return study.out / "runs" / run_name(name, seed, conditional)
+    base = is_base(study, name, seed, conditional)
+    return study.out / "runs" / ("base" if base else run_name(name, seed, conditional))
 
 
 def own_parts(study: Study, name: Variant) -> dict[str, Path]:
     """Folders of the parts that a variant does not take from the base run; made here, once for all its seeds."""
-    shared = shared_parts(study, name)
-    if set(shared) == set(PARTS):
+    if not (own := made_parts(study, name)):
         return {}
-    run = study.run(name, shared=shared, **changes_of(study, name))
+    run = parts_run(study, name)
     run.write_tokens()
-    return {part: run.reuse.get(part, run.out / part) for part in PARTS if part not in shared}
+    return {part: run.reuse.get(part, run.out / part) for part in own}
+
+
+def made_parts(study: Study, name: Variant) -> tuple[str, ...]:
+    """The parts that a variant makes: of the base those that are not given, of others those that they do not share."""
+    shared = study.reuse if name == "base" else shared_parts(study, name)
+    return tuple(part for part in PARTS if part not in shared)
+
+
+def links_vq_tokens(study: Study, recipe: Recipe, made: Sequence[str]) -> bool:
+    """Whether a run beside the base run that makes some parts takes the VQ tokens of the base run (`Study.run`)."""
+    base = study.recipe
+    crops = [crop_settings(asdict(one.preprocess)) for one in (recipe, base)]
+    equal = (recipe.seed, recipe.crops_per_image, crops[0]) == (base.seed, base.crops_per_image, crops[1])
+    return "tokens" in made and "vqgan" not in made and equal
+
+
+def parts_run(study: Study, name: Variant) -> Run:
+    """The run that makes the parts of a variant, OUT/runs/NAME."""
+    if name == "base":
+        return study.base
+    return study.run(name, shared=shared_parts(study, name), **changes_of(study, name))

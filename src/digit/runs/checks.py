@@ -12,7 +12,7 @@ from typing import Any
 from digit.data.tokens import MAX_VOCAB
 from digit.errors import DigitError
 from digit.models.vqgan import VQGANConfig
-from digit.runs.recipes import RECIPES, Recipe, TokenSpace
+from digit.runs.recipes import OWN_STEPS, RECIPES, Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
 from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
@@ -68,6 +68,7 @@ def check_recipe(
     if num_images < MIN_IMAGES:
         raise DigitError(f"the data holds {num_images} image: training needs at least {MIN_IMAGES}")
     check_sizes(recipe, resolution, num_classes)
+    check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
     check_warmup(recipe, chosen)
     check_sampling(recipe, num_classes)
@@ -204,16 +205,6 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
             f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {resolution}: "
             f"set preprocess.{size} to {resolution}, or choose another VQGAN"
         )
-    if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
-        raise DigitError(
-            f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
-            "or preprocess.random_crop or preprocess.flip to true"
-        )
-    if recipe.training_crops == "fresh" and recipe.preprocess.deterministic:
-        raise DigitError(
-            "training_crops is fresh, but all crops of an image would be the same: set it to stored, or "
-            "preprocess.random_crop or preprocess.flip to true"
-        )
     sizes = {
         f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size,
         "vqgan: codes": vqgan_config(recipe).vocab_size,
@@ -224,6 +215,27 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
     unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
     for name in ROLES:  # heads, dropouts, vocabularies
         recipe.sequence_config(name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=num_classes)
+
+
+def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
+    """Raise DigitError for several crops of an image that would be equal, or that no model would be trained on."""
+    if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
+        raise DigitError(
+            f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
+            "or preprocess.random_crop or preprocess.flip to true"
+        )
+    fresh = recipe.training_crops == "fresh"
+    if fresh and recipe.preprocess.deterministic:
+        raise DigitError(
+            "training_crops is fresh, but all crops of an image would be the same: set it to stored, or "
+            "preprocess.random_crop or preprocess.flip to true"
+        )
+    if fresh and recipe.crops_per_image > 1 and "tokens" not in reuse:
+        raise DigitError(
+            f"training_crops is fresh, but {recipe.crops_per_image} crops of each image would be tokenized first and "
+            "none of them trained on: set crops_per_image to 1, which is enough for validation and probes, or "
+            "training_crops to stored"
+        )
 
 
 def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu: bool) -> None:
@@ -260,6 +272,21 @@ def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
             if setting in chosen:
                 raise DigitError(f"{text}: the learning rate would never reach its peak, give fewer")
             log.warning("%s: the learning rate will not reach its peak", text)
+
+
+def check_own_steps(recipe: Recipe, chosen: Iterable[str], models: Iterable[str] = tuple(OWN_STEPS)) -> None:
+    """Raise DigitError where somebody chose other updates of renderers, and the recipe has a number for some of them.
+
+    models: those that are trained; by default all, as where they are compared.
+    """
+    chosen, setting = set(chosen), "renderer_training.num_steps"
+    for model, name in OWN_STEPS.items():
+        steps = getattr(recipe, name)
+        if model in models and setting in chosen and name not in chosen and steps is not None:
+            raise DigitError(
+                f"{setting} is {recipe.renderer_training.num_steps}, but {model} would still train for {name}, {steps} "
+                f"updates: set {name} too, to null for as many as the renderer, or to {steps} to leave it"
+            )
 
 
 def check_sampling(recipe: Recipe, num_classes: int) -> None:

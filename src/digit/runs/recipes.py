@@ -56,6 +56,8 @@ class TokenSpace(NamedTuple):
 
 
 NO_TOKENS = TokenSpace(0, 0)
+# models whose number of updates may have a field of its own
+OWN_STEPS = {"renderer_masked": "masked_steps", "vq_ar_epochs": "vq_only_steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,8 @@ class Recipe:
     crop of each, in turn."""
     training_crops: Literal["stored", "fresh"] = "stored"
     """Crops that prior and renderer train on: stored, those of the token store; or fresh, new ones of every image in
-    every epoch, encoded in the training loop as the released code does. `digit plan` tells what either costs."""
+    every epoch, encoded in the training loop as the released code does; then crops_per_image must be 1. `digit plan`
+    tells what either costs."""
     class_conditional: bool = True
     """Condition on labels where the data has them."""
     prior: ModelSpec = field(default_factory=ModelSpec)
@@ -142,7 +145,7 @@ class Recipe:
     def training(self, role: Role) -> TrainConfig:
         """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
         cfg: TrainConfig = getattr(self, f"{role.settings}_training")
-        steps = {"renderer_masked": self.masked_steps, "vq_ar_epochs": self.vq_only_steps}.get(role.name)
+        steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:

@@ -70,6 +70,26 @@ def physical_memory() -> int:
     return whole
 
 
+def free_memory(device: "torch.device") -> int:
+    """Bytes of memory that this process may still take on a device.
+
+    On a GPU what is free there, and what torch keeps unused; on a CPU what the system calls available, at most what a
+    container leaves to the job, shared among the job's processes on this machine; half of the memory where no system
+    says it.
+    """
+    if device.type == "cuda":
+        import torch
+
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = physical_memory() // 2 or 2**32
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))  # kB
+        free = min(available, physical_memory())
+    return free // distributed.local_size()
+
+
 def _processor() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

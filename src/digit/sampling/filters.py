@@ -42,8 +42,8 @@ def keep_threshold(ordered: Float[Tensor, "B V"], top_k: int, top_p: float) -> F
     least = ordered[:, num - top_k, None] if top_k else ordered[:, :1]
     if top_p >= 1:
         return least
-    probability = ordered.masked_fill(ordered < least, NEVER).softmax(-1, dtype=torch.float64)
-    mass = probability.cumsum(-1)
+    kept = ordered.masked_fill(ordered < least, NEVER) if top_k else ordered
+    mass = kept.softmax(-1, dtype=torch.float64).cumsum(-1)
     likelier = mass[:, -1:] - mass  # total probability of the codes after this one
     dropped = (likelier >= top_p).sum(-1, keepdim=True)  # codes at the start of the order; never the last code
     return ordered.gather(-1, dropped.clamp_max(num - 1))

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from digit.models.decoding import StepTransformer
+from digit.models.decoding import StepTransformer, step_kernel
 from digit.models.sequence import SequenceModel
 from digit.models.transformer import KVCache, SteppedCache
 from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
 
-SPAN = 64  # positions; a recorded step reads the cache up to the next multiple of this
+SPAN = 64  # positions; without a kernel, a recorded step reads the cache up to the next multiple of this
 
 
 class NextTokenSampler(Sampler):
@@ -50,7 +50,13 @@ class NextTokenSampler(Sampler):
         on_gpu = model.device.type == "cuda"
         self.use_cache, self.fixed_shapes = use_cache, on_gpu if fixed_shapes is None else fixed_shapes
         self.step = StepTransformer(self.model.transformer, self.num_rows)
-        self._recorded = RecordedSteps() if self.use_cache and self.fixed_shapes else None  # kept from call to call
+        self.records = self.use_cache and self.fixed_shapes
+        self._recorded = RecordedSteps() if self.records else None  # kept from call to call
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its copy of the weights, and of the cache of recorded steps."""
+        return super().held_bytes + (0 if self._recorded is None else self._recorded.held_bytes)
 
     @property
     def uniform_shape(self) -> tuple[int, ...]:
@@ -129,9 +135,11 @@ class CachedSteps(Steps):
 
 
 class RecordedSteps(CachedSteps):
-    """Steps with constant shapes and addresses: a CUDA graph is recorded for every SPAN positions and replayed.
+    """Steps with constant shapes and addresses, recorded as a CUDA graph and replayed.
 
     A replay launches all kernels of a step at once; launching them one by one would take longer than running them.
+    Where `step_kernel` gives a kernel, which reads the filled length on the GPU, one graph serves all positions;
+    elsewhere there is one for every SPAN positions.
     """
 
     def __init__(self) -> None:
@@ -151,10 +159,17 @@ class RecordedSteps(CachedSteps):
         self.start = cfg.prefix_len + 1  # position of the first target token
         self.cache, self.max_len = sampler.new_cache(), cfg.prefix_len + cfg.target_len
         self.cache.reserve(self.max_len)
+        self.kernel = step_kernel(device, self.cache.keys.dtype, cfg.embed_dim // cfg.num_heads)
+        self.span = SPAN if self.kernel is None else self.max_len
         self.tokens = torch.zeros(num, cfg.target_len, dtype=torch.int64, device=device)  # (C, M)
         self.u = torch.zeros(num, cfg.target_len, dtype=torch.float64, device=device)  # (C, M)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
         self.is_allocated = True
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.keys.nbytes + self.cache.values.nbytes if self.is_allocated else 0
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
         if i == self.known:
@@ -162,13 +177,14 @@ class RecordedSteps(CachedSteps):
             self.position.fill_(self.start + i)
             return
         newest = self.start + i - 1  # position of the token before
-        self._run(sampler, min(self.max_len, (newest // SPAN + 1) * SPAN))
+        self._run(sampler, min(self.max_len, (newest // self.span + 1) * self.span))
 
     def _step(self, sampler: NextTokenSampler, span: int) -> None:
         """Sample the token after the newest one, with the first `span` positions of the cache, and advance."""
         newest = self.position - self.start  # (1,)
         token = self.tokens.index_select(1, newest)[:, 0]
-        logits = sampler.next_logits(token, newest, SteppedCache(self.cache, self.position, span))
+        cache = SteppedCache(self.cache, self.position, span, self.kernel)
+        logits = sampler.next_logits(token, newest, cache)
         sampled = sampler.pick(sampler.combine(logits), self.u.index_select(1, newest + 1)[:, 0])
         self.tokens.index_copy_(1, newest + 1, sampled[:, None])
 

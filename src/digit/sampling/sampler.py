@@ -28,6 +28,8 @@ class Sampler(ABC):
 
     output: Literal["tokens", "images"] = "tokens"
     """What a call returns: tokens, or images (B, 3, H, W) uint8."""
+    records: bool = False
+    """Whether it records CUDA graphs at its first call, which later calls replay."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Sampler(ABC):
         self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
         self.num_rows = self.micro_batch_size * (2 if self.guided else 1)
         self.model = prepare(model, dtype, self.num_rows)
+        self.has_own_weights = dtype not in (None, model.dtype)
         self.stage = stage or ("renderer" if model.cfg.prefix_len else "prior")
         self.pick = partial(sample_filtered, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -89,6 +92,11 @@ class Sampler(ABC):
     @abstractmethod
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         """Sample a micro-batch with the uniforms u; report the number of tokens sampled, per row or for all rows."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes on a GPU that it holds between calls, beside the model's own weights."""
+        return sum(p.nbytes for p in self.model.parameters()) if self.has_own_weights else 0
 
     def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
         """Float32 logits of the C images from those of all R rows; R = 2C with guidance."""

@@ -22,7 +22,9 @@ from digit.runtime.hardware import Precision, choose_device, full_precision
 
 FORMAT = 1
 ASSETS = ("vqgan64", "vqgan64_shapes")
-DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images through the decoder at a time, always exactly so many
+ENCODED_TOGETHER = 16  # images at most
+DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images at most, always equally many
+MAPS_IN_CACHE = 8 * 2**20  # bytes of one full-resolution map, float32, of the images that go through a CPU together
 
 
 class VQTokenizer:
@@ -31,12 +33,18 @@ class VQTokenizer:
     Args:
         vqgan: the networks.
         precision: fp32 or bf16. bf16 is about twice as fast on CPU; 3% of the carried model's tokens differ.
-        chunk_size: images that go through the networks at a time; changes results by rounding alone.
+        chunk_size: images that go through the encoder at a time; changes results by rounding alone. By default 16,
+            or on a CPU as many as its cache holds.
         rounding: "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
     """
 
     def __init__(
-        self, vqgan: VQGAN, *, precision: Precision = "fp32", chunk_size: int = 16, rounding: str = "nearest"
+        self,
+        vqgan: VQGAN,
+        *,
+        precision: Precision = "fp32",
+        chunk_size: int | None = None,
+        rounding: str = "nearest",
     ) -> None:
         if rounding not in ("nearest", "truncate"):
             raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
@@ -89,10 +97,23 @@ class VQTokenizer:
     @property
     def decoded_together(self) -> int:
         """Images that go through the decoder at a time."""
-        return DECODED_TOGETHER if self.device.type == "cpu" else DECODED_TOGETHER_ON_GPU
+        return min(DECODED_TOGETHER, self.fit_in_cache) if self.device.type == "cpu" else DECODED_TOGETHER_ON_GPU
+
+    @property
+    def encoded_together(self) -> int:
+        """Images that go through the encoder at a time."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return min(ENCODED_TOGETHER, self.fit_in_cache) if self.device.type == "cpu" else ENCODED_TOGETHER
+
+    @property
+    def fit_in_cache(self) -> int:
+        """Images whose maps a CPU's cache holds; norms and sums of more of them wait for memory."""
+        map_bytes = 4 * self.vqgan.cfg.level_channels[0] * self.resolution**2
+        return max(1, MAPS_IN_CACHE // map_bytes)
 
     def chunks(self, tensor: Tensor) -> Iterator[Tensor]:
-        return (part.to(self.device) for part in tensor.split(self.chunk_size))
+        return (part.to(self.device) for part in tensor.split(self.encoded_together))
 
     def encode(self, images: Images) -> Int64[Tensor, "B M"]:
         """RGB images (B, 3, S, S) uint8, or what else `as_images` takes, to tokens (B, M), on the images' device.

@@ -15,7 +15,7 @@ from digit.errors import DigitError, MismatchError, Stopped
 from digit.tokenizers.kmeans import unfinished
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.kmeans import KMeans
-from digit.tokenizers.kmeans.nearest import FastNearest, argmin_rows, nearest, two_least
+from digit.tokenizers.kmeans.nearest import FastNearest, argmax_rows, nearest, two_least
 from digit.tokenizers.kmeans.points import open_points
 from digit.tokenizers.kmeans.unfinished import UnfinishedFit
 
@@ -320,10 +320,17 @@ def test_the_state_of_another_fit_is_told_and_left(tmp_path, every_iteration, ca
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num", [1, 63, 64, 256])
-def test_argmin_finds_a_minimum_of_every_row(num, dtype):
-    scores = torch.randn(50, num).to(dtype)
-    index = argmin_rows(scores)
-    assert index.dtype == torch.int64 and torch.equal(scores.gather(1, index[:, None])[:, 0], scores.amin(1))
+@pytest.mark.parametrize("offset", [0, -4, 4])  # rows of both signs, all below zero, all above
+def test_argmax_finds_a_maximum_of_every_row(num, dtype, offset):
+    scores = (torch.randn(50, num) + offset).to(dtype)
+    index = argmax_rows(scores)
+    assert index.dtype == torch.int64 and torch.equal(scores.gather(1, index[:, None])[:, 0], scores.amax(1))
+
+
+def test_argmax_of_zeros_and_infinities():
+    scores = torch.full((4, 64), -torch.inf, dtype=torch.bfloat16)
+    scores[0, 5], scores[1, 6], scores[2, 7:9], scores[3, 9] = 0.0, -0.0, torch.tensor([-1e-30, -1]), torch.inf
+    assert argmax_rows(scores).tolist() == [5, 6, 7, 9]
 
 
 def test_predict_takes_leading_shapes_and_is_batch_independent():
@@ -422,7 +429,7 @@ def test_the_two_least_of_each_row(num):
     ordered = scores.sort(1).values
     assert low.equal(ordered[:, 0]) and scores.gather(1, index[:, None])[:, 0].equal(low)
     assert second.equal(ordered[:, 1] if num > 1 else torch.full((50,), torch.inf))
-    assert argmin_rows(scores).equal(index)
+    assert argmax_rows(-scores).equal(index)
 
 
 def test_features_are_tensors_arrays_or_lists():

@@ -27,7 +27,7 @@ from digit.runtime.progress import Progress
 from digit.runtime.signals import StopSignals, saving
 from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.tokenizers.kmeans.empty import split_as_faiss, split_largest_errors
-from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmin_rows, nearest
+from digit.tokenizers.kmeans.nearest import ExactNearest, FastNearest, argmax_rows, nearest
 from digit.tokenizers.kmeans.points import UNUSABLE, Points, open_points
 from digit.tokenizers.kmeans.unfinished import State, UnfinishedFit
 from digit.tokenizers.shares import Shares
@@ -162,8 +162,8 @@ def _finder(centroids: Tensor, cfg: KMeansConfig, points: Points, offset: float)
     heavy = 2.0 * points.num_rows * centroids.numel() > BFLOAT16_FROM_FLOP
     if cfg.precision == "bf16" or (cfg.precision == "auto" and heavy and multiplies_bf16(centroids.device)):
         return FastNearest(centroids, offset)
-    half, table = centroids.square().sum(1) / 2, -centroids
-    return lambda x, _: argmin_rows(linear(x, table, half))
+    half = centroids.square().sum(1) / -2
+    return lambda x, _: argmax_rows(linear(x, centroids, half))
 
 
 class _Counts:
