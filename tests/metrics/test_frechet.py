@@ -169,5 +169,7 @@ def test_value_and_error_together_equal_each_by_itself(shape, rank):
     assert error == pytest.approx(frechet_error(x, truth.mean, truth.cov), rel=1e-6)
     known = frechet_with_error(x, truth.mean, truth.cov, root=square_root(truth.cov))
     assert known == pytest.approx((value, error), rel=1e-9)
+    gaussians = own.mean, own.cov, truth.mean, truth.cov
+    assert frechet_distance(*gaussians, rank1=len(x) - 1) == pytest.approx(value, rel=1e-6)
     again = FeatureStats.restore(truth.state())
     assert (again.cov == truth.cov).all() and again.count == 400

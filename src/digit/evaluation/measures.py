@@ -165,10 +165,8 @@ def _spatial(found: Scores, fake: Features, real: Features | None, moments: Stat
         found.add("sfd", dict, unless="the reference statistics hold no mu_s and sigma_s")
         return
     missing = "of spatial features only mean and covariance are kept"
-    spatial = fake.spatial
-    found.add(
-        "sfd", lambda: Interval.without(frechet_distance(spatial.mean, spatial.cov, mean, cov, root2=root), missing)
-    )
+    spatial, known = fake.spatial, {"root2": root, "rank1": len(fake) - 1}
+    found.add("sfd", lambda: Interval.without(frechet_distance(spatial.mean, spatial.cov, mean, cov, **known), missing))
 
 
 def _kernels(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:

@@ -114,19 +114,29 @@ def _num_rows(features: np.ndarray | Tensor) -> int:
     return len(features)
 
 
-def frechet_distance(mu1: Values, s1: Values, mu2: Values, s2: Values, *, root2: Values | None = None) -> float:
+def frechet_distance(
+    mu1: Values, s1: Values, mu2: Values, s2: Values, *, root2: Values | None = None, rank1: int | None = None
+) -> float:
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
     Squared Fréchet (2-Wasserstein) distance of two Gaussians with means (D,) and covariances (D, D); at least 0.
     Tr (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2). That takes symmetric
     eigenproblems alone and no complex square root of a nearly singular product, and is exact for S1 = S2 with fewer
-    images than features too. root2 is `square_root(s2)`, if it is known already.
+    images than features too. root2 is `square_root(s2)`, if it is known already. rank1 is
+    the rank of s1 (images - 1, where there are fewer images than features): only so many eigenvalues are more than
+    rounding, which saves time.
     """
     mu1, s1, mu2, s2 = (as_float64(value) for value in (mu1, s1, mu2, s2))
     if mu1.shape != mu2.shape or s1.shape != s2.shape:
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
     root2 = square_root(s2) if root2 is None else as_float64(root2)
-    cross = np.linalg.svd(square_root(s1) @ root2, compute_uv=False).sum()
+    if rank1 is None or rank1 >= len(s1):
+        product = square_root(s1) @ root2
+    else:
+        values, vectors = np.linalg.eigh((s1 + s1.T) * 0.5)
+        values, vectors = values[len(s1) - rank1 :], vectors[:, len(s1) - rank1 :]
+        product = (vectors * np.sqrt(np.maximum(values, 0.0))).T @ root2
+    cross = np.linalg.svd(product, compute_uv=False).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
 
