@@ -4,6 +4,9 @@
     pipe = DigitPipeline.from_pretrained("runs/demo")
     images = pipe.generate(num=16, seed=0)  # (16, 3, H, W) uint8
 
+    import digit
+    digit.evaluate(images, "photos/val")  # metrics of any images, of any generator
+
 After "Stabilize the Latent Space for Image Autoregressive Modeling: A Unified Perspective" (NeurIPS 2024).
 """
 
@@ -12,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from digit.version import __version__
 
 if TYPE_CHECKING:
+    from digit.evaluation.samples import evaluate
     from digit.pipeline.pipeline import DigitPipeline
 
-__all__ = ["DigitPipeline", "__version__"]
+__all__ = ["DigitPipeline", "__version__", "evaluate"]
 
 
 def __dir__() -> list[str]:
@@ -26,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from digit.pipeline.pipeline import DigitPipeline
 
         return DigitPipeline
+    if name == "evaluate":
+        from digit.evaluation.samples import evaluate
+
+        return evaluate
     raise AttributeError(f"module 'digit' has no attribute {name!r}")

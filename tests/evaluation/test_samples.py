@@ -1,6 +1,7 @@
 """`digit evaluate`: metrics of a stand-in network, the cache, saved statistics, hostile files, validation rows."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from digit.errors import DigitError, MismatchError
 from digit.evaluation.image_set import open_images
 from digit.evaluation.npz import Statistics, read_npz_images, read_statistics
 from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.metrics.distances import Pairs
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_error, frechet_interval
 
@@ -195,6 +197,41 @@ def test_cache_none_writes_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "home" / "features").iterdir())
 
 
+def test_what_depends_on_the_reference_alone_is_computed_once(cfg, tmp_path, monkeypatch):
+    """Radii, statistics, roots of covariances and kernel sums of a reference come from the cache."""
+    from digit.evaluation import features, measures
+
+    calls = Counter()
+
+    def count(module, name):
+        make = getattr(module, name)
+
+        def counted(x, *args, **options):
+            calls[name, len(x.x) if isinstance(x, Pairs) else len(x)] += 1
+            return make(x, *args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, name in ((features, "Nearest"), (features, "square_root"), (measures, "kernel_within"),
+                         (features, "GaussianMeans")):  # fmt: skip
+        count(module, name)
+    reference, network = pictures(90, seed=1), FakeNetwork()
+    first = run(pictures(40), reference, cfg, network=network)
+    assert calls == {("Nearest", 90): 1, ("Nearest", 40): 1, ("square_root", 12): 1, ("square_root", 6): 1,
+                     ("kernel_within", 90): 1, ("GaussianMeans", 90): 1, ("GaussianMeans", 40): 1}  # fmt: skip
+    assert run(pictures(40), reference, cfg, network=network) == first and sum(calls.values()) == 7
+    run(pictures(40, seed=2), reference, cfg, network=network)
+    assert sum(calls.values()) == 9 and calls["Nearest", 40] == 2 == calls["GaussianMeans", 40]
+    uncached = run(pictures(40), reference, replace(cfg, cache="none"))["metrics"]
+    assert uncached == first["metrics"]
+    for path in (tmp_path / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert run(pictures(40), reference, cfg, network=network) == first
+    assert calls["Nearest", 90] == 3
+    run(pictures(40), reference[:80], cfg, network=network)
+    assert calls["Nearest", 80] == 1
+
+
 # -------------------------------------------------------------------- statistics
 
 
@@ -205,7 +242,10 @@ def test_kept_statistics_give_the_same_distances_and_say_what_they_cannot(cfg, t
     full, short = (run(samples, spec, cfg) for spec in (reference, tmp_path / "stats.npz"))
     for name in ("fd_fake", "sfd_fake", "is_fake"):
         assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-9)
-    assert set(short["left_out"]) == {"kd_fake", "precision_fake", "recall_fake"}
+    for name in ("fd_infinity_fake", "vendi_fake"):
+        assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-6)
+    of_images = ["fd_ratio", "kd", "cmmd", "sw", "precision", "recall", "density", "coverage", "authenticity"]
+    assert set(short["left_out"]) == {f"{name}_fake" for name in of_images}
     assert "give its images" in to_table(short)
     assert short["reference"]["statistics"]["num"] == 80
 
@@ -304,7 +344,16 @@ def test_misuse_says_what_to_do(cfg, unchecked):
     with pytest.raises(DigitError, match="at least 2"):
         open_images(pictures(20), 1)
     few = run(pictures(3), pictures(3, seed=1), cfg)
-    assert set(few["left_out"]) == {"is_fake", "precision_fake", "recall_fake"}
+    needy = ["fd_infinity", "fd_ratio", "is", "precision", "recall", "density", "coverage"]
+    assert set(few["left_out"]) == {f"{name}_fake" for name in needy}
+    assert "it needs 48" in few["left_out"]["fd_infinity_fake"]
+    for options, reason in (
+        ({"measures": "most"}, "choose all or published"),
+        ({"network": "dinov2_vitl14", "inception": "x.pth"}, "choose one network"),
+        ({"weights": "x.pth"}, "without --network"),
+    ):
+        with pytest.raises(DigitError, match=reason):
+            EvaluateConfig(**options)
 
 
 # -------------------------------------------------------------------- validation rows

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from reference_metrics import reference
 
 from digit.errors import DigitError, MismatchError
-from digit.metrics.frechet import FeatureStats, bootstrap_std, count_warnings, frechet_distance
+from digit.metrics.frechet import FeatureStats, bootstrap_std, count_warnings, frechet_distance, square_root
+from digit.metrics.influence import frechet_error, frechet_with_error
 
 
 def _stats(seed, num, dim, shift=0.0):
@@ -153,3 +154,22 @@ def test_bootstrap_estimates_the_spread_over_samples():
 def test_too_few_images_are_warned_of_in_one_way(numbers, told):
     warnings = count_warnings(*numbers, dim=1280)
     assert [text for text, start in zip(warnings, told, strict=True) if not text.startswith(start)] == []
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 12), (60, 12), (2, 5)])
+@pytest.mark.parametrize("rank", [12, 3])
+def test_value_and_error_together_equal_each_by_itself(shape, rank):
+    """Fewer images than features take one decomposition for both."""
+    rng = np.random.default_rng(0)
+    x, y = 0.8 * rng.normal(size=shape) + 0.1, rng.normal(size=(400, shape[1]))
+    y[:, rank:] = 0
+    own, truth = FeatureStats.of(x), FeatureStats.of(y)
+    value, error = frechet_with_error(x, truth.mean, truth.cov)
+    assert value == pytest.approx(frechet_distance(own.mean, own.cov, truth.mean, truth.cov), rel=1e-6)
+    assert error == pytest.approx(frechet_error(x, truth.mean, truth.cov), rel=1e-6)
+    known = frechet_with_error(x, truth.mean, truth.cov, root=square_root(truth.cov))
+    assert known == pytest.approx((value, error), rel=1e-9)
+    gaussians = own.mean, own.cov, truth.mean, truth.cov
+    assert frechet_distance(*gaussians, rank1=len(x) - 1) == pytest.approx(value, rel=1e-6)
+    again = FeatureStats.restore(truth.state())
+    assert (again.cov == truth.cov).all() and again.count == 400

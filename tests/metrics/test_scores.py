@@ -1,4 +1,4 @@
-"""Inception Score, kernel distance, precision and recall against torchmetrics, closed forms and naive loops."""
+"""Inception Score and kernel distance against torchmetrics and closed forms."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from reference_metrics import reference
 
 from digit.errors import DigitError, MismatchError
 from digit.metrics import scores
-from digit.metrics.scores import inception_score, kernel_distance, precision_recall
+from digit.metrics.scores import inception_score, kernel_distance, kernel_subsets, kernel_within
 
 pytestmark = pytest.mark.filterwarnings("ignore:Metric .* will save all extracted features:UserWarning")
 
@@ -93,51 +93,21 @@ def test_kernel_distance_of_subsets_equals_torchmetrics(monkeypatch, num_subsets
     assert kernel_distance(first, second, num_subsets=num_subsets, subset_size=15, seed=3) == pytest.approx(found)
 
 
+def test_kernel_distance_takes_sums_that_are_known_already():
+    first, second = gaussian(30, 8), gaussian(90, 8, 0.3, seed=1)
+    chosen = kernel_subsets(30, 90, 6, 20, 4)
+    known = kernel_within(second, chosen[1])
+    kernel = (second[chosen[1][0]].double() @ second[chosen[1][0]].double().T / 8 + 1) ** 3
+    assert float(known[0]) == pytest.approx(float(kernel.fill_diagonal_(0).sum()), rel=1e-9)
+    options = {"num_subsets": 6, "subset_size": 20, "seed": 4}
+    assert kernel_distance(first, second, **options) == kernel_distance(first, second, within_second=known, **options)
+
+
 def test_kernel_distance_is_unbiased():
     distances = [kernel_distance(gaussian(30, 4, seed=2 * s), gaussian(30, 4, seed=2 * s + 1))[0] for s in range(200)]
     error = np.std(distances) / len(distances) ** 0.5
     assert abs(np.mean(distances)) < 4 * error and min(distances) < 0
     assert kernel_distance(gaussian(30, 4), gaussian(30, 4, 1.0, seed=1))[0] > 10 * np.std(distances)
-
-
-# -------------------------------------------------------------------- precision and recall
-
-
-def naive_share(points, centres, k):
-    inside = 0
-    for point in points:
-        for i, centre in enumerate(centres):
-            to_fellows = sorted(np.linalg.norm(centre - other) for j, other in enumerate(centres) if j != i)
-            if np.linalg.norm(point - centre) <= to_fellows[k - 1]:
-                inside += 1
-                break
-    return inside / len(points)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(5, 25), st.integers(5, 25), st.integers(1, 4), st.floats(0, 3), st.integers(0, 99))
-def test_precision_and_recall_equal_the_definition(num_real, num_fake, k, shift, seed):
-    real, fake = gaussian(num_real, 3, seed=seed).double(), gaussian(num_fake, 3, shift, seed=seed + 1).double()
-    wanted = naive_share(fake.numpy(), real.numpy(), k), naive_share(real.numpy(), fake.numpy(), k)
-    assert precision_recall(real, fake, k) == wanted
-
-
-def test_blocks_change_nothing(monkeypatch):
-    real, fake = gaussian(101, 5), gaussian(77, 5, 0.5, seed=1)
-    whole = precision_recall(real, fake)
-    monkeypatch.setattr(scores, "MAX_DISTANCES", 500)
-    assert precision_recall(real, fake) == whole
-
-
-def test_what_precision_and_recall_mean():
-    real = gaussian(200, 4)
-    assert precision_recall(real, real.clone()) == (1.0, 1.0)
-    near_one = real[:1] + 1e-4 * gaussian(100, 4, seed=1)  # good images of one kind only
-    precision, recall = precision_recall(real, near_one)
-    assert precision == 1.0 and recall < 0.02
-    assert precision_recall(real, real + 100) == (0.0, 0.0)
-    repeated = torch.full((10, 4), 1000 / 3)  # radii of 0, squares far from it
-    assert precision_recall(repeated, repeated.clone()) == (1.0, 1.0)
 
 
 # -------------------------------------------------------------------- misuse
@@ -155,5 +125,3 @@ def test_misuse_says_what_to_do(unchecked):
         kernel_distance(good, good[:, :3])
     with pytest.raises(DigitError, match="at least 2"):
         kernel_distance(good, good[:1])
-    with pytest.raises(DigitError, match="k = 3 neighbours among 10 real and 3 fake"):
-        precision_recall(good, good[:3])

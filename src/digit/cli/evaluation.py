@@ -22,7 +22,10 @@ from digit.errors import DigitError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-UNUSED_BY_STATISTICS = ("num", "num_splits", "num_neighbours", "kernel_subsets", "kernel_subset_size", "seed")
+UNUSED_BY_STATISTICS = (
+    "measures", "num", "num_splits", "num_neighbours", "density_neighbours", "kernel_subsets", "kernel_subset_size",
+    "num_directions", "seed",
+)  # fmt: skip
 IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 
@@ -36,15 +39,22 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
 
+    Beside them FID_infinity, the FID ratio to real images, CMMD, sliced Wasserstein, density, coverage, authenticity
+    and Vendi score. Each metric has its interval, and the table says which direction is better.
+
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
-    EfficientNet-Lite2 is used, and its metrics have other names: they do not compare with any published FID.
+    EfficientNet-Lite2 is used, or the encoder of --network, and the metrics have other names: they do not compare with
+    any published FID.
     docs/evaluation.md says which protocol belongs to which paper. The command warns of problems such as JPEG samples, a
     wrong size or repeated images.
     """
     from digit.evaluation.samples import EvaluateConfig
 
     parser.add_argument("samples", help=IMAGES_HELP)
-    parser.add_argument("reference", help="the same, or an .npz of statistics (mu, sigma)")
+    parser.add_argument(
+        "reference",
+        help="the same, or statistics (mu, sigma) or features of other programs: .npz, .pt of torch-fidelity",
+    )
     add_config(parser, EvaluateConfig)
     parser.add_argument("--out", default=None, help="JSON file for all results")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)

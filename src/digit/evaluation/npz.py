@@ -1,19 +1,33 @@
-"""Images and statistics in .npz files of ADM, pytorch-fid and other programs; pickled code is never executed."""
+"""Images and statistics in files of other programs; pickled code is never executed.
+
+| program | file | arrays |
+|---|---|---|
+| guided-diffusion (ADM) | .npz | arr_0 with images, or mu, sigma, mu_s, sigma_s, with or without images |
+| pytorch-fid, clean-fid | .npz | mu, sigma |
+| dgm-eval | .npz | reps (N, D), features |
+| torch-fidelity | .pt of its cache | {"mu", "sigma"}, or features (N, D) |
+"""
 
 import math
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
+from numpy._core import multiarray
 
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.traits import Traits
+from digit.metrics.frechet import FeatureStats
 from digit.runtime.files import as_path, atomic_path
 
 DIGEST_BYTES = 32  # SHA-256
 AGAIN = "compute the statistics again"
+TORCH_SUFFIXES = (".pt", ".pth")  # of torch-fidelity's cache
+REPRESENTATIONS = "reps"  # dgm-eval's name for features
 
 
 def read_npz_images(path: str | Path) -> np.ndarray:
@@ -113,6 +127,18 @@ class Statistics:
     network: str | None = None  # fingerprint of the network; None in files of other programs
     traits: Traits | None = None  # of the images; None in files of other programs and of older versions
     digests: np.ndarray | None = None  # (N, 32) uint8, SHA-256 of each image's pixels; None where traits is
+    features: np.ndarray | None = None  # (N, D) float32 pooled features, of files that hold them; never saved
+
+    @classmethod
+    def of_features(cls, path: str | Path, features: np.ndarray) -> Self:
+        """The statistics of features (N, D) that a file holds. Raises DigitError for other shapes, NaN and infinity."""
+        if features.ndim != 2 or len(features) < 2 or features.dtype.kind != "f" or not np.isfinite(features).all():
+            raise DigitError(
+                f"{path} holds features {features.dtype} {features.shape}, wanted finite floats (N, D) of at least 2 "
+                f"images: {AGAIN}"
+            )
+        stats = FeatureStats.of(features)
+        return cls(stats.mean, stats.cov, num=len(features), features=features.astype(np.float32))
 
     def check(self, network: str, dim: int) -> None:
         """Raise MismatchError if the statistics belong to another network."""
@@ -129,7 +155,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write .npz with mu, sigma and the other fields that are set; other programs read the first two."""
-        arrays = {name: value for name, value in vars(self).items() if value is not None}
+        arrays = {name: value for name, value in vars(self).items() if value is not None and name != "features"}
         if self.traits is not None:
             arrays["traits"] = self.traits.to_json()
         with atomic_path(path) as temporary, open(temporary, "wb") as out:
@@ -137,11 +163,16 @@ class Statistics:
 
 
 def read_statistics(path: str | Path) -> Statistics | None:
-    """Read mu, sigma (and mu_s, sigma_s) from an .npz of ADM, pytorch-fid or `Statistics.save`; None without them.
+    """Read mu, sigma (and mu_s, sigma_s) from a file of `Statistics.save` or of another program, as listed above.
 
-    Raises DigitError for a damaged file, pickled arrays, wrong shapes, NaN, and a mean without its covariance.
+    Of features of dgm-eval or torch-fidelity the statistics are computed. None for an .npz without any of these. Raises
+    DigitError for a damaged file, pickled objects, wrong shapes, NaN, and a mean without its covariance.
     """
+    if as_path(path).suffix.lower() in TORCH_SUFFIXES:
+        return _read_torch(as_path(path))
     with _Archive(path) as (_, names):
+        if REPRESENTATIONS in names and "mu" not in names:
+            return Statistics.of_features(path, _load(path, REPRESENTATIONS))
         if not {"mu", "sigma"} & set(names):
             return None
         moments = {name: _load(path, name) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in names}
@@ -161,6 +192,25 @@ def read_statistics(path: str | Path) -> Statistics | None:
         raise DigitError(f"{path}: num, traits and digests do not belong together: {AGAIN}")
     network = None if network is None else str(network)
     return Statistics(**moments, num=num, network=network, traits=traits, digests=digests)
+
+
+def _read_torch(path: Path) -> Statistics:
+    """Read what torch-fidelity caches: a dictionary of mu and sigma, or a tensor of features (N, D)."""
+    types = {type(np.dtype(name)) for name in ("float16", "float32", "float64", "int64")}
+    allowed = [np.ndarray, np.dtype, *types, *(vars(multiarray)[name] for name in ("_reconstruct", "scalar"))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DigitError(f"no such file: {path}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise DigitError(f"{path} is damaged, or holds other objects than arrays and tensors") from error
+    if isinstance(held, torch.Tensor):
+        return Statistics.of_features(path, held.numpy())
+    if not isinstance(held, dict) or not {"mu", "sigma"} <= set(held):
+        raise DigitError(f"{path} holds no statistics (mu, sigma) or features (N, D) of torch-fidelity")
+    mu, sigma = (np.asarray(held[name]) for name in ("mu", "sigma"))
+    return Statistics(*_checked(path, "mu", mu, "sigma", sigma))
 
 
 def _checked(path: str | Path, mean: str, m: np.ndarray, cov: str, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

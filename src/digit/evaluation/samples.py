@@ -2,98 +2,35 @@
 
     images -> uint8 -> network, once -> pooled, spatial, logits -> distances and scores; and warnings about pitfalls
 
-`digit evaluate SAMPLES REFERENCE`. Metrics of Inception are called fid, kid, ...; those of EfficientNet-Lite2 have
-names of their own.
+`digit evaluate SAMPLES REFERENCE`, or `digit.evaluate(samples, reference)`. Metrics of Inception are called fid, kid,
+...; those of other networks have names of their own. `measures` computes them.
 """
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
-from digit import __version__
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images
-from digit.evaluation.networks import load_judge_network
-from digit.evaluation.npz import Statistics, read_npz_names, read_statistics
-from digit.evaluation.protocols import PROTOCOLS, ProtocolName
+from digit.evaluation.measures import Scores, about_measure, by_class, compute, wanted_measures
+from digit.evaluation.networks import AnyNetwork, as_network
+from digit.evaluation.npz import TORCH_SUFFIXES, Statistics, read_npz_names, read_statistics
+from digit.evaluation.protocols import PROTOCOLS
+from digit.evaluation.settings import EvaluateConfig
 from digit.evaluation.traps import Side, find_traps
-from digit.metrics.frechet import FeatureStats, frechet_distance
-from digit.metrics.influence import frechet_interval
-from digit.metrics.intervals import Interval, proportion_interval
 from digit.metrics.judge import JudgeNetwork
-from digit.metrics.scores import inception_score, kernel_distance, precision_recall
 from digit.runtime import distributed
-from digit.runtime.files import as_path, cache_folder, write_json
+from digit.runtime.files import write_json
+from digit.version import __version__
 
-NO_CACHE = "none"
+WORST_CLASSES = 5  # rows of the table
 INCEPTION = "inception"  # the network of all published metrics
 STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """How samples are compared with a reference."""
-
-    protocol: ProtocolName = "released"
-    """released (torch-fidelity's network and resize, against 50,000 validation PNGs of 256 px), adm (statistics .npz of
-    the training set, precision and recall against its images) or clean (clean-fid's resize)"""
-    inception: str | None = None
-    """Weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth); without them EfficientNet-Lite2 is used,
-    and the metrics are no FID."""
-    num: int | None = None
-    """Use the first NUM samples; all by default."""
-    num_reference: int | None = None
-    """Use NUM_REFERENCE reference images: the first, or spread evenly if sorted by class; all by default."""
-    image_size: int | None = None
-    """Resize the short side of both sets to IMAGE_SIZE pixels (PIL bicubic) and crop the centre. By default sets of one
-    square size stay unchanged and others are resized to the samples' size."""
-    pixel_max: int | None = None
-    """Value of white in images of more than 8 bits per channel, such as 4095 for 12 bits; by default as the file
-    states, or as the largest values of some images show."""
-    num_splits: int = 10
-    """Number of splits of the Inception Score: 10, as of published scores. `digit sweep` and `digit reproduce` take
-    fewer where a split would hold less than 500 samples."""
-    num_neighbours: int = 3
-    """Neighbours k of precision and recall."""
-    kernel_subsets: int = 100
-    """Random subsets of the kernel distance (KID)."""
-    kernel_subset_size: int = 1000
-    """Images in each subset; at most as many as there are."""
-    seed: int = 0
-    """Seed of the splits and the subsets."""
-    batch_size: int = 64
-    """Images that go through the network at a time."""
-    cache: str | None = None
-    """Folder that caches features by content: 11 to 20 MB per 1,000 images. Default: features in DIGIT_CACHE or in the
-    user's cache folder for digit; none to cache nothing."""
-
-    def __post_init__(self) -> None:
-        if self.protocol not in get_args(ProtocolName):
-            raise DigitError(f"protocol is {self.protocol!r}: choose one of {', '.join(get_args(ProtocolName))}")
-        for name in ("num_splits", "num_neighbours", "kernel_subsets", "batch_size"):
-            if getattr(self, name) < 1:
-                raise DigitError(f"{name} is {getattr(self, name)}: give at least 1")
-        if self.kernel_subset_size < 2:
-            raise DigitError(f"kernel_subset_size is {self.kernel_subset_size}: give at least 2")
-        if self.image_size is not None and not 8 <= self.image_size <= 4096:
-            raise DigitError(f"image_size is {self.image_size}: give 8 to 4096 pixels")
-
-    @property
-    def cache_folder(self) -> Path | None:
-        """Folder that caches features; None for no cache."""
-        if self.cache == NO_CACHE:
-            return None
-        return as_path(self.cache) if self.cache else cache_folder() / "features"
-
-    def load_network(self, device: str | torch.device | None = None) -> JudgeNetwork:
-        """Load the network of the protocol. Raises DigitError for missing or wrong weights."""
-        return load_judge_network(self.inception, resize=PROTOCOLS[self.protocol].resize, device=device)
 
 
 def evaluate(
@@ -103,21 +40,33 @@ def evaluate(
     out: str | Path | None = None,
     device: str | torch.device | None = None,
     *,
-    network: JudgeNetwork | None = None,
+    network: AnyNetwork | None = None,
 ) -> dict[str, Any]:
     """Compare two image sets: metrics with intervals, which metrics were left out and why, and warnings.
 
+        result = digit.evaluate(images, "photos/val")                    # uint8 (N, 3, H, W), a folder, ...
+        result["metrics"]["fd_efficientnet_lite2"]                       # {"value", "low", "high"}
+        digit.evaluate(images, "photos/val", network=my_encoder)         # any images (B, 3, H, W) -> (B, D)
+
     Args:
         samples: folder of images, .npz with arr_0 uint8 (N, H, W, 3), uint8 tensor (N, 3, H, W), or any source.
-        reference: the same, or an .npz of statistics (mu, sigma[, mu_s, sigma_s]), with or without images.
+        reference: the same, or statistics: an .npz with mu, sigma[, mu_s, sigma_s], with or without images, an .npz of
+            features by dgm-eval, or a .pt of statistics or features from torch-fidelity's cache.
         cfg: the protocol and its settings.
         out: JSON file for the result.
-        device: cpu or cuda; None uses cuda if available.
-        network: replaces the network that cfg names.
+        device: cpu or cuda; None uses cuda if available. Ignored with a network that is no name.
+        network: replaces the network that cfg names: a name of an encoder, a `JudgeNetwork`, or a callable, such as a
+            torch module, that takes uint8 (B, 3, H, W) and returns features (B, D). Callables have neither Inception
+            Score nor sFID. A module gets images on its own device, runs in evaluation mode and is as it was afterwards.
+            Its features are cached under a hash of its weights, buffers, layers and class, those of other callables not
+            at all.
 
-    All ranks call it together and judge a share each; each gets the result, and rank 0 writes it.
+    All ranks call it together and judge a share each; each gets the result, and rank 0 writes it. To call it on one
+    rank of a training job: `with digit.runtime.distributed.alone():`.
 
-    Returns {"protocol", "samples", "reference", "metrics", "left_out", "warnings", "versions"}.
+    Returns {"protocol", "samples", "reference", "metrics", "measures", "classes", "left_out", "warnings", "versions"}:
+    metrics by their full names; measures says which direction is better, how many images each needs and where it is
+    defined; classes, where both sets have the same classes, has those with the largest distance first.
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
     cfg = cfg or EvaluateConfig()
@@ -130,7 +79,7 @@ def evaluate(
         )
     side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
     sizes = fitted_sizes(sample_images, real_images, cfg, side)
-    network = network or cfg.load_network(device)
+    network = as_network(network, device) if network is not None else cfg.load_network(device)
     sides = [
         Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
         for role, images, size, moments in (
@@ -149,11 +98,14 @@ def _compare(
     if reference.statistics is not None:
         assert samples.features is not None
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
-    metrics, left_out = scores(*sides, network, cfg)
+    found = _compute(*sides, cfg)
+    metrics, left_out = _named(found, network)
     result = {
         "protocol": describe_protocol(network, cfg),
         **{side.role: describe_side(side) for side in sides},
         "metrics": metrics,
+        "measures": {network.metric(name): about_measure(name) for name in (*found.values, *found.left_out)},
+        "classes": _by_class(*sides, found),
         "left_out": left_out,
         "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
         "versions": versions(),
@@ -167,10 +119,10 @@ def open_reference(
     spec: Images, num: int | None, pixel_max: int | None = None
 ) -> tuple[ImageSet | None, Statistics | None]:
     """Open images, statistics, or both (ADM's reference batches). Raises DigitError for neither."""
-    if not isinstance(spec, str | Path) or Path(spec).suffix.lower() != ".npz":
+    if not isinstance(spec, str | Path) or Path(spec).suffix.lower() not in (".npz", *TORCH_SUFFIXES):
         return open_images(spec, num, pixel_max), None
     statistics = read_statistics(spec)
-    if statistics is not None and "arr_0" not in read_npz_names(spec):
+    if statistics is not None and (Path(spec).suffix.lower() != ".npz" or "arr_0" not in read_npz_names(spec)):
         return None, statistics
     return open_images(spec, num, pixel_max), statistics
 
@@ -193,7 +145,8 @@ def _features(
     images: ImageSet, size: int | None, network: JudgeNetwork, cfg: EvaluateConfig, role: str
 ) -> Features | None:
     parts = list(shards(images, size))
-    return collect(parts, network, batch_size=cfg.batch_size, cache=cfg.cache_folder, description=f"judge {role}")
+    cache = cfg.cache_folder if getattr(network, "is_reproducible", True) else None
+    return collect(parts, network, batch_size=cfg.batch_size, cache=cache, description=f"judge {role}")
 
 
 def scores(
@@ -203,55 +156,32 @@ def scores(
 
     An interval or deviation that cannot be had is None, and "missing" says why.
     """
-    fake, real, moments = samples.features, reference.features, reference.statistics
-    metrics: dict[str, dict[str, Any]] = {}
-    left_out: dict[str, str] = {}
-    assert fake is not None and not (real is None and moments is None)  # `evaluate` opens images or statistics
-    if moments is not None:
-        mean, cov = moments.mu, moments.sigma
-    else:
-        assert real is not None
-        stats = FeatureStats.of(real.pooled)
-        mean, cov = stats.mean, stats.cov
-    metrics["fd"] = frechet_interval(fake.pooled, mean, cov).to_dict()
-    seed = cfg.seed if PROTOCOLS[cfg.protocol].shuffled_splits else None
-    if len(fake) < cfg.num_splits:
-        left_out["is"] = f"{len(fake)} samples do not fill {cfg.num_splits} splits"
-    else:
-        reason = "one split has no deviation" if cfg.num_splits == 1 else ""
-        metrics["is"] = _with_std(inception_score(fake.logits, cfg.num_splits, seed), reason)
-    if moments is not None:
-        mean, cov = moments.mu_s, moments.sigma_s
-    else:
-        assert real is not None
-        mean, cov = real.spatial.mean, real.spatial.cov
-    if mean is None:
-        left_out["sfd"] = "the reference statistics hold no mu_s and sigma_s"
-    else:
-        assert cov is not None  # statistics hold mu_s and sigma_s together
-        value = frechet_distance(fake.spatial.mean, fake.spatial.cov, mean, cov)
-        metrics["sfd"] = Interval.without(value, "of spatial features only mean and covariance are kept").to_dict()
-    if real is None:
-        left_out |= dict.fromkeys(("kd", "precision", "recall"), "the reference is statistics alone: give its images")
-    else:
-        subsets = {"num_subsets": cfg.kernel_subsets, "subset_size": cfg.kernel_subset_size, "seed": cfg.seed}
-        whole = cfg.kernel_subset_size >= max(len(fake), len(real)) and len(fake) == len(real)
-        reason = "every subset is the whole set" if whole else "one subset" if cfg.kernel_subsets == 1 else ""
-        metrics["kd"] = _with_std(kernel_distance(fake.pooled, real.pooled, **subsets), reason)
-        if min(len(fake), len(real)) <= cfg.num_neighbours:
-            left_out |= dict.fromkeys(("precision", "recall"), f"they need more than {cfg.num_neighbours} images")
-        else:
-            shares = precision_recall(real.pooled, fake.pooled, cfg.num_neighbours)
-            for name, share, total in zip(("precision", "recall"), shares, (len(fake), len(real)), strict=True):
-                metrics[name] = proportion_interval(round(share * total), total).to_dict()
-    named = {network.metric(name): entry for name, entry in metrics.items()}
-    return named, {network.metric(name): reason for name, reason in left_out.items()}
+    return _named(_compute(samples, reference, cfg), network)
 
 
-def _with_std(pair: tuple[float, float], missing: str) -> dict[str, Any]:
-    """A value and its deviation, or why there is none."""
-    value, std = pair
-    return {"value": value, "std": None, "missing": missing} if missing else {"value": value, "std": std}
+def _compute(samples: Side, reference: Side, cfg: EvaluateConfig) -> Scores:
+    assert samples.features is not None
+    shuffled, statistics = PROTOCOLS[cfg.protocol].shuffled_splits, reference.statistics
+    real = reference.features
+    if real is None and statistics is not None and statistics.features is not None:
+        real = Features.of_file(torch.from_numpy(statistics.features), cfg.cache_folder)
+    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled)
+
+
+def _named(found: Scores, network: JudgeNetwork) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    values = {network.metric(name): entry for name, entry in found.values.items()}
+    return values, {network.metric(name): reason for name, reason in found.left_out.items()}
+
+
+def _by_class(samples: Side, reference: Side, found: Scores) -> dict[str, dict[str, Any]]:
+    """`by_class` of two sets of images with classes, {} for others."""
+    if found.wanted == wanted_measures("published") or samples.images is None or reference.images is None:
+        return {}
+    names, other = samples.images.class_names, reference.images.class_names
+    if names is None or other is None:
+        return {}
+    assert samples.features is not None and reference.features is not None
+    return by_class(samples.features, names, reference.features, other, found.neighbours)
 
 
 def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, Any]:
@@ -263,6 +193,8 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
         "num_splits": cfg.num_splits,
         "splits": "shuffled" if PROTOCOLS[cfg.protocol].shuffled_splits else "in order",
         "num_neighbours": cfg.num_neighbours,
+        "density_neighbours": cfg.density_neighbours,
+        "num_directions": cfg.num_directions,
         "kernel_subsets": [cfg.kernel_subsets, cfg.kernel_subset_size],
         "seed": cfg.seed,
         "intervals": {
@@ -270,7 +202,11 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
             "(metrics/influence.py); without the upward bias of few images",
             "inception score": "std over splits",
             "kernel distance": "std over subsets",
-            "precision, recall": "95%, Wilson",
+            "precision, recall, coverage, authenticity": "95%, Wilson",
+            "density": "95%, bootstrap over samples",
+            "distance at infinity": "95%, infinitesimal jackknife and error of the fit",
+            "distance ratio": "95%, infinitesimal jackknife of both distances, half of the reference fixed",
+            "cmmd, sliced distance, vendi": "95%, influence of each sample, reference fixed",
         },
     }
 
@@ -316,7 +252,7 @@ def statistics_npz(
     cfg: EvaluateConfig | None = None,
     device: str | torch.device | None = None,
     *,
-    network: JudgeNetwork | None = None,
+    network: AnyNetwork | None = None,
 ) -> Statistics:
     """Save a reference: write mu, sigma, mu_s, sigma_s (float64), num and the network's fingerprint as .npz.
 
@@ -327,15 +263,16 @@ def statistics_npz(
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference, cfg.pixel_max)
-    network = network or cfg.load_network(device)
+    network = as_network(network, device) if network is not None else cfg.load_network(device)
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
 
     def save() -> Statistics:
         assert features is not None  # on rank 0
-        pooled, spatial = FeatureStats.of(features.pooled), features.spatial
+        pooled, spatial = features.stats, features.spatial
+        inner = (spatial.mean, spatial.cov) if spatial.dim else (None, None)
         moments = Statistics(
-            pooled.mean, pooled.cov, spatial.mean, spatial.cov, len(features), fingerprint(network),
+            pooled.mean, pooled.cov, *inner, len(features), fingerprint(network),
             Side("reference", chosen, size, features).traits, features.digests.numpy(),
         )  # fmt: skip
         moments.save(path)
@@ -355,13 +292,28 @@ def to_table(result: dict[str, Any]) -> str:
         f"{samples['num']} samples of {samples['name']} against {against}",
         *(f"{side['name']}: {side['pixel_range']}" for side in (samples, reference) if "pixel_range" in side),
         "",
-        "| metric | value | 95% interval or deviation |",
-        "|---|---|---|",
+        "| metric | value | better | 95% interval or deviation |",
+        "|---|---|---|---|",
     ]
     for name, metric in result["metrics"].items():
-        lines.append(f"| {name} | {_short(metric['value'])} | {_spread(metric)} |")
-    lines += [f"| {name} | – | {reason} |" for name, reason in result["left_out"].items()]
+        better = result["measures"][name]["better"]
+        lines.append(f"| {name} | {_short(metric['value'])} | {better} | {_spread(metric)} |")
+    lines += [f"| {name} | – | – | left out: {reason} |" for name, reason in result["left_out"].items()]
+    lines += _class_lines(result["classes"])
     return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
+
+
+def _class_lines(classes: dict[str, dict[str, Any]]) -> list[str]:
+    """The classes with the largest distance as Markdown."""
+    if not classes:
+        return []
+    lines = ["", f"classes with the largest distance, of {len(classes)}:", "", "| class | kd | 95% interval |"]
+    worst = list(classes.items())[:WORST_CLASSES]
+    return [
+        *lines,
+        "|---|---|---|",
+        *(f"| {name} | {_short(entry['kd']['value'])} | {_spread(entry['kd'])} |" for name, entry in worst),
+    ]
 
 
 def _saved(reference: dict[str, Any]) -> str:

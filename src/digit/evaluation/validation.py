@@ -50,7 +50,7 @@ def validation_rows(
     of rendered images are cached, 1,000 images at a time.
     """
     pipe.require("vq")
-    cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size)
+    cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size, measures="published")
     network = network or cfg.load_network(device)
     images = open_images(source, num)
     real_shards = list(shards(images, pipe.image_size))

@@ -4,9 +4,11 @@ The distance depends on the feature network, its input size and the number of im
 an FID only on the Inception network of Heusel et al. (metrics/judge.py describes our own network).
 """
 
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -55,16 +57,37 @@ class FeatureStats:
 
     def update(self, features: np.ndarray | Tensor) -> Self:
         """Add a batch (B, D), array or tensor of real numbers. Raises DigitError for other shapes, NaN and infinity."""
-        if len(features.shape) != 2:
-            raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
-        for start in range(0, len(features), BLOCK):
-            block = as_float64(features[start : start + BLOCK])
-            if not np.isfinite(block).all():
-                raise DigitError("features hold NaN or infinity: check the images and the network's weights")
+        for start in range(0, _num_rows(features), BLOCK):
+            block = self.checked(features[start : start + BLOCK])
             mean = block.mean(0)
             centred = block - mean
             self._add(len(block), mean, centred.T @ centred)
         return self
+
+    @staticmethod
+    def checked(features: np.ndarray | Tensor) -> Float64[np.ndarray, "N D"]:
+        """Convert features (N, D) to float64. Raises DigitError for other shapes, NaN and infinity."""
+        _num_rows(features)
+        values = as_float64(features)
+        if not np.isfinite(values).all():
+            raise DigitError("features hold NaN or infinity: check the images and the network's weights")
+        return values
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that these statistics hold, for `restore`: count (), mean (D,) and scatter (D, D) float64."""
+        mean, scatter = self.mean, self._scatter
+        assert scatter is not None
+        return {"count": torch.tensor(self.count), "mean": torch.from_numpy(mean), "scatter": torch.from_numpy(scatter)}
+
+    @classmethod
+    def restore(cls, state: Mapping[str, Tensor]) -> Self:
+        """Statistics with the `state` of others."""
+        stats = cls()
+        stats.count, stats._mean, stats._scatter = (
+            int(state["count"]),
+            *(state[name].numpy().copy() for name in ("mean", "scatter")),
+        )
+        return stats
 
     def merge(self, other: "FeatureStats") -> Self:
         """Add the statistics of other images, for example from another process."""
@@ -84,24 +107,43 @@ class FeatureStats:
         self.count = total
 
 
-def frechet_distance(mu1: Values, s1: Values, mu2: Values, s2: Values) -> float:
+def _num_rows(features: np.ndarray | Tensor) -> int:
+    """N of features (N, D). Raises DigitError for other shapes."""
+    if len(features.shape) != 2:
+        raise DigitError(f"features have shape {tuple(features.shape)}, wanted (images, features): pool them first")
+    return len(features)
+
+
+def frechet_distance(
+    mu1: Values, s1: Values, mu2: Values, s2: Values, *, root2: Values | None = None, rank1: int | None = None
+) -> float:
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
     Squared Fréchet (2-Wasserstein) distance of two Gaussians with means (D,) and covariances (D, D); at least 0.
     Tr (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2). That takes symmetric
     eigenproblems alone and no complex square root of a nearly singular product, and is exact for S1 = S2 with fewer
-    images than features too.
+    images than features too. root2 is `square_root(s2)`, if it is known already. rank1 is
+    the rank of s1 (images - 1, where there are fewer images than features): only so many eigenvalues are more than
+    rounding, which saves time.
     """
     mu1, s1, mu2, s2 = (as_float64(value) for value in (mu1, s1, mu2, s2))
     if mu1.shape != mu2.shape or s1.shape != s2.shape:
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
-    cross = np.linalg.svd(_square_root(s1) @ _square_root(s2), compute_uv=False).sum()
+    root2 = square_root(s2) if root2 is None else as_float64(root2)
+    if rank1 is None or rank1 >= len(s1):
+        product = square_root(s1) @ root2
+    else:
+        values, vectors = np.linalg.eigh((s1 + s1.T) * 0.5)
+        values, vectors = values[len(s1) - rank1 :], vectors[:, len(s1) - rank1 :]
+        product = (vectors * np.sqrt(np.maximum(values, 0.0))).T @ root2
+    cross = np.linalg.svd(product, compute_uv=False).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
 
 
-def _square_root(cov: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a positive semidefinite matrix; negative eigenvalues come from rounding and become 0."""
+def square_root(cov: Values) -> Float64[np.ndarray, "D D"]:
+    """S^(1/2) of a covariance (D, D), symmetric; negative eigenvalues come from rounding and become 0."""
+    cov = as_float64(cov)
     values, vectors = np.linalg.eigh((cov + cov.T) * 0.5)
     return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 

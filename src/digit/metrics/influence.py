@@ -6,15 +6,16 @@ that they should surround. The infinitesimal jackknife (Jaeckel 1972; Efron 1982
 respect to the weight of each image: two eigenproblems in all, and no repeated images.
 """
 
+import math
 from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float64
 from torch import Tensor
 
-from digit.errors import DigitError
+from digit.errors import DigitError, MismatchError
 from digit.metrics.arrays import Covariance, Features, Mean, as_float64
-from digit.metrics.frechet import FeatureStats, frechet_distance
+from digit.metrics.frechet import FeatureStats, frechet_distance, square_root
 from digit.metrics.intervals import Interval
 
 ROWS = 4096  # images per matrix product
@@ -22,20 +23,51 @@ RANK_TOLERANCE = 1e-10  # eigenvalues below this fraction of the largest are rou
 ERROR_TOLERANCE = 1e-7  # errors below this fraction of the reference's total variance are rounding
 
 
-def frechet_interval(features: Features, mean: Mean, cov: Covariance, *, confidence: float = 0.95) -> Interval:
+def frechet_interval(
+    features: Features, mean: Mean, cov: Covariance, *, confidence: float = 0.95, root: Covariance | None = None
+) -> Interval:
     """d -+ z * frechet_error, d the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
 
     z is the normal quantile (1.96 at 95 %). The interval covers the choice of samples and takes the reference as fixed.
     It does not contain the upward bias of few samples, which shifts value and interval together. There is no interval
     where the error is 0 but for rounding: all samples are equal, or they have the reference's mean and covariance.
+
+    root is `square_root(cov)`, if it is known already; it takes an eigenproblem of (D, D).
     """
-    stats = FeatureStats.of(features)
-    value = frechet_distance(stats.mean, stats.cov, mean, cov)
-    error = frechet_error(features, mean, cov)
+    value, error = frechet_with_error(features, mean, cov, root=root)
     if error <= ERROR_TOLERANCE * float(np.trace(as_float64(cov))):
         return Interval.without(value, "the samples do not vary, or have the reference's own mean and covariance")
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error
     return Interval(value, max(0.0, value - half), value + half)
+
+
+def frechet_with_error(
+    features: Features, mean: Mean, cov: Covariance, *, root: Covariance | None = None
+) -> tuple[float, float]:
+    """(d, frechet_error), d the Fréchet distance of samples (N, D) to a Gaussian with mean (D,) and cov (D, D).
+
+    root as for `frechet_interval`. Raises DigitError for fewer than 2 samples, and for another D.
+    """
+    x = FeatureStats.checked(features)
+    if len(x) < 2:
+        raise DigitError(f"{len(x)} samples have no covariance: give at least 2")
+    mean, cov = as_float64(mean), as_float64(cov)
+    if cov.shape != (x.shape[1], x.shape[1]):
+        raise MismatchError(f"features have {x.shape[1]} dimensions, the Gaussian {len(mean)}: use one network")
+    shift, x = x.mean(0) - mean, x - x.mean(0)
+    root = square_root(cov) if root is None else as_float64(root)
+    if len(x) <= x.shape[1]:
+        # x S2^(1/2) = U diag(s) V': Tr (S S2)^(1/2) = sum_k s_k / r and x_i'T x_i = r sum_k U_ik² s_k, r = sqrt(N - 1)
+        left, cross, _ = np.linalg.svd(x @ root, full_matrices=False)
+        cross, total = cross * math.sqrt(len(x) - 1), np.square(x).sum()
+        influence = 2 * x @ shift + (np.square(x).sum(1) - np.square(left) @ cross) * (len(x) / (len(x) - 1))
+        value = shift @ shift + (total - 2.0 * cross.sum()) / (len(x) - 1) + np.trace(cov)
+    else:
+        scale, vectors = _spectrum(x)
+        cross = np.linalg.svd((vectors * scale).T @ root, compute_uv=False)
+        influence = _influence(x, shift, cov, scale, vectors)
+        value = shift @ shift + np.square(scale).sum() + np.trace(cov) - 2.0 * cross.sum()
+    return max(float(value), 0.0), _error(influence)
 
 
 def frechet_difference(
@@ -94,12 +126,28 @@ def frechet_influence(features: Features, mean: Mean, cov: Covariance) -> Float6
     """
     x, mean, cov = (as_float64(values) for values in (features, mean, cov))
     shift, x = x.mean(0) - mean, x - x.mean(0)
+    return _influence(x, shift, cov, *_spectrum(x))
+
+
+def _spectrum(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations (R,) along the principal axes (D, R) of centred rows (N, D); R = min(N, D).
+
+    Fewer rows than columns take a singular value decomposition of the rows, which costs N² D instead of D³.
+    """
+    if len(x) <= x.shape[1]:
+        _, scale, axes = np.linalg.svd(x, full_matrices=False)
+        return scale[::-1] / np.sqrt(len(x) - 1), axes[::-1].T
+    values, vectors = np.linalg.eigh(x.T @ x / (len(x) - 1))
+    return np.sqrt(np.maximum(values, 0.0)), vectors
+
+
+def _influence(x: np.ndarray, shift: np.ndarray, cov: np.ndarray, scale: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """`frechet_influence` (N,) of centred rows (N, D) with their `_spectrum`."""
     unbiased = len(x) / (len(x) - 1)
-    values, vectors = np.linalg.eigh(x.T @ x / len(x) * unbiased)
-    kept = values > RANK_TOLERANCE * values[-1]
+    kept = np.square(scale) > RANK_TOLERANCE * np.square(scale[-1])
     if not kept.any():
         return np.zeros(len(x))  # all images are equal
-    scale, vectors = np.sqrt(values[kept]), vectors[:, kept]
+    scale, vectors = scale[kept], vectors[:, kept]
     root = vectors * scale  # (D, R), S = root root'
     inner_values, inner = np.linalg.eigh(root.T @ cov @ root)
     whiten, weights = (vectors / scale) @ inner, np.sqrt(np.maximum(inner_values, 0.0))  # (D, R), (R,)

@@ -1,19 +1,20 @@
-"""Scores on the features and logits of any network: Inception Score, kernel distance, precision and recall.
+"""Scores on the features and logits of any network: Inception Score and kernel distance.
 
 All sums run in float64. A score compares only with scores of the same network, resize and number of images.
 `JudgeNetwork.metric` gives its full name: inception_score, kid, ... on Inception alone.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Real
+from jaxtyping import Float64, Int64, Real
 from torch import Tensor
 
-from digit.errors import DigitError, MismatchError
+from digit.errors import DigitError
+from digit.metrics.arrays import checked_pair, checked_rows
 
+Rows = Int64[Tensor, "R S"]
 MAX_DISTANCES = 2**24  # float64 values per block, 128 MiB
 MIN_IMAGES_PER_SPLIT = 500  # fewer give a useless score, which is at most the number of images
 
@@ -30,7 +31,7 @@ def inception_score(logits: Real[Tensor, "N C"], num_splits: int = 10, seed: int
     1..C. `seed` shuffles the images before they are split, as in torch-fidelity. None keeps their order, as ADM's
     evaluator does; samples sorted by class then give splits of few classes each and so lower scores.
     """
-    logits = _checked(logits, "logits")
+    logits = checked_rows(logits, "logits")
     if not 1 <= num_splits <= len(logits):
         raise DigitError(f"{num_splits} splits of {len(logits)} images: give at least one image per split")
     if seed is not None:
@@ -51,6 +52,7 @@ def kernel_distance(
     num_subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 0,
+    within_second: Float64[Tensor, " R"] | None = None,
 ) -> tuple[float, float]:
     """sum_{i != j} (k(x_i, x_j) + k(y_i, y_j)) / m(m-1) - 2 sum_{ij} k(x_i, y_j) / m²,  k(x, y) = (x.y / D + 1)³.
 
@@ -58,86 +60,49 @@ def kernel_distance(
     over random subsets of m = subset_size rows of features (N, D) and (M, D), sampled without replacement. subset_size
     is at most the size of the smaller set. Where it is the size of both, every subset is the whole set and the
     deviation is 0: it shows the choice of subsets, not of images.
+
+    within_second (R,) is `kernel_within` of the second set's `kernel_subsets`, if it is known already.
     """
-    first, second = _pair(first, second)
+    first, second = checked_pair(first, second)
     size = min(subset_size, len(first), len(second))
     if size < 2:
         raise DigitError(f"kernel distance of {len(first)} and {len(second)} images: give at least 2 of each")
-    rng = np.random.default_rng(seed % 2**64)
-    chosen = [[rng.choice(len(x), size, replace=False) for x in (first, second)] for _ in range(num_subsets)]
-    if len(first) ** 2 + len(second) ** 2 > 2 * num_subsets * size**2:  # then separate subsets cost less
-        all_rows = torch.ones(1, size, dtype=torch.float64)
-        distances = torch.cat([_mmd(first[a], second[b], all_rows, all_rows) for a, b in chosen])
-    else:
-        members = [torch.zeros(num_subsets, len(x), dtype=torch.float64) for x in (first, second)]
-        for row, subsets in enumerate(chosen):
-            for member, indices in zip(members, subsets, strict=True):
-                member[row, indices] = 1
-        distances = _mmd(first, second, *members)
+    chosen = kernel_subsets(len(first), len(second), num_subsets, size, seed)
+    if within_second is None:
+        within_second = kernel_within(second, chosen[1])
+    within = kernel_within(first, chosen[0]) + within_second.double()
+    distances = within / (size * (size - 1)) - 2 * _kernel_sums(first, second, *chosen) / size**2
     return float(distances.mean()), float(distances.std(unbiased=False))
 
 
-def _mmd(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
-    """Unbiased MMD² (R,) of R subsets of x (N, D) and y (M, D), given as 0/1 masks in_x (R, N) and in_y (R, M)."""
-    size = in_x[0].sum()
-    within = sum(
-        _kernel_sums(z, z, in_z, in_z) - in_z @ (z.double().square().mean(1) + 1) ** 3
-        for z, in_z in ((x, in_x), (y, in_y))
-    )
-    return within / (size * (size - 1)) - 2 * _kernel_sums(x, y, in_x, in_y) / size**2
-
-
-def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
-    """sum_{ij} in_x_ri k(x_i, y_j) in_y_rj for each of R subsets, (R,)."""
-    y, sums = y.double(), torch.zeros(len(in_x), dtype=torch.float64)
-    for rows in torch.arange(len(x)).split(max(1, MAX_DISTANCES // len(y))):
-        kernel = (x[rows].double() @ y.T / y.shape[1] + 1) ** 3  # (n, M)
-        sums += ((in_x[:, rows] @ kernel) * in_y).sum(1)
-    return sums
-
-
-def precision_recall(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"], k: int = 3) -> tuple[float, float]:
-    """precision = 1/M sum_j [exists i: ||f_j - r_i|| <= NN_k(r_i)];  recall: the same with f and r exchanged.
-
-    Kynkäänniemi et al. 2019, Eqs. 1 and 2. r are real features (N, D), f fake ones (M, D); NN_k(r_i) is the distance of
-    r_i to its k-th nearest neighbour among r. Both depend on N and M: papers use 10,000 or 50,000 of each. Raises
-    DigitError unless both sets hold more than k images.
-    """
-    real, fake = _pair(real, fake)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise DigitError(f"k = {k} neighbours among {len(real)} real and {len(fake)} fake images: give more images")
-    return _covered(fake, real, k), _covered(real, fake, k)
-
-
-def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """Share of points (N, D) within the distance of any centre (M, D) to its k-th nearest other centre."""
-    centres = centres.double()
-    # k + 1: the nearest centre is the centre itself
-    radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in _distances(centres, centres)])  # (M,)
-    return sum(int((block <= radii).any(1).sum()) for block in _distances(points, centres)) / len(points)
-
-
-def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows of ||x_i - y_j||² (N, M); rounding errors between equal points are set to 0."""
-    squares = y.square().sum(1)  # (M,)
-    for rows in x.split(max(1, MAX_DISTANCES // len(y))):
-        rows = rows.double()
-        scale = rows.square().sum(1, keepdim=True) + squares
-        squared = scale - 2 * rows @ y.T
-        yield squared.masked_fill_(squared < 1e-13 * scale, 0.0)
-
-
-def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = _checked(first, "features"), _checked(second, "features")
-    if first.shape[1] != second.shape[1]:
-        raise MismatchError(f"features have {first.shape[1]} and {second.shape[1]} dimensions: use one network")
+def kernel_subsets(num: int, num_second: int, num_subsets: int, size: int, seed: int) -> tuple[Rows, Rows]:
+    """Rows (R, size) of the first and of the second set in each of R = num_subsets random subsets."""
+    rng = np.random.default_rng(seed % 2**64)
+    chosen = [[rng.choice(n, size, replace=False) for n in (num, num_second)] for _ in range(num_subsets)]
+    first, second = (torch.from_numpy(np.stack(rows)) for rows in zip(*chosen, strict=True))
     return first, second
 
 
-def _checked(values: Tensor, what: str) -> Tensor:
-    values = torch.as_tensor(values).detach().cpu()
-    if values.ndim != 2 or not values.numel():
-        raise DigitError(f"{what} have shape {tuple(values.shape)}, wanted (images, values) of at least one image")
-    if not torch.isfinite(values).all():
-        raise DigitError(f"{what} hold NaN or infinity: check the images and the network's weights")
-    return values
+def kernel_within(x: Real[Tensor, "N D"], chosen: Rows) -> Float64[Tensor, " R"]:
+    """sum_{i != j} k(x_i, x_j) over the rows of each of R subsets, with the kernel of `kernel_distance`."""
+    own = (x.double().square().mean(1) + 1) ** 3  # (N,), k(x_i, x_i)
+    return _kernel_sums(x, x, chosen, chosen) - own[chosen].sum(1)
+
+
+def _kernel_sums(x: Tensor, y: Tensor, in_x: Tensor, in_y: Tensor) -> Tensor:
+    """sum_{ij} k(x_i, y_j) over the rows in_x (R, n) of x and in_y (R, m) of y of each of R subsets, (R,)."""
+    sums = torch.zeros(len(in_x), dtype=torch.float64)
+    if len(x) * len(y) > in_x.numel() * in_y.shape[1]:  # then separate subsets cost less
+        for row, (rows, columns) in enumerate(zip(in_x, in_y, strict=True)):
+            b = y[columns].double()
+            for a in x[rows].split(max(1, MAX_DISTANCES // len(b))):
+                sums[row] += (a.double() @ b.T / b.shape[1] + 1).pow(3).sum()
+        return sums
+    mask_x, mask_y = (torch.zeros(len(sums), len(z), dtype=torch.float64) for z in (x, y))
+    mask_x.scatter_(1, in_x, 1.0)
+    mask_y.scatter_(1, in_y, 1.0)
+    y = y.double()
+    for rows in torch.arange(len(x)).split(max(1, MAX_DISTANCES // len(y))):
+        kernel = (x[rows].double() @ y.T / y.shape[1] + 1) ** 3  # (n, M)
+        sums += ((mask_x[:, rows] @ kernel) * mask_y).sum(1)
+    return sums

@@ -31,7 +31,6 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from digit import __version__
 from digit.data.rows import ArrayFile
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.pipeline.batch import SampleBatch
@@ -58,6 +57,7 @@ from digit.runtime.request import require_same_request
 from digit.runtime.scalars import as_int
 from digit.runtime.signals import StopSignals
 from digit.sampling.config import SamplingConfig
+from digit.version import __version__
 
 GRID_IMAGES = 256  # images in grid.png, from the first on
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
