@@ -64,6 +64,12 @@ def shard_stem(name: str, shard: int, num_shards: int) -> str:
     return name if num_shards == 1 else f"{name}-{shard:05d}-of-{num_shards:05d}"
 
 
+def shard_stems(name: str, num_rows: int, shard_rows: int) -> list[str]:
+    """Names of the files of an array of `num_rows` rows, `shard_rows` in each but the last."""
+    num = max(1, -(-num_rows // shard_rows))
+    return [shard_stem(name, shard, num) for shard in range(num)]
+
+
 class Shards:
     """The rows of several arrays, one array after another, read as if they were one array (R, N)."""
 
@@ -177,11 +183,10 @@ class ArrayFiles:
     """One array in an ArrayFile for every `shard_rows` rows; the last holds the rest."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, ...], dtype: str, shard_rows: int):
-        self.shard_rows, num = shard_rows, max(1, -(-shape[0] // shard_rows))
-        self.stems = [shard_stem(name, shard, num) for shard in range(num)]
+        self.shard_rows, self.stems = shard_rows, shard_stems(name, shape[0], shard_rows)
         self.parts = [
             ArrayFile(folder / f"{stem}.partial.npy", (min(shard_rows, shape[0] - first), *shape[1:]), dtype)
-            for stem, first in zip(self.stems, range(0, num * shard_rows, shard_rows), strict=True)
+            for stem, first in zip(self.stems, range(0, len(self.stems) * shard_rows, shard_rows), strict=True)
         ]
         self.opened: list[ArrayFile] = []
         self.written: set[ArrayFile] = set()  # since the last sync

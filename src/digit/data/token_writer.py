@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.rows import AGAIN, ArrayFiles, copy_rows, crc32_files, shard_stem
+from digit.data.rows import AGAIN, ArrayFiles, copy_rows, crc32_files, shard_stems
 from digit.data.taken_tokens import TakenTokens
 from digit.data.tokens import FORMAT, MAX_VOCAB, TokenStore, check_format
 from digit.errors import DigitError, Stopped
@@ -235,8 +235,7 @@ class _Writer:
 
     @property
     def _vq_stems(self) -> list[str]:
-        num = -(-self.num_rows // self.shard_rows)
-        return [shard_stem("vq", shard, num) for shard in range(num)] if self.request["vq"] else []
+        return shard_stems("vq", self.num_rows, self.shard_rows) if self.request["vq"] else []
 
     def begin(self) -> bool:
         """Returns whether any work is left. Raises MismatchError if the folder or another rank has other settings.
