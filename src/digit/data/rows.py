@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -241,12 +241,17 @@ def copy_rows(partial: Path, final: Path, keep: np.ndarray, array: ArrayFile) ->
         os.replace(partial, final)
         return
     whole = np.load(partial, mmap_mode="r", allow_pickle=False)
+    starts = range(0, len(keep), COPY_ROWS)
+    parts = (whole[start : start + COPY_ROWS][keep[start : start + COPY_ROWS]] for start in starts)
+    write_rows(final, (int(keep.sum()), *array.shape[1:]), array.dtype.str, parts)
+
+
+def write_rows(final: Path, shape: tuple[int, ...], dtype: str, parts: Iterable[np.ndarray]) -> None:
+    """Writes an array (R, ...) part by part to `final`, which is replaced atomically."""
     with atomic_path(final) as temporary:
-        kept = ArrayFile(temporary, (int(keep.sum()), *array.shape[1:]), array.dtype.str)
-        kept.allocate()
-        row = 0
-        with kept:
-            for start in range(0, len(keep), COPY_ROWS):
-                values = whole[start : start + COPY_ROWS][keep[start : start + COPY_ROWS]]
-                kept.write(row, values)
+        written, row = ArrayFile(temporary, shape, dtype), 0
+        written.allocate()
+        with written:
+            for values in parts:
+                written.write(row, values)
                 row += len(values)

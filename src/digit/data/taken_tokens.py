@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from digit.data.rows import COPY_ROWS, ArrayFile, link_or_copy
+from digit.data.rows import COPY_ROWS, link_or_copy, write_rows
 from digit.data.tokens import TokenStore
-from digit.runtime.files import atomic_path
 from digit.runtime.request import require_same_request
 
 if TYPE_CHECKING:
@@ -53,13 +52,10 @@ class TakenTokens:
             if len(rows) == shards[shard] and rows[0] == first and rows[-1] == first + len(rows) - 1:
                 link_or_copy(twin, final)
                 return
-        assert self.store.vq is not None  # as the comparison has found
-        with atomic_path(final) as temporary:
-            written = ArrayFile(temporary, (len(rows), self.store.vq.shape[1]), "<u2")
-            written.allocate()
-            with written:
-                for start in range(0, len(rows), COPY_ROWS):
-                    written.write(start, self.store.vq.take(rows[start : start + COPY_ROWS], axis=0))
+        vq = self.store.vq
+        assert vq is not None  # as the comparison has found
+        parts = (vq.take(rows[start : start + COPY_ROWS], axis=0) for start in range(0, len(rows), COPY_ROWS))
+        write_rows(final, (len(rows), vq.shape[1]), "<u2", parts)
 
 
 def crop_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
