@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError, MismatchError
-from digit.pipeline.manifest import MANIFEST
+from digit.pipeline.manifest import MANIFEST, RELEASED
 from digit.released.convert import ReleasedFiles, convert_release
 from digit.runtime.files import cache_folder, sha256_file
 
-REPOSITORY = "DAMO-NLP-SG/DiGIT"
+REPOSITORY = RELEASED
 TRUE_WORDS = ("1", "true", "yes", "on")
 TIMEOUT = 10  # seconds until the Hub counts as unreachable
 
