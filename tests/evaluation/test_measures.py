@@ -11,7 +11,8 @@ from toy_measure import FakeNetwork, pictures, run, sample_folder
 import digit
 from digit.errors import DigitError
 from digit.evaluation.measures import MEASURES
-from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.evaluation.samples import EvaluateConfig, statistics_npz
+from digit.evaluation.table import to_table
 from digit.metrics.diversity import vendi_score
 from digit.metrics.extrapolation import frechet_infinity, frechet_ratio
 from digit.metrics.frechet import FeatureStats, frechet_distance

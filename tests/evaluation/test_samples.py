@@ -13,7 +13,8 @@ from toy_measure import SIZE, FakeNetwork, pictures, run, save_folder, warned
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.image_set import open_images
 from digit.evaluation.npz import Statistics, read_npz_images, read_statistics
-from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.evaluation.samples import EvaluateConfig, statistics_npz
+from digit.evaluation.table import to_table
 from digit.metrics.distances import Pairs
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_error, frechet_interval

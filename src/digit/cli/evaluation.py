@@ -31,7 +31,8 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 @command(
     "evaluate",
-    "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and related metrics\n"
+    "digit evaluate samples/ photos/val --report report/        # a page with pictures\n"
+    "  digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and related metrics\n"
     "  digit evaluate samples/ imagenet/val --inception pt_inception-2015-12-05-6726825d.pth\n"
     "  digit evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm --inception pt_inception-....pth",
     ranks=True,
@@ -57,15 +58,26 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     )
     add_config(parser, EvaluateConfig)
     parser.add_argument("--out", default=None, help="JSON file for all results")
+    parser.add_argument(
+        "--report",
+        default=None,
+        help="folder for report.html, a page with measures, warnings, classes and pictures, and result.json",
+    )
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
-    from digit.evaluation.samples import evaluate, to_table
+    from digit.evaluation.samples import evaluate
+    from digit.evaluation.table import to_table
     from digit.runtime.files import check_writable
 
     if args.out is not None:
         check_writable(args.out)
-    result = evaluate(args.samples, args.reference, read_config(args, EvaluateConfig), args.out, args.device)
+    if args.report is not None:
+        check_writable(args.report, folder=True)
+    cfg = read_config(args, EvaluateConfig)
+    result = evaluate(args.samples, args.reference, cfg, args.out, args.device, report=args.report)
     say(to_table(result))
+    if args.report is not None:
+        say(f"\npage: {args.report}/report.html")
 
 
 @command(

@@ -15,11 +15,13 @@ import torch
 
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
+from digit.evaluation.examples import choose_examples
 from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images
 from digit.evaluation.measures import Scores, about_measure, by_class, compute, wanted_measures
 from digit.evaluation.networks import AnyNetwork, as_network
 from digit.evaluation.npz import TORCH_SUFFIXES, Statistics, read_npz_names, read_statistics
+from digit.evaluation.page import write_page
 from digit.evaluation.protocols import PROTOCOLS
 from digit.evaluation.settings import EvaluateConfig
 from digit.evaluation.traps import Side, find_traps
@@ -28,7 +30,6 @@ from digit.runtime import distributed
 from digit.runtime.files import write_json
 from digit.version import __version__
 
-WORST_CLASSES = 5  # rows of the table
 INCEPTION = "inception"  # the network of all published metrics
 STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"
 
@@ -41,6 +42,7 @@ def evaluate(
     device: str | torch.device | None = None,
     *,
     network: AnyNetwork | None = None,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Compare two image sets: metrics with intervals, which metrics were left out and why, and warnings.
 
@@ -60,13 +62,16 @@ def evaluate(
             Score nor sFID. A module gets images on its own device, runs in evaluation mode and is as it was afterwards.
             Its features are cached under a hash of its weights, buffers, layers and class, those of other callables not
             at all.
+        report: folder for report.html, a page with every measure, warning, class and the pictures that show them, and
+            for result.json.
 
     All ranks call it together and judge a share each; each gets the result, and rank 0 writes it. To call it on one
     rank of a training job: `with digit.runtime.distributed.alone():`.
 
-    Returns {"protocol", "samples", "reference", "metrics", "measures", "classes", "left_out", "warnings", "versions"}:
-    metrics by their full names; measures says which direction is better, how many images each needs and where it is
-    defined; classes, where both sets have the same classes, has those with the largest distance first.
+    Returns {"protocol", "samples", "reference", "metrics", "measures", "classes", "examples", "left_out", "warnings",
+    "versions"}: metrics by their full names; measures says which direction is better, how many images each needs and
+    where it is defined; classes, where both sets have the same classes, has those with the largest distance first;
+    examples are rows of both sets that show what the measures say (`choose_examples`).
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
     cfg = cfg or EvaluateConfig()
@@ -87,16 +92,21 @@ def evaluate(
             ("reference", real_images, sizes[1], statistics),
         )
     ]
-    return distributed.on_main(lambda: _compare(sides[0], sides[1], network, cfg, out))
+    return distributed.on_main(lambda: _compare(sides[0], sides[1], network, cfg, out, report))
 
 
 def _compare(
-    samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None
+    samples: Side,
+    reference: Side,
+    network: JudgeNetwork,
+    cfg: EvaluateConfig,
+    out: str | Path | None,
+    report: str | Path | None,
 ) -> dict[str, Any]:
     """Compute and write the result of `evaluate` from features."""
+    assert samples.features is not None
     sides = (samples, reference)
     if reference.statistics is not None:
-        assert samples.features is not None
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
     found = _compute(*sides, cfg)
     metrics, left_out = _named(found, network)
@@ -106,12 +116,15 @@ def _compare(
         "metrics": metrics,
         "measures": {network.metric(name): about_measure(name) for name in (*found.values, *found.left_out)},
         "classes": _by_class(*sides, found),
+        "examples": choose_examples(len(samples.features), found.neighbours),
         "left_out": left_out,
         "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
         "versions": versions(),
     }
     if out is not None:
         write_json(out, result)
+    if report is not None:
+        write_page(report, result, samples, reference)
     return result
 
 
@@ -279,54 +292,3 @@ def statistics_npz(
         return moments
 
     return distributed.on_main(save)
-
-
-def to_table(result: dict[str, Any]) -> str:
-    """A result of `evaluate` as Markdown for a terminal: metrics, what is left out, and the warnings."""
-    protocol, samples, reference = result["protocol"], result["samples"], result["reference"]
-    has_statistics = bool(reference.get("statistics"))
-    against = f"{reference['num']} images of {reference['name']}" if "name" in reference else ""
-    against += f"{' and ' if against and has_statistics else ''}{_saved(reference) if has_statistics else ''}"
-    lines = [
-        f"protocol {protocol['name']}, network {protocol['network']['network']}; "
-        f"{samples['num']} samples of {samples['name']} against {against}",
-        *(f"{side['name']}: {side['pixel_range']}" for side in (samples, reference) if "pixel_range" in side),
-        "",
-        "| metric | value | better | 95% interval or deviation |",
-        "|---|---|---|---|",
-    ]
-    for name, metric in result["metrics"].items():
-        better = result["measures"][name]["better"]
-        lines.append(f"| {name} | {_short(metric['value'])} | {better} | {_spread(metric)} |")
-    lines += [f"| {name} | – | – | left out: {reason} |" for name, reason in result["left_out"].items()]
-    lines += _class_lines(result["classes"])
-    return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
-
-
-def _class_lines(classes: dict[str, dict[str, Any]]) -> list[str]:
-    """The classes with the largest distance as Markdown."""
-    if not classes:
-        return []
-    lines = ["", f"classes with the largest distance, of {len(classes)}:", "", "| class | kd | 95% interval |"]
-    worst = list(classes.items())[:WORST_CLASSES]
-    return [
-        *lines,
-        "|---|---|---|",
-        *(f"| {name} | {_short(entry['kd']['value'])} | {_spread(entry['kd'])} |" for name, entry in worst),
-    ]
-
-
-def _saved(reference: dict[str, Any]) -> str:
-    num = reference["statistics"]["num"]
-    return f"saved statistics of {'an unknown number of' if num is None else num} images"
-
-
-def _spread(metric: dict[str, Any]) -> str:
-    if "missing" in metric:
-        return f"– ({metric['missing']})"
-    return f"{_short(metric['low'])} to {_short(metric['high'])}" if "low" in metric else f"± {_short(metric['std'])}"
-
-
-def _short(value: float) -> str:
-    """About four digits, never in exponent notation."""
-    return f"{value:.{2 if abs(value) >= 10 else 4 if abs(value) >= 0.01 else 6}f}"
