@@ -53,7 +53,7 @@ def make(num: int, dim: int, seed: int, cache: Path) -> Features:
         spatial.update(torch.relu(rows[:, :SPATIAL] + 0.4))
     logits = 3 * torch.randn(num, CLASSES, generator=generator)
     digests, grey = torch.zeros(num, 32, dtype=torch.uint8), torch.zeros(num, dtype=torch.bool)
-    return Features(pooled, logits, spatial, digests, grey, f"{num} {dim} {seed}", cache)
+    return Features(pooled, logits, spatial, digests, grey, torch.zeros(num, 10), f"{num} {dim} {seed}", cache)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from digit.metrics.extrapolation import frechet_infinity, frechet_ratio
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.kernels import cubic_distance, gaussian_distance
 from digit.metrics.neighbours import compare_neighbours
-from digit.metrics.sliced import sliced_wasserstein
+from digit.metrics.sliced import mind
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_every_measure_equals_its_function(cfg):
         "fd_infinity": frechet_infinity(x, stats.mean, stats.cov),
         "fd_ratio": frechet_ratio(y, x),
         "cmmd": gaussian_distance(x, y),
-        "sw": sliced_wasserstein(x, y, num_directions=20),
+        "mind": mind(x, y, num_directions=20),
         "precision": three.precision(),
         "recall": three.recall(),
         "density": five.density(),

@@ -40,7 +40,7 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
 
-    Beside them FID_infinity, the FID ratio to real images, CMMD, sliced Wasserstein, density, coverage, authenticity
+    Beside them FID_infinity, the FID ratio to real images, CMMD, MIND, density, coverage, authenticity
     and Vendi score. Each metric has its interval, and the table says which direction is better.
 
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them

@@ -20,7 +20,7 @@ from digit.metrics.intervals import Interval
 from digit.metrics.kernels import GaussianMeans, cubic_distance, gaussian_distance, gaussian_interval
 from digit.metrics.neighbours import Neighbours, compare_at
 from digit.metrics.scores import inception_score, kernel_distance, kernel_subsets, kernel_within
-from digit.metrics.sliced import sliced_wasserstein
+from digit.metrics.sliced import mind
 
 Direction = Literal["lower", "higher", "near 1", "higher is more varied"]
 NO_IMAGES = "the reference is statistics alone: give its images"
@@ -52,7 +52,7 @@ MEASURES = {
     "sfd": Measure("lower", "as fd", "sFID, Nash et al. 2021", published=True),
     "kd": Measure("lower", "any: it has no bias", "KID, Bińkowski et al. 2018", published=True),
     "cmmd": Measure("lower", "5,000 of each", "CMMD, Jayasumana et al. 2024 (on CLIP)"),
-    "sw": Measure("lower", "5,000 of each", "squared sliced 2-Wasserstein, Rabin et al. 2011"),
+    "mind": Measure("lower", "5,000 of each", "MIND, Berthet et al. 2026"),
     "precision": Measure("higher", "10,000 of each, equally many", "Kynkäänniemi et al. 2019", published=True),
     "recall": Measure("higher", "10,000 of each, equally many", "Kynkäänniemi et al. 2019", published=True),
     "density": Measure("near 1", "10,000 of each, equally many", "Naeem et al. 2020"),
@@ -173,7 +173,7 @@ def _kernels(found: Scores, fake: Features, real: Features | None, cfg: Evaluate
     no_images = NO_IMAGES if real is None else ""
     found.add("kd", lambda: _kernel_distance(fake, _held(real), cfg), unless=no_images)
     directions = {"num_directions": cfg.num_directions, "seed": cfg.seed}
-    found.add("sw", lambda: sliced_wasserstein(fake.pooled, _held(real).pooled, **directions), unless=no_images)
+    found.add("mind", lambda: mind(fake.pooled, _held(real).pooled, **directions), unless=no_images)
 
 
 def _pairs(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:

@@ -32,6 +32,7 @@ INCEPTION_METRICS = {
     "is": "inception_score",
     "kd": "kid",
     "sfd": "sfid",
+    "mind": "mind",
     "precision": "precision",
     "recall": "recall",
 }  # others, which were published on other networks, are called NAME_inception

@@ -118,7 +118,13 @@ def _compare(
         "classes": _by_class(*sides, found),
         "examples": choose_examples(len(samples.features), found.neighbours),
         "left_out": left_out,
-        "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
+        "warnings": find_traps(
+            *sides,
+            PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None,
+            neighbours=found.neighbours,
+            shuffled_splits=PROTOCOLS[cfg.protocol].shuffled_splits,
+            released_weights=network.describe().get("weights_released", True),
+        ),
         "versions": versions(),
     }
     if out is not None:
@@ -219,7 +225,7 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
             "density": "95%, bootstrap over samples",
             "distance at infinity": "95%, infinitesimal jackknife and error of the fit",
             "distance ratio": "95%, infinitesimal jackknife of both distances, half of the reference fixed",
-            "cmmd, sliced distance, vendi": "95%, influence of each sample, reference fixed",
+            "cmmd, mind, vendi": "95%, influence of each sample, reference fixed",
         },
     }
 

@@ -53,8 +53,8 @@ class EvaluateConfig:
     """Random subsets of the kernel distance (KID)."""
     kernel_subset_size: int = 1000
     """Images in each subset; at most as many as there are."""
-    num_directions: int = 256
-    """Directions of the sliced Wasserstein distance."""
+    num_directions: int = 1000
+    """Random directions of MIND."""
     seed: int = 0
     """Seed of splits, subsets, halves and directions."""
     batch_size: int = 64
