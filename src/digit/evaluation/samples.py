@@ -19,7 +19,7 @@ from digit.evaluation.examples import choose_examples
 from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images
 from digit.evaluation.measures import Scores, about_measure, by_class, compute, wanted_measures
-from digit.evaluation.networks import AnyNetwork, as_network
+from digit.evaluation.networks import AnyNetwork
 from digit.evaluation.npz import TORCH_SUFFIXES, Statistics, read_npz_names, read_statistics
 from digit.evaluation.page import write_page
 from digit.evaluation.protocols import PROTOCOLS
@@ -84,7 +84,7 @@ def evaluate(
         )
     side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
     sizes = fitted_sizes(sample_images, real_images, cfg, side)
-    network = as_network(network, device) if network is not None else cfg.load_network(device)
+    network = cfg.choose_network(network, device)
     sides = [
         Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
         for role, images, size, moments in (
@@ -282,7 +282,7 @@ def statistics_npz(
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference, cfg.pixel_max)
-    network = as_network(network, device) if network is not None else cfg.load_network(device)
+    network = cfg.choose_network(network, device)
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
 
