@@ -156,7 +156,9 @@ def test_cmmd_has_its_name_on_the_published_network_alone(tmp_path):
 
 def test_cmmd_of_the_command_is_that_of_the_embeddings(tmp_path):
     torch.save(openai_state(), tmp_path / "clip.pt")
-    cfg = EvaluateConfig(cache="none", network="clip", weights=str(tmp_path / "clip.pt"), num_directions=3, kernel_subsets=2)
+    cfg = EvaluateConfig(
+        cache="none", network="clip", weights=str(tmp_path / "clip.pt"), num_directions=3, kernel_subsets=2
+    )
     a, b = pictures(20), pictures(30, seed=1)
     result = run(a, b, cfg, network=None)
     judge = load_published("clip", tmp_path / "clip.pt", "cpu")
@@ -164,7 +166,9 @@ def test_cmmd_of_the_command_is_that_of_the_embeddings(tmp_path):
     name = judge.metric("cmmd")
     assert result["metrics"][name]["value"] == pytest.approx(wanted.value, rel=1e-5)
     assert result["protocol"]["network"]["resize"] == "antialiased bicubic in floating point"
-    by_name = evaluate(a, b, EvaluateConfig(cache="none", weights=None, num_directions=3, kernel_subsets=2), network=judge)
+    by_name = evaluate(
+        a, b, EvaluateConfig(cache="none", weights=None, num_directions=3, kernel_subsets=2), network=judge
+    )
     assert by_name["metrics"][name]["value"] == pytest.approx(wanted.value, rel=1e-5)
 
 
@@ -225,7 +229,9 @@ def wired_dino(state, x):
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = x + torch.cat([state["pos_embed"][:, :1], table], 1)
     for i in range(DEPTH):
-        q, k, v = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").unflatten(-1, (3, DIM // 64, 64)).unbind(2)
+        q, k, v = (
+            linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn.qkv").unflatten(-1, (3, DIM // 64, 64)).unbind(2)
+        )
         weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(8).softmax(-1)
         attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
         x = x + state[f"blocks.{i}.ls1.gamma"] * linear(attended, f"blocks.{i}.attn.proj")

@@ -80,7 +80,9 @@ def test_looks_are_told_by_chance_too(cfg):
     assert warned(run(pictures(60, shift=50), pictures(60, seed=1), cfg), "mean red, green and blue of the samples")
     for seed in range(5):
         warnings = run(pictures(12, seed=seed), pictures(12, seed=seed + 50), cfg)["warnings"]
-        assert not [text for text in warnings if "numbers" not in text and "below" not in text and "singular" not in text]
+        assert not [
+            text for text in warnings if "numbers" not in text and "below" not in text and "singular" not in text
+        ]
 
 
 def test_other_weights_than_the_released_ones_are_told(cfg):

@@ -44,12 +44,15 @@ def covers(measure, sample, tolerance=0.25, runs=60):
 
 def test_infinity_equals_scipy_and_scikit_learn():
     x, truth = gaussian(400, 5, 0.3).double().numpy(), FeatureStats.of(gaussian(900, 5, seed=1))
-    rng, sizes = np.random.default_rng(7), np.linspace(40, 400, 15).astype(int)
-    distances = [naive_frechet(x[rng.choice(400, n, replace=False)], truth.mean, truth.cov) for n in sizes]
+    order, sizes = np.random.default_rng(7).permutation(400), np.linspace(40, 400, 15).astype(int)
+    distances = [naive_frechet(x[order[:n]], truth.mean, truth.cov) for n in sizes]
     line = LinearRegression().fit(1 / sizes[:, None], distances)
     found = frechet_infinity(x, truth.mean, truth.cov, seed=7)
     assert found.value == pytest.approx(line.intercept_, rel=1e-5)
     assert found.low < found.value < found.high
+    still = np.concatenate([x, np.ones((400, 1))], 1)  # a feature that never varies: no Cholesky factor
+    wide = np.pad(truth.cov, (0, 1)), np.append(truth.mean, 1.0)
+    assert frechet_infinity(still, wide[1], wide[0], seed=7).value == pytest.approx(line.intercept_, rel=1e-5)
 
 
 def test_infinity_has_less_bias_than_the_distance():

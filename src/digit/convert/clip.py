@@ -74,7 +74,9 @@ def _holds(loaded: object, name: str) -> bool:
 def convert_clip(foreign: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Rename a released state dict, to float32. Raises DigitError for tensors of the image half it does not use."""
     names = TRANSFORMERS if STEMS[0] in foreign else OPENAI
-    own = {name: value for name, value in foreign.items() if name.startswith(OURS) and not name.endswith("position_ids")}
+    own = {
+        name: value for name, value in foreign.items() if name.startswith(OURS) and not name.endswith("position_ids")
+    }
     check_tensors(own, source)
     state: dict[str, Tensor] = {}
     for name, value in own.items():

@@ -155,10 +155,10 @@ def _measures(result: dict[str, Any]) -> list[str]:
         columns = "".join(f'<td data-name="{key}" class="{kind}">{escape(text)}</td>' for key, kind, text in cells)
         rows.append(f"<tr><th>{escape(name)}<br><small>{escape(about['source'])}</small></th>{columns}</tr>")
     for name, reason in result["left_out"].items():
-        rows.append(
-            f'<tr class="soft"><th>{escape(name)}</th><td colspan="4">left out: {escape(reason)}</td></tr>'
-        )
-    head = "<tr><th>measure</th><th>value</th><th>95% interval or deviation</th><th>better</th><th>images needed</th></tr>"
+        rows.append(f'<tr class="soft"><th>{escape(name)}</th><td colspan="4">left out: {escape(reason)}</td></tr>')
+    head = (
+        "<tr><th>measure</th><th>value</th><th>95% interval or deviation</th><th>better</th><th>images needed</th></tr>"
+    )
     return [f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"]
 
 
@@ -210,7 +210,9 @@ def _classes(classes: dict[str, dict[str, Any]]) -> list[str]:
     if not classes:
         return []
     entries = list(classes.items())
-    chosen = entries if len(entries) <= SHOWN_CLASSES + BEST_CLASSES else entries[:SHOWN_CLASSES] + entries[-BEST_CLASSES:]
+    chosen = (
+        entries if len(entries) <= SHOWN_CLASSES + BEST_CLASSES else entries[:SHOWN_CLASSES] + entries[-BEST_CLASSES:]
+    )
     ends = [end for _, entry in chosen for end in (entry["kd"]["low"], entry["kd"]["high"], 0.0)]
     least, most = min(ends), max(max(ends), min(ends) + 1e-12)
 

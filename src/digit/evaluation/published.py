@@ -98,9 +98,7 @@ def clip_input(images: UInt8[Tensor, "B 3 H W"], side: int) -> Float[Tensor, "B 
     return (x - mean) / std
 
 
-def load_published(
-    name: str, weights: str | Path | None, device: str | torch.device | None = None
-) -> JudgeNetwork:
+def load_published(name: str, weights: str | Path | None, device: str | torch.device | None = None) -> JudgeNetwork:
     """Load one of PUBLISHED from its released weights. Raises DigitError for a missing or wrong file."""
     device = choose_device(device)
     if name == "clip":
@@ -115,5 +113,7 @@ def load_published(
         position_interpolation="hub",
     )
     if weights is None:
-        raise DigitError("network dinov2 needs its weights: give --weights FILE, released as dinov2_vitl14_pretrain.pth")
+        raise DigitError(
+            "network dinov2 needs its weights: give --weights FILE, released as dinov2_vitl14_pretrain.pth"
+        )
     return DinoJudge(load_encoder(cfg).to(device), as_path(weights))

@@ -43,6 +43,7 @@ def evaluate(
     *,
     network: AnyNetwork | None = None,
     report: str | Path | None = None,
+    held_out: Images | None = None,
 ) -> dict[str, Any]:
     """Compare two image sets: metrics with intervals, which metrics were left out and why, and warnings.
 
@@ -64,6 +65,8 @@ def evaluate(
             at all.
         report: folder for report.html, a page with every measure, warning, class and the pictures that show them, and
             for result.json.
+        held_out: real images that were not trained on, where the reference is the training set. Adds the copying score:
+            whether samples lie nearer to training images than new images do.
 
     All ranks call it together and judge a share each; each gets the result, and rank 0 writes it. To call it on one
     rank of a training job: `with digit.runtime.distributed.alone():`.
@@ -92,27 +95,27 @@ def evaluate(
             ("reference", real_images, sizes[1], statistics),
         )
     ]
-    return distributed.on_main(lambda: _compare(sides[0], sides[1], network, cfg, out, report))
+    if held_out is not None:
+        images = open_images(held_out, None, cfg.pixel_max)
+        size = None if images.survey.side == sides[1].pixels else sides[1].pixels  # as the reference
+        sides.append(Side("held_out", images, size, _features(images, size, network, cfg, "held-out images")))
+    return distributed.on_main(lambda: _compare(sides, network, cfg, out, report))
 
 
 def _compare(
-    samples: Side,
-    reference: Side,
-    network: JudgeNetwork,
-    cfg: EvaluateConfig,
-    out: str | Path | None,
-    report: str | Path | None,
+    given: list[Side], network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None, report: str | Path | None
 ) -> dict[str, Any]:
-    """Compute and write the result of `evaluate` from features."""
+    """Compute and write the result of `evaluate` from features of samples, reference and perhaps held-out images."""
+    samples, reference, *new = given
     assert samples.features is not None
     sides = (samples, reference)
     if reference.statistics is not None:
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
-    found = _compute(*sides, cfg)
+    found = _compute(*sides, cfg, new[0].features if new else None)
     metrics, left_out = _named(found, network)
     result = {
         "protocol": describe_protocol(network, cfg),
-        **{side.role: describe_side(side) for side in sides},
+        **{side.role: describe_side(side) for side in given},
         "metrics": metrics,
         "measures": {network.metric(name): about_measure(name) for name in (*found.values, *found.left_out)},
         "classes": _by_class(*sides, found),
@@ -178,13 +181,13 @@ def scores(
     return _named(_compute(samples, reference, cfg), network)
 
 
-def _compute(samples: Side, reference: Side, cfg: EvaluateConfig) -> Scores:
+def _compute(samples: Side, reference: Side, cfg: EvaluateConfig, held_out: Features | None = None) -> Scores:
     assert samples.features is not None
     shuffled, statistics = PROTOCOLS[cfg.protocol].shuffled_splits, reference.statistics
     real = reference.features
     if real is None and statistics is not None and statistics.features is not None:
         real = Features.of_file(torch.from_numpy(statistics.features), cfg.cache_folder)
-    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled)
+    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled, held_out=held_out)
 
 
 def _named(found: Scores, network: JudgeNetwork) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

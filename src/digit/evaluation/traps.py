@@ -35,10 +35,10 @@ CHANCE = 4.0  # labels count as unbalanced when chi-squared exceeds its mean by 
 
 @dataclass(frozen=True)
 class Side:
-    """Samples or reference: the images, their resizing, and their features; or saved statistics."""
+    """One set of a comparison: the images, their resizing, and their features; or saved statistics."""
 
     role: str
-    """`samples` or `reference`."""
+    """`samples`, `reference` or `held_out`."""
     images: ImageSet | None = None
     """None where only statistics are given."""
     fitted: int | None = None
@@ -141,7 +141,9 @@ def _nearly_equal(found: Neighbours | None) -> Iterator[str]:
             "other: copies of training images make every distance too low (authenticity shows them)"
         )
     limit = near * float(np.median(found.real_squares))
-    repeated, usual = (int(((squares > 0) & (squares < limit)).sum()) for squares in (found.fake_squares, found.real_squares))
+    repeated, usual = (
+        int(((squares > 0) & (squares < limit)).sum()) for squares in (found.fake_squares, found.real_squares)
+    )
     if repeated > max(2, (FEW_NEAR + usual / len(found.real_squares)) * num):
         yield (
             f"{repeated} of {num} samples nearly repeat another sample: the model makes few different images, which "

@@ -148,10 +148,11 @@ class _Balls:
         self.covered, self.recalled = (np.zeros(len(pairs.y), dtype=bool) for _ in range(2))
 
     def add(self, block: Block) -> None:
-        inside = within(self._pairs, block, self._real_squares)
-        self.num[block.rows] += inside.sum(1)
-        self.covered[block.columns] |= inside.any(0)
-        self.recalled[block.columns] |= within(self._pairs, block, self._fake_squares, of_rows=True).any(0)
+        i, j = within(self._pairs, block, self._real_squares)
+        self.num[block.rows] += np.bincount(i, minlength=block.rows.stop - block.rows.start)
+        self.covered[j + block.columns.start] = True
+        _, j = within(self._pairs, block, self._fake_squares, of_rows=True)
+        self.recalled[j + block.columns.start] = True
 
 
 def precision_recall(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"], k: int = 3) -> tuple[float, float]:
