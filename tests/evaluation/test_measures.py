@@ -120,7 +120,7 @@ def test_the_loop_of_the_documentation_runs(tmp_path, monkeypatch):
     generator = type("Generator", (), {"sample": lambda self, num: images[:num]})()
     place = {"torch": torch, "images": images, "generator": generator, "encoder": Encoder()}
     monkeypatch.setattr(samples, "evaluate", partial(evaluate, cfg=EvaluateConfig(num_directions=3, kernel_subsets=2)))
-    exec(compile(code, "docs/evaluation.md", "exec"), place)  # noqa: S102
+    exec(compile(code, "docs/evaluation.md", "exec"), place)
     assert "fd_encoder" in place["validate"](generator, place["encoder"], 1)
 
 

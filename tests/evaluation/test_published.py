@@ -213,7 +213,7 @@ def dino_state():
 
 
 def wired_dino(state, x):
-    """DINOv2's own forward: the table resized by (16 + 0.1) / 37 with bicubic interpolation, class token, final norm."""
+    """DINOv2's own forward: the table resized by (16 + 0.1) / 37 by bicubic interpolation, class token, final norm."""
 
     def norm(x, name):
         return F.layer_norm(x, (DIM,), state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-6)

@@ -50,9 +50,9 @@ def perturbed_distances(
 ) -> dict[str, Any]:
     """{"network", "num_images", "distances": {tokenizer: [{"snr", "fd", "kd"}, ...]}}, without noise first.
 
-    fd is the Fréchet distance of the decoded images to `images`, kd the unbiased distance of KID's kernel over all pairs
-    (`cubic_distance`), both with intervals and with the network's names. Equally many images stand behind all of them.
-    Raises DigitError for fewer than 3 images.
+    fd is the Fréchet distance of the decoded images to `images`, kd the unbiased distance of KID's kernel over all
+    pairs (`cubic_distance`), both with intervals and with the network's names. Equally many images stand behind all
+    of them. Raises DigitError for fewer than 3 images.
     """
     cfg = cfg or StabilityConfig()
     if len(images) < 3:

@@ -1,9 +1,9 @@
 """The networks of two published measures, with the resize of each: FD-DINOv2 (Stein et al. 2023) and CMMD's CLIP.
 
-| name | network | images | published figures |
+| name | network | images | published metric |
 |---|---|---|---|
 | dinov2 | DINOv2 ViT-L/14, class token | Pillow bicubic to 224 px, uint8, ImageNet's mean and deviation | fd_dinov2 |
-| clip | CLIP ViT-L/14 at 336 px, projected | bicubic with antialias in floating point, CLIP's mean and deviation | cmmd |
+| clip | CLIP ViT-L/14 at 336 px, projected | antialiased bicubic of floats, CLIP's mean and deviation | cmmd |
 
 They are named so with the published size alone.
 """

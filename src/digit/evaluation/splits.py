@@ -112,8 +112,9 @@ def chosen_on(
 ) -> tuple[ImageSource, str]:
     """(images that settings are chosen on, where they come from): of the data's own splits validation, then test.
 
-    Without such a split these are all images, on which a pipeline may have been trained. split: the one to take instead.
-    `opened` opens images as `open_source(path, split=...)` does. Raises DigitError for data that cannot be read.
+    Without such a split these are all images, on which a pipeline may have been trained. split: the one to take
+    instead. `opened` opens images as `open_source(path, split=...)` does. Raises DigitError for data that cannot be
+    read.
     """
     if split is not None:
         return opened(data, split=split), f"the {split} split of {data}"

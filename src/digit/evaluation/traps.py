@@ -192,8 +192,8 @@ def _looks_of_colours(a: Look, b: Look) -> Iterator[str]:
     shown = " against ".join(", ".join(f"{mean:.0f}" for mean, _ in side) for side in (colours, others))
     if any(_differs(mean, of, LEVELS) for mean, of in zip(colours, others, strict=True)):
         yield (
-            f"mean red, green and blue of the samples and the reference are {shown}: was another range of values, gamma "
-            "or colour profile saved? Small shifts move no measure"
+            f"mean red, green and blue of the samples and the reference are {shown}: was another range of values, "
+            "gamma or colour profile saved? Small shifts move no measure"
         )
     if _differs(a.contrast, b.contrast, CONTRAST * b.contrast[0]):
         yield (

@@ -25,7 +25,8 @@ def vendi_score(
 
     The interval is value -+ z times the standard error by the influence of each image,
     value * (-x_i' log(C) x_i - log value), C = sum_i x_i x_i' / N of rows of length 1. It does not contain the bias of
-    few images. moments is `UnitMoments.of(features)`, if it is known already. Raises DigitError for features of length 0, NaN, infinity and other shapes.
+    few images. moments is `UnitMoments.of(features)`, if it is known already. Raises DigitError for features of length
+    0, NaN, infinity and other shapes.
     """
     x = checked_rows(features, "features")
     num, dim = x.shape

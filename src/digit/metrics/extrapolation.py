@@ -50,11 +50,12 @@ def frechet_infinity(
     FID_infinity (Chong & Forsyth 2020) of samples (N, D) to a Gaussian with mean (D,) and cov (D, D): the
     distance that infinitely many samples would have. n takes num_points values spaced evenly from 5,000 (or N/10, or
     2 D) to N. The n samples are the first of one random order, so that all covariances take one pass; independent
-    subsets, as in the paper's code, gave the same mean and spread. Lower is better; it may be below 0. Needs N >= 4 D samples, 50,000 in the paper; the reference's own
-    number of images still matters.
+    subsets, as in the paper's code, gave the same mean and spread. Lower is better; it may be below 0. Needs N >= 4 D
+    samples, 50,000 in the paper; the reference's own number of images still matters.
 
     The interval is a -+ z hypot(frechet_error, standard error of a in the fit): choice of samples and of subsets, with
-    the reference fixed. root as for `frechet_interval`; error is `frechet_error`, if it is known already. Raises DigitError for fewer samples than it needs.
+    the reference fixed. root as for `frechet_interval`; error is `frechet_error`, if it is known already. Raises
+    DigitError for fewer samples than it needs.
     """
     num, dim = features.shape
     if num < samples_needed(dim):
