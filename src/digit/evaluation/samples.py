@@ -97,7 +97,8 @@ def evaluate(
     ]
     if held_out is not None:
         images = open_images(held_out, None, cfg.pixel_max)
-        size = None if images.survey.side == sides[1].pixels else sides[1].pixels  # as the reference
+        shown = sizes[1] or (side if real_images is None else real_images.survey.side)  # side of the reference
+        size = None if images.survey.side == shown else shown
         sides.append(Side("held_out", images, size, _features(images, size, network, cfg, "held-out images")))
     return distributed.on_main(lambda: _compare(sides, network, cfg, out, report))
 
