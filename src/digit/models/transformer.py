@@ -7,7 +7,7 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from digit.errors import DigitError
 CACHE_SPAN = 32  # positions
 StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """`step_kernel.step_attention`: q, k, v (B, H, 1, d), keys and values (B, H, t, d), position (1,) to (B, H, 1, d)."""
+Added = Mapping[int, Tensor]
+"""Number of a block to what is added to its input, (B, T, D)."""
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # larger numbers in a file are errors, and would take hours to build
 
 
@@ -270,6 +272,7 @@ class Transformer(nn.Module):
         causal: bool,
         first: int = 0,
         cache: KVCache | SteppedCache | None = None,
+        added: Added | None = None,
         hidden: list[Tensor] | None = None,
     ) -> Float[Tensor, "B T-{first} D"]:
         """Features after the last block and the final norm, of positions from `first` on.
@@ -279,13 +282,16 @@ class Transformer(nn.Module):
             causal: whether position t sees positions up to t alone.
             first: earlier outputs are not returned, and the last block skips their feed-forward layer.
             cache: keys and values of earlier positions; extended by these.
+            added: what is added to the input of some blocks (an aligned prefix).
             hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
         """
         if hidden is not None:
             hidden.append(x)
         length, skip = x.shape[1], first if hidden is None else 0
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
+            if added and number in added:
+                x = x + added[number]
             x = block(x, causal=causal, cache=cache, first=skip if last else 0)  # (B, T, D)
             if hidden is not None:
                 hidden.append(x)

@@ -137,6 +137,16 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
     """Unused settings of the prior's and the renderer's size, training and sampling."""
     rules: list[Rule] = [
         (True, r"prior\.prefix_dropout", "the prior has no prefix: leave it out"),
+        (
+            True,
+            r"prior\.(prefix_noise|conditioning|encoder_depth|added_blocks)",
+            "the prior has no prefix: leave it out",
+        ),
+        (
+            recipe.renderer.conditioning == "prefix",
+            r"renderer\.(encoder_depth|added_blocks)",
+            "renderer.conditioning is prefix: leave it out, or set that to aligned",
+        ),
         (True, r"renderer\.label_dropout", "the renderer sees no label: set prior.label_dropout"),
         (not recipe.class_conditional, r"prior\.label_dropout", "class_conditional is false: leave it out"),
     ]

@@ -43,16 +43,27 @@ class ModelSpec:
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+    prefix_noise: float = within("[0, 1]", 0.0)
+    """Fraction of a renderer's discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0
+    over the training. Above 0 makes it robust to the prior's mistakes. The paper uses none."""
+    conditioning: Literal["prefix", "aligned"] = "prefix"
+    """How a renderer sees the discriminative tokens: prefix, before its own, as in the paper; aligned, through a small
+    encoder whose output is added at each token's place, about half of the paper's compute."""
+    encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
+    """Blocks of the encoder of aligned tokens."""
+    added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
+    """Blocks that aligned tokens are added to, evenly spaced from the first; at most depth."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes and number of tokens an image of one kind of tokens."""
+    """Number of codes, number of tokens an image, and rows of their grid, of one kind of tokens."""
 
     vocab_size: int
     length: int
+    rows: int = 1
 
 
 NO_TOKENS = TokenSpace(0, 0)
@@ -162,6 +173,7 @@ class Recipe:
         role = get_role(name)
         size = self.size(role)
         prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
+        aligned = role.prefix is not None and size.conditioning == "aligned"
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
@@ -175,10 +187,15 @@ class Recipe:
             num_heads=size.num_heads,
             dropout=size.dropout,
         )
+        if aligned:
+            settings |= {name: getattr(size, name) for name in ("conditioning", "encoder_depth", "added_blocks")}
+            settings["prefix_rows"] = prefix.rows
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
-            settings |= {"vocab_size": tokens[role.target].vocab_size, "target_len": tokens[role.target].length}
+            target = tokens[role.target]
+            settings |= {"vocab_size": target.vocab_size, "target_len": target.length}
+            settings["target_rows"] = target.rows if aligned else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
         return config(**{name: value for name, value in settings.items() if name in known})
