@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grid8_noise": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "renderer.prefix_noise": 0.3},
     "grid8_k4096": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 4096},
     "grid8_k256": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 256},
+    "grid8_pre": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.norm": "pre", "prior_training.optimizer": "muon"},
+    "grid8_qk": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.qk_norm": True, "renderer.qk_norm": True},
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
 TOKEN_SETTINGS = ("encoder.", "kmeans.")  # variants that differ in others share one store
@@ -69,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all; give it several times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, default=1000, help="samples and golden images for each figure")
-    parser.add_argument("--scales", default="1,1.5,2,3", help="of guidance, swept in both stages")
+    parser.add_argument("--scales", default="1,2", help="of guidance, swept in both stages")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--golden_only", action="store_true", help="train and judge the renderer alone")
     return parser.parse_args()
@@ -150,7 +152,12 @@ class Screening:
         reuse = self.shared(("codebook", "vqgan", "tokens"))
         if tokens:  # a store of its own, shared by the variants and seeds with the same codebook
             store = self.out / "-".join(f"{key}{value}" for key, value in sorted(tokens.items()))
-            maker = Run(change(replace(self.recipe, seed=0), tokens), self.source, store, reuse=self.shared(("vqgan",)))
+            maker = Run(
+                change(replace(self.recipe, seed=0), tokens),
+                self.source,
+                store,
+                reuse={"vqgan": self.base / "vqgan", "vq_tokens": self.base / "tokens"},
+            )
             maker.write_tokens()
             reuse |= {"codebook": store / "codebook", "tokens": store / "tokens"}
         trial = Run(recipe, self.source, self.out / "trial" / f"{name}_{self.args.seed}", reuse=reuse)

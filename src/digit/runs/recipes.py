@@ -39,6 +39,10 @@ class ModelSpec:
     """Attention heads."""
     dropout: float = within("[0, 1)", 0.1)
     """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
+    norm: Literal["paper", "post", "pre"] = "paper"
+    """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head. The paper does not."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
@@ -178,7 +182,8 @@ class Recipe:
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             num_classes=num_classes if role.labels else 0,
-            norm=role.norm,
+            norm=role.norm if size.norm == "paper" else size.norm,
+            qk_norm=size.qk_norm,
             masked=role.kind == "masked",
             label_dropout=self.prior.label_dropout if role.labels else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
