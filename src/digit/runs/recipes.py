@@ -56,7 +56,7 @@ class ModelSpec:
     encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
     """Blocks of the encoder of aligned tokens."""
     added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
-    """Blocks that aligned tokens are added to, evenly spaced from the first; at most depth."""
+    """Blocks that aligned tokens are added to, evenly spaced from the first; all where the model has fewer."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -164,12 +164,20 @@ class Recipe:
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
-        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes."""
-        sampling = self.sampling
-        if get_role(renderer).kind == "masked":
+        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
+
+        A model without what would guide it, labels or a prefix, is sampled with a cfg_scale of 1.
+        """
+        sampling, role = self.sampling, get_role(renderer)
+        if role.kind == "masked":
             sampling = replace(sampling, renderer=replace(sampling.renderer, top_p=self.masked_top_p))
         if labelled and self.class_top_k:
             sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
+        by_label = labelled and self.prior.label_dropout > 0
+        if not by_label:
+            sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
+        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
+            sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
         return sampling
 
     def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
@@ -185,7 +193,7 @@ class Recipe:
             norm=role.norm if size.norm == "paper" else size.norm,
             qk_norm=size.qk_norm,
             masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels else 0.0,
+            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
             depth=size.depth,
             embed_dim=size.embed_dim,
@@ -193,8 +201,12 @@ class Recipe:
             dropout=size.dropout,
         )
         if aligned:
-            settings |= {name: getattr(size, name) for name in ("conditioning", "encoder_depth", "added_blocks")}
-            settings["prefix_rows"] = prefix.rows
+            settings |= {
+                "conditioning": "aligned",
+                "encoder_depth": size.encoder_depth,
+                "added_blocks": min(size.added_blocks, size.depth),
+                "prefix_rows": prefix.rows,
+            }
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
@@ -209,6 +221,14 @@ class Recipe:
         """The recipe with its one seed in every part."""
         parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training")
         return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
+
+
+def with_settings(cfg: Any, settings: Mapping[str, Any]) -> Any:
+    """A recipe, or a part of one, with other values at dotted names: {"prior.depth": 8}."""
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        cfg = replace(cfg, **{first: with_settings(getattr(cfg, first), {rest: value}) if rest else value})
+    return cfg
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
