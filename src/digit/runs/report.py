@@ -28,7 +28,7 @@ from digit.runtime import plots
 from digit.runtime.files import as_path, atomic_path, write_result
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.log import read_log
-from digit.training.vqgan import image_psnr
+from digit.training.adversarial import image_psnr
 
 SHOWN_CLASSES, PER_CLASS = 10, 10
 FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
