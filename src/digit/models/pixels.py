@@ -1,6 +1,6 @@
 """A renderer from discriminative tokens straight to pixels: one pass, no VQ tokens (the paper's future work, A.1).
 
-    tokens (B, P) > embedding + place + noise > bidirectional Transformer > (B, z, h, w) > VQGAN's decoder > (B, 3, S, S)
+    tokens (B, P) > embedding + place + noise > bidirectional Transformer > (B, z, h, w) > decoder > (B, 3, S, S)
 
 The Transformer lets the tokens agree with each other. Its output becomes the input of a decoder of the VQGAN's layout
 (`models/vqgan.py`), which can start from the weights of a trained one: what is left to learn then is the way from
@@ -59,7 +59,9 @@ class PixelConfig(SequenceConfig):
         if not self.prefix_len:
             raise DigitError("a renderer straight to pixels needs a prefix: set prefix_len and prefix_vocab_size")
         if self.num_classes or self.masked or self.aligned or self.prefix_dropout or self.dropout:
-            raise DigitError("a renderer straight to pixels knows no classes, masks, guidance and dropout: leave them out")
+            raise DigitError(
+                "a renderer straight to pixels knows no classes, masks, guidance and dropout: leave them out"
+            )
         if self.noise_channels < 0:
             raise DigitError(f"noise_channels is {self.noise_channels}: it cannot be below 0")
         _ = self.decoder  # refuses sizes that do not fit each other

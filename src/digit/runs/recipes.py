@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
+from digit.models.pixels import PixelConfig
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import MAX_DEPTH
 from digit.models.vqgan import VQGANConfig
@@ -19,6 +20,7 @@ from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.training.adversarial import AdversarialConfig
 from digit.training.config import Optimizer, TrainConfig
 from digit.training.vqgan import GANConfig
 
@@ -53,6 +55,28 @@ class ModelSpec:
     """Blocks of the encoder of aligned tokens."""
     added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
     """Blocks that aligned tokens are added to, evenly spaced from the first; at most depth."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpec:
+    """Size of a renderer straight to pixels. Its decoder has the shape of the recipe's VQGAN."""
+
+    depth: int = within(f"[1, {MAX_DEPTH}]", 2)
+    """Blocks of the bidirectional Transformer over the discriminative tokens, so that they agree with each other."""
+    embed_dim: int = within("[1, inf)", 192)
+    """Width of the Transformer."""
+    num_heads: int = within("[1, inf)", 3)
+    """Attention heads."""
+    start: Literal["vqgan", "scratch"] = "vqgan"
+    """Start the decoder from the weights of the run's VQGAN, or from scratch; then the run has no VQGAN."""
+    noise_channels: int = within("[0, inf)", 0)
+    """Numbers of Gaussian noise at each token; above 0 the same tokens give another picture with another seed."""
+    prefix_noise: float = within("[0, 1]", 0.0)
+    """Fraction of the discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0 over the
+    training."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -112,9 +136,13 @@ class Recipe:
     renderer: ModelSpec = field(default_factory=ModelSpec)
     """Stage 2: VQ tokens from discriminative tokens; also the size of the VQ-only baselines."""
     renderer_kind: RendererKind = "ar"
-    """Next-token renderer (ar) or MaskGIT (masked)."""
+    """Next-token renderer (ar), MaskGIT (masked), or a decoder straight to pixels, without VQ tokens (pixels)."""
     renderer_training: TrainConfig = RELEASED_TRAINING
     """Training of stage 2."""
+    pixels: PixelSpec = field(default_factory=PixelSpec)
+    """A renderer straight to pixels, in place of `renderer`."""
+    pixels_training: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """Training of a renderer straight to pixels, in place of `renderer_training`; its losses are the VQGAN's."""
     masked_steps: int | None = within("[1, inf)", None)
     """Updates of a masked renderer (paper, Table 3: 200 epochs); None takes those of renderer_training."""
     vq_only_steps: int | None = within("[1, inf)", None)
@@ -149,13 +177,23 @@ class Recipe:
         """The two models that the finished pipeline holds, prior and renderer (names of ROLES)."""
         return "prior", RENDERERS[self.renderer_kind]
 
-    def size(self, role: Role) -> ModelSpec:
+    @property
+    def has_vq_tokens(self) -> bool:
+        """Whether a model of the finished pipeline predicts VQ tokens; without one, none are made."""
+        return any(get_role(name).target == "vq" for name in self.model_names)
+
+    @property
+    def has_vqgan(self) -> bool:
+        """Whether the run has a VQGAN: for its tokens, or as the start of a renderer straight to pixels."""
+        return self.has_vq_tokens or self.pixels.start == "vqgan"
+
+    def size(self, role: Role) -> ModelSpec | PixelSpec:
         """Size of a model."""
         return getattr(self, role.settings)
 
-    def training(self, role: Role) -> TrainConfig:
+    def training(self, role: Role) -> TrainConfig | AdversarialConfig:
         """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
-        cfg: TrainConfig = getattr(self, f"{role.settings}_training")
+        cfg: TrainConfig | AdversarialConfig = getattr(self, f"{role.settings}_training")
         steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
@@ -168,11 +206,18 @@ class Recipe:
             sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
         return sampling
 
-    def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
-        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}."""
+    def sequence_config(
+        self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int, vqgan: VQGANConfig | None = None
+    ) -> SequenceConfig:
+        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}.
+
+        `vqgan` has the sizes of a decoder straight to pixels; None takes those of a VQGAN from scratch.
+        """
         role = get_role(name)
         size = self.size(role)
         prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
+        if isinstance(size, PixelSpec):
+            return pixel_config(size, vqgan or self.vqgan, prefix, self.preprocess.crop_size)
         aligned = role.prefix is not None and size.conditioning == "aligned"
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
@@ -202,8 +247,26 @@ class Recipe:
 
     def with_seed(self) -> "Recipe":
         """The recipe with its one seed in every part."""
-        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training")
+        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training", "pixels_training")
         return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
+
+
+def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_size: int) -> PixelConfig:
+    """The configuration of a renderer straight to pixels, with a decoder of a VQGAN's shape."""
+    shape = ("channels", "channel_mult", "num_res_blocks", "z_channels", "num_groups")
+    return PixelConfig(
+        image_size=image_size,
+        prefix_vocab_size=prefix.vocab_size,
+        prefix_len=prefix.length,
+        prefix_rows=prefix.rows,
+        norm="pre",
+        dropout=0.0,
+        depth=size.depth,
+        embed_dim=size.embed_dim,
+        num_heads=size.num_heads,
+        noise_channels=size.noise_channels,
+        **{name: getattr(vqgan, name) for name in shape},
+    )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}

@@ -1,8 +1,9 @@
 """Training of a network whose output is images: reconstruction, perceptual and adversarial loss (Esser et al. 2021).
 
 What reconstructs is the business of each trainer: a VQGAN its own input (`training/vqgan.py`), a renderer the crop
-behind its tokens (`training/pixels.py`). Everything in an update is a function of the step: the learning rate, the batch,
-every random number. Under torchrun every rank takes its slice of the batch; gradients are those of the whole batch.
+behind its tokens (`training/pixels.py`). Everything in an update is a function of the step: the learning rate, the
+batch, every random number. Under torchrun every rank takes its slice of the batch; gradients are those of the whole
+batch.
 
 Shapes: B images, S pixels a side.
 """
@@ -135,7 +136,7 @@ class AdversarialTrainer(ABC):
         cfg: AdversarialConfig,
         *,
         weights: Iterable[nn.Parameter],
-        last: nn.Parameter,
+        last: Tensor,
         perceptual: nn.Module | None,
     ) -> None:
         if cfg.batch_size % (processes := distributed.world_size()):
@@ -255,7 +256,9 @@ class AdversarialTrainer(ABC):
         self.discriminator.requires_grad_(True)
         adversarial = torch.autograd.grad(loss, output)[0]
         # the last layer's weight gradients need one convolution's backward from those at its output
-        at_last = [torch.autograd.grad(reconstruction, self.last, g, retain_graph=True)[0] for g in (gradient, adversarial)]
+        at_last = [
+            torch.autograd.grad(reconstruction, self.last, g, retain_graph=True)[0] for g in (gradient, adversarial)
+        ]
         sum_over_ranks(at_last, mean=True)
         weight = adaptive_weight(*at_last)
         ramp = min(1.0, (step - self.cfg.adversarial_start + 1) / max(1, self.cfg.adversarial_ramp))

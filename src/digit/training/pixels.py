@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from digit.training.log import Metrics
 from digit.training.loop import TrainState, train
 
 
+@runtime_checkable
 class PixelBatches(Protocol):
     """Rows of a step's batch: {"target": uint8 (B, 3, S, S), "prefix": int64 (B, P)}, a function of the step alone."""
 
@@ -54,7 +55,9 @@ class PixelTrainer(AdversarialTrainer):
         """Images (B, 3, S, S) of the tokens `prefix` (B, P); row 0 is row `first` of the whole batch."""
         prefix, first = given["prefix"], given["first"]
         whole = {"prefix": prefix.new_empty(self.cfg.batch_size, 0)}  # noise asks for the number of rows
-        noise = {name: rows[first : first + len(prefix)] for name, rows in self.renderer.noise(whole, generator).items()}
+        noise = {
+            name: rows[first : first + len(prefix)] for name, rows in self.renderer.noise(whole, generator).items()
+        }
         with self.autocast():
             output = self.renderer.render(
                 prefix.to(self.device), **{name: rows.to(self.device) for name, rows in noise.items()}
@@ -78,8 +81,8 @@ def train_pixels(
     Args:
         batches: rows of the batch of any step.
         about: what identifies the run beside `cfg`; None is the renderer's configuration.
-        perceptual: `perceptual(image, target) -> (B,)`, in place of the network that `cfg.perceptual` names; required if
-            that is encoder.
+        perceptual: `perceptual(image, target) -> (B,)`, in place of the network that `cfg.perceptual` names; required
+            if that is encoder.
         validate: model to metrics of held-out images, with the averaged weights, before each checkpoint.
 
     Returns {"psnr": mean over images in dB} of the batches after the last step.
