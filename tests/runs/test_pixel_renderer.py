@@ -149,5 +149,5 @@ def test_what_is_refused(fitted, tmp_path):
     with pytest.raises(DigitError, match="leave out --reuse_vq_tokens"):
         reuse = {"vq_tokens": run.out / "tokens"}
         Run(pixel_recipe(), open_source(SHAPES), tmp_path / "none", reuse=reuse)
-    with pytest.raises(DigitError, match="pixels_training.num_steps is 0: an untrained model"):
+    with pytest.raises(DigitError, match="pixels_training.num_steps is 0: an untrained renderer"):
         Run(trained(num_steps=0), open_source(SHAPES), tmp_path / "none")

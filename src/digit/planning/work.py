@@ -123,7 +123,12 @@ class Work:
         cfg = self.sequence("renderer_pixels")
         assert isinstance(cfg, PixelConfig)
         noise = torch.zeros(1, *cfg.noise_shape)
-        return self._count(lambda: PixelRenderer(cfg), lambda net: net(tokens, noise), "convolutions")
+
+        def render(net: nn.Module) -> Any:
+            assert isinstance(net, PixelRenderer)
+            return net.render(tokens, noise)
+
+        return self._count(lambda: PixelRenderer(cfg), render, "convolutions")
 
     @cached_property
     def vqgan_training_flops(self) -> float:

@@ -300,7 +300,8 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
     trained = {role.settings: recipe.training(role) for role in map(get_role, recipe.model_names)}
     for name, cfg in trained.items():
         if not cfg.num_steps:
-            raise DigitError(f"{name}_training.num_steps is 0: an untrained model makes noise, give at least 1")
+            what = "renderer" if name == "pixels" else name
+            raise DigitError(f"{name}_training.num_steps is 0: an untrained {what} makes noise, give at least 1")
         if cfg.precision == "fp16" and not gpu:
             raise DigitError(f"{name}_training.precision is fp16, which needs a GPU: choose auto, fp32 or bf16")
     pieces = {

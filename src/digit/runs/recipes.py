@@ -317,11 +317,24 @@ FINE_TUNING = GANConfig(
     adversarial_start=600,
     save_every=300,
 )
+# Of a renderer straight to pixels that starts from the decoder of a carried VQGAN; the same losses.
+PIXELS_64 = AdversarialConfig(
+    num_steps=2800,
+    batch_size=16,
+    learning_rate=1e-3,
+    perceptual="encoder",
+    perceptual_weight=1.0,
+    perceptual_crop=0,
+    adversarial_weight=0.1,
+    adversarial_start=1900,
+    save_every=300,
+)
 SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
     vqgan_start="vqgan64",
     informed_start=True,
+    pixels_training=PIXELS_64,
 )
 
 
@@ -394,6 +407,24 @@ def cifar() -> Recipe:
         renderer_training=cpu_training(1600, optimizer="muon"),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
         masked_top_p=0.95,  # as measured; the released MaskGIT decoding filters nothing
+    )
+
+
+@register
+def cifar_pixels() -> Recipe:
+    """CIFAR-10, enlarged to 64 px, straight to pixels: 8 x 8 discriminative tokens, one prior, one decoder pass.
+
+    Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. Not
+    measured yet.
+
+    digit fit DATA --recipe cifar_pixels --out runs/cifar_pixels
+    """
+    recipe = cifar()
+    return replace(
+        recipe,
+        encoder=replace(recipe.encoder, layer=-6),  # 112 features on 8 x 8
+        vqgan_training=replace(FINE_TUNING, num_steps=0),
+        renderer_kind="pixels",
     )
 
 
