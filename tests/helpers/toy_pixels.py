@@ -1,4 +1,4 @@
-"""A small renderer straight to pixels and its batches: tokens say which of four colours a quarter of the picture has."""
+"""A small renderer straight to pixels and its batches: tokens name the colours of its four quarters."""
 
 from dataclasses import replace
 
@@ -15,7 +15,8 @@ TINY = PixelConfig(
 )  # fmt: skip
 QUICK = AdversarialConfig(
     num_steps=60, batch_size=8, learning_rate=3e-3, warmup_steps=0, precision="fp32", perceptual="none",
-    adversarial_start=40, adversarial_ramp=5, discriminator_channels=8, log_every=10, save_every=20, ema_decay=0.9, tensorboard=False,
+    adversarial_start=40, adversarial_ramp=5, discriminator_channels=8, log_every=10, save_every=20,
+    ema_decay=0.9, tensorboard=False,
 )  # fmt: skip
 COLOURS = torch.tensor([[230, 40, 40], [40, 230, 40], [40, 40, 230], [200, 200, 200]], dtype=torch.uint8)
 

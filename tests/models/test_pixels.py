@@ -17,9 +17,10 @@ def test_images_of_tokens():
     assert images.shape == (2, 3, 16, 16) and images.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("length", "rows", "spread"), [(4, 2, (2, 2)), (16, 4, (1, 1)), (64, 8, (1, 1)), (8, 4, (1, 2))]
-)
+GRIDS = [(4, 2, (2, 2)), (16, 4, (1, 1)), (64, 8, (1, 1)), (8, 4, (1, 2))]  # tokens, rows, cells that one fills
+
+
+@pytest.mark.parametrize(("length", "rows", "spread"), GRIDS)
 def test_every_grid_of_tokens_reaches_the_decoders_grid(length, rows, spread):
     renderer = model(prefix_len=length, prefix_rows=rows)
     assert renderer.spread == spread
@@ -30,13 +31,13 @@ def test_a_token_fills_its_own_cells():
     renderer = model()
     with torch.no_grad():  # without the Transformer: its blocks add nothing
         for name, parameter in renderer.transformer.named_parameters():
-            if name.endswith(("out.weight", "proj.weight", "fc2.weight", "down.weight")):
+            if name.endswith(("out.weight", "fc2.weight")):
                 parameter.zero_()
     first, other = renderer.latent(torch.tensor([[0, 0, 0, 0], [0, 1, 0, 0]]))
     changed = (first - other).abs().sum(0) > 1e-6  # (4, 4)
     expected = torch.zeros(4, 4, dtype=torch.bool)
     expected[:2, 2:] = True  # token 1 is the upper right quarter
-    assert torch.equal(changed & expected, expected)
+    assert torch.equal(changed, expected)
 
 
 def test_the_start_from_a_vqgan():

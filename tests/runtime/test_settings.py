@@ -27,7 +27,8 @@ from digit.training.ssl.views import ViewConfig
 from digit.training.vqgan import GANConfig
 
 CONFIGS = (
-    TrainConfig, AdversarialConfig, GANConfig, SSLConfig, KMeansConfig, StageSampling, SamplingConfig, ModelSpec, PixelSpec, Recipe, EncoderConfig,
+    TrainConfig, AdversarialConfig, GANConfig, SSLConfig, KMeansConfig, StageSampling, SamplingConfig, ModelSpec,
+    PixelSpec, Recipe, EncoderConfig,
     VQGANConfig, PreprocessConfig, PretrainConfig, DINOConfig, IBOTConfig, MAEConfig, MoCoConfig, ViewConfig, Order,
 )  # fmt: skip
 CHECKED_BY_HAND = {"EncoderConfig.layer", "VQGANConfig.channel_mult"}  # may be negative; may be of any length
