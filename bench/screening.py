@@ -28,7 +28,7 @@ from digit.metrics.neighbours import precision_recall
 from digit.models.sequence import training_flops
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
-from digit.runs.recipes import Recipe, get_recipe
+from digit.runs.recipes import Recipe, get_recipe, with_settings
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
 from digit.runtime.files import save_npy, write_json
@@ -45,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grid8_noise": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "renderer.prefix_noise": 0.3},
     "grid8_k4096": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 4096},
     "grid8_k256": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 256},
+    "grid8_pre": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.norm": "pre", "prior_training.optimizer": "muon"},
+    "grid8_qk": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.qk_norm": True, "renderer.qk_norm": True},
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
 TOKEN_SETTINGS = ("encoder.", "kmeans.")  # variants that differ in others share one store
@@ -69,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all; give it several times")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num", type=int, default=1000, help="samples and golden images for each figure")
-    parser.add_argument("--scales", default="1,1.5,2,3", help="of guidance, swept in both stages")
+    parser.add_argument("--scales", default="1,2", help="of guidance, swept in both stages")
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--golden_only", action="store_true", help="train and judge the renderer alone")
     return parser.parse_args()
@@ -86,7 +88,12 @@ class Screening:
         self.test_images, self.test_labels = real_images(self.test, self.recipe.preprocess, range(10_000))
         self.truth = self.features("test", lambda: self.test_images)
         self.classifier = self.fit_classifier()
-        paper = Run(self.recipe, self.source, out / "budget", reuse=self.shared(("codebook", "vqgan", "tokens")))
+        paper = Run(
+            self.recipe,
+            self.source,
+            out / "budget" / (args.variant or ["all"])[0],
+            reuse=self.shared(("codebook", "vqgan", "tokens")),
+        )
         self.budget = sum(flops(paper, model) for model in ("prior", "renderer"))
         self.floor = self.figures("floor", lambda: paper.train_vqgan().decode(
             paper.train_vqgan().encode(self.test_images[: args.num])), self.test_labels)  # fmt: skip
@@ -145,12 +152,17 @@ class Screening:
         return ("vq_ar",) if name == "vq_only" else ("prior", "renderer")
 
     def make_run(self, name: str, settings: dict[str, Any], share: float) -> Run:
-        recipe: Recipe = change(self.recipe, settings)
+        recipe: Recipe = with_settings(self.recipe, settings)
         tokens = {key: value for key, value in settings.items() if key.startswith(TOKEN_SETTINGS)}
         reuse = self.shared(("codebook", "vqgan", "tokens"))
         if tokens:  # a store of its own, shared by the variants and seeds with the same codebook
             store = self.out / "-".join(f"{key}{value}" for key, value in sorted(tokens.items()))
-            maker = Run(change(replace(self.recipe, seed=0), tokens), self.source, store, reuse=self.shared(("vqgan",)))
+            maker = Run(
+                with_settings(replace(self.recipe, seed=0), tokens),
+                self.source,
+                store,
+                reuse={"vqgan": self.base / "vqgan", "vq_tokens": self.base / "tokens"},
+            )
             maker.write_tokens()
             reuse |= {"codebook": store / "codebook", "tokens": store / "tokens"}
         trial = Run(recipe, self.source, self.out / "trial" / f"{name}_{self.args.seed}", reuse=reuse)
@@ -163,7 +175,7 @@ class Screening:
         }
         budget = {"prior": share * self.budget, "renderer": (1 - share) * self.budget}
         steps = {model: round(budget[model] / per_image[model]) for model in per_image}
-        recipe = change(recipe, {f"{model}_training.num_steps": number for model, number in steps.items()})
+        recipe = with_settings(recipe, {f"{model}_training.num_steps": number for model, number in steps.items()})
         return Run(recipe, self.source, self.out / f"{name}_{self.args.seed}", reuse=reuse)
 
     def requests(self, name: str, pipe: DigitPipeline) -> Any:
@@ -195,14 +207,6 @@ class Screening:
             self.out / "grids" / f"{name}_{self.args.seed}.png", plots.grid(shown, 10, row_names=pipe.classes)
         )
         return images
-
-
-def change(cfg: Any, settings: dict[str, Any]) -> Any:
-    """A configuration with other values at dotted names."""
-    for name, value in settings.items():
-        first, _, rest = name.partition(".")
-        cfg = replace(cfg, **{first: change(getattr(cfg, first), {rest: value}) if rest else value})
-    return cfg
 
 
 def flops(run: Run, model: str) -> float:

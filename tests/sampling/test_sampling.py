@@ -155,7 +155,9 @@ def test_an_order_needs_a_grid():
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("changes", [{}, ALIGNED, ALIGNED | {"added_blocks": 1, "encoder_depth": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, ALIGNED, ALIGNED | {"added_blocks": 1, "encoder_depth": 2, "qk_norm": True}], ids=str
+)
 def test_cached_equals_uncached(scale, changes):
     model = renderer(prefix_dropout=0.2, **changes)
     how = dict(seeds=range(5), prefix=PREFIX, top_p=0.9, cfg_scale=scale, cfg_schedule="linear")

@@ -153,6 +153,7 @@ class SequenceModel(nn.Module):
                     mlp_ratio=cfg.mlp_ratio,
                     norm="pre",
                     dropout=cfg.dropout,
+                    qk_norm=cfg.qk_norm,
                 ),
                 grid=(cfg.prefix_rows, cfg.prefix_len // cfg.prefix_rows),
                 target_grid=(cfg.target_rows, cfg.target_len // cfg.target_rows),
@@ -172,6 +173,8 @@ class SequenceModel(nn.Module):
                 nn.init.normal_(parameter, std=width**-0.5)
             elif "norm" in name:
                 nn.init.constant_(parameter, float(name.endswith("weight")))
+            elif name.endswith("gain"):
+                nn.init.ones_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "qkv" in name:  # three square matrices in one

@@ -42,6 +42,9 @@ class TransformerConfig:
     """post: LayerNorm after each residual sum (the prior); pre: before each branch and at the end (all others)."""
     dropout: float = 0.1
     """Dropout on the embeddings and on each residual branch; attention weights and activations get none."""
+    qk_norm: bool = False
+    """Divide queries and keys of each head by their root mean square, times a learned gain for each of its channels
+    (Dehghani et al. 2023, section 2). The paper's models do not."""
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads"):
@@ -199,6 +202,9 @@ class Attention(nn.Module):
         self.num_heads = cfg.num_heads
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.out = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.embed_dim // cfg.num_heads)) for _ in range(2))
 
     def forward(
         self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | SteppedCache | None, first: int = 0
@@ -218,11 +224,14 @@ class Attention(nn.Module):
     def with_positions(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, n, d) of positions start .. start + n - 1, start a number or (1,) on the device.
 
-        Returned unchanged: the paper's models learn a table that `SequenceModel.with_positions` adds to the input. A
-        scheme that acts on queries and keys, such as rotary positions, belongs here: training, the first pass of
-        decoding and each cached step (models/decoding.py) all call it.
+        The paper's models learn a table that `SequenceModel.with_positions` adds to the input, so no position enters
+        here. A scheme that acts on queries and keys, such as rotary positions, belongs here, as `qk_norm` does:
+        training, the first pass of decoding and each cached step (models/decoding.py) all call it.
         """
-        return q, k
+        if not self.qk_norm:
+            return q, k
+        width = (q.shape[-1],)
+        return F.rms_norm(q, width, self.q_gain.to(q.dtype)), F.rms_norm(k, width, self.k_gain.to(k.dtype))
 
 
 class MLP(nn.Module):

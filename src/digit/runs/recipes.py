@@ -41,6 +41,10 @@ class ModelSpec:
     """Attention heads."""
     dropout: float = within("[0, 1)", 0.1)
     """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
+    norm: Literal["paper", "post", "pre"] = "paper"
+    """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head. The paper does not."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
@@ -54,7 +58,7 @@ class ModelSpec:
     encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
     """Blocks of the encoder of aligned tokens."""
     added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
-    """Blocks that aligned tokens are added to, evenly spaced from the first; at most depth."""
+    """Blocks that aligned tokens are added to, evenly spaced from the first; all where the model has fewer."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -198,12 +202,22 @@ class Recipe:
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
-        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes."""
-        sampling = self.sampling
-        if get_role(renderer).kind == "masked":
+        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
+
+        A model without what would guide it, labels or a prefix, is sampled with a cfg_scale of 1.
+        """
+        sampling, role = self.sampling, get_role(renderer)
+        if role.kind == "masked":
             sampling = replace(sampling, renderer=replace(sampling.renderer, top_p=self.masked_top_p))
+        if role.kind == "pixels":
+            sampling = replace(sampling, renderer=StageSampling())  # it takes no settings
         if labelled and self.class_top_k:
             sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
+        by_label = labelled and self.prior.label_dropout > 0
+        if not by_label:
+            sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
+        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
+            sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
         return sampling
 
     def sequence_config(
@@ -223,9 +237,10 @@ class Recipe:
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             num_classes=num_classes if role.labels else 0,
-            norm=role.norm,
+            norm=role.norm if size.norm == "paper" else size.norm,
+            qk_norm=size.qk_norm,
             masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels else 0.0,
+            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
             depth=size.depth,
             embed_dim=size.embed_dim,
@@ -233,8 +248,12 @@ class Recipe:
             dropout=size.dropout,
         )
         if aligned:
-            settings |= {name: getattr(size, name) for name in ("conditioning", "encoder_depth", "added_blocks")}
-            settings["prefix_rows"] = prefix.rows
+            settings |= {
+                "conditioning": "aligned",
+                "encoder_depth": size.encoder_depth,
+                "added_blocks": min(size.added_blocks, size.depth),
+                "prefix_rows": prefix.rows,
+            }
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
@@ -267,6 +286,14 @@ def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_
         noise_channels=size.noise_channels,
         **{name: getattr(vqgan, name) for name in shape},
     )
+
+
+def with_settings(cfg: Any, settings: Mapping[str, Any]) -> Any:
+    """A recipe, or a part of one, with other values at dotted names: {"prior.depth": 8}."""
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        cfg = replace(cfg, **{first: with_settings(getattr(cfg, first), {rest: value}) if rest else value})
+    return cfg
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
