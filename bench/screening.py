@@ -4,9 +4,9 @@
     python bench/screening.py DATA --base runs/cifar --out runs/screening --variant grid8 --variant grid8_aligned
 
 Every variant takes the VQGAN of --base and has the FLOPs of the recipe `paper_cifar`, prior and renderer together;
-`prior` in VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test images' own
-discriminative tokens, and `samples`, class-conditional ones. Each is swept over the scales of guidance. Finished
-models, tokens and figures are read, not made again.
+`prior` in VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test
+images' own discriminative tokens, and `samples`, class-conditional ones. Each is swept over the scales of guidance.
+Finished models, tokens and figures are read, not made again.
 """
 
 import argparse
