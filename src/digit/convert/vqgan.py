@@ -17,7 +17,7 @@ from torch import Tensor
 
 from digit.convert.reading import check_state, check_tensors, listed, read_weights, split_place, unfit
 from digit.convert.vq_formats import FORMATS, FormatName, VQFormat, guess_format, our_names
-from digit.convert.weight_sets import MAX_DEPTH, choose_set
+from digit.convert.weight_sets import choose_set
 from digit.errors import DigitError
 from digit.models.vq_layout import VQLayout
 from digit.models.vqgan import VQGAN, VQGANConfig
@@ -103,8 +103,8 @@ def recognise(
     if found is None:
         lacking = next((mark for mark in FORMATS["mage"].marks if mark not in state), STEM)
         raise DigitError(
-            f"{source} holds no VQ tokenizer in a layout that DiGIT reads, MAGE's for example: it lacks {lacking}; "
-            f"known: {', '.join(form.title for form in FORMATS.values())}"
+            f"{source} holds no VQGAN in MAGE's layout, it lacks {lacking}; nor is it in a format of "
+            f"{', '.join(form.title for name, form in FORMATS.items() if name != 'mage')}"
         )
     if missing := [mark for mark in FORMATS[found].marks if mark not in state]:
         raise DigitError(f"{source} is not in {FORMATS[found].title}'s format, it lacks {listed(missing)}")
@@ -195,25 +195,23 @@ def find_state(loaded: Any, source: str) -> dict[str, Tensor]:
 # -------------------------------------------------------------------- averages beside the weights
 
 
-def with_averages(loaded: Any, source: str, depth: int = 0) -> tuple[Any, bool]:
+def with_averages(loaded: Any, source: str) -> tuple[Any, bool]:
     """The content of a file in which averages stand beside the weights as a set of their own; whether there were any.
 
     Lightning's files hold them as `model_ema.NAME` in the same dict, NAME being the weight's without its dots. The
     averages are what such a project evaluates, so that `choose_set` takes them, and says so.
     """
-    if not isinstance(loaded, Mapping) or depth > MAX_DEPTH:
+    if not isinstance(loaded, Mapping):
         return loaded, False
-    result, found = {}, False
+    raw, averages = split_averages(loaded, source)
+    if averages:
+        return {"weights": raw, "model_ema": averages}, True
+    result, found = dict(loaded), False
     for key, value in loaded.items():
         raw, averages = split_averages(value, source)
-        result[key], inside = (raw, True) if averages else with_averages(value, source, depth + 1)
-        found |= inside
         if averages:
-            result["model_ema"] = averages
-    if depth == 0:
-        raw, averages = split_averages(loaded, source)
-        if averages:
-            return {"weights": raw, "model_ema": averages}, True
+            result |= {key: raw, "model_ema": averages}
+            found = True
     return result, found
 
 
@@ -251,7 +249,7 @@ def find_file(path: str | Path) -> tuple[str, Path | None]:
         config = file.parent / CONFIG
         return f"{file}{suffix}", config if config.is_file() else None
     if (file / "vqgan.json").is_file():
-        raise DigitError(f"{file} is a VQGAN in DiGIT's own format already: give it to digit fit --reuse_vqgan")
+        raise DigitError(f"{file} is a VQGAN in DiGIT's own format already: digit fit takes it as it is")
     for folder in (file, file / "vqvae", file / "movq"):
         for name in WEIGHTS:
             if (folder / name).is_file():

@@ -44,18 +44,18 @@ class NormSwish(Norm):
 class AdaptiveNorm(nn.Module):
     """GroupNorm without weights of its own; scale and shift of each channel come from the codes of the whole picture.
 
-    gamma = W sqrt(var + eps) + b and beta = V mean + c, of each code channel over all positions; var is the unbiased one.
+    gamma = W sqrt(var + eps) + b and beta = V mean + c, with the unbiased variance and the mean of each code channel.
     """
 
-    def __init__(self, channels: int, code_channels: int, num_groups: int) -> None:
+    def __init__(self, channels: int, z_channels: int, num_groups: int) -> None:
         super().__init__()
         self.num_groups = num_groups
-        self.gamma = nn.Linear(code_channels, channels)
-        self.beta = nn.Linear(code_channels, channels)
+        self.gamma = nn.Linear(z_channels, channels)
+        self.beta = nn.Linear(z_channels, channels)
 
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, C, H, W), (B, D, h, w) -> (B, C, H, W)
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:  # (B, C, H, W), codes (B, D, h, w) -> (B, C, H, W)
         with torch.autocast(x.device.type, enabled=False):
-            places = codes.float().flatten(2)  # (B, D, h w)
+            places = z.float().flatten(2)  # (B, D, h w)
             gamma = self.gamma((places.var(2) + EPS).sqrt()).to(x.dtype)[..., None, None]
             beta = self.beta(places.mean(2)).to(x.dtype)[..., None, None]
             return F.group_norm(x, self.num_groups, eps=EPS) * gamma + beta
@@ -140,7 +140,7 @@ class Middle(nn.Sequential):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the down- or upsampling after them."""
+    """The blocks of one resolution, with attention after each where the layout has it."""
 
     def __init__(self, widths: list[int], num_groups: int, layout: VQLayout, *, attention: bool) -> None:
         """`widths`: channels of the input, then those that each block gives."""
@@ -149,21 +149,17 @@ class Level(nn.Module):
         if attention:
             self.attn = nn.ModuleList(Attention(width, num_groups) for width in widths[1:])
 
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W); the codes (B, D, h, w) of the picture are read by an adaptive norm alone."""
-        if hasattr(self, "adaptive"):
-            x = self.adaptive(x, codes)
+    def blocks(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H, W)
         for index, block in enumerate(self.block):
             x = block(x)
             if hasattr(self, "attn"):
                 x = self.attn[index](x)
-        return self.resample(x)
-
-    def resample(self, x: Tensor) -> Tensor:
         return x
 
 
 class EncoderLevel(Level):
+    """A level, and the downsampling after it."""
+
     def __init__(
         self, widths: list[int], num_groups: int, layout: VQLayout, *, attention: bool, downsample: bool
     ) -> None:
@@ -172,26 +168,23 @@ class EncoderLevel(Level):
             pooling = layout.downsample == "average"
             self.downsample = nn.AvgPool2d(2) if pooling else Downsample(widths[-1], layout.downsample)
 
-    def resample(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C', H / 2, W / 2)
+        x = self.blocks(x)
         return self.downsample(x) if hasattr(self, "downsample") else x
 
 
 class DecoderLevel(Level):
+    """The adaptive norm before a level where the layout has it, the level, and the upsampling after it."""
+
     def __init__(
-        self,
-        widths: list[int],
-        num_groups: int,
-        layout: VQLayout,
-        *,
-        attention: bool,
-        upsample: bool,
-        code_channels: int,
+        self, widths: list[int], num_groups: int, layout: VQLayout, *, attention: bool, upsample: bool, z_channels: int
     ) -> None:
         super().__init__(widths, num_groups, layout, attention=attention)
         if layout.adaptive_norm:
-            self.adaptive = AdaptiveNorm(widths[0], code_channels, num_groups)
+            self.adaptive = AdaptiveNorm(widths[0], z_channels, num_groups)
         if upsample:
             self.upsample = Upsample(widths[-1], layout.upsample)
 
-    def resample(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:  # (B, C, H, W), codes (B, D, h, w) -> (B, C', 2 H, 2 W)
+        x = self.blocks(self.adaptive(x, z) if hasattr(self, "adaptive") else x)
         return self.upsample(x) if hasattr(self, "upsample") else x

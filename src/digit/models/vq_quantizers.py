@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
         """The code vectors that the decoder takes."""
         return self.codes(indices).movedim(-1, 1)  # (B, C, H, W)
 
-    def codes(self, indices: Int64[Tensor, "..."]) -> Float[Tensor, "... C"]:
+    def codes(self, indices: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
         """The code vector of each index."""
         return self.embedding(indices)
 
@@ -56,7 +56,7 @@ class CosineQuantizer(Quantizer):
     def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, " N"]:
         return nearest_code(F.normalize(points), F.normalize(self.embedding.weight))
 
-    def codes(self, indices: Int64[Tensor, "..."]) -> Float[Tensor, "... C"]:
+    def codes(self, indices: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
         return F.normalize(self.embedding(indices), dim=-1)
 
 
@@ -88,7 +88,7 @@ class SignQuantizer(Quantizer):
     def assign(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, " N"]:
         return ((points > 0).long() << self._bits(points)).sum(1)
 
-    def codes(self, indices: Int64[Tensor, "..."]) -> Float[Tensor, "... C"]:
+    def codes(self, indices: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
         return ((indices[..., None] >> self._bits(indices)) & 1).float() * 2 - 1
 
     def _bits(self, like: Tensor) -> Int64[Tensor, " C"]:

@@ -131,7 +131,7 @@ class Decoder(nn.Module):
                 layout,
                 attention=level in layout.attention_levels,
                 upsample=level > 0,
-                code_channels=cfg.z_channels,
+                z_channels=cfg.z_channels,
             )
             for level, width in enumerate(widths)
         )

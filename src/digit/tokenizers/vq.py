@@ -216,7 +216,7 @@ def filled(part: Tensor, size: int) -> Tensor:
 
 
 def fingerprint_of(weights: Mapping[str, Tensor], layout: VQLayout) -> str:
-    """SHA-256 of the weights, and of the layout where it is not MAGE's: equal weights in two layouts give two tokens."""
+    """SHA-256 of the weights, and of the layout where it is not MAGE's: it decides about the tokens, too."""
     digest = sha256_tensors(weights)
     if layout == MAGE:
         return digest
