@@ -347,7 +347,11 @@ def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     missing = [name for name in PARTS if getattr(pipe, name) is None]
-    if missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
+    if missing == [name for name in PARTS if name != "vq"]:
+        notes.append(
+            f"digit fit takes {out / 'vqgan'} as the VQGAN that it reuses; run again with this --out to add parts"
+        )
+    elif missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
         notes.append(f"still missing: {', '.join(missing)} (run again with the same --out to add them)")
     return [f"{out}: {listed(new)}", *notes]
 

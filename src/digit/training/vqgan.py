@@ -26,6 +26,7 @@ from digit.errors import DigitError
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.memory_format import channels_last
 from digit.models.perceptual import load_perceptual
+from digit.models.vq_layout import MAGE
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
 from digit.runtime.files import as_path, write_json
@@ -144,6 +145,10 @@ class VQGANTrainer:
             parts = f"{processes} equal parts, one per process"
             raise DigitError(
                 f"batch_size {cfg.batch_size} of the VQGAN cannot be split into {parts}: choose a multiple"
+            )
+        if vqgan.layout != MAGE:
+            raise DigitError(
+                "this VQGAN has the layout of another project, which is not trained here: take it as it is"
             )
         self.cfg, self.batches = cfg, batches
         self.vqgan = channels_last(vqgan).train()
