@@ -24,7 +24,16 @@ from digit.tokenizers.vq import VQTokenizer
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     """No test leaves this machine, and none reads or fills somebody's cache."""
-    for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+    for name in (
+        "DIGIT_OFFLINE",
+        "HF_HUB_OFFLINE",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "NO_PROXY",
+        "no_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
 

@@ -57,7 +57,8 @@ def fetch_from_url(url: str, target: Path, refusal: Refusal) -> Path:
     """Downloads a weights file to `target` unless it is there. Raises DigitError with the message of `refusal`."""
     if target.is_file():
         return target
-    with network(refusal), urllib.request.urlopen(url, timeout=TIMEOUT) as answer, atomic_path(target) as aside:
+    opener = urllib.request.build_opener()  # urlopen keeps the proxies of its first call
+    with network(refusal), opener.open(url, timeout=TIMEOUT) as answer, atomic_path(target) as aside:
         size = int(answer.headers.get("Content-Length") or 0)
         with open(aside, "wb") as file, Progress(f"download {target.name} (MB)", size // PIECE or None) as bar:
             while piece := answer.read(PIECE):
