@@ -22,15 +22,14 @@ FULL_SIZE = {stand_in.format: stand_in for stand_in in reversed(stand_ins.STAND_
 
 
 def small(form: str, **changes: object) -> VQGAN:
-    """A network of one format with random weights: 16 px, 8 x 8 tokens, a change of width, levels of attention."""
+    """A network of one format with random weights: by default 16 px, 8 x 8 tokens, a change of width, attention."""
     torch.manual_seed(0)
     layout = FULL_SIZE[form].layout
-    cfg = VQGANConfig(
-        resolution=16, channels=32, channel_mult=(1, 2), num_res_blocks=1, z_channels=4, vocab_size=16, **changes
-    )
+    sizes = {"resolution": 16, "channels": 32, "channel_mult": (1, 2), "z_channels": 4, "vocab_size": 16}
+    cfg = VQGANConfig(num_res_blocks=1, **(sizes | changes))
     layout = replace(
         layout,
-        attention_levels=(1,) if layout.mid_attention else (),
+        attention_levels=(len(cfg.channel_mult) - 1,) if layout.mid_attention else (),
         quant_channels=6 if layout.quant_channels else 0,
         mid_blocks=min(layout.mid_blocks, 3),
     )

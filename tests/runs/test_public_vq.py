@@ -1,50 +1,43 @@
 """A run on another project's VQ tokenizer, converted: tokens, models that start from its codes, samples."""
 
-from dataclasses import replace
-
 import foreign_vq
 import pytest
 import torch
 from tiny import SHAPES, tiny_recipe
 
 from digit.errors import DigitError
-from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
 from digit.tokenizers.vq import VQTokenizer
 
 
-def folder_of(form: str, out):
-    """A converted tokenizer for 32 px: 16 x 16 tokens of 16 codes."""
-    vqgan = foreign_vq.small(form)
-    larger = VQGAN(replace(vqgan.cfg, resolution=32), vqgan.layout)
-    larger.load_state_dict(vqgan.state_dict())
-    VQTokenizer(larger).save(out)
-    return out
+def tokenizer_of(form: str, **changes) -> VQTokenizer:
+    """A tokenizer for 32 px: 8 x 8 tokens of 16 codes."""
+    return VQTokenizer(foreign_vq.small(form, resolution=32, channel_mult=(1, 1, 1), **changes))
 
 
-@pytest.mark.parametrize("form", ["llamagen", "open_magvit2"])
-def test_a_run_reuses_a_converted_tokenizer(form, tmp_path):
-    folder = folder_of(form, tmp_path / "vqgan")
-    recipe = tiny_recipe(informed_start=True)
-    run = Run(recipe, SHAPES, tmp_path / "run", reuse={"vqgan": folder})
+def test_a_run_reuses_a_converted_tokenizer(tmp_path):
+    vq = tokenizer_of("llamagen")
+    vq.save(tmp_path / "vqgan")
+    run = Run(tiny_recipe(informed_start=True), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
     store = run.write_tokens()
-    vq = VQTokenizer.load(folder)
-    assert store.vq.shape[1] == 256 and int(store.vq[:].max()) < 16
-    assert store.manifest["vqgan_hash"] == vq.fingerprint
-    run.train_model("prior")
-    run.train_model("renderer")
-    run.make_pipeline("prior", "renderer").save_pretrained(tmp_path / "pipeline")
+    assert store.vq.shape[1] == 64 and store.manifest["vqgan_hash"] == vq.fingerprint
+    assert store.manifest["vq"] == {"grid": [8, 8], "length": 64, "vocab_size": 16}
+    run.make_pipeline().save_pretrained(tmp_path / "pipeline")
     pipe = DigitPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.vq.fingerprint == vq.fingerprint and pipe.vq.vqgan.layout == vq.vqgan.layout
-    assert pipe.generate(2, batch_size=2).shape == (2, 3, 32, 32)
-    assert pipe.generate(2, batch_size=2).dtype == torch.uint8
+    images = pipe.generate(2, batch_size=2)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+
+
+def test_codes_without_a_table_start_models_too(tmp_path):
+    tokenizer_of("open_magvit2").save(tmp_path / "vqgan")
+    run = Run(tiny_recipe(informed_start=True), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
+    assert run.train_model("renderer").cfg.vocab_size == 16
 
 
 def test_more_codes_than_a_store_holds_are_refused_at_once(tmp_path):
-    vqgan = foreign_vq.small("open_magvit2")
-    large = VQGAN(replace(vqgan.cfg, resolution=32, z_channels=18, vocab_size=2**18), vqgan.layout)
-    VQTokenizer(large).save(tmp_path / "vqgan")
+    tokenizer_of("open_magvit2", z_channels=18, vocab_size=2**18).save(tmp_path / "vqgan")
     with pytest.raises(DigitError, match="has 262144 codes, and models are trained on at most 65536: reuse another"):
         Run(tiny_recipe(), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
     vq = VQTokenizer.load(tmp_path / "vqgan")

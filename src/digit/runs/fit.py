@@ -295,7 +295,7 @@ class Run:
         codebook = tokenizer.codebook
         codes = {
             "discriminative": codebook.embed(torch.arange(codebook.vocab_size)),
-            "vq": vq.embed(torch.arange(vq.vocab_size)),
+            "vq": vq.embed(torch.arange(vq.vocab_size, device=vq.device)),
         }
         grids = {"discriminative": tokenizer.grid, "vq": vq.grid}
         model.start_from_codes(codes[role.target], codes["discriminative"])
