@@ -89,14 +89,14 @@ def _kept_bytes(model: SampledModel, stage: StageSampling, cfg: SamplingConfig, 
     weights = sum(p.numel() for p in model.parameters()) * element if copied else 0
     if shape.masked:
         return weights
-    positions = shape.prefix_len + shape.target_len
+    positions = shape.num_positions - 1
     return weights + _rows(model, stage, batch_size) * 2 * shape.depth * shape.embed_dim * positions * element
 
 
 def _passing_bytes(model: SampledModel, stage: StageSampling, cfg: SamplingConfig, batch_size: int) -> int:
     """Bytes of the activations of a pass over the whole sequence, and of the logits in the filters."""
     rows, shape = _rows(model, stage, batch_size), model.cfg
-    length = shape.prefix_len + 1 + shape.target_len
+    length = shape.num_positions
     width = 8 * shape.embed_dim + 2 * shape.mlp_dim  # q, k, v and copies, two of the stream; the MLP before and after
     activations = rows * length * width * _element(cfg)
     return activations + rows * (shape.target_len if shape.masked else 1) * shape.vocab_size * LOGIT_BYTES

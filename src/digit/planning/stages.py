@@ -359,7 +359,7 @@ class Planner:
             return {"matrix multiplication": sampling.num_steps * forward / peak}
         matrices = 12.0 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
         cache = (
-            2.0 * cfg.depth * rows * (cfg.prefix_len + cfg.target_len / 2) * cfg.embed_dim
+            2.0 * cfg.depth * rows * (cfg.start_position + cfg.target_len / 2) * cfg.embed_dim
         )  # keys and values, mean over positions
         read = cfg.target_len * (matrices + cache) * width  # bytes: all weights and the cache so far, for each token
         times = {"matrix multiplication": forward / peak, "memory bandwidth": read / (machine.bandwidth * share)}

@@ -79,6 +79,11 @@ class Work:
         return self._features[0]
 
     @property
+    def token_rows(self) -> int:
+        """Rows of their grid."""
+        return self._encoder.grid(self.recipe.encoder.input_size)[0]
+
+    @property
     def dim(self) -> int:
         """Feature dimension D of the encoder."""
         return self._features[1]
@@ -130,8 +135,8 @@ class Work:
     def sequence(self, name: str) -> SequenceConfig:
         """The configuration of one of ROLES."""
         tokens = {
-            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens),
-            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens),
+            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens, self.token_rows),
+            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens, self.vqgan.grid[0]),
         }
         return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes)
 

@@ -6,7 +6,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from digit.data.tokens import MAX_VOCAB
@@ -71,7 +71,7 @@ def check_recipe(
     check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
     check_warmup(recipe, chosen)
-    check_sampling(recipe, num_classes)
+    check_sampling(recipe, num_classes, chosen)
     if "codebook" not in parts:
         check_codebook(recipe, num_images)
 
@@ -137,6 +137,16 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
     """Unused settings of the prior's and the renderer's size, training and sampling."""
     rules: list[Rule] = [
         (True, r"prior\.prefix_dropout", "the prior has no prefix: leave it out"),
+        (
+            True,
+            r"prior\.(prefix_noise|conditioning|encoder_depth|added_blocks)",
+            "the prior has no prefix: leave it out",
+        ),
+        (
+            recipe.renderer.conditioning == "prefix",
+            r"renderer\.(encoder_depth|added_blocks)",
+            "renderer.conditioning is prefix: leave it out, or set that to aligned",
+        ),
         (True, r"renderer\.label_dropout", "the renderer sees no label: set prior.label_dropout"),
         (not recipe.class_conditional, r"prior\.label_dropout", "class_conditional is false: leave it out"),
     ]
@@ -289,9 +299,15 @@ def check_own_steps(recipe: Recipe, chosen: Iterable[str], models: Iterable[str]
             )
 
 
-def check_sampling(recipe: Recipe, num_classes: int) -> None:
-    """Raise DigitError for guidance of a model that is trained without what guides it."""
-    guides = {"prior": ("label_dropout", num_classes), "renderer": ("prefix_dropout", 1)}
+def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) -> None:
+    """Raise DigitError for guidance of a model that is trained without what guides it.
+
+    Without labels, the scale that a recipe has for the prior is not used (`Recipe.sampling_of`); a chosen one is refused.
+    """
+    unlabelled = not num_classes and "sampling.prior.cfg_scale" in chosen
+    if not num_classes and "prior.label_dropout" in chosen and recipe.prior.label_dropout:
+        raise DigitError("prior.label_dropout is set, but the models get no labels: leave it out, or give labels")
+    guides = {"prior": ("label_dropout", not unlabelled), "renderer": ("prefix_dropout", True)}
     for name, (dropout, known) in guides.items():
         scale = getattr(recipe.sampling, name).cfg_scale
         if scale != 1 and not (known and getattr(getattr(recipe, name), dropout)):

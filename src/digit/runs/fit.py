@@ -35,7 +35,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches
+from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
 from digit.runs.checks import check_recipe, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.layout import RESULTS, REUSABLE, is_done
@@ -59,6 +59,7 @@ from digit.training.sequence import train_sequence_model
 from digit.training.vqgan import train_vqgan
 
 MAX_VALIDATION_ROWS = 256
+NEAR_CODES = 8  # that a noisy prefix takes for each code
 
 
 class Run:
@@ -269,7 +270,7 @@ class Run:
             training = self.training_config(name)
             about = asdict(model.cfg) | {"tokens": tokens}
             validate = self.validation(name) if self.recipe.validation_fraction else None
-            with closing(self.batches(name, training)) as batches:
+            with closing(self.training_batches(name, training)) as batches:
                 train_sequence_model(
                     model, batches, training, folder,
                     about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
@@ -306,8 +307,8 @@ class Run:
         tokens, vocab_sizes = self.write_tokens(), (self.tokenizer().vocab_size, self.train_vqgan().vocab_size)
         assert tokens.discriminative is not None and tokens.vq is not None  # a run's store holds both
         spaces = {
-            "discriminative": TokenSpace(vocab_sizes[0], tokens.discriminative.shape[1]),
-            "vq": TokenSpace(vocab_sizes[1], tokens.vq.shape[1]),
+            "discriminative": TokenSpace(vocab_sizes[0], tokens.discriminative.shape[1], self.tokenizer().grid[0]),
+            "vq": TokenSpace(vocab_sizes[1], tokens.vq.shape[1], self.train_vqgan().grid[0]),
         }
         return self.recipe.sequence_config(name, spaces, num_classes=self.num_classes)
 
@@ -334,6 +335,15 @@ class Run:
         names = [*role.tokens, *(["labels"] if labelled else [])]
         read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, images=images, names=names)
         return ModelBatches(read, arguments, self._crops if role.target == "pixels" else None)
+
+    def training_batches(self, name: str, cfg: TrainConfig) -> Batches:
+        """`batches` with the noise of the model's settings."""
+        role, batches = get_role(name), self.batches(name, cfg)
+        rate = self.recipe.size(role).prefix_noise if role.prefix else 0.0
+        if not rate:
+            return batches
+        near = near_codes(self.fit_codebook())
+        return NoisyPrefix(batches, near, rate, cfg.num_steps, cfg.batch_size, self.recipe.seed)
 
     def _fresh_batches(self, role: Role, cfg: TrainConfig, images: AllBut, arguments: Arguments) -> Batches:
         crops = FreshCrops(
@@ -420,6 +430,13 @@ class Run:
         """Stage names and what makes each, in order."""
         models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
         return [("codebook", self.fit_codebook), ("vqgan", self.train_vqgan), ("tokens", self.write_tokens), *models]
+
+
+def near_codes(codebook: Quantizer) -> torch.Tensor:
+    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself."""
+    vectors = codebook.embed(torch.arange(codebook.vocab_size)).float().cpu()
+    distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
+    return distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:

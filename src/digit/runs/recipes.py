@@ -39,20 +39,35 @@ class ModelSpec:
     """Attention heads."""
     dropout: float = within("[0, 1)", 0.1)
     """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
+    norm: Literal["paper", "post", "pre"] = "paper"
+    """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head. The paper does not."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+    prefix_noise: float = within("[0, 1]", 0.0)
+    """Fraction of a renderer's discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0
+    over the training. Above 0 makes it robust to the prior's mistakes. The paper uses none."""
+    conditioning: Literal["prefix", "aligned"] = "prefix"
+    """How a renderer sees the discriminative tokens: prefix, before its own, as in the paper; aligned, through a small
+    encoder whose output is added at each token's place, about half of the paper's compute."""
+    encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
+    """Blocks of the encoder of aligned tokens."""
+    added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
+    """Blocks that aligned tokens are added to, evenly spaced from the first; all where the model has fewer."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes and number of tokens an image of one kind of tokens."""
+    """Number of codes, number of tokens an image, and rows of their grid, of one kind of tokens."""
 
     vocab_size: int
     length: int
+    rows: int = 1
 
 
 NO_TOKENS = TokenSpace(0, 0)
@@ -149,12 +164,20 @@ class Recipe:
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
-        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes."""
-        sampling = self.sampling
-        if get_role(renderer).kind == "masked":
+        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
+
+        A model without what would guide it, labels or a prefix, is sampled with a cfg_scale of 1.
+        """
+        sampling, role = self.sampling, get_role(renderer)
+        if role.kind == "masked":
             sampling = replace(sampling, renderer=replace(sampling.renderer, top_p=self.masked_top_p))
         if labelled and self.class_top_k:
             sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
+        by_label = labelled and self.prior.label_dropout > 0
+        if not by_label:
+            sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
+        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
+            sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
         return sampling
 
     def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
@@ -162,23 +185,34 @@ class Recipe:
         role = get_role(name)
         size = self.size(role)
         prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
+        aligned = role.prefix is not None and size.conditioning == "aligned"
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             num_classes=num_classes if role.labels else 0,
-            norm=role.norm,
+            norm=role.norm if size.norm == "paper" else size.norm,
+            qk_norm=size.qk_norm,
             masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels else 0.0,
+            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
             depth=size.depth,
             embed_dim=size.embed_dim,
             num_heads=size.num_heads,
             dropout=size.dropout,
         )
+        if aligned:
+            settings |= {
+                "conditioning": "aligned",
+                "encoder_depth": size.encoder_depth,
+                "added_blocks": min(size.added_blocks, size.depth),
+                "prefix_rows": prefix.rows,
+            }
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
-            settings |= {"vocab_size": tokens[role.target].vocab_size, "target_len": tokens[role.target].length}
+            target = tokens[role.target]
+            settings |= {"vocab_size": target.vocab_size, "target_len": target.length}
+            settings["target_rows"] = target.rows if aligned else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
         return config(**{name: value for name, value in settings.items() if name in known})
@@ -187,6 +221,14 @@ class Recipe:
         """The recipe with its one seed in every part."""
         parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training")
         return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
+
+
+def with_settings(cfg: Any, settings: Mapping[str, Any]) -> Any:
+    """A recipe, or a part of one, with other values at dotted names: {"prior.depth": 8}."""
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        cfg = replace(cfg, **{first: with_settings(getattr(cfg, first), {rest: value}) if rest else value})
+    return cfg
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}

@@ -28,14 +28,14 @@ class ModelKind:
     """Settings of StageSampling that the sampler takes."""
 
 
-FILTERS = ("temperature", "top_k", "top_p", "cfg_scale")
+FILTERS = ("temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule")
 KINDS = {
     "next_token": ModelKind(config=SequenceConfig, model=SequenceModel, sampler=NextTokenSampler, settings=FILTERS),
     "masked": ModelKind(
         config=SequenceConfig,
         model=SequenceModel,
         sampler=MaskedSampler,
-        settings=(*FILTERS, "num_steps", "choice_temperature"),
+        settings=(*FILTERS, "num_steps", "choice_temperature", "order"),
     ),
 }
 
