@@ -4,13 +4,12 @@ Sizes and layout are read off names and shapes; every tensor is accounted for.
 """
 
 import json
-import logging
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ from digit.errors import DigitError
 from digit.models.vq_layout import VQLayout
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.files import as_path, read_json
-
-log = logging.getLogger(__name__)
 
 STEM = "encoder.conv_in.weight"
 OTHER_PARTS = r"(decoder|pretrained_encoder)\..*|centroids|centroid_norm"  # beside vqgan.* in the authors' renderer
@@ -99,6 +96,8 @@ def recognise(
     state: Mapping[str, Tensor], source: str, format: FormatName | None = None, averaged: bool = False
 ) -> VQWeights:
     """The weights under our names; `averaged` says whether the file holds averages of the weights."""
+    if format is not None and format not in FORMATS:
+        raise DigitError(f"no VQGAN format {format}: choose one of {', '.join(FORMATS)}")
     found = format or guess_format(state, averaged)
     if found is None:
         lacking = next((mark for mark in FORMATS["mage"].marks if mark not in state), STEM)
@@ -286,9 +285,3 @@ def with_config(weights: VQWeights, config: Path | None) -> VQWeights:
     if type(groups) is not int or not 1 <= groups <= 2**16:
         raise DigitError(f"{config}: norm_num_groups is {json.dumps(groups)[:80]}, wanted a whole number from 1")
     return replace(weights, num_groups=groups)
-
-
-def check_format(name: str | None) -> None:
-    """Raises DigitError unless `name` is a format's, or None."""
-    if name is not None and name not in get_args(FormatName):
-        raise DigitError(f"no VQGAN format {name}: choose one of {', '.join(get_args(FormatName))}")
