@@ -27,8 +27,8 @@ from digit.runs.recipes import get_recipe
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
 from digit.runtime.files import save_npy, write_json
+from digit.training.adversarial import image_psnr
 from digit.training.log import last_metrics
-from digit.training.vqgan import image_psnr
 
 METHODS = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),
@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
         "--run", required=True, help="finished `digit fit` run whose codebook, VQGAN and tokens are used"
     )
     parser.add_argument("--out", required=True)
-    parser.add_argument("--recipe", default="cifar")
+    parser.add_argument("--recipe", default="paper_cifar")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--num", type=int, default=5000, help="samples per method and seed")
     parser.add_argument("--device", default=None)

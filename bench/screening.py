@@ -1,10 +1,10 @@
 """Screens ideas for recipes on CIFAR-10 at equal training FLOPs, before anything is trained for long.
 
-    digit fit DATA --recipe cifar --out runs/cifar              # VQGAN, tokens of the 4 x 4 grid, the paper's recipe
+    digit fit DATA --recipe paper_cifar --out runs/cifar        # VQGAN, tokens of the 4 x 4 grid, the paper's recipe
     python bench/screening.py DATA --base runs/cifar --out runs/screening --variant grid8 --variant grid8_aligned
 
-Every variant takes the VQGAN of --base and has the FLOPs of the recipe `cifar`, prior and renderer together; `prior` in
-VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test images' own
+Every variant takes the VQGAN of --base and has the FLOPs of the recipe `paper_cifar`, prior and renderer together;
+`prior` in VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test images' own
 discriminative tokens, and `samples`, class-conditional ones. Each is swept over the scales of guidance. Finished
 models, tokens and figures are read, not made again.
 """
@@ -28,6 +28,7 @@ from digit.metrics.neighbours import precision_recall
 from digit.models.sequence import training_flops
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
+from digit.runs.layout import is_done
 from digit.runs.recipes import Recipe, get_recipe, with_settings
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
@@ -36,17 +37,21 @@ from digit.runtime.files import save_npy, write_json
 GRID8 = {"encoder.layer": -6}  # stride 16: 8 x 8 of 112 features
 DROPS = {"prior.label_dropout": 0.1, "renderer.prefix_dropout": 0.1}
 ALIGNED = {"renderer.conditioning": "aligned"}
+PRE = {"prior.norm": "pre", "prior_training.optimizer": "muon"}
+BEST = {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, **PRE}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"prior": 0.13},
     "paper_drops": {"prior": 0.13, **DROPS},
     "paper_aligned": {"prior": 0.2, **DROPS, **ALIGNED},
     "grid8": {"prior": 0.4, **GRID8, **DROPS},
     "grid8_aligned": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED},
-    "grid8_noise": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "renderer.prefix_noise": 0.3},
-    "grid8_k4096": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 4096},
-    "grid8_k256": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "kmeans.num_clusters": 256},
-    "grid8_pre": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.norm": "pre", "prior_training.optimizer": "muon"},
-    "grid8_qk": {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, "prior.qk_norm": True, "renderer.qk_norm": True},
+    "pre": BEST,
+    "noise": BEST | {"renderer.prefix_noise": 0.3, "prior_of": "pre"},
+    "qk": BEST | {"renderer.qk_norm": True, "prior_of": "pre"},
+    "encoder2": BEST | {"renderer.encoder_depth": 2, "prior_of": "pre"},
+    "added4": BEST | {"renderer.added_blocks": 4, "prior_of": "pre"},
+    "k4096": BEST | {"kmeans.num_clusters": 4096},
+    "k256": BEST | {"kmeans.num_clusters": 256},
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
 TOKEN_SETTINGS = ("encoder.", "kmeans.")  # variants that differ in others share one store
@@ -66,7 +71,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("data", help="CIFAR-10 in the Hub's layout")
-    parser.add_argument("--base", required=True, help="finished run of the recipe cifar")
+    parser.add_argument("--base", required=True, help="finished run of the recipe paper_cifar")
     parser.add_argument("--out", required=True)
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all; give it several times")
     parser.add_argument("--seed", type=int, default=0)
@@ -83,7 +88,7 @@ class Screening:
     def __init__(self, args: argparse.Namespace, out: Path) -> None:
         self.args, self.out, self.base = args, out, Path(args.base)
         self.source, self.test = open_source(args.data, split="train"), open_source(args.data, split="test")
-        self.recipe = replace(get_recipe("cifar"), seed=args.seed)
+        self.recipe = replace(get_recipe("paper_cifar"), seed=args.seed)
         self.judge = load_judge()
         self.test_images, self.test_labels = real_images(self.test, self.recipe.preprocess, range(10_000))
         self.truth = self.features("test", lambda: self.test_images)
@@ -95,7 +100,7 @@ class Screening:
             reuse=self.shared(("codebook", "vqgan", "tokens")),
         )
         self.budget = sum(flops(paper, model) for model in ("prior", "renderer"))
-        self.floor = self.figures("floor", lambda: paper.train_vqgan().decode(
+        self.floor = self.figures(f"floor_{args.num}", lambda: paper.train_vqgan().decode(
             paper.train_vqgan().encode(self.test_images[: args.num])), self.test_labels)  # fmt: skip
         say(f"floor {self.floor}, budget {self.budget / 1e15:.1f} PFLOPs")
 
@@ -133,8 +138,8 @@ class Screening:
         """Trains a variant, and writes its figures to OUT/NAME_SEED.json."""
         args, path = self.args, self.out / f"{name}_{self.args.seed}.json"
         settings = dict(VARIANTS[name])
-        share = settings.pop("prior")
-        run = self.make_run(name, settings, share)
+        share, prior_of = settings.pop("prior"), settings.pop("prior_of", None)
+        run = self.make_run(name, settings, share, prior_of)
         steps = {model: run.training_config(model).num_steps for model in self.models(name)}
         results = json.loads(path.read_text()) if path.exists() else {"variant": name, "steps": steps, "figures": {}}
         say(f"{name}: {steps}")
@@ -143,6 +148,7 @@ class Screening:
         else:
             pipe = run.make_pipeline(None if args.golden_only else "prior")
         for label, make, labels in self.requests(name, pipe):
+            label = f"{label} of {args.num}"
             if label not in results["figures"]:
                 results["figures"][label] = self.figures(f"{name}_{args.seed}_{label}_{args.num}", make, labels)
                 write_json(path, results)
@@ -151,20 +157,23 @@ class Screening:
     def models(self, name: str) -> tuple[str, ...]:
         return ("vq_ar",) if name == "vq_only" else ("prior", "renderer")
 
-    def make_run(self, name: str, settings: dict[str, Any], share: float) -> Run:
+    def make_run(self, name: str, settings: dict[str, Any], share: float, prior_of: str | None = None) -> Run:
         recipe: Recipe = with_settings(self.recipe, settings)
         tokens = {key: value for key, value in settings.items() if key.startswith(TOKEN_SETTINGS)}
         reuse = self.shared(("codebook", "vqgan", "tokens"))
         if tokens:  # a store of its own, shared by the variants and seeds with the same codebook
             store = self.out / "-".join(f"{key}{value}" for key, value in sorted(tokens.items()))
-            maker = Run(
-                with_settings(replace(self.recipe, seed=0), tokens),
-                self.source,
-                store,
-                reuse={"vqgan": self.base / "vqgan", "vq_tokens": self.base / "tokens"},
-            )
-            maker.write_tokens()
+            if not is_done(store / "tokens", "tokens"):  # a Run would lock the folder, which other screenings read
+                maker = Run(
+                    with_settings(replace(self.recipe, seed=0), tokens),
+                    self.source,
+                    store,
+                    reuse={"vqgan": self.base / "vqgan", "vq_tokens": self.base / "tokens"},
+                )
+                maker.write_tokens()
             reuse |= {"codebook": store / "codebook", "tokens": store / "tokens"}
+        if prior_of and (made := self.out / f"{prior_of}_{self.args.seed}" / "prior" / "model.json").is_file():
+            reuse["prior"] = made.parent
         trial = Run(recipe, self.source, self.out / "trial" / f"{name}_{self.args.seed}", reuse=reuse)
         if name == "vq_only":
             recipe = replace(recipe, prior_training=self.recipe.prior_training)

@@ -8,6 +8,7 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.runs.recipes import RECIPES, TokenSpace, digit_base, digit_large, get_recipe
 from digit.runs.roles import ROLES
+from digit.sampling.kinds import get_kind
 
 TOKENS = {"discriminative": TokenSpace(512, 64), "vq": TokenSpace(1024, 64)}
 
@@ -27,7 +28,7 @@ def test_every_recipe_builds_every_model(name):
     for model in ROLES:
         cfg = recipe.sequence_config(model, TOKENS, num_classes=10)
         with torch.device("meta"):
-            SequenceModel(cfg)
+            get_kind(cfg.kind).model(cfg)
 
 
 def test_every_recipe_shows_its_command():
@@ -36,7 +37,7 @@ def test_every_recipe_shows_its_command():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, demo"):
+    with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, cifar_pixels, demo"):
         get_recipe("huge")
     with pytest.raises(DigitError, match=r"no model named decoder"):
         digit_base().sequence_config("decoder", TOKENS, num_classes=0)

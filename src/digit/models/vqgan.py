@@ -86,7 +86,7 @@ class VQGANConfig:
 
 
 class Encoder(nn.Module):
-    def __init__(self, cfg: VQGANConfig, layout: VQLayout) -> None:
+    def __init__(self, cfg: VQGANConfig, layout: VQLayout = MAGE) -> None:
         super().__init__()
         widths, last = cfg.level_channels, len(cfg.level_channels) - 1
         self.conv_in = conv3x3(3, widths[0], layout.bias)
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, cfg: VQGANConfig, layout: VQLayout) -> None:
+    def __init__(self, cfg: VQGANConfig, layout: VQLayout = MAGE) -> None:
         super().__init__()
         widths, last = cfg.level_channels, len(cfg.level_channels) - 1
         channels, num_blocks = layout.quant_channels or cfg.z_channels, cfg.num_res_blocks + layout.extra_decoder_blocks
