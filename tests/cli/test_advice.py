@@ -24,6 +24,7 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "evaluation/settings.py": ("evaluate",),
     "benchmark/": ("bench",),
     "convert/vit_checkpoints.py": ("convert",),  # infer_shape asks for --encoder_heads there alone
+    "convert/vqgan.py": ("convert",),
     "data/": ("fit", "train"),
     "data/inspect.py": ("inspect",),
     "evaluation/npz.py": ("evaluate",),
@@ -33,6 +34,7 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "pipeline/sample_journal.py": ("sample",),
     "planning/": ("plan",),
     "released/convert.py": ("convert",),
+    "released/vq_tokenizers.py": ("convert",),
     "reproduce/": ("reproduce",),
     "runs/": ("fit", "train"),
     "runtime/distributed.py": tuple(name for name, c in COMMANDS.items() if c.ranks),

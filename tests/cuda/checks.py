@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+import foreign_vq  # noqa: E402
 from toy_pipeline import toy_pipeline  # noqa: E402
 
 from digit.benchmark.encode import random_encoder  # noqa: E402
@@ -381,6 +382,15 @@ def _() -> None:
         tokenizer = VQTokenizer(VQGAN(SIZE.recipe.vqgan))
     codes = tokenizer.encode(torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8, device=CUDA))
     on_cuda(codes, tokenizer.decode(codes))
+
+
+@check("vq tokenizers of other projects")
+def _() -> None:
+    for form in foreign_vq.FORMATS:
+        with CUDA:
+            tokenizer = VQTokenizer(foreign_vq.small(form))
+        codes = tokenizer.encode(torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, device=CUDA))
+        on_cuda(codes, tokenizer.decode(codes), tokenizer.embed(codes))
 
 
 @check("nearest centroids of k-means")

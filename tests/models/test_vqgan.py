@@ -8,7 +8,8 @@ import torch
 from digit.convert.vqgan import convert_state, convert_vqgan, infer_config
 from digit.errors import DigitError, MismatchError
 from digit.models.tokenizer import ImageTokenizer
-from digit.models.vqgan import VQGAN, VQGANConfig, nearest_code
+from digit.models.vq_quantizers import nearest_code
+from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.files import read_json, write_json
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
 

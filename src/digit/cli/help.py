@@ -75,7 +75,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     "inspect": {"data": "path --split --limit --labels_from --pixel_max", "output": "--sheet"},
     "convert": {
         "files to convert": "--encoder --codebook --vqgan --prior --renderer",
-        "what the files do not say": "--renderer_kind --encoder_family --encoder_heads --encoder_layer "
+        "what the files do not say": "--vqgan_format --renderer_kind --encoder_family --encoder_heads --encoder_layer "
         "--position_interpolation --image_size --encoder_size",
         "output": "--out",
     },

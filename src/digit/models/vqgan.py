@@ -1,9 +1,10 @@
-"""VQGAN: convolutional encoder, nearest-code quantiser, convolutional decoder (Esser et al. 2021; the paper, 3.3).
+"""VQGAN: convolutional encoder, quantiser, convolutional decoder (Esser et al. 2021; the paper, section 3.3).
 
-The layout is that of MAGE's `vqgan_jax_strongaug.ckpt`, which the paper's renderer was trained on, so that its weights
-load without surgery. It differs from the original VQGAN: no attention, no quant_conv / post_quant_conv, residual
-convolutions without bias, 2x2 average pooling for downsampling, a 1x1 encoder output, and a channel-changing residual
-block whose 1x1 shortcut reads the residual BRANCH's output, not the block's input.
+The default layout is that of MAGE's `vqgan_jax_strongaug.ckpt`, which the paper's renderer was trained on, so that its
+weights load without surgery. It differs from the original VQGAN: no attention, no quant_conv / post_quant_conv,
+residual convolutions without bias, 2x2 average pooling for downsampling, a 1x1 encoder output, and a channel-changing
+residual block whose 1x1 shortcut reads the residual BRANCH's output, not the block's input. `VQLayout` describes the
+layouts of other published tokenizers, the original one among them.
 
 Shapes: B images, S pixels a side, f = 2 ** (levels - 1) the reduction, H = S / f, M = H * H tokens, C = z_channels.
 """
@@ -11,14 +12,14 @@ Shapes: B images, S pixels a side, f = 2 ** (levels - 1) the reduction, H = S / 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.vq_blocks import DecoderLevel, EncoderLevel, Middle, NormSwish, conv3x3
+from digit.models.vq_layout import MAGE, VQLayout
+from digit.models.vq_quantizers import QUANTIZERS
 from digit.runtime.settings import check_settings, within
 
 MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
@@ -84,167 +85,104 @@ class VQGANConfig:
         return {**asdict(self), "channel_mult": list(self.channel_mult)}
 
 
-def conv3x3(in_channels: int, out_channels: int, bias: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
-
-
-class NormSwish(nn.GroupNorm):
-    """swish(GroupNorm(x)) in the input's own precision; the statistics are accumulated in fp32 by the kernel."""
-
-    def __init__(self, num_groups: int, channels: int) -> None:
-        super().__init__(num_groups, channels, eps=1e-6)
-
-    def forward(self, input: Tensor) -> Tensor:
-        # on CUDA autocast would run group_norm in fp32 and return fp32 maps, twice the memory traffic
-        with torch.autocast(input.device.type, enabled=False):
-            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-            normalised = F.group_norm(input, self.num_groups, weight, bias, self.eps)
-            return F.silu(normalised, inplace=not torch.is_grad_enabled())
-
-
-class ResBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm1 = NormSwish(num_groups, in_channels)
-        self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = NormSwish(num_groups, out_channels)
-        self.conv2 = conv3x3(out_channels, out_channels)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, in, H, W) -> (B, out, H, W)
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h))
-        # the released net feeds h, not x, to the shortcut; its weights only make sense that way
-        skip = self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x
-        return skip + h if torch.is_grad_enabled() else h.add_(skip)
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv3x3(channels, channels, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, num_groups)
-        self.block_2 = ResBlock(channels, channels, num_groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.block_1(x))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, and for the decoder the upsampling after them."""
-
-    def __init__(self, in_channels: int, out_channels: int, cfg: VQGANConfig, upsample: bool = False) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * cfg.num_res_blocks
-        self.block = nn.ModuleList(ResBlock(a, b, cfg.num_groups) for a, b in pairwise(widths))
-        if upsample:
-            self.upsample = Upsample(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
-
-
 class Encoder(nn.Module):
-    def __init__(self, cfg: VQGANConfig) -> None:
+    def __init__(self, cfg: VQGANConfig, layout: VQLayout = MAGE) -> None:
         super().__init__()
-        widths = cfg.level_channels
-        self.conv_in = conv3x3(3, widths[0])
-        inputs = (widths[0], *widths[:-1])
-        self.down = nn.ModuleList(Level(a, b, cfg) for a, b in zip(inputs, widths, strict=True))
-        self.mid = Middle(widths[-1], cfg.num_groups)
+        widths, last = cfg.level_channels, len(cfg.level_channels) - 1
+        self.conv_in = conv3x3(3, widths[0], layout.bias)
+        self.down = nn.ModuleList(
+            EncoderLevel(
+                [widths[max(level - 1, 0)]] + [width] * cfg.num_res_blocks,
+                cfg.num_groups,
+                layout,
+                attention=level in layout.attention_levels,
+                downsample=level < last,
+            )
+            for level, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1], cfg.num_groups, layout)
         self.norm_out = NormSwish(cfg.num_groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], cfg.z_channels, 1)
+        kernel, channels = layout.encoder_kernel, layout.quant_channels or cfg.z_channels
+        self.conv_out = nn.Conv2d(widths[-1], channels, kernel, padding=kernel // 2)
+        if layout.quant_channels:
+            self.quant_conv = nn.Conv2d(channels, cfg.z_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, H, H)
         x = self.conv_in(x)
-        for index, level in enumerate(self.down):
-            x = level(F.avg_pool2d(x, 2) if index else x)
-        return self.conv_out(self.norm_out(self.mid(x)))
+        for level in self.down:
+            x = level(x)
+        x = self.conv_out(self.norm_out(self.mid(x)))
+        return self.quant_conv(x) if hasattr(self, "quant_conv") else x
 
 
 class Decoder(nn.Module):
-    def __init__(self, cfg: VQGANConfig) -> None:
+    def __init__(self, cfg: VQGANConfig, layout: VQLayout = MAGE) -> None:
         super().__init__()
-        widths = cfg.level_channels
-        self.conv_in = conv3x3(cfg.z_channels, widths[-1], bias=True)
-        self.mid = Middle(widths[-1], cfg.num_groups)
-        inputs = (*widths[1:], widths[-1])
+        widths, last = cfg.level_channels, len(cfg.level_channels) - 1
+        channels, num_blocks = layout.quant_channels or cfg.z_channels, cfg.num_res_blocks + layout.extra_decoder_blocks
+        if layout.quant_channels:
+            self.post_quant_conv = nn.Conv2d(cfg.z_channels, channels, 1)
+        self.conv_in = conv3x3(channels, widths[-1], bias=True)
+        self.mid = Middle(widths[-1], cfg.num_groups, layout)
         self.up = nn.ModuleList(
-            Level(a, b, cfg, upsample=index > 0) for index, (a, b) in enumerate(zip(inputs, widths, strict=True))
+            DecoderLevel(
+                [widths[min(level + 1, last)]] + [width] * num_blocks,
+                cfg.num_groups,
+                layout,
+                attention=level in layout.attention_levels,
+                upsample=level > 0,
+                z_channels=cfg.z_channels,
+            )
+            for level, width in enumerate(widths)
         )
         self.norm_out = NormSwish(cfg.num_groups, widths[0])
         self.conv_out = conv3x3(widths[0], 3, bias=True)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, C, H, H) -> (B, 3, S, S)
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z))
         for level in reversed(self.up):
-            x = level(x)
+            x = level(x, z)
         return self.conv_out(self.norm_out(x))
 
 
-class Quantizer(nn.Module):
-    """Nearest code vector, in fp32 whatever the precision around it. `embedding.weight` is (vocab_size, C)."""
-
-    def __init__(self, vocab_size: int, z_channels: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, z_channels)
-        nn.init.uniform_(self.embedding.weight, -1.0 / vocab_size, 1.0 / vocab_size)
-
-    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W"]]:
-        """z (B, C, H, W) -> code vectors (B, C, H, W) float32 and indices (B, H, W) int64."""
-        with torch.autocast(z.device.type, enabled=False):
-            flat = z.float().movedim(1, -1)  # (B, H, W, C)
-            indices = nearest_code(flat.reshape(-1, flat.shape[-1]), self.embedding.weight).view(flat.shape[:-1])
-            return self.lookup(indices), indices
-
-    def lookup(self, indices: Int64[Tensor, "B H W"]) -> Float[Tensor, "B C H W"]:
-        return self.embedding(indices).movedim(-1, 1)  # (B, C, H, W)
-
-
-def nearest_code(points: Float[Tensor, "N C"], codes: Float[Tensor, "K C"]) -> Int64[Tensor, " N"]:
-    """Index of the nearest code for each point."""
-    # ||x - c||^2 = ||x||^2 - 2 x.c + ||c||^2, and ||x||^2 does not move the minimum
-    return torch.addmm(codes.square().sum(1), points, codes.t(), alpha=-2.0).argmin(1)
-
-
 class VQGAN(nn.Module):
-    """Image tokenizer. Images and reconstructions are float in [0, 1]; reconstructions may overshoot, clamp them."""
+    """Image tokenizer. Images and reconstructions are float in [0, 1]; reconstructions may overshoot, clamp them.
 
-    def __init__(self, cfg: VQGANConfig) -> None:
+    `encoder` and `decoder` see pixels as the layout has them, in [0, 1] or in [-1, 1].
+    """
+
+    def __init__(self, cfg: VQGANConfig, layout: VQLayout = MAGE) -> None:
+        """Raises DigitError where the layout does not fit the sizes."""
         super().__init__()
-        self.cfg = cfg
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
-        self.quantize = Quantizer(cfg.vocab_size, cfg.z_channels)
+        layout.check(len(cfg.channel_mult), cfg.z_channels, cfg.vocab_size)
+        self.cfg, self.layout = cfg, layout
+        self.encoder = Encoder(cfg, layout)
+        self.decoder = Decoder(cfg, layout)
+        self.quantize = QUANTIZERS[layout.quantizer](cfg.vocab_size, cfg.z_channels)
+
+    def features(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C H H"]:
+        """Images in [0, 1] -> features before quantisation."""
+        return self.encoder(images * 2 - 1 if self.layout.signed_pixels else images)
 
     def encode(self, images: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B C H H"], Int64[Tensor, "B M"]]:
         """Images in [0, 1] -> features before quantisation (B, C, H, H) and tokens (B, M), row by row."""
-        z = self.encoder(images)
+        z = self.features(images)
         return z, self.quantize(z)[1].flatten(1)
 
     def decode(self, z: Float[Tensor, "B C H H"]) -> Float[Tensor, "B 3 S S"]:
-        return self.decoder(z)
+        """Code vectors -> images, nominally in [0, 1]."""
+        pixels = self.decoder(z)
+        return (pixels + 1) / 2 if self.layout.signed_pixels else pixels
 
     def decode_tokens(self, tokens: Int64[Tensor, "B M"]) -> Float[Tensor, "B 3 S S"]:
         """Tokens (B, M) in [0, vocab_size) -> images (B, 3, S, S), nominally in [0, 1]."""
-        return self.decoder(self.quantize.lookup(tokens.view(-1, *self.cfg.grid)))
+        return self.decode(self.quantize.lookup(tokens.view(-1, *self.cfg.grid)))
 
     def forward(
         self, images: Float[Tensor, "B 3 S S"]
     ) -> tuple[Float[Tensor, "B 3 S S"], Float[Tensor, "B C H H"], Int64[Tensor, "B M"]]:
         """Reconstruction (B, 3, S, S) with a straight-through gradient, z (B, C, H, H), tokens (B, M)."""
-        z = self.encoder(images)
+        z = self.features(images)
         codes, indices = self.quantize(z)
         codes = z + (codes - z).detach()
-        return self.decoder(codes), z, indices.flatten(1)
+        return self.decode(codes), z, indices.flatten(1)

@@ -21,12 +21,15 @@ from torch import Tensor
 from digit.convert.fairseq import FairseqParts, LoadedFairseq, load_fairseq
 from digit.convert.reading import check_tensors, listed, read_weights, split_place, unfit
 from digit.convert.vit_checkpoints import FORMATS, convert_vit, guess_family, infer_shape, sized
-from digit.convert.vqgan import convert_state, find_state
+from digit.convert.vq_formats import FormatName
+from digit.convert.vqgan import VQWeights, read_vq, recognise
 from digit.data.preprocess import PreprocessConfig
+from digit.data.tokens import MAX_VOCAB
 from digit.errors import DigitError, MismatchError
 from digit.models.vit import SIZES, ViTConfig
 from digit.pipeline.manifest import MANIFEST, read_manifest, read_sampling, released_sampling, write_manifest
 from digit.pipeline.pipeline import PARTS, DigitPipeline, SamplingConfig
+from digit.released.vq_tokenizers import FoundVQ, find_vq, unknown_name
 from digit.runtime.files import as_path, disk_errors, sha256_tensors
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
@@ -47,7 +50,9 @@ class ReleasedFiles:
     codebook: str | None = None
     """Centroids (K, D), .npy (km_8k.npy, km_16k.npy)."""
     vqgan: str | None = None
-    """VQGAN in MAGE's layout (vqgan_jax_strongaug.ckpt)."""
+    """VQ tokenizer: a file of MAGE's VQGAN (vqgan_jax_strongaug.ckpt), LlamaGen, taming-transformers, MaskGIT, IBQ or
+    Open-MAGVIT2, or diffusers' folder, recognised by the content; or a name such as llamagen_vq16, or
+    hf:OWNER/REPOSITORY[/FILE], which is downloaded."""
     prior: str | None = None
     """fairseq checkpoint of stage 1, unconditional or class-conditional."""
     renderer: str | None = None
@@ -55,6 +60,8 @@ class ReleasedFiles:
     renderer_kind: Literal["ar", "masked"] | None = None
     """Kind of the renderer, whose tensors do not tell. None decides by the names in the file, and assumes ar if they do
     not tell either."""
+    vqgan_format: FormatName | None = None
+    """Format of the VQ tokenizer's file, if its content does not tell."""
     encoder_family: str | None = None
     """dinov2, dino, ibot, mae or mocov3, if the file does not tell."""
     encoder_heads: int | None = None
@@ -121,6 +128,7 @@ class Conversion:
         if not any(getattr(files, name) for name in ORDER):
             raise DigitError(f"nothing to convert: give one or more of {', '.join(f'--{name}' for name in ORDER)}")
         self.files, self.folder, self.notes = files, Folder(out), []
+        self.found_vq, self.info = FoundVQ(""), {}
         with unfit(str(out / MANIFEST)):
             saved = self.folder.preprocess()
             self.preprocess = replace(
@@ -205,9 +213,10 @@ class Conversion:
             book.meta |= {"encoder": encoder.describe(), "layer": encoder.layer}
 
     def _vqgan(self, carriers: list[LoadedFairseq]) -> VQTokenizer | None:
-        states, existing = [], None if self.files.vqgan else self.folder.read("vqgan")
-        if path := self.files.vqgan:
-            states.append(SourcedState(path, find_state(read_weights(path), path)))
+        states, existing, given = [], None if self.files.vqgan else self.folder.read("vqgan"), None
+        if self.files.vqgan:
+            given = self._given_vqgan(self.files.vqgan)
+            states.append(SourcedState(given.source, given.state))
         elif existing is not None:
             states.append(SourcedState(str(self.folder.out), existing.vqgan.state_dict()))
         states += [SourcedState(file.source, file.vqgan) for file in carriers if file.vqgan]
@@ -217,10 +226,37 @@ class Conversion:
         if existing is not None:
             return existing
         with unfit(states[0].source):
-            vqgan = convert_state(states[0].state, self.preprocess.image_size, states[0].source)
-        # the released code truncates pixels to 8 bits instead of rounding
-        self.new["vqgan"] = VQTokenizer(vqgan, rounding="truncate")
+            weights = given or recognise(states[0].state, states[0].source, "mage")
+            vqgan = weights.build(self.preprocess.image_size)
+        self.new["vqgan"] = VQTokenizer(vqgan, rounding=weights.form.rounding)
+        if given:
+            self._describe(self.new["vqgan"], weights)
         return self.new["vqgan"]
+
+    def _given_vqgan(self, given: str) -> VQWeights:
+        """The weights of --vqgan, a path or a name."""
+        self.found_vq = find_vq(given)
+        path = split_place(self.found_vq.path)[0]
+        if self.found_vq.public is None and not as_path(path).exists() and path.suffix == "":
+            raise DigitError(unknown_name(given))
+        return read_vq(self.found_vq.path, self.files.vqgan_format)
+
+    def _describe(self, vq: VQTokenizer, weights: VQWeights) -> None:
+        """Notes and manifest entry for a VQ tokenizer: format, grid, licence, data, and what cannot be done with it."""
+        rows, columns = vq.grid
+        self.notes += weights.notes
+        self.notes.append(
+            f"VQ tokenizer of {weights.form.title}: {rows} x {columns} tokens of {vq.vocab_size} codes at "
+            f"{vq.resolution} px"
+        )
+        self.info["vqgan"] = {"format": weights.format}
+        if public := self.found_vq.public:
+            self.notes.append(f"{self.files.vqgan}: licence {public.licence}; trained on {public.data}")
+            self.info["vqgan"] |= {"name": self.files.vqgan, "licence": public.licence, "data": public.data}
+        if vq.vocab_size > MAX_VOCAB:
+            self.notes.append(
+                f"{vq.vocab_size} codes: it encodes and decodes, but models are trained on at most {MAX_VOCAB}"
+            )
 
     def _agree(self, part: str, states: list[SourcedState]) -> None:
         """Raises MismatchError, naming two files and their hashes, if a part differs between files."""
@@ -280,7 +316,7 @@ class Conversion:
         given = {
             f.name: Path(p).name for f in fields(self.files) if f.name in ORDER and (p := getattr(self.files, f.name))
         }
-        info = {"recipe": "released"} | manifest.get("info", {})
+        info = {"recipe": "released"} | manifest.get("info", {}) | self.info
         info["files"] = info.get("files", {}) | given
         parts = [name for name in ORDER if name in {*self.folder.parts, *self.new}]
         write_manifest(staging, parts, self.preprocess, manifest.get("classes", ()), self.sampling(), info)
@@ -311,7 +347,11 @@ def convert_release(files: ReleasedFiles, out: str | Path) -> list[str]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     missing = [name for name in PARTS if getattr(pipe, name) is None]
-    if missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
+    if missing == [name for name in PARTS if name != "vq"]:
+        notes.append(
+            f"digit fit takes {out / 'vqgan'} as the VQGAN that it reuses; run again with this --out to add parts"
+        )
+    elif missing and not (pipe.renderer and not pipe.renderer.cfg.prefix_len):
         notes.append(f"still missing: {', '.join(missing)} (run again with the same --out to add them)")
     return [f"{out}: {listed(new)}", *notes]
 

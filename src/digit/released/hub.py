@@ -4,7 +4,6 @@ Names, sizes and SHA-256 of the files are from the repository's own pages (huggi
 0e4f60e, 0f79f06, 0e1109c). A prior also contains encoder and codebook, a renderer those and the VQGAN.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 from digit.errors import DigitError, MismatchError
 from digit.pipeline.manifest import MANIFEST, RELEASED
 from digit.released.convert import ReleasedFiles, convert_release
+from digit.released.download import fetch_from_hub
 from digit.runtime.files import cache_folder, sha256_file
 
 REPOSITORY = RELEASED
-TRUE_WORDS = ("1", "true", "yes", "on")
-TIMEOUT = 10  # seconds until the Hub counts as unreachable
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,6 @@ VARIANTS: dict[str, dict[str, HubFile]] = {
 }
 
 
-def offline() -> bool:
-    """Whether the environment forbids every network call (DIGIT_OFFLINE, HF_HUB_OFFLINE)."""
-    return any(os.environ.get(name, "").strip().lower() in TRUE_WORDS for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE"))
-
-
 def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Path:
     """Returns the folder of a released pipeline, which is downloaded, verified and converted on first use.
 
@@ -98,24 +91,7 @@ def released_pipeline(repository: str = REPOSITORY, variant: str = "base") -> Pa
 
 def fetch(file: HubFile, variant: str) -> Path:
     """Returns a file's path in huggingface_hub's cache, after downloading (unless offline) and verifying it."""
-    import huggingface_hub
-    from huggingface_hub.utils import logging
-
-    cached = huggingface_hub.try_to_load_from_cache(REPOSITORY, file.path)  # without the network
-    if not isinstance(cached, str):
-        if offline():
-            raise DigitError(unreachable(variant, "offline, as set by DIGIT_OFFLINE or HF_HUB_OFFLINE"))
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # so that only our message appears
-        try:
-            url = huggingface_hub.hf_hub_url(REPOSITORY, file.path)
-            huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)  # fails fast; a download would retry for long
-            cached = huggingface_hub.hf_hub_download(REPOSITORY, file.path, etag_timeout=TIMEOUT)
-        except Exception as error:  # huggingface_hub's own errors, and whatever its HTTP library raises behind a proxy
-            raise DigitError(unreachable(variant, type(error).__name__)) from error
-        finally:
-            logging.set_verbosity(verbosity)
-    path = Path(cached)
+    path = fetch_from_hub(REPOSITORY, file.path, lambda why: unreachable(variant, why))
     if file.sha256 and (hashed := sha256_file(path)) != file.sha256:
         raise MismatchError(
             f"{path} has SHA-256 {hashed[:12]}, the released file {file.sha256[:12]}: delete it and fetch it again"

@@ -27,7 +27,7 @@ from digit.data.fresh import FreshCrops
 from digit.data.images import ImageSource, as_source
 from digit.data.loader import CachedCrops, read_rows
 from digit.data.token_writer import write_tokens
-from digit.data.tokens import TokenStore
+from digit.data.tokens import MAX_VOCAB, TokenStore
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import EfficientNet
 from digit.models.perceptual import EncoderDistance
@@ -136,9 +136,15 @@ class Run:
 
     def _vqgan_config(self) -> VQGANConfig:
         """Sizes of the VQGAN that this run trains, starts from or reuses."""
-        if "vqgan" in self.reuse:
-            return read_vqgan(self.reuse["vqgan"] / RESULTS["vqgan"])[0]
-        return vqgan_config(self.recipe)
+        if "vqgan" not in self.reuse:
+            return vqgan_config(self.recipe)
+        cfg = read_vqgan(self.reuse["vqgan"] / RESULTS["vqgan"])[0]
+        if cfg.vocab_size > MAX_VOCAB:
+            raise DigitError(
+                f"the VQGAN in {self.reuse['vqgan']} has {cfg.vocab_size} codes, and models are trained on at most "
+                f"{MAX_VOCAB}: reuse another one"
+            )
+        return cfg
 
     @property
     def num_classes(self) -> int:
@@ -319,7 +325,7 @@ class Run:
         grids = {"discriminative": tokenizer.grid}
         if role.target == "vq":
             vq = self.train_vqgan()
-            codes["vq"], grids["vq"] = vq.vqgan.quantize.embedding.weight.detach(), vq.grid
+            codes["vq"], grids["vq"] = vq.embed(torch.arange(vq.vocab_size, device=vq.device)), vq.grid
         target = "discriminative" if role.target == "pixels" else role.target  # pixels have no codes: it takes none
         model.start_from_codes(codes[target], codes["discriminative"])
         model.start_from_places(grids[target], grids["discriminative"])

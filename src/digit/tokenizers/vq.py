@@ -1,10 +1,16 @@
-"""VQ tokenizer: images to a VQGAN's codes and back to pixels (the paper's renderer target, section 3.3)."""
+"""VQ tokenizer: images to a VQGAN's codes and back to pixels (the paper's renderer target, section 3.3).
+
+The networks may be our own, MAGE's, or those of another published tokenizer (`convert/vqgan.py`); all are used alike.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +21,7 @@ from torch import Tensor
 from digit.data.pictures import Images, as_images
 from digit.errors import DigitError, MismatchError
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
+from digit.models.vq_layout import MAGE, VQLayout
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
@@ -75,13 +82,14 @@ class VQTokenizer:
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.vqgan.quantize.embedding.weight.device
+        # the first that is there: a quantiser without a table has no parameters
+        return next(chain(self.vqgan.quantize.parameters(), self.vqgan.parameters())).device
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, 64 hex digits; unchanged by save and load, whatever the device."""
+        """SHA-256 of weights and layout, 64 hex digits; unchanged by save and load, whatever the device."""
         if self._fingerprint is None:
-            self._fingerprint = sha256_tensors(self.vqgan.state_dict())
+            self._fingerprint = fingerprint_of(self.vqgan.state_dict(), self.vqgan.layout)
         return self._fingerprint
 
     def to(self, device: str | torch.device) -> Self:
@@ -177,11 +185,11 @@ class VQTokenizer:
         """The code vector of each token, float32. Raises MismatchError for tokens outside 0..vocab_size-1."""
         tokens = as_integers("tokens", tokens)
         require_range("tokens", tokens, 0, self.vocab_size - 1, "the VQGAN")
-        return self.vqgan.quantize.embedding(tokens.to(self.device)).to(tokens.device)
+        return self.vqgan.quantize.codes(tokens.to(self.device)).to(tokens.device)
 
     def describe(self) -> dict[str, Any]:
-        """Sizes and fingerprint, for manifests."""
-        return {**self.vqgan.cfg.to_dict(), "fingerprint": self.fingerprint}
+        """Sizes, layout where it is not MAGE's, and fingerprint, for manifests."""
+        return {**self.vqgan.cfg.to_dict(), **layout_entry(self.vqgan.layout), "fingerprint": self.fingerprint}
 
     def save(self, folder: str | Path) -> None:
         """Write vqgan.safetensors (float32) and, last, vqgan.json into `folder`."""
@@ -189,7 +197,7 @@ class VQTokenizer:
         self._fingerprint = None  # the network may have been trained since
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.cfg.to_dict()}
-        write_json(folder / "vqgan.json", about | {"rounding": self.rounding})
+        write_json(folder / "vqgan.json", about | layout_entry(self.vqgan.layout) | {"rounding": self.rounding})
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> Self:
@@ -207,6 +215,19 @@ def filled(part: Tensor, size: int) -> Tensor:
     return torch.cat([part, part[-1:].expand(size - len(part), -1)])
 
 
+def fingerprint_of(weights: Mapping[str, Tensor], layout: VQLayout) -> str:
+    """SHA-256 of the weights, and of the layout where it is not MAGE's: it decides about the tokens, too."""
+    digest = sha256_tensors(weights)
+    if layout == MAGE:
+        return digest
+    return hashlib.sha256(f"{digest}|{json.dumps(layout.to_dict(), sort_keys=True)}".encode()).hexdigest()
+
+
+def layout_entry(layout: VQLayout) -> dict[str, Any]:
+    """What a description says of the layout: nothing of MAGE's, so that descriptions of older versions stay valid."""
+    return {} if layout == MAGE else {"layout": layout.to_dict()}
+
+
 def read_vqgan(about_path: Path) -> tuple[VQGANConfig, dict[str, Any]]:
     """The sizes of a VQGAN, and everything else that its JSON description says."""
     about = read_json(about_path)
@@ -218,18 +239,19 @@ def read_vqgan(about_path: Path) -> tuple[VQGANConfig, dict[str, Any]]:
 def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
     """A VQGAN, float32, from its JSON description and its safetensors weights (any float type)."""
     cfg, about = read_vqgan(about_path)
+    layout = from_json(VQLayout, about["layout"], f"{about_path}: layout") if "layout" in about else MAGE
     try:
         weights = unpack_int8(load_tensors(weights_path))
     except (KeyError, RuntimeError) as error:  # a matrix in 8 bits without its scale, or with another's
         raise MismatchError(f"{weights_path} is damaged ({error}): {MAKE_AGAIN}") from error
-    if about.get("fingerprint") != (found := sha256_tensors(weights)):
+    if about.get("fingerprint") != (found := fingerprint_of(weights, layout)):
         raise MismatchError(
             f"{about_path} says fingerprint {str(about.get('fingerprint'))[:12]}, the weights give {found[:12]}, "
             f"so the files are of two models: {MAKE_AGAIN}"
         )
     try:
         with torch.device("meta"):
-            vqgan = VQGAN(cfg)
+            vqgan = VQGAN(cfg, layout)
         vqgan.load_state_dict(weights, assign=True)
     except (RuntimeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300]

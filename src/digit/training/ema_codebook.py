@@ -12,7 +12,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from digit.models.vqgan import nearest_code
+from digit.models.vq_quantizers import nearest_code
 from digit.runtime import distributed
 from digit.training.parallel import gather_rows, sum_over_ranks
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from digit.errors import DigitError
+from digit.models.vq_layout import MAGE
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
 from digit.runtime.files import as_path, write_json
@@ -68,6 +70,10 @@ class VQGANTrainer(AdversarialTrainer):
     cfg: GANConfig
 
     def __init__(self, vqgan: VQGAN, batches: Batches, cfg: GANConfig, perceptual: nn.Module | None = None) -> None:
+        if vqgan.layout != MAGE:
+            raise DigitError(
+                "this VQGAN has the layout of another project, which is not trained here: take it as it is"
+            )
         self.vqgan, self.batches, self.warned = vqgan, batches, False
         self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]

@@ -1,4 +1,4 @@
-"""Released checkpoints: prior, renderer, baseline, VQGAN, encoders, centroids and ONNX, made small and damaged."""
+"""Released checkpoints: prior, renderer, baseline, VQ tokenizers, encoders, centroids and ONNX, small and damaged."""
 
 import argparse
 import contextlib
@@ -7,6 +7,7 @@ import pickle
 import random
 import re
 import struct
+import sys
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -30,6 +31,7 @@ from ..mutate import EDGES, NAMES, STRANGE, damage
 from .safetensors import randomise
 
 POSITIONS, WIDTH, CODES = 300, 8, 7
+VQ_FORMATS = ("llamagen", "diffusers", "open_magvit2", "taming_gumbel", "maskgit", "ibq")
 MARKER = "executed"  # a file of this name appears where code from a pickle ran
 
 
@@ -59,10 +61,8 @@ class ReleasedLoader:
         for place, part in enumerate(parts):
             content = seeds()[part]
             data = changed(part, content, rng) if place == 0 or rng.random() < 0.2 else packed(content)
-            name = "renderer.pt" if part == "baseline" else f"{part}{'.npy' if part == 'codebook' else '.pt'}"
-            if part == "encoder" and rng.random() < 0.1:
-                name = "encoder.safetensors"
-            (folder / ("model.onnx" if part == "onnx" else name)).write_bytes(data)
+            name = "encoder.safetensors" if part == "encoder" and rng.random() < 0.1 else file_name(part)
+            (folder / name).write_bytes(data)
 
     def load(self, folder: Path) -> None:
         given = {path.stem: str(path) for path in folder.iterdir() if path.suffix in (".pt", ".npy", ".safetensors")}
@@ -81,6 +81,12 @@ class ReleasedLoader:
             assert not (folder / MARKER).exists(), "code of a pickle ran"
         if (folder / "model.onnx").exists():
             read_onnx(folder / "model.onnx")
+
+
+def file_name(part: str) -> str:
+    """The name of a part's file, whose stem is the option that takes it."""
+    names = {"baseline": "renderer.pt", "codebook": "codebook.npy", "onnx": "model.onnx"}
+    return names.get(part, "vqgan.pt" if part in VQ_FORMATS else f"{part}.pt")
 
 
 def packed(content: Any, **options: Any) -> bytes:
@@ -280,7 +286,18 @@ def seeds() -> dict[str, Any]:
         "vqgan": {"state_dict": vqgan},
         "codebook": centroids.T.contiguous().numpy(),
         "onnx": onnx(),
+        **foreign_tokenizers(),
     }
+
+
+def foreign_tokenizers() -> dict[str, Any]:
+    """Small VQ tokenizers in the files of other projects."""
+    sys.path.append(str(Path(__file__).parents[2] / "helpers"))  # `python -m fuzz` has no more than tests/
+    import foreign_vq
+
+    made = foreign_vq.stand_ins
+    states = {form: made.foreign_state(form, foreign_vq.small(form)) for form in VQ_FORMATS}
+    return {form: made.file_content(form, state) for form, state in states.items()}
 
 
 def fairseq(state: dict[str, Tensor], namespace: bool = False) -> dict[str, Any]:
@@ -332,10 +349,14 @@ def onnx() -> bytes:
 def self_test() -> None:
     """The whole seeds convert: otherwise every damaged one would be refused for the same dull reason."""
     with tempfile.TemporaryDirectory() as folder:
-        for parts in (("prior", "renderer"), ("baseline",), ("encoder", "codebook", "vqgan")):
+        for parts in (
+            ("prior", "renderer"),
+            ("baseline",),
+            ("encoder", "codebook", "vqgan"),
+            *((f,) for f in VQ_FORMATS),
+        ):
             place = Path(folder) / parts[0]
             place.mkdir()
             for part in parts:
-                name = "renderer.pt" if part == "baseline" else f"{part}{'.npy' if part == 'codebook' else '.pt'}"
-                (place / name).write_bytes(packed(seeds()[part]))
+                (place / file_name(part)).write_bytes(packed(seeds()[part]))
             ReleasedLoader().load(place)

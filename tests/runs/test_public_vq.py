@@ -1,0 +1,45 @@
+"""A run on another project's VQ tokenizer, converted: tokens, models that start from its codes, samples."""
+
+import foreign_vq
+import pytest
+import torch
+from tiny import SHAPES, tiny_recipe
+
+from digit.errors import DigitError
+from digit.pipeline.pipeline import DigitPipeline
+from digit.runs.fit import Run
+from digit.tokenizers.vq import VQTokenizer
+
+
+def tokenizer_of(form: str, **changes) -> VQTokenizer:
+    """A tokenizer for 32 px: 8 x 8 tokens of 16 codes."""
+    return VQTokenizer(foreign_vq.small(form, resolution=32, channel_mult=(1, 1, 1), **changes))
+
+
+def test_a_run_reuses_a_converted_tokenizer(tmp_path):
+    vq = tokenizer_of("llamagen")
+    vq.save(tmp_path / "vqgan")
+    run = Run(tiny_recipe(informed_start=True), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
+    store = run.write_tokens()
+    assert store.vq.shape[1] == 64 and store.manifest["vqgan_hash"] == vq.fingerprint
+    assert store.manifest["vq"] == {"grid": [8, 8], "length": 64, "vocab_size": 16}
+    run.make_pipeline().save_pretrained(tmp_path / "pipeline")
+    pipe = DigitPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe.vq.fingerprint == vq.fingerprint and pipe.vq.vqgan.layout == vq.vqgan.layout
+    images = pipe.generate(2, batch_size=2)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+
+
+def test_codes_without_a_table_start_models_too(tmp_path):
+    tokenizer_of("open_magvit2").save(tmp_path / "vqgan")
+    run = Run(tiny_recipe(informed_start=True), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
+    assert run.train_model("renderer").cfg.vocab_size == 16
+
+
+def test_more_codes_than_a_store_holds_are_refused_at_once(tmp_path):
+    tokenizer_of("open_magvit2", z_channels=18, vocab_size=2**18).save(tmp_path / "vqgan")
+    with pytest.raises(DigitError, match="has 262144 codes, and models are trained on at most 65536: reuse another"):
+        Run(tiny_recipe(), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
+    vq = VQTokenizer.load(tmp_path / "vqgan")
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert vq.decode(vq.encode(images)).shape == images.shape, "encoding and decoding do work"
