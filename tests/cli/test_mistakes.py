@@ -16,7 +16,7 @@ SAMPLE = ["sample", "--from", "nowhere", "--out", "never"]
         (["smaple"], "no command named smaple: did you mean sample?"),
         ([*FIT, "--prior.dept", "3"], "no option named --prior.dept: did you mean --prior.depth?"),
         ([*FIT, "--prior.dept=3"], "no option named --prior.dept: did you mean --prior.depth?"),
-        ([*FIT, "--depth", "3"], "did you mean --prior.depth or --renderer.depth?"),
+        ([*FIT, "--depth", "3"], "did you mean --prior.depth or --renderer.depth or --pixels.depth?"),
         ([*FIT, "--prior.depth", "deep"], "--prior.depth is deep: it must be a whole number"),
         ([*FIT, "--prior.depth", "0"], "--prior.depth is 0: "),
         ([*FIT, "--kmeans.init", "randm"], "--kmeans.init is randm: did you mean random?"),

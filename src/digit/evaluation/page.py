@@ -24,45 +24,45 @@ LOSSLESS_SIDE = 96  # px up to which a picture is a PNG
 SHOWN_CLASSES, BEST_CLASSES = 20, 5
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6168; --line: #dcdfe3; --paper: #fff; --card: #f5f6f8;
-  --bar: #3b6fb6; --warn: #b26a00; --warn-paper: #fff6e5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa1a9; --line: #363b41; --paper: #15171a;
-  --card: #1f2226; --bar: #74a5e8; --warn: #f0b457; --warn-paper: #2b2416; } }
+:root { color-scheme: light dark; --Ink: #1c1e21; --Soft: #5b6168; --Line: #dcdfe3; --Paper: #fff; --Card: #f5f6f8;
+  --Bar: #3b6fb6; --Warn: #b26a00; --Warn-paper: #fff6e5; }
+@media (prefers-color-scheme: dark) { :root { --Ink: #e6e8eb; --Soft: #9aa1a9; --Line: #363b41; --Paper: #15171a;
+  --Card: #1f2226; --Bar: #74a5e8; --Warn: #f0b457; --Warn-paper: #2b2416; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--Paper); color: var(--Ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 p { margin: .25rem 0 .75rem; max-width: 46rem; }
-.soft, small, figcaption { color: var(--soft); }
+.soft, small, figcaption { color: var(--Soft); }
 small { font-size: .8rem; font-weight: 400; }
 .warnings { list-style: none; margin: 1rem 0; padding: 0; }
-.warnings li { background: var(--warn-paper); border-left: 4px solid var(--warn); margin: .4rem 0;
+.warnings li { background: var(--Warn-paper); border-left: 4px solid var(--Warn); margin: .4rem 0;
   padding: .5rem .75rem; border-radius: 0 6px 6px 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line); }
-thead th { color: var(--soft); font-weight: 500; font-size: .85rem; }
+th, td { text-align: left; vertical-align: top; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--Line); }
+thead th { color: var(--Soft); font-weight: 500; font-size: .85rem; }
 td.value { font-weight: 600; white-space: nowrap; }
 .grid { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); }
 .grid.pairs { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-figure { margin: 0; background: var(--card); border-radius: 6px; padding: .35rem; }
+figure { margin: 0; background: var(--Card); border-radius: 6px; padding: .35rem; }
 figure div { display: flex; gap: .25rem; }
 figure img { display: block; flex: 1; min-width: 0; width: 100%; height: auto; border-radius: 3px; }
 img.small { image-rendering: pixelated; }
 figcaption { font-size: .75rem; line-height: 1.3; padding-top: .25rem; }
 .classes { display: grid; grid-template-columns: minmax(5rem, 14rem) 1fr auto; gap: .3rem .75rem; align-items: center;
   font-size: .9rem; }
-.track { position: relative; height: .9rem; background: var(--card); border-radius: 3px; }
-.bar { position: absolute; top: 0; bottom: 0; background: var(--bar); border-radius: 3px; }
-.whisker { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink); }
+.track { position: relative; height: .9rem; background: var(--Card); border-radius: 3px; }
+.bar { position: absolute; top: 0; bottom: 0; background: var(--Bar); border-radius: 3px; }
+.whisker { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--Ink); }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { background: var(--card); padding: .75rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem; }
+pre { background: var(--Card); padding: .75rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem; }
 @media (max-width: 40rem) {
   thead { display: none; }
-  tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--Line); }
   th, td { display: block; border: 0; padding: .1rem 0; }
-  td[data-name]::before { content: attr(data-name) ": "; color: var(--soft); font-weight: 400; }
+  td[data-name]::before { content: attr(data-name) ": "; color: var(--Soft); font-weight: 400; }
   .grid.pairs { grid-template-columns: repeat(2, 1fr); }
   .grid { grid-template-columns: repeat(4, 1fr); }
   .classes { grid-template-columns: 6rem 1fr auto; }

@@ -60,7 +60,7 @@ IDEAS: dict[str, Idea] = {
     "VQ-only, guidance by label": Idea(
         prior=False,
         renderer="vq_ar",
-        settings={"prior.label_dropout": 0.1, "sampling.renderer.cfg_scale": 2.0},
+        settings=DROPPED | {"sampling.renderer.cfg_scale": 2.0},
     ),
 }
 

@@ -465,7 +465,7 @@ def cifar() -> Recipe:
 def cifar_pixels() -> Recipe:
     """CIFAR-10, enlarged to 64 px, straight to pixels: 8 x 8 discriminative tokens, one prior, one decoder pass.
 
-    Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. It takes
+    Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. It has
     the FLOPs of the VQGAN's tuning in `paper_cifar`, the prior those of both of its models. Measured with another start
     (docs/beyond.md): fd_efficientnet_lite2 128, recall 0.27; from own tokens 110.
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from digit.models.memory_format import channels_last
 from digit.models.pixels import PixelRenderer
 from digit.runtime import distributed
 from digit.training.adversarial import NUM_EVALUATED, AdversarialConfig, AdversarialTrainer, image_psnr
@@ -39,7 +40,7 @@ class PixelTrainer(AdversarialTrainer):
         cfg: AdversarialConfig,
         perceptual: nn.Module | None = None,
     ) -> None:
-        self.renderer, self.batches = renderer, batches
+        self.renderer, self.batches = channels_last(renderer), batches  # may replace the parameters
         weights, last = renderer.parameters(), renderer.decoder.conv_out.weight
         super().__init__(renderer, cfg, weights=weights, last=last, perceptual=perceptual)
 
