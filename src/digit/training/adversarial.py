@@ -119,7 +119,7 @@ class AdversarialTrainer(ABC):
     `network` is trained in place and holds the last weights; `average` holds their moving average.
 
     Args:
-        network: what is trained; its name in checkpoints is `name`.
+        network: what is trained, in channels-last order; its name in checkpoints is `name`.
         weights: those of its parameters that the optimizer updates.
         last: the weights of the layer that gives the image, for the adaptive weight of the adversarial loss.
         perceptual: `perceptual(image, target) -> (B,)` in place of the network that `cfg.perceptual` names; required
@@ -145,7 +145,7 @@ class AdversarialTrainer(ABC):
                 f"batch_size {cfg.batch_size} of the {self.title} cannot be split into {parts}: choose a multiple"
             )
         self.cfg, self.last = cfg, last
-        self.network = channels_last(network).train()
+        self.network = network.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             self.discriminator = self._place(PatchDiscriminator(cfg.discriminator_channels))

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.memory_format import channels_last
 from digit.models.vq_layout import MAGE
 from digit.models.vqgan import VQGAN
 from digit.runtime import distributed
@@ -74,7 +75,7 @@ class VQGANTrainer(AdversarialTrainer):
             raise DigitError(
                 "this VQGAN has the layout of another project, which is not trained here: take it as it is"
             )
-        self.vqgan, self.batches, self.warned = vqgan, batches, False
+        self.vqgan, self.batches, self.warned = channels_last(vqgan), batches, False
         self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
         super().__init__(vqgan, cfg, weights=weights, last=vqgan.decoder.conv_out.weight, perceptual=perceptual)
