@@ -261,7 +261,7 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
 
     @api.get("/api/runs")
     async def runs() -> Response:
-        found = await asyncio.to_thread(folder.list)
+        found = await asyncio.to_thread(folder.describe_all)
         return give({"runs": found, "read_only": folder.read_only})
 
     @api.get("/api/runs/{name}/curves")

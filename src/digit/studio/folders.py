@@ -33,6 +33,7 @@ PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
 MAX_FILES = 20_000  # counted for the size of a run
 MAX_STARTED = 2  # fits at a time
+PROGRAM = (sys.executable, "-m", "digit")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PATH = re.compile(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/:;,'\"()]+/)+(?=[^\s/])")
 
@@ -67,7 +68,7 @@ class Folder:
                 return folder
         raise DigitError("there is no run of this name: load the page again")
 
-    def list(self) -> list[dict[str, Any]]:
+    def describe_all(self) -> list[dict[str, Any]]:
         """Every run in a few words, the one that was changed last first."""
         if self.root is None or not self.root.is_dir():
             return []
@@ -237,7 +238,7 @@ class Folder:
                 raise DigitError(f"{' and '.join(running)} are at work: stop one of them, or wait")
             with open(self._output(name), "wb") as out:
                 self.started[name] = subprocess.Popen(
-                    [sys.executable, "-m", "digit", *words],
+                    [*PROGRAM, *words],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
 

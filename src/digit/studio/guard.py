@@ -7,6 +7,7 @@ that it controls can point there (DNS rebinding). The first fails by its Origin,
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -18,6 +19,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 COOKIE = "digit_studio"
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -137,17 +139,15 @@ class Guard:
         given = parse_qs(scope.get("query_string", b"").decode("latin-1"), max_num_fields=8).get("token", [""])[0]
         if scope["method"] == "GET" and hmac.compare_digest(given.encode(), self.token.encode()):
             cookie = f"{COOKIE}={self.token}; Path=/; HttpOnly; SameSite=Strict; Max-Age=604800"
-            await answer(send, 303, "", {"location": scope["path"], "set-cookie": cookie})
+            await answer(send, 303, "", {"location": "/", "set-cookie": cookie})
             return
         await answer(send, 401, "a token is needed: open the whole address that the studio printed, with ?token=")
 
 
 def host_of(value: str) -> str:
     """The name in a Host header, in lower case, without port; empty for what is none."""
-    try:
-        return (urlsplit(f"//{value}").hostname or "").lower()
-    except ValueError:
-        return ""
+    match = HOST.fullmatch(value)
+    return match[1].strip("[]").lower() if match else ""
 
 
 def encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

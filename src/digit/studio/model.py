@@ -12,6 +12,7 @@ from torch import Tensor
 
 from digit.data.images import ImageSource
 from digit.errors import DigitError
+from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, add_noise
 from digit.pipeline.cells import cell_grid, fill_cells
 from digit.pipeline.labels import ClassPositions
@@ -31,6 +32,7 @@ STEP_SECONDS = 0.08  # between two token maps that are sent
 GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
 STAGES = ("prior", "renderer")
 STAGE_SETTINGS = ("temperature", "top_k", "top_p", "cfg_scale", "num_steps", "choice_temperature")
+NEAR_CODES = 12  # offered in place of a token
 QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
 QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
 
@@ -43,12 +45,18 @@ class Model:
         name: how the person who started the studio names it; shown in commands.
         source: its training pictures, or None.
         measured: what `digit stability` wrote for this run, or None.
+        data: how commands on the page name the training pictures; None where that is not known, or not to be shown.
     """
 
     def __init__(
-        self, pipe: DigitPipeline, name: str, source: ImageSource | None = None, measured: dict[str, Any] | None = None
+        self,
+        pipe: DigitPipeline,
+        name: str,
+        source: ImageSource | None = None,
+        measured: dict[str, Any] | None = None,
+        data: str | None = None,
     ) -> None:
-        self.pipe, self.name, self.measured = pipe, name, measured
+        self.pipe, self.name, self.measured, self.data = pipe, name, measured, data
         self.atlas = Atlas(pipe, source)
         self.batch_size = min(BATCH_SIZE, pipe.sampling.batch_size or BATCH_SIZE)
         weights = {s: sha256_tensors(m.state_dict()) for s in STAGES if (m := getattr(pipe, s)) is not None}
@@ -276,7 +284,7 @@ class Model:
         for name, tokenizer in self.pipe.tokenizers.items():
             clean, changed = tokenizer.encode(torch.cat([image, noisy])).cpu()
             tokens[name] = {"clean": clean.tolist(), "noisy": changed.tolist()}
-        lines = commands.stability(self.name, "DATA", request.snr, request.seed)
+        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed)
         job.emit("noisy", snr=request.snr, image=data_url(png(noisy[0])), tokens=tokens, commands=lines)
 
     # ---------------------------------------------------------------- jobs on the training pictures
@@ -332,9 +340,14 @@ class Model:
         for done, total in self.atlas.collect():
             job.emit("progress", done=done, total=total, text="reading training pictures")
             yield
+        vectors = self.pipe.tokenizer.embed(torch.arange(self.pipe.tokenizer.vocab_size)[None])[0]
+        near = (vectors - vectors[token]).square().sum(1).topk(min(NEAR_CODES + 1, len(vectors)), largest=False).indices
         crops, count = self.atlas.patches(token)
         image = data_url(png_of(sheet(crops))) if len(crops) else None
-        job.emit("patches", token=token, count=count, shown=len(crops), pictures=len(self.atlas.images), sheet=image)
+        job.emit(
+            "patches", token=token, count=count, shown=len(crops), pictures=len(self.atlas.images), sheet=image,
+            near=[code for code in near.tolist() if code != token][:NEAR_CODES],
+        )  # fmt: skip
 
     def judge(self, job: Job, request: Judge) -> Steps:
         """Nearest training pictures, share recognised and distance of some pictures. A slow job."""
@@ -395,7 +408,9 @@ class Model:
                     sums[name] += torch.stack([(other != clean).float().mean(1).sum() for other in others])
                 job.emit("progress", done=min(first + QUICK_STEP, len(images)), total=len(images), text="adding noise")
                 yield
+            names = [name for name in self.pipe.tokenizers if name in TABLE1]
             self._quick = {
+                "paper": {"snrs": list(TABLE1["snr"]), "curves": {n: list(TABLE1[n]["token_change"]) for n in names}},
                 "snrs": list(QUICK_SNRS),
                 "curves": {name: (total / len(images)).tolist() for name, total in sums.items()},
                 "images": len(images),

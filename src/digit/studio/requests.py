@@ -103,7 +103,7 @@ class Judge(Request):
 class Fit(Request):
     """A run to start."""
 
-    name: Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
     recipe: Annotated[str, Field(max_length=64)]
     data: Annotated[str, Field(max_length=64)]
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0

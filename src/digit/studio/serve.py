@@ -2,8 +2,8 @@
 
 import secrets
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from digit.errors import DigitError
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.status import is_run
 from digit.runtime.files import as_path, read_json
+from digit.runtime.signals import StopSignals, saving
 from digit.studio.app import MAX_UPLOAD, Studio, make_app
 from digit.studio.folders import Folder, as_dict
 from digit.studio.guard import is_local
@@ -50,7 +51,7 @@ def open_studio(
     sets = {} if spec is None or spec == "shapes" else {Path(spec).name or spec: spec}
     if source is not None and list(source.classes) != list(pipe.classes) and pipe.classes:
         source = source.with_classes(pipe.classes)
-    model = Model(pipe, shown or str(run), source, measured)
+    model = Model(pipe, shown or str(run), source, measured, spec if shown in (None, str(run)) or spec == "shapes" else None)
     return Studio(model, Folder(root, sets, read_only=read_only)), notes
 
 
@@ -130,16 +131,29 @@ def serve(
     server = Server(config)
     server.on_ready = lambda: (say(f"studio: {address}   (Ctrl-C ends it)"), ready(address) if ready else None)
     try:
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C
+            server.run(sockets=[listener])
+        say("the studio is closed")
     finally:
         listener.close()
-        studio.close()
+        with saving():  # fits that the page started save first
+            studio.close()
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server that tells when it answers."""
+    """uvicorn's server that tells when it answers, and ends as digit's other commands do where a signal asks for it."""
 
     on_ready: Callable[[], Any] = staticmethod(lambda: None)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """A context in which a signal ends the server after the answers at hand."""
+        with StopSignals() as self.signals:
+            yield
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to end."""
+        return self.signals.asked or await super().on_tick(counter)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
