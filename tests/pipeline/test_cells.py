@@ -64,7 +64,9 @@ def test_forced_tokens_equal_a_decoding_that_asks_at_each_step(pipe):
 
 def test_nothing_and_everything_kept(pipe, image):
     label, all_cells = ClassPositions([1]), torch.ones(4, 4).bool()
-    assert torch.equal(fill_cells(pipe, image, ~all_cells, num=1, seed=6, label=label).images, pipe.generate(1, label, 6))
+    assert torch.equal(
+        fill_cells(pipe, image, ~all_cells, num=1, seed=6, label=label).images, pipe.generate(1, label, 6)
+    )
     kept = fill_cells(pipe, image, all_cells, num=1)
     assert torch.equal(kept.pasted, image) and torch.equal(kept.vq, pipe.vq.encode(image))
 

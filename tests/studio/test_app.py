@@ -10,8 +10,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from studio_toys import SIZE, VQ_CODES, ToyJudge, events
 from PIL import Image
+from studio_toys import SIZE, VQ_CODES, ToyJudge, events
 
 from digit.metrics.stability import StabilityConfig, add_noise
 from digit.pipeline.cells import fill_cells
@@ -286,9 +286,7 @@ def bomb() -> bytes:
     """A PNG of 60,000 x 60,000 pixels in some kilobytes."""
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1_000_000, 9)), (b"IEND", b"")]
-    chunks = (
-        struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts
-    )
+    chunks = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
@@ -344,7 +342,8 @@ def test_a_png_of_another_size_is_refused(client):
 
 PATHS = [
     "/../etc/passwd", "/..%2f..%2fetc%2fpasswd", "/%2e%2e/app.py", "/static/app.js", "/app.py", "/.env", "//etc/passwd",
-    "/index.html%00.js", "/api", "/api/", "/api/nothing", "/docs", "/openapi.json", "/redoc", "/%ff%fe", "/" + "a" * 4000,
+    "/index.html%00.js", "/api", "/api/", "/api/nothing", "/docs", "/openapi.json", "/redoc", "/%ff%fe",
+    "/" + "a" * 4000,
     "/api/runs/../../etc/curves", "/api/runs/..%2f..%2fetc/curves", "/api/runs/link/curves", "/api/runs/.hidden/curves",
     "/api/runs/first/pictures/config.json", "/api/runs/first/pictures/..%2fconfig.json", "/api/runs/nothing/curves",
     "/api/runs/first/pictures/metrics.json", "/api/runs/no%20run/curves", "/api/compare?first=../first&second=second",
@@ -389,9 +388,49 @@ def test_random_bodies_never_fail_inside(client, runs):
     """Values of every type in every field: an answer below 500, and no file is written."""
     before = sorted(str(p) for p in runs.rglob("*"))
     rng = np.random.default_rng(0)
-    values = [None, True, -1, 0, 3, 1.5, 1e308, 2**63, "", "x" * 300, "../x", [], [[]], {}, {"a": 1}, ["x"], "data:image/png;base64,"]
-    fields = ["num", "seed", "labels", "prior", "renderer", "picture", "keep", "tokens", "snr", "name", "action", "label"]
-    paths = ["/api/draw", "/api/complete", "/api/vary", "/api/encode", "/api/render", "/api/noise", "/api/judge", "/api/runs/act"]
+    values = [
+        None,
+        True,
+        -1,
+        0,
+        3,
+        1.5,
+        1e308,
+        2**63,
+        "",
+        "x" * 300,
+        "../x",
+        [],
+        [[]],
+        {},
+        {"a": 1},
+        ["x"],
+        "data:image/png;base64,",
+    ]
+    fields = [
+        "num",
+        "seed",
+        "labels",
+        "prior",
+        "renderer",
+        "picture",
+        "keep",
+        "tokens",
+        "snr",
+        "name",
+        "action",
+        "label",
+    ]
+    paths = [
+        "/api/draw",
+        "/api/complete",
+        "/api/vary",
+        "/api/encode",
+        "/api/render",
+        "/api/noise",
+        "/api/judge",
+        "/api/runs/act",
+    ]
     for _ in range(150):
         chosen = rng.choice(fields, size=rng.integers(0, 4), replace=False)
         body = {str(name): values[rng.integers(len(values))] for name in chosen}
@@ -417,7 +456,9 @@ def test_eight_people_at_once_get_their_own_pictures(client, pipe):
         for _ in range(25):
             seed = int(rng.integers(12))
             answer = client.post(
-                "/api/draw", json={"num": 1, "seed": seed, "labels": [seed % 10]}, headers={"x-studio-page": str(number)}
+                "/api/draw",
+                json={"num": 1, "seed": seed, "labels": [seed % 10]},
+                headers={"x-studio-page": str(number)},
             )
             found = events(answer).only("picture")
             data = Image.open(io.BytesIO(bytes_of(found[0]["image"]))).tobytes()

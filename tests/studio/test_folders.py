@@ -80,7 +80,13 @@ def test_links_and_damaged_runs_are_left_out(tmp_path):
 
 def test_a_log_that_anybody_may_have_written_does_no_harm(tmp_path):
     run = make_run(tmp_path / "run")
-    lines = [b'{"step": 1, "nll": NaN}', b'{"step": 2, "nll": "x"}', b"\xff\xfe", b'{"step": 3, "nll": 1e300}', b'{"step": 4, "nll": 2.0}']
+    lines = [
+        b'{"step": 1, "nll": NaN}',
+        b'{"step": 2, "nll": "x"}',
+        b"\xff\xfe",
+        b'{"step": 3, "nll": 1e300}',
+        b'{"step": 4, "nll": 2.0}',
+    ]
     (run / "prior" / "log.jsonl").write_bytes(b"\n".join(lines))
     (run / "metrics.json").write_text('{"a": NaN, "b": [1], "c": 2}')
     (run / ".lock").write_text(json.dumps({"pid": 1, "host": "x", "command": "rm -rf /"}))
@@ -204,7 +210,10 @@ def test_read_only_starts_and_stops_nothing(runs, action):
 
 def test_a_process_that_is_no_digit_is_never_stopped(place):
     """A lock of another program, or a number that was given away again: nothing is sent to it."""
-    script = "import sys, time; from digit.runtime.lock import lock_folder; lock_folder(sys.argv[1]); print(1, flush=True); time.sleep(60)"
+    script = (
+        "import sys, time; from digit.runtime.lock import lock_folder; lock_folder(sys.argv[1]); "
+        "print(1, flush=True); time.sleep(60)"
+    )
     run = make_run(place.root / "held", done=False)
     process = subprocess.Popen([sys.executable, "-c", script, str(run)], stdout=subprocess.PIPE)
     try:

@@ -30,7 +30,15 @@ def test_other_names_are_refused(client, host):
 
 @pytest.mark.parametrize(
     "origin",
-    ["http://evil.example", "null", "http://127.0.0.1:9999", "file://", "http://127.0.0.1:8000.evil.example", "x", "http://["],
+    [
+        "http://evil.example",
+        "null",
+        "http://127.0.0.1:9999",
+        "file://",
+        "http://127.0.0.1:8000.evil.example",
+        "x",
+        "http://[",
+    ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_pages_of_other_sites_are_refused(client, origin, method):
@@ -60,7 +68,10 @@ def test_a_token_opens_the_page_once_and_stays_a_cookie(guarded):
 @pytest.mark.parametrize("value", ["", "x", TOKEN[:-1], TOKEN + "x", "\xe4" * 20])
 def test_other_tokens_are_refused(guarded, value):
     guarded.cookies.clear()
-    for headers in ({"authorization": f"Bearer {value}".encode("latin-1")}, {"cookie": f"{COOKIE}={value}".encode("latin-1")}):
+    for headers in (
+        {"authorization": f"Bearer {value}".encode("latin-1")},
+        {"cookie": f"{COOKIE}={value}".encode("latin-1")},
+    ):
         assert guarded.get("/api/about", headers=headers).status_code == 401
 
 
@@ -77,7 +88,20 @@ def test_a_token_leads_nowhere_else(guarded):
     assert not answer.headers.get("location", "").startswith("//")
 
 
-@pytest.mark.parametrize(("address", "local"), [("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("[::1]", True), ("localhost", True), ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False)])
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
 def test_is_local(address, local):
     assert is_local(address) is local
 

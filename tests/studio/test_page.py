@@ -44,7 +44,10 @@ class Page:
 
     def __init__(self, browser, address: str, width: int = 1280, colours: str = "light") -> None:
         self.context = browser.new_context(
-            viewport={"width": width, "height": 860}, color_scheme=colours, accept_downloads=True, reduced_motion="reduce"
+            viewport={"width": width, "height": 860},
+            color_scheme=colours,
+            accept_downloads=True,
+            reduced_motion="reduce",
         )
         self.page, self.width, self.colours = self.context.new_page(), width, colours
         self.page.set_default_timeout(PATIENCE)

@@ -1,8 +1,8 @@
 """Completes a picture around any kept cells of its token grid, not only below its first rows (paper, section 4.5).
 
 A next-token model samples in raster order. Where a token is kept it is forced, and sampling goes on after it: the same
-tokens as if each step had asked whether its token is kept. It therefore sees what is kept before a hole, and not what is
-kept after it. A masked model sees all of it.
+tokens as if each step had asked whether its token is kept. It therefore sees what is kept before a hole, and not what
+is kept after it. A masked model sees all of it.
 
 Shapes: B proposals, N discriminative tokens, M VQ tokens, S pixels.
 """

@@ -30,8 +30,8 @@ def watched(
     if on_step is None or sampler.records:
         yield
         return
-    pick, seen = sampler.pick, _Seen(sampler, stage, num, given, on_step)
-    sampler.pick = seen.through(pick)  # pyright: ignore[reportAttributeAccessIssue]  # partial or function
+    pick = sampler.pick
+    sampler.pick = _Seen(sampler, stage, num, given, on_step)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
@@ -39,11 +39,15 @@ def watched(
 
 
 class _Seen:
-    """The tokens of one call so far. Micro-batches run one after the other; the rows past `num` only pad the last."""
+    """Stands in for `sampler.pick` during one call, and notes the tokens that it gives.
+
+    Micro-batches run one after the other; the rows past `num` only pad the last.
+    """
 
     def __init__(
         self, sampler: Sampler, stage: str, num: int, given: Int64[Tensor, "B L"] | None, on_step: OnStep
     ) -> None:
+        self.pick = sampler.pick
         self.masked, self.stage, self.on_step = sampler.model.cfg.masked, stage, on_step
         self.size, self.first, self.step = sampler.micro_batch_size, 0, 0
         self.num_steps = getattr(sampler, "num_steps", 0)
@@ -54,15 +58,10 @@ class _Seen:
             self.tokens[:, : self.known] = given.cpu()
         self.mask_token = sampler.model.cfg.mask_token if self.masked else UNDECIDED
 
-    def through(self, pick: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`pick`, whose results are also noted and reported."""
-
-        def noted(*args: Any, **kwargs: Any) -> Tensor:
-            sampled = pick(*args, **kwargs)
-            self.note(sampled.detach().cpu())
-            return sampled
-
-        return noted
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        sampled = self.pick(*args, **kwargs)
+        self.note(sampled.detach().cpu())
+        return sampled
 
     def note(self, sampled: Tensor) -> None:
         """Note one step of the micro-batch at work: (C,) tokens, of a masked model (C M,)."""

@@ -26,7 +26,7 @@ from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
 from digit.studio import requests as wanted
 from digit.studio.folders import Folder, without_paths
-from digit.studio.guard import Guard
+from digit.studio.guard import Guard, TooLargeError
 from digit.studio.jobs import BusyError, Job, Worker
 from digit.studio.model import Model
 from digit.studio.pictures import data_url, png, read_upload, settings_in
@@ -84,6 +84,10 @@ def add_errors(api: FastAPI) -> None:
     async def mistake(_: Request, error: DigitError) -> Response:
         return refuse(429 if isinstance(error, BusyError) else 400, str(error))
 
+    @api.exception_handler(TooLargeError)
+    async def too_large(_: Request, error: TooLargeError) -> Response:
+        return refuse(413, str(error))
+
     @api.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
         texts = {404: "there is nothing at this address", 405: "this address does not take this method"}
@@ -116,7 +120,9 @@ async def read(request: Request, kind: type[T]) -> T:
 
 def add_page(api: FastAPI) -> None:
     """The files of the page, read once; nothing else of the disk has an address."""
-    found = {entry.name: entry.read_bytes() for entry in STATIC.iterdir() if entry.name[entry.name.rfind(".") :] in TYPES}
+    found = {
+        entry.name: entry.read_bytes() for entry in STATIC.iterdir() if entry.name[entry.name.rfind(".") :] in TYPES
+    }
 
     @api.api_route("/", methods=["GET", "HEAD"])
     async def page() -> Response:
@@ -154,7 +160,9 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
         about = model.about() | {
             "read_only": studio.folder.read_only,
             "runs": studio.folder.root is not None,
-            "recipes": {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in sorted(RECIPES.items())},
+            "recipes": {
+                name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in sorted(RECIPES.items())
+            },
             "data_sets": list(studio.folder.data),
         }
         return give(about)
@@ -222,7 +230,7 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
     @api.get("/api/data")
     async def data(request: Request, start: int = 0, num: int = 24) -> Response:
         first, count = min(max(start, 0), 10**6), min(max(num, 1), 48)
-        return stream(request, lambda job: model.data(job, first, count))
+        return stream(request, lambda job: model.training_pictures(job, first, count))
 
     @api.get("/api/patches/{token}")
     async def patches(request: Request, token: int) -> Response:

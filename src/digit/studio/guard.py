@@ -41,7 +41,7 @@ def is_local(host: str) -> bool:
 
 
 class TooLargeError(Exception):
-    """A body is longer than what its address takes."""
+    """A body is longer than what its address takes; raised while the application reads it."""
 
 
 class Guard:
@@ -72,28 +72,22 @@ class Guard:
             await self.enter(scope, send)
             return
         limit = self.limits.get(scope["path"], self.limits[""])
-        started, taken = False, 0
+        taken = 0
 
         async def receive_limited() -> MutableMapping[str, Any]:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > limit:
-                raise TooLargeError
+                raise TooLargeError(too_large(limit))
             return message
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 message["headers"] = [*message.get("headers", []), *encoded(HEADERS)]
             await send(message)
 
-        try:
-            await self.app(scope, receive_limited, send_with_headers)
-        except TooLargeError:
-            if not started:
-                await answer(send, 413, f"the request is larger than {limit // 2**20} MiB: send a smaller picture")
+        await self.app(scope, receive_limited, send_with_headers)
 
     def refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason, or None for a request that may go on."""
@@ -112,7 +106,7 @@ class Guard:
         if not length.isdecimal() or len(length) > 18:
             return 400, "Content-Length is no number: leave it to the browser"
         if int(length) > limit:
-            return 413, f"the request is larger than {limit // 2**20} MiB: send a smaller picture"
+            return 413, too_large(limit)
         return None
 
     @staticmethod
@@ -142,6 +136,11 @@ class Guard:
             await answer(send, 303, "", {"location": "/", "set-cookie": cookie})
             return
         await answer(send, 401, "a token is needed: open the whole address that the studio printed, with ?token=")
+
+
+def too_large(limit: int) -> str:
+    """What is wrong with a body of more than `limit` bytes."""
+    return f"the request is larger than {limit // 2**20} MiB: send a smaller picture"
 
 
 def host_of(value: str) -> str:

@@ -1,8 +1,8 @@
 """Jobs of several people on one model: a queue in front of one thread that runs it, with progress and cancelling.
 
-One thread runs the model, since two would only share the same cores and memory. Quick jobs run from beginning to end, in
-turn between the people who wait. Slow jobs are generators: the thread makes one step of them between two quick jobs, and
-all their steps while nobody waits.
+One thread runs the model, since two would only share the same cores and memory. Quick jobs run from beginning to end,
+in turn between the people who wait. Slow jobs are generators: the thread makes one step of them between two quick jobs,
+and all their steps while nobody waits.
 """
 
 import asyncio

@@ -269,7 +269,9 @@ class Model:
         """The tokens of a picture by both tokenizers, and what each of them gives back."""
         image = read_data_url(request.picture, self.pipe.image_size)[None]
         found = {name: tokenizer.encode(image).cpu() for name, tokenizer in self.pipe.tokenizers.items()}
-        job.emit("tokens", tokens={name: t[0].tolist() for name, t in found.items()}, commands=commands.tokens(self.name))
+        job.emit(
+            "tokens", tokens={name: t[0].tolist() for name, t in found.items()}, commands=commands.tokens(self.name)
+        )
         if "vq" in found:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
         if "discriminative" in found and self.pipe.renderer is not None and self.pipe.renderer.cfg.prefix_len:
@@ -322,11 +324,15 @@ class Model:
         """One training picture of each class, side by side."""
         found = self.atlas.examples()
         size = min(64, self.pipe.image_size)
-        small = [torch.nn.functional.interpolate(x[None].float(), size=(size, size), mode="area")[0] for x in found.values()]
-        images = torch.stack(small).round().to(torch.uint8) if small else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        small = [
+            torch.nn.functional.interpolate(x[None].float(), size=(size, size), mode="area")[0] for x in found.values()
+        ]
+        images = (
+            torch.stack(small).round().to(torch.uint8) if small else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        )
         job.emit("examples", labels=list(found), size=size, sheet=data_url(png_of(sheet(images))) if small else None)
 
-    def data(self, job: Job, start: int, num: int) -> None:
+    def training_pictures(self, job: Job, start: int, num: int) -> None:
         """Some training pictures."""
         for index, image, label in self.atlas.page(start, num):
             job.emit("picture", index=index, label=label, name=self.class_name(label), image=data_url(png(image)))
@@ -365,7 +371,11 @@ class Model:
         found: list[dict[str, Any]] = [
             {
                 "nearest": [
-                    {"distance": float(d), "image": data_url(png(self.atlas.images[i])), "name": self.class_name(int(self.atlas.labels[i]))}
+                    {
+                        "distance": float(d),
+                        "image": data_url(png(self.atlas.images[i])),
+                        "name": self.class_name(int(self.atlas.labels[i])),
+                    }
                     for d, i in zip(distances[row], places[row], strict=True)
                 ]
             }

@@ -51,7 +51,9 @@ def open_studio(
     sets = {} if spec is None or spec == "shapes" else {Path(spec).name or spec: spec}
     if source is not None and list(source.classes) != list(pipe.classes) and pipe.classes:
         source = source.with_classes(pipe.classes)
-    model = Model(pipe, shown or str(run), source, measured, spec if shown in (None, str(run)) or spec == "shapes" else None)
+    model = Model(
+        pipe, shown or str(run), source, measured, spec if shown in (None, str(run)) or spec == "shapes" else None
+    )
     return Studio(model, Folder(root, sets, read_only=read_only)), notes
 
 
@@ -174,5 +176,3 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DigitError(f"cannot listen at {host}:{port} ({reason}): choose another --port, 0 for any") from error
-
-

@@ -425,7 +425,6 @@ function classPicker(chosen, change) {
   const show = (filter) => {
     const matching = all.filter((c) => c.name.toLowerCase().includes(filter.toLowerCase()));
     const shown = [...matching.filter((c) => chosen.includes(c.label)), ...matching.filter((c) => !chosen.includes(c.label))].slice(0, 120);
-    (all.length > 120 ? shown : matching).forEach(() => {});
     list.replaceChildren(...(all.length > 120 ? shown : matching).map(({ name, label }) => {
       const place = found?.labels.indexOf(label) ?? -1, count = found?.labels.length ?? 1;
       const thumb = found?.sheet && place >= 0 ? h("div.thumb", { css: { "background-image": `url(${found.sheet})`, "background-size": `${count * 100}% 100%`, "background-position": `${count > 1 ? (100 * place) / (count - 1) : 0}% 0` } }) : about.data && found === undefined && all.length <= 120 ? h("div.thumb") : "";

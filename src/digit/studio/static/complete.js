@@ -1,6 +1,6 @@
 // Complete: brush whole token cells away, keep the others exactly, and see several proposals.
 
-import { h, lines, plural, say, sends, settings, state, Work } from "./app.js";
+import { h, lines, onLeave, plural, say, sends, settings, state, Work } from "./app.js";
 import { firstPicture, grid, picker } from "./picker.js";
 
 let keep; // rows of booleans
@@ -12,6 +12,7 @@ export default function complete() {
   const board = h("div.board"), progress = h("div.progress"), gallery = h("div.gallery", { css: { "--columns": 2, "--widest": "680px" } }), after = h("div"), counted = h("p.note", { "aria-live": "polite" });
   const work = new Work(progress);
   let buttons = [], done = [];
+  onLeave(() => work.stop());
 
   function paint() {
     buttons.forEach((button, place) => {

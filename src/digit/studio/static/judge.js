@@ -1,10 +1,11 @@
 // Judge: the nearest training pictures beside each sample, the share recognised, and distances with their scale.
 
-import { h, plural, state, Work, job } from "./app.js";
+import { h, onLeave, plural, state, Work } from "./app.js";
 
 export default function judge() {
   const progress = h("div.progress"), facts = h("div"), list = h("div.judged");
   const work = new Work(progress);
+  onLeave(() => work.stop());
   async function look() {
     const pictures = state.drawn.filter(Boolean).slice(0, 36);
     go.disabled = fresh.disabled = true;

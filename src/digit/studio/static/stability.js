@@ -1,6 +1,6 @@
 // Stability: add noise and see which tokens change, for both tokenizers; the curve of the run beneath (paper, Table 1).
 
-import { h, lines, say, state, svg, Work } from "./app.js";
+import { h, lines, onLeave, say, state, svg, Work } from "./app.js";
 import { firstPicture, picker } from "./picker.js";
 
 const NAMES = { discriminative: "discriminative", vq: "VQ" };
@@ -11,6 +11,7 @@ export default function stability() {
   const boards = h("div.boards"), progress = h("div.progress"), curve = h("div"), after = h("div");
   const work = new Work(progress), curveWork = new Work(curve);
   let waiting, measured;
+  onLeave(() => { clearTimeout(waiting); work.stop(); curveWork.stop(); });
 
   async function noise() {
     if (!state.picture) return;
@@ -24,7 +25,7 @@ export default function stability() {
         const cells = h("div.cells", { "aria-hidden": "true", css: { "grid-template-columns": `repeat(${columns}, 1fr)`, "grid-template-rows": `repeat(${rows}, 1fr)` } }, clean.map((t, i) => h(t === noisy[i] ? "i" : "i.changed")));
         return h("figure", {}, h("h3", {}, name === "vq" ? "VQ tokens" : "Discriminative tokens"), h("div.board", {}, h("img", { src: data.image, alt: `the picture with noise, ${changed} of ${clean.length} tokens changed` }), cells), h("figcaption", {}, h("span.count", { css: { color: COLOURS[name] } }, `${Math.round((100 * changed) / clean.length)} %`), h("span.note", {}, ` changed: ${changed} of ${clean.length}`)));
       }));
-      say(names.map((name) => `${NAMES[name]}: ${boards.children.length}`).join(", "));
+      say(names.map((name) => `${NAMES[name]}: ${data.tokens[name].clean.filter((t, i) => t !== data.tokens[name].noisy[i]).length} of ${data.tokens[name].clean.length} changed`).join(", "));
       after.replaceChildren(lines(data.commands));
     });
   }

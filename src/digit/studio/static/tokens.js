@@ -1,6 +1,6 @@
 // Tokens: both tokenizers' maps over the picture, what a token stands for, and the picture with another token.
 
-import { colour, h, lines, palettes, plural, settings, state, Work } from "./app.js";
+import { colour, h, lines, onLeave, palettes, plural, settings, state, Work } from "./app.js";
 import { firstPicture, grid, picker } from "./picker.js";
 
 const NAMES = { discriminative: "Discriminative tokens", vq: "VQ tokens" };
@@ -10,6 +10,7 @@ export default function tokens() {
   const boards = h("div.boards"), progress = h("div.progress"), panel = h("div.card.stack"), after = h("div"), rebuilt = h("div.boards.section");
   const work = new Work(progress), patchWork = new Work(h("div")), renderWork = new Work(h("div.progress"));
   let found = {}, own = [], now = [], chosen = 0, views = {};
+  onLeave(() => { work.stop(); patchWork.stop(); renderWork.stop(); });
 
   async function encode() {
     if (!state.picture) return;
