@@ -442,28 +442,26 @@ def test_random_bodies_never_fail_inside(client, runs):
 # ---------------------------------------------------------------- several people
 
 
-def test_eight_people_at_once_get_their_own_pictures(client, pipe):
-    """200 requests of 8 threads: every picture is that of its own seed and class."""
-    expected = {
-        (seed, label): bytes_of(data_url(png(pipe.generate(1, ClassPositions([label]), seed=seed, batch_size=16)[0])))
-        for seed, label in ((s, s % 10) for s in range(12))
-    }
-    plain = {key: Image.open(io.BytesIO(data)).tobytes() for key, data in expected.items()}
+def test_eight_people_at_once_get_their_own_answers(client, pipe, picture):
+    """200 requests of 8 threads: every picture is that of its own seed and class, all noise that of its own seed."""
+    drawn = {s: pipe.generate(1, ClassPositions([s % 10]), seed=s, batch_size=16)[0] for s in range(6)}
+    noisy = {s: add_noise(pixels(picture)[None], 9.0, cfg=StabilityConfig(seed=s))[0] for s in range(6)}
     wrong: list[object] = []
 
     def person(number: int) -> None:
-        rng = np.random.default_rng(number)
-        for _ in range(25):
-            seed = int(rng.integers(12))
-            answer = client.post(
-                "/api/draw",
-                json={"num": 1, "seed": seed, "labels": [seed % 10]},
-                headers={"x-studio-page": str(number)},
-            )
-            found = events(answer).only("picture")
-            data = Image.open(io.BytesIO(bytes_of(found[0]["image"]))).tobytes()
-            if len(found) != 1 or found[0]["seed"] != seed or data != plain[seed, seed % 10]:
-                wrong.append((number, seed))
+        rng, headers = np.random.default_rng(number), {"x-studio-page": str(number)}
+        for turn in range(25):
+            seed = int(rng.integers(6))
+            if turn % 5:
+                body = {"picture": picture, "snr": 9.0, "seed": seed}
+                answer = client.post("/api/noise", json=body, headers=headers)
+                found, expected = events(answer).only("noisy"), noisy[seed]
+            else:
+                body = {"num": 1, "seed": seed, "labels": [seed % 10]}
+                answer = client.post("/api/draw", json=body, headers=headers)
+                found, expected = events(answer).only("picture"), drawn[seed]
+            if len(found) != 1 or not torch.equal(pixels(found[0]["image"]), expected):
+                wrong.append((number, turn, seed))
 
     people = [threading.Thread(target=person, args=(number,)) for number in range(8)]
     for one in people:

@@ -314,7 +314,7 @@ class Model:
         count = -(-num // cells)
         for _ in range(rounds):
             order = torch.randperm(num, generator=generator)
-            codes = torch.cat([order, order[: count * cells - num]]).view(count, cells)
+            codes = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells)
             pixels = vq.decode(codes).cpu().float()  # (count, 3, S, S)
             means = torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
             total[codes.flatten()[:num]] += means.flatten(0, 1)[:num]

@@ -8,6 +8,7 @@ const COLOURS = ["var(--accent)", "var(--signal)", "var(--strong)", "var(--bad)"
 
 export default function runs() {
   const list = h("div.runs"), problem = h("div", { role: "alert" }), compared = h("section.section", { "aria-label": "Two runs side by side" });
+  const losses = {}; // by run, read again where it has changed
   let chosen = [], timer, gone = false, shown = "";
   onLeave(() => { gone = true; clearTimeout(timer); });
 
@@ -31,7 +32,8 @@ export default function runs() {
     try { await post("/api/runs/act", { name, action }); setTimeout(refresh, 1200); } catch (error) { problem.replaceChildren(h("p.error", {}, `${name}: ${error.message}`)); }
   }
   async function card(run) {
-    const curves = await get(`/api/runs/${run.name}/curves`).catch(() => ({}));
+    if (losses[run.name]?.changed !== run.changed) losses[run.name] = { changed: run.changed, curves: await get(`/api/runs/${run.name}/curves`).catch(() => ({})) };
+    const curves = losses[run.name].curves;
     const box = h("input", { type: "checkbox", id: `compare-${run.name}`, checked: chosen.includes(run.name), onchange: () => { chosen = box.checked ? [...chosen, run.name].slice(-2) : chosen.filter((n) => n !== run.name); list.querySelectorAll("input[type=checkbox]").forEach((other) => { other.checked = chosen.includes(other.id.slice(8)); }); compare(); } });
     const status = run.at_work ? h("span.tag.live", {}, "at work") : run.done ? h("span.tag.done", {}, "done") : h("span.tag", {}, "stopped");
     const metrics = Object.entries(run.metrics).filter(([name]) => !name.endsWith("_images")).slice(0, 4).map(([name, value]) => h("li", {}, `${name.replaceAll("_", " ")} ${Number(value.toPrecision(4))}`));
