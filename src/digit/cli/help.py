@@ -93,7 +93,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
     },
     "info": {"data": "folder"},
     "studio": {
-        "what is shown": "source --data --runs --variant",
+        "what is shown": "run --data --runs --variant",
         "where it is served": "--port --open --host --allow_host --token",
         "what others may do": "--read_only --max_upload",
         "machine": "--device",

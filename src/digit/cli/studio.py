@@ -24,7 +24,7 @@ def run_studio(parser: "ArgumentParser", argv: list[str]) -> None:
     It is served by this machine to this machine alone; --host with another address asks for a token. docs/studio.md
     shows every part, and how to put it behind a reverse proxy. Ctrl-C ends it.
     """
-    parser.add_argument("source", metavar="RUN", help=FROM_HELP)
+    parser.add_argument("run", help=FROM_HELP)
     parser.add_argument("--data", default=None, help="the training pictures, where they are not at the run's own path")
     parser.add_argument("--runs", default=None, help="folder of runs to show and to train in (default: RUN's folder)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is every one")
@@ -38,7 +38,7 @@ def run_studio(parser: "ArgumentParser", argv: list[str]) -> None:
     )
     parser.add_argument("--max_upload", type=int, default=16, help="MiB of a picture that is dropped onto the page")
     parser.add_argument("--open", type=bool, default=False, help="open the page in the browser")
-    parser.add_argument("--variant", default=None, help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT")
+    parser.add_argument("--variant", default=None, help="which released checkpoints, where RUN is DAMO-NLP-SG/DiGIT")
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
     if not 0 <= args.port < 65536:
@@ -56,16 +56,20 @@ def run_studio(parser: "ArgumentParser", argv: list[str]) -> None:
 
     from digit.runtime.progress import quiet
 
-    pipe = load_pipeline(args)
+    args.source = args.run
+    try:
+        pipe = load_pipeline(args)
+    except DigitError as error:
+        raise type(error)(str(error).replace("--from", "RUN")) from error
     quiet()  # bars of single requests
-    shown = args.source if args.host in ("127.0.0.1", "localhost", "::1") and not args.read_only else None
+    shown = args.run if args.host in ("127.0.0.1", "localhost", "::1") and not args.read_only else None
     studio, notes = open_studio(
         pipe,
-        args.source,
+        args.run,
         data=args.data,
         runs=args.runs,
         read_only=args.read_only,
-        shown=shown or args.source.rstrip("/").rpartition("/")[2],
+        shown=shown or args.run.rstrip("/").rpartition("/")[2],
     )
     for note in notes:
         say(f"note: {note}")

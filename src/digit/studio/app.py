@@ -34,8 +34,9 @@ from digit.studio.pictures import data_url, png, read_upload, settings_in
 STATIC = files("digit.studio") / "static"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 MIB = 2**20
-MAX_JSON, MAX_PICTURES = 16 * MIB, 64 * MIB
 MAX_UPLOAD = 16  # MiB of a picture that is dropped onto the page
+DECODED_AT_A_TIME = 2  # uploads; each may take 92 MiB
+OTHER_BYTES = 128 * 1024  # of a request beside its pictures
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -60,7 +61,12 @@ def make_app(
     add_page(api)
     add_jobs(api, studio)
     add_runs(api, studio.folder)
-    limits = {"": MAX_JSON, "/api/picture": max_upload * MIB, "/api/judge": MAX_PICTURES}
+    picture = 5 * studio.model.pipe.image_size**2  # bytes of a PNG of noise as a data URL: 4 a pixel
+    limits = {
+        "": OTHER_BYTES + picture,
+        "/api/picture": max_upload * MIB,
+        "/api/judge": OTHER_BYTES + wanted.MAX_COUNT * picture,
+    }
     return Guard(api, hosts=hosts or set(), token=token, limits=limits)
 
 
@@ -144,7 +150,7 @@ def add_page(api: FastAPI) -> None:
 
 def add_jobs(api: FastAPI, studio: Studio) -> None:
     """The addresses of the model."""
-    model, worker = studio.model, studio.worker
+    model, worker, decoding = studio.model, studio.worker, asyncio.Semaphore(DECODED_AT_A_TIME)
 
     def stream(request: Request, work: Callable[[Job], Any], *, slow: bool = False) -> Response:
         owner = request.headers.get("x-studio-page", "")[:64] or (request.client.host if request.client else "")
@@ -174,7 +180,8 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
     @api.post("/api/picture")
     async def picture(request: Request) -> Response:
         data = await request.body()
-        image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
+        async with decoding:
+            image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
         settings = settings_in(data)
         same = settings is not None and settings.get("model") == model.fingerprint
         return give({"image": data_url(png(image)), "settings": settings, "same_model": same})

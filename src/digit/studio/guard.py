@@ -13,6 +13,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from digit.runtime.files import format_bytes
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -140,7 +142,7 @@ class Guard:
 
 def too_large(limit: int) -> str:
     """What is wrong with a body of more than `limit` bytes."""
-    return f"the request is larger than {limit // 2**20} MiB: send a smaller picture"
+    return f"the request is larger than {format_bytes(limit)}: send a smaller picture"
 
 
 def host_of(value: str) -> str:

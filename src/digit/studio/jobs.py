@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +79,9 @@ class Job:
             if self._events and event.kind in KEPT_LATEST and self._events[-1].kind == event.kind:
                 self._events.pop()
             self._events.append(event)
-        if self.loop is not None and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._arrived.set)
+        if self.loop is not None:
+            with suppress(RuntimeError):  # the loop of this page is closed
+                self.loop.call_soon_threadsafe(self._arrived.set)
 
     def finish(self, kind: str, **data: Any) -> None:
         """Send the last event; does nothing after it."""

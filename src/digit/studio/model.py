@@ -4,7 +4,7 @@ Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -157,8 +157,11 @@ class Model:
         """A picture as the data URL of a PNG that carries what it was made with."""
         return data_url(png(image, {"digit": __version__, "model": self.fingerprint} | about))
 
-    def watch(self, job: Job, first: int, *, growing: bool = True) -> OnStep:
-        """A function for `on_step` that sends token maps, and now and then the unfinished pictures."""
+    def watch(self, job: Job, first: Callable[[], int] = lambda: 0, *, growing: bool = True) -> OnStep:
+        """A function for `on_step` that sends token maps, and now and then the unfinished pictures.
+
+        `first` tells the number of the batch's first picture.
+        """
         last_sent, spent, began = 0.0, 0.0, time.monotonic()
 
         def on_step(stage: str, tokens: Tensor) -> None:
@@ -169,7 +172,7 @@ class Model:
             if now - last_sent < STEP_SECONDS and bool((tokens < 0).any()):
                 return
             last_sent = now
-            event: dict[str, Any] = {"stage": stage, "first": first, "tokens": tokens.tolist()}
+            event: dict[str, Any] = {"stage": stage, "first": first(), "tokens": tokens.tolist()}
             if growing and stage == "renderer" and spent < GROWING_SHARE * (now - began):
                 event["sheet"] = data_url(png_of(sheet(self.unfinished(tokens))))
                 spent += time.monotonic() - now
@@ -198,22 +201,19 @@ class Model:
             changes=self.changes(request), batch_size=self.batch_size,
         )  # fmt: skip
         job.emit("start", num=request.num, seed=request.seed, labels=chosen, names=names, commands=lines)
-        settings, size = self.resolved(request), self.batch_size
-        for first in range(0, request.num, size):
-            last = min(first + size, request.num)
-            batches = self.pipe.stream(
-                request.num, labels, request.seed, first, last, on_step=self.watch(job, first), **sampling
-            )
-            for batch in batches:
-                tokens = {name: rows.tolist() for name, rows in batch.tokens.items()}
-                for row, image in enumerate(batch.images):
-                    index = batch.first + row
-                    seed = request.seed + index
-                    about = {"kind": "draw", "seed": seed, "label": chosen[index], "class": names[index]} | settings
-                    job.emit(
-                        "picture", index=index, seed=seed, label=chosen[index], name=names[index],
-                        image=self.picture(image, about), tokens={name: rows[row] for name, rows in tokens.items()},
-                    )  # fmt: skip
+        settings, done = self.resolved(request), 0
+        on_step = self.watch(job, lambda: done)
+        for batch in self.pipe.stream(request.num, labels, request.seed, on_step=on_step, **sampling):
+            tokens = {name: rows.tolist() for name, rows in batch.tokens.items()}
+            for row, image in enumerate(batch.images):
+                index = batch.first + row
+                seed = request.seed + index
+                about = {"kind": "draw", "seed": seed, "label": chosen[index], "class": names[index]} | settings
+                job.emit(
+                    "picture", index=index, seed=seed, label=chosen[index], name=names[index],
+                    image=self.picture(image, about), tokens={name: rows[row] for name, rows in tokens.items()},
+                )  # fmt: skip
+            done += len(batch)
 
     def complete(self, job: Job, request: Complete) -> None:
         """Proposals that keep some cells of a picture."""
@@ -230,7 +230,7 @@ class Model:
         job.emit("start", num=request.num, seed=request.seed, commands=lines)
         done = fill_cells(
             self.pipe, image[None], torch.tensor(request.keep), num=request.num, seed=request.seed, label=label,
-            on_step=self.watch(job, 0, growing=False), **self.sampling(request),
+            on_step=self.watch(job, growing=False), **self.sampling(request),
         )  # fmt: skip
         settings, used = self.resolved(request), self.class_name(done.label)
         for row in range(request.num):
@@ -257,7 +257,7 @@ class Model:
         lines = commands.render(self.name, seed=seed, changes=self.changes(request), batch_size=self.batch_size)
         sampling = self.sampling(request)
         job.emit("start", num=len(tokens), seed=seed, commands=lines)
-        vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job, 0), **sampling)
+        vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job), **sampling)
         for row, image in enumerate(self.pipe.decode(vq, self.pipe.settings(**sampling).precision)):
             about = {"kind": kind, "seed": seed + row, "tokens": tokens[row].tolist()} | self.resolved(request)
             job.emit(

@@ -237,13 +237,13 @@ function drawPart() {
   Object.assign(draw, kept("draw") ?? {});
   const gallery = h("div.gallery", { "aria-label": "Pictures", role: "group" }), progress = h("div.progress"), after = h("div");
   const work = new Work(progress);
-  const seed = h("input", { id: "seed", type: "number", min: 0, max: 9007199254739991, step: 1, value: draw.seed });
-  seed.onchange = () => { draw.seed = Math.max(0, Math.floor(Number(seed.value) || 0)); seed.value = draw.seed; };
-  const setSeed = (value) => { draw.seed = value; seed.value = value; };
+  const seed = h("input", { id: "seed", type: "number", min: 0, max: 2 ** 53 - 1001, step: 1, value: draw.seed });
+  const setSeed = (value) => { draw.seed = seed.value = Math.min(2 ** 53 - 1001, Math.max(0, Math.floor(Number(value) || 0))); kept("draw", draw); };
+  seed.onchange = () => setSeed(seed.value);
   const go = h("button.main", { type: "submit" }, "Draw");
   const stop = h("button", { type: "button", hidden: true, onclick: () => work.stop() }, "Stop");
   const counts = h("div.segments", { role: "group", "aria-label": "How many pictures" });
-  const showCounts = () => counts.replaceChildren(...[1, 4, 9, 16, 36].map((n) => h("button", { type: "button", "aria-pressed": String(draw.num === n), onclick: () => { draw.num = n; showCounts(); } }, String(n))));
+  const showCounts = () => counts.replaceChildren(...[1, 4, 9, 16, 36].map((n) => h("button", { type: "button", "aria-pressed": String(draw.num === n), onclick: () => { draw.num = n; kept("draw", draw); showCounts(); } }, String(n))));
   showCounts();
 
   async function start(event) {
@@ -516,6 +516,7 @@ async function begin() {
     $("run").replaceChildren("run ", h("b", {}, about.run), about.read_only ? " · read-only" : "");
     $("about").textContent = `DiGIT ${about.version} on ${about.device}, ${about.size} × ${about.size} pixels, recipe ${about.recipe ?? "of the released weights"}. The page and all its parts come from this machine.`;
     for (const link of document.querySelectorAll("#tabs a")) link.parentElement.hidden = !available(link.hash.slice(1));
+    if (!(location.hash.slice(1) in PARTS)) history.replaceState(null, "", "#" + part());
     addEventListener("hashchange", navigate);
     await navigate();
     document.documentElement.dataset.ready = "yes";
