@@ -27,8 +27,8 @@ from digit.runs.recipes import get_recipe
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
 from digit.runtime.files import save_npy, write_json
+from digit.training.adversarial import image_psnr
 from digit.training.log import last_metrics
-from digit.training.vqgan import image_psnr
 
 METHODS = {  # name -> (prior, renderer)
     "DiGIT + AR": ("prior", "renderer"),

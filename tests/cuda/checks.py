@@ -35,6 +35,7 @@ from toy_pipeline import toy_pipeline  # noqa: E402
 from digit.benchmark.encode import random_encoder  # noqa: E402
 from digit.benchmark.sizes import base, micro  # noqa: E402
 from digit.models import sequence, tokens  # noqa: E402
+from digit.models.pixels import PixelConfig, PixelRenderer  # noqa: E402
 from digit.models.sequence import SequenceModel  # noqa: E402
 from digit.models.vit import ViT  # noqa: E402
 from digit.models.vqgan import VQGAN  # noqa: E402
@@ -47,7 +48,9 @@ from digit.sampling.next_token import NextTokenSampler, RecordedSteps  # noqa: E
 from digit.tokenizers import vq  # noqa: E402
 from digit.tokenizers.kmeans.nearest import FastNearest  # noqa: E402
 from digit.tokenizers.vq import VQTokenizer  # noqa: E402
+from digit.training.adversarial import AdversarialConfig  # noqa: E402
 from digit.training.config import TrainConfig  # noqa: E402
+from digit.training.pixels import PixelTrainer  # noqa: E402
 from digit.training.sequence import SequenceUpdate  # noqa: E402
 from digit.training.ssl.train import METHODS, SSLConfig, SSLUpdate, build_method  # noqa: E402
 from digit.training.vqgan import GANConfig, VQGANTrainer  # noqa: E402
@@ -201,6 +204,30 @@ def gan(step: int, **settings: object) -> None:
     on_cuda(metrics["l1"], metrics["grad_norm"])
 
 
+class PixelCrops:
+    """A batch of tokens and crops, the same at every step."""
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, torch.Tensor]:
+        images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+        return {"target": images[start:stop], "prefix": torch.randint(8, (2, 4))[start:stop]}
+
+
+def pixels(step: int) -> None:
+    names = ("channels", "channel_mult", "num_res_blocks", "z_channels", "num_groups")
+    shape = {name: getattr(SIZE.recipe.vqgan, name) for name in names}
+    tokens = {"prefix_vocab_size": 8, "prefix_len": 4, "prefix_rows": 2}
+    with CUDA:
+        size = {"depth": 1, "embed_dim": 32, "num_heads": 2, "dropout": 0.0, "norm": "pre"}
+        renderer = PixelRenderer(PixelConfig(image_size=32, noise_channels=1, **tokens, **size, **shape))
+    cfg = AdversarialConfig(num_steps=20, batch_size=2, perceptual="none", precision="bf16", adversarial_start=2)
+    trainer = PixelTrainer(renderer, PixelCrops(), cfg)
+    for optimizer in () if REAL else (trainer.optimizer, trainer.discriminator_optimizer):
+        optimizer.param_groups[0]["fused"] = True
+    metrics = without_waiting(lambda: trainer.update(step))
+    on_cuda(metrics["l1"], metrics["grad_norm"])
+
+
+check("train pixels with the discriminator")(lambda: pixels(3))
 check("train vqgan before the discriminator")(lambda: gan(1, adversarial_start=5))
 check("train vqgan with the discriminator")(lambda: gan(3, adversarial_start=2))
 

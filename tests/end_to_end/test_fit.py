@@ -129,7 +129,8 @@ def test_one_image_is_not_enough(tmp_path):
 
 def test_differences_names_the_leaves():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == [("a.c", 2, 3)]
-    assert set(ROLES) == {"prior", "renderer", "renderer_masked", "vq_ar", "vq_ar_epochs", "vq_masked"}
+    renderers = {"renderer", "renderer_masked", "renderer_pixels"}
+    assert set(ROLES) == {"prior", *renderers, "vq_ar", "vq_ar_epochs", "vq_masked"}
 
 
 def test_completion_without_labels_takes_the_likeliest_class(pipe):

@@ -4,12 +4,28 @@ from dataclasses import replace
 
 from digit.data.preprocess import PreprocessConfig
 from digit.models.vqgan import VQGANConfig
-from digit.runs.recipes import ModelSpec, Recipe, cpu_training
+from digit.runs.recipes import ModelSpec, PixelSpec, Recipe, cpu_training
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.training.adversarial import AdversarialConfig
 from digit.training.vqgan import GANConfig
 
 SHAPES = "shapes:num=24,size=32"  # the data of most tests with a tiny run
+
+
+def pixel_recipe(**changes) -> Recipe:
+    """A tiny recipe with a renderer straight to pixels."""
+    training = AdversarialConfig(
+        num_steps=4,
+        batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=0,
+        perceptual="none",
+        adversarial_start=2,
+        log_every=2,
+    )
+    size = PixelSpec(depth=1, embed_dim=32, num_heads=2)
+    return tiny_recipe(**{"renderer_kind": "pixels", "pixels": size, "pixels_training": training} | changes)
 
 
 def tiny_recipe(**changes) -> Recipe:

@@ -1,6 +1,7 @@
 """One model over one layout: sizes, shapes, causality, losses, conditions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from paper_models import paper_config
 
 from digit.convert.fairseq import read_fairseq
 from digit.errors import DigitError
-from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask
+from digit.models.sequence import SequenceConfig, SequenceModel, cosine_mask, training_flops
 from digit.runs.recipes import digit_large
 
 SMALL = dict(depth=2, embed_dim=32, num_heads=2, dropout=0.0)
@@ -49,6 +50,70 @@ def test_shapes_of_every_model():
         assert logits.shape == (3, 6, 11) and [h.shape for h in hidden] == [(3, 11, 32)] * 3
     assert make(num_classes=5)(target, labels=torch.tensor([0, 4, -1])).shape == (3, 6, 11)
     assert paper_config("vq_ar").prefix_len == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_aligned_prefix_is_no_part_of_the_sequence(masked):
+    how = dict(conditioning="aligned", prefix_rows=2, target_rows=2, prefix_dropout=0.1, masked=masked, encoder_depth=2)
+    model, target, prefix = with_prefix(**how), torch.randint(11, (3, 6)), torch.randint(7, (3, 4))
+    logits, hidden = model(target, prefix=prefix, return_hidden=True)
+    assert logits.shape == (3, 6, 11) and [h.shape for h in hidden] == [(3, 7, 32)] * 3
+    added = model.added(3, prefix)
+    assert list(added) == [0, 1] and added[0].shape == (3, 7, 32)
+    assert added[0][:, 0 if masked else -1].eq(0).all()  # the place that predicts nothing
+    other = prefix.clone()
+    other[:, 3] = (other[:, 3] + 1) % 7
+    assert (model(target, prefix=other) - logits).abs().amax((0, 2)).min() > 1e-6  # every token sees every prefix token
+    torch.testing.assert_close(model(target), model(target, prefix=None))  # the null prefix
+    assert not torch.allclose(model(target), logits)
+
+
+def test_an_aligned_prefix_keeps_next_tokens_causal():
+    model = with_prefix(conditioning="aligned", prefix_rows=2, target_rows=2)
+    target, prefix = torch.randint(11, (1, 6)), torch.randint(7, (1, 4))
+    changed = target.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 11
+    a, b = model(target, prefix=prefix), model(changed, prefix=prefix)
+    torch.testing.assert_close(a[:, :4], b[:, :4])
+    assert not torch.allclose(a[:, 4:], b[:, 4:])
+
+
+def test_an_aligned_prefix_lies_where_it_belongs():
+    """Without its own attention the encoder says to each place what stands there: the grid is resampled, not mixed."""
+    model = with_prefix(conditioning="aligned", prefix_rows=2, target_rows=4, target_len=16)
+    for block in model.aligned.transformer.blocks:
+        block.attention.out.weight.data.zero_()
+        block.attention.out.bias.data.zero_()
+    prefix = torch.zeros(1, 4, dtype=torch.int64)
+    changed = prefix.clone()
+    changed[0, 1] = 3  # top right of 2 x 2
+    difference = (model.added(1, changed)[0] - model.added(1, prefix)[0])[0, :16].abs().sum(1).view(4, 4)
+    assert difference[0, 3] == difference.max() and difference[3, :2].eq(0).all() and difference[:, 0].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(conditioning="aligned", prefix_rows=0, target_rows=2), "prefix_rows is 0"),
+        (dict(conditioning="aligned", prefix_rows=2, target_rows=4), "target_rows is 4 for 6"),
+        (
+            dict(conditioning="aligned", prefix_rows=2, target_rows=2, added_blocks=3),
+            "added_blocks is 3: choose 1 to 2",
+        ),
+        (dict(conditioning="aligned", prefix_rows=2, target_rows=2, encoder_depth=0), "encoder_depth is 0"),
+    ],
+)
+def test_an_aligned_prefix_that_cannot_be(changes, says):
+    with pytest.raises(DigitError, match=says):
+        with_prefix(**changes)
+    with pytest.raises(DigitError, match="has no prefix"):
+        make(conditioning="aligned", prefix_rows=1, target_rows=1)
+
+
+def test_an_aligned_prefix_halves_the_work():
+    paper = paper_config("renderer")
+    aligned = replace(paper, conditioning="aligned", prefix_rows=16, target_rows=16, encoder_depth=2, added_blocks=3)
+    assert training_flops(aligned) / training_flops(paper) == pytest.approx(0.55, abs=0.01)
 
 
 def test_next_token_logits_see_earlier_tokens_alone():

@@ -340,3 +340,22 @@ def test_sizes_of_a_reused_part_are_read():
     assert Planner(recipe, CPU, reuse, chosen=["vqgan.vocab_size"]).work.vqgan.vocab_size == 32
     with pytest.raises(DigitError, match=r"vqgan_training.num_steps is 3, which this run would not use"):
         Planner(recipe, CPU, reuse, chosen=["vqgan_training.num_steps"])
+
+
+def test_a_run_straight_to_pixels_plans_no_vq_tokens():
+    both, straight = (Planner(get_recipe(name), CPU, Order(images=1000)) for name in ("cifar", "cifar_pixels"))
+    assert [stage.name for stage in straight.stages] == [
+        "features", "codebook", "tokens", "prior", "renderer_pixels", "sampling",
+    ]  # fmt: skip
+    assert straight.store_bytes == 1000 * (2 * 64 + 4) and both.store_bytes == 1000 * (2 * (16 + 64) + 4)
+    renderer = straight.training("renderer_pixels")
+    assert renderer.memory > 0 and renderer.bottleneck == "vqgan training"
+    # as many FLOPs as the VQGAN's tuning and the renderer that it replaces
+    cfg, work = get_recipe("cifar"), both.work
+    replaced = work.vqgan_training_flops * cfg.vqgan_training.num_steps * cfg.vqgan_training.batch_size
+    replaced += work.training_flops("renderer") * cfg.renderer_training.num_steps * cfg.renderer_training.batch_size
+    training = straight.recipe.pixels_training
+    spent = straight.work.training_flops("renderer_pixels") * training.num_steps * training.batch_size
+    assert 0.9 < spent / replaced < 1.1
+    with pytest.raises(DigitError, match="leave out --reuse_vq_tokens"):
+        Planner(get_recipe("cifar_pixels"), CPU, Order(images=1000, reuse=frozenset({"vq_tokens"})))

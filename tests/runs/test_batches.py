@@ -10,8 +10,9 @@ from toy_images import NoiseSource
 
 from digit.data.shapes import ShapesSource
 from digit.errors import DigitError, Stopped
+from digit.runs.batches import NoisyPrefix
 from digit.runs.checks import unchanged_parts
-from digit.runs.fit import Run
+from digit.runs.fit import Run, near_codes
 from digit.runs.roles import ROLES
 from digit.runtime.files import load_tensors
 from digit.training.log import read_log
@@ -154,3 +155,31 @@ def test_fresh_crops_need_crops_that_differ(tmp_path):
 
 def test_other_training_crops_keep_tokenizers_and_tokens():
     assert unchanged_parts(["recipe.training_crops"]) == ["codebook", "vqgan", "tokens"]
+
+
+def test_a_noisy_prefix_swaps_near_codes_ever_less(base):
+    quiet = get_batches(base, "renderer")
+    near = near_codes(base.fit_codebook())
+    vectors = base.fit_codebook().embed(torch.arange(len(near)))
+    assert torch.equal(near[:, 0], torch.cdist(vectors, vectors).fill_diagonal_(torch.inf).argmin(1))
+    noisy = NoisyPrefix(quiet, near, 0.5, 10, quiet.read.batch_size, 0)
+    shares = []
+    for step in (0, 5, 10):
+        one, two = quiet(step), noisy(step)
+        swapped = one["prefix"] != two["prefix"]
+        shares.append(float(swapped.float().mean()))
+        assert torch.equal(one["target"], two["target"])
+        for old, new in zip(one["prefix"][swapped], two["prefix"][swapped], strict=True):
+            assert new in near[old]
+        assert torch.equal(noisy.part(step, 2, 5)["prefix"], two["prefix"][2:5])  # as on several processes
+        assert torch.equal(noisy(step)["prefix"], two["prefix"])
+    assert shares[0] > 0.4 and 0.1 < shares[1] < 0.4 and shares[2] == 0
+
+
+def test_a_run_trains_with_a_noisy_prefix(base, tmp_path):
+    recipe = tiny_recipe()
+    noisy = beside(base, tmp_path / "noisy", renderer=replace(recipe.renderer, prefix_noise=0.4))
+    config = noisy.training_config("renderer")
+    assert isinstance(noisy.training_batches("renderer", config), NoisyPrefix)
+    assert not isinstance(noisy.training_batches("prior", config), NoisyPrefix)
+    assert not isinstance(noisy.batches("renderer", config), NoisyPrefix)  # validation sees the images' own tokens

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import yaml
-from tiny import SHAPES, tiny_recipe
+from tiny import SHAPES, pixel_recipe, tiny_recipe
 
 from digit.cli import main
 from digit.errors import DigitError
@@ -88,11 +88,15 @@ def traced(cfg, reads: set[str], prefix: str = ""):
 NO_READERS = ("dataclasses", "digit.runtime.settings", "digit.runs.checks", "copy")
 # read by asdict, on this device or in several processes alone, or without effect on a run of this size
 READ_ELSEWHERE = {"kmeans.init", "kmeans.tolerance", "kmeans.device", "kmeans.precision"}
+SEEDS = {"prior_training.seed", "renderer_training.seed", "pixels_training.seed"}
 OF_THE_DEVICE = ("deterministic", "parallel", "max_skipped", "keep_best")
 VARIANTS = {
     "next token": {},
     "masked renderer": dict(renderer_kind="masked"),
     "muon": dict(renderer_training__optimizer="muon", prior_training__warmup_steps=2),
+    "straight to pixels": dict(
+        renderer_kind="pixels", pixels=pixel_recipe().pixels, pixels_training=pixel_recipe().pixels_training
+    ),
     "no discriminator": dict(vqgan_training__adversarial_weight=0.0),
 }
 
@@ -106,10 +110,10 @@ def test_a_setting_that_no_run_reads_is_refused(variant, tmp_path, monkeypatch):
     unread = {name for name in flat(recipe) if name not in reads and not name.startswith("sampling.")}
     unread = {name for name in unread - READ_ELSEWHERE if not name.endswith(OF_THE_DEVICE)}
     assert len(reads) > 60, sorted(reads)
-    assert unread <= unused(recipe) | {"prior_training.seed", "renderer_training.seed"}, sorted(unread - unused(recipe))
+    assert unread <= unused(recipe) | SEEDS, sorted(unread - unused(recipe))
 
 
-@pytest.mark.parametrize("kind", ["ar", "masked"])
+@pytest.mark.parametrize("kind", ["ar", "masked", "pixels"])
 def test_every_sampling_setting_reaches_its_sampler_or_is_refused(kind):
     from digit.runs.roles import get_role
     from digit.sampling.kinds import get_kind
@@ -122,7 +126,7 @@ def test_every_sampling_setting_reaches_its_sampler_or_is_refused(kind):
         # a masked renderer's top-p is masked_top_p: the filter of sampling.renderer belongs to next tokens
         elsewhere = {"top_p"} if (stage, kind) == ("renderer", "masked") else set()
         assert {name for name in names if f"sampling.{stage}.{name}" in refused} == names - set(taken) | elsewhere
-    assert ("masked_top_p" in refused) == (kind == "ar")
+    assert ("masked_top_p" in refused) == (kind != "masked")
 
 
 ONE_STEP = dict(renderer_kind="masked", sampling__renderer__num_steps=1)
@@ -155,6 +159,13 @@ UNUSED = [
     ("digit_base", {}, "masked_steps", 100),
     ("digit_base", {}, "masked_top_p", 0.9),
     ("digit_base", dict(renderer_kind="masked"), "sampling.renderer.top_p", 0.9),
+    ("cifar", {}, "pixels.depth", 3),
+    ("cifar", {}, "pixels_training.num_steps", 300),
+    ("cifar_pixels", {}, "renderer.depth", 3),
+    ("cifar_pixels", {}, "renderer_training.learning_rate", 1e-4),
+    ("cifar_pixels", {}, "sampling.renderer.top_p", 0.5),
+    ("cifar_pixels", {}, "pixels_training.perceptual_stages", 2),
+    ("cifar_pixels", dict(pixels__start="scratch", vqgan_start="scratch"), "vqgan_training.num_steps", 3),
     ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
 ]  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""A renderer that goes straight to pixels, with a stub for a network: what a new kind of model takes, from training to
-the folder of a pipeline. It is a model, a row in KINDS and a row in ROLES; no other file changes.
+"""A renderer straight to pixels of another kind, with a stub for a network: what a new kind takes, from training
+to the folder of a pipeline. It is a model, a row in KINDS and a row in ROLES; no other file changes.
 """
 
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class PatchSampler(Sampler):
     """One pass, nothing to sample."""
 
     output = "images"
+    num_decisions = 1
     uniform_shape = (1,)
 
     def __call__(self, seeds, *, prefix=None, labels=None, given=None, on_token=None):
@@ -71,15 +72,15 @@ class PatchSampler(Sampler):
 def pixel_role(monkeypatch):
     kind = ModelKind(config=PatchConfig, model=PatchRenderer, sampler=PatchSampler, settings=FILTERS)
     monkeypatch.setitem(KINDS, "patches", kind)
-    role = Role(name="renderer_pixels", target="pixels", prefix="discriminative", kind="patches", labels=False)
+    role = Role(name="renderer_patches", target="pixels", prefix="discriminative", kind="patches", labels=False)
     monkeypatch.setitem(ROLES, role.name, role)
 
 
 def test_a_renderer_straight_to_pixels(pixel_role, tmp_path):
     run = Run(tiny_recipe(crops_per_image=2), ShapesSource(20), tmp_path)
-    batch = run.batches("renderer_pixels", run.training_config("renderer_pixels"))(0)
+    batch = run.batches("renderer_patches", run.training_config("renderer_patches"))(0)
     assert batch["target"].shape == (8, 3, 32, 32) and batch["target"].dtype == torch.uint8
-    pipe = run.make_pipeline("prior", "renderer_pixels")
+    pipe = run.make_pipeline("prior", "renderer_patches")
     images = pipe.generate(3, seed=1)
     assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
     assert pipe.complete(images, keep=0.5).shape == images.shape
@@ -90,6 +91,6 @@ def test_a_renderer_straight_to_pixels(pixel_role, tmp_path):
 
 def test_pixel_targets_are_the_crops_behind_the_tokens(pixel_role, tmp_path):
     run = Run(tiny_recipe(crops_per_image=2), ShapesSource(20), tmp_path)
-    batches = run.batches("renderer_pixels", run.training_config("renderer_pixels"))
+    batches = run.batches("renderer_patches", run.training_config("renderer_patches"))
     batch = batches(3)
     assert torch.equal(run.tokenizer().encode(batch["target"]), batch["prefix"])

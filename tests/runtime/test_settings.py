@@ -11,11 +11,12 @@ from digit.errors import DigitError
 from digit.models.vqgan import VQGANConfig
 from digit.planning.stages import Order
 from digit.runs.pretrain import PretrainConfig
-from digit.runs.recipes import ModelSpec, Recipe
+from digit.runs.recipes import ModelSpec, PixelSpec, Recipe
 from digit.runtime.settings import INTERVAL, changed, check_number, contains, flat, in_words, refuse_unused
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
 from digit.training.ssl.dino import DINOConfig
 from digit.training.ssl.ibot import IBOTConfig
@@ -26,7 +27,8 @@ from digit.training.ssl.views import ViewConfig
 from digit.training.vqgan import GANConfig
 
 CONFIGS = (
-    TrainConfig, GANConfig, SSLConfig, KMeansConfig, StageSampling, SamplingConfig, ModelSpec, Recipe, EncoderConfig,
+    TrainConfig, AdversarialConfig, GANConfig, SSLConfig, KMeansConfig, StageSampling, SamplingConfig, ModelSpec,
+    PixelSpec, Recipe, EncoderConfig,
     VQGANConfig, PreprocessConfig, PretrainConfig, DINOConfig, IBOTConfig, MAEConfig, MoCoConfig, ViewConfig, Order,
 )  # fmt: skip
 CHECKED_BY_HAND = {"EncoderConfig.layer", "VQGANConfig.channel_mult"}  # may be negative; may be of any length

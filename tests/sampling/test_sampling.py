@@ -11,11 +11,12 @@ from digit.models.products import PackedLinear, can_pack, pack_linears
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.sampling.filters import (
     filter_logits,
+    guidance_scales,
     guide,
     image_uniforms,
     sample_from_uniform,
 )
-from digit.sampling.masked import num_to_hide
+from digit.sampling.masked import MaskedSampler, halton_rank, num_to_hide
 from digit.sampling.next_token import NextTokenSampler
 
 SMALL = dict(depth=2, embed_dim=32, num_heads=2, vocab_size=11, target_len=6)
@@ -30,6 +31,7 @@ def renderer(**changes):
 
 
 PREFIX = torch.arange(20).view(5, 4) % 7
+ALIGNED = dict(conditioning="aligned", prefix_rows=2, target_rows=3)
 
 
 # -------------------------------------------------------------------- filters
@@ -94,24 +96,80 @@ def test_uniforms_depend_on_seed_and_stage():
 
 def test_guidance_formula():
     c, u = torch.randn(2, 3, 5)
-    torch.testing.assert_close(guide(torch.cat([c, u]), 2.5), u + 2.5 * (c - u))
+    torch.testing.assert_close(guide(torch.cat([c, u]), torch.tensor(2.5)), u + 2.5 * (c - u))
+
+
+def test_schedules_of_guidance():
+    assert guidance_scales(3.0, "constant", 4).tolist() == [3.0] * 4
+    assert guidance_scales(3.0, "linear", 4).tolist() == [1.5, 2.0, 2.5, 3.0]
+    torch.testing.assert_close(guidance_scales(3.0, "cosine", 2), torch.tensor([2.0, 3.0]))
+    assert guidance_scales(1.0, "cosine", 9).eq(1).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_schedules_change_the_tokens(masked):
+    model = make(num_classes=3, label_dropout=0.5, masked=masked)
+    how = dict(seeds=range(20), labels=torch.arange(20) % 3, cfg_scale=6.0)
+    sampled = {name: generate(model, cfg_schedule=name, **how) for name in ("constant", "linear", "cosine")}
+    assert not sampled["constant"].equal(sampled["linear"]) and not sampled["linear"].equal(sampled["cosine"])
+
+
+# -------------------------------------------------------------------- order of a masked model
+
+
+def test_halton_order_covers_the_picture_from_the_first_tokens_on():
+    rank = halton_rank((8, 8))
+    assert rank.sort().values.tolist() == list(range(64))
+    first = (rank < 16).view(8, 8)  # a quarter of the cells, in every quarter of the picture
+    for rows in (slice(0, 4), slice(4, 8)):
+        for columns in (slice(0, 4), slice(4, 8)):
+            assert 3 <= int(first[rows, columns].sum()) <= 5
+    assert rank[4 * 8 + 2] == 0  # the first point is (1/2, 1/3): row 4, column 2
+    assert halton_rank((2, 3)).sort().values.tolist() == list(range(6))
+
+
+def test_halton_order_decides_the_cells_in_its_order():
+    model, decided = make(masked=True, target_len=16), []
+    features = model.features
+
+    def watch(target, **condition):
+        decided.append((target != model.cfg.mask_token)[0])
+        return features(target, **condition)
+
+    sampler = MaskedSampler(model, num_steps=4, order="halton", micro_batch_size=1)
+    sampler.model.features = watch
+    sampled = sampler([1])
+    rank = halton_rank((4, 4))
+    assert [int(known.sum()) for known in decided] == [0, 2, 5, 10]
+    for known in decided[1:]:
+        assert rank[known].max() < rank[~known].min()
+    assert sampled.shape == (1, 16) and (sampled < model.cfg.vocab_size).all()
+
+
+def test_an_order_needs_a_grid():
+    with pytest.raises(DigitError, match="12 tokens"):
+        MaskedSampler(make(masked=True, target_len=12), order="halton")
 
 
 # -------------------------------------------------------------------- next token
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_cached_equals_uncached(scale):
-    model = renderer(prefix_dropout=0.2)
-    how = dict(seeds=range(5), prefix=PREFIX, top_p=0.9, cfg_scale=scale)
+@pytest.mark.parametrize(
+    "changes", [{}, ALIGNED, ALIGNED | {"added_blocks": 1, "encoder_depth": 2, "qk_norm": True}], ids=str
+)
+def test_cached_equals_uncached(scale, changes):
+    model = renderer(prefix_dropout=0.2, **changes)
+    how = dict(seeds=range(5), prefix=PREFIX, top_p=0.9, cfg_scale=scale, cfg_schedule="linear")
     assert generate(model, **how).equal(generate(model, use_cache=False, **how))
 
 
+@pytest.mark.parametrize("changes", [{}, ALIGNED | {"target_rows": 1}], ids=["prefix", "aligned"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_steps_of_fixed_shapes_sample_the_same(scale, monkeypatch):
+def test_steps_of_fixed_shapes_sample_the_same(scale, changes, monkeypatch):
     monkeypatch.setattr("digit.sampling.next_token.SPAN", 4)
-    model = renderer(prefix_dropout=0.2, target_len=7)
-    how = dict(micro_batch_size=3, cfg_scale=scale, top_k=9, top_p=0.9)
+    model = renderer(prefix_dropout=0.2, target_len=7, **changes)
+    how = dict(micro_batch_size=3, cfg_scale=scale, top_k=9, top_p=0.9, cfg_schedule="cosine")
     fixed, free = (NextTokenSampler(model, fixed_shapes=f, **how) for f in (True, False))
     for given in (None, torch.full((5, 3), 2), torch.full((5, 7), 1)):
         told = []

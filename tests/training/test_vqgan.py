@@ -9,17 +9,9 @@ from toy_vqgan import QUICK, TINY, batches, model, run_rank, weights_after_three
 from digit.errors import DigitError, MismatchError
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.vqgan import VQGAN
+from digit.training.adversarial import adaptive_weight, hinge_loss, image_psnr, random_window
 from digit.training.ema_codebook import EMACodebook, random_rows
-from digit.training.vqgan import (
-    GANConfig,
-    VQGANTrainer,
-    adaptive_weight,
-    evaluate_vqgan,
-    hinge_loss,
-    image_psnr,
-    random_window,
-    train_vqgan,
-)
+from digit.training.vqgan import GANConfig, VQGANTrainer, evaluate_vqgan, train_vqgan
 
 
 def test_hinge_loss():

@@ -43,7 +43,7 @@ def pieces(next_token: NextTokenSampler, prefix: Tensor | None) -> dict[str, Cal
     @torch.no_grad()
     def steps() -> None:
         cache = next_token.new_cache()  # grows from step to step, as in real sampling
-        cache.position = cfg.prefix_len + 1
+        cache.position = cfg.start_position + 1
         for i in range(cfg.target_len - 1):
             next_token.next_logits(token, i, cache)
 

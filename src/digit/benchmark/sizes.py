@@ -1,5 +1,6 @@
 """The sizes to time: `small` for two CPU cores, the paper's `base` and `large`, and `micro` for tests."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -73,8 +74,10 @@ class Size:
         """Configuration of the unconditional prior, renderer or renderer_masked."""
         vq = self.recipe.vqgan
         tokens = {
-            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.discriminative_len),
-            "vq": TokenSpace(vq.vocab_size, vq.num_tokens),
+            "discriminative": TokenSpace(
+                self.recipe.quantizer_cfg.vocab_size, self.discriminative_len, math.isqrt(self.discriminative_len)
+            ),
+            "vq": TokenSpace(vq.vocab_size, vq.num_tokens, vq.grid[0]),
         }
         return self.recipe.sequence_config(name, tokens, num_classes=0)
 

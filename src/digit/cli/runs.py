@@ -145,10 +145,9 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     store = run.write_tokens()
     if not store.checked:  # larger stores are opened without reading them
         distributed.on_main(store.verify)
-    say(
-        f"{run.out / 'tokens'}: {len(store)} rows of {store.discriminative.shape[1]} discriminative "
-        f"and {store.vq.shape[1]} VQ tokens"
-    )
+    kinds = {"discriminative": store.discriminative, "VQ": store.vq}
+    lengths = [f"{tokens.shape[1]} {kind}" for kind, tokens in kinds.items() if tokens is not None]
+    say(f"{run.out / 'tokens'}: {len(store)} rows of {' and '.join(lengths)} tokens")
 
 
 @command(
@@ -158,16 +157,18 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model: vqgan, prior, renderer, renderer_masked or a VQ-only baseline.
+    """Train one model: vqgan, prior, renderer, renderer_masked, renderer_pixels or a VQ-only baseline.
 
     vq_ar and vq_masked are VQ-only baselines with the compute of prior and renderer together, vq_ar_epochs is the one
-    of the paper, for the recipe's vq_only_steps. Missing codebook, VQGAN and tokens are made first.
+    of the paper, for the recipe's vq_only_steps. renderer_pixels goes straight to pixels, without VQ tokens. Missing
+    codebook, VQGAN and tokens are made first.
     """
-    parser.add_argument("model", help="vqgan, prior, renderer, renderer_masked, vq_ar, vq_ar_epochs or vq_masked")
+    from digit.runs.roles import ROLES
+
+    parser.add_argument("model", help=f"vqgan, {', '.join(ROLES)}")
     base = add_run_arguments(parser, argv)
     args = parse(parser, argv)
     from digit.runs.checks import check_own_steps
-    from digit.runs.roles import ROLES
     from digit.runtime.files import read_json
 
     if args.model not in ("vqgan", *ROLES):

@@ -94,8 +94,8 @@ def load_soon(path: Path) -> Mapping[str, Tensor]:
 
 def pipeline_key(pipe: DigitPipeline) -> str:
     """SHA-256 over the parts of a pipeline that decide its samples and completions, without its sampling settings."""
-    assert pipe.vq is not None
     models = (pipe.prior, pipe.renderer)
     parts = [model.fingerprint if model else "-" for model in (pipe.tokenizer, pipe.vq)]
     parts += [sha256_tensors(model.state_dict()) if model else "-" for model in models]
-    return digest(part.encode() for part in (*parts, pipe.vq.rounding, str(pipe.image_size)))
+    rounding = pipe.vq.rounding if pipe.vq is not None else "-"  # of a renderer straight to pixels
+    return digest(part.encode() for part in (*parts, rounding, str(pipe.image_size)))

@@ -185,7 +185,7 @@ def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int | str] | None
 
 def first_model(pipe: DigitPipeline) -> SequenceModel:
     """The model that samples first; it takes the class labels."""
-    pipe.require("vq", "renderer")
+    pipe.require(*(["renderer"] if pipe.renders_pixels else ["vq", "renderer"]))
     assert pipe.renderer is not None
     model = pipe.prior if pipe.renderer.cfg.prefix_len else pipe.renderer
     assert model is not None
@@ -205,7 +205,7 @@ def label_source(pipe: DigitPipeline, labels: Sequence[int | str] | None) -> str
 def grids(pipe: DigitPipeline) -> dict[str, tuple[int, int]]:
     """(rows, columns) of each kind of token that a completion keeps."""
     assert pipe.renderer is not None
-    names = ("discriminative", "vq") if pipe.renderer.cfg.prefix_len else ("vq",)
+    names = [*(["discriminative"] if pipe.renderer.cfg.prefix_len else []), *([] if pipe.renders_pixels else ["vq"])]
     return {name: pipe.tokenizers[name].grid for name in names}
 
 

@@ -4,7 +4,7 @@ A sweep varies one filter of one stage; the stage's other filter is off, and the
 setting. The joint sweep crosses the prior's top-k with the renderer's top-p, the two that the paper uses (A.3).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def run_sweep(
     """Sample and score every setting; write sweep.json, sweep.png and, for a joint sweep, joint.png into `out`.
 
     Args:
-        pipe: with a prior, or VQ-only (its renderer alone is swept).
+        pipe: with a prior, or VQ-only (its renderer alone is swept). Where the renderer goes straight to pixels, the
+            prior alone is swept.
         reference: pooled features (M, D) of real images from `network`, or their statistics.
         network: gives features and logits; without logits (no columns) it computes no inception score.
         cfg: the settings.
@@ -86,7 +87,7 @@ def run_sweep(
     if num < 2:
         raise DigitError(f"num is {num}: a distance needs at least 2 images per setting")
     sweep = Sweep(pipe, reference, network, out / "cache", num, seed)
-    stages = [stage for stage in STAGES if getattr(pipe, stage) is not None]
+    stages = list(sweep.vocab_sizes)
     result: dict[str, Any] = {
         "protocol": protocol(sweep),
         "default": sweep.measure(pipe.sampling),
@@ -97,7 +98,7 @@ def run_sweep(
             }
             for stage in stages
         },
-        "joint": joint(sweep, cfg) if cfg.joint and "prior" in stages else None,
+        "joint": joint(sweep, cfg) if cfg.joint and stages == list(STAGES) else None,
     }
     result["best"] = best(result)
     result["warnings"] = count_warnings(num, reference.count, reference.dim)
@@ -135,13 +136,15 @@ class Sweep:
     def __init__(
         self, pipe: DigitPipeline, reference: FeatureStats, network: JudgeNetwork, cache: Path, num: int, seed: int
     ):
-        pipe.require("vq", "renderer")
+        pipe.require(*(["renderer"] if pipe.renders_pixels else ["vq", "renderer"]))
         self.pipe, self.reference, self.network = pipe, reference, network
         self.cache, self.num, self.seed = cache, num, seed
         self.request = {"pipe": pipeline_key(pipe), "num": num, "seed": seed, "precision": pipe.sampling.precision}
         self.batch_size: int = distributed.on_main(lambda: pipe.sized(pipe.sampling).batch_size) or 1
         self.labels = pipe.labels(num)
-        self.vocab_sizes = {stage: getattr(pipe, stage).cfg.vocab_size for stage in STAGES if getattr(pipe, stage)}
+        stages = [stage for stage in STAGES if getattr(pipe, stage)]
+        stages = [stage for stage in stages if not (stage == "renderer" and pipe.renders_pixels)]  # it has no filters
+        self.vocab_sizes = {stage: getattr(pipe, stage).cfg.vocab_size for stage in stages}
         self.metrics = {name: network.metric(name) for name in ("fd", "is")}
         self._results: dict[str, dict[str, Any]] = {}
 
@@ -184,7 +187,8 @@ class Sweep:
 
         def both(start: int, stop: int) -> dict[str, Tensor]:
             tokens = self._generate(start, stop, stages)
-            vq[start] = tokens["vq"].int()
+            if "vq" in tokens:
+                vq[start] = tokens["vq"].int()
             return {"discriminative": tokens["discriminative"].int()}
 
         path = self.cache / f"discriminative-{request_key(**self.request, prior=asdict(stages['prior']))}.safetensors"
@@ -197,15 +201,27 @@ class Sweep:
         return self.pipe.generate_tokens(stop - start, labels, self.seed + start, **sampling)
 
     def _features(self, key: str, sampling: SamplingConfig) -> Mapping[str, Tensor]:
-        tokens, precision = self.tokens(sampling), self.pipe.sampling.precision
+        precision = self.pipe.sampling.precision
+        images = self._straight(sampling) if self.pipe.renders_pixels else self._decoded(sampling)
 
         def make(start: int, stop: int) -> dict[str, Tensor]:
-            judged = self.network.judge(self.pipe.decode(tokens[start:stop], precision))
+            judged = self.network.judge(images(start, stop))
             return {"pooled": judged.pooled, "logits": judged.logits}
 
         by = {"key": key, "by": fingerprint(self.network)} | ({"decoded": "bf16"} if precision == "bf16" else {})
         path = self.cache / f"judged-{request_key(**by)}.safetensors"
         return remember_rows(path, self.num, self.batch_size, make)
+
+    def _decoded(self, sampling: SamplingConfig) -> Callable[[int, int], Tensor]:
+        """Images `start` .. `stop - 1` of a setting through its VQ tokens."""
+        tokens = self.tokens(sampling)
+        return lambda start, stop: self.pipe.decode(tokens[start:stop], self.pipe.sampling.precision)
+
+    def _straight(self, sampling: SamplingConfig) -> Callable[[int, int], Tensor]:
+        """The same by a renderer that goes straight to pixels."""
+        stages = {stage: StageSampling(**values) for stage, values in self.stages(sampling).items()}
+        prefix, size = self._prefix(stages, {}), self.batch_size
+        return lambda start, stop: self.pipe.render(prefix[start:stop].long(), self.seed + start, batch_size=size)
 
     def _score(self, judged: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         pooled, logits = judged["pooled"], judged["logits"]

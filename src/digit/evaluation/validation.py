@@ -2,8 +2,9 @@
 
     VQ only      image -> VQ tokens -> VQGAN decoder
     DiGIT + VQ   image -> discriminative tokens -> renderer -> VQ tokens -> VQGAN decoder
+    DiGIT        image -> discriminative tokens -> renderer straight to pixels, where the renderer is one
 
-Both are compared with the images themselves. The first is a lower bound for every model of these VQ tokens, the second
+All are compared with the images themselves. The first is a lower bound for every model of these VQ tokens, the second
 for every prior with this renderer.
 """
 
@@ -27,6 +28,7 @@ from digit.runtime import distributed
 from digit.runtime.files import sha256_tensors, write_json
 
 VQ_ROW, DIGIT_ROW = "validation data: VQ only", "validation data: DiGIT + VQ"
+PIXEL_ROW = "validation data: DiGIT straight to pixels"
 
 
 def validation_rows(
@@ -41,7 +43,8 @@ def validation_rows(
     """Metrics of validation images after encoding and decoding, against the images themselves.
 
     Args:
-        pipe: needs vq; with tokenizer and renderer the row "DiGIT + VQ" too, with the pipeline's sampling settings.
+        pipe: needs vq, or a renderer straight to pixels; with tokenizer and renderer the row "DiGIT + VQ" too, with the
+            pipeline's sampling settings.
         source: validation images; resized to the pipeline's size and cropped as everywhere.
         num: number of images to use, spread evenly if they are sorted by class; all by default.
         network, cfg, out, device: as for `evaluate`; cfg.seed is the seed of the first rendered image.
@@ -49,7 +52,7 @@ def validation_rows(
     Returns {"protocol", "images", "rows": {row: metrics}, "left_out", "warnings", "rounding", "versions"}. The features
     of rendered images are cached, 1,000 images at a time.
     """
-    pipe.require("vq")
+    pipe.require(*(["tokenizer", "renderer"] if pipe.renders_pixels else ["vq"]))
     cfg = replace(cfg or EvaluateConfig(), image_size=pipe.image_size, measures="published")
     network = network or cfg.load_network(device)
     images = open_images(source, num)
@@ -71,14 +74,13 @@ def validation_rows(
         )
         left_out |= {f"{row}: {name}": reason for name, reason in missing.items()}
         warnings += [f"{row}: {text}" for text in distributed.on_main(lambda side=side: _traps(side, real))]
-    assert pipe.vq is not None
     result = {
         "protocol": describe_protocol(network, cfg),
         "images": describe_side(real),
         "rows": rows,
         "left_out": left_out,
         "warnings": warnings,
-        "rounding": pipe.vq.rounding,
+        "rounding": pipe.vq.rounding if pipe.vq is not None else "nearest",
         "versions": versions(),
     }
     if out is not None:
@@ -99,6 +101,9 @@ Route = Callable[[Tensor, int], Tensor]  # (uint8 (B, 3, S, S), index of the fir
 def _routes(pipe: DigitPipeline, seed: int) -> dict[str, Route | None]:
     """The function that makes the images of each row; image i is rendered with seed + i."""
     vq, tokenizer = pipe.vq, pipe.tokenizer
+    if pipe.renders_pixels:
+        assert tokenizer is not None, "required"
+        return {PIXEL_ROW: lambda images, first: pipe.render(tokenizer.encode(images), seed + first)}
     assert vq is not None
     routes: dict[str, Route | None] = {VQ_ROW: lambda images, first: vq.decode(vq.encode(images)), DIGIT_ROW: None}
     if tokenizer is not None and pipe.renderer is not None and pipe.renderer.cfg.prefix_len:
@@ -116,9 +121,8 @@ def _through(parts: list[Shard], make: Route, identity: bytes) -> Iterator[Shard
 
 def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
     """Hash of all that the images of a row depend on, besides the validation images."""
-    assert pipe.vq is not None
-    parts = [row, pipe.vq.fingerprint, pipe.vq.rounding]
-    if row == DIGIT_ROW:
+    parts = [row, *([pipe.vq.fingerprint, pipe.vq.rounding] if pipe.vq is not None else [])]
+    if row != VQ_ROW:
         assert pipe.renderer is not None and pipe.tokenizer is not None
         renderer = sha256_tensors(pipe.renderer.state_dict())
         parts += [

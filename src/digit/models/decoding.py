@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.models.products import PackedLinear
-from digit.models.transformer import Block, KeysValues, KVCache, StepKernel, SteppedCache, Transformer, attend
+from digit.models.transformer import Added, Block, KeysValues, KVCache, StepKernel, SteppedCache, Transformer, attend
 
 FUSED_GELU_ROWS = 16  # above this, oneDNN's GELU is slower than torch's (measured at 8 and 64 rows)
 Product = Callable[..., Tensor]
@@ -74,9 +74,13 @@ class StepTransformer:
             self.blocks.append(StepBlock(block, num_rows))
         self.final_norm = normaliser(transformer.final_norm)
 
-    def __call__(self, x: Float[Tensor, "R D"], cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
-        """Features after the final norm; extends the cache by one position."""
+    def __call__(
+        self, x: Float[Tensor, "R D"], cache: KVCache | SteppedCache, added: Added | None = None
+    ) -> Float[Tensor, "R D"]:
+        """Features after the final norm; extends the cache by one position. `added` {block: (R, D)} joins inputs."""
         for layer, block in enumerate(self.blocks):
+            if added and layer in added:
+                x = x + added[layer]
             x = block(x, layer, cache)
         cache.advance(1)
         return self.final_norm(x)

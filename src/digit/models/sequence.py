@@ -6,7 +6,8 @@
 Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. As released, prefix and [start | target]
 have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
 output projection are separate. Not as released: no special symbols (released decoding forbids them), so
-the softmax is over codes alone and no end-of-sequence symbol is predicted.
+the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
+(`models/aligned.py`), which is added to the target's positions: no position stands before the start symbol then.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,11 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError, MismatchError
+from digit.models.aligned import AlignedPrefix, check_grid
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import sincos_2d
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
-from digit.models.transformer import Dropout, KVCache, Transformer, TransformerConfig
+from digit.models.transformer import MAX_DEPTH, Added, Dropout, KVCache, Transformer, TransformerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,17 @@ class SequenceConfig(TransformerConfig):
     """Fraction of training sequences that see the plain start symbol, not their class (for guidance; paper: 0)."""
     prefix_dropout: float = 0.0
     """Fraction of training sequences that see a learned null prefix (for guidance; paper: 0)."""
+    conditioning: Literal["prefix", "aligned"] = "prefix"
+    """prefix: its tokens stand before the start symbol, as in the paper; aligned: an encoder reads them, and its output
+    is added where each target token is predicted."""
+    encoder_depth: int = 1
+    """Blocks of the encoder of an aligned prefix; bidirectional, of the model's width."""
+    added_blocks: int = 2
+    """Blocks to whose input an aligned prefix is added, evenly spaced from the first; at most depth."""
+    prefix_rows: int = 0
+    """Rows of the prefix's grid, for an aligned prefix."""
+    target_rows: int = 0
+    """Rows of the target's grid, for an aligned prefix."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +80,37 @@ class SequenceConfig(TransformerConfig):
                 raise DigitError(f"{name} is {rate}: choose a fraction from 0 to 1")
             if rate and not needed:
                 raise DigitError(f"{name} is {rate}, but the model has no {name.split('_')[0]}: set it to 0")
+        if self.conditioning not in ("prefix", "aligned"):
+            raise DigitError(f"conditioning is {self.conditioning!r}: choose prefix or aligned")
+        if self.aligned:
+            self._check_aligned()
+
+    def _check_aligned(self) -> None:
+        if not self.prefix_len:
+            raise DigitError("conditioning is aligned, but the model has no prefix: choose prefix")
+        check_grid("prefix", self.prefix_len, self.prefix_rows)
+        check_grid("target", self.target_len, self.target_rows)
+        for name, value, most in (
+            ("encoder_depth", self.encoder_depth, MAX_DEPTH),
+            ("added_blocks", self.added_blocks, self.depth),
+        ):
+            if not 1 <= value <= most:
+                raise DigitError(f"{name} is {value}: choose 1 to {most}")
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the prefix is added rather than put before the start symbol."""
+        return self.conditioning == "aligned"
+
+    @property
+    def start_position(self) -> int:
+        """Position of the start symbol: the prefix length, or 0 where the prefix is aligned."""
+        return 0 if self.aligned else self.prefix_len
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of the whole sequence, with the last target token."""
+        return self.start_position + 1 + self.target_len
 
     @property
     def kind(self) -> str:
@@ -100,6 +144,21 @@ class SequenceModel(nn.Module):
             self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_len, width))
         if cfg.prefix_dropout:
             self.null_prefix = nn.Parameter(torch.empty(width))
+        if cfg.aligned:
+            self.aligned = AlignedPrefix(
+                TransformerConfig(
+                    depth=cfg.encoder_depth,
+                    embed_dim=width,
+                    num_heads=cfg.num_heads,
+                    mlp_ratio=cfg.mlp_ratio,
+                    norm="pre",
+                    dropout=cfg.dropout,
+                    qk_norm=cfg.qk_norm,
+                ),
+                grid=(cfg.prefix_rows, cfg.prefix_len // cfg.prefix_rows),
+                target_grid=(cfg.target_rows, cfg.target_len // cfg.target_rows),
+                blocks=[i * cfg.depth // cfg.added_blocks for i in range(cfg.added_blocks)],
+            )
         self.dropout = Dropout(cfg.dropout)
         self.transformer = Transformer(cfg)
         self.head = nn.Linear(width, cfg.vocab_size, bias=False)
@@ -110,10 +169,12 @@ class SequenceModel(nn.Module):
         """The released initialisation: N(0, 1/D) tables and output projection, Xavier-uniform matrices, zero biases."""
         width = self.cfg.embed_dim
         for name, parameter in self.named_parameters():
-            if "transformer" not in name:  # tables, positions, output projection
+            if "transformer" not in name:  # tables, positions, projections
                 nn.init.normal_(parameter, std=width**-0.5)
             elif "norm" in name:
                 nn.init.constant_(parameter, float(name.endswith("weight")))
+            elif name.endswith("gain"):
+                nn.init.ones_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "qkv" in name:  # three square matrices in one
@@ -169,7 +230,9 @@ class SequenceModel(nn.Module):
 
     def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
         """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
-        return [(p, 3 if "qkv" in name else 1) for name, p in self.transformer.named_parameters() if p.ndim == 2]
+        parts = [self.transformer, *([self.aligned] if self.cfg.aligned else [])]
+        found = [pair for part in parts for pair in part.named_parameters()]
+        return [(p, 3 if "qkv" in name else 1) for name, p in found if p.ndim == 2]
 
     # ---------------------------------------------------------------- embedding
 
@@ -180,7 +243,7 @@ class SequenceModel(nn.Module):
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Embedded [prefix | start | target] with positions, T = P + 1 + L.
+        """Embedded [prefix | start | target] with positions, T = P + 1 + L; with an aligned prefix [start | target].
 
         `drop_prefix` marks rows that see the null prefix.
         """
@@ -192,8 +255,27 @@ class SequenceModel(nn.Module):
             if prefix is not None:
                 raise DigitError("this model takes no prefix (prefix_len 0): leave it out, or use a renderer")
             return x
+        if self.cfg.aligned:
+            return x  # `added` has the prefix
         before = self.with_positions(self._prefix(prefix, batch, drop_prefix), self.prefix_positions)  # (B, P, D)
         return torch.cat([before, x], dim=1)
+
+    def added(
+        self,
+        batch: int,
+        prefix: Int64[Tensor, "B P"] | None = None,
+        drop_prefix: Bool[Tensor, " B"] | None = None,
+    ) -> Added:
+        """What an aligned prefix adds to the input of some blocks: {block: (B, 1 + M, D)}; {} for any other model.
+
+        Row t belongs to position t of [start | target]. Each target token's part is added where it is predicted: one
+        position earlier in a next-token model.
+        """
+        if not self.cfg.aligned:
+            return {}
+        x = self.with_positions(self._prefix(prefix, batch, drop_prefix), self.prefix_positions)  # (B, P, D)
+        place = (0, 0, 1, 0) if self.cfg.masked else (0, 0, 0, 1)
+        return {block: F.pad(more, place) for block, more in self.aligned(self.dropout(x)).items()}
 
     def embed_token(self, token: Int64[Tensor, " B"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "B D"]:
         """Embedded target token number `index` (a number, or one on the device), as `embed` gives it."""
@@ -240,8 +322,10 @@ class SequenceModel(nn.Module):
             raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
         whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
         x = self.dropout(self.embed(target if whole else target[:, :-1], prefix, labels, drop_prefix))  # (B, T, D)
-        first = cfg.prefix_len + cfg.masked
-        return self.transformer(x, causal=not cfg.masked, first=first, hidden=hidden)[:, : target.shape[1]]
+        added = upto(self.added(len(target), prefix, drop_prefix), x.shape[1])
+        first = cfg.start_position + cfg.masked
+        y = self.transformer(x, causal=not cfg.masked, first=first, added=added, hidden=hidden)
+        return y[:, : target.shape[1]]
 
     def forward(
         self,
@@ -258,7 +342,8 @@ class SequenceModel(nn.Module):
             prefix: prefix codes (B, P); None uses the null prefix (models trained with prefix_dropout).
             labels: classes (B,) by position, 0..num_classes-1; -1 or None is the plain start symbol.
             return_hidden: also return the embedding output and every block's output over the whole sequence
-                [prefix | start | target], T = P + 1 + M (linear probes average over all of it).
+                [prefix | start | target], T = P + 1 + M (linear probes average over all of it); [start | target] where
+                the prefix is aligned.
 
         Raises:
             DigitError: prefix, labels, codes or lengths that the model was not built for; anything but integers.
@@ -286,7 +371,7 @@ class SequenceModel(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for [prefix | start | target]; the last target token is never an input."""
-        return KVCache(self.cfg, batch, self.cfg.prefix_len + self.cfg.target_len, like=self.start_embed.weight)
+        return KVCache(self.cfg, batch, self.cfg.num_positions - 1, like=self.start_embed.weight)
 
     # ---------------------------------------------------------------- training
 
@@ -340,10 +425,23 @@ def training_flops(cfg: SequenceConfig) -> float:
 
     The output projection counts at the target positions alone, the embeddings not at all.
     """
-    positions = cfg.prefix_len + cfg.target_len + (1 if cfg.masked else 0)
-    blocks = 12 * cfg.depth * cfg.embed_dim**2
-    attention = 2 * cfg.depth * positions * cfg.embed_dim  # q.k and attention.v, per position, multiply-adds
-    return 6.0 * positions * (blocks + attention) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+    positions = cfg.start_position + cfg.target_len + (1 if cfg.masked else 0)
+    total = block_flops(positions, cfg.depth, cfg.embed_dim) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+    if cfg.aligned:
+        total += block_flops(cfg.prefix_len, cfg.encoder_depth, cfg.embed_dim)
+        total += 6.0 * cfg.added_blocks * cfg.target_len * cfg.embed_dim**2
+    return total
+
+
+def block_flops(positions: int, depth: int, width: int) -> float:
+    """Training FLOPs of `depth` blocks over one sequence of so many positions."""
+    matrices, attention = 12 * depth * width**2, 2 * depth * positions * width  # multiply-adds a position
+    return 6.0 * positions * (matrices + attention)
+
+
+def upto(added: Added, length: int) -> Added:
+    """The parts of the first `length` positions."""
+    return {block: more[:, :length] for block, more in added.items()}
 
 
 def lift(codes: Float[Tensor, "V C"], width: int) -> Float[Tensor, "V {width}"]:

@@ -7,7 +7,7 @@ One backbone serves next-token models (causal) and masked ones (bidirectional).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,8 @@ from digit.errors import DigitError
 CACHE_SPAN = 32  # positions
 StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """`step_kernel.step_attention`: q, k, v (B, H, 1, d), keys and values (B, H, t, d), position (1,) to (B, H, 1, d)."""
+Added = Mapping[int, Tensor]
+"""Number of a block to what is added to its input, (B, T, D)."""
 MAX_DEPTH, MAX_MLP_RATIO = 1024, 1024  # larger numbers in a file are errors, and would take hours to build
 
 
@@ -40,6 +42,9 @@ class TransformerConfig:
     """post: LayerNorm after each residual sum (the prior); pre: before each branch and at the end (all others)."""
     dropout: float = 0.1
     """Dropout on the embeddings and on each residual branch; attention weights and activations get none."""
+    qk_norm: bool = False
+    """Divide queries and keys of each head by their root mean square, times a learned gain for each of its channels
+    (Dehghani et al. 2023, section 2). The paper's models do not."""
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads"):
@@ -197,6 +202,9 @@ class Attention(nn.Module):
         self.num_heads = cfg.num_heads
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.out = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+        self.qk_norm = cfg.qk_norm
+        if cfg.qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.embed_dim // cfg.num_heads)) for _ in range(2))
 
     def forward(
         self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | SteppedCache | None, first: int = 0
@@ -216,11 +224,14 @@ class Attention(nn.Module):
     def with_positions(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, n, d) of positions start .. start + n - 1, start a number or (1,) on the device.
 
-        Returned unchanged: the paper's models learn a table that `SequenceModel.with_positions` adds to the input. A
-        scheme that acts on queries and keys, such as rotary positions, belongs here: training, the first pass of
-        decoding and each cached step (models/decoding.py) all call it.
+        The paper's models learn a table that `SequenceModel.with_positions` adds to the input, so no position enters
+        here. A scheme that acts on queries and keys, such as rotary positions, belongs here, as `qk_norm` does:
+        training, the first pass of decoding and each cached step (models/decoding.py) all call it.
         """
-        return q, k
+        if not self.qk_norm:
+            return q, k
+        width = (q.shape[-1],)
+        return F.rms_norm(q, width, self.q_gain.to(q.dtype)), F.rms_norm(k, width, self.k_gain.to(k.dtype))
 
 
 class MLP(nn.Module):
@@ -270,6 +281,7 @@ class Transformer(nn.Module):
         causal: bool,
         first: int = 0,
         cache: KVCache | SteppedCache | None = None,
+        added: Added | None = None,
         hidden: list[Tensor] | None = None,
     ) -> Float[Tensor, "B T-{first} D"]:
         """Features after the last block and the final norm, of positions from `first` on.
@@ -279,13 +291,16 @@ class Transformer(nn.Module):
             causal: whether position t sees positions up to t alone.
             first: earlier outputs are not returned, and the last block skips their feed-forward layer.
             cache: keys and values of earlier positions; extended by these.
+            added: what is added to the input of some blocks (an aligned prefix).
             hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
         """
         if hidden is not None:
             hidden.append(x)
         length, skip = x.shape[1], first if hidden is None else 0
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
+            if added and number in added:
+                x = x + added[number]
             x = block(x, causal=causal, cache=cache, first=skip if last else 0)  # (B, T, D)
             if hidden is not None:
                 hidden.append(x)

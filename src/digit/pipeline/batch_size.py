@@ -11,8 +11,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from digit.models.pixels import PixelConfig
 from digit.models.sequence import SequenceConfig
 from digit.sampling.config import SamplingConfig, StageSampling
+from digit.sampling.pixels import RENDERED_TOGETHER, RENDERED_TOGETHER_ON_GPU
 from digit.tokenizers.vq import VQTokenizer
 
 CPU_BATCH, GPU_BATCH = 64, 128  # largest batches; a few images take as long as a whole batch
@@ -57,7 +59,7 @@ def is_gpu(model: SampledModel) -> bool:
 
 
 def choose_batch_size(
-    prior: SampledModel | None, renderer: SampledModel, vq: VQTokenizer, cfg: SamplingConfig, free: int
+    prior: SampledModel | None, renderer: SampledModel, vq: VQTokenizer | None, cfg: SamplingConfig, free: int
 ) -> int:
     """The largest power of two, up to 64 on a CPU and 128 on a GPU, that fits into 80% of `free` bytes; at least 1.
 
@@ -70,14 +72,23 @@ def choose_batch_size(
 
 
 def sampling_bytes(
-    prior: SampledModel | None, renderer: SampledModel, vq: VQTokenizer, cfg: SamplingConfig, batch_size: int
+    prior: SampledModel | None, renderer: SampledModel, vq: VQTokenizer | None, cfg: SamplingConfig, batch_size: int
 ) -> int:
-    """Upper estimate of the memory in bytes that a batch takes in addition to the loaded weights."""
+    """Upper estimate of the memory in bytes that a batch takes in addition to the loaded weights.
+
+    `vq` is None for a renderer straight to pixels, which has a decoder of its own.
+    """
     stages = [(renderer, cfg.renderer)] + ([(prior, cfg.prior)] if prior is not None else [])
     kept = sum(_kept_bytes(model, stage, cfg, batch_size) for model, stage in stages)
     passing = [_passing_bytes(model, stage, cfg, batch_size) for model, stage in stages]
-    net, side = vq.vqgan.cfg, vq.resolution
-    maps = DECODER_MAPS * vq.decoded_together * net.level_channels[0] * side**2 * 4  # float32
+    if vq is not None:
+        net, together = vq.vqgan.cfg, vq.decoded_together
+    elif isinstance(renderer.cfg, PixelConfig):
+        net, together = renderer.cfg.decoder, RENDERED_TOGETHER_ON_GPU if is_gpu(renderer) else RENDERED_TOGETHER
+    else:  # another kind of renderer, of which nothing is known
+        return kept + max(passing)
+    side = net.resolution
+    maps = DECODER_MAPS * together * net.level_channels[0] * side**2 * 4  # float32
     pictures = 2 * batch_size * 3 * side**2  # uint8, as chunks and joined
     return kept + max(*passing, maps + pictures)
 
@@ -87,16 +98,16 @@ def _kept_bytes(model: SampledModel, stage: StageSampling, cfg: SamplingConfig, 
     element, shape = _element(cfg), model.cfg
     copied = element < model.dtype.itemsize or not is_gpu(model)
     weights = sum(p.numel() for p in model.parameters()) * element if copied else 0
-    if shape.masked:
+    if shape.masked or isinstance(shape, PixelConfig):
         return weights
-    positions = shape.prefix_len + shape.target_len
+    positions = shape.num_positions - 1
     return weights + _rows(model, stage, batch_size) * 2 * shape.depth * shape.embed_dim * positions * element
 
 
 def _passing_bytes(model: SampledModel, stage: StageSampling, cfg: SamplingConfig, batch_size: int) -> int:
     """Bytes of the activations of a pass over the whole sequence, and of the logits in the filters."""
     rows, shape = _rows(model, stage, batch_size), model.cfg
-    length = shape.prefix_len + 1 + shape.target_len
+    length = shape.prefix_len if isinstance(shape, PixelConfig) else shape.num_positions
     width = 8 * shape.embed_dim + 2 * shape.mlp_dim  # q, k, v and copies, two of the stream; the MLP before and after
     activations = rows * length * width * _element(cfg)
     return activations + rows * (shape.target_len if shape.masked else 1) * shape.vocab_size * LOGIT_BYTES

@@ -34,8 +34,8 @@ class Filled:
     """As decoded from the tokens."""
     pasted: UInt8[Tensor, "B 3 S S"]
     """The same with the picture's own pixels in the kept cells."""
-    vq: Int64[Tensor, "B M"]
-    """VQ tokens; those of kept cells are the picture's."""
+    vq: Int64[Tensor, "B M"] | None
+    """VQ tokens; those of kept cells are the picture's. None where the renderer gives pixels."""
     discriminative: Int64[Tensor, "B N"] | None
     """Discriminative tokens; None in a VQ-only pipeline."""
     label: int
@@ -44,10 +44,11 @@ class Filled:
 
 def cell_grid(pipe: DigitPipeline) -> tuple[int, int]:
     """(rows, columns) of the cells that can be kept: the discriminative tokens', else the VQ tokens'."""
-    tokenizers = pipe.tokenizers
-    name = "discriminative" if "discriminative" in tokenizers and pipe.prior is not None else "vq"
+    if pipe.tokenizer is not None and pipe.prior is not None:
+        return pipe.tokenizer.grid
     pipe.require("vq")
-    return tokenizers[name].grid
+    assert pipe.vq is not None
+    return pipe.vq.grid
 
 
 @torch.no_grad()
@@ -82,25 +83,29 @@ def fill_cells(
     if len(labels) != 1:
         raise DigitError(f"{len(labels)} labels for one picture: give one")
     seeds, cfg = [seed + i for i in range(num)], pipe.sized(pipe.settings(**sampling))
-    assert cfg.batch_size is not None and pipe.vq is not None and pipe.renderer is not None
+    assert cfg.batch_size is not None and pipe.renderer is not None
     stages = [("prior", pipe.prior, "discriminative")] if pipe.renderer.cfg.prefix_len else []
-    prefix, known = None, {}
+    prefix, decoded, known = None, None, {}
     for name, model, kind in [*stages, ("renderer", pipe.renderer, "vq")]:
         assert model is not None, "checked by guess_labels and class_positions"
-        tokenizer = pipe.tokenizers[kind]
-        own = tokenizer.encode(images).to(pipe.device).expand(num, -1)
         size = micro_batch_size(model, cfg.batch_size)
         sampler = make_sampler(model, getattr(cfg, name), precision=cfg.precision, micro_batch_size=size, stage=name)
         rows = labels.expand(num) if model.cfg.num_classes else None
+        if sampler.output == "images":
+            decoded = sampler(seeds, prefix=prefix, labels=rows).cpu()
+            continue
+        tokenizer = pipe.tokenizers[kind]
+        own = tokenizer.encode(images).to(pipe.device).expand(num, -1)
         prefix = known[kind] = sample_around(
             sampler, seeds, own, spread(keep, tokenizer.grid).flatten(), prefix=prefix, labels=rows, on_step=on_step
         )
-    decoded = pipe.decode(known["vq"], cfg.precision).cpu()
+    if decoded is None:
+        decoded = pipe.decode(known["vq"], cfg.precision).cpu()
     pixels = spread(keep, (pipe.image_size, pipe.image_size))
     return Filled(
         images=decoded,
         pasted=torch.where(pixels, images.cpu(), decoded),
-        vq=known["vq"].cpu(),
+        vq=known["vq"].cpu() if "vq" in known else None,
         discriminative=known["discriminative"].cpu() if "discriminative" in known else None,
         label=int(labels[0]),
     )

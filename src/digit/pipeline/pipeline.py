@@ -2,6 +2,7 @@
 
     stage 1   [label or start] -> prior -> discriminative tokens (B, N)
     stage 2   [discriminative tokens | start] -> renderer -> VQ tokens (B, M) -> VQGAN decoder -> pixels
+    or        discriminative tokens -> renderer straight to pixels -> pixels
 
 A pipeline without prior is a baseline of the paper: its renderer models VQ tokens alone ("VQ only").
 """
@@ -94,7 +95,8 @@ class DigitPipeline:
 
     Attributes:
         tokenizer: discriminative tokenizer, `encode((B, 3, H, W) uint8) -> (B, N) int64`; None if VQ-only.
-        vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`.
+        vq: VQ tokenizer, `encode(images) -> (B, M) int64`, `decode((B, M)) -> (B, 3, H, W) uint8`; None where the
+            renderer goes straight to pixels.
         prior: stage 1, `prior(tokens (B, N), labels=None) -> (B, N, K)` next-token logits; None in a VQ-only baseline.
         renderer: stage 2, `renderer(vq_tokens (B, M), prefix=tokens) -> (B, M, V)`.
         classes: class names; empty where the pipeline is unconditional or the classes have no names.
@@ -150,6 +152,7 @@ class DigitPipeline:
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
             ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
+            ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", self.preprocess.crop_size),
         ]
         for left, first, right, second in pairs:
             if first and second and first != second:
@@ -308,7 +311,8 @@ class DigitPipeline:
     ) -> dict[str, Tensor]:
         """As `generate`, before pixels: {"discriminative": (num, N), "vq": (num, M), "labels": (num,)} int64.
 
-        The labels are positions in `classes`. A VQ-only pipeline has no "discriminative".
+        The labels are positions in `classes`. A VQ-only pipeline has no "discriminative", one whose renderer goes
+        straight to pixels no "vq".
         """
         request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
         batches = [batch.tokens for batch in self._sample(request, self.sized(self.settings(**sampling)), pixels=False)]
@@ -365,9 +369,10 @@ class DigitPipeline:
         given = {
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
             for name, tokenizer in self.tokenizers.items()
+            if not (name == "vq" and self.renders_pixels)
         }
         request = GenerationRequest(
-            seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given["vq"]
+            seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given.get("vq")
         )
         return as_output(self._pixels(self._sample(request, self.sized(self.settings(**sampling)))), output)
 
@@ -410,23 +415,32 @@ class DigitPipeline:
 
         Raises DigitError for anything but integers, MismatchError for tokens that the renderer does not know.
         """
+        if self.renders_pixels:
+            request = self._token_request(tokens, seed)
+            return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
         return self.decode(self.render_tokens(tokens, seed, **sampling), self.settings(**sampling).precision)
 
     def render_tokens(
         self, tokens: Integers, seed: int = 0, *, on_step: OnStep | None = None, **sampling: Any
     ) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64; `on_step` as in `stream`."""
+        if self.renders_pixels:
+            raise DigitError("this renderer goes straight to pixels, without VQ tokens: call render()")
         self.require("vq", "renderer")
+        request = self._token_request(tokens, seed)
+        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
+        nothing = torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64)
+        return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
+
+    def _token_request(self, tokens: Integers, seed: int) -> GenerationRequest:
+        """Images of these discriminative tokens. Raises as `render`."""
         renderer = self._require_renderer().cfg
         if not renderer.prefix_len:
             raise DigitError("this pipeline is VQ-only: its renderer takes no discriminative tokens")
         tokens = as_tokens(
             tokens, vocab_size=renderer.prefix_vocab_size, num_tokens=renderer.prefix_len, owner="the renderer"
         )
-        request = GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
-        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
-        nothing = torch.empty(0, renderer.target_len, dtype=torch.int64)
-        return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
+        return GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
         nothing = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -531,14 +545,15 @@ class DigitPipeline:
         taken = get_kind(model.cfg.kind).settings if model is not None else ()
         for name in names:
             if model is not None and name not in taken:
-                has = f"this {stage} is {model.cfg.kind} and takes {', '.join(taken)}"
+                has = f"this {stage} is {model.cfg.kind} and takes {', '.join(taken) or 'no settings'}"
                 raise DigitError(f"{stage}.{name} is given, but {has}: leave it out")
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
         """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
         if cfg.batch_size is not None:
             return cfg
-        renderer, vq = self._require_renderer(), self._require_vq()
+        renderer = self._require_renderer()
+        vq = None if self.renders_pixels else self._require_vq()
         prior = self.prior if renderer.cfg.prefix_len else None
         free = free_memory(self.device) + self._samplers.held_bytes  # these give way, or are used again
         return replace(cfg, batch_size=choose_batch_size(prior, renderer, vq, cfg, free))

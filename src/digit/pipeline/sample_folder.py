@@ -98,7 +98,7 @@ def sample(
 
     cfg, request = distributed.on_main(settle)
     assert pipe.renderer is not None, "pipe.labels checked the parts"
-    lengths = {"vq": pipe.renderer.cfg.target_len}
+    lengths = {} if pipe.renders_pixels else {"vq": pipe.renderer.cfg.target_len}
     if pipe.renderer.cfg.prefix_len:
         lengths["discriminative"] = pipe.renderer.cfg.prefix_len
     names = [pipe.classes[k] if 0 <= k < len(pipe.classes) else None for k in classes.tolist()]
@@ -194,12 +194,16 @@ def describe_request(
     pipe: DigitPipeline, num: int, labels: ClassPositions | None, seed: int, cfg: SamplingConfig
 ) -> dict[str, Any]:
     """Everything that determines the images, as JSON gives it back. Equal requests give equal images."""
-    assert pipe.vq is not None and pipe.renderer is not None, "pipe.labels checked the parts"
+    assert pipe.renderer is not None, "pipe.labels checked the parts"
     models = {"renderer": pipe.renderer}
     if pipe.renderer.cfg.prefix_len:
         assert pipe.prior is not None, "pipe.labels checked the parts"
         models["prior"] = pipe.prior
     weights = {name: sha256_tensors(model.state_dict()) for name, model in models.items()}
+    rounding = "nearest"  # of a renderer straight to pixels
+    if not pipe.renders_pixels:
+        assert pipe.vq is not None, "pipe.labels checked the parts"
+        weights, rounding = weights | {"vqgan": pipe.vq.fingerprint}, pipe.vq.rounding
     return plain(
         {
             "num": num,
@@ -208,8 +212,8 @@ def describe_request(
             "batch_size": cfg.batch_size,
             "precision": cfg.precision,
             **{name: asdict(getattr(cfg, name)) for name in models},
-            "weights": weights | {"vqgan": pipe.vq.fingerprint},
-            "rounding": pipe.vq.rounding,
+            "weights": weights,
+            "rounding": rounding,
             "device": pipe.device.type,
         }
     )

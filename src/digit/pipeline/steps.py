@@ -25,9 +25,10 @@ def watched(
 ) -> Iterator[None]:
     """A context in which one call of `sampler` for `num` images reports each of its steps.
 
-    A sampler that replays recorded CUDA graphs reports nothing: its steps run without Python.
+    A sampler that replays recorded CUDA graphs reports nothing, since its steps run without Python; one that gives
+    images has no tokens to report.
     """
-    if on_step is None or sampler.records:
+    if on_step is None or sampler.records or sampler.output == "images":
         yield
         return
     pick = sampler.pick

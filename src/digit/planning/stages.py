@@ -16,13 +16,14 @@ from digit.pipeline.batch_size import choose_batch_size, sampling_bytes
 from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, KERNELS_PER_BLOCK, Kind, Machine
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
-from digit.runs.checks import check_recipe, chosen_settings, vqgan_config
+from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.recipes import Recipe
 from digit.runs.report import num_judged, num_shown
 from digit.runs.roles import get_role
 from digit.runtime.settings import check_settings, flat, within
 from digit.sampling.config import StageSampling
 from digit.tokenizers.base import FitCost
+from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
 
 IMAGENET_IMAGES = 1_281_167
@@ -91,6 +92,7 @@ class Planner:
     def __init__(self, recipe: Recipe, machine: Machine, order: Order, *, chosen: Sequence[str] | None = None) -> None:
         classes = order.num_classes if recipe.class_conditional else 0
         self.recipe, self.machine, self.order = recipe, machine, order
+        check_reuse(recipe, order.reuse)
         sizes = {name: value for name, value in flat(recipe).items() if SIZE_OF_A_PART.fullmatch(name)}
         check_recipe(
             recipe,
@@ -114,7 +116,7 @@ class Planner:
         if "codebook" not in reuse:
             yield self.features()
             yield self.quantizer()
-        if "vqgan" not in reuse and recipe.vqgan_training.num_steps:
+        if "vqgan" not in reuse and recipe.has_vqgan and recipe.vqgan_training.num_steps:
             yield self.vqgan()
         if "tokens" not in reuse:
             yield self.tokens()
@@ -172,32 +174,39 @@ class Planner:
         """Training of the VQGAN."""
         cfg, work = self.recipe.vqgan_training, self.work
         images = cfg.num_steps * cfg.batch_size
-        weights = work.vq_encoder.weights + work.vq_decoder.weights
-        rows = math.ceil(cfg.batch_size / self.machine.count)
-        maps = rows * sum(self._vqgan_maps()) * (4 if cfg.precision == "fp32" else 2)
         times = {"vqgan training": self._seconds("vqgan training", images * work.vqgan_training_flops)}
-        what = f"{count(cfg.num_steps)} steps of {cfg.batch_size}"
         return Stage(
             name="vqgan",
-            what=what,
-            memory=4.0 * 5 * weights + maps,  # weights, gradients, two moments, average
+            what=f"{count(cfg.num_steps)} steps of {cfg.batch_size}",
+            memory=self._adversarial_memory(cfg, work.vq_encoder.weights + work.vq_decoder.weights, networks=2),
             times=times | self._decoding(min(images, self.order.images)),  # crops are cached
         )
 
-    def _vqgan_maps(self) -> Iterator[float]:
-        """Elements that one image's backward pass needs, per level of encoder and decoder."""
+    def _adversarial_memory(self, cfg: AdversarialConfig, weights: float, networks: int) -> float:
+        """Bytes to train encoder and decoder (two networks), or a decoder alone, with so many weights in all."""
+        rows = math.ceil(cfg.batch_size / self.machine.count)
+        maps = rows * sum(self._network_maps()) * networks * (4 if cfg.precision == "fp32" else 2)
+        return 4.0 * 5 * weights + maps  # weights, gradients, two moments, average
+
+    def _network_maps(self) -> Iterator[float]:
+        """Elements that one image's backward pass needs, per level of encoder or decoder."""
         cfg = self.work.vqgan
         for level, channels in enumerate(cfg.level_channels):
             side = cfg.resolution / 2**level
             # a residual block keeps its input, two norms (each before and after swish) and two convolutions' outputs
-            yield 2 * (cfg.num_res_blocks + 1) * 6 * channels * side**2
+            yield (cfg.num_res_blocks + 1) * 6 * channels * side**2
 
     def tokens(self) -> Stage:
-        """Both kinds of tokens of every crop."""
+        """The tokens of every crop: both kinds, or the discriminative ones alone where nothing needs the others."""
         crops = self.order.images * self.recipe.crops_per_image
-        kinds = ("discriminative",) if VQ_TOKENS in self.order.reuse else ("discriminative", "vq")
+        kinds = ("discriminative", "vq") if self._makes_vq_tokens else ("discriminative",)
         times = {"encoding": self._encoding(crops, kinds)} | self._decoding(self.order.images)
         return Stage(name="tokens", what=f"{count(crops)} crops", memory=self._tokenizing_memory(), times=times)
+
+    @property
+    def _makes_vq_tokens(self) -> bool:
+        """Whether the run makes VQ tokens: a model needs them, and no other store has them."""
+        return self.recipe.has_vq_tokens and VQ_TOKENS not in self.order.reuse
 
     def _encoding(self, crops: float, kinds: Sequence[str]) -> float:
         """Seconds to turn crops into some kinds of tokens, without decoding."""
@@ -218,13 +227,13 @@ class Planner:
     @property
     def store_bytes(self) -> float:
         """Bytes of the token store on disk, without VQ tokens that are links."""
-        vq_tokens = 0 if VQ_TOKENS in self.order.reuse else self.work.vqgan.num_tokens
+        vq_tokens = self.work.vqgan.num_tokens if self._makes_vq_tokens else 0
         row = TOKEN_BYTES * (self.work.num_tokens + vq_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
     # ---------------------------------------------------------------- models
 
-    def training_config(self, name: str) -> TrainConfig:
+    def training_config(self, name: str) -> TrainConfig | AdversarialConfig:
         """The recipe's training settings, with the number of steps that `epochs` takes if it is set."""
         cfg = self.recipe.training(get_role(name))
         if self.order.epochs is None:
@@ -237,8 +246,16 @@ class Planner:
         return training_memory(cfg, training, num_devices=self.machine.count, gpu=self.machine.gpu)
 
     def training(self, name: str) -> Stage:
-        """Training of one sequence model."""
+        """Training of one model."""
         cfg = self.training_config(name)
+        if isinstance(cfg, AdversarialConfig):
+            parameters = self.work.pixel_renderer.weights
+            return Stage(
+                name=name,
+                what=f"{count(parameters)} parameters, {count(cfg.num_steps)} steps of {cfg.batch_size}",
+                memory=self._adversarial_memory(cfg, parameters, networks=1) + self._beside,
+                times=self.training_times(name),
+            )
         memory = self.memory(name, cfg).peak + self._beside
         parameters = num_parameters(self.work.sequence(name))
         split = f" in {cfg.accumulate} micro-batches" if cfg.accumulate > 1 else ""
@@ -269,10 +286,15 @@ class Planner:
         the same devices, and decoded meanwhile on the CPU."""
         cfg = self.training_config(name)
         flops = self.work.training_flops(name) * cfg.num_steps * cfg.batch_size
-        flops *= 4 / 3 if cfg.checkpoint_activations else 1  # a second forward pass
-        seconds, images = self._seconds("training", flops), cfg.num_steps * cfg.batch_size
+        images = cfg.num_steps * cfg.batch_size
+        if isinstance(cfg, AdversarialConfig):
+            seconds, limit = self._seconds("vqgan training", flops), "vqgan training"
+        else:
+            flops *= 4 / 3 if cfg.checkpoint_activations else 1  # a second forward pass
+            seconds, limit = self._seconds("training", flops), "matrix multiplication"
         if not self.fresh:
-            return {"matrix multiplication": seconds}
+            crops = self._decoding(images) if limit == "vqgan training" else {}  # of every step; tokens are stored
+            return {limit: seconds} | crops
         return {"training and encoding": seconds + self.encoding_seconds(name)} | self._decoding(images)
 
     def encoding_seconds(self, name: str) -> float:
@@ -303,7 +325,7 @@ class Planner:
     # ---------------------------------------------------------------- sampling
 
     def sampling(self) -> Stage:
-        """Both stages token by token, then pixels: the images of the report, and further ones."""
+        """Token by token, then pixels: the images of the report, and further ones."""
         names, more = self.recipe.model_names, self.order.samples
         batch, memory = self._sampled_together(names)
         report = num_shown(self.work.num_classes) + num_judged(self.order.images)
@@ -315,12 +337,14 @@ class Planner:
         """Seconds to sample images with some models (names of ROLES, the renderer last), by what could limit it."""
         batch, _ = self._sampled_together(names)
         totals: dict[str, float] = {}
-        for name in names:
+        straight = get_role(names[-1]).kind == "pixels"
+        for name in names[:-1] if straight else names:
             settings = getattr(self.recipe.sampling, get_role(name).settings)
             for cause, seconds in self.batch_seconds(self.work.sequence(name), settings, batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
         batches = math.ceil(samples / batch / self.machine.count)
-        pixels = self._seconds("convolutions", samples * self.work.vq_decoder.flops)
+        decoder = self.work.pixel_renderer if straight else self.work.vq_decoder
+        pixels = self._seconds("convolutions", samples * decoder.flops)
         return {cause: seconds * batches + pixels for cause, seconds in totals.items()}
 
     def _sampled_together(self, names: Sequence[str]) -> tuple[int, float]:
@@ -328,7 +352,11 @@ class Planner:
         work, sampling = self.work, self.recipe.sampling
         *priors, renderer = (self._stand_in(name) for name in names)
         prior, vq = (priors[0] if priors else None), BlankVQ(work.vqgan, self._device)
-        weights = 4.0 * (sum(num_parameters(work.sequence(name)) for name in names) + work.vq_decoder.weights)
+        weights = 4.0 * sum(num_parameters(work.sequence(name)) for name in names)
+        if get_role(names[-1]).kind == "pixels":
+            vq = None
+        else:
+            weights += 4.0 * work.vq_decoder.weights
         free = int(self.machine.usable - weights)
         batch = sampling.batch_size or choose_batch_size(prior, renderer, vq, sampling, free)
         return batch, weights + sampling_bytes(prior, renderer, vq, sampling, batch)
@@ -359,7 +387,7 @@ class Planner:
             return {"matrix multiplication": sampling.num_steps * forward / peak}
         matrices = 12.0 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
         cache = (
-            2.0 * cfg.depth * rows * (cfg.prefix_len + cfg.target_len / 2) * cfg.embed_dim
+            2.0 * cfg.depth * rows * (cfg.start_position + cfg.target_len / 2) * cfg.embed_dim
         )  # keys and values, mean over positions
         read = cfg.target_len * (matrices + cache) * width  # bytes: all weights and the cache so far, for each token
         times = {"matrix multiplication": forward / peak, "memory bandwidth": read / (machine.bandwidth * share)}

@@ -14,13 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.efficientnet import EfficientNet
+from digit.models.pixels import PixelConfig, PixelRenderer
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.planning.machines import Kind
 from digit.runs.checks import vqgan_config
 from digit.runs.recipes import Recipe, TokenSpace
+from digit.runs.roles import get_role
+from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net
 from digit.tokenizers.vq import VQTokenizer
+from digit.training.adversarial import AdversarialConfig
 
 VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # FLOPs per input pixel of each stage of VGG16
 LITE0_FLOPS_128 = 0.25e9  # EfficientNet-Lite0 at 128 px: the perceptual loss `encoder`
@@ -79,6 +83,11 @@ class Work:
         return self._features[0]
 
     @property
+    def token_rows(self) -> int:
+        """Rows of their grid."""
+        return self._encoder.grid(self.recipe.encoder.input_size)[0]
+
+    @property
     def dim(self) -> int:
         """Feature dimension D of the encoder."""
         return self._features[1]
@@ -108,10 +117,27 @@ class Work:
         return 2.0 * self.num_tokens * self.dim * self.recipe.quantizer_cfg.vocab_size
 
     @cached_property
+    def pixel_renderer(self) -> Network:
+        """The renderer straight to pixels."""
+        tokens = torch.zeros(1, self.num_tokens, dtype=torch.int64)
+        cfg = self.sequence("renderer_pixels")
+        assert isinstance(cfg, PixelConfig)
+        noise = torch.zeros(1, *cfg.noise_shape)
+
+        def render(net: nn.Module) -> Any:
+            assert isinstance(net, PixelRenderer)
+            return net.render(tokens, noise)
+
+        return self._count(lambda: PixelRenderer(cfg), render, "convolutions")
+
+    @cached_property
     def vqgan_training_flops(self) -> float:
         """FLOPs per training image: forward and backward (three forwards), perceptual loss and discriminator."""
-        cfg, side = self.recipe.vqgan_training, self.vqgan.resolution
-        total = 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops)
+        return 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops) + self._loss_flops(self.recipe.vqgan_training)
+
+    def _loss_flops(self, cfg: AdversarialConfig) -> float:
+        """FLOPs per training image of the perceptual loss and the discriminator."""
+        side, total = self.vqgan.resolution, 0.0
         if cfg.perceptual == "encoder":
             total += 3 * LITE0_FLOPS_128  # forward for target and output, backward to the output
         elif cfg.perceptual != "none":
@@ -130,13 +156,15 @@ class Work:
     def sequence(self, name: str) -> SequenceConfig:
         """The configuration of one of ROLES."""
         tokens = {
-            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens),
-            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens),
+            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens, self.token_rows),
+            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens, self.vqgan.grid[0]),
         }
-        return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes)
+        return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes, vqgan=self.vqgan)
 
     def training_flops(self, name: str) -> float:
         """Of one training image of one of ROLES."""
+        if get_role(name).kind == "pixels":
+            return 3.0 * self.pixel_renderer.flops + self._loss_flops(self.recipe.pixels_training)
         return training_flops(self.sequence(name))
 
 
@@ -156,7 +184,7 @@ class BlankVQ(VQTokenizer):
 def blank_model(cfg: SequenceConfig) -> SequenceModel:
     """Builds a sequence model without storage."""
     with torch.device("meta"):
-        return SequenceModel(cfg)
+        return get_kind(cfg.kind).model(cfg)
 
 
 def num_parameters(cfg: SequenceConfig) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from digit.errors import DigitError
+from digit.reproduce.beyond import beyond
 from digit.reproduce.checks import check_everything
 from digit.reproduce.claims import claims
 from digit.reproduce.experiment import Experiment, Outcome, perform, plan
@@ -25,7 +26,7 @@ TARGETS: dict[str, Callable[[Study], Experiment]] = {
     for target in (
         *(table1, table2, table3, table4),
         *(fig1, fig3a, fig3b, fig4a, fig4b, fig5, fig6, fig7, fig8),
-        *(latent, claims),
+        *(latent, claims, beyond),
     )
 }
 

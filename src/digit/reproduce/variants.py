@@ -67,7 +67,7 @@ def same_model(first: Recipe, second: Recipe, model: str) -> bool:
 
 OF_ROLES = (  # fields that decide single models: `Recipe.size` and `Recipe.training` read them
     "prior", "prior_training", "renderer", "renderer_training", "renderer_kind", "masked_steps", "vq_only_steps",
-    "class_conditional",
+    "pixels", "pixels_training", "class_conditional",
 )  # fmt: skip
 
 

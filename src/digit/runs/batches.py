@@ -11,6 +11,7 @@ from torch import Tensor
 from digit.data.fresh import FreshCrops
 from digit.data.tokens import TokenBatches
 from digit.models.tokenizer import ImageTokenizer
+from digit.training.loop import step_seed
 
 ENCODED_TOGETHER = 64  # images
 Arguments = Callable[[dict[str, Tensor]], dict[str, Any]]
@@ -56,6 +57,41 @@ class ModelBatches:
 
     def close(self) -> None:
         self.read.close()
+
+
+@dataclass(frozen=True)
+class NoisyPrefix:
+    """Batches whose prefix codes are swapped for near ones at random, as a prior's mistakes would.
+
+    Each code is swapped with probability `rate` (1 - step / num_steps): much at first, nothing at the end. Equal for
+    any number of processes. `near` (K, n) int64 lists the codes nearest to each.
+    """
+
+    batches: Batches
+    near: Tensor
+    rate: float
+    num_steps: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        batch = self.batches.part(step, start, stop)
+        prefix = batch["prefix"]
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step))
+        shape = (self.batch_size, prefix.shape[1])
+        swap = torch.rand(shape, generator=generator) < self.rate * max(0.0, 1 - step / self.num_steps)
+        which = torch.randint(self.near.shape[1], shape, generator=generator)
+        near = self.near[prefix.cpu(), which[start:stop]]  # (B, P)
+        return batch | {"prefix": torch.where(swap[start:stop].to(prefix.device), near.to(prefix), prefix)}
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.batches.rows(step)
+
+    def close(self) -> None:
+        self.batches.close()
 
 
 @dataclass(frozen=True)

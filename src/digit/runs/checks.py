@@ -6,7 +6,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from digit.data.tokens import MAX_VOCAB
@@ -18,6 +18,7 @@ from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net, resizes_positions
 from digit.tokenizers.vq import asset_config
+from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def check_recipe(
     check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
     check_warmup(recipe, chosen)
-    check_sampling(recipe, num_classes)
+    check_sampling(recipe, num_classes, chosen)
     if "codebook" not in parts:
         check_codebook(recipe, num_images)
 
@@ -94,7 +95,13 @@ def unused_settings(recipe: Recipe, reuse: Iterable[str] = ()) -> list[Rule]:
     rules = [
         (True, group(MADE_BY[part]), f"leave it out, or make a new {part} without --reuse_{part}") for part in reuse
     ]
-    return [*rules, *unused_by_tokenizers(recipe), *unused_by_vqgan_training(recipe), *unused_by_models(recipe)]
+    return [
+        *rules,
+        *unused_by_tokenizers(recipe),
+        *unused_by_vqgan_training(recipe),
+        *unused_by_pixels(recipe),
+        *unused_by_models(recipe),
+    ]
 
 
 def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
@@ -119,28 +126,69 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
 def unused_by_vqgan_training(recipe: Recipe) -> list[Rule]:
     """Unused settings of vqgan_training."""
     cfg, taken = recipe.vqgan_training, "the VQGAN is taken as it is: set vqgan_training.num_steps above 0"
-    perceptual = "perceptual(_stages|_crop)?" if cfg.perceptual_weight == 0 else "perceptual_(weight|stages|crop)"
-    adversarial = "adversarial_weight is 0: set it above 0"
     rules = [
         (cfg.num_steps == 0, r"(?!num_steps|seed).*", taken),
-        (cfg.seed != recipe.seed, "seed", "set the run's one seed"),
         (True, "keep_best", "the VQGAN has no validation: leave it out"),
+        (cfg.restart_below == 0, "restart_every", "restart_below is 0: set it above 0"),
+        *unused_by_losses(cfg, recipe.seed),
+    ]  # fmt: skip
+    return [(applies, rf"vqgan_training\.{pattern}", why) for applies, pattern, why in rules]
+
+
+def unused_by_losses(cfg: AdversarialConfig, seed: int) -> list[Rule]:
+    """Unused settings of a training with perceptual and adversarial loss, without the name of the training."""
+    perceptual = "perceptual(_stages|_crop)?" if cfg.perceptual_weight == 0 else "perceptual_(weight|stages|crop)"
+    adversarial = "adversarial_weight is 0: set it above 0"
+    return [
+        (cfg.seed != seed, "seed", "set the run's one seed"),
         (cfg.perceptual == "none" or cfg.perceptual_weight == 0, perceptual, "it has no perceptual loss: set one"),
         (cfg.perceptual == "encoder", "perceptual_stages", "perceptual encoder has no stages: set vgg"),
         (cfg.adversarial_weight == 0, "(adversarial_(start|ramp)|discriminator_.*)", adversarial),
-        (cfg.restart_below == 0, "restart_every", "restart_below is 0: set it above 0"),
     ]  # fmt: skip
-    return [(applies, rf"vqgan_training\.{pattern}", why) for applies, pattern, why in rules]
+
+
+def unused_by_pixels(recipe: Recipe) -> list[Rule]:
+    """Unused settings of a renderer straight to pixels, and those that a run with one ignores."""
+    if recipe.renderer_kind != "pixels":
+        why = "it is of a renderer straight to pixels: set renderer_kind to pixels"
+        return [(True, r"pixels(_training)?\..*", why)]
+    one_pass = "renderer_kind is pixels, one pass in which nothing is chosen: leave it out"
+    losses = [
+        *unused_by_losses(recipe.pixels_training, recipe.seed),
+        (not recipe.validation_fraction, "keep_best", "set validation_fraction above 0"),
+    ]
+    no_codes = "it is of VQ tokens, and renderer_kind is pixels: leave it out"
+    return [
+        *((applies, rf"pixels_training\.{pattern}", why) for applies, pattern, why in losses),
+        (True, r"renderer\..*", "renderer_kind is pixels: set pixels instead"),
+        (True, r"renderer_training\..*", "renderer_kind is pixels: set pixels_training instead"),
+        (True, r"sampling\.renderer\..*", one_pass),
+        (True, "(masked|vq_only)_steps", "it is of models of VQ tokens, and renderer_kind is pixels: leave it out"),
+        (not recipe.has_vqgan, r"vqgan_training\..*", "pixels.start is scratch, so there is no VQGAN: leave it out"),
+        (not recipe.has_vqgan, r"vqgan\.vocab_size", no_codes),
+    ]
 
 
 def unused_by_models(recipe: Recipe) -> list[Rule]:
     """Unused settings of the prior's and the renderer's size, training and sampling."""
     rules: list[Rule] = [
         (True, r"prior\.prefix_dropout", "the prior has no prefix: leave it out"),
+        (
+            True,
+            r"prior\.(prefix_noise|conditioning|encoder_depth|added_blocks)",
+            "the prior has no prefix: leave it out",
+        ),
+        (
+            recipe.renderer.conditioning == "prefix" and recipe.renderer_kind != "pixels",
+            r"renderer\.(encoder_depth|added_blocks)",
+            "renderer.conditioning is prefix: leave it out, or set that to aligned",
+        ),
         (True, r"renderer\.label_dropout", "the renderer sees no label: set prior.label_dropout"),
         (not recipe.class_conditional, r"prior\.label_dropout", "class_conditional is false: leave it out"),
     ]
     for name, model in zip(MODELS, recipe.model_names, strict=True):
+        if get_role(model).settings == "pixels":
+            continue  # `unused_by_pixels`
         cfg, kind, sampling = getattr(recipe, f"{name}_training"), get_role(model).kind, getattr(recipe.sampling, name)
         takes = get_kind(kind).settings
         foreign = "".join(rf"(?!{setting}$)" for setting in takes)
@@ -197,6 +245,15 @@ def vqgan_config(recipe: Recipe) -> VQGANConfig:
     return recipe.vqgan if recipe.vqgan_start == "scratch" else asset_config(recipe.vqgan_start)
 
 
+def check_reuse(recipe: Recipe, reuse: Iterable[str]) -> None:
+    """Raise DigitError for reused parts that a run with a renderer straight to pixels does not have."""
+    needless = {} if recipe.has_vq_tokens else {"vq_tokens": "no VQ tokens"}
+    needless |= {} if recipe.has_vqgan else {"vqgan": "no VQGAN, since pixels.start is scratch"}
+    for part in reuse:
+        if part in needless:
+            raise DigitError(f"renderer_kind is pixels, so the run has {needless[part]}: leave out --reuse_{part}")
+
+
 def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
     """Raise DigitError where the crops do not fit the VQGAN, or a model's sizes do not fit each other."""
     if recipe.preprocess.crop_size != resolution:
@@ -205,16 +262,16 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
             f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {resolution}: "
             f"set preprocess.{size} to {resolution}, or choose another VQGAN"
         )
-    sizes = {
-        f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size,
-        "vqgan: codes": vqgan_config(recipe).vocab_size,
-    }
+    sizes = {f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size}
+    sizes |= {"vqgan: codes": vqgan_config(recipe).vocab_size} if recipe.has_vq_tokens else {}
     for name, number in sizes.items():
         if number > MAX_VOCAB:
             raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
     unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
-    for name in ROLES:  # heads, dropouts, vocabularies
-        recipe.sequence_config(name, {"discriminative": unknown, "vq": TokenSpace(1, 1)}, num_classes=num_classes)
+    for name, role in ROLES.items():  # heads, dropouts, vocabularies
+        if role.settings != "pixels" or name in recipe.model_names:
+            spaces = {"discriminative": unknown, "vq": TokenSpace(1, 1)}
+            recipe.sequence_config(name, spaces, num_classes=num_classes, vqgan=vqgan_config(recipe))
 
 
 def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
@@ -240,14 +297,18 @@ def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
 
 def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu: bool) -> None:
     """Raise DigitError for an untrained network, and a batch that the processes cannot share."""
-    trained = {name: getattr(recipe, f"{name}_training") for name in MODELS}
+    trained = {role.settings: recipe.training(role) for role in map(get_role, recipe.model_names)}
     for name, cfg in trained.items():
         if not cfg.num_steps:
-            raise DigitError(f"{name}_training.num_steps is 0: an untrained {name} makes noise, give at least 1")
+            what = "renderer" if name == "pixels" else name
+            raise DigitError(f"{name}_training.num_steps is 0: an untrained {what} makes noise, give at least 1")
         if cfg.precision == "fp16" and not gpu:
             raise DigitError(f"{name}_training.precision is fp16, which needs a GPU: choose auto, fp32 or bf16")
-    pieces = {name: (cfg.batch_size, num_processes * cfg.accumulate) for name, cfg in trained.items()}
-    if "vqgan" not in reuse:
+    pieces = {
+        name: (cfg.batch_size, num_processes * (cfg.accumulate if isinstance(cfg, TrainConfig) else 1))
+        for name, cfg in trained.items()
+    }
+    if "vqgan" not in reuse and recipe.has_vqgan:
         if recipe.vqgan_training.num_steps:
             pieces["vqgan"] = recipe.vqgan_training.batch_size, num_processes
         elif recipe.vqgan_start == "scratch":
@@ -264,8 +325,8 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
 
 def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
     """Raise DigitError for a warm-up that somebody chose longer than the training; say so of a recipe's own."""
-    for name in MODELS:
-        cfg: TrainConfig = getattr(recipe, f"{name}_training")
+    for role in map(get_role, recipe.model_names):
+        name, cfg = role.settings, recipe.training(role)
         if cfg.warmup_steps > cfg.num_steps:
             setting = f"{name}_training.warmup_steps"
             text = f"{setting} is {cfg.warmup_steps}, longer than the training of {cfg.num_steps} steps"
@@ -289,9 +350,18 @@ def check_own_steps(recipe: Recipe, chosen: Iterable[str], models: Iterable[str]
             )
 
 
-def check_sampling(recipe: Recipe, num_classes: int) -> None:
-    """Raise DigitError for guidance of a model that is trained without what guides it."""
-    guides = {"prior": ("label_dropout", num_classes), "renderer": ("prefix_dropout", 1)}
+def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) -> None:
+    """Raise DigitError for guidance of a model that is trained without what guides it.
+
+    Without labels, the scale that a recipe has for the prior is not used (`Recipe.sampling_of`); a chosen one is
+    refused.
+    """
+    unlabelled = not num_classes and "sampling.prior.cfg_scale" in chosen
+    if not num_classes and "prior.label_dropout" in chosen and recipe.prior.label_dropout:
+        raise DigitError("prior.label_dropout is set, but the models get no labels: leave it out, or give labels")
+    guides = {"prior": ("label_dropout", not unlabelled), "renderer": ("prefix_dropout", True)}
+    if recipe.renderer_kind == "pixels":
+        del guides["renderer"]  # it takes no settings of sampling
     for name, (dropout, known) in guides.items():
         scale = getattr(recipe.sampling, name).cfg_scale
         if scale != 1 and not (known and getattr(getattr(recipe, name), dropout)):

@@ -31,12 +31,13 @@ from digit.data.tokens import TokenStore
 from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import EfficientNet
 from digit.models.perceptual import EncoderDistance
+from digit.models.pixels import PixelRenderer
 from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches
-from digit.runs.checks import check_recipe, chosen_settings, vqgan_config
+from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
+from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.recipes import Recipe, TokenSpace
@@ -53,12 +54,16 @@ from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codeboo
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan, read_vqgan
-from digit.training.config import TrainConfig
+from digit.training.adversarial import AdversarialConfig
+from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import last_metrics
+from digit.training.pixels import train_pixels
 from digit.training.sequence import train_sequence_model
 from digit.training.vqgan import train_vqgan
 
 MAX_VALIDATION_ROWS = 256
+VALIDATED = ("nll", "l1", "psnr")  # metrics of a loss that are logged of held-out images
+NEAR_CODES = 8  # that a noisy prefix takes for each code
 
 
 class Run:
@@ -109,6 +114,7 @@ class Run:
 
     def _check(self, chosen: Sequence[str]) -> None:
         """Refuse now what would only show after hours."""
+        check_reuse(self.recipe, self.reuse)
         check_recipe(
             self.recipe,
             chosen=chosen,
@@ -120,7 +126,8 @@ class Run:
             gpu=self.device.type != "cpu",
         )
         made = {part for part in ("codebook", "vqgan") if self.is_done(part)}
-        if "tokens" in self.reuse and (missing := {"codebook", "vqgan"} - made):
+        needed = {"codebook"} | ({"vqgan"} if self.recipe.has_vqgan else set())
+        if "tokens" in self.reuse and (missing := needed - made):
             part = min(missing)
             raise DigitError(
                 f"tokens are reused, but the {part} that they were made with is not: add --reuse_{part} "
@@ -210,10 +217,13 @@ class Run:
         return EncoderDistance(lite0.net).to(self.device)
 
     def write_tokens(self) -> TokenStore:
-        """Stage tokens: encode every crop, or open the store where it is done; checked against codebook and VQGAN."""
+        """Stage tokens: encode every crop, or open the store where it is done; checked against codebook and VQGAN.
+
+        Without VQ tokens where no model of the pipeline predicts any.
+        """
         if "tokens" in self._parts:
             return self._parts["tokens"]
-        tokenizer, vq = self.tokenizer(), self.train_vqgan()
+        tokenizer, vq = self.tokenizer(), self.train_vqgan() if self.recipe.has_vq_tokens else None
         if "tokens" in self.reuse:
             store = TokenStore.open(self.reuse["tokens"])
             wanted = plain(
@@ -234,7 +244,7 @@ class Run:
                 max_bad_fraction=self.recipe.max_bad_fraction,
                 vq_tokens=self.reuse.get("vq_tokens"),
             )
-        store.check(codebook_hash=tokenizer.fingerprint, vqgan_hash=vq.fingerprint)
+        store.check(codebook_hash=tokenizer.fingerprint, vqgan_hash=vq and vq.fingerprint)
         existing = store.manifest["source"]["fingerprint"]
         if existing != self.source.fingerprint:
             raise MismatchError(
@@ -251,7 +261,8 @@ class Run:
     def train_model(self, name: str) -> SequenceModel:
         """Stage of one of ROLES: train the model, or read it where it is done."""
         folder = self._folder(name)
-        tokens = {"tokenizer": self.tokenizer().fingerprint, "vqgan": self.train_vqgan().fingerprint}
+        tokens = {"tokenizer": self.tokenizer().fingerprint}
+        tokens |= {"vqgan": self.train_vqgan().fingerprint} if self.recipe.has_vqgan else {}
         if name in self.reuse:
             self._require_same_model(name, folder)
         elif not self.is_done(name):
@@ -260,17 +271,33 @@ class Run:
             model = get_kind(cfg.kind).model(cfg).to(self.device)
             if self.recipe.informed_start:
                 self._inform(name, model)
-            training = self.training_config(name)
-            about = asdict(model.cfg) | {"tokens": tokens}
-            validate = self.validation(name) if self.recipe.validation_fraction else None
-            with closing(self.batches(name, training)) as batches:
+            metrics = self._train(name, model, folder, asdict(model.cfg) | {"tokens": tokens})
+            distributed.on_main(lambda: self._save_model(model, folder, tokens, metrics))
+        made_with = read_json(folder / "tokens.json")  # a prior that is reused may have seen no VQGAN
+        both = {part: fingerprint for part, fingerprint in tokens.items() if part in made_with}
+        existing = {part: made_with[part] for part in both}
+        require_same_request(folder, existing, both, f"give that one, or delete {folder}")
+        return load_sequence_model(folder, "model").to(self.device)
+
+    def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:
+        """Train a model in place; returns what was measured after the last step, beside the log's last metrics."""
+        training = self.training_config(name)
+        validate = self.validation(name) if self.recipe.validation_fraction else None
+        with closing(self.training_batches(name, training)) as batches:
+            if isinstance(training, TrainConfig):
                 train_sequence_model(
                     model, batches, training, folder,
                     about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
                 )  # fmt: skip
-            distributed.on_main(lambda: self._save_model(model, folder, tokens))
-        require_same_request(folder, read_json(folder / "tokens.json"), tokens, f"give that one, or delete {folder}")
-        return load_sequence_model(folder, "model").to(self.device)
+                return {}
+            assert isinstance(model, PixelRenderer)
+            if self.recipe.pixels.start == "vqgan":
+                model.start_from_vqgan(self.train_vqgan().vqgan)
+            perceptual = self._encoder_distance() if training.perceptual == "encoder" else None
+            return train_pixels(
+                model, batches, training, folder,
+                about=about, perceptual=perceptual, validate=validate, description=name,
+            )  # fmt: skip
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""
@@ -278,35 +305,43 @@ class Run:
         require_same_request(folder, read_json(folder / "model.json"), wanted, f"leave it out, and train a {name}")
 
     @staticmethod
-    def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str]) -> None:
-        write_json(folder / "metrics.json", last_metrics(folder))
+    def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str], metrics: dict[str, float]) -> None:
+        write_json(folder / "metrics.json", last_metrics(folder) | metrics)
         write_json(folder / "tokens.json", tokens)
         save_sequence_model(model, folder, "model")
 
     def _inform(self, name: str, model: SequenceModel) -> None:
         """Start a model's tables from what its tokens stand for."""
-        role, tokenizer, vq = get_role(name), self.tokenizer(), self.train_vqgan()
+        role, tokenizer = get_role(name), self.tokenizer()
         codebook = tokenizer.codebook
-        codes = {
-            "discriminative": codebook.embed(torch.arange(codebook.vocab_size)),
-            "vq": vq.vqgan.quantize.embedding.weight.detach(),
-        }
-        grids = {"discriminative": tokenizer.grid, "vq": vq.grid}
-        model.start_from_codes(codes[role.target], codes["discriminative"])
-        model.start_from_places(grids[role.target], grids["discriminative"])
+        codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
+        grids = {"discriminative": tokenizer.grid}
+        if role.target == "vq":
+            vq = self.train_vqgan()
+            codes["vq"], grids["vq"] = vq.vqgan.quantize.embedding.weight.detach(), vq.grid
+        target = "discriminative" if role.target == "pixels" else role.target  # pixels have no codes: it takes none
+        model.start_from_codes(codes[target], codes["discriminative"])
+        model.start_from_places(grids[target], grids["discriminative"])
 
     def sequence_config(self, name: str) -> SequenceConfig:
         """SequenceConfig of a model, from the tokens at hand; makes the tokens where they are not done."""
-        tokens, vocab_sizes = self.write_tokens(), (self.tokenizer().vocab_size, self.train_vqgan().vocab_size)
-        assert tokens.discriminative is not None and tokens.vq is not None  # a run's store holds both
-        spaces = {
-            "discriminative": TokenSpace(vocab_sizes[0], tokens.discriminative.shape[1]),
-            "vq": TokenSpace(vocab_sizes[1], tokens.vq.shape[1]),
-        }
-        return self.recipe.sequence_config(name, spaces, num_classes=self.num_classes)
+        tokens = self.write_tokens()
+        assert tokens.discriminative is not None  # a run's store holds them
+        rows = self.tokenizer().grid[0]
+        spaces = {"discriminative": TokenSpace(self.tokenizer().vocab_size, tokens.discriminative.shape[1], rows)}
+        if self.recipe.has_vq_tokens and tokens.vq is not None:
+            vq = self.train_vqgan()
+            spaces["vq"] = TokenSpace(vq.vocab_size, tokens.vq.shape[1], vq.grid[0])
+        elif get_role(name).target == "vq":
+            raise DigitError(
+                f"{name} predicts VQ tokens, and {tokens.folder} holds none, since renderer_kind is or was pixels: "
+                "train it in another --out, with another renderer_kind"
+            )
+        vqgan = self._vqgan_config()
+        return self.recipe.sequence_config(name, spaces, num_classes=self.num_classes, vqgan=vqgan)
 
-    def training_config(self, name: str) -> TrainConfig:
-        """TrainConfig of a model. One that replaces others trains for as many FLOPs as they do together."""
+    def training_config(self, name: str) -> TrainConfig | AdversarialConfig:
+        """Training settings of a model. One that replaces others trains for as many FLOPs as they do together."""
         role = get_role(name)
         cfg = self.recipe.training(role)
         if not role.replaces:
@@ -318,7 +353,7 @@ class Run:
         cfg = self.recipe.training(get_role(name))
         return training_flops(self.sequence_config(name)) * cfg.num_steps * cfg.batch_size
 
-    def batches(self, name: str, cfg: TrainConfig) -> Batches:
+    def batches(self, name: str, cfg: LoopConfig) -> Batches:
         """step -> {"target", "prefix", "labels"} for one of ROLES, from stored tokens or from fresh crops."""
         role, labelled = get_role(name), bool(self.sequence_config(name).num_classes)
         arguments = partial(loss_arguments, role, labelled=labelled)
@@ -329,7 +364,16 @@ class Run:
         read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, images=images, names=names)
         return ModelBatches(read, arguments, self._crops if role.target == "pixels" else None)
 
-    def _fresh_batches(self, role: Role, cfg: TrainConfig, images: AllBut, arguments: Arguments) -> Batches:
+    def training_batches(self, name: str, cfg: LoopConfig) -> Batches:
+        """`batches` with the noise of the model's settings."""
+        role, batches = get_role(name), self.batches(name, cfg)
+        rate = self.recipe.size(role).prefix_noise if role.prefix else 0.0
+        if not rate:
+            return batches
+        near = near_codes(self.fit_codebook())
+        return NoisyPrefix(batches, near, rate, cfg.num_steps, cfg.batch_size, self.recipe.seed)
+
+    def _fresh_batches(self, role: Role, cfg: LoopConfig, images: AllBut, arguments: Arguments) -> Batches:
         crops = FreshCrops(
             self.source, self.recipe.preprocess,
             batch_size=cfg.batch_size, seed=self.recipe.seed, images=self.stored_images[images[np.arange(len(images))]],
@@ -370,6 +414,7 @@ class Run:
     def validation(self, name: str) -> Callable[[nn.Module], dict[str, float]]:
         """model -> {"val_nll"}: nats per token on the held-out images, the same rows and masks every time.
 
+        Of a renderer straight to pixels {"val_l1", "val_psnr"}: mean |x - x_hat|, images in [0, 1], and dB.
         They are the stored crops, whatever crops the model trains on.
         """
         store, crops = self.write_tokens(), self.recipe.crops_per_image
@@ -386,7 +431,8 @@ class Run:
         def validate(model: nn.Module) -> dict[str, float]:
             assert isinstance(model, SequenceModel)
             noise: dict[str, Any] = model.noise(batch, torch.Generator(self.device).manual_seed(0))
-            return {"val_nll": float(model.loss(**batch, **noise)[1]["nll"])}
+            metrics = model.loss(**batch, **noise)[1]
+            return {f"val_{name}": float(metrics[name]) for name in VALIDATED if name in metrics}
 
         return validate
 
@@ -397,7 +443,7 @@ class Run:
         renderer = renderer or self.recipe.model_names[1]
         return DigitPipeline(
             tokenizer=self.tokenizer() if prior else None,
-            vq=self.train_vqgan(),
+            vq=None if get_role(renderer).target == "pixels" else self.train_vqgan(),
             prior=self.train_model(prior) if prior else None,
             renderer=self.train_model(renderer),
             preprocess=self.recipe.preprocess,
@@ -413,7 +459,15 @@ class Run:
     def stages(self) -> Sequence[tuple[str, Callable[[], Any]]]:
         """Stage names and what makes each, in order."""
         models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
-        return [("codebook", self.fit_codebook), ("vqgan", self.train_vqgan), ("tokens", self.write_tokens), *models]
+        vqgan = [("vqgan", self.train_vqgan)] if self.recipe.has_vqgan else []
+        return [("codebook", self.fit_codebook), *vqgan, ("tokens", self.write_tokens), *models]
+
+
+def near_codes(codebook: Quantizer) -> torch.Tensor:
+    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself."""
+    vectors = codebook.embed(torch.arange(codebook.vocab_size)).float().cpu()
+    distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
+    return distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from digit.data.preprocess import PathName, PreprocessConfig
 from digit.errors import DigitError
+from digit.models.pixels import PixelConfig
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import MAX_DEPTH
 from digit.models.vqgan import VQGANConfig
@@ -19,6 +20,7 @@ from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
 from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.training.adversarial import AdversarialConfig
 from digit.training.config import Optimizer, TrainConfig
 from digit.training.vqgan import GANConfig
 
@@ -39,20 +41,57 @@ class ModelSpec:
     """Attention heads."""
     dropout: float = within("[0, 1)", 0.1)
     """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
+    norm: Literal["paper", "post", "pre"] = "paper"
+    """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head. The paper does not."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+    prefix_noise: float = within("[0, 1]", 0.0)
+    """Fraction of a renderer's discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0
+    over the training. Above 0 makes it robust to the prior's mistakes. The paper uses none."""
+    conditioning: Literal["prefix", "aligned"] = "prefix"
+    """How a renderer sees the discriminative tokens: prefix, before its own, as in the paper; aligned, through a small
+    encoder whose output is added at each token's place, about half of the paper's compute."""
+    encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
+    """Blocks of the encoder of aligned tokens."""
+    added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
+    """Blocks that aligned tokens are added to, evenly spaced from the first; all where the model has fewer."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSpec:
+    """Size of a renderer straight to pixels. Its decoder has the shape of the recipe's VQGAN."""
+
+    depth: int = within(f"[1, {MAX_DEPTH}]", 2)
+    """Blocks of the bidirectional Transformer over the discriminative tokens, so that they agree with each other."""
+    embed_dim: int = within("[1, inf)", 192)
+    """Width of the Transformer."""
+    num_heads: int = within("[1, inf)", 3)
+    """Attention heads."""
+    start: Literal["vqgan", "scratch"] = "vqgan"
+    """Start the decoder from the weights of the run's VQGAN, or from scratch; then the run has no VQGAN."""
+    noise_channels: int = within("[0, inf)", 0)
+    """Numbers of Gaussian noise at each token; above 0 the same tokens give another picture with another seed."""
+    prefix_noise: float = within("[0, 1]", 0.0)
+    """Fraction of the discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0 over the
+    training."""
 
     def __post_init__(self) -> None:
         check_settings(self)
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes and number of tokens an image of one kind of tokens."""
+    """Number of codes, number of tokens an image, and rows of their grid, of one kind of tokens."""
 
     vocab_size: int
     length: int
+    rows: int = 1
 
 
 NO_TOKENS = TokenSpace(0, 0)
@@ -101,9 +140,13 @@ class Recipe:
     renderer: ModelSpec = field(default_factory=ModelSpec)
     """Stage 2: VQ tokens from discriminative tokens; also the size of the VQ-only baselines."""
     renderer_kind: RendererKind = "ar"
-    """Next-token renderer (ar) or MaskGIT (masked)."""
+    """Next-token renderer (ar), MaskGIT (masked), or a decoder straight to pixels, without VQ tokens (pixels)."""
     renderer_training: TrainConfig = RELEASED_TRAINING
     """Training of stage 2."""
+    pixels: PixelSpec = field(default_factory=PixelSpec)
+    """A renderer straight to pixels, in place of `renderer`."""
+    pixels_training: AdversarialConfig = field(default_factory=AdversarialConfig)
+    """Training of a renderer straight to pixels, in place of `renderer_training`; its losses are the VQGAN's."""
     masked_steps: int | None = within("[1, inf)", None)
     """Updates of a masked renderer (paper, Table 3: 200 epochs); None takes those of renderer_training."""
     vq_only_steps: int | None = within("[1, inf)", None)
@@ -138,55 +181,119 @@ class Recipe:
         """The two models that the finished pipeline holds, prior and renderer (names of ROLES)."""
         return "prior", RENDERERS[self.renderer_kind]
 
-    def size(self, role: Role) -> ModelSpec:
+    @property
+    def has_vq_tokens(self) -> bool:
+        """Whether a model of the finished pipeline predicts VQ tokens; without one, none are made."""
+        return any(get_role(name).target == "vq" for name in self.model_names)
+
+    @property
+    def has_vqgan(self) -> bool:
+        """Whether the run has a VQGAN: for its tokens, or as the start of a renderer straight to pixels."""
+        return self.has_vq_tokens or self.pixels.start == "vqgan"
+
+    def size(self, role: Role) -> ModelSpec | PixelSpec:
         """Size of a model."""
         return getattr(self, role.settings)
 
-    def training(self, role: Role) -> TrainConfig:
+    def training(self, role: Role) -> TrainConfig | AdversarialConfig:
         """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
-        cfg: TrainConfig = getattr(self, f"{role.settings}_training")
+        cfg: TrainConfig | AdversarialConfig = getattr(self, f"{role.settings}_training")
         steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
-        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes."""
-        sampling = self.sampling
-        if get_role(renderer).kind == "masked":
+        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
+
+        A model without what would guide it, labels or a prefix, is sampled with a cfg_scale of 1.
+        """
+        sampling, role = self.sampling, get_role(renderer)
+        if role.kind == "masked":
             sampling = replace(sampling, renderer=replace(sampling.renderer, top_p=self.masked_top_p))
+        if role.kind == "pixels":
+            sampling = replace(sampling, renderer=StageSampling())  # it takes no settings
         if labelled and self.class_top_k:
             sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
+        by_label = labelled and self.prior.label_dropout > 0
+        if not by_label:
+            sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
+        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
+            sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
         return sampling
 
-    def sequence_config(self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int) -> SequenceConfig:
-        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}."""
+    def sequence_config(
+        self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int, vqgan: VQGANConfig | None = None
+    ) -> SequenceConfig:
+        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}.
+
+        `vqgan` has the sizes of a decoder straight to pixels; None takes those of a VQGAN from scratch.
+        """
         role = get_role(name)
         size = self.size(role)
         prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
+        if isinstance(size, PixelSpec):
+            return pixel_config(size, vqgan or self.vqgan, prefix, self.preprocess.crop_size)
+        aligned = role.prefix is not None and size.conditioning == "aligned"
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             num_classes=num_classes if role.labels else 0,
-            norm=role.norm,
+            norm=role.norm if size.norm == "paper" else size.norm,
+            qk_norm=size.qk_norm,
             masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels else 0.0,
+            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
             depth=size.depth,
             embed_dim=size.embed_dim,
             num_heads=size.num_heads,
             dropout=size.dropout,
         )
+        if aligned:
+            settings |= {
+                "conditioning": "aligned",
+                "encoder_depth": size.encoder_depth,
+                "added_blocks": min(size.added_blocks, size.depth),
+                "prefix_rows": prefix.rows,
+            }
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
-            settings |= {"vocab_size": tokens[role.target].vocab_size, "target_len": tokens[role.target].length}
+            target = tokens[role.target]
+            settings |= {"vocab_size": target.vocab_size, "target_len": target.length}
+            settings["target_rows"] = target.rows if aligned else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
         return config(**{name: value for name, value in settings.items() if name in known})
 
     def with_seed(self) -> "Recipe":
         """The recipe with its one seed in every part."""
-        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training")
+        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training", "pixels_training")
         return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
+
+
+def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_size: int) -> PixelConfig:
+    """The configuration of a renderer straight to pixels, with a decoder of a VQGAN's shape."""
+    shape = ("channels", "channel_mult", "num_res_blocks", "z_channels", "num_groups")
+    return PixelConfig(
+        image_size=image_size,
+        prefix_vocab_size=prefix.vocab_size,
+        prefix_len=prefix.length,
+        prefix_rows=prefix.rows,
+        norm="pre",
+        dropout=0.0,
+        depth=size.depth,
+        embed_dim=size.embed_dim,
+        num_heads=size.num_heads,
+        noise_channels=size.noise_channels,
+        **{name: getattr(vqgan, name) for name in shape},
+    )
+
+
+def with_settings(cfg: Any, settings: Mapping[str, Any]) -> Any:
+    """A recipe, or a part of one, with other values at dotted names: {"prior.depth": 8}."""
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        cfg = replace(cfg, **{first: with_settings(getattr(cfg, first), {rest: value}) if rest else value})
+    return cfg
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
@@ -237,11 +344,24 @@ FINE_TUNING = GANConfig(
     adversarial_start=600,
     save_every=300,
 )
+# Of a renderer straight to pixels that starts from the decoder of a carried VQGAN; the same losses.
+PIXELS_64 = AdversarialConfig(
+    num_steps=2800,
+    batch_size=16,
+    learning_rate=1e-3,
+    perceptual="encoder",
+    perceptual_weight=1.0,
+    perceptual_crop=0,
+    adversarial_weight=0.1,
+    adversarial_start=1900,
+    save_every=300,
+)
 SMALL_64: dict[str, Any] = dict(
     preprocess=PreprocessConfig(image_size=64, encoder_size=128),
     encoder=EncoderConfig(name="efficientnet_lite0", layer=-3, input_size=128),  # third-to-last: 192 features on 4 x 4
     vqgan_start="vqgan64",
     informed_start=True,
+    pixels_training=PIXELS_64,
 )
 
 
@@ -314,6 +434,25 @@ def cifar() -> Recipe:
         renderer_training=cpu_training(1600, optimizer="muon"),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95), renderer=StageSampling(top_p=0.95)),
         masked_top_p=0.95,  # as measured; the released MaskGIT decoding filters nothing
+    )
+
+
+@register
+def cifar_pixels() -> Recipe:
+    """CIFAR-10, enlarged to 64 px, straight to pixels: 8 x 8 discriminative tokens, one prior, one decoder pass.
+
+    Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. Its
+    training takes the FLOPs of tuning and renderer in `cifar`. Not measured yet: about 22 minutes on two cores, by the
+    FLOPs of its parts beside those of `cifar`.
+
+    digit fit DATA --recipe cifar_pixels --out runs/cifar_pixels
+    """
+    recipe = cifar()
+    return replace(
+        recipe,
+        encoder=replace(recipe.encoder, layer=-6),  # 112 features on 8 x 8
+        vqgan_training=replace(FINE_TUNING, num_steps=0),
+        renderer_kind="pixels",
     )
 
 

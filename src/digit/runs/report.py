@@ -24,11 +24,12 @@ from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
+from digit.runs.roles import get_role
 from digit.runtime import plots
 from digit.runtime.files import as_path, atomic_path, write_result
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
+from digit.training.adversarial import image_psnr
 from digit.training.log import read_log
-from digit.training.vqgan import image_psnr
 
 SHOWN_CLASSES, PER_CLASS = 10, 10
 FRESH_SEED = 1_000_003  # scenes no run trains on: the recipes render seed 0
@@ -37,6 +38,7 @@ JUDGE_TRAINING_SCENES = 2000
 RECONSTRUCTED = 300
 NUMBERED = re.compile(r"\d{5,}\.png")
 COMPLETIONS = "completions.json"
+PIXEL_LOSSES = ("l1", "perceptual", "val_l1")  # of a renderer straight to pixels, in one chart
 
 
 # -------------------------------------------------------------------- pictures
@@ -163,11 +165,11 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
 
 def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) -> None:
     """reconstructions.png: picture, VQGAN reconstruction, the same picture rendered from its discriminative tokens."""
-    assert pipe.vq is not None
-    rows = [real, pipe.vq.decode(pipe.vq.encode(real))]
+    rows, names = [real], ["picture"]
+    if pipe.vq is not None:
+        rows, names = [*rows, pipe.vq.decode(pipe.vq.encode(real))], [*names, "VQ tokens"]
     if pipe.tokenizer is not None:
-        rows.append(pipe.render(pipe.tokenizer.encode(real)))
-    names = ["picture", "VQ tokens", "discriminative tokens"][: len(rows)]
+        rows, names = [*rows, pipe.render(pipe.tokenizer.encode(real))], [*names, "discriminative tokens"]
     plots.save_png(out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 
 
@@ -187,28 +189,42 @@ def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) ->
 
 def write_loss_curves(run: Run) -> None:
     """loss.png from every log.jsonl of the run."""
-    curves = {}
+    curves: dict[str, Any] = {}
+    pixels = {}
     for log in sorted(run.out.glob("*/log.jsonl")):
         for key, suffix in (("nll", ""), ("val_nll", " (held-out images)")):
             lines = [line for line in read_log(log) if key in line]
             if lines:
                 curves[log.parent.name + suffix] = ([r["step"] for r in lines], [r[key] for r in lines])
+        if get_role(run.recipe.model_names[1]).target == "pixels" and log.parent.name == run.recipe.model_names[1]:
+            for key in PIXEL_LOSSES:
+                lines = [line for line in read_log(log) if key in line]
+                if lines:
+                    pixels[key] = ([r["step"] for r in lines], [r[key] for r in lines])
     if curves:
         plots.curve_png(run.out / "loss.png", curves, xlabel="step", ylabel="nats per token")
+    if pixels:
+        plots.curve_png(run.out / "pixel_losses.png", pixels, xlabel="step", ylabel="loss of the renderer")
 
 
 def reconstruction_metrics(pipe: DigitPipeline, run: Run, num: int = 256) -> dict[str, Any]:
-    """PSNR of the VQGAN and usage of both codebooks on training images."""
+    """PSNR of the VQGAN, or of a renderer straight to pixels, and usage of the codebooks on training images."""
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), num))
-    assert pipe.vq is not None
-    vq_tokens = pipe.vq.encode(real)
-    metrics = {
-        "psnr_db": float(image_psnr(pipe.vq.decode(vq_tokens) / 255, real / 255).mean()),
-        "vq_usage": len(vq_tokens.unique()) / pipe.vq.vocab_size,
-    }
+    metrics: dict[str, Any] = {"psnr_db": float(image_psnr(reconstructed(pipe, real) / 255, real / 255).mean())}
+    if pipe.vq is not None:
+        metrics["vq_usage"] = len(pipe.vq.encode(real).unique()) / pipe.vq.vocab_size
     if pipe.tokenizer is not None:
         metrics["discriminative_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
     return metrics
+
+
+def reconstructed(pipe: DigitPipeline, images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) uint8 through the VQ tokens, or through the tokens of a renderer straight to pixels."""
+    if pipe.renders_pixels:
+        assert pipe.tokenizer is not None, "a run's pipeline has one"
+        return pipe.render(pipe.tokenizer.encode(images))
+    assert pipe.vq is not None
+    return pipe.vq.decode(pipe.vq.encode(images))
 
 
 # -------------------------------------------------------------------- judge
@@ -223,8 +239,11 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     """Frechet distance of samples to the run's images, and for shapes the recognised fraction of samples."""
     judge = load_judge().to(run.device)
     num = num_judged(len(run.source))
-    tokens = pipe.generate_tokens(num, None, run.recipe.seed + 10_000)
-    samples = pipe.decode(tokens["vq"])
+    seed = run.recipe.seed + 10_000
+    if pipe.renders_pixels:
+        samples = pipe.generate(num, None, seed)
+    else:
+        samples = pipe.decode(pipe.generate_tokens(num, None, seed)["vq"])
     sampled = collect_features(samples.split(64), judge.pooled)
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), 2000))
     truth = collect_features(real.split(64), judge.pooled)
@@ -232,14 +251,14 @@ def judge_metrics(run: Run, pipe: DigitPipeline) -> dict[str, Any]:
     metrics: dict[str, Any] = {METRIC: fd(sampled, truth), f"{METRIC}_images": numbers}
     metrics[f"{METRIC}_warnings"] = count_warnings(*numbers, dim=truth.shape[1])
     if list(pipe.classes) == list(CLASSES):
-        metrics |= recognised(judge, sampled, tokens["labels"], pipe)
+        metrics |= recognised(judge, sampled, pipe.labels(num), pipe)
     return metrics
 
 
 def recognised(judge: FrozenEncoder, sampled: Tensor, labels: Tensor, pipe: DigitPipeline) -> dict[str, Any]:
     """Fraction of samples that a linear classifier, trained on freshly rendered scenes, takes for their class.
 
-    The same for reconstructions of held-out scenes: samples made of the VQGAN's tokens can hardly do better.
+    The same for reconstructions of held-out scenes: samples made of the same tokens can hardly do better.
     """
     size = pipe.image_size
     fresh = ShapesSource(num=JUDGE_TRAINING_SCENES, size=size, seed=FRESH_SEED)
@@ -249,9 +268,8 @@ def recognised(judge: FrozenEncoder, sampled: Tensor, labels: Tensor, pipe: Digi
     cut = len(features) * 3 // 4
     classifier = fit_linear_classifier(features[:cut], truth[:cut])
     right = classifier.predict(sampled) == labels
-    assert pipe.vq is not None
     held_out = images[cut:][:RECONSTRUCTED]
-    decoded = collect_features(pipe.vq.decode(pipe.vq.encode(held_out)).split(64), judge.pooled)
+    decoded = collect_features(reconstructed(pipe, held_out).split(64), judge.pooled)
     return {
         "recognised": float(right.float().mean()),
         "recognised_by_class": {name: float(right[labels == k].float().mean()) for k, name in enumerate(CLASSES)},
@@ -298,7 +316,8 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         picture(
             "samples.png",
             "Samples",
-            "Sampled from the prior, rendered by the renderer, decoded by the VQGAN."
+            "Sampled from the prior, rendered "
+            + ("straight to pixels." if pipe.renders_pixels else "by the renderer, decoded by the VQGAN.")
             + (" One row per class." if pipe.classes else ""),
         ),
         f"<h2>Metrics</h2><table>{rows}</table>",
@@ -306,11 +325,13 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         picture(
             "reconstructions.png",
             "Reconstructions",
-            "Picture; through its VQ tokens; rendered again from its discriminative tokens alone.",
+            ("Picture; " if pipe.vq is None else "Picture; through its VQ tokens; ")
+            + "rendered again from its discriminative tokens alone.",
         ),
         picture("token_map.png", "Tokens", "Near codes have near colours."),
         picture("completions/grid.png", "Completions", "Original, the kept upper half, the completion."),
         picture("loss.png", "Training", "Negative log-likelihood per token, also on held-out images if there are any."),
+        picture("pixel_losses.png", "Training of the renderer", "Losses of the images, each before its weight."),
         f"<h2>Parts</h2><pre>{html.escape(describe(pipe))}</pre>",
         f"<h2>Use it</h2><pre>digit sample --from {html.escape(str(run.out))} --num 64 --out samples\n\n"
         "from digit import DigitPipeline\n"

@@ -13,8 +13,8 @@ from torch import Tensor
 from digit.errors import DigitError
 
 Tokens = Literal["discriminative", "vq"]
-RendererKind = Literal["ar", "masked"]
-Settings = Literal["prior", "renderer"]
+RendererKind = Literal["ar", "masked", "pixels"]
+Settings = Literal["prior", "renderer", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,11 @@ class Role:
     prefix: Tokens | None = None
     """Tokens that it sees whole, before the target."""
     kind: str = "next_token"
-    """Name in `sampling.kinds.KINDS`: next_token, or masked (MaskGIT)."""
+    """Name in `sampling.kinds.KINDS`: next_token, masked (MaskGIT), or pixels."""
     norm: Literal["post", "pre"] = "pre"
     """Where the LayerNorms stand (A.3: the prior post-norm, all others pre-norm)."""
     settings: Settings = "renderer"
-    """Settings of the recipe that it takes: size, NAME_training and sampling.NAME."""
+    """Settings of the recipe that it takes: NAME, its size, and NAME_training."""
     labels: bool = True
     """Whether a class-conditional run gives it the label."""
     replaces: tuple[str, ...] = ()
@@ -51,12 +51,21 @@ ROLES = {
         Role(name="prior", target="discriminative", norm="post", settings="prior"),
         Role(name="renderer", target="vq", prefix="discriminative", labels=False),
         Role(name="renderer_masked", target="vq", prefix="discriminative", kind="masked", labels=False),
+        Role(
+            name="renderer_pixels",
+            target="pixels",
+            prefix="discriminative",
+            kind="pixels",
+            settings="pixels",
+            labels=False,
+        ),
         Role(name="vq_ar", target="vq", replaces=("prior", "renderer")),
         Role(name="vq_ar_epochs", target="vq"),
         Role(name="vq_masked", target="vq", kind="masked", replaces=("prior", "renderer_masked")),
     )
 }
-RENDERERS: dict[RendererKind, str] = {"ar": "renderer", "masked": "renderer_masked"}  # recipe.renderer_kind to the role
+# recipe.renderer_kind to the role
+RENDERERS: dict[RendererKind, str] = {"ar": "renderer", "masked": "renderer_masked", "pixels": "renderer_pixels"}
 
 
 def get_role(name: str) -> Role:

@@ -32,7 +32,7 @@ def describe_run(folder: str | Path) -> str:
     require_format(cfg, folder / "config.json")
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
-    lines += [f"{stage:<11}{state}" for stage in STAGES for state in describe_stage(folder, stage)]
+    lines += [f"{stage:<10} {state}" for stage in STAGES for state in describe_stage(folder, stage)]
     return "\n".join([*lines, *describe_work(folder)])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from digit.errors import DigitError
 from digit.runtime.hardware import Precision
@@ -15,6 +15,8 @@ from digit.runtime.settings import check_settings, within
 TOP_K, LARGE_TOP_K, CLASS_TOP_K = 200, 400, 300  # of a prior: base, large, class-conditional
 TOP_P, MASKED_TOP_P = 0.8, 1.0  # of a renderer: autoregressive, masked
 ARGUMENTS = ("num", "labels", "seed", "keep", "output")  # of the methods that take settings as further keywords
+Order = Literal["confidence", "halton"]
+CfgSchedule = Literal["constant", "linear", "cosine"]
 T = TypeVar("T", bound="StageSampling | SamplingConfig")
 
 
@@ -32,8 +34,14 @@ class StageSampling:
     renderer; released MaskGIT decoding: 1)."""
     cfg_scale: float = within("[0, inf)", 1.0)
     """Classifier-free guidance; 1 is off, as in the paper. Needs a model trained with label or prefix dropout."""
+    cfg_schedule: CfgSchedule = "constant"
+    """How guidance grows over an image's tokens (over the steps of a masked model): constant; linear, from 1 at the
+    first to cfg_scale at the last; cosine, the same along half a cosine, slower at first."""
     num_steps: int = within("[1, inf)", 8)
     """Iterations of a masked model (MaskGIT)."""
+    order: Order = "confidence"
+    """Which tokens a masked model decides first: confidence, the most likely ones, as in the paper; halton, in a fixed
+    order that spreads over the picture (Besnier et al. 2025), without choice_temperature."""
     choice_temperature: float = within("[0, inf)", 4.5)
     """Gumbel noise on the confidence of a masked model, annealed to 0."""
 

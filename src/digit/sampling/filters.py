@@ -8,12 +8,15 @@ Shapes: B rows, V codes. All in float32; sums of probabilities in float64.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
+
+from digit.sampling.config import CfgSchedule
 
 NEVER = float("-inf")
 
@@ -56,7 +59,18 @@ def ascending(logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     return logits.sort(dim=-1).values
 
 
-def guide(logits: Float[Tensor, "R ..."], scale: float) -> Float[Tensor, "R//2 ..."]:
+def guidance_scales(scale: float, schedule: CfgSchedule, num: int) -> Float[Tensor, " {num}"]:
+    """The scale of guidance at each of `num` tokens or steps: 1 + (s - 1) w, with w from 0 to 1.
+
+    w is 1 (constant), t (linear), or (1 - cos(pi t)) / 2 (cosine), t = (i + 1) / num. Weak guidance at the start keeps
+    variety (Chang et al. 2023, section 2.7).
+    """
+    t = torch.arange(1, num + 1, dtype=torch.float64) / num
+    weight = {"constant": torch.ones_like(t), "linear": t, "cosine": (1 - torch.cos(math.pi * t)) / 2}[schedule]
+    return (1 + (scale - 1) * weight).float()
+
+
+def guide(logits: Float[Tensor, "R ..."], scale: Tensor) -> Float[Tensor, "R//2 ..."]:
     """u + s (c - u) of the stacked [conditional c | unconditional u] (classifier-free guidance, Ho & Salimans 2022)."""
     conditional, unconditional = logits.float().chunk(2)
     return unconditional + scale * (conditional - unconditional)

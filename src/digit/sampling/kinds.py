@@ -6,11 +6,13 @@ from typing import Any
 import torch
 
 from digit.errors import DigitError
+from digit.models.pixels import PixelConfig, PixelRenderer
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.runtime.hardware import Precision
 from digit.sampling.config import StageSampling
 from digit.sampling.masked import MaskedSampler
 from digit.sampling.next_token import NextTokenSampler
+from digit.sampling.pixels import PixelSampler
 from digit.sampling.sampler import Sampler
 
 
@@ -28,15 +30,16 @@ class ModelKind:
     """Settings of StageSampling that the sampler takes."""
 
 
-FILTERS = ("temperature", "top_k", "top_p", "cfg_scale")
+FILTERS = ("temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule")
 KINDS = {
     "next_token": ModelKind(config=SequenceConfig, model=SequenceModel, sampler=NextTokenSampler, settings=FILTERS),
     "masked": ModelKind(
         config=SequenceConfig,
         model=SequenceModel,
         sampler=MaskedSampler,
-        settings=(*FILTERS, "num_steps", "choice_temperature"),
+        settings=(*FILTERS, "num_steps", "choice_temperature", "order"),
     ),
+    "pixels": ModelKind(config=PixelConfig, model=PixelRenderer, sampler=PixelSampler, settings=()),
 }
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from digit.errors import DigitError
-from digit.models.sequence import SequenceModel
+from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.sampling.config import Order
 from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
 
@@ -25,19 +26,32 @@ class MaskedSampler(Sampler):
 
     Settings:
         num_steps: forward passes (released: 8).
+        order: confidence, or halton: a fixed order that spreads over the picture.
         choice_temperature: Gumbel noise on the confidence, times 1 - ratio of steps done (released: 4.5).
-        temperature, top_k, top_p, cfg_scale, dtype, micro_batch_size, stage: as in
+        temperature, top_k, top_p, cfg_scale, cfg_schedule, dtype, micro_batch_size, stage: as in
             `digit.sampling.next_token.NextTokenSampler`; the released decoding uses no filter.
     """
 
     def __init__(
-        self, model: SequenceModel, *, num_steps: int = 8, choice_temperature: float = 4.5, **settings: Any
+        self,
+        model: SequenceModel,
+        *,
+        num_steps: int = 8,
+        choice_temperature: float = 4.5,
+        order: Order = "confidence",
+        **settings: Any,
     ) -> None:
         assert model.cfg.masked, "next-token models are sampled by NextTokenSampler"
         if num_steps < 1:
             raise DigitError(f"num_steps is {num_steps}: at least 1")
-        super().__init__(model, **settings)
         self.num_steps, self.choice_temperature = num_steps, choice_temperature
+        super().__init__(model, **settings)
+        self.rank = halton_rank(target_grid(model.cfg)).to(model.device) if order == "halton" else None
+
+    @property
+    def num_decisions(self) -> int:
+        """One a step."""
+        return self.num_steps
 
     @property
     def uniform_shape(self) -> tuple[int, ...]:
@@ -53,19 +67,66 @@ class MaskedSampler(Sampler):
         hidden = tokens == cfg.mask_token  # (C, M)
         unknown = hidden.sum(1)  # (C,)
         for step in range(self.num_steps):
-            logits = self.combine(model.head(model.features(twice(tokens, guided), **condition)))  # (C, M, V)
+            features = model.features(twice(tokens, guided), **condition)
+            logits = self.combine(model.head(features), step)  # (C, M, V)
             sampled = self.pick(logits.flatten(0, 1), u[:, step, 0].flatten()).view_as(tokens)
             tokens = torch.where(hidden, sampled, tokens)
             before, ratio = hidden, (step + 1) / self.num_steps
             if step + 1 < self.num_steps:
-                chosen = log_probability(logits, sampled)  # (C, M), unfiltered
-                noise = gumbel(u[:, step, 1]) * (self.choice_temperature * (1 - ratio))
-                hidden = least_confident(chosen + noise, hidden, num_to_hide(unknown, hidden, ratio))
+                confidence = self.confidence(logits, sampled, u[:, step, 1], 1 - ratio)
+                hidden = least_confident(confidence, hidden, num_to_hide(unknown, hidden, ratio))
                 tokens = tokens.masked_fill(hidden, cfg.mask_token)
             else:
                 hidden = torch.zeros_like(hidden)
             report(before.sum(1) - hidden.sum(1))
         return tokens
+
+    def confidence(
+        self, logits: Float[Tensor, "C M V"], sampled: Int64[Tensor, "C M"], u: Float64[Tensor, "C M"], left: float
+    ) -> Float[Tensor, "C M"]:
+        """What decides which tokens stay: log-probability (unfiltered) with noise, or the place in Halton's order.
+
+        `left` is the share of the steps still to do.
+        """
+        if self.rank is not None:
+            return -self.rank.float().expand_as(sampled)
+        return log_probability(logits, sampled) + gumbel(u) * (self.choice_temperature * left)
+
+
+def target_grid(cfg: SequenceConfig) -> tuple[int, int]:
+    """Rows and columns of a model's target. Raises DigitError where it is no square and its rows are not known."""
+    rows = cfg.target_rows or math.isqrt(cfg.target_len)
+    if not cfg.target_rows and rows**2 != cfg.target_len:
+        raise DigitError(f"order halton needs a grid, but this model has {cfg.target_len} tokens: choose confidence")
+    return rows, cfg.target_len // rows
+
+
+def halton_rank(grid: tuple[int, int]) -> Int64[Tensor, " M"]:
+    """Each cell's place in the order in which the Halton sequence with bases 2 and 3 first visits them, raster order.
+
+    The points x_n = (phi_2(n), phi_3(n)), n = 1, 2, ..., with phi_b the radical inverse, cover the picture evenly from
+    the first ones on (Besnier et al. 2025, "Halton Scheduler for Masked Generative Image Transformer").
+    """
+    rows, columns = grid
+    rank = torch.full((rows * columns,), -1)
+    n = visited = 0
+    while visited < len(rank):
+        n += 1
+        cell = int(radical_inverse(n, 2) * rows) * columns + int(radical_inverse(n, 3) * columns)
+        if rank[cell] < 0:
+            rank[cell] = visited
+            visited += 1
+    return rank
+
+
+def radical_inverse(n: int, base: int) -> float:
+    """The digits of n in this base, mirrored at the point: in [0, 1)."""
+    value, unit = 0.0, 1.0
+    while n:
+        unit /= base
+        n, digit = divmod(n, base)
+        value += digit * unit
+    return value
 
 
 def log_probability(logits: Float[Tensor, "C M V"], codes: Int64[Tensor, "C M"]) -> Float[Tensor, "C M"]:

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from digit.models.decoding import StepTransformer, step_kernel
-from digit.models.sequence import SequenceModel
-from digit.models.transformer import KVCache, SteppedCache
+from digit.models.sequence import SequenceModel, upto
+from digit.models.transformer import Added, KVCache, SteppedCache
 from digit.sampling.requests import TokenRequest, conditions
 from digit.sampling.sampler import Sampler, twice
 
@@ -33,6 +33,7 @@ class NextTokenSampler(Sampler):
         top_k: sample among the k most likely codes; 0 is off.
         top_p: sample among the most likely codes up to this probability; 1 is off.
         cfg_scale: guidance, u + s (c - u); 1 is off. Needs a model trained with label_dropout or prefix_dropout.
+        cfg_schedule: constant, or growing over the tokens: linear, cosine.
         dtype: compute in this type, e.g. torch.bfloat16 (2 to 4 times as fast on CPUs with AVX-512 bf16).
         micro_batch_size: images computed together (twice the rows with guidance); default 64. A short micro-batch
             takes as long as a full one. Another micro_batch_size, dtype or device may round differently and so give
@@ -59,6 +60,11 @@ class NextTokenSampler(Sampler):
         return super().held_bytes + (0 if self._recorded is None else self._recorded.held_bytes)
 
     @property
+    def num_decisions(self) -> int:
+        """One a token."""
+        return self.model.cfg.target_len
+
+    @property
     def uniform_shape(self) -> tuple[int, ...]:
         """One number a token."""
         return (self.model.cfg.target_len,)
@@ -77,18 +83,36 @@ class NextTokenSampler(Sampler):
         """Room for all positions of one micro-batch."""
         return self.model.new_cache(self.num_rows)
 
-    def first_logits(self, rows: TokenRequest, cache: KVCache) -> Float[Tensor, "R V"]:
+    def added(self, rows: TokenRequest) -> Added:
+        """What an aligned prefix adds at every position, {block: (R, 1 + M, D)}; {} for other models."""
+        condition = conditions(self.model, rows, self.guided)
+        return self.model.added(self.num_rows, condition["prefix"], condition["drop_prefix"])
+
+    def first_logits(self, rows: TokenRequest, cache: KVCache, added: Added | None = None) -> Float[Tensor, "R V"]:
         """Logits of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
         x = self.model.embed(twice(rows.given, self.guided), **conditions(self.model, rows, self.guided))
-        features = self.model.transformer(x, causal=True, first=x.shape[1] - 1, cache=cache)  # (R, 1, D)
+        length = x.shape[1]
+        features = self.model.transformer(
+            x, causal=True, first=length - 1, cache=cache, added=upto(added or {}, length)
+        )  # (R, 1, D)
         return self.model.head(features[:, 0])
 
     def next_logits(
-        self, token: Int64[Tensor, " C"], index: int | Tensor, cache: KVCache | SteppedCache
+        self,
+        token: Int64[Tensor, " C"],
+        index: int | Tensor,
+        cache: KVCache | SteppedCache,
+        added: Added | None = None,
     ) -> Float[Tensor, "R V"]:
-        """Logits of the token after target token number `index`."""
+        """Logits of the token after target token number `index` (a number, or one on the device)."""
         x = self.model.embed_token(twice(token, self.guided), index)  # (R, D)
-        return self.model.head(self.step(x, cache))
+        here = {block: at_position(more, index + 1) for block, more in (added or {}).items()}
+        return self.model.head(self.step(x, cache, here))
+
+
+def at_position(table: Float[Tensor, "R T D"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "R D"]:
+    """One position's rows."""
+    return table.index_select(1, index)[:, 0] if isinstance(index, Tensor) else table[:, index]
 
 
 class Steps(ABC):
@@ -105,7 +129,7 @@ class Steps(ABC):
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
         """Sample target token number i, given all tokens before it."""
-        self.tokens[:, i] = sampler.pick(sampler.combine(self.logits(sampler, i)), self.u[:, i])
+        self.tokens[:, i] = sampler.pick(sampler.combine(self.logits(sampler, i), i), self.u[:, i])
 
     @abstractmethod
     def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
@@ -118,7 +142,8 @@ class UncachedSteps(Steps):
     def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
         model, guided = sampler.model, sampler.guided
         x = model.embed(twice(self.tokens[:, :i], guided), **conditions(model, self.rows, guided))
-        return model.head(model.transformer(x, causal=True)[:, -1])
+        added = upto(sampler.added(self.rows), x.shape[1])
+        return model.head(model.transformer(x, causal=True, added=added)[:, -1])
 
 
 class CachedSteps(Steps):
@@ -126,12 +151,12 @@ class CachedSteps(Steps):
 
     def begin(self, sampler: NextTokenSampler, rows: TokenRequest, u: Tensor) -> None:
         super().begin(sampler, rows, u)
-        self.cache = sampler.new_cache()
+        self.cache, self.added = sampler.new_cache(), sampler.added(rows)
 
     def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
         if i == self.known:
-            return sampler.first_logits(self.rows, self.cache)
-        return sampler.next_logits(self.tokens[:, i - 1], i - 1, self.cache)
+            return sampler.first_logits(self.rows, self.cache, self.added)
+        return sampler.next_logits(self.tokens[:, i - 1], i - 1, self.cache, self.added)
 
 
 class RecordedSteps(CachedSteps):
@@ -152,12 +177,18 @@ class RecordedSteps(CachedSteps):
             self._allocate(sampler)
         self.rows, self.known, self.cache.position = rows, rows.given.shape[1], 0
         self.u.copy_(u)
+        for block, more in sampler.added(rows).items():
+            self.added[block].copy_(more)
         self.tokens[:, : self.known] = rows.given
 
     def _allocate(self, sampler: NextTokenSampler) -> None:
         cfg, device, num = sampler.model.cfg, sampler.model.device, sampler.micro_batch_size
-        self.start = cfg.prefix_len + 1  # position of the first target token
-        self.cache, self.max_len = sampler.new_cache(), cfg.prefix_len + cfg.target_len
+        self.start = cfg.start_position + 1  # position of the first target token
+        self.cache, self.max_len = sampler.new_cache(), cfg.num_positions - 1
+        blocks = sampler.model.aligned.blocks if cfg.aligned else ()
+        self.added = {
+            block: self.cache.keys.new_zeros(sampler.num_rows, 1 + cfg.target_len, cfg.embed_dim) for block in blocks
+        }
         self.cache.reserve(self.max_len)
         self.kernel = step_kernel(device, self.cache.keys.dtype, cfg.embed_dim // cfg.num_heads)
         self.span = SPAN if self.kernel is None else self.max_len
@@ -168,8 +199,10 @@ class RecordedSteps(CachedSteps):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the cache."""
-        return self.cache.keys.nbytes + self.cache.values.nbytes if self.is_allocated else 0
+        """Bytes of the cache and of an aligned prefix."""
+        if not self.is_allocated:
+            return 0
+        return sum(kept.nbytes for kept in (self.cache.keys, self.cache.values, *self.added.values()))
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
         if i == self.known:
@@ -184,8 +217,8 @@ class RecordedSteps(CachedSteps):
         newest = self.position - self.start  # (1,)
         token = self.tokens.index_select(1, newest)[:, 0]
         cache = SteppedCache(self.cache, self.position, span, self.kernel)
-        logits = sampler.next_logits(token, newest, cache)
-        sampled = sampler.pick(sampler.combine(logits), self.u.index_select(1, newest + 1)[:, 0])
+        logits = sampler.next_logits(token, newest, cache, self.added)
+        sampled = sampler.pick(sampler.combine(logits, newest + 1), self.u.index_select(1, newest + 1)[:, 0])
         self.tokens.index_copy_(1, newest + 1, sampled[:, None])
 
     def _run(self, sampler: NextTokenSampler, span: int) -> None:

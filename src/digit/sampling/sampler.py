@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.products import pack_linears
 from digit.models.sequence import SequenceModel
-from digit.sampling.config import StageSampling
-from digit.sampling.filters import guide, image_uniforms, sample_filtered
+from digit.sampling.config import CfgSchedule, StageSampling
+from digit.sampling.filters import guidance_scales, guide, image_uniforms, sample_filtered
 from digit.sampling.requests import MICRO_BATCH_SIZE, TokenRequest, check_guidance, make_request, micro_batches
 
 
@@ -39,18 +39,20 @@ class Sampler(ABC):
         top_k: int = 0,
         top_p: float = 1.0,
         cfg_scale: float = 1.0,
+        cfg_schedule: CfgSchedule = "constant",
         dtype: torch.dtype | None = None,
         micro_batch_size: int | None = None,
         stage: str | None = None,
     ) -> None:
-        StageSampling(temperature=temperature, top_k=top_k, top_p=top_p)  # checks their ranges
+        StageSampling(temperature=temperature, top_k=top_k, top_p=top_p, cfg_schedule=cfg_schedule)  # checks them
         check_guidance(model, cfg_scale)
         self.micro_batch_size = MICRO_BATCH_SIZE if micro_batch_size is None else micro_batch_size
         if self.micro_batch_size < 1:
             raise DigitError(f"micro_batch_size is {micro_batch_size}: it must be at least 1")
-        self.cfg_scale, self.guided = cfg_scale, cfg_scale != 1
+        self.guided = cfg_scale != 1
         self.num_rows = self.micro_batch_size * (2 if self.guided else 1)
         self.model = prepare(model, dtype, self.num_rows)
+        self.scales = guidance_scales(cfg_scale, cfg_schedule, self.num_decisions).to(model.device)
         self.has_own_weights = dtype not in (None, model.dtype)
         self.stage = stage or ("renderer" if model.cfg.prefix_len else "prior")
         self.pick = partial(sample_filtered, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -86,6 +88,11 @@ class Sampler(ABC):
 
     @property
     @abstractmethod
+    def num_decisions(self) -> int:
+        """Number of the network's passes after which tokens are chosen; guidance has a scale for each."""
+
+    @property
+    @abstractmethod
     def uniform_shape(self) -> tuple[int, ...]:
         """Shape of the uniform random numbers of one image."""
 
@@ -98,9 +105,12 @@ class Sampler(ABC):
         """Bytes on a GPU that it holds between calls, beside the model's own weights."""
         return sum(p.nbytes for p in self.model.parameters()) if self.has_own_weights else 0
 
-    def combine(self, logits: Float[Tensor, "R ..."]) -> Float[Tensor, "C ..."]:
-        """Float32 logits of the C images from those of all R rows; R = 2C with guidance."""
-        return guide(logits, self.cfg_scale) if self.guided else logits.float()
+    def combine(self, logits: Float[Tensor, "R ..."], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "C ..."]:
+        """Float32 logits of the C images from those of all R rows, R = 2C with guidance, at decision number `index`.
+
+        The number may be one on the device.
+        """
+        return guide(logits, self.scales[index]) if self.guided else logits.float()
 
 
 def prepare(model: SequenceModel, dtype: torch.dtype | None, num_rows: int) -> SequenceModel:

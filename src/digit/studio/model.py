@@ -108,7 +108,7 @@ class Model:
                 name: {"grid": list(t.grid), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
             },
             "encoder": encoder,
-            "cells": list(cell_grid(pipe)) if pipe.vq is not None else None,
+            "cells": list(cell_grid(pipe)) if pipe.renderer is not None and pipe.tokenizers else None,
             "kinds": kinds,
             "millions": millions,
             "settings": self.taken,
@@ -257,12 +257,19 @@ class Model:
         lines = commands.render(self.name, seed=seed, changes=self.changes(request), batch_size=self.batch_size)
         sampling = self.sampling(request)
         job.emit("start", num=len(tokens), seed=seed, commands=lines)
-        vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job), **sampling)
-        for row, image in enumerate(self.pipe.decode(vq, self.pipe.settings(**sampling).precision)):
+        if self.pipe.renders_pixels:
+            images, kinds = self.pipe.render(tokens, seed, **sampling), {"discriminative": tokens}
+        else:
+            vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job), **sampling)
+            images, kinds = (
+                self.pipe.decode(vq, self.pipe.settings(**sampling).precision),
+                {"discriminative": tokens, "vq": vq},
+            )
+        for row, image in enumerate(images):
             about = {"kind": kind, "seed": seed + row, "tokens": tokens[row].tolist()} | self.resolved(request)
             job.emit(
                 "picture", index=row, seed=seed + row, image=self.picture(image, about),
-                tokens={"discriminative": tokens[row].tolist(), "vq": vq[row].tolist()},
+                tokens={name: rows[row].tolist() for name, rows in kinds.items()},
             )  # fmt: skip
 
     def encode(self, job: Job, request: Encode) -> None:

@@ -310,7 +310,7 @@ function drawPart() {
   };
   return [
     h("h2", {}, "Draw"),
-    h("p.lede", {}, `A model writes a picture as it would write a text: first ${tokensText("discriminative")} that say what is where, then ${tokensText("vq")} that say how it looks.`),
+    h("p.lede", {}, `A model writes a picture as it would write a text: first ${tokensText("discriminative")} that say what is where, then ${about.tokenizers.vq ? `${tokensText("vq")} that say how it looks` : "its pixels"}.`),
     h("div.split", {}, form, h("section", { "aria-label": "Pictures and progress" }, h("div.row.between.above", {}, progress, maps), gallery, after)),
   ];
 }
