@@ -16,7 +16,8 @@ from digit.sampling.sampler import Sampler
 UNDECIDED = -1
 OnStep = Callable[[str, Int64[Tensor, "B M"]], None]
 """Called with the stage ("prior" or "renderer") and its tokens so far, (B, M) int64 on the CPU, -1 where a token is not
-sampled yet. A masked model gives its guess of all tokens at every step. What it raises ends the sampling."""
+sampled yet. A masked model gives at every step what it samples for all places, of which it keeps some. What the
+function raises ends the sampling."""
 
 
 @contextmanager
