@@ -86,13 +86,13 @@ function starter(refresh) {
 export function lossChart(curves) {
   const models = Object.entries(curves).map(([name, c]) => [name, c.nll ?? c.loss, c.val_nll]).filter(([, c]) => c?.length > 1);
   if (!models.length) return h("p.note", {}, "no losses yet");
-  const W = 360, H = 150, left = 34, bottom = 18, top = 6, right = 6;
+  const W = 360, H = 170, left = 44, bottom = 24, top = 10, right = 6;
   const values = models.flatMap(([, c, v]) => [...c, ...(v ?? [])].map((p) => p[1])).sort((a, b) => a - b);
   const low = values[0], high = Math.max(low + 1e-9, values[Math.floor(values.length * 0.98)]), last = Math.max(...models.flatMap(([, c]) => c.map((p) => p[0])));
   const x = (step) => left + (step / last) * (W - left - right), y = (value) => top + ((high - Math.min(value, high)) / (high - low)) * (H - top - bottom);
   const line = (points, attributes) => svg("polyline", { class: "line", points: points.map(([s, v]) => `${x(s).toFixed(1)},${y(v).toFixed(1)}`).join(" "), ...attributes });
   const parts = [low, (low + high) / 2, high].flatMap((v) => [svg("line", { class: "axis", x1: left, x2: W - right, y1: y(v), y2: y(v) }), svg("text", { x: left - 4, y: y(v) + 4, "text-anchor": "end" }, v.toPrecision(2))]);
-  parts.push(svg("text", { x: W - right, y: H - 3, "text-anchor": "end" }, `step ${last}`));
+  parts.push(svg("text", { x: W - right, y: H - 6, "text-anchor": "end" }, `step ${last}`));
   models.forEach(([, c, v], i) => { parts.push(line(c, { style: `stroke:${COLOURS[i % 4]};stroke-width:1.6` })); if (v?.length > 1) parts.push(line(v, { style: `stroke:${COLOURS[i % 4]};stroke-width:1.2;stroke-dasharray:4 3` })); });
   const text = models.map(([name, c]) => `${name} from ${c[0][1].toPrecision(3)} to ${c[c.length - 1][1].toPrecision(3)}`).join(", ");
   return h("div", {}, svg("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `loss by step: ${text}` }, ...parts), h("div.legend", {}, models.map(([name], i) => h("span", {}, h("i", { css: { "--c": COLOURS[i % 4] } }), name))));

@@ -55,14 +55,14 @@ export default function stability() {
 }
 
 export function chart(data, now) {
-  const W = 560, H = 300, left = 44, right = 14, top = 12, bottom = 36;
+  const W = 560, H = 330, left = 54, right = 14, top = 12, bottom = 54;
   const all = [...data.snrs, ...(data.paper?.snrs ?? [])], low = Math.min(0, ...all), high = Math.max(...all);
   const x = (value) => left + ((high - value) / (high - low)) * (W - left - right), y = (share) => top + (1 - share) * (H - top - bottom);
   const line = (xs, ys, attributes) => svg("polyline", { class: "line", points: xs.map((v, i) => [v, ys[i]]).sort((a, b) => b[0] - a[0]).map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" "), ...attributes });
   const parts = [];
   for (const share of [0, 0.25, 0.5, 0.75, 1]) parts.push(svg("line", { class: "axis", x1: left, x2: W - right, y1: y(share), y2: y(share) }), svg("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, `${100 * share} %`));
-  for (const value of [30, 25, 20, 15, 10, 5, 0].filter((v) => v <= high && v >= low)) parts.push(svg("text", { x: x(value), y: H - 16, "text-anchor": "middle" }, String(value)));
-  parts.push(svg("text", { x: (left + W) / 2, y: H - 1, "text-anchor": "middle" }, "signal-to-noise ratio (dB): more noise to the right"));
+  for (const value of [30, 25, 20, 15, 10, 5, 0].filter((v) => v <= high && v >= low)) parts.push(svg("text", { x: x(value), y: H - 34, "text-anchor": "middle" }, String(value)));
+  parts.push(svg("text", { x: (left + W) / 2, y: H - 10, "text-anchor": "middle" }, "signal-to-noise ratio (dB): more noise to the right"));
   for (const name of Object.keys(data.curves)) parts.push(line(data.snrs, data.curves[name], { style: `stroke:${COLOURS[name] ?? "currentColor"}` }));
   for (const name of Object.keys(data.paper?.curves ?? {})) parts.push(line(data.paper.snrs, data.paper.curves[name], { style: `stroke:${COLOURS[name]};stroke-dasharray:5 4;stroke-width:1.4;opacity:.85` }));
   if (now <= high && now >= low) parts.push(svg("line", { class: "now", x1: x(now), x2: x(now), y1: top, y2: H - bottom }));
