@@ -189,10 +189,10 @@ const STAGES = { prior: ["1", "What to show", "the prior writes discriminative t
 
 export function settingsPanel(changed = () => {}) {
   const about = state.about;
-  return Object.keys(STAGES).filter((stage) => Object.keys(about.settings[stage]).length).map((stage, place) => {
+  return Object.keys(STAGES).filter((stage) => Object.keys(about.settings[stage]).length).map((stage) => {
     const [no, title, note] = STAGES[stage];
     const entries = Object.entries(about.settings[stage]).map(([name, recipe]) => slider(stage, name, recipe, changed));
-    return h("details", { open: place === 0 || innerWidth > 860 }, h("summary", {}, h("span.stage-name", {}, h("span.no", { "aria-hidden": "true" }, no), title)), h("p.note", {}, `${note} (${about.millions[stage]} M parameters, ${about.kinds[stage].replace("_", " ")})`), h("div.section", { css: { "margin-top": ".7rem" } }, entries));
+    return h("details", { open: innerWidth > 860 }, h("summary", {}, h("span.stage-name", {}, h("span.no", { "aria-hidden": "true" }, no), title)), h("p.note", {}, `${note} (${about.millions[stage]} M parameters, ${about.kinds[stage].replace("_", " ")})`), h("div.section", { css: { "margin-top": ".7rem" } }, entries));
   });
 }
 
