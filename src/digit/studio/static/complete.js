@@ -86,6 +86,6 @@ export default function complete() {
         h("div.row", {}, go, two ? vary : "", stop),
         two ? h("p.note", {}, "Variations keep all discriminative tokens and sample only how they look.") : "",
         h("p.note", {}, "The settings are those of Draw.")),
-      h("section", { "aria-label": "Proposals" }, h("div.row", {}, own, h("label", { for: "own" }, "kept cells show the picture's own pixels, not decoded ones")), progress, gallery, after)),
+      h("section", { "aria-label": "Proposals" }, h("label", {}, own, " kept cells show the picture's own pixels, not decoded ones"), progress, gallery, after)),
   ];
 }
