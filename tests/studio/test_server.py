@@ -140,7 +140,9 @@ def run(tmp_path_factory) -> Path:
 
 def test_the_command_serves_until_ctrl_c(run):
     words = [sys.executable, "-m", "digit", "studio", "run", "--port", "0", "--data", "shapes:num=24,size=32"]
-    process = subprocess.Popen(words, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    pipes: dict = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(words, cwd=run.parent, **pipes)
     try:
         line = process.stdout.readline()
         assert line.startswith("studio: http://127.0.0.1:"), process.stderr.read()
