@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from studio_toys import ToyJudge, serving
 
+from digit.studio.model import Model
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
 
@@ -141,7 +143,7 @@ def test_stop_ends_the_work(page, studio, monkeypatch):
             time.sleep(0.02)
 
     with monkeypatch.context() as patch:
-        patch.setattr("digit.studio.model.Model.draw", endless)
+        patch.setattr(Model, "draw", endless)
         page.button("Draw").click()
         page.button("Stop").click()
         page.page.wait_for_selector("text=stopped")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from studio_toys import serving, studio_pipeline, wait_until
 
+import digit
 from digit.cli import main
 from digit.studio.app import Studio
 from digit.studio.folders import Folder
@@ -162,6 +163,7 @@ def test_the_command_serves_until_ctrl_c(run):
 
 def test_the_command_says_what_is_missing(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setattr(digit, "studio", digit.studio)  # put back afterwards: the import below makes another one
     for name in [name for name in sys.modules if name.startswith("digit.studio")]:
         monkeypatch.delitem(sys.modules, name)
     assert main(["studio", str(run)]) == 2
