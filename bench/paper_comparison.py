@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
         "--run", required=True, help="finished `digit fit` run whose codebook, VQGAN and tokens are used"
     )
     parser.add_argument("--out", required=True)
-    parser.add_argument("--recipe", default="cifar")
+    parser.add_argument("--recipe", default="paper_cifar")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--num", type=int, default=5000, help="samples per method and seed")
     parser.add_argument("--device", default=None)

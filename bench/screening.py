@@ -1,12 +1,12 @@
 """Screens ideas for recipes on CIFAR-10 at equal training FLOPs, before anything is trained for long.
 
-    digit fit DATA --recipe cifar --out runs/cifar              # VQGAN, tokens of the 4 x 4 grid, the paper's recipe
+    digit fit DATA --recipe paper_cifar --out runs/cifar        # VQGAN, tokens of the 4 x 4 grid, the paper's recipe
     python bench/screening.py DATA --base runs/cifar --out runs/screening --variant grid8 --variant grid8_aligned
 
-Every variant takes the VQGAN of --base and has the FLOPs of the recipe `cifar`, prior and renderer together; `prior` in
-VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test images' own
-discriminative tokens, and `samples`, class-conditional ones. Each is swept over the scales of guidance. Finished
-models, tokens and figures are read, not made again.
+Every variant takes the VQGAN of --base and has the FLOPs of the recipe `paper_cifar`, prior and renderer together;
+`prior` in VARIANTS is the prior's share. Figures (fd_efficientnet_lite2; not FID): `golden`, the renderer on the test
+images' own discriminative tokens, and `samples`, class-conditional ones. Each is swept over the scales of guidance.
+Finished models, tokens and figures are read, not made again.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("data", help="CIFAR-10 in the Hub's layout")
-    parser.add_argument("--base", required=True, help="finished run of the recipe cifar")
+    parser.add_argument("--base", required=True, help="finished run of the recipe paper_cifar")
     parser.add_argument("--out", required=True)
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="default: all; give it several times")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,7 +88,7 @@ class Screening:
     def __init__(self, args: argparse.Namespace, out: Path) -> None:
         self.args, self.out, self.base = args, out, Path(args.base)
         self.source, self.test = open_source(args.data, split="train"), open_source(args.data, split="test")
-        self.recipe = replace(get_recipe("cifar"), seed=args.seed)
+        self.recipe = replace(get_recipe("paper_cifar"), seed=args.seed)
         self.judge = load_judge()
         self.test_images, self.test_labels = real_images(self.test, self.recipe.preprocess, range(10_000))
         self.truth = self.features("test", lambda: self.test_images)

@@ -20,6 +20,7 @@ WRITERS += ("codebook", "tokenize", "train", "pretrain")  # the commands with --
 TRAINERS = ("fit", "train", "pretrain")
 MET_IN = {  # the commands in which a file's messages are met; the longest beginning of its path counts
     "evaluation/samples.py": ("evaluate",),
+    "evaluation/published.py": ("evaluate",),
     "evaluation/settings.py": ("evaluate",),
     "benchmark/": ("bench",),
     "convert/vit_checkpoints.py": ("convert",),  # infer_shape asks for --encoder_heads there alone

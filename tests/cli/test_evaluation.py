@@ -29,7 +29,13 @@ def say(capsys, *argv) -> str:
 def test_evaluate_and_statistics(run_folder, tmp_path, capsys):
     say(capsys, "sample", "--from", run_folder, "--num", 12, "--out", tmp_path / "samples")
     how = ["--cache", "none", "--num_splits", 2]
-    out = say(capsys, "evaluate", tmp_path / "samples", "shapes:num=30,size=32", "--out", tmp_path / "r.json", *how)
+    more = ["--report", tmp_path / "page", "--held_out", "shapes:num=20,size=32,seed=5"]
+    out = say(
+        capsys, "evaluate", tmp_path / "samples", "shapes:num=30,size=32", "--out", tmp_path / "r.json", *how, *more
+    )
+    assert (
+        "copying_efficientnet_lite2" in out and "page/report.html" in out and (tmp_path / "page/report.html").is_file()
+    )
     assert "fd_efficientnet_lite2" in out and "covariance is singular" in out and "| fid |" not in out
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["samples"]["num"] == 12 and result["samples"]["rounding"] == "nearest"
@@ -45,6 +51,24 @@ def test_stability(run_folder, tmp_path, capsys):
     assert "discriminative token change" in out and "codes used" in out and "0.187" not in out  # not of these SNRs
     result = json.loads((tmp_path / "stability.json").read_text())
     assert result["protocol"]["snrs"] == [20.0, 5.0] and (tmp_path / "stability.png").is_file()
+    out = say(
+        capsys,
+        "stability",
+        DATA,
+        "--from",
+        run_folder,
+        "--out",
+        tmp_path,
+        "--num",
+        8,
+        "--snrs",
+        "5",
+        "--distances",
+        "true",
+    )
+    assert "fd_efficientnet_lite2 of decoded images, SNR | none | 5 |" in out and "| discriminative ↓ |" in out
+    perturbed = json.loads((tmp_path / "stability.json").read_text())["perturbed"]
+    assert list(perturbed["distances"]) == ["vq", "discriminative"]
     wrong = ["stability", DATA, "--from", str(run_folder), "--out", str(tmp_path)]
     assert "decibels" in fails(capsys, *wrong, "--snrs", "5000")
 
@@ -62,7 +86,9 @@ def test_sweep_refuses_settings_before_sampling(run_folder, tmp_path, capsys):
     assert "top_p" in fails(capsys, *how, "--top_p", "0.5,2") and not (tmp_path / "cache").exists()
     assert "at least one" in fails(capsys, *how, "--top_k", "[]")
     out = say(capsys, *how, "--top_k", "3", "--top_p", "0.5", "--joint", "true")
-    assert "lowest fd_efficientnet_lite2" in out and (tmp_path / "joint.png").is_file()
+    assert (
+        "compared with shapes" in out and "lowest fd_efficientnet_lite2" in out and (tmp_path / "joint.png").is_file()
+    )
 
 
 def test_pretrain_names_impossible_sizes(tmp_path, capsys):

@@ -2,22 +2,29 @@
 
 import subprocess
 import sys
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy_measure import FakeNetwork, pictures, run, sample_folder
+from toy_measure import FakeNetwork, pictures, run, sample_folder, save_folder
 
 import digit
+from digit.data.preprocess import centre_crop
 from digit.errors import DigitError
+from digit.evaluation import samples
 from digit.evaluation.measures import MEASURES
-from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.evaluation.samples import EvaluateConfig, evaluate, statistics_npz
+from digit.evaluation.table import to_table
 from digit.metrics.diversity import vendi_score
 from digit.metrics.extrapolation import frechet_infinity, frechet_ratio
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.kernels import cubic_distance, gaussian_distance
-from digit.metrics.neighbours import compare_neighbours
-from digit.metrics.sliced import sliced_wasserstein
+from digit.metrics.neighbours import compare_neighbours, copying_score
+from digit.metrics.sliced import mind
+from digit.runtime.plots import to_pil
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def test_every_measure_equals_its_function(cfg):
         "fd_infinity": frechet_infinity(x, stats.mean, stats.cov),
         "fd_ratio": frechet_ratio(y, x),
         "cmmd": gaussian_distance(x, y),
-        "sw": sliced_wasserstein(x, y, num_directions=20),
+        "mind": mind(x, y, num_directions=20),
         "precision": three.precision(),
         "recall": three.recall(),
         "density": five.density(),
@@ -81,7 +88,40 @@ def test_classes_with_the_largest_distance_come_first(cfg, tmp_path):
     assert run(moved, images, cfg)["classes"] == {}
 
 
+def test_held_out_images_show_copying(cfg, tmp_path):
+    training, new = pictures(80, seed=1), pictures(60, seed=2, size=32)  # judged at the reference's size
+    copies = training[:50].clone()
+    copies[:, :, 0, 0] ^= 1
+    fair, copied = (run(images, training, cfg, held_out=new) for images in (pictures(50), copies))
+    z, p = (result["metrics"]["copying_fake"]["value"] for result in (fair, copied))
+    assert abs(z) < 3 and p < -6 and copied["held_out"]["num"] == 60 and "16 px" in copied["held_out"]["resized"]
+    shown = torch.from_numpy(np.stack([centre_crop(to_pil(image), 16) for image in new])).permute(0, 3, 1, 2)
+    wanted = copying_score(*(FakeNetwork().judge(images).pooled for images in (training, shown, copies)))
+    assert p == pytest.approx(wanted[0], rel=1e-9)
+    assert "near 0" in next(line for line in to_table(copied).splitlines() if "copying_fake" in line)
+    assert "copying_fake" not in run(copies, training, cfg)["measures"]
+    statistics_npz(training, tmp_path / "s.npz", cfg, network=FakeNetwork())
+    assert "give its images" in run(copies, tmp_path / "s.npz", cfg, held_out=new)["left_out"]["copying_fake"]
+
+
 # -------------------------------------------------------------------- Python
+
+
+def test_the_loop_of_the_documentation_runs(tmp_path, monkeypatch):
+    """The code under "In Python", with a generator and an encoder of our own."""
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    lines = text.split("## In Python")[1].splitlines()[1:]
+    code = "\n".join(line[4:] for line in takewhile(lambda line: not line or line[:4] == "    ", lines))
+    assert "def validate(" in code
+    images = pictures(64, seed=3)
+    save_folder(tmp_path / "photos" / "val", pictures(40, seed=1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    generator = type("Generator", (), {"sample": lambda self, num: images[:num]})()
+    place = {"torch": torch, "images": images, "generator": generator, "encoder": Encoder()}
+    monkeypatch.setattr(samples, "evaluate", partial(evaluate, cfg=EvaluateConfig(num_directions=3, kernel_subsets=2)))
+    exec(compile(code, "docs/evaluation.md", "exec"), place)
+    assert "fd_encoder" in place["validate"](generator, place["encoder"], 1)
 
 
 class Encoder(torch.nn.Module):

@@ -70,7 +70,7 @@ def test_metrics_have_fids_names_on_inception_alone():
     lite2 = load_judge_network(device="cpu")
     assert lite2.name == "efficientnet_lite2" and lite2.metric("fd") == METRIC
     names = [lite2.metric(name) for name in INCEPTION_METRICS]
-    plain = ("fd", "fd_infinity", "fd_ratio", "is", "kd", "sfd", "precision", "recall")
+    plain = ("fd", "fd_infinity", "fd_ratio", "is", "kd", "sfd", "mind", "precision", "recall")
     assert names == [f"{name}_efficientnet_lite2" for name in plain]
     assert not any("fid" in name for name in names)
 
@@ -83,7 +83,8 @@ def test_inception_judge(tmp_path: Path):
     assert torch.equal(judged.pooled, features.pooled) and torch.equal(judged.spatial, features.spatial)
     assert torch.equal(judged.logits, features.logits_unbiased)
     names = [judge.metric(name) for name in INCEPTION_METRICS]
-    assert names == ["fid", "fid_infinity", "fid_ratio", "inception_score", "kid", "sfid", "precision", "recall"]
+    fids = ["fid", "fid_infinity", "fid_ratio", "inception_score", "kid", "sfid", "mind"]
+    assert names == [*fids, "precision", "recall"]
     assert judge.metric("cmmd") == "cmmd_inception", "published on another network"
     about = judge.describe()
     assert about["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -13,7 +13,8 @@ from toy_measure import SIZE, FakeNetwork, pictures, run, save_folder, warned
 from digit.errors import DigitError, MismatchError
 from digit.evaluation.image_set import open_images
 from digit.evaluation.npz import Statistics, read_npz_images, read_statistics
-from digit.evaluation.samples import EvaluateConfig, statistics_npz, to_table
+from digit.evaluation.samples import EvaluateConfig, statistics_npz
+from digit.evaluation.table import to_table
 from digit.metrics.distances import Pairs
 from digit.metrics.frechet import FeatureStats, frechet_distance
 from digit.metrics.influence import frechet_error, frechet_interval
@@ -244,7 +245,7 @@ def test_kept_statistics_give_the_same_distances_and_say_what_they_cannot(cfg, t
         assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-9)
     for name in ("fd_infinity_fake", "vendi_fake"):
         assert short["metrics"][name]["value"] == pytest.approx(full["metrics"][name]["value"], rel=1e-6)
-    of_images = ["fd_ratio", "kd", "cmmd", "sw", "precision", "recall", "density", "coverage", "authenticity"]
+    of_images = ["fd_ratio", "kd", "cmmd", "mind", "precision", "recall", "density", "coverage", "authenticity"]
     assert set(short["left_out"]) == {f"{name}_fake" for name in of_images}
     assert "give its images" in to_table(short)
     assert short["reference"]["statistics"]["num"] == 80

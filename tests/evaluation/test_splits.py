@@ -6,7 +6,7 @@ from written_images import write_rows
 
 from digit.data import listing
 from digit.errors import DigitError
-from digit.evaluation.splits import probe_splits
+from digit.evaluation.splits import chosen_on, probe_splits
 
 
 def folder_of(root, *splits, num=10):
@@ -123,3 +123,17 @@ def test_a_folder_is_listed_once_for_its_splits(tmp_path, monkeypatch):
     assert listed == [tmp_path]
     save_folder(tmp_path / "val" / "cat", pictures(12))
     assert len(probe_splits(data)[1]) == 23 and len(listed) == 2, "the next call sees what has changed since"
+
+
+def test_settings_are_chosen_on_validation_images_then_on_test_images(tmp_path):
+    data = folder_of(tmp_path / "all", "train", "val", "test")
+    for given in (data, f"{data}/train"):
+        images, where = chosen_on(given)
+        assert len(images) == 22 and where == f"the validation split of {data}"
+    assert len(chosen_on(data, "test")[0]) == 24 and len(chosen_on(data, "train")[0]) == 20
+    images, where = chosen_on(folder_of(tmp_path / "two", "train", "test"))
+    assert len(images) == 22 and "the test split" in where
+    images, where = chosen_on(f"{data}/val")
+    assert len(images) == 22 and where == f"{data}/val"
+    images, where = chosen_on("shapes:num=20,size=16")
+    assert len(images) == 20 and where.endswith("which has neither a validation nor a test split")

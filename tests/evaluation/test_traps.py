@@ -278,11 +278,11 @@ def test_both_sets_are_to_have_the_smaller_size(cfg):
     for own, other in ((64, 32), (32, 64)):
         images, reference = pictures(20, size=own), pictures(20, seed=1, size=other)
         assert warned(run(images, reference, cfg), "resize both sets to 32 px (--image_size)")
-        assert not warned(run(images, reference, replace(cfg, image_size=32)), "detail")
+        assert not warned(run(images, reference, replace(cfg, image_size=32)), "a lack of detail")
         enlarged = run(images, reference, replace(cfg, image_size=64))
         noun = "reference images" if own == 64 else "samples"
         assert warned(enlarged, f"{noun} were enlarged to 64 px, the smallest from 32 px")
-        assert len(warned(enlarged, "detail")) == 1
+        assert len(warned(enlarged, "a lack of detail")) == 1
 
 
 def test_numbers_are_compared_in_one_way(cfg):

@@ -18,7 +18,7 @@ from digit.metrics.extrapolation import Half, frechet_infinity, frechet_ratio, r
 from digit.metrics.frechet import FeatureStats
 from digit.metrics.kernels import cubic_distance, gaussian_distance, gaussian_means
 from digit.metrics.neighbours import copying_score
-from digit.metrics.sliced import sliced_wasserstein, transport
+from digit.metrics.sliced import mind, sliced_wasserstein, transport
 
 
 def gaussian(num: int, dim: int, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -44,12 +44,15 @@ def covers(measure, sample, tolerance=0.25, runs=60):
 
 def test_infinity_equals_scipy_and_scikit_learn():
     x, truth = gaussian(400, 5, 0.3).double().numpy(), FeatureStats.of(gaussian(900, 5, seed=1))
-    rng, sizes = np.random.default_rng(7), np.linspace(40, 400, 15).astype(int)
-    distances = [naive_frechet(x[rng.choice(400, n, replace=False)], truth.mean, truth.cov) for n in sizes]
+    order, sizes = np.random.default_rng(7).permutation(400), np.linspace(40, 400, 15).astype(int)
+    distances = [naive_frechet(x[order[:n]], truth.mean, truth.cov) for n in sizes]
     line = LinearRegression().fit(1 / sizes[:, None], distances)
     found = frechet_infinity(x, truth.mean, truth.cov, seed=7)
     assert found.value == pytest.approx(line.intercept_, rel=1e-5)
     assert found.low < found.value < found.high
+    still = np.concatenate([x, np.ones((400, 1))], 1)  # a feature that never varies: no Cholesky factor
+    wide = np.pad(truth.cov, (0, 1)), np.append(truth.mean, 1.0)
+    assert frechet_infinity(still, wide[1], wide[0], seed=7).value == pytest.approx(line.intercept_, rel=1e-5)
 
 
 def test_infinity_has_less_bias_than_the_distance():
@@ -200,6 +203,22 @@ def test_sliced_distance_equals_its_definition_and_the_closed_form():
     wider = sliced_wasserstein(many * 3, many, num_directions=20).value
     assert wider == pytest.approx((3 - 1) ** 2, rel=0.05), "of standard deviations 3 and 1"
     covers(lambda z: sliced_wasserstein(z, y, num_directions=20), lambda seed: gaussian(200, 6, 0.5, seed=seed))
+
+
+def test_mind_equals_the_formula_of_paper_and_torch_fidelity():
+    """3 d / (n M) sum_i sum_j (sort(u_i'X)_j - sort(u_i'Y)_j)², both sets of n images, M directions of length 1."""
+    x, y = gaussian(70, 6, 0.5).double(), gaussian(70, 6, seed=1).double()
+    directions = torch.from_numpy(np.random.default_rng(2).normal(size=(30, 6)))
+    directions = torch.nn.functional.normalize(directions, dim=1)
+    ordered = [(values @ directions.T).sort(dim=0).values for values in (x, y)]
+    wanted = 3 * 6 * (ordered[0] - ordered[1]).square().mean()
+    found = mind(x, y, num_directions=30, seed=2)
+    assert found.value == pytest.approx(float(wanted), rel=1e-9)
+    plain = sliced_wasserstein(x, y, num_directions=30, seed=2)
+    assert (found.low, found.high) == pytest.approx((18 * plain.low, 18 * plain.high), rel=1e-12)
+    many = gaussian(20000, 6)
+    assert mind(many + 2, many, num_directions=400).value == pytest.approx(3 * 24, rel=0.1), "3 ||shift||²"
+    assert mind(x, x.clone()).value == 0
 
 
 # -------------------------------------------------------------------- data copying

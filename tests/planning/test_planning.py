@@ -342,20 +342,34 @@ def test_sizes_of_a_reused_part_are_read():
         Planner(recipe, CPU, reuse, chosen=["vqgan_training.num_steps"])
 
 
+def flops_of(planner, model):
+    training = getattr(planner.recipe, f"{model}_training")
+    return planner.work.training_flops(model) * training.num_steps * training.batch_size
+
+
+def prior_flops(planner):
+    return flops_of(planner, "prior")
+
+
+def models_flops(planner):
+    return flops_of(planner, "prior") + flops_of(planner, "renderer")
+
+
 def test_a_run_straight_to_pixels_plans_no_vq_tokens():
-    both, straight = (Planner(get_recipe(name), CPU, Order(images=1000)) for name in ("cifar", "cifar_pixels"))
+    both, straight = (Planner(get_recipe(name), CPU, Order(images=1000)) for name in ("paper_cifar", "cifar_pixels"))
     assert [stage.name for stage in straight.stages] == [
         "features", "codebook", "tokens", "prior", "renderer_pixels", "sampling",
     ]  # fmt: skip
     assert straight.store_bytes == 1000 * (2 * 64 + 4) and both.store_bytes == 1000 * (2 * (16 + 64) + 4)
     renderer = straight.training("renderer_pixels")
     assert renderer.memory > 0 and renderer.bottleneck == "vqgan training"
-    # as many FLOPs as the VQGAN's tuning and the renderer that it replaces
-    cfg, work = get_recipe("cifar"), both.work
-    replaced = work.vqgan_training_flops * cfg.vqgan_training.num_steps * cfg.vqgan_training.batch_size
-    replaced += work.training_flops("renderer") * cfg.renderer_training.num_steps * cfg.renderer_training.batch_size
+    # the decoder has the FLOPs of the VQGAN's tuning, the prior those of both models
+    cfg, work = get_recipe("paper_cifar"), both.work
+    tuning = work.vqgan_training_flops * cfg.vqgan_training.num_steps * cfg.vqgan_training.batch_size
     training = straight.recipe.pixels_training
     spent = straight.work.training_flops("renderer_pixels") * training.num_steps * training.batch_size
-    assert 0.9 < spent / replaced < 1.1
+    assert 0.9 < spent / tuning < 1.1
+    assert 0.95 < prior_flops(straight) / models_flops(both) < 1.05
+    assert 0.95 < models_flops(Planner(get_recipe("cifar"), CPU, Order(images=1000))) / models_flops(both) < 1.05
     with pytest.raises(DigitError, match="leave out --reuse_vq_tokens"):
         Planner(get_recipe("cifar_pixels"), CPU, Order(images=1000, reuse=frozenset({"vq_tokens"})))

@@ -160,12 +160,12 @@ UNUSED = [
     ("digit_base", {}, "masked_top_p", 0.9),
     ("digit_base", dict(renderer_kind="masked"), "sampling.renderer.top_p", 0.9),
     ("cifar", {}, "pixels.depth", 3),
-    ("cifar", {}, "pixels_training.num_steps", 300),
+    ("cifar", {}, "pixels_training.num_steps", 2900),
     ("cifar_pixels", {}, "renderer.depth", 3),
     ("cifar_pixels", {}, "renderer_training.learning_rate", 1e-4),
     ("cifar_pixels", {}, "sampling.renderer.top_p", 0.5),
     ("cifar_pixels", {}, "pixels_training.perceptual_stages", 2),
-    ("cifar_pixels", dict(pixels__start="scratch", vqgan_start="scratch"), "vqgan_training.num_steps", 3),
+    ("cifar_pixels", dict(pixels__start="scratch", vqgan_start="scratch"), "vqgan_training.num_steps", 700),
     ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
 ]  # fmt: skip
 
@@ -237,7 +237,10 @@ def test_every_registered_recipe_is_accepted(name):
         (dict(renderer_training__precision="fp16"), {}, "renderer_training.precision is fp16, which needs a GPU"),
         (dict(sampling__prior__cfg_scale=2.0), {}, "cfg_scale is 2.0, but guidance needs prior.label_dropout"),
         (dict(sampling__renderer__cfg_scale=2.0), {}, "guidance needs renderer.prefix_dropout above 0"),
-        (dict(prior__label_dropout=0.1), dict(num_classes=0), "label_dropout is 0.1, but the model has no label"),
+        (
+            dict(prior__label_dropout=0.1), dict(num_classes=0, chosen=["prior.label_dropout"]),
+            "prior.label_dropout is set, but the models get no labels",
+        ),
         (dict(encoder__name="dino_vits16", encoder__input_size=65), {}, "input_size 65 is no multiple of patch 16"),
         (dict(encoder__layer=99), {}, "has no layer 99"),
     ],

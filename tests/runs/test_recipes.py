@@ -37,7 +37,7 @@ def test_every_recipe_shows_its_command():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, demo"):
+    with pytest.raises(DigitError, match=r"no recipe named huge: choose one of cifar, cifar_pixels, demo"):
         get_recipe("huge")
     with pytest.raises(DigitError, match=r"no model named decoder"):
         digit_base().sequence_config("decoder", TOKENS, num_classes=0)

@@ -22,6 +22,10 @@ from digit.errors import DigitError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from digit.data.source import ImageSource
+    from digit.metrics.stability import StabilityConfig
+    from digit.pipeline.pipeline import DigitPipeline
+
 UNUSED_BY_STATISTICS = (
     "measures", "num", "num_splits", "num_neighbours", "density_neighbours", "kernel_subsets", "kernel_subset_size",
     "num_directions", "seed",
@@ -31,7 +35,8 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 
 @command(
     "evaluate",
-    "digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and related metrics\n"
+    "digit evaluate samples/ photos/val --report report/        # a page with pictures\n"
+    "  digit evaluate samples/ photos/val --out result.json      # fd_efficientnet_lite2 and related metrics\n"
     "  digit evaluate samples/ imagenet/val --inception pt_inception-2015-12-05-6726825d.pth\n"
     "  digit evaluate samples.npz VIRTUAL_imagenet256_labeled.npz --protocol adm --inception pt_inception-....pth",
     ranks=True,
@@ -39,7 +44,7 @@ IMAGES_HELP = DATA_HELP + ", or an .npz with arr_0 uint8 (N, H, W, 3)"
 def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
     """Score samples against a reference: FID, Inception Score, KID, sFID, precision, recall.
 
-    Beside them FID_infinity, the FID ratio to real images, CMMD, sliced Wasserstein, density, coverage, authenticity
+    Beside them FID_infinity, the FID ratio to real images, CMMD, MIND, density, coverage, authenticity
     and Vendi score. Each metric has its interval, and the table says which direction is better.
 
     The metrics have FID's names only with the weights of FID's Inception network (--inception). Without them
@@ -56,16 +61,34 @@ def run_evaluate(parser: "ArgumentParser", argv: list[str]) -> None:
         help="the same, or statistics (mu, sigma) or features of other programs: .npz, .pt of torch-fidelity",
     )
     add_config(parser, EvaluateConfig)
+    parser.add_argument(
+        "--held_out",
+        default=None,
+        help="real images that were not trained on, where REFERENCE is the training set: shows whether samples copy it",
+    )
     parser.add_argument("--out", default=None, help="JSON file for all results")
+    parser.add_argument(
+        "--report",
+        default=None,
+        help="folder for report.html, a page with measures, warnings, classes and pictures, and result.json",
+    )
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     args = parse(parser, argv)
-    from digit.evaluation.samples import evaluate, to_table
+    from digit.evaluation.samples import evaluate
+    from digit.evaluation.table import to_table
     from digit.runtime.files import check_writable
 
     if args.out is not None:
         check_writable(args.out)
-    result = evaluate(args.samples, args.reference, read_config(args, EvaluateConfig), args.out, args.device)
+    if args.report is not None:
+        check_writable(args.report, folder=True)
+    cfg = read_config(args, EvaluateConfig)
+    result = evaluate(
+        args.samples, args.reference, cfg, args.out, args.device, report=args.report, held_out=args.held_out
+    )
     say(to_table(result))
+    if args.report is not None:
+        say(f"\npage: {args.report}/report.html")
 
 
 @command(
@@ -108,7 +131,8 @@ def add_pipeline_arguments(parser: "ArgumentParser", out: str) -> None:
 def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     """Measure how much tokens and features change under pixel noise (paper, Table 1).
 
-    It also reports how much of each codebook is used.
+    It also reports how much of each codebook is used, and with --distances how far the images of the changed tokens are
+    from the pictures.
     """
     from digit.evaluation.stability import NUM_IMAGES
     from digit.metrics.stability import StabilityConfig
@@ -116,6 +140,15 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("data", help=DATA_HELP)
     add_pipeline_arguments(parser, "stability.json and stability.png")
     parser.add_argument("--num", type=int, default=NUM_IMAGES, help="images, spread evenly over the data")
+    parser.add_argument(
+        "--distances",
+        type=bool,
+        default=False,
+        help="decode the tokens of noisy images too, and measure the distance of these images to the pictures",
+    )
+    parser.add_argument(
+        "--inception", default=None, help="weights of FID's Inception network for --distances (default: Lite2's)"
+    )
     add_config(parser, StabilityConfig)
     args = parse(parser, argv)
     from digit.evaluation import stability
@@ -131,7 +164,26 @@ def run_stability(parser: "ArgumentParser", argv: list[str]) -> None:
         f"{found['codebook']['entropy_bits']:.2f} bits, {found['codebook']['dead_codes']} never"
         for name, found in result["tokenizers"].items()
     ]
-    say("\n".join([stability.to_table(result), *lines, f"plot and metrics: {args.out}"]))
+    say("\n".join([stability.to_table(result), *lines]))
+    if args.distances:
+        say_distances(args, pipe, source, cfg, result)
+    say(f"plot and metrics: {args.out}")
+
+
+def say_distances(args: Any, pipe: "DigitPipeline", source: "ImageSource", cfg: "StabilityConfig", result: Any) -> None:
+    """Measure the distances of `digit stability --distances`, add them to stability.json and say them."""
+    import torch
+
+    from digit.data.crops import centre_crops
+    from digit.evaluation.networks import load_judge_network
+    from digit.evaluation.perturbed import perturbed_distances, to_lines, token_decoders
+    from digit.runtime.files import as_path, write_result
+
+    network = load_judge_network(args.inception, device=args.device)
+    images = torch.cat([crops for crops, _ in centre_crops(source, pipe.preprocess, num=args.num)])
+    result["perturbed"] = perturbed_distances(token_decoders(pipe), images, network, cfg)
+    write_result(as_path(args.out) / "stability.json", result)
+    say(to_lines(result["perturbed"], network.metric("fd")) + "\n")
 
 
 @command(
@@ -189,7 +241,9 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     """Find good sampling settings: Frechet distance by top-k and top-p (paper, Figure 5)."""
     from digit.evaluation import sweep
 
-    parser.add_argument("data", help=DATA_HELP + "; real images to compare with")
+    parser.add_argument(
+        "data", help=DATA_HELP + "; real images to compare with (default: its validation or else its test split)"
+    )
     add_pipeline_arguments(parser, "sweep.json, sweep.png and the cache that makes it resumable")
     parser.add_argument("--num", type=int, default=sweep.NUM_SAMPLES, help="samples per setting")
     parser.add_argument(
@@ -206,12 +260,15 @@ def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
     args = parse(parser, argv)
     from digit.data.crops import centre_crops
     from digit.evaluation.networks import load_judge_network
+    from digit.evaluation.splits import chosen_on
     from digit.metrics.judge import collect_judged
     from digit.runtime.files import check_writable
 
     check_writable(args.out, folder=True)
+    source, where = chosen_on(args.data, args.split, partial(open_data, args))
     pipe, network = load_pipeline(args), load_judge_network(args.inception, device=args.device)
-    real = centre_crops(open_data(args, args.data), pipe.preprocess, num=args.num_reference)
+    say(f"compared with {where}")
+    real = centre_crops(source, pipe.preprocess, num=args.num_reference)
     reference = collect_judged((images for images, _ in real), network).pooled
     cfg = read_config(args, sweep.SweepConfig)
     result = sweep.run_sweep(pipe, reference, network, cfg, args.out, num=args.num, seed=args.seed)

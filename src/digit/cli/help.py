@@ -32,7 +32,8 @@ _STAGES = " ".join(
     for name in ("temperature", "top_k", "top_p", "cfg_scale", "num_steps")
 )
 _NETWORK = (
-    "--protocol --inception --image_size --num_splits --num_neighbours --kernel_subsets --kernel_subset_size --seed"
+    "--protocol --inception --network --weights --image_size --num_splits --num_neighbours --kernel_subsets "
+    "--kernel_subset_size --seed"
 )
 
 # command -> heading -> positional arguments (by name) and options (as typed), at most MAX_OPTIONS of these
@@ -99,10 +100,10 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "machine": "--device",
     },
     "evaluate": {
-        "data": "samples reference --num --num_reference",
+        "data": "samples reference --num --num_reference --held_out",
         "how it is measured": _NETWORK,
         "machine": "--device --batch_size --cache",
-        "output": "--out",
+        "output": "--report --out",
     },
     "statistics": {
         "data": "images --num_reference",

@@ -157,7 +157,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Train one model: vqgan, prior, renderer, renderer_masked, renderer_pixels or a VQ-only baseline.
+    """Train one model: the VQGAN, the prior, a renderer of any kind or a VQ-only baseline.
 
     vq_ar and vq_masked are VQ-only baselines with the compute of prior and renderer together, vq_ar_epochs is the one
     of the paper, for the recipe's vq_only_steps. renderer_pixels goes straight to pixels, without VQ tokens. Missing

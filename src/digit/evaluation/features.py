@@ -20,6 +20,7 @@ from torch import Tensor
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
 from digit.evaluation.image_set import ImageSet
+from digit.evaluation.looks import measure_looks
 from digit.metrics.distances import Nearest, Pairs
 from digit.metrics.frechet import FeatureStats, square_root
 from digit.metrics.judge import Judged, JudgeNetwork
@@ -29,7 +30,7 @@ from digit.runtime.files import load_tensors, save_tensors
 from digit.runtime.progress import Progress
 
 SHARD = 1000  # images per cache file; an interrupted run repeats at most so many
-FORMAT = b"judged 2"  # change it with the content of a shard
+FORMAT = b"judged 3"  # change it with the content of a shard
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Features:
     spatial: FeatureStats  # of (N, E); only its mean and covariance are needed
     digests: UInt8[Tensor, "N 32"]  # SHA-256 of the pixels that the network received
     grey: Bool[Tensor, " N"]  # all three channels equal
+    looks: Float32[Tensor, "N 10"]  # of `measure_looks`
     key: str  # hash of the network and of all images in order
     cache: Path | None  # folder for what depends on these features alone
 
@@ -52,7 +54,7 @@ class Features:
         """Pooled features that another program saved: no logits, no spatial features, nothing of the images."""
         none, key = pooled.new_zeros(len(pooled), 0), digest([b"file", pooled.numpy().tobytes()])
         digests, grey = torch.zeros(len(pooled), 32, dtype=torch.uint8), torch.zeros(len(pooled), dtype=torch.bool)
-        return cls(pooled, none, FeatureStats.of(none), digests, grey, key, cache)
+        return cls(pooled, none, FeatureStats.of(none), digests, grey, pooled.new_zeros(len(pooled), 10), key, cache)
 
     def pixel_keys(self) -> list[bytes]:
         """Content hash of each image's pixels."""
@@ -161,7 +163,7 @@ def collect(
 
     Returns None on ranks other than 0.
     """
-    kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": []}
+    kept: dict[str, list[Tensor]] = {"pooled": [], "logits": [], "digests": [], "grey": [], "looks": []}
     network_key, world_size = fingerprint(network).encode(), distributed.world_size()
     key = digest([network_key, *(part.key.encode() for part in parts)])
     moments = SpatialStats(cache and cache / f"{digest([FORMAT, key.encode(), b'spatial'])}.safetensors")
@@ -226,18 +228,19 @@ def _read(path: Path, num: int) -> dict[str, Tensor] | None:
         cached = load_tensors(path)
     except DigitError:
         return None
-    whole = {"pooled", "spatial", "logits", "digests", "grey"} == set(cached)
+    whole = {"pooled", "spatial", "logits", "digests", "grey", "looks"} == set(cached)
     return cached if whole and all(len(values) == num for values in cached.values()) else None
 
 
 @torch.no_grad()
 def judge(images: UInt8[Tensor, "N 3 H W"], network: JudgeNetwork, batch_size: int) -> dict[str, Tensor]:
-    """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,)."""
+    """uint8 (N, 3, H, W) -> pooled (N, D), spatial (N, E), logits (N, C), digests (N, 32), grey (N,), looks."""
     batches = [network.judge(batch) for batch in images.split(batch_size)]
     return {
         **{name: values.float().cpu() for name, values in vars(Judged.cat(batches)).items()},
         "digests": torch.stack([_pixel_digest(image) for image in images]),
         "grey": (images == images[:, :1]).flatten(1).all(1).cpu(),
+        "looks": measure_looks(images),
     }
 
 

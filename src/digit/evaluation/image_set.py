@@ -154,7 +154,7 @@ def open_images(spec: Images, num: int | None = None, pixel_max: int | None = No
     remarks = tuple(_remarks(source, about, num))
     if num is not None and num < len(source):
         rows = np.arange(num)
-        if names is not None and len(set(names)) > 1 and _in_runs(names):
+        if names is not None and len(set(names)) > 1 and in_runs(names):
             rows = rows * len(source) // num
         source, names = source.subset(rows), names and [names[row] for row in rows]
     return ImageSet(source, names, about.get("rounding"), remarks)
@@ -218,6 +218,6 @@ def _class_names(source: ImageSource, about: dict[str, Any]) -> list[str] | None
     return [source.classes[label] for label in source_labels]
 
 
-def _in_runs(names: list[str]) -> bool:
+def in_runs(names: list[str]) -> bool:
     """Whether the images of each class are consecutive."""
     return sum(a != b for a, b in pairwise(names)) == len(set(names)) - 1

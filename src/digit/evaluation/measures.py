@@ -14,15 +14,15 @@ from digit.evaluation.settings import EvaluateConfig
 from digit.metrics.distances import Block, Pairs
 from digit.metrics.diversity import vendi_score
 from digit.metrics.extrapolation import Half, frechet_infinity, frechet_ratio, real_distance, samples_needed
-from digit.metrics.frechet import frechet_distance
-from digit.metrics.influence import frechet_interval
+from digit.metrics.frechet import frechet_distance, square_root
+from digit.metrics.influence import frechet_interval, frechet_with_error, interval_of
 from digit.metrics.intervals import Interval
-from digit.metrics.kernels import GaussianMeans, cubic_distance, gaussian_distance, gaussian_interval
-from digit.metrics.neighbours import Neighbours, compare_at
+from digit.metrics.kernels import GaussianMeans, UnitMoments, cubic_distance, gaussian_distance, gaussian_interval
+from digit.metrics.neighbours import Neighbours, compare_at, copying_score
 from digit.metrics.scores import inception_score, kernel_distance, kernel_subsets, kernel_within
-from digit.metrics.sliced import sliced_wasserstein
+from digit.metrics.sliced import mind
 
-Direction = Literal["lower", "higher", "near 1", "higher is more varied"]
+Direction = Literal["lower", "higher", "near 0", "near 1", "higher is more varied"]
 NO_IMAGES = "the reference is statistics alone: give its images"
 
 
@@ -52,7 +52,7 @@ MEASURES = {
     "sfd": Measure("lower", "as fd", "sFID, Nash et al. 2021", published=True),
     "kd": Measure("lower", "any: it has no bias", "KID, Bińkowski et al. 2018", published=True),
     "cmmd": Measure("lower", "5,000 of each", "CMMD, Jayasumana et al. 2024 (on CLIP)"),
-    "sw": Measure("lower", "5,000 of each", "squared sliced 2-Wasserstein, Rabin et al. 2011"),
+    "mind": Measure("lower", "5,000 of each", "MIND, Berthet et al. 2026"),
     "precision": Measure("higher", "10,000 of each, equally many", "Kynkäänniemi et al. 2019", published=True),
     "recall": Measure("higher", "10,000 of each, equally many", "Kynkäänniemi et al. 2019", published=True),
     "density": Measure("near 1", "10,000 of each, equally many", "Naeem et al. 2020"),
@@ -62,9 +62,12 @@ MEASURES = {
 }
 
 
+OF_HELD_OUT = {"copying": Measure("near 0", "20 held-out images and samples", "Z_U of copying, Meehan et al. 2020")}
+
+
 def about_measure(name: str) -> dict[str, str]:
     """{"better", "needs", "source"} of a measure, for a results file."""
-    measure = MEASURES[name]
+    measure = (MEASURES | OF_HELD_OUT)[name]
     return {"better": measure.better, "needs": measure.needs, "source": measure.source}
 
 
@@ -94,20 +97,32 @@ def wanted_measures(measures: str) -> set[str]:
 
 
 def compute(
-    fake: Features, real: Features | None, moments: Statistics | None, cfg: EvaluateConfig, *, shuffled_splits: bool
+    fake: Features,
+    real: Features | None,
+    moments: Statistics | None,
+    cfg: EvaluateConfig,
+    *,
+    shuffled_splits: bool,
+    wanted: set[str] | None = None,
+    held_out: Features | None = None,
 ) -> Scores:
     """All wanted measures of features against those of a reference, against its statistics, or against both.
 
     Distances of means and covariances take the statistics, if they are given, and all other measures the features.
+    wanted: names of MEASURES; by default those that cfg asks for. held_out: features of real images that were not
+    trained on, for OF_HELD_OUT.
     """
-    found = Scores(wanted_measures(cfg.measures))
+    found = Scores(wanted_measures(cfg.measures) if wanted is None else wanted)
     _frechet(found, fake, real, moments, cfg)
     _inception_score(found, fake, cfg, shuffled_splits)
     _spatial(found, fake, real, moments)
     _kernels(found, fake, real, cfg)
     _pairs(found, fake, real, cfg)
-    found.add("vendi", lambda: vendi_score(fake.pooled), unless=_no_direction(fake))
-    ordered = [name for name in MEASURES if name in found.values]
+    varied = _no_direction(fake)
+    found.add("vendi", lambda: vendi_score(fake.pooled, moments=_unit_moments(fake)), unless=varied)
+    if held_out is not None:
+        _copying(found, fake, real, held_out)
+    ordered = [name for name in (*MEASURES, *OF_HELD_OUT) if name in found.values]
     found.values = {name: found.values[name] for name in ordered}
     return found
 
@@ -115,6 +130,8 @@ def compute(
 def _frechet(
     found: Scores, fake: Features, real: Features | None, moments: Statistics | None, cfg: EvaluateConfig
 ) -> None:
+    if not {"fd", "fd_infinity", "fd_ratio"} & found.wanted:
+        return
     if moments is not None:
         mean, cov, root = moments.mu, moments.sigma, None
     else:
@@ -122,8 +139,15 @@ def _frechet(
         mean, cov, root = real.stats.mean, real.stats.cov, real.root("pooled")
     num, dim = fake.pooled.shape
     few = f"{num} samples of {dim} features: it needs {samples_needed(dim)}" if num < samples_needed(dim) else ""
-    found.add("fd", lambda: frechet_interval(fake.pooled, mean, cov, root=root))
-    found.add("fd_infinity", lambda: frechet_infinity(fake.pooled, mean, cov, seed=cfg.seed, root=root), unless=few)
+    shared: dict[str, Any] = {"root": root}
+    if {"fd", "fd_infinity"} <= found.wanted and not few:  # both need the distance's error, an eigenproblem
+        shared["root"] = square_root(cov) if root is None else root
+        value, error = frechet_with_error(fake.pooled, mean, cov, root=shared["root"])
+        found.add("fd", lambda: interval_of(value, error, cov))
+        shared["error"] = error
+    else:
+        found.add("fd", lambda: frechet_interval(fake.pooled, mean, cov, root=root))
+    found.add("fd_infinity", lambda: frechet_infinity(fake.pooled, mean, cov, seed=cfg.seed, **shared), unless=few)
     reason = NO_IMAGES if real is None else "it needs 4 reference images" if len(real) < 4 else ""
     found.add("fd_ratio", lambda: _ratio(fake, _held(real), cfg.seed), unless=reason)
 
@@ -153,6 +177,8 @@ def _inception_score(found: Scores, fake: Features, cfg: EvaluateConfig, shuffle
 
 
 def _spatial(found: Scores, fake: Features, real: Features | None, moments: Statistics | None) -> None:
+    if "sfd" not in found.wanted:
+        return
     if fake.spatial.dim == 0:
         found.add("sfd", dict, unless="the network gives no spatial features")
         return
@@ -173,7 +199,7 @@ def _kernels(found: Scores, fake: Features, real: Features | None, cfg: Evaluate
     no_images = NO_IMAGES if real is None else ""
     found.add("kd", lambda: _kernel_distance(fake, _held(real), cfg), unless=no_images)
     directions = {"num_directions": cfg.num_directions, "seed": cfg.seed}
-    found.add("sw", lambda: sliced_wasserstein(fake.pooled, _held(real).pooled, **directions), unless=no_images)
+    found.add("mind", lambda: mind(fake.pooled, _held(real).pooled, **directions), unless=no_images)
 
 
 def _pairs(found: Scores, fake: Features, real: Features | None, cfg: EvaluateConfig) -> None:
@@ -188,7 +214,10 @@ def _pairs(found: Scores, fake: Features, real: Features | None, cfg: EvaluateCo
     found.left_out |= {name: f"needs more than {k} images of each" for name, k in ks.items() if k >= fewest}
     no_direction = _no_direction(fake) or _no_direction(real)
     gaussian = "cmmd" in found.wanted and not no_direction
-    if possible := sorted({k for k in ks.values() if k < fewest}):
+    possible = sorted({k for k in ks.values() if k < fewest})
+    if len(possible) > 1 and possible[0] not in (ks.get("precision"), ks.get("density")):
+        del possible[0]  # authenticity is the same of every k
+    if possible:
         real_squares, real_means = real.within(possible[-1], gaussian=gaussian)
         fake_squares, fake_means = fake.within(possible[-1], gaussian=gaussian)
         sums: list[GaussianMeans] = []
@@ -207,9 +236,9 @@ def _pairs(found: Scores, fake: Features, real: Features | None, cfg: EvaluateCo
         )
         by_k = dict(zip(possible, found_at, strict=True))
         for name, k in ks.items():
-            if k in by_k:
-                found.add(name, getattr(by_k[k], name))
-        found.neighbours = by_k.get(cfg.density_neighbours) or by_k[possible[-1]]
+            if k < fewest:
+                found.add(name, getattr(by_k.get(k, found_at[0]), name))
+        found.neighbours = by_k.get(cfg.density_neighbours) or found_at[-1]
         if gaussian:
             assert fake_means is not None and real_means is not None
             means = fake_means, sums[0].result(), float(real_means.mean())
@@ -269,6 +298,20 @@ def _with_std(pair: tuple[float, float], missing: str) -> dict[str, Any]:
 def _held(real: Features | None) -> Features:
     assert real is not None
     return real
+
+
+def _copying(found: Scores, fake: Features, real: Features | None, held_out: Features) -> None:
+    """The copying score; it has no interval, as it is a number of standard deviations already."""
+    if real is None:
+        found.left_out["copying"] = NO_IMAGES
+        return
+    z, p = copying_score(real.pooled, held_out.pooled, fake.pooled)
+    found.values["copying"] = {"value": z, "std": None, "missing": f"p = {p:.2g} of no difference from new images"}
+
+
+def _unit_moments(features: Features) -> UnitMoments | None:
+    """Moments that the Gaussian kernel needs too; None where there are fewer images than features."""
+    return features.unit_moments if len(features) >= features.pooled.shape[1] else None
 
 
 def _no_direction(features: Features) -> str:

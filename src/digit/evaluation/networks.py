@@ -32,6 +32,7 @@ INCEPTION_METRICS = {
     "is": "inception_score",
     "kd": "kid",
     "sfd": "sfid",
+    "mind": "mind",
     "precision": "precision",
     "recall": "recall",
 }  # others, which were published on other networks, are called NAME_inception
@@ -210,10 +211,8 @@ class CallableJudge:
         return about | {"code": code, "layers": repr(self.call), "weights_sha256": sha256_tensors(state)}
 
 
-def as_network(network: AnyNetwork, device: str | torch.device | None = None) -> JudgeNetwork:
-    """A network for metrics from a name, a `JudgeNetwork` or a callable. Raises DigitError for anything else."""
-    if isinstance(network, str):
-        return load_encoder_judge(network, device=device)
+def as_network(network: JudgeNetwork | Callable[[Tensor], Tensor]) -> JudgeNetwork:
+    """A network for metrics from a `JudgeNetwork` or a callable. Raises DigitError for anything else."""
     if isinstance(network, JudgeNetwork):
         return network
     if callable(network):

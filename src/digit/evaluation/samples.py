@@ -15,11 +15,13 @@ import torch
 
 from digit.data.fingerprint import digest
 from digit.errors import DigitError
+from digit.evaluation.examples import choose_examples
 from digit.evaluation.features import Features, collect, fingerprint, shards
 from digit.evaluation.image_set import Images, ImageSet, open_images
 from digit.evaluation.measures import Scores, about_measure, by_class, compute, wanted_measures
-from digit.evaluation.networks import AnyNetwork, as_network
+from digit.evaluation.networks import AnyNetwork
 from digit.evaluation.npz import TORCH_SUFFIXES, Statistics, read_npz_names, read_statistics
+from digit.evaluation.page import write_page
 from digit.evaluation.protocols import PROTOCOLS
 from digit.evaluation.settings import EvaluateConfig
 from digit.evaluation.traps import Side, find_traps
@@ -28,7 +30,6 @@ from digit.runtime import distributed
 from digit.runtime.files import write_json
 from digit.version import __version__
 
-WORST_CLASSES = 5  # rows of the table
 INCEPTION = "inception"  # the network of all published metrics
 STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"
 
@@ -41,6 +42,8 @@ def evaluate(
     device: str | torch.device | None = None,
     *,
     network: AnyNetwork | None = None,
+    report: str | Path | None = None,
+    held_out: Images | None = None,
 ) -> dict[str, Any]:
     """Compare two image sets: metrics with intervals, which metrics were left out and why, and warnings.
 
@@ -60,13 +63,18 @@ def evaluate(
             Score nor sFID. A module gets images on its own device, runs in evaluation mode and is as it was afterwards.
             Its features are cached under a hash of its weights, buffers, layers and class, those of other callables not
             at all.
+        report: folder for report.html, a page with every measure, warning, class and the pictures that show them, and
+            for result.json.
+        held_out: real images that were not trained on, where the reference is the training set. Adds the copying score:
+            whether samples lie nearer to training images than new images do.
 
     All ranks call it together and judge a share each; each gets the result, and rank 0 writes it. To call it on one
     rank of a training job: `with digit.runtime.distributed.alone():`.
 
-    Returns {"protocol", "samples", "reference", "metrics", "measures", "classes", "left_out", "warnings", "versions"}:
-    metrics by their full names; measures says which direction is better, how many images each needs and where it is
-    defined; classes, where both sets have the same classes, has those with the largest distance first.
+    Returns {"protocol", "samples", "reference", "metrics", "measures", "classes", "examples", "left_out", "warnings",
+    "versions"}: metrics by their full names; measures says which direction is better, how many images each needs and
+    where it is defined; classes, where both sets have the same classes, has those with the largest distance first;
+    examples are rows of both sets that show what the measures say (`choose_examples`).
     Raises DigitError for images that cannot be read and for statistics of another network.
     """
     cfg = cfg or EvaluateConfig()
@@ -79,7 +87,7 @@ def evaluate(
         )
     side = statistics.traits.pixels if real_images is None and statistics and statistics.traits else None
     sizes = fitted_sizes(sample_images, real_images, cfg, side)
-    network = as_network(network, device) if network is not None else cfg.load_network(device)
+    network = cfg.choose_network(network, device)
     sides = [
         Side(role, images, size, None if images is None else _features(images, size, network, cfg, role), moments)
         for role, images, size, moments in (
@@ -87,31 +95,46 @@ def evaluate(
             ("reference", real_images, sizes[1], statistics),
         )
     ]
-    return distributed.on_main(lambda: _compare(sides[0], sides[1], network, cfg, out))
+    if held_out is not None:
+        images = open_images(held_out, None, cfg.pixel_max)
+        shown = sizes[1] or (side if real_images is None else real_images.survey.side)  # side of the reference
+        size = None if images.survey.side == shown else shown
+        sides.append(Side("held_out", images, size, _features(images, size, network, cfg, "held-out images")))
+    return distributed.on_main(lambda: _compare(sides, network, cfg, out, report))
 
 
 def _compare(
-    samples: Side, reference: Side, network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None
+    given: list[Side], network: JudgeNetwork, cfg: EvaluateConfig, out: str | Path | None, report: str | Path | None
 ) -> dict[str, Any]:
-    """Compute and write the result of `evaluate` from features."""
+    """Compute and write the result of `evaluate` from features of samples, reference and perhaps held-out images."""
+    samples, reference, *new = given
+    assert samples.features is not None
     sides = (samples, reference)
     if reference.statistics is not None:
-        assert samples.features is not None
         reference.statistics.check(fingerprint(network), samples.features.pooled.shape[1])
-    found = _compute(*sides, cfg)
+    found = _compute(*sides, cfg, new[0].features if new else None)
     metrics, left_out = _named(found, network)
     result = {
         "protocol": describe_protocol(network, cfg),
-        **{side.role: describe_side(side) for side in sides},
+        **{side.role: describe_side(side) for side in given},
         "metrics": metrics,
         "measures": {network.metric(name): about_measure(name) for name in (*found.values, *found.left_out)},
         "classes": _by_class(*sides, found),
+        "examples": choose_examples(len(samples.features), found.neighbours),
         "left_out": left_out,
-        "warnings": find_traps(*sides, PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None),
+        "warnings": find_traps(
+            *sides,
+            PROTOCOLS[cfg.protocol] if network.name == INCEPTION else None,
+            neighbours=found.neighbours,
+            shuffled_splits=PROTOCOLS[cfg.protocol].shuffled_splits,
+            released_weights=network.describe().get("weights_released", True),
+        ),
         "versions": versions(),
     }
     if out is not None:
         write_json(out, result)
+    if report is not None:
+        write_page(report, result, samples, reference)
     return result
 
 
@@ -159,13 +182,13 @@ def scores(
     return _named(_compute(samples, reference, cfg), network)
 
 
-def _compute(samples: Side, reference: Side, cfg: EvaluateConfig) -> Scores:
+def _compute(samples: Side, reference: Side, cfg: EvaluateConfig, held_out: Features | None = None) -> Scores:
     assert samples.features is not None
     shuffled, statistics = PROTOCOLS[cfg.protocol].shuffled_splits, reference.statistics
     real = reference.features
     if real is None and statistics is not None and statistics.features is not None:
         real = Features.of_file(torch.from_numpy(statistics.features), cfg.cache_folder)
-    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled)
+    return compute(samples.features, real, statistics, cfg, shuffled_splits=shuffled, held_out=held_out)
 
 
 def _named(found: Scores, network: JudgeNetwork) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -206,7 +229,7 @@ def describe_protocol(network: JudgeNetwork, cfg: EvaluateConfig) -> dict[str, A
             "density": "95%, bootstrap over samples",
             "distance at infinity": "95%, infinitesimal jackknife and error of the fit",
             "distance ratio": "95%, infinitesimal jackknife of both distances, half of the reference fixed",
-            "cmmd, sliced distance, vendi": "95%, influence of each sample, reference fixed",
+            "cmmd, mind, vendi": "95%, influence of each sample, reference fixed",
         },
     }
 
@@ -263,7 +286,7 @@ def statistics_npz(
     """
     cfg = cfg or EvaluateConfig()
     chosen = open_images(images, cfg.num_reference, cfg.pixel_max)
-    network = as_network(network, device) if network is not None else cfg.load_network(device)
+    network = cfg.choose_network(network, device)
     size = fitted_sizes(chosen, None, cfg)[0]
     features = _features(chosen, size, network, cfg, "reference")
 
@@ -279,54 +302,3 @@ def statistics_npz(
         return moments
 
     return distributed.on_main(save)
-
-
-def to_table(result: dict[str, Any]) -> str:
-    """A result of `evaluate` as Markdown for a terminal: metrics, what is left out, and the warnings."""
-    protocol, samples, reference = result["protocol"], result["samples"], result["reference"]
-    has_statistics = bool(reference.get("statistics"))
-    against = f"{reference['num']} images of {reference['name']}" if "name" in reference else ""
-    against += f"{' and ' if against and has_statistics else ''}{_saved(reference) if has_statistics else ''}"
-    lines = [
-        f"protocol {protocol['name']}, network {protocol['network']['network']}; "
-        f"{samples['num']} samples of {samples['name']} against {against}",
-        *(f"{side['name']}: {side['pixel_range']}" for side in (samples, reference) if "pixel_range" in side),
-        "",
-        "| metric | value | better | 95% interval or deviation |",
-        "|---|---|---|---|",
-    ]
-    for name, metric in result["metrics"].items():
-        better = result["measures"][name]["better"]
-        lines.append(f"| {name} | {_short(metric['value'])} | {better} | {_spread(metric)} |")
-    lines += [f"| {name} | – | – | left out: {reason} |" for name, reason in result["left_out"].items()]
-    lines += _class_lines(result["classes"])
-    return "\n".join([*lines, *(f"\nwarning: {text}" for text in result["warnings"])])
-
-
-def _class_lines(classes: dict[str, dict[str, Any]]) -> list[str]:
-    """The classes with the largest distance as Markdown."""
-    if not classes:
-        return []
-    lines = ["", f"classes with the largest distance, of {len(classes)}:", "", "| class | kd | 95% interval |"]
-    worst = list(classes.items())[:WORST_CLASSES]
-    return [
-        *lines,
-        "|---|---|---|",
-        *(f"| {name} | {_short(entry['kd']['value'])} | {_spread(entry['kd'])} |" for name, entry in worst),
-    ]
-
-
-def _saved(reference: dict[str, Any]) -> str:
-    num = reference["statistics"]["num"]
-    return f"saved statistics of {'an unknown number of' if num is None else num} images"
-
-
-def _spread(metric: dict[str, Any]) -> str:
-    if "missing" in metric:
-        return f"– ({metric['missing']})"
-    return f"{_short(metric['low'])} to {_short(metric['high'])}" if "low" in metric else f"± {_short(metric['std'])}"
-
-
-def _short(value: float) -> str:
-    """About four digits, never in exponent notation."""
-    return f"{value:.{2 if abs(value) >= 10 else 4 if abs(value) >= 0.01 else 6}f}"

@@ -1,14 +1,15 @@
 """Settings of `digit evaluate` and `digit statistics`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from digit.errors import DigitError
-from digit.evaluation.networks import load_encoder_judge, load_judge_network
+from digit.evaluation.networks import AnyNetwork, as_network, load_encoder_judge, load_judge_network
 from digit.evaluation.protocols import PROTOCOLS, ProtocolName
+from digit.evaluation.published import PUBLISHED, load_published
 from digit.metrics.judge import JudgeNetwork
 from digit.runtime.files import as_path, cache_folder
 
@@ -28,10 +29,11 @@ class EvaluateConfig:
     """Weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth); without them EfficientNet-Lite2 is used,
     and the metrics are no FID."""
     network: str | None = None
-    """Encoder instead of these: a name as of --tokenizer.encoder.name, such as dinov2_vitl14 or hf:NAME. Its class
-    token, or its pooled output, is the feature; metrics have its name."""
+    """Another network: dinov2 (of FD-DINOv2, as dgm-eval runs it), clip (of CMMD), or an encoder, named as for
+    --tokenizer.encoder.name, such as dinov2_vitb14 or hf:NAME; the feature is its class token or pooled output. Metrics
+    have its name."""
     weights: str | None = None
-    """Weights file of that encoder."""
+    """Weights file of that network."""
     num: int | None = None
     """Use the first NUM samples; all by default."""
     num_reference: int | None = None
@@ -53,8 +55,8 @@ class EvaluateConfig:
     """Random subsets of the kernel distance (KID)."""
     kernel_subset_size: int = 1000
     """Images in each subset; at most as many as there are."""
-    num_directions: int = 256
-    """Directions of the sliced Wasserstein distance."""
+    num_directions: int = 1000
+    """Random directions of MIND."""
     seed: int = 0
     """Seed of splits, subsets, halves and directions."""
     batch_size: int = 64
@@ -97,6 +99,14 @@ class EvaluateConfig:
 
     def load_network(self, device: str | torch.device | None = None) -> JudgeNetwork:
         """Load the network of the protocol. Raises DigitError for missing or wrong weights."""
+        if self.network in PUBLISHED:
+            return load_published(self.network, self.weights, device)
         if self.network is not None:
             return load_encoder_judge(self.network, self.weights, device)
         return load_judge_network(self.inception, resize=PROTOCOLS[self.protocol].resize, device=device)
+
+    def choose_network(self, network: AnyNetwork | None, device: str | torch.device | None = None) -> JudgeNetwork:
+        """`network`, which may be a name with these settings' weights; None for the one that they name."""
+        if isinstance(network, str):
+            return replace(self, network=network, inception=None).load_network(device)
+        return self.load_network(device) if network is None else as_network(network)

@@ -1,6 +1,7 @@
 """Training and test images of one data set: its own splits where it has them, else every fifth image."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def probe_splits(
             raise DigitError(f"{data} has nothing to test on: {'; '.join(own.unusable)}; {CHOICES}")
     train, chosen = hold_out(opened(data, split=split))
     return train, chosen, f"every fifth image of {data}, which a pipeline fitted on {data} was trained on"
+
+
+def chosen_on(
+    data: str, split: str | None = None, opened: Callable[..., ImageSource] = open_source
+) -> tuple[ImageSource, str]:
+    """(images that settings are chosen on, where they come from): of the data's own splits validation, then test.
+
+    Without such a split these are all images, on which a pipeline may have been trained. split: the one to take
+    instead. `opened` opens images as `open_source(path, split=...)` does. Raises DigitError for data that cannot be
+    read.
+    """
+    if split is not None:
+        return opened(data, split=split), f"the {split} split of {data}"
+    for name in reversed(HELD_OUT):
+        for root in split_roots(data):
+            with suppress(NoSplitError):
+                return opened(root, split=name), f"the {name} split of {root}"
+    told = "" if split_of(Path(data).name) in HELD_OUT else ", which has neither a validation nor a test split"
+    return opened(data), f"{data}{told}"
 
 
 def require_common_classes(train: ImageSource, test: ImageSource) -> None:

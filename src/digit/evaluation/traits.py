@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 from digit.errors import DigitError
+from digit.evaluation.looks import Look
 from digit.runtime.config_json import from_json
 
 Counts = tuple[tuple[str, int], ...]  # name and number of images, the most frequent first
@@ -34,6 +35,8 @@ class Traits:
     """How the images were rounded to uint8; None where it is not known."""
     remarks: tuple[str, ...] | None = None
     """What was odd when the set was opened, as sentences."""
+    look: Look | None = None
+    """What its pixels are like on average; None in files of older versions."""
 
     @property
     def side(self) -> int | None:

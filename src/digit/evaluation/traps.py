@@ -9,11 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from digit.evaluation.features import Features
-from digit.evaluation.image_set import ImageSet
+from digit.evaluation.image_set import ImageSet, in_runs
+from digit.evaluation.looks import Look, Mean
 from digit.evaluation.npz import Statistics
 from digit.evaluation.protocols import Protocol
 from digit.evaluation.traits import Traits
 from digit.metrics.frechet import count_warnings
+from digit.metrics.neighbours import Neighbours
 
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # Pillow's names; WEBP and AVIF nearly always are
 MOSTLY_GREY = 0.5
@@ -23,15 +25,20 @@ ALTERED = {  # pixel types, by the first letters of Pillow's names, whose colour
     "a palette of at most 256 colours, which moves the distance: save RGB": ("P", "1"),
     "CMYK colours, which were converted without a colour profile: save RGB": ("CMYK",),
 }
+NEAR = 0.2  # fraction of a usual distance between neighbours below which two images count as nearly equal
+FEW_NEAR = 0.01  # share of images that may be so by chance
+FEWEST = 10  # images whose average look tells anything
+ERRORS = 6.0  # standard errors of a difference of looks beyond chance
+LEVELS, CONTRAST, EXTREME, DETAIL, BLOCKS, FRAMED = 3.0, 0.1, 0.1, 0.06, 0.1, 0.1  # smallest differences that are told
 CHANCE = 4.0  # labels count as unbalanced when chi-squared exceeds its mean by more standard deviations
 
 
 @dataclass(frozen=True)
 class Side:
-    """Samples or reference: the images, their resizing, and their features; or saved statistics."""
+    """One set of a comparison: the images, their resizing, and their features; or saved statistics."""
 
     role: str
-    """`samples` or `reference`."""
+    """`samples`, `reference` or `held_out`."""
     images: ImageSet | None = None
     """None where only statistics are given."""
     fitted: int | None = None
@@ -63,6 +70,7 @@ class Side:
             classes=None if names is None else tuple(Counter(names).most_common()),
             rounding=self.images.rounding,
             remarks=self.images.remarks or None,
+            look=Look.of(self.features.looks),
         )
 
     @cached_property
@@ -86,22 +94,141 @@ class Side:
         return self.fitted or (None if self.traits is None else self.traits.pixels)
 
 
-def find_traps(samples: Side, reference: Side, protocol: Protocol | None = None) -> list[str]:
+def find_traps(
+    samples: Side,
+    reference: Side,
+    protocol: Protocol | None = None,
+    *,
+    neighbours: Neighbours | None = None,
+    shuffled_splits: bool = True,
+    released_weights: bool = True,
+) -> list[str]:
     """All warnings about a comparison, as sentences; [] where there are none.
 
-    They are the same for images and for their statistics as `digit statistics` saves them. protocol: the protocol of
-    published metrics to compare with; None where the network is not that of any protocol.
+    They are the same for images and for their statistics as `digit statistics` saves them, except for those of nearly
+    equal images, which need features of both sets (`neighbours`).
+
+    Args:
+        protocol: the protocol of published metrics to compare with; None where the network is not that of any protocol.
+        shuffled_splits: whether the splits of the Inception Score are shuffled.
+        released_weights: whether the weights of a published network are those that were published.
     """
     assert samples.features is not None
     warnings = [*_unknown(reference), *_sizes(samples, reference)]
     warnings += count_warnings(samples.count, reference.count, samples.features.pooled.shape[1])
-    warnings += [*_rank(reference), *_repeats(samples, reference)]
+    warnings += [*_rank(reference), *_repeats(samples, reference), *_nearly_equal(neighbours)]
     for side in (samples, reference):
         if side.traits is not None:
             traits = side.traits
             warnings += [*(traits.remarks or ()), *_files(side, traits), *_colours(side, traits)]
-    warnings += _labels(samples.traits, reference.traits)
+    warnings += [*_looks(samples, reference), *_labels(samples.traits, reference.traits)]
+    if not shuffled_splits:
+        warnings += [*_splits_in_order(samples)]
+    if not released_weights:
+        warnings.append("the network's weights are not those of the released file: no published metric was made so")
     return warnings + ([*_published(samples, reference, protocol)] if protocol else [])
+
+
+def _nearly_equal(found: Neighbours | None) -> Iterator[str]:
+    """Samples that are nearly reference images, or nearly each other; equal pixels are told by `_repeats`."""
+    if found is None:
+        return
+    num, near = len(found.nearest), NEAR * NEAR
+    copied = int(((found.nearest_squares > 0) & (found.nearest_squares < near * found.own_squares)).sum())
+    if copied > max(2, FEW_NEAR * num):
+        yield (
+            f"{copied} of {num} samples are nearly a reference image, at less than {NEAR:g} of its distance to any "
+            "other: copies of training images make every distance too low (authenticity shows them)"
+        )
+    limit = near * float(np.median(found.real_squares))
+    repeated, usual = (
+        int(((squares > 0) & (squares < limit)).sum()) for squares in (found.fake_squares, found.real_squares)
+    )
+    if repeated > max(2, (FEW_NEAR + usual / len(found.real_squares)) * num):
+        yield (
+            f"{repeated} of {num} samples nearly repeat another sample: the model makes few different images, which "
+            "precision and density do not show (recall, coverage and Vendi score do)"
+        )
+
+
+def _splits_in_order(samples: Side) -> Iterator[str]:
+    """Sorted samples where each split of the Inception Score takes consecutive ones."""
+    names = None if samples.images is None else samples.images.class_names
+    if names is not None and len(set(names)) > 1 and in_runs(names):
+        yield (
+            "the samples are sorted by class, and this protocol splits them in their order: each split has few classes "
+            "and the Inception Score is too low; shuffle the samples"
+        )
+
+
+def _looks(samples: Side, reference: Side) -> Iterator[str]:
+    """Differences of all pixels alike, as saving and resizing make them."""
+    own, other = (None if side.traits is None else side.traits for side in (samples, reference))
+    if own is None or other is None or min(own.num, other.num) < FEWEST or own.look is None or other.look is None:
+        return
+    a, b = own.look, other.look
+    yield from _looks_of_colours(a, b)
+    if _differs(a.extreme, b.extreme, EXTREME):
+        yield (
+            f"{a.extreme[0]:.0%} of the samples' values are 0 or 255, of the reference's {b.extreme[0]:.0%}: were "
+            "values cut off, such as -1..1 saved as 0..1?"
+        )
+    if samples.pixels == reference.pixels:
+        yield from _looks_of_detail(a, b, resized=bool(own.fitted or other.fitted))
+    if _differs(a.framed, b.framed, FRAMED):
+        yield (
+            f"{a.framed[0]:.0%} of the samples have a frame of one colour, of the reference images {b.framed[0]:.0%}: "
+            "cut it off"
+        )
+
+
+def _looks_of_colours(a: Look, b: Look) -> Iterator[str]:
+    """Exchanged channels, another brightness, another contrast."""
+    colours, others = (a.red, a.green, a.blue), (b.red, b.green, b.blue)
+    straight, exchanged = (_distance((a.red, a.blue), pair) for pair in ((b.red, b.blue), (b.blue, b.red)))
+    if straight > 2 * ERRORS**2 and exchanged < straight / 4:
+        yield "red and blue of the samples look exchanged: were they saved as BGR?"
+        return
+    shown = " against ".join(", ".join(f"{mean:.0f}" for mean, _ in side) for side in (colours, others))
+    if any(_differs(mean, of, LEVELS) for mean, of in zip(colours, others, strict=True)):
+        yield (
+            f"mean red, green and blue of the samples and the reference are {shown}: was another range of values, "
+            "gamma or colour profile saved? Small shifts move no measure"
+        )
+    if _differs(a.contrast, b.contrast, CONTRAST * b.contrast[0]):
+        yield (
+            f"the samples' contrast is {a.contrast[0]:.0f} grey levels, the reference's {b.contrast[0]:.0f}: was "
+            "another range of values or gamma saved?"
+        )
+
+
+def _looks_of_detail(a: Look, b: Look, *, resized: bool) -> Iterator[str]:
+    """Other resizing or blur, and compression that the file format does not tell; resizing here hides the latter."""
+    if _differs(a.detail, b.detail, DETAIL * b.detail[0]):
+        less = a.detail[0] < b.detail[0]
+        yield (
+            f"samples have {'less' if less else 'more'} fine detail than the reference (the squared difference of "
+            f"neighbouring pixels is {a.detail[0]:.2f} of that of pixels two apart, {b.detail[0]:.2f} in the "
+            f"reference): they are {'blurred' if less else 'noisy'}, or were resized by another filter"
+        )
+    if not resized and _differs(a.blocks, b.blocks, BLOCKS):
+        side = "samples" if a.blocks[0] > b.blocks[0] else "reference images"
+        yield (
+            f"{side} show the 8 x 8 blocks of JPEG, whatever their files are now: compression moves the distance; save "
+            "PNG from the start"
+        )
+
+
+def _distance(first: tuple[Mean, ...], second: tuple[Mean, ...]) -> float:
+    """sum (a - b)² / (error_a² + error_b²)."""
+    pairs = zip(first, second, strict=True)
+    return sum((a - b) ** 2 / max(e * e + f * f, 1e-12) for (a, e), (b, f) in pairs)
+
+
+def _differs(first: Mean, second: Mean, least: float) -> bool:
+    """Whether two means differ by more than `least`, and by more than chance."""
+    difference = abs(first[0] - second[0])
+    return difference > least and difference > ERRORS * math.hypot(first[1], second[1])
 
 
 def _published(samples: Side, reference: Side, protocol: Protocol) -> Iterator[str]:

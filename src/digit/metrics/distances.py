@@ -7,8 +7,9 @@ radius) is that of float64.
 Bound: rows x are centred, scaled by a power of 2 so that no entry exceeds 1, and rounded to float32. With u = 2^-24,
 a = ||x|| and g = D u / (1 - D u), a product of two rows, in any order of summation, has an error of at most g a_i a_j
 (Higham 2002, section 3.1), and ||x_i||² + ||x_j||² - 2 x_i.x_j one of at most (g / 2 + 8 u) (a_i + a_j)² + D 2^-120,
-rounding of the rows included. NumPy multiplies: torch rounds float32 products to bfloat16 or TF32 where a process
-allows it.
+rounding of the rows included. As (a_i + a_j)² is at most 2 a_i² + 2 a_j², the bound is a sum e_i + e_j, and blocks of
+lower bounds come out of the product by adding ||x_i||² - e_i to the rows and ||x_j||² - e_j to the columns. NumPy
+multiplies: torch rounds float32 products to bfloat16 or TF32 where a process allows it.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64, Real
+from jaxtyping import Float32, Float64, Int64, Real
 from torch import Tensor
 
 SIZE = 2048  # rows and columns of a block of pairs
@@ -30,26 +31,42 @@ Rows = Int64[np.ndarray, "N K"]
 
 
 class _Points:
-    """Features (N, D), centred, scaled and rounded to float32, with the norms of the rows."""
+    """Features (N, D), centred, scaled and rounded to float32, with the squares of their norms and error bounds."""
 
     def __init__(self, features: Tensor, centre: np.ndarray, scale: float):
+        dim = features.shape[1]
         self.rows = np.empty(tuple(features.shape), np.float32)
-        self.squares = np.empty(len(features))  # (N,)
+        squares = np.empty(len(features))  # (N,)
         for start in range(0, len(features), SIZE):
             part = slice(start, start + SIZE)
             self.rows[part] = (features[part].double().numpy() - centre) * scale
-            self.squares[part] = np.square(self.rows[part], dtype=np.float64).sum(1)
-        self.norms = np.sqrt(self.squares)
+            squares[part] = np.square(self.rows[part], dtype=np.float64).sum(1)
+        self.errors = (2 * _slope(dim, UNIT) * squares + dim * 2.0**-120) * (1 + 8 * UNIT)
+        self.lower = (squares - self.errors).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Scaled squared distances between points of x and of y, and the largest error of each."""
+    """Lower bounds of scaled squared distances between points of x and of y.
+
+    The error of a pair is the sum of those of its row and its column: a distance lies in lower .. lower + 2 error.
+    """
 
     rows: slice
     columns: slice
-    values: Float32[np.ndarray, "R C"]
-    errors: Float32[np.ndarray, "R C"]
+    lower: Float32[np.ndarray, "R C"]
+    row_errors: Float64[np.ndarray, " R"]
+    column_errors: Float64[np.ndarray, " C"]
+
+    @property
+    def errors(self) -> Float64[np.ndarray, "R C"]:
+        """The largest error of `values`."""
+        return self.row_errors[:, None] + self.column_errors
+
+    @property
+    def values(self) -> Float64[np.ndarray, "R C"]:
+        """Scaled squared distances, as the products in float32 give them."""
+        return self.lower + self.errors
 
 
 class Pairs:
@@ -62,11 +79,10 @@ class Pairs:
         self.scale = 2.0 ** -(np.ceil(np.log2(largest)) + 1) if largest else 1.0
         self._x = _Points(self.x, centre.numpy(), self.scale)
         self._y = self._x if self.within else _Points(self.y, centre.numpy(), self.scale)
-        self._centre, dim = centre, x.shape[1]
-        self._slope, self._least = _slope(dim, UNIT), dim * 2.0**-120
+        self._centre = centre
 
     def sweep(self, *consumers: Callable[[Block], None]) -> None:
-        """Give each block to every consumer, so that one product serves all of them.
+        """Give each block to every consumer, so that one product serves all of them; its arrays are used again.
 
         Of x with itself these are the blocks on and above the diagonal; their transposes are the rest.
         """
@@ -75,28 +91,21 @@ class Pairs:
                 consumer(block)
 
     def _blocks(self) -> Iterator[Block]:
+        space = np.empty(min(SIZE, len(self.x)) * min(SIZE, len(self.y)), np.float32)
         for start in range(0, len(self.x), SIZE):
             rows = slice(start, min(start + SIZE, len(self.x)))
-            x, squares, norms = (values[rows] for values in (self._x.rows, self._x.squares, self._x.norms))
+            x = -2 * self._x.rows[rows]
             for first in range(start if self.within else 0, len(self.y), SIZE):
                 columns = slice(first, min(first + SIZE, len(self.y)))
-                values = x @ self._y.rows[columns].T
-                values *= -2
-                values += squares[:, None].astype(np.float32)
-                values += self._y.squares[columns].astype(np.float32)
-                yield Block(rows, columns, values, self._errors(norms[:, None], self._y.norms[columns]))
+                y = self._y.rows[columns]
+                lower = np.matmul(x, y.T, out=space[: len(x) * len(y)].reshape(len(x), len(y)))
+                lower += self._x.lower[rows, None]
+                lower += self._y.lower[columns]
+                yield Block(rows, columns, lower, self._x.errors[rows], self._y.errors[columns])
 
-    def _errors(self, norms: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """(slope (a + b)² + least), rounded up, for norms a and b that broadcast; float32."""
-        errors = norms.astype(np.float32) + others.astype(np.float32)
-        errors *= errors
-        errors *= np.float32(self._slope * (1 + 8 * UNIT))
-        errors += np.float32(self._least)
-        return errors
-
-    def errors(self, i: Int64[np.ndarray, "*P"], j: Int64[np.ndarray, "*P"]) -> Float32[np.ndarray, "*P"]:
+    def errors(self, i: Int64[np.ndarray, "*P"], j: Int64[np.ndarray, "*P"]) -> Float64[np.ndarray, "*P"]:
         """Largest error of the scaled squares of the pairs x_i, y_j."""
-        return self._errors(self._x.norms[i], self._y.norms[j])
+        return self._x.errors[i] + self._y.errors[j]
 
     def exact(self, i: Int64[np.ndarray, " P"], j: Int64[np.ndarray, " P"]) -> Float64[np.ndarray, " P"]:
         """sum_d (x_id - y_jd)² (P,) in float64, not scaled; 0 for equal points."""
@@ -162,9 +171,9 @@ class Nearest:
 
     def add(self, block: Block) -> None:
         """Take one block."""
-        lower = torch.from_numpy(block.values - block.errors)
+        lower = torch.from_numpy(block.lower)
         if self._pairs.within and block.rows == block.columns:
-            lower.fill_diagonal_(torch.inf)
+            lower = lower.clone().fill_diagonal_(torch.inf)
         elif self._pairs.within:
             self._update(block.columns, lower.T.contiguous(), block.rows.start)
         self._update(block.rows, lower, block.columns.start)
@@ -202,18 +211,21 @@ class Nearest:
 
 def within(
     pairs: Pairs, block: Block, squares: Float64[np.ndarray, " S"], *, of_rows: bool = False
-) -> Bool[np.ndarray, "R C"]:
-    """Whether the squared distance of each pair is at most `squares` (M,) of its y; of_rows: (N,) of its x."""
-    limits = squares[block.rows, None] if of_rows else squares[None, block.columns]
-    scaled = (limits * pairs.scale**2).astype(np.float32)
-    excess = block.values - scaled
-    inside = excess <= 0
-    np.abs(excess, out=excess)
-    excess -= 4 * np.float32(UNIT) * scaled
-    i, j = np.nonzero(excess <= block.errors)
-    found = pairs.exact(i + block.rows.start, j + block.columns.start)
-    inside[i, j] = found <= np.broadcast_to(limits, inside.shape)[i, j]
-    return inside
+) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]]:
+    """Rows and columns of the block (P,) whose squared distance is at most `squares` (M,) of their y.
+
+    of_rows: `squares` (N,) is of x instead.
+    """
+    limits = squares[block.rows if of_rows else block.columns] * pairs.scale**2
+    bound = (limits * (1 + 4 * UNIT)).astype(np.float32)  # at most 5 u above the limit, never below
+    flat = np.flatnonzero(block.lower <= (bound[:, None] if of_rows else bound))
+    i, j = np.divmod(flat, block.lower.shape[1])
+    upper = block.lower.reshape(-1)[flat] + 2 * (block.row_errors[i] + block.column_errors[j])
+    inside = upper <= limits[i if of_rows else j] * (1 - 4 * UNIT)
+    unsure = np.flatnonzero(~inside)
+    rows, columns = i[unsure] + block.rows.start, j[unsure] + block.columns.start
+    inside[unsure] = pairs.exact(rows, columns) <= squares[rows if of_rows else columns]
+    return i[inside], j[inside]
 
 
 def nearest_others(x: Real[Tensor, "N D"], k: int) -> tuple[Squares, Rows]:

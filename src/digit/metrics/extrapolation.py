@@ -5,6 +5,7 @@ Both have the bias's cause in common with any Fréchet distance, the error of th
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Self
 
@@ -42,39 +43,56 @@ def frechet_infinity(
     seed: int = 0,
     confidence: float = 0.95,
     root: Covariance | None = None,
+    error: float | None = None,
 ) -> Interval:
     """a of the line a + b / n that fits d_n in least squares: d_n is the Fréchet distance of n random samples.
 
     FID_infinity (Chong & Forsyth 2020) of samples (N, D) to a Gaussian with mean (D,) and cov (D, D): the
     distance that infinitely many samples would have. n takes num_points values spaced evenly from 5,000 (or N/10, or
-    2 D) to N. Lower is better; it may be below 0. Needs N >= 4 D samples, 50,000 in the paper; the reference's own
-    number of images still matters.
+    2 D) to N. The n samples are the first of one random order, so that all covariances take one pass; independent
+    subsets, as in the paper's code, gave the same mean and spread. Lower is better; it may be below 0. Needs N >= 4 D
+    samples, 50,000 in the paper; the reference's own number of images still matters.
 
     The interval is a -+ z hypot(frechet_error, standard error of a in the fit): choice of samples and of subsets, with
-    the reference fixed. root as for `frechet_interval`. Raises DigitError for fewer samples than it needs.
+    the reference fixed. root as for `frechet_interval`; error is `frechet_error`, if it is known already. Raises
+    DigitError for fewer samples than it needs.
     """
-    x = FeatureStats.checked(features)
-    num, dim = x.shape
+    num, dim = features.shape
     if num < samples_needed(dim):
         raise DigitError(f"{num} samples of {dim} features: the distance at infinity needs {samples_needed(dim)}")
     if num_points < 3:
         raise DigitError(f"num_points is {num_points}: give at least 3, or the fit has no error")
     mean, cov = as_float64(mean), as_float64(cov)
     root = square_root(cov) if root is None else as_float64(root)
-    rng = np.random.default_rng(seed)
+    error = frechet_error(features, mean, cov) if error is None else error
+    order = np.random.default_rng(seed).permutation(num)
     sizes = np.linspace(smallest_subset(num, dim), num, num_points).astype(int)
-    distances = []
-    for size in sizes:
-        stats = FeatureStats.of(x[rng.choice(num, size, replace=False)])
-        distances.append(frechet_distance(stats.mean, stats.cov, mean, cov, root2=root))
+    stats, distances = FeatureStats(), []
+    for start, stop in pairwise([0, *sizes]):
+        stats.update(features[order[start:stop]])
+        distances.append(_full_rank_distance(stats, mean, cov, root))
     inverse, distances = 1 / sizes, np.array(distances)
     spread = np.square(inverse - inverse.mean()).sum()
     slope = ((inverse - inverse.mean()) * distances).sum() / spread
     value = float(distances.mean() - slope * inverse.mean())
     residual = np.square(distances - value - slope * inverse).sum() / (num_points - 2)
     fit_error = math.sqrt(residual * (1 / num_points + inverse.mean() ** 2 / spread))
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.hypot(frechet_error(x, mean, cov), fit_error)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.hypot(error, fit_error)
     return Interval(value, value - half, value + half)
+
+
+def _full_rank_distance(stats: FeatureStats, mean: np.ndarray, cov: np.ndarray, root: np.ndarray) -> float:
+    """The Fréchet distance by a Cholesky factor L of the samples' covariance: L'R has the singular values of S^(1/2) R.
+
+    It takes an eighth of the time of S^(1/2); where a feature never varies, there is no factor.
+    """
+    own = stats.cov
+    try:
+        factor = np.linalg.cholesky(own)
+    except np.linalg.LinAlgError:
+        return frechet_distance(stats.mean, own, mean, cov, root2=root)
+    shift, cross = stats.mean - mean, np.linalg.svd(factor.T @ root, compute_uv=False).sum()
+    return max(float(shift @ shift + np.trace(own) + np.trace(cov) - 2.0 * cross), 0.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,7 @@ class Half:
     @classmethod
     def of(cls, real: Features, seed: int = 0) -> Self:
         """Compute it from real features (N, D). Raises DigitError for fewer than 4 images."""
-        stats = FeatureStats.of(_halves(FeatureStats.checked(real), seed)[1])
+        stats = FeatureStats.of(_halves(real, seed)[1])
         return cls(stats.mean, square_root(stats.cov))
 
     def distance(self, features: Features) -> tuple[float, float]:
@@ -95,7 +113,7 @@ class Half:
         return frechet_with_error(features, self.mean, self.root @ self.root, root=self.root)
 
 
-def _halves(real: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _halves(real: Features, seed: int) -> tuple[np.ndarray | Tensor, np.ndarray | Tensor]:
     """The random halves A and B of real features (N, D); B is the larger where N is odd."""
     if len(real) < 4:
         raise DigitError(f"{len(real)} real images: halves need at least 4")
@@ -105,7 +123,7 @@ def _halves(real: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def real_distance(real: Features, num: int, half: Half, seed: int = 0) -> tuple[float, float]:
     """d(A_n, B) of `frechet_ratio` and its standard error, n = num, B = half."""
-    return half.distance(_halves(FeatureStats.checked(real), seed)[0][:num])
+    return half.distance(_halves(real, seed)[0][:num])
 
 
 def frechet_ratio(
@@ -128,7 +146,6 @@ def frechet_ratio(
     both distances, B fixed. half is `Half.of(real, seed)` and second `real_distance(real, n, half, seed)`, if they are
     known already. Raises DigitError for fewer than 4 real or 2 fake images.
     """
-    fake = FeatureStats.checked(fake)
     num = min(len(fake), len(real) // 2)
     half = Half.of(real, seed) if half is None else half
     second = real_distance(real, num, half, seed) if second is None else second

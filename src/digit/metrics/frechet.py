@@ -131,12 +131,11 @@ def frechet_distance(
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
     root2 = square_root(s2) if root2 is None else as_float64(root2)
     if rank1 is None or rank1 >= len(s1):
-        product = square_root(s1) @ root2
-    else:
-        values, vectors = np.linalg.eigh((s1 + s1.T) * 0.5)
-        values, vectors = values[len(s1) - rank1 :], vectors[:, len(s1) - rank1 :]
-        product = (vectors * np.sqrt(np.maximum(values, 0.0))).T @ root2
-    cross = np.linalg.svd(product, compute_uv=False).sum()
+        cross = np.linalg.svd(square_root(s1) @ root2, compute_uv=False).sum()
+    else:  # no small eigenvalue but those of rounding, which are left out
+        product = root2 @ s1 @ root2
+        values = np.linalg.eigvalsh((product + product.T) * 0.5)[len(s1) - rank1 :]
+        cross = np.sqrt(np.maximum(values, 0.0)).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
 

@@ -34,7 +34,11 @@ def frechet_interval(
 
     root is `square_root(cov)`, if it is known already; it takes an eigenproblem of (D, D).
     """
-    value, error = frechet_with_error(features, mean, cov, root=root)
+    return interval_of(*frechet_with_error(features, mean, cov, root=root), cov, confidence=confidence)
+
+
+def interval_of(value: float, error: float, cov: Covariance, *, confidence: float = 0.95) -> Interval:
+    """The interval of `frechet_interval` from the distance, its standard error and the reference's covariance."""
     if error <= ERROR_TOLERANCE * float(np.trace(as_float64(cov))):
         return Interval.without(value, "the samples do not vary, or have the reference's own mean and covariance")
     half = NormalDist().inv_cdf((1 + confidence) / 2) * error
@@ -48,24 +52,25 @@ def frechet_with_error(
 
     root as for `frechet_interval`. Raises DigitError for fewer than 2 samples, and for another D.
     """
-    x = FeatureStats.checked(features)
-    if len(x) < 2:
-        raise DigitError(f"{len(x)} samples have no covariance: give at least 2")
+    if len(features) < 2:
+        raise DigitError(f"{len(features)} samples have no covariance: give at least 2")
     mean, cov = as_float64(mean), as_float64(cov)
-    if cov.shape != (x.shape[1], x.shape[1]):
-        raise MismatchError(f"features have {x.shape[1]} dimensions, the Gaussian {len(mean)}: use one network")
-    shift, x = x.mean(0) - mean, x - x.mean(0)
+    if cov.shape != (features.shape[1], features.shape[1]):
+        raise MismatchError(f"features have {features.shape[1]} dimensions, the Gaussian {len(mean)}: use one network")
     root = square_root(cov) if root is None else as_float64(root)
-    if len(x) <= x.shape[1]:
+    if len(features) <= features.shape[1]:
+        x = FeatureStats.checked(features)
+        shift, x = x.mean(0) - mean, x - x.mean(0)
         # x S2^(1/2) = U diag(s) V': Tr (S S2)^(1/2) = sum_k s_k / r and x_i'T x_i = r sum_k U_ik² s_k, r = sqrt(N - 1)
         left, cross, _ = np.linalg.svd(x @ root, full_matrices=False)
         cross, total = cross * math.sqrt(len(x) - 1), np.square(x).sum()
         influence = 2 * x @ shift + (np.square(x).sum(1) - np.square(left) @ cross) * (len(x) / (len(x) - 1))
         value = shift @ shift + (total - 2.0 * cross.sum()) / (len(x) - 1) + np.trace(cov)
     else:
-        scale, vectors = _spectrum(x)
+        stats = FeatureStats.of(features)
+        shift, (scale, vectors) = stats.mean - mean, _axes(stats.cov)
         cross = np.linalg.svd((vectors * scale).T @ root, compute_uv=False)
-        influence = _influence(x, shift, cov, scale, vectors)
+        influence = _influence(features, stats.mean, shift, cov, scale, vectors)
         value = shift @ shift + np.square(scale).sum() + np.trace(cov) - 2.0 * cross.sum()
     return max(float(value), 0.0), _error(influence)
 
@@ -124,25 +129,27 @@ def frechet_influence(features: Features, mean: Mean, cov: Covariance) -> Float6
     N(m, S) to N(m2, S2). S may be singular, since every x lies in its range, where T is defined. The code multiplies x
     by S^(-1/2) first, so small eigenvalues do no harm.
     """
-    x, mean, cov = (as_float64(values) for values in (features, mean, cov))
-    shift, x = x.mean(0) - mean, x - x.mean(0)
-    return _influence(x, shift, cov, *_spectrum(x))
+    mean, cov = as_float64(mean), as_float64(cov)
+    if len(features) > features.shape[1]:
+        stats = FeatureStats.of(features)
+        return _influence(features, stats.mean, stats.mean - mean, cov, *_axes(stats.cov))
+    x = as_float64(features)
+    centre = x.mean(0)
+    # a singular value decomposition of fewer rows than columns costs N² D instead of D³
+    _, scale, axes = np.linalg.svd(x - centre, full_matrices=False)
+    return _influence(x, centre, centre - mean, cov, scale[::-1] / np.sqrt(len(x) - 1), axes[::-1].T)
 
 
-def _spectrum(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviations (R,) along the principal axes (D, R) of centred rows (N, D); R = min(N, D).
-
-    Fewer rows than columns take a singular value decomposition of the rows, which costs N² D instead of D³.
-    """
-    if len(x) <= x.shape[1]:
-        _, scale, axes = np.linalg.svd(x, full_matrices=False)
-        return scale[::-1] / np.sqrt(len(x) - 1), axes[::-1].T
-    values, vectors = np.linalg.eigh(x.T @ x / (len(x) - 1))
+def _axes(cov: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviations (D,) along the principal axes (D, D) of a covariance, in increasing order."""
+    values, vectors = np.linalg.eigh(cov)
     return np.sqrt(np.maximum(values, 0.0)), vectors
 
 
-def _influence(x: np.ndarray, shift: np.ndarray, cov: np.ndarray, scale: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """`frechet_influence` (N,) of centred rows (N, D) with their `_spectrum`."""
+def _influence(
+    x: Features, centre: np.ndarray, shift: np.ndarray, cov: np.ndarray, scale: np.ndarray, vectors: np.ndarray
+) -> np.ndarray:
+    """`frechet_influence` (N,) of rows (N, D) with mean `centre`, whose deviations (R,) along axes (D, R) are given."""
     unbiased = len(x) / (len(x) - 1)
     kept = np.square(scale) > RANK_TOLERANCE * np.square(scale[-1])
     if not kept.any():
@@ -151,6 +158,9 @@ def _influence(x: np.ndarray, shift: np.ndarray, cov: np.ndarray, scale: np.ndar
     root = vectors * scale  # (D, R), S = root root'
     inner_values, inner = np.linalg.eigh(root.T @ cov @ root)
     whiten, weights = (vectors / scale) @ inner, np.sqrt(np.maximum(inner_values, 0.0))  # (D, R), (R,)
-    blocks = np.array_split(x, -(-len(x) // ROWS))
-    transported = np.concatenate([np.square(block @ whiten) @ weights for block in blocks])  # x'T x
-    return 2 * x @ shift + (np.einsum("nd,nd->n", x, x) - transported) * unbiased  # (N,)
+    parts = []
+    for start in range(0, len(x), ROWS):
+        block = as_float64(x[start : start + ROWS]) - centre
+        transported = np.square(block @ whiten) @ weights  # x'T x
+        parts.append(2 * block @ shift + (np.einsum("nd,nd->n", block, block) - transported) * unbiased)
+    return np.concatenate(parts)  # (N,)

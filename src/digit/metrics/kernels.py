@@ -113,22 +113,27 @@ class GaussianMeans:
         self._moments = UnitMoments.of(pairs.y) if moments is None else moments
         self._lengths = [_lengths(side) * pairs.scale for side in ((pairs.x,) if pairs.within else (pairs.x, pairs.y))]
         self._rest = np.zeros(len(pairs.x))
+        self._space = np.empty((2, 0), np.float32)
 
     def add(self, block: Block) -> None:
         """Take one block."""
         x, y = self._lengths[0][block.rows], self._lengths[-1][block.columns]
-        z = np.square(x)[:, None].astype(np.float32) + np.square(y).astype(np.float32)
-        z -= block.values  # 2 x.y
-        z *= (self._rate / 2 / x)[:, None].astype(np.float32)
+        if self._space.shape[1] < block.lower.size:
+            self._space = np.empty((2, block.lower.size), np.float32)
+        z, rest = (part[: block.lower.size].reshape(block.lower.shape) for part in self._space)
+        np.subtract((np.square(y) - block.column_errors).astype(np.float32), block.lower, out=z)
+        z += (np.square(x) - block.row_errors).astype(np.float32)[:, None]  # 2 x.y
         z *= (1 / y).astype(np.float32)
-        rest = z / np.float32(120)
+        z *= (self._rate / 2 / x).astype(np.float32)[:, None]  # t c
+        np.multiply(z, np.float32(1 / 120), out=rest)
         rest += np.float32(1 / 24)
         rest *= z
         rest += np.float32(1 / 6)
-        rest *= z * z * z
-        self._rest[block.rows] += rest.sum(1, dtype=np.float64)
+        for _ in range(3):
+            rest *= z
+        self._rest[block.rows] += rest @ np.ones(len(y), np.float32)
         if self._pairs.within and block.rows != block.columns:
-            self._rest[block.columns] += rest.sum(0, dtype=np.float64)
+            self._rest[block.columns] += np.ones(len(x), np.float32) @ rest
 
     def result(self) -> Float64[np.ndarray, " N"]:
         """mean_j k(x_i, y_j) (N,)."""

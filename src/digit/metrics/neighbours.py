@@ -33,8 +33,15 @@ class Neighbours:
     """The real point that is nearest to each fake point."""
     nearest_squares: Float64[np.ndarray, " M"]
     """Squared distance to it."""
-    own_squares: Float64[np.ndarray, " M"]
-    """Squared distance of that real point to its own nearest other real point."""
+    real_squares: Float64[np.ndarray, " N"]
+    """Squared distance of each real point to its nearest other real point."""
+    fake_squares: Float64[np.ndarray, " M"]
+    """Squared distance of each fake point to its nearest other fake point."""
+
+    @property
+    def own_squares(self) -> Float64[np.ndarray, " M"]:
+        """`real_squares` of the real point that is nearest to each fake point."""
+        return self.real_squares[self.nearest]
 
     @property
     def authentic(self) -> Bool[np.ndarray, " M"]:
@@ -127,7 +134,7 @@ def compare_at(
     pairs.sweep(nearest.add, *(one.add for one in balls), *others)
     squares, which = (values[:, 0] for values in nearest.result())
     return [
-        Neighbours(k, one.num, one.covered, one.recalled, which, squares, real_squares[which, 0])
+        Neighbours(k, one.num, one.covered, one.recalled, which, squares, real_squares[:, 0], fake_squares[:, 0])
         for k, one in zip(ks, balls, strict=True)
     ]
 
@@ -141,10 +148,11 @@ class _Balls:
         self.covered, self.recalled = (np.zeros(len(pairs.y), dtype=bool) for _ in range(2))
 
     def add(self, block: Block) -> None:
-        inside = within(self._pairs, block, self._real_squares)
-        self.num[block.rows] += inside.sum(1)
-        self.covered[block.columns] |= inside.any(0)
-        self.recalled[block.columns] |= within(self._pairs, block, self._fake_squares, of_rows=True).any(0)
+        i, j = within(self._pairs, block, self._real_squares)
+        self.num[block.rows] += np.bincount(i, minlength=block.rows.stop - block.rows.start)
+        self.covered[j + block.columns.start] = True
+        _, j = within(self._pairs, block, self._fake_squares, of_rows=True)
+        self.recalled[j + block.columns.start] = True
 
 
 def precision_recall(real: Real[Tensor, "N D"], fake: Real[Tensor, "M D"], k: int = 3) -> tuple[float, float]:

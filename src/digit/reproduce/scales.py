@@ -9,7 +9,7 @@ from digit.evaluation.sweep import SweepConfig
 from digit.metrics.completion import KEEPS
 from digit.metrics.probe import ProbeConfig
 from digit.runs.pretrain import PretrainConfig
-from digit.runs.recipes import ModelSpec, Recipe, cifar, cpu_training, demo, digit_base, digit_large
+from digit.runs.recipes import ModelSpec, Recipe, cpu_training, demo, digit_base, digit_large, paper_cifar
 from digit.sampling.config import MASKED_TOP_P, SamplingConfig, StageSampling
 from digit.tokenizers.encoders import EncoderConfig
 from digit.training.config import TrainConfig
@@ -141,7 +141,7 @@ def tiny() -> Scale:
 
 def small() -> Scale:
     """64 px, one to two hours per experiment on two CPU cores: trends, with intervals over three seeds."""
-    base = cifar()
+    base = paper_cifar()
     recipe = replace(
         base,
         name="small",

@@ -273,10 +273,11 @@ class Run:
                 self._inform(name, model)
             metrics = self._train(name, model, folder, asdict(model.cfg) | {"tokens": tokens})
             distributed.on_main(lambda: self._save_model(model, folder, tokens, metrics))
-        made_with = read_json(folder / "tokens.json")  # a prior that is reused may have seen no VQGAN
-        both = {part: fingerprint for part, fingerprint in tokens.items() if part in made_with}
-        existing = {part: made_with[part] for part in both}
-        require_same_request(folder, existing, both, f"give that one, or delete {folder}")
+        made_with, wanted = read_json(folder / "tokens.json"), tokens
+        if isinstance(made_with, dict) and "tokenizer" in made_with:  # a prior that is reused may have seen no VQGAN
+            wanted = {part: fingerprint for part, fingerprint in tokens.items() if part in made_with}
+            made_with = {part: made_with[part] for part in wanted}
+        require_same_request(folder, made_with, wanted, f"give that one, or delete {folder}")
         return load_sequence_model(folder, "model").to(self.device)
 
     def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:

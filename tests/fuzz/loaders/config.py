@@ -80,7 +80,7 @@ COMMANDS_TRIED = (
 )
 DATA = "shapes:num=8,size=64"
 PARSERS: dict[tuple[str, str], dict[str, Any]] = {}  # (command, recipe): attributes of the parser
-RECIPES = ("demo", "small", "cifar", "digit_base", "digit_large", "nothing", "")
+RECIPES = ("demo", "small", "cifar", "paper_cifar", "digit_base", "digit_large", "nothing", "")
 
 
 class ConfigLoader:
