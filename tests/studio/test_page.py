@@ -188,6 +188,7 @@ def drop(page: Page, path: Path) -> None:
 def test_complete_keeps_what_is_kept(page):
     page.draw(1)
     page.page.get_by_role("button", name=re.compile("^Complete: ")).click()
+    page.page.wait_for_selector(".cells button")
     cells = page.page.locator(".cells button")
     assert cells.count() == 16
     page.button("Border").click()
