@@ -37,6 +37,8 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "released/vq_tokenizers.py": ("convert",),
     "reproduce/": ("reproduce",),
     "runs/": ("fit", "train"),
+    "studio/": ("studio",),
+    "studio/commands.py": ("complete",),  # the lines to copy of sample and complete, whose options complete has all
     "runtime/distributed.py": tuple(name for name, c in COMMANDS.items() if c.ranks),
     "runtime/files.py": WRITERS,  # others have their option put in, see test_the_typed_option_takes_the_place_of_out
     "runtime/lock.py": ("fit", "train", "pretrain", "sample", "codebook", "tokenize"),
@@ -54,6 +56,7 @@ NOT_OURS = {  # options of other programs
     ("convert/reading.py", "--no"),
     ("convert/reading.py", "--force"),
     ("models/perceptual.py", "--no"),
+    *(("studio/folders.py", option) for option in ("--recipe", "--seed", "--config", "--out")),  # words of `digit fit`
     *(("reproduce/experiment.py", option) for option in ("--always", "--dirty", "--abbrev", "--exclude")),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from digit import __version__
-from digit.cli import benchmark, evaluation, pipelines, planning, reproduction, runs
+from digit.cli import benchmark, evaluation, pipelines, planning, reproduction, runs, studio
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say, say_here
 from digit.cli.mistakes import with_suggestion, with_typed_option, with_typed_output
 from digit.errors import DigitError, Stopped, printable
@@ -28,6 +28,7 @@ from digit.runtime.signals import leave, received, stoppable
 SECTIONS = {
     runs: "train",
     pipelines: "look and sample",
+    studio: "in the browser",
     evaluation: "measure",
     reproduction: "the paper",
     benchmark: "speed",

@@ -93,6 +93,12 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "info": {"data": "folder"},
+    "studio": {
+        "what is shown": "run --data --runs --variant",
+        "where it is served": "--port --open --host --allow_host --token",
+        "what others may do": "--read_only --max_upload",
+        "machine": "--device",
+    },
     "evaluate": {
         "data": "samples reference --num --num_reference --held_out",
         "how it is measured": _NETWORK,

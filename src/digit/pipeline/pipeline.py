@@ -40,6 +40,7 @@ from digit.pipeline.manifest import (
     save_sequence_model,
     write_manifest,
 )
+from digit.pipeline.steps import OnStep, watched
 from digit.runtime.files import MAKE_AGAIN, as_path
 from digit.runtime.hardware import Precision, choose_device, free_memory
 from digit.runtime.progress import Progress
@@ -246,6 +247,8 @@ class DigitPipeline:
         seed: int = 0,
         start: int = 0,
         end: int | None = None,
+        *,
+        on_step: OnStep | None = None,
         **sampling: Any,
     ) -> Iterator[SampleBatch]:
         """Sample batch by batch; memory does not grow with `num`. Image i depends on `seed + i` and its label alone.
@@ -257,6 +260,8 @@ class DigitPipeline:
             seed: of image 0.
             start, end: sample images `start` .. `end - 1` of these, by default all. Both are multiples of the batch
                 size, or end is `num`. The batches equal those of the whole stream bit for bit: machines can share it.
+            on_step: called after every step of either stage with the tokens of the batch so far
+                (`digit.pipeline.steps`); what it raises ends the sampling.
             sampling: changes to `SamplingConfig`, e.g. `prior={"top_k": 100}, batch_size=16`.
 
         Raises DigitError for an unknown label, labels given to an unconditional model, and unknown or wrong settings.
@@ -269,7 +274,7 @@ class DigitPipeline:
         for name, place in (("start", start), ("end", 0 if end is None else end)):
             if place < 0 or (place % cfg.batch_size and place < total):
                 raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
-        return self._sample(request, cfg, start, last)
+        return self._sample(request, cfg, start, last, on_step=on_step)
 
     @overload
     def generate(self, *args: Any, output: Literal["pil"], **kwargs: Any) -> list[Image.Image]: ...
@@ -415,13 +420,15 @@ class DigitPipeline:
             return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
         return self.decode(self.render_tokens(tokens, seed, **sampling), self.settings(**sampling).precision)
 
-    def render_tokens(self, tokens: Integers, seed: int = 0, **sampling: Any) -> Int64[Tensor, "B M"]:
-        """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64."""
+    def render_tokens(
+        self, tokens: Integers, seed: int = 0, *, on_step: OnStep | None = None, **sampling: Any
+    ) -> Int64[Tensor, "B M"]:
+        """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64; `on_step` as in `stream`."""
         if self.renders_pixels:
             raise DigitError("this renderer goes straight to pixels, without VQ tokens: call render()")
         self.require("vq", "renderer")
         request = self._token_request(tokens, seed)
-        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False)
+        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
         nothing = torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
@@ -447,6 +454,7 @@ class DigitPipeline:
         end: int | None = None,
         *,
         pixels: bool = True,
+        on_step: OnStep | None = None,
     ) -> Iterator[SampleBatch]:
         """The batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
         num, model = len(request.labels) if end is None else end, self._require_renderer()
@@ -460,9 +468,10 @@ class DigitPipeline:
         ):
             for first in range(start, num, batch_size):
                 rows = request.rows(first, batch_size)
-                prefix = self._prefix(prior, rows) if prefix_len else None
+                prefix = self._prefix(prior, rows, on_step) if prefix_len else None
                 tensors = {} if prefix is None else {"discriminative": prefix}
-                rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(model), given=rows.vq)
+                with watched(renderer, "renderer", len(rows.labels), rows.vq, on_step):
+                    rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(model), given=rows.vq)
                 if renderer.output == "images":
                     tensors[IMAGES] = rendered
                 else:
@@ -473,13 +482,14 @@ class DigitPipeline:
                 bar.update(len(batch))
                 yield batch
 
-    def _prefix(self, prior: Sampler | None, rows: GenerationRequest) -> Tensor:
+    def _prefix(self, prior: Sampler | None, rows: GenerationRequest, on_step: OnStep | None = None) -> Tensor:
         """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
         given = rows.discriminative
         if given is not None and given.shape[1] == self._require_renderer().cfg.prefix_len:
             return given.to(self.device)
         assert prior is not None, "checked by _require_sampling"
-        return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
+        with watched(prior, "prior", len(rows.labels), given, on_step):
+            return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
 
     def _sampler(
         self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig

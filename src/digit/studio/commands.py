@@ -1,0 +1,106 @@
+"""The command line and the Python lines that give what the page shows."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
+
+
+def changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of each stage that differ from the recipe's, {"prior": {"top_k": 100}}."""
+    found = {}
+    for stage in ("prior", "renderer"):
+        own, recipe = settings.get(stage) or {}, defaults.get(stage) or {}
+        if differing := {name: value for name, value in own.items() if value != recipe.get(name)}:
+            found[stage] = differing
+    return found
+
+
+def options(changes: Mapping[str, Mapping[str, Any]], batch_size: int) -> list[str]:
+    """The changes as words of a command line."""
+    words = ["--batch_size", str(batch_size)]
+    for stage, values in changes.items():
+        for name, value in values.items():
+            words += [f"--{stage}.{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return words
+
+
+def keywords(changes: Mapping[str, Mapping[str, Any]], batch_size: int) -> str:
+    """The changes as keywords of a Python call, after the other arguments."""
+    return "".join(f", {stage}={dict(values)!r}" for stage, values in changes.items()) + f", batch_size={batch_size}"
+
+
+def quoted_labels(labels: Sequence[str]) -> str:
+    """Names of classes between commas, as --labels takes them."""
+    return ",".join(labels)
+
+
+def opening(run: str) -> str:
+    """The Python lines that open the pipeline."""
+    return f"from digit import DigitPipeline\npipe = DigitPipeline.from_pretrained({run!r})\n"
+
+
+def draw(
+    run: str, *, num: int, seed: int, labels: Sequence[str], changes: Mapping[str, Any], batch_size: int
+) -> dict[str, str]:
+    """The same pictures by `digit sample` and `DigitPipeline.generate`."""
+    words = ["digit", "sample", "--from", run, "--num", str(num), "--seed", str(seed)]
+    words += ["--labels", quoted_labels(labels)] if labels else []
+    given = f", labels={list(labels)!r}" if labels else ""
+    python = f"images = pipe.generate({num}{given}, seed={seed}{keywords(changes, batch_size)})"
+    return {
+        "shell": shlex.join([*words, *options(changes, batch_size), "--out", "samples"]),
+        "python": f"{opening(run)}{python}  # ({num}, 3, H, W) uint8",
+    }
+
+
+def complete(
+    run: str, *, keep: Sequence[Sequence[bool]], num: int, seed: int, label: str | None, changes: Mapping[str, Any],
+    batch_size: int,
+) -> dict[str, str]:  # fmt: skip
+    """The same proposals in Python; the command line where whole first rows are kept."""
+    rows = [[int(cell) for cell in row] for row in keep]
+    given = f", label={label!r}" if label else ""
+    python = (
+        f"{opening(run)}import torch\nfrom PIL import Image\nfrom digit.pipeline.cells import fill_cells\n"
+        f"keep = torch.tensor({rows}).bool()\n"
+        f'done = fill_cells(pipe, Image.open("picture.png"), keep, num={num}, seed={seed}{given}'
+        f"{keywords(changes, batch_size)})\ndone.pasted  # ({num}, 3, H, W) uint8"
+    )
+    found = {"python": python}
+    whole = [all(row) for row in keep]
+    kept = sum(whole)
+    if 0 < kept < len(keep) and all(whole[:kept]) and not any(map(any, keep[kept:])):
+        words = ["digit", "complete", "picture.png", "--from", run, "--keep", f"{kept / len(keep):g}"]
+        words += ["--seed", str(seed)] + (["--labels", label] if label else [])
+        found["shell"] = shlex.join([*words, *options(changes, batch_size), "--out", "completed"])
+    return found
+
+
+def tokens(run: str) -> dict[str, str]:
+    """The tokens of a picture, in Python."""
+    python = (
+        f"{opening(run)}from PIL import Image\nfrom digit.data.preprocess import fit_batch\n"
+        'image = fit_batch([Image.open("picture.png")], pipe.image_size)\n'
+        "pipe.tokenizer.encode(image)  # (1, N) discriminative tokens\n"
+        "pipe.vq.encode(image)         # (1, M) VQ tokens"
+    )
+    return {"python": python}
+
+
+def render(run: str, *, seed: int, changes: Mapping[str, Any], batch_size: int) -> dict[str, str]:
+    """A picture from discriminative tokens, in Python."""
+    given = f"seed={seed}{keywords(changes, batch_size)}"
+    return {"python": f"{opening(run)}image = pipe.render(tokens, {given})  # tokens: (1, N) integers"}
+
+
+def stability(run: str, data: str, snr: float, seed: int) -> dict[str, str]:
+    """The whole curve by `digit stability`, and one strength of noise in Python."""
+    python = (
+        f"{opening(run)}from digit.metrics.stability import StabilityConfig, add_noise\n"
+        f"noisy = add_noise(image, {snr:g}, cfg=StabilityConfig(seed={seed}))\n"
+        "changed = pipe.tokenizer.encode(noisy) != pipe.tokenizer.encode(image)"
+    )
+    words = ["digit", "stability", data, "--from", run, "--num", "1000", "--out", f"{run}/stability"]
+    return {"shell": shlex.join(words), "python": python}

@@ -1,0 +1,455 @@
+"""What the studio does with the model: every method is a job, which runs in the thread of `Worker`.
+
+Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digit.data.images import ImageSource
+from digit.errors import DigitError
+from digit.evaluation.paper import TABLE1
+from digit.metrics.stability import StabilityConfig, add_noise
+from digit.pipeline.cells import cell_grid, fill_cells
+from digit.pipeline.labels import ClassPositions
+from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.steps import OnStep
+from digit.runtime.files import sha256_tensors
+from digit.runtime.plots import code_colours
+from digit.studio import commands
+from digit.studio.atlas import Atlas
+from digit.studio.jobs import Job, Steps
+from digit.studio.pictures import data_url, png, png_of, read_data_url, sheet
+from digit.studio.requests import Complete, Draw, Encode, Judge, Noise, Render, Sampling, Variations
+from digit.version import __version__
+
+BATCH_SIZE = 16  # one size for every request, so that a seed gives the same picture whatever the count
+STEP_SECONDS = 0.08  # between two token maps that are sent
+GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
+STAGES = ("prior", "renderer")
+STAGE_SETTINGS = ("temperature", "top_k", "top_p", "cfg_scale", "num_steps", "choice_temperature")
+NEAR_CODES = 12  # offered in place of a token
+QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
+QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
+
+
+class Model:
+    """The pipeline of one run, and what the page needs to know of it.
+
+    Args:
+        pipe: the pipeline.
+        name: how the person who started the studio names it; shown in commands.
+        source: its training pictures, or None.
+        measured: what `digit stability` wrote for this run, or None.
+        data: how commands on the page name the training pictures; None where that is not known, or not to be shown.
+    """
+
+    def __init__(
+        self,
+        pipe: DigitPipeline,
+        name: str,
+        source: ImageSource | None = None,
+        measured: dict[str, Any] | None = None,
+        data: str | None = None,
+    ) -> None:
+        self.pipe, self.name, self.measured, self.data = pipe, name, measured, data
+        self.atlas = Atlas(pipe, source)
+        self.batch_size = min(BATCH_SIZE, pipe.sampling.batch_size or BATCH_SIZE)
+        weights = {s: sha256_tensors(m.state_dict()) for s in STAGES if (m := getattr(pipe, s)) is not None}
+        vq = pipe.vq.fingerprint if pipe.vq is not None else ""
+        self.fingerprint = "-".join([*(w[:8] for w in weights.values()), vq[:8]])
+        self.taken = {stage: self._settings_of(stage) for stage in STAGES}
+        self._palettes: dict[str, Any] = {}
+        self._quick: dict[str, Any] | None = None
+
+    def _settings_of(self, stage: str) -> dict[str, Any]:
+        """The recipe's value of each setting that a stage takes; {} for a missing stage."""
+        found: dict[str, Any] = {}
+        for name in STAGE_SETTINGS if getattr(self.pipe, stage) is not None else ():
+            value = getattr(getattr(self.pipe.sampling, stage), name)
+            try:
+                self.pipe.settings(**{stage: {name: value}})
+            except DigitError:
+                continue
+            found[name] = value
+        return found
+
+    def can_guide(self, stage: str) -> bool:
+        """Whether a stage was trained for guidance."""
+        model = getattr(self.pipe, stage)
+        return model is not None and bool(model.cfg.label_dropout or model.cfg.prefix_dropout)
+
+    def about(self) -> dict[str, Any]:
+        """Everything that the page shows before anybody asks for anything."""
+        pipe = self.pipe
+        kinds = {stage: model.cfg.kind for stage in STAGES if (model := getattr(pipe, stage)) is not None}
+        millions = {
+            stage: round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+            for stage in STAGES
+            if (model := getattr(pipe, stage)) is not None
+        }
+        source = self.atlas.source
+        encoder = pipe.tokenizer.encoder.describe().get("name", "encoder") if pipe.tokenizer is not None else None
+        return {
+            "version": __version__,
+            "run": self.name,
+            "fingerprint": self.fingerprint,
+            "recipe": pipe.info.get("recipe"),
+            "device": str(pipe.device),
+            "size": pipe.image_size,
+            "classes": list(pipe.classes),
+            "num_classes": pipe.num_classes,
+            "unlabelled": bool(pipe.num_classes) and pipe.knows_unlabelled,
+            "tokenizers": {
+                name: {"grid": list(t.grid), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
+            },
+            "encoder": encoder,
+            "cells": list(cell_grid(pipe)) if pipe.renderer is not None and pipe.tokenizers else None,
+            "kinds": kinds,
+            "millions": millions,
+            "settings": self.taken,
+            "guidance": {stage: self.can_guide(stage) for stage in STAGES},
+            "batch_size": self.batch_size,
+            "data": None if source is None else {"name": source.name.rpartition("/")[2], "num": len(source)},
+            "stability": self.measured is not None,
+            "opening": commands.opening(self.name),
+        }
+
+    # ---------------------------------------------------------------- helpers
+
+    def sampling(self, request: Sampling) -> dict[str, Any]:
+        """Keywords of `DigitPipeline.stream`. Raises DigitError for settings that this pipeline would ignore."""
+        changes: dict[str, Any] = {}
+        for stage in STAGES:
+            given = getattr(request, stage).model_dump(exclude_none=True)
+            for name in given:
+                if name not in self.taken[stage]:
+                    takes = ", ".join(self.taken[stage]) or "nothing"
+                    raise DigitError(f"{stage}.{name} is given, but the {stage} of this run takes {takes}")
+            if given:
+                changes[stage] = given
+        self.pipe.settings(**changes)
+        return changes | {"batch_size": self.batch_size}
+
+    def resolved(self, request: Sampling) -> dict[str, dict[str, Any]]:
+        """The value of every setting of each stage."""
+        return {
+            stage: self.taken[stage] | getattr(request, stage).model_dump(exclude_none=True)
+            for stage in STAGES
+            if self.taken[stage]
+        }
+
+    def changes(self, request: Sampling) -> dict[str, dict[str, Any]]:
+        """The settings that differ from the recipe's."""
+        return commands.changed(self.resolved(request), self.taken)
+
+    def class_name(self, label: int) -> str | None:
+        """Name of a class, its number where it has none; None for no class."""
+        if label < 0:
+            return None
+        return self.pipe.classes[label] if label < len(self.pipe.classes) else str(label)
+
+    def picture(self, image: Tensor, about: dict[str, Any]) -> str:
+        """A picture as the data URL of a PNG that carries what it was made with."""
+        return data_url(png(image, {"digit": __version__, "model": self.fingerprint} | about))
+
+    def watch(self, job: Job, first: Callable[[], int] = lambda: 0, *, growing: bool = True) -> OnStep:
+        """A function for `on_step` that sends token maps, and now and then the unfinished pictures.
+
+        `first` tells the number of the batch's first picture.
+        """
+        last_sent, spent, began = 0.0, 0.0, time.monotonic()
+
+        def on_step(stage: str, tokens: Tensor) -> None:
+            nonlocal last_sent, spent
+            if job.cancelled:
+                job.emit("step")  # raises
+            now = time.monotonic()
+            if now - last_sent < STEP_SECONDS and bool((tokens < 0).any()):
+                return
+            last_sent = now
+            event: dict[str, Any] = {"stage": stage, "first": first(), "tokens": tokens.tolist()}
+            if growing and stage == "renderer" and spent < GROWING_SHARE * (now - began):
+                event["sheet"] = data_url(png_of(sheet(self.unfinished(tokens))))
+                spent += time.monotonic() - now
+            job.emit("step", **event)
+
+        return on_step
+
+    def unfinished(self, tokens: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S) of VQ tokens (B, M) of which some are -1: each of those takes the one before it."""
+        known = torch.where(tokens >= 0, torch.arange(tokens.shape[1]), -1).cummax(1).values
+        return self.pipe.decode(tokens.gather(1, known.clamp_min(0)).clamp_min(0)).cpu()
+
+    def labels_of(self, labels: Sequence[int]) -> ClassPositions | None:
+        return ClassPositions(list(labels)) if labels else None
+
+    # ---------------------------------------------------------------- jobs
+
+    def draw(self, job: Job, request: Draw) -> None:
+        """New pictures, batch by batch: start, step ..., picture ..., and commands at the end."""
+        sampling, labels = self.sampling(request), self.labels_of(request.labels)
+        chosen = self.pipe.labels(request.num, labels).tolist()
+        names = [self.class_name(label) for label in chosen]
+        lines = commands.draw(
+            self.name, num=request.num, seed=request.seed,
+            labels=[self.class_name(label) or "none" for label in request.labels],
+            changes=self.changes(request), batch_size=self.batch_size,
+        )  # fmt: skip
+        job.emit("start", num=request.num, seed=request.seed, labels=chosen, names=names, commands=lines)
+        settings, done = self.resolved(request), 0
+        on_step = self.watch(job, lambda: done)
+        for batch in self.pipe.stream(request.num, labels, request.seed, on_step=on_step, **sampling):
+            tokens = {name: rows.tolist() for name, rows in batch.tokens.items()}
+            for row, image in enumerate(batch.images):
+                index = batch.first + row
+                seed = request.seed + index
+                about = {"kind": "draw", "seed": seed, "label": chosen[index], "class": names[index]} | settings
+                job.emit(
+                    "picture", index=index, seed=seed, label=chosen[index], name=names[index],
+                    image=self.picture(image, about), tokens={name: rows[row] for name, rows in tokens.items()},
+                )  # fmt: skip
+            done += len(batch)
+
+    def complete(self, job: Job, request: Complete) -> None:
+        """Proposals that keep some cells of a picture."""
+        image = read_data_url(request.picture, self.pipe.image_size)
+        rows, columns = cell_grid(self.pipe)
+        if len(request.keep) != rows or any(len(row) != columns for row in request.keep):
+            raise DigitError(f"the cells to keep are no grid of {rows} x {columns}: load the page again")
+        label = None if request.label is None else self.labels_of([request.label])
+        name = None if request.label is None else self.class_name(request.label)
+        lines = commands.complete(
+            self.name, keep=request.keep, num=request.num, seed=request.seed, label=name,
+            changes=self.changes(request), batch_size=self.batch_size,
+        )  # fmt: skip
+        job.emit("start", num=request.num, seed=request.seed, commands=lines)
+        done = fill_cells(
+            self.pipe, image[None], torch.tensor(request.keep), num=request.num, seed=request.seed, label=label,
+            on_step=self.watch(job, growing=False), **self.sampling(request),
+        )  # fmt: skip
+        settings, used = self.resolved(request), self.class_name(done.label)
+        for row in range(request.num):
+            about = {"kind": "complete", "seed": request.seed + row, "label": done.label, "class": used} | settings
+            job.emit(
+                "picture", index=row, seed=request.seed + row, label=done.label, name=used,
+                image=self.picture(done.pasted[row], about), decoded=self.picture(done.images[row], about),
+            )  # fmt: skip
+
+    def vary(self, job: Job, request: Variations) -> None:
+        """The picture rendered again from its discriminative tokens, with other seeds."""
+        self.pipe.require("tokenizer", "renderer")
+        assert self.pipe.tokenizer is not None
+        image = read_data_url(request.picture, self.pipe.image_size)
+        tokens = self.pipe.tokenizer.encode(image[None]).expand(request.num, -1)
+        self._render(job, tokens, request.seed, request, "variation")
+
+    def render(self, job: Job, request: Render) -> None:
+        """A picture of given discriminative tokens."""
+        self.pipe.require("tokenizer", "renderer")
+        self._render(job, torch.tensor([request.tokens], dtype=torch.int64), request.seed, request, "tokens")
+
+    def _render(self, job: Job, tokens: Tensor, seed: int, request: Sampling, kind: str) -> None:
+        lines = commands.render(self.name, seed=seed, changes=self.changes(request), batch_size=self.batch_size)
+        sampling = self.sampling(request)
+        job.emit("start", num=len(tokens), seed=seed, commands=lines)
+        if self.pipe.renders_pixels:
+            images, kinds = self.pipe.render(tokens, seed, **sampling), {"discriminative": tokens}
+        else:
+            vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job), **sampling)
+            images, kinds = (
+                self.pipe.decode(vq, self.pipe.settings(**sampling).precision),
+                {"discriminative": tokens, "vq": vq},
+            )
+        for row, image in enumerate(images):
+            about = {"kind": kind, "seed": seed + row, "tokens": tokens[row].tolist()} | self.resolved(request)
+            job.emit(
+                "picture", index=row, seed=seed + row, image=self.picture(image, about),
+                tokens={name: rows[row].tolist() for name, rows in kinds.items()},
+            )  # fmt: skip
+
+    def encode(self, job: Job, request: Encode) -> None:
+        """The tokens of a picture by both tokenizers, and what each of them gives back."""
+        image = read_data_url(request.picture, self.pipe.image_size)[None]
+        found = {name: tokenizer.encode(image).cpu() for name, tokenizer in self.pipe.tokenizers.items()}
+        job.emit(
+            "tokens", tokens={name: t[0].tolist() for name, t in found.items()}, commands=commands.tokens(self.name)
+        )
+        if "vq" in found:
+            job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
+        if "discriminative" in found and self.pipe.renderer is not None and self.pipe.renderer.cfg.prefix_len:
+            images = self.pipe.render(found["discriminative"], 0, batch_size=self.batch_size)
+            job.emit("rebuilt", tokenizer="discriminative", image=data_url(png(images[0])))
+
+    def noise(self, job: Job, request: Noise) -> None:
+        """The tokens of a noisy picture, beside those of the clean one."""
+        image = read_data_url(request.picture, self.pipe.image_size)[None]
+        noisy = add_noise(image, request.snr, cfg=StabilityConfig(seed=request.seed))
+        tokens = {}
+        for name, tokenizer in self.pipe.tokenizers.items():
+            clean, changed = tokenizer.encode(torch.cat([image, noisy])).cpu()
+            tokens[name] = {"clean": clean.tolist(), "noisy": changed.tolist()}
+        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed)
+        job.emit("noisy", snr=request.snr, image=data_url(png(noisy[0])), tokens=tokens, commands=lines)
+
+    # ---------------------------------------------------------------- jobs on the training pictures
+
+    def palettes(self, job: Job) -> None:
+        """A colour of each code: discriminative ones by their vectors, VQ ones as they look in pictures."""
+        if not self._palettes:
+            for name, tokenizer in self.pipe.tokenizers.items():
+                if name == "vq" and not self.pipe.renders_pixels:
+                    colours = self._looks()
+                else:
+                    vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
+                    with torch.random.fork_rng([]):
+                        torch.manual_seed(0)
+                        colours = code_colours(vectors.cpu())
+                self._palettes[name] = bytes(colours.to(torch.uint8).flatten().tolist()).hex()
+        job.emit("palettes", **self._palettes)
+
+    def _looks(self, rounds: int = 2) -> Tensor:
+        """The mean colour (K, 3) of each VQ code, decoded among random other codes."""
+        assert self.pipe.vq is not None
+        vq, (rows, columns) = self.pipe.vq, self.pipe.vq.grid
+        num, cells = vq.vocab_size, rows * columns
+        total, generator = torch.zeros(num, 3), torch.Generator().manual_seed(0)
+        count = -(-num // cells)
+        for _ in range(rounds):
+            order = torch.randperm(num, generator=generator)
+            codes = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells)
+            pixels = vq.decode(codes).cpu().float()  # (count, 3, S, S)
+            means = torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
+            total[codes.flatten()[:num]] += means.flatten(0, 1)[:num]
+        return (total / rounds).round()
+
+    def examples(self, job: Job) -> None:
+        """One training picture of each class, side by side."""
+        found = self.atlas.examples()
+        size = min(64, self.pipe.image_size)
+        small = [
+            torch.nn.functional.interpolate(x[None].float(), size=(size, size), mode="area")[0] for x in found.values()
+        ]
+        images = (
+            torch.stack(small).round().to(torch.uint8) if small else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        )
+        job.emit("examples", labels=list(found), size=size, sheet=data_url(png_of(sheet(images))) if small else None)
+
+    def training_pictures(self, job: Job, start: int, num: int) -> None:
+        """Some training pictures."""
+        for index, image, label in self.atlas.page(start, num):
+            job.emit("picture", index=index, label=label, name=self.class_name(label), image=data_url(png(image)))
+
+    def patches(self, job: Job, token: int) -> Steps:
+        """Patches of training pictures that have a discriminative token. A slow job."""
+        self.pipe.require("tokenizer")
+        assert self.pipe.tokenizer is not None
+        if not 0 <= token < self.pipe.tokenizer.vocab_size:
+            raise DigitError(f"token {token} is none of the {self.pipe.tokenizer.vocab_size} codes")
+        for done, total in self.atlas.collect():
+            job.emit("progress", done=done, total=total, text="reading training pictures")
+            yield
+        vectors = self.pipe.tokenizer.embed(torch.arange(self.pipe.tokenizer.vocab_size)[None])[0]
+        near = (vectors - vectors[token]).square().sum(1).topk(min(NEAR_CODES + 1, len(vectors)), largest=False).indices
+        crops, count = self.atlas.patches(token)
+        image = data_url(png_of(sheet(crops))) if len(crops) else None
+        job.emit(
+            "patches", token=token, count=count, shown=len(crops), pictures=len(self.atlas.images), sheet=image,
+            near=[code for code in near.tolist() if code != token][:NEAR_CODES],
+        )  # fmt: skip
+
+    def judge(self, job: Job, request: Judge) -> Steps:
+        """Nearest training pictures, share recognised and distance of some pictures. A slow job."""
+        images = torch.stack([read_data_url(text, self.pipe.image_size) for text in request.pictures])
+        for done, total in self.atlas.judge_all():
+            job.emit("progress", done=done, total=total, text="the judge looks at training pictures")
+            yield
+        parts = []
+        for part in images.split(16):
+            parts.append(self.atlas.features_of(part))
+            yield
+        features = torch.cat(parts)
+        distances, places = self.atlas.nearest(features)
+        scale = self.atlas.scale()
+        found: list[dict[str, Any]] = [
+            {
+                "nearest": [
+                    {
+                        "distance": float(d),
+                        "image": data_url(png(self.atlas.images[i])),
+                        "name": self.class_name(int(self.atlas.labels[i])),
+                    }
+                    for d, i in zip(distances[row], places[row], strict=True)
+                ]
+            }
+            for row in range(len(images))
+        ]
+        result: dict[str, Any] = {"scale": vars(scale), "pictures": len(self.atlas.images)}
+        if (fitted := self.atlas.classifier()) is not None and self.pipe.num_classes:
+            classifier, accuracy = fitted
+            probabilities = classifier.logits(features).softmax(-1)
+            predicted = probabilities.argmax(-1).tolist()
+            for row, label in enumerate(predicted):
+                found[row] |= {"seen": self.class_name(label), "sure": float(probabilities[row, label])}
+            labels = request.labels
+            if len(labels) == len(images) and all(label >= 0 for label in labels):
+                right = [a == b for a, b in zip(predicted, labels, strict=True)]
+                for row, same in enumerate(right):
+                    found[row]["recognised"] = same
+                result["recognised"] = sum(right) / len(right)
+            result["accuracy"] = accuracy
+        yield
+        result["distance"] = self.atlas.distance(features)
+        job.emit("judged", results=found, **result)
+
+    def curve(self, job: Job) -> Steps:
+        """Token change by SNR: what `digit stability` measured, else measured here on a few pictures. A slow job."""
+        if self.measured is not None:
+            job.emit("curve", **measured_curve(self.measured))
+            return
+        if self._quick is None:
+            for done, total in self.atlas.collect():
+                job.emit("progress", done=done, total=total, text="reading training pictures")
+                yield
+            images = self.atlas.images[:: max(1, len(self.atlas.images) // QUICK_IMAGES)][:QUICK_IMAGES]
+            sums = {name: torch.zeros(len(QUICK_SNRS)) for name in self.pipe.tokenizers}
+            for first in range(0, len(images), QUICK_STEP):
+                part = images[first : first + QUICK_STEP]
+                noisy = [add_noise(part, snr, cfg=StabilityConfig(), first=first) for snr in QUICK_SNRS]
+                for name, tokenizer in self.pipe.tokenizers.items():
+                    clean, *others = tokenizer.encode(torch.cat([part, *noisy])).cpu().split(len(part))
+                    sums[name] += torch.stack([(other != clean).float().mean(1).sum() for other in others])
+                job.emit("progress", done=min(first + QUICK_STEP, len(images)), total=len(images), text="adding noise")
+                yield
+            names = [name for name in self.pipe.tokenizers if name in TABLE1]
+            self._quick = {
+                "paper": {"snrs": list(TABLE1["snr"]), "curves": {n: list(TABLE1[n]["token_change"]) for n in names}},
+                "snrs": list(QUICK_SNRS),
+                "curves": {name: (total / len(images)).tolist() for name, total in sums.items()},
+                "images": len(images),
+                "source": "page",
+            }
+        job.emit("curve", **self._quick)
+
+
+def measured_curve(measured: dict[str, Any]) -> dict[str, Any]:
+    """The curves of a stability.json: ours and the paper's. Raises DigitError where it holds none."""
+    try:
+        protocol = measured["protocol"]
+        snrs = [float(snr) for snr in protocol["snrs"]]
+        curves = {
+            str(name): [float(point["value"]) for point in found["token_change"]]
+            for name, found in measured["tokenizers"].items()
+        }
+        found = {"snrs": snrs, "curves": curves, "images": int(protocol["num_images"]), "source": "run"}
+        paper = measured.get("paper") or {}
+        if protocol.get("unit") == "db" and "snr" in paper:
+            lines = {name: list(map(float, paper[name]["token_change"])) for name in curves if name in paper}
+            found["paper"] = {"snrs": [float(snr) for snr in paper["snr"]], "curves": lines}
+        return found
+    except (KeyError, TypeError, ValueError) as error:
+        raise DigitError(f"stability.json of this run is damaged ({error!r}): run digit stability again") from error
