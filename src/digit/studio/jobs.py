@@ -223,10 +223,10 @@ class Worker:
         """One step of a slow job; whether it goes on."""
         if job.cancelled:
             raise Cancelled
-        if job.steps is None:
-            job.steps = job.work(job)
+        steps: Steps = job.work(job) if job.steps is None else job.steps
+        job.steps = steps
         try:
-            next(job.steps)
+            next(steps)
         except StopIteration:
             return False
         return True

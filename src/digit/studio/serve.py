@@ -103,7 +103,7 @@ def serve(
     token: str | None = None,
     max_upload: int = MAX_UPLOAD,
     say: Callable[[str], None] = print,
-    ready: Callable[[str], None] | None = None,
+    ready: Callable[[str], object] | None = None,
 ) -> None:
     """Serve until a signal asks to stop.
 
