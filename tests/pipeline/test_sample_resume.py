@@ -39,7 +39,9 @@ def test_a_stopped_request_goes_on(pipe, whole, tmp_path, monkeypatch, at):
         with pytest.raises(KeyboardInterrupt):
             draw(pipe, tmp_path / "s")
     assert not (tmp_path / "s" / "samples.json").exists()
-    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: sampled.append(how[2:]) or sample_all(self, *how))
+    monkeypatch.setattr(
+        DigitPipeline, "_sample", lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more)
+    )
     done = json.loads((tmp_path / "s" / "journal.json").read_text())["done"] if at else []
     draw(pipe, tmp_path / "s")
     first = at // SIZE * SIZE
@@ -179,7 +181,9 @@ def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monk
         (folder / name).write_text(json.dumps(journal | entry))
     for i in (0, 2, 9):
         (folder / f"{i:05d}.png").unlink()
-    monkeypatch.setattr(DigitPipeline, "_sample", lambda self, *how: sampled.append(how[2:]) or sample_all(self, *how))
+    monkeypatch.setattr(
+        DigitPipeline, "_sample", lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more)
+    )
     draw(pipe, folder)
     assert sampled == [(0, 4), (8, 12)] and contents(folder) == whole
 

@@ -218,8 +218,9 @@ class RecordedSteps(CachedSteps):
         token = self.tokens.index_select(1, newest)[:, 0]
         cache = SteppedCache(self.cache, self.position, span, self.kernel)
         logits = sampler.next_logits(token, newest, cache, self.added)
-        sampled = sampler.pick(sampler.combine(logits, newest + 1), self.u.index_select(1, newest + 1)[:, 0])
-        self.tokens.index_copy_(1, newest + 1, sampled[:, None])
+        index = newest + 1  # computed once: each operator is a launch
+        sampled = sampler.pick(sampler.combine(logits, index), self.u.index_select(1, index)[:, 0])
+        self.tokens.index_copy_(1, index, sampled[:, None])
 
     def _run(self, sampler: NextTokenSampler, span: int) -> None:
         if self.position.device.type != "cuda":
