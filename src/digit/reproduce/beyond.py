@@ -16,14 +16,13 @@ from torch import Tensor
 from digit.metrics.neighbours import precision_recall
 from digit.planning.work import Work
 from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
-from digit.reproduce.study import Study
+from digit.reproduce.study import PARTS, Study
 from digit.reproduce.tables import floor_step, num_rendered, over_seeds, parts_step, protocol, trained, whiskers
 from digit.runs.checks import unchanged_parts
 from digit.runs.fit import Run
 from digit.runs.recipes import Recipe, with_settings
 from digit.runtime import distributed, plots
 
-PARTS = ("codebook", "vqgan", "tokens")
 DROPPED = {"prior.label_dropout": 0.1, "renderer.prefix_dropout": 0.1}
 GUIDED = {"sampling.prior.cfg_scale": 2.0, "sampling.renderer.cfg_scale": 2.0}
 ALIGNED = {"renderer.conditioning": "aligned"}
@@ -159,9 +158,20 @@ class Row:
         return {name: value for name, value in vars(recipe).items() if value != getattr(base, name)}
 
     @property
+    def parts_recipe(self) -> Recipe:
+        """The study's recipe with those settings alone that decide tokens; rows with equal ones share what it makes."""
+        deciding = {name: value for name, value in self.idea.settings.items() if name.startswith("encoder.")}
+        return with_settings(self.study.recipe, deciding)
+
+    @property
+    def parts_name(self) -> str:
+        """Name of the step, and of the run, that makes parts other than the base run's."""
+        return f"beyond_layer_{self.parts_recipe.encoder.layer}_parts"
+
+    @property
     def own_parts(self) -> tuple[str, ...]:
-        """Parts that the row makes for itself."""
-        kept = unchanged_parts([f"recipe.{name}" for name in self.changes(self.recipe(self.study.recipe.seed))])
+        """Parts that the row does not take from the base run."""
+        kept = unchanged_parts([f"recipe.{name}" for name in self.changes(self.parts_recipe)])
         return tuple(part for part in PARTS if part not in kept)
 
     def run(self, seed: int) -> Run:
@@ -170,7 +180,7 @@ class Row:
         shared = tuple(part for part in PARTS if part not in own)
         if not own:
             return self.study.run(f"{self.slug}_{seed}", **changes)
-        maker = self.study.run(f"{self.slug}_parts", shared=shared, **self.changes(self.recipe(self.study.recipe.seed)))
+        maker = self.study.run(self.parts_name, shared=shared, **self.changes(self.parts_recipe))
         maker.write_tokens()
         made = {part: maker.out / part for part in own}
         return self.study.run(f"{self.slug}_{seed}", shared=shared, reuse=made, **changes)
@@ -180,9 +190,9 @@ class Row:
         study, recipe, steps = self.study, self.recipe(seed), []
         if own := self.own_parts:
             seconds = study.costs.parts(len(study.train), own, recipe, linked=True)
-            needs = Needs(parts=own, recipe=recipe, linked=True, folders=(f"runs/{self.slug}_parts",))
+            needs = Needs(parts=own, recipe=self.parts_recipe, linked=True, folders=(f"runs/{self.parts_name}",))
             make = partial(self.make_parts, seed)
-            steps.append(Step(name=f"{self.slug}_parts", seconds=seconds, make=make, needs=needs))
+            steps.append(Step(name=self.parts_name, seconds=seconds, make=make, needs=needs))
         for model in self.idea.models:
             needs = Needs(models=((model, recipe),), folders=(f"runs/{self.slug}_{seed}/{model}",))
             seconds = study.costs.model(model, recipe)
