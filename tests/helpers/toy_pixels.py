@@ -41,12 +41,3 @@ def weights_after_three_steps() -> dict[str, Tensor]:
     for step in range(3):
         trainer.update(step)
     return trainer.renderer.state_dict()
-
-
-def run_rank(rank: int, folder: str) -> None:
-    """One of two processes; here because a spawned process cannot import a test module."""
-    torch.set_num_threads(1)
-    init = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
-    torch.save(weights_after_three_steps(), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_vqgan import QUICK, TINY, batches, model, run_rank, weights_after_three_steps
+from toy_vqgan import QUICK, TINY, batches, model, weights_after_three_steps
+from two_ranks import save_weights
 
 from digit.errors import DigitError, MismatchError
 from digit.models.discriminator import PatchDiscriminator
@@ -169,7 +170,7 @@ def test_discriminator_scores_patches():
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(save_weights, (str(tmp_path), weights_after_three_steps), nprocs=2)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for name, tensor in weights_after_three_steps().items():
         assert torch.equal(first[name], second[name]), name
