@@ -39,7 +39,7 @@ lint: env-test
 	$(BIN)/ruff format --check src tests bench docs/hooks
 	$(BIN)/ruff check src tests bench docs/hooks
 	$(BIN)/lint-imports
-	$(BIN)/python .ci/rooms.py --limits 22 129 0
+	$(BIN)/python .ci/rooms.py --limits 21 120 0
 	$(BIN)/pyright
 
 # --strict: a broken link, a page outside the menu or an unknown name in the API reference fails

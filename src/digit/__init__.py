@@ -12,7 +12,7 @@ After "Stabilize the Latent Space for Image Autoregressive Modeling: A Unified P
 
 from typing import TYPE_CHECKING, Any
 
-from digit.version import __version__
+from digit.runtime.version import __version__
 
 if TYPE_CHECKING:
     from digit.evaluation.samples import evaluate

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from toy_pipeline import toy_pipeline
 
-from digit.version import __version__
+from digit.runtime.version import __version__
 
 ROOT = Path(__file__).parents[2]
 FILES = ("pyproject.toml", "README.md", "LICENSE", "src")

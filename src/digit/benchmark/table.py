@@ -4,9 +4,9 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from digit import __version__
 from digit.benchmark.measurement import Measurement
 from digit.runtime.hardware import describe_machine
+from digit.runtime.version import __version__
 
 COLUMNS = ("part", "case", "", "rate", "slowest .. fastest", "floor", "of floor", "peak", "")
 RIGHT = {3, 4, 5, 6, 7}

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from digit import __version__
 from digit.cli import benchmark, evaluation, pipelines, planning, reproduction, runs, studio
 from digit.cli.arguments import COMMANDS, make_parser, parse_labels, say, say_here
 from digit.cli.mistakes import with_suggestion, with_typed_option, with_typed_output
@@ -23,6 +22,7 @@ from digit.runtime.names import closest
 from digit.runtime.output import Output, kept_open
 from digit.runtime.progress import give_back_terminal, quiet
 from digit.runtime.signals import leave, received, stoppable
+from digit.runtime.version import __version__
 
 # sections of `digit --help`; each module registers its commands
 SECTIONS = {

@@ -189,7 +189,7 @@ def run_replay(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("dump", help="crash dump of the failed run: RUN/MODEL/crash/step_...")
     parser.add_argument("--device", default="cpu", help="cpu (default, wherever the run was), or cuda")
     args = parse(parser, argv)
-    from digit.training.replay import replay
+    from digit.runs.replay import replay
 
     say(str(replay(args.dump, args.device)))
 

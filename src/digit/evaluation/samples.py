@@ -28,7 +28,7 @@ from digit.evaluation.traps import Side, find_traps
 from digit.metrics.judge import JudgeNetwork
 from digit.runtime import distributed
 from digit.runtime.files import write_json
-from digit.version import __version__
+from digit.runtime.version import __version__
 
 INCEPTION = "inception"  # the network of all published metrics
 STAND_IN = "not the Inception network: its metrics compare with each other alone, never with published ones"

@@ -56,8 +56,8 @@ from digit.runtime.lock import lock_folder, release_folder
 from digit.runtime.request import require_same_request
 from digit.runtime.scalars import as_int
 from digit.runtime.signals import StopSignals
+from digit.runtime.version import __version__
 from digit.sampling.config import SamplingConfig
-from digit.version import __version__
 
 GRID_IMAGES = 256  # images in grid.png, from the first on
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core

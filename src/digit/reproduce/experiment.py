@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from digit import __version__
 from digit.runs.recipes import Recipe
 from digit.runtime import distributed
 from digit.runtime.files import atomic_path, plain, read_json, write_json
 from digit.runtime.hardware import describe_machine
 from digit.runtime.progress import Stages, format_duration
+from digit.runtime.version import __version__
 from digit.tokenizers.encoders import EncoderConfig
 
 DAY = 86_400.0  # seconds

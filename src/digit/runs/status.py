@@ -14,9 +14,11 @@ from digit.runtime.files import as_path, read_json
 from digit.runtime.ledger import progress
 from digit.training import checkpoint
 from digit.training.config import CONFIG
-from digit.training.log import last_metrics
+from digit.training.log import last_metrics, read_log
 
 STAGES = ("codebook", "vqgan", "tokens", *ROLES)
+LOSSES = ("nll", "loss", "val_nll")
+LARGEST = 1e12  # a loss that a curve shows
 
 
 def is_run(folder: str | Path) -> bool:
@@ -64,6 +66,30 @@ def describe_training(place: Path) -> str:
     if crashes := sorted(place.glob("crash/step_*")):
         parts.append(f"a step failed: {crashes[-1]}")
     return ", ".join(parts) + shown(metrics)
+
+
+def read_losses(place: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a model's log.jsonl, (step, value), of LOSSES that were logged, without NaN and infinity."""
+    lines = read_log(place / "log.jsonl")
+    curves = {
+        key: [
+            (line["step"], line[key])
+            for line in lines
+            if isinstance(line.get(key), int | float) and abs(line[key]) < LARGEST
+        ]
+        for key in LOSSES
+    }
+    return {key: points for key, points in curves.items() if points}
+
+
+def seconds_left(place: Path) -> float | None:
+    """Seconds until the training in a stage's folder ends, at the speed of its log; None where that is unknown."""
+    try:
+        total = read_json(place / "checkpoints" / CONFIG)["train"]["num_steps"]
+        timed = [line for line in read_log(place / "log.jsonl") if isinstance(line.get("seconds"), int | float)]
+        return max(0.0, (total - timed[-1]["step"]) * timed[-1]["seconds"] / max(1, timed[-1]["step"]))
+    except (DigitError, OSError, KeyError, TypeError, IndexError):
+        return None
 
 
 def metrics_of(place: Path) -> str:

@@ -24,10 +24,9 @@ from digit.data.images import open_source
 from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
 from digit.runs.roles import ROLES
-from digit.runs.status import STAGES, describe_stage, is_run
+from digit.runs.status import STAGES, describe_stage, is_run, read_losses, seconds_left
 from digit.runtime import lock
 from digit.runtime.files import differences, read_json
-from digit.training.log import read_log
 
 PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
@@ -102,7 +101,7 @@ class Folder:
             "at_work": holder is not None,
             "since": str((holder or {}).get("since", "")),
             "current": current,
-            "left": seconds_left(folder, current) if holder is not None else None,
+            "left": seconds_left(folder / current) if holder is not None and current is not None else None,
             "message": self.message(folder.name),
             "bytes": size_of(folder),
             "changed": newest(folder),
@@ -122,13 +121,8 @@ class Folder:
             path = folder / model / "log.jsonl"
             if not is_plain(path) or path.stat().st_size > MAX_LOG_BYTES:
                 continue
-            lines = read_log(path)
-            entry: dict[str, Any] = {}
-            for key in ("nll", "loss", "val_nll"):
-                points = [[r["step"], r[key]] for r in lines if isinstance(r.get(key), int | float)]
-                points = [[s, v] for s, v in points if v == v and abs(v) < 1e12]
-                if points:
-                    entry[key] = points[:: max(1, len(points) // MAX_POINTS)]
+            losses = read_losses(path.parent)
+            entry = {key: points[:: max(1, len(points) // MAX_POINTS)] for key, points in losses.items()}
             if entry:
                 found[model] = entry
         return found
@@ -318,19 +312,6 @@ def newest(folder: Path) -> float:
         with suppress(OSError):
             times.append(path.stat().st_mtime)
     return max(times)
-
-
-def seconds_left(folder: Path, stage: str | None) -> float | None:
-    """Seconds until the stage at work ends, at the speed of its log; None where that is unknown."""
-    if stage is None:
-        return None
-    try:
-        total = read_json(folder / stage / "checkpoints" / "config.json")["train"]["num_steps"]
-        lines = [r for r in read_log(folder / stage / "log.jsonl") if isinstance(r.get("seconds"), int | float)]
-        last = lines[-1]
-        return max(0.0, (total - last["step"]) * last["seconds"] / max(1, last["step"]))
-    except (DigitError, OSError, KeyError, TypeError, IndexError):
-        return None
 
 
 def numbers(path: Path) -> dict[str, float]:

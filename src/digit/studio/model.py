@@ -20,12 +20,12 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
 from digit.runtime.files import sha256_tensors
 from digit.runtime.plots import code_colours
+from digit.runtime.version import __version__
 from digit.studio import commands
 from digit.studio.atlas import Atlas
 from digit.studio.jobs import Job, Steps
 from digit.studio.pictures import data_url, png, png_of, read_data_url, sheet
 from digit.studio.requests import Complete, Draw, Encode, Judge, Noise, Render, Sampling, Variations
-from digit.version import __version__
 
 BATCH_SIZE = 16  # one size for every request, so that a seed gives the same picture whatever the count
 STEP_SECONDS = 0.08  # between two token maps that are sent

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from digit.errors import DigitError, MismatchError, Stopped
 from digit.runtime import distributed
 from digit.runtime.files import as_path, disk_errors, read_json, require_space, sha256_file, sync_folder, write_json
-from digit.version import __version__
+from digit.runtime.version import __version__
 
 log = logging.getLogger(__name__)
 FORMAT = 1

@@ -22,7 +22,7 @@ from digit.errors import DigitError
 from digit.runtime import distributed
 from digit.runtime.files import plain, save_tensors, write_json
 from digit.runtime.hardware import describe_machine
-from digit.version import __version__
+from digit.runtime.version import __version__
 
 log = logging.getLogger(__name__)
 ROWS_SHOWN = 8  # in the message; report.json has all rows
