@@ -2,7 +2,8 @@
 
     python bench/evaluation_speed.py                         # 1,000 samples against 50,000 x 2,048, cold and cached
     python bench/evaluation_speed.py 50000 50000 2048 --alone    # all measures, and each alone, without a cache
-    python bench/evaluation_speed.py 10000 10000 2048 --peers    # beside torchmetrics and scikit-learn, in turn
+    python bench/evaluation_speed.py 10000 10000 2048 --peers    # beside torchmetrics and scikit-learn, in turn;
+                                                                 # needs the packages of the tests: make env-test
 
 `--alone` ends with the ratio of all to the slowest alone; with N and D divided by one number it stays about the same,
 since products of all pairs cost N² D and eigenproblems D³: `12500 12500 512 --alone` takes a 64th of the time.
@@ -14,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -89,7 +92,7 @@ def beside_peers(num: int, num_reference: int, dim: int) -> None:
     x, y = fake.pooled, real.pooled
     rows: dict[str, tuple[Callable[[], float], str, Callable[[], float]]] = {
         "fd": (lambda: ours_fd(x, y), "torchmetrics", lambda: torchmetrics_fd(x, y)),
-        "is": (lambda: inception_score(fake.logits)[0], "torchmetrics", lambda: torchmetrics_is(fake.logits)),
+        "is": (lambda: inception_score(fake.logits)[0], "torchmetrics", lambda: torchmetrics_is(fake.logits.double())),
         "kd": (lambda: kernel_distance(x, y)[0], "torchmetrics", lambda: torchmetrics_kd(x, y)),
         "cmmd": (lambda: gaussian_distance(x, y).value, "scikit-learn", lambda: sklearn_cmmd(x, y)),
         "precision, recall": (lambda: ours_precision(y, x), "scikit-learn", lambda: sklearn_precision(y, x)),
@@ -106,20 +109,24 @@ def beside_peers(num: int, num_reference: int, dim: int) -> None:
         )
 
 
+def torchmetrics_module(name: str) -> ModuleType:
+    """A module of torchmetrics, without torchvision, as in our tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+    return import_module("reference_metrics").reference(f"torchmetrics.{name}")
+
+
 def ours_fd(x: Tensor, y: Tensor) -> float:
     a, b = FeatureStats.of(x), FeatureStats.of(y)
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def torchmetrics_fd(x: Tensor, y: Tensor) -> float:
-    from torchmetrics.image.fid import _compute_fid
-
     (a, s), (b, t) = (((z := part.double()).mean(0), z.T.cov()) for part in (x, y))
-    return float(_compute_fid(a, s, b, t))
+    return float(torchmetrics_module("image.fid")._compute_fid(a, s, b, t))
 
 
 def torchmetrics_is(logits: Tensor) -> float:
-    """The steps of its InceptionScore.compute, of shuffled logits."""
+    """The steps of its InceptionScore.compute, of shuffled logits; in their type, float64 here as ours."""
     p = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
     scores = []
     for part in p.softmax(1).chunk(10):
@@ -130,8 +137,7 @@ def torchmetrics_is(logits: Tensor) -> float:
 
 def torchmetrics_kd(x: Tensor, y: Tensor) -> float:
     """The steps of its KernelInceptionDistance.compute: 100 subsets of 1,000."""
-    from torchmetrics.image.kid import poly_mmd
-
+    poly_mmd = torchmetrics_module("image.kid").poly_mmd
     size, generator = min(1000, len(x), len(y)), torch.Generator().manual_seed(0)
     values = [
         poly_mmd(*(z[torch.randperm(len(z), generator=generator)[:size]].double() for z in (y, x))) for _ in range(100)
