@@ -2,11 +2,12 @@
 
     python bench/evaluation_speed.py                         # 1,000 samples against 50,000 x 2,048, cold and cached
     python bench/evaluation_speed.py 50000 50000 2048 --alone    # all measures, and each alone, without a cache
+    python bench/evaluation_speed.py 50000 50000 2048 --alone density    # and the slowest alone
     python bench/evaluation_speed.py 10000 10000 2048 --peers    # beside torchmetrics and scikit-learn, in turn;
                                                                  # needs the packages of the tests: make env-test
 
-`--alone` ends with the ratio of all to the slowest alone; with N and D divided by one number it stays about the same,
-since products of all pairs cost N² D and eigenproblems D³: `12500 12500 512 --alone` takes a 64th of the time.
+`--alone` ends with the ratio of all to the slowest alone. Products of all pairs cost N² D, eigenproblems D³, kernel
+distances D alone, so that smaller sizes have other ratios.
 """
 
 import argparse
@@ -40,14 +41,20 @@ ROWS = 1000  # rows of all pairs that the peers take at a time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, default=[1000, 50000, 2048], help="samples, reference, features")
-    parser.add_argument("--alone", action="store_true", help="also each measure alone, without a cache")
+    parser.add_argument(
+        "--alone",
+        nargs="*",
+        choices=MEASURES,
+        metavar="MEASURE",
+        help="also each of these alone, without a cache (all)",
+    )
     parser.add_argument("--peers", action="store_true", help="beside torchmetrics and scikit-learn")
     args = parser.parse_args()
     num, num_reference, dim = args.sizes
     if args.peers:
         beside_peers(num, num_reference, dim)
-    elif args.alone:
-        alone(num, num_reference, dim)
+    elif args.alone is not None:
+        alone(num, num_reference, dim, args.alone or list(MEASURES))
     else:
         cold_and_cached(num, num_reference, dim)
 
@@ -63,13 +70,13 @@ def cold_and_cached(num: int, num_reference: int, dim: int) -> None:
             report(f"{num} against {num_reference} x {dim}, reference {state}: {seconds}, {count} measures, {peak()}")
 
 
-def alone(num: int, num_reference: int, dim: int) -> None:
-    """All measures in one run, then each alone."""
+def alone(num: int, num_reference: int, dim: int, names: list[str]) -> None:
+    """All measures in one run, then some alone."""
     real, fake = make(num_reference, dim, 0, None), make(num, dim, 1, None)
     (wall, used), count = clocked(lambda: len(measure(fake, real).values))
     report(f"{num} against {num_reference} x {dim}, all {count} measures: {wall:.1f} s, {used:.1f} s CPU, {peak()}")
     times: dict[str, float] = {}
-    for name in MEASURES:
+    for name in names:
         fresh = [Features(**{**vars_of(one), "cache": None}) for one in (fake, real)]  # nothing kept of earlier runs
         (wall, times[name]), found = clocked(lambda name=name, fresh=fresh: measure(*fresh, {name}))
         report(f"  {name} alone: {wall:.1f} s, {times[name]:.1f} s CPU{''.join(found.left_out.values())}")
