@@ -1,4 +1,4 @@
-"""A folder whose settings change: what they do not touch stays, what they touch is made anew and kept aside, runs go on."""
+"""A folder whose settings change: what they do not touch stays, the rest is made anew and kept aside; longer runs."""
 
 import json
 import os
@@ -117,7 +117,9 @@ def test_another_prior_keeps_the_rest_and_is_that_of_a_fresh_run(copy, tmp_path)
     fit(run)
     assert before == {stage: times(copy / stage) for stage in before}
     changed, aside = run.notes
-    assert "prior.depth was 1, now 2" in changed and "Made anew: prior (prior.depth)" in changed.replace(". made", ". Made")
+    assert "prior.depth was 1, now 2" in changed and "Made anew: prior (prior.depth)" in changed.replace(
+        ". made", ". Made"
+    )
     assert "kept: codebook, vqgan, tokens, renderer" in changed
     assert f"{copy / 'earlier' / '1'}" in aside
     fresh = tmp_path / "fresh"
@@ -156,7 +158,7 @@ def test_another_vqgan_keeps_the_prior(copy, tmp_path):
 
 
 def test_what_is_half_trained_goes_aside_too(tmp_path, monkeypatch):
-    out, recipe = tmp_path / "run", tiny_recipe()
+    out, recipe = tmp_path / "run", saved_often("cosine")
     stop_at(monkeypatch, 3, lambda: run_in(out, recipe).train_model("prior"))
     changed = with_settings(recipe, {"prior.embed_dim": 16})
     run_in(out, changed).train_model("prior")
@@ -253,7 +255,7 @@ def lengthen(out: Path, more: str) -> Run:
 
 
 def test_more_goes_on_under_a_cosine_schedule(tmp_path, monkeypatch):
-    """Its first updates had the shorter run's rates, so only the kill changes nothing; the rates are those of 8 updates."""
+    """Killed or not: the same. A new run of 8 updates is another one, whose first updates had other rates."""
     outs = [tmp_path / "whole", tmp_path / "killed"]
     for out in outs:
         fit(run_in(out, saved_often("cosine")))
@@ -268,7 +270,9 @@ def test_more_goes_on_under_a_cosine_schedule(tmp_path, monkeypatch):
         assert len(rates) == 4 and rates[2] > rates[1]  # at updates 2, 4, 6, 8
     fresh = tmp_path / "fresh"
     fit(run_in(fresh, whole.recipe))
-    assert any(not torch.equal(value, weights(fresh, "prior")[name]) for name, value in weights(outs[0], "prior").items())
+    assert any(
+        not torch.equal(value, weights(fresh, "prior")[name]) for name, value in weights(outs[0], "prior").items()
+    )
 
 
 def test_more_of_a_renderer_straight_to_pixels(tmp_path):
@@ -286,7 +290,9 @@ def test_the_shorter_run_comes_back_and_can_be_lengthened_again(tmp_path):
     short = weights(out, "prior")
     fit(lengthen(out, "2x"))
     run = run_in(out, recipe)
-    assert run.is_done("prior") and all(torch.equal(value, short[name]) for name, value in weights(out, "prior").items())
+    assert run.is_done("prior") and all(
+        torch.equal(value, short[name]) for name, value in weights(out, "prior").items()
+    )
     (out / "lengthened.json").unlink()
     fit(lengthen(out, "1.5x"))
     assert max(line["step"] for line in read_log(out / "prior" / "log.jsonl")) == 6
@@ -306,7 +312,12 @@ def test_what_more_counts_from(tmp_path):
     finish_lengthening(out)
     second = with_more(first.recipe, out, "100")
     assert steps(second) == 108 and second.record["first"]["prior_training.num_steps"] == 4
-    for more, message in (("1x", "more than 1x"), ("0", "more than 1x"), ("twice", "a factor such as"), ("-3", "such as")):
+    for more, message in (
+        ("1x", "more than 1x"),
+        ("0", "more than 1x"),
+        ("twice", "a factor such as"),
+        ("-3", "such as"),
+    ):
         with pytest.raises(DigitError, match=message):
             with_more(recipe, out, more)
 
@@ -317,7 +328,9 @@ def test_a_recipe_that_is_typed_again_keeps_the_length(tmp_path):
     (tmp_path / "lengthened.json").write_text(json.dumps(with_more(recipe, tmp_path, "2x").record))
     assert keep_length(recipe, tmp_path, []).prior_training.num_steps == 8
     assert keep_length(recipe, tmp_path, ["prior_training.num_steps"]).prior_training.num_steps == 4
-    assert keep_length(replace(recipe, prior_training=replace(recipe.prior_training, num_steps=5)), tmp_path, []) != recipe
+    assert (
+        keep_length(replace(recipe, prior_training=replace(recipe.prior_training, num_steps=5)), tmp_path, []) != recipe
+    )
 
 
 def test_masked_steps_are_lengthened(tmp_path):

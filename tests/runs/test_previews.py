@@ -49,7 +49,9 @@ def test_previews_change_no_weight(always, without, tmp_path):
     assert previews_html(without) == ""
 
 
-@pytest.mark.parametrize("recipe", [pixel_recipe(), tiny_recipe(renderer_kind="masked"), tiny_recipe(class_conditional=False)])
+@pytest.mark.parametrize(
+    "recipe", [pixel_recipe(), tiny_recipe(renderer_kind="masked"), tiny_recipe(class_conditional=False)]
+)
 def test_every_kind_of_renderer_is_shown(always, tmp_path, recipe):
     run = Run(often(recipe, 1.0), SHAPES, tmp_path)
     fit(run)
@@ -108,11 +110,13 @@ def test_a_code_is_shown_as_the_mean_of_its_patches(without):
     assert shown.shape == (1, 3, 4, 4) and shown[0, 0, ::2, ::2].tolist() == [[0, 100], [200, 0]]
     run = Run(often(tiny_recipe(), 0.0), SHAPES, without)
     found = mean_patches(run)
-    assert found.shape == (12, 3, 16, 16) and 0 <= found.min() and found.max() <= 255
+    assert found.shape == (12, 3, 16, 16) and found.min() >= 0 and found.max() <= 255
     store = run.write_tokens()
     first = run.crops_of(torch.arange(len(store)).numpy())[:, :, :16, :16].float()
     codes = torch.from_numpy(store.discriminative[:, 0].astype(int))
-    only = [code for code in codes.unique() if not (torch.from_numpy(store.discriminative[:, 1:].astype(int)) == code).any()]
+    only = [
+        code for code in codes.unique() if not (torch.from_numpy(store.discriminative[:, 1:].astype(int)) == code).any()
+    ]
     for code in only:  # codes that stand in the upper left corner alone
         assert torch.allclose(found[code], first[codes == code].mean(0), atol=1e-3)
 

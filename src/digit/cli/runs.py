@@ -88,7 +88,6 @@ def choose_base(argv: Sequence[str]) -> "Recipe":
     from digit.planning.machines import this_machine
     from digit.released.download import offline
     from digit.runs.changes import keep_length
-    from digit.runs.recipe import Recipe
     from digit.runs.recipes import get_recipe
     from digit.runtime.files import as_path
     from digit.runtime.hardware import choose_device
@@ -146,7 +145,14 @@ def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None
     source = open_data(args, args.data)
     chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, base)]
     run = Run(
-        recipe, source, args.out, reuse=reuse, device=args.device, chosen=chosen, reuse_unchanged=True, lengthened=record
+        recipe,
+        source,
+        args.out,
+        reuse=reuse,
+        device=args.device,
+        chosen=chosen,
+        reuse_unchanged=True,
+        lengthened=record,
     )
     for text in run.notes:
         note(text)
@@ -203,7 +209,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def show_fit(run: "Run") -> None:
-    """Write OUT/contact_sheet.png once: what training sees of the pictures; say what it loses, before hours are spent."""
+    """Write OUT/contact_sheet.png: what training sees of the pictures. Say what it loses, before hours are spent."""
     from digit.data.inspect import glance
 
     sheet, fit = run.out / SHEET, run.recipe.preprocess.fit
@@ -242,8 +248,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command(
     "train",
-    "digit train prior photos/ --out runs/photos\n"
-    "  digit train vq_ar photos/ --out runs/photos   # baseline",
+    "digit train prior photos/ --out runs/photos\n  digit train vq_ar photos/ --out runs/photos   # baseline",
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:

@@ -113,7 +113,9 @@ class InspectReport:
 
     def kept_shares(self, fit: Fit = "crop") -> np.ndarray:
         """float64 (good images,): the share of each image's area that training sees."""
-        return np.array([kept_share(w, h, fit) for w, h in zip(self.widths.tolist(), self.heights.tolist(), strict=True)])
+        return np.array(
+            [kept_share(w, h, fit) for w, h in zip(self.widths.tolist(), self.heights.tolist(), strict=True)]
+        )
 
     def advise_fit(self, fit: Fit = "crop") -> str:
         """What a square costs these images, in one sentence that names the option; "" where it is little.

@@ -39,8 +39,8 @@ class PreprocessConfig:
     encoder_size: int = within("[1, 4096]", 224)
     """side in pixels that the frozen encoder sees"""
     fit: Fit = "crop"
-    """how a picture that is not square becomes square: crop, the released code's way, cuts the longer side; pad keeps all
-    of it between bars of the mean colour of its edges; squeeze keeps all of it out of shape"""
+    """how a picture becomes square: crop, as the released code, cuts the longer side; pad keeps all of it between bars
+    of the mean colour of its edges; squeeze keeps all of it, out of shape"""
     random_crop: bool = True
     """crop at a random position (else at the centre)"""
     flip: bool = True
@@ -112,7 +112,9 @@ def padded(image: Image.Image, size: int) -> Image.Image:
     """The whole picture, its long side resized to `size`, between two bars, each of its edge's mean colour."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    inner = np.asarray(image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC))
+    inner = np.asarray(
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    )
     square = np.empty((size, size, 3), dtype=np.uint8)
     top, left = (size - height) // 2, (size - width) // 2
     square[:top], square[top:] = mean_colour(inner[0]), mean_colour(inner[-1])

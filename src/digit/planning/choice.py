@@ -40,8 +40,9 @@ class Choice:
         prior, renderer = (count(flat(self.recipe)[name]) for name in steps_of(self.recipe))
         minutes = max(1, round(self.seconds / 60))
         larger = f" ({self.why_not_larger})" if self.why_not_larger else ""
+        pixels = self.recipe.preprocess.crop_size
         return (
-            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}: {self.recipe.preprocess.crop_size} px, "
+            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}: {pixels} px, "
             f"{prior} and {renderer} updates, about {minutes} minutes for {count(PHOTOGRAPHS)} photographs; --recipe "
             "photos64, photos128 or photos256 chooses another one, --more 2x goes on afterwards"
         )

@@ -35,7 +35,7 @@ def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
 
 
 def share_left(run: Run, name: str) -> float:
-    """The share of a stage's updates after its newest checkpoint: 1 where it has none, as of a stage without updates."""
+    """The share of a stage's updates after its newest checkpoint; 1 without one, as for a stage without updates."""
     saved = checkpoint.list_checkpoints(run.out / name / "checkpoints")
     if not saved:
         return 1.0

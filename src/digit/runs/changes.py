@@ -1,8 +1,8 @@
 """A run folder whose settings change: which stages that touches, and where what they were is kept.
 
-    OUT/earlier/N/       what the N-th change replaced: stages, pictures of the report, config.json of then. It is a run
-                         folder itself. The old settings bring its stages back; deleting it frees the disk.
-    OUT/lengthened.json  how many updates `digit fit --more` made of how many
+OUT/earlier/N/       what the N-th change replaced: stages, pictures of the report, config.json of then. It is a run
+                     folder itself. The old settings bring its stages back; deleting it frees the disk.
+OUT/lengthened.json  how many updates `digit fit --more` made of how many
 """
 
 import os
@@ -128,10 +128,10 @@ def present(out: Path) -> list[str]:
 
 
 def apply_change(out: Path, change: Change, config: Mapping[str, Any]) -> Path | None:
-    """Move what is made anew into OUT/earlier/N, copy there what goes on; returns that folder, None where none is needed.
+    """Move what is made anew into OUT/earlier/N, and copy there what goes on.
 
-    A kill at any moment loses nothing: the same command, or the earlier one, finds each stage in one place or the other.
-    `config` is the config.json of what is there.
+    A kill at any moment loses nothing: the same command, or the earlier one, finds each stage in either place. `config`
+    is the config.json of what is there. Returns that folder, None where none is needed.
     """
     finished = [stage for stage in change.longer if is_done(out / stage, stage)]
     if not change.remade and not finished:
@@ -173,7 +173,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def bring_back(out: Path, wanted: Recipe) -> list[str]:
-    """Move stages that were made with the wanted settings back from OUT/earlier to where none is; returns their names."""
+    """Move stages that were made with the wanted settings back from OUT/earlier, where none is; returns their names."""
     back = []
     for stage in STAGES:
         if stage not in present(out):
@@ -222,9 +222,10 @@ def find_vq_tokens(out: Path, wanted: Recipe) -> Path | None:
     vqgan = read_json(out / "vqgan" / RESULTS["vqgan"]).get("fingerprint")
     for folder, recipe in earlier(out):
         changed = {name.partition(".")[0] for name in changed_settings(recipe, wanted)}
-        if is_done(folder / "tokens", "tokens") and recipe.has_vq_tokens and changed.isdisjoint(DECIDED_BY["vq_tokens"]):
-            if read_json(folder / "tokens" / RESULTS["tokens"]).get("vqgan_hash") == vqgan:
-                return folder / "tokens"
+        tokens = folder / "tokens"
+        right = changed.isdisjoint(DECIDED_BY["vq_tokens"]) and recipe.has_vq_tokens and is_done(tokens, "tokens")
+        if right and read_json(result_of(tokens, "tokens")).get("vqgan_hash") == vqgan:
+            return tokens
     return None
 
 

@@ -294,8 +294,8 @@ def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
     if most is not None and most > 1 and recipe.crops_per_image > most:
         raise DigitError(
             f"crops_per_image is {recipe.crops_per_image}, but with preprocess.fit {cfg.fit} and random_crop "
-            f"{str(cfg.random_crop).lower()} an image has {most} different crops at most, as it is and mirrored: set it "
-            f"to {most}"
+            f"{str(cfg.random_crop).lower()} an image has {most} different crops at most, as it is and mirrored: set "
+            f"it to {most}"
         )
     if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
         raise DigitError(

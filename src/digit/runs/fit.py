@@ -37,8 +37,8 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
-from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.changes import continue_training, find_vq_tokens
+from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.previews import Previews

@@ -1,7 +1,7 @@
 """Pictures of fixed seeds whenever a model in training is saved, and how they grew.
 
-    OUT/previews/prior_00000400.png    after 400 updates
-    OUT/previews/prior_growth.png      one row of each such picture, oldest above
+OUT/previews/prior_00000400.png    after 400 updates
+OUT/previews/prior_growth.png      one row of each such picture, oldest above
 """
 
 import html
@@ -24,7 +24,6 @@ from digit.data.tokens import TokenStore
 from digit.models.sequence import SequenceModel
 from digit.models.vqgan import VQGAN
 from digit.runs.recipe import Recipe
-from digit.runs.roles import get_role
 from digit.runtime import distributed, plots
 from digit.runtime.files import mark_output
 from digit.sampling.kinds import make_sampler
@@ -185,7 +184,7 @@ ROWS: dict[str, Callable[[Previews, nn.Module], Rows]] = {"vqgan": vqgan_rows, "
 
 
 def first_crops(source: ImageSource, cfg: PreprocessConfig) -> Tensor:
-    """(SHOWN, 3, S, S) uint8: centre crops of SHOWN pictures spread over a source, the last repeated if it has fewer."""
+    """(SHOWN, 3, S, S) uint8: centre crops of pictures spread over a source; the last is repeated if it has fewer."""
     found = gather_crops(source, cfg, num=SHOWN)[0]
     return torch.cat([found, found[-1:].expand(max(0, SHOWN - len(found)), -1, -1, -1)])[:SHOWN]
 

@@ -1,4 +1,4 @@
-"""What a recipe is: everything that decides a run but the data and the output folder. `recipes.py` has the named ones."""
+"""What a recipe is: all that decides a run but the data and the output folder. `recipes.py` has the named ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace

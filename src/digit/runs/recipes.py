@@ -318,7 +318,9 @@ def photos256() -> Recipe:
         encoder=EncoderConfig(name="hf:facebook/dinov2-with-registers-base", input_size=224),
         kmeans=KMeansConfig(num_clusters=2048, memory_budget_bytes=2**32),
         codebook_subset=1.0,
-        vqgan=VQGANConfig(z_channels=8, vocab_size=16_384),  # LlamaGen's, as far as a plan asks: its codes are 8 numbers
+        vqgan=VQGANConfig(
+            z_channels=8, vocab_size=16_384
+        ),  # LlamaGen's, as far as a plan asks: its codes are 8 numbers
         vqgan_start="llamagen_vq16",
         vqgan_training=GANConfig(num_steps=0),
         crops_per_image=16,

@@ -50,7 +50,9 @@ class TensorBoardWriter:
         data = path.read_bytes()
         width, height = (int.from_bytes(data[start : start + 4]) for start in (16, 20))  # of its IHDR chunk
         image = self._summaries.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
-        self._write(step=step, summary=self._summaries.Summary(value=[self._summaries.Summary.Value(tag=name, image=image)]))
+        self._write(
+            step=step, summary=self._summaries.Summary(value=[self._summaries.Summary.Value(tag=name, image=image)])
+        )
 
     def sync(self) -> None:
         """Flush the points to the disk."""

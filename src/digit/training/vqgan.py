@@ -133,8 +133,8 @@ def train_vqgan(
     `batches(step)` returns uint8 (B, 3, S, S), a function of the step alone. To fine-tune existing weights, set
     codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` replaces the network that
     `cfg.perceptual` names and is required if that is encoder. `preview(model, step)` is called after each checkpoint
-    with the averaged weights and returns PNG files by name for TensorBoard. Returns the metrics of `evaluate_vqgan` on the batches
-    after the last step and writes them to OUT/metrics.json.
+    with the averaged weights and returns PNG files by name for TensorBoard. Returns the metrics of `evaluate_vqgan` on
+    the batches after the last step and writes them to OUT/metrics.json.
     """
     trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
     train(
