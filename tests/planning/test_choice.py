@@ -6,7 +6,7 @@ import pytest
 
 from digit.cli import main
 from digit.planning import choice
-from digit.planning.choice import CPU_SECONDS, choose_photos, planned_total
+from digit.planning.choice import CPU_SECONDS, choose_photos, planned_seconds
 from digit.planning.machines import GPUS, Machine
 from digit.runs.recipes import get_recipe
 
@@ -57,7 +57,9 @@ def test_the_recipe_of_a_gpu_of_24_gb_fits(capsys):
 
 
 def test_photos64_is_shorter():
-    assert planned_total(get_recipe("photos64"), SLOW) < 0.6 * planned_total(get_recipe("photos128"), SLOW)
+    assert sum(planned_seconds(get_recipe("photos64"), SLOW)) < 0.6 * sum(
+        planned_seconds(get_recipe("photos128"), SLOW)
+    )
 
 
 def test_plan_photos_says_what_it_chose(capsys):

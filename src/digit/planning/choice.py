@@ -1,8 +1,8 @@
 """Which of the recipes for photographs suits a machine, and for how many updates it trains there."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from digit.planning.machines import Machine
 from digit.planning.remaining import stage_seconds
@@ -14,16 +14,9 @@ from digit.runtime.settings import flat
 
 ANY_MACHINE = "photos"  # the recipe that stands for the one chosen here
 PHOTOGRAPHS, CLASSES = 3000, 10  # of the data set that times are told for
-CPU_SECONDS = 3600.0  # that a run on a CPU may take
+CPU_SECONDS = 2700.0  # that a run on a CPU may take by plan, so that it ends within the hour
 LARGE_GPU = 22 * 2**30  # bytes; cards sold with 24 GB have 22 to 24 GiB
 SEVERAL_TIMES = (4, 2, 1)  # the recipe's updates, where the time allows
-
-
-class Size(NamedTuple):
-    """A recipe, and how many times its updates."""
-
-    recipe: str
-    times: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +44,20 @@ class Choice:
 def choose_photos(machine: Machine, *, online: bool = True) -> Choice:
     """The recipe for a machine.
 
-    On a GPU of 24 GB or more photos256, on a smaller one photos128; on a CPU photos128 where it takes at most an hour
-    by plan, else photos64. On a CPU it trains for two or four times the updates where that fits into the hour.
+    On a GPU of 24 GB or more photos256, on a smaller one photos128; on a CPU photos128 where it takes at most
+    CPU_SECONDS by plan, else photos64. It trains for two or four times the updates where that fits into the time.
 
     Args:
         online: whether weights may be fetched, which photos256 needs.
     """
-    if machine.gpu:
-        missing = lacking(online=online)
-        if machine.memory >= LARGE_GPU and not missing:
-            return described(Size("photos256", 1), machine)
-        return described(Size("photos128", 4), machine, missing or "photos256 takes a GPU of 24 GB")
-    sizes = [Size(name, times) for name in ("photos128", "photos64") for times in SEVERAL_TIMES]
-    fitting = (found for size in sizes if (found := described(size, machine)).seconds <= CPU_SECONDS)
-    return next(fitting, described(sizes[-1], machine))
+    if not machine.gpu:
+        large = longest(get_recipe("photos128"), machine)
+        return large if large.seconds <= CPU_SECONDS else longest(get_recipe("photos64"), machine)
+    missing = lacking(online=online)
+    if machine.memory >= LARGE_GPU and not missing:
+        return longest(get_recipe("photos256"), machine, (1,))
+    why = missing or "photos256 takes a GPU of 24 GB"
+    return longest(get_recipe("photos128"), machine, why_not_larger=why)
 
 
 def lacking(*, online: bool) -> str:
@@ -74,17 +67,24 @@ def lacking(*, online: bool) -> str:
     return "" if online else "photos256 fetches weights, and this machine is offline"
 
 
-def described(size: Size, machine: Machine, why_not_larger: str = "") -> Choice:
-    """A recipe of so many times its updates, with its planned time on a machine."""
-    recipe = get_recipe(size.recipe)
+def longest(
+    recipe: Recipe, machine: Machine, factors: Sequence[int] = SEVERAL_TIMES, why_not_larger: str = ""
+) -> Choice:
+    """A recipe with its updates times the largest of the factors that fits into CPU_SECONDS by plan."""
+    fixed, training = planned_seconds(recipe, machine)
+    factor = next((f for f in factors if fixed + f * training <= CPU_SECONDS), factors[-1])
     values = flat(recipe)
-    recipe = with_settings(recipe, {name: size.times * values[name] for name in steps_of(recipe)})
-    seconds = planned_total(recipe, machine)
-    return Choice(recipe=recipe, machine=machine.name, seconds=seconds, why_not_larger=why_not_larger)
+    return Choice(
+        recipe=with_settings(recipe, {name: factor * values[name] for name in steps_of(recipe)}),
+        machine=machine.name,
+        seconds=fixed + factor * training,
+        why_not_larger=why_not_larger,
+    )
 
 
-def planned_total(recipe: Recipe, machine: Machine) -> float:
-    """Seconds of a whole `digit fit` on PHOTOGRAPHS pictures, report included."""
+def planned_seconds(recipe: Recipe, machine: Machine) -> tuple[float, float]:
+    """Seconds of `digit fit` on PHOTOGRAPHS pictures: those of everything but prior and renderer, and theirs."""
     planner = Planner(recipe, machine, Order(images=PHOTOGRAPHS, num_classes=CLASSES))
-    stages = ["codebook", *(["vqgan"] if recipe.has_vqgan else []), "tokens", *recipe.model_names]
-    return sum(stage_seconds(planner, name) for name in stages) + planner.sampling().seconds
+    others = ["codebook", *(["vqgan"] if recipe.has_vqgan else []), "tokens"]
+    fixed = sum(stage_seconds(planner, name) for name in others) + planner.sampling().seconds
+    return fixed, sum(stage_seconds(planner, name) for name in recipe.model_names)

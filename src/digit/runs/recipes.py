@@ -172,7 +172,7 @@ GUIDED = SamplingConfig(  # docs/beyond.md: guidance of the prior makes classes 
 
 @register
 def photos64() -> Recipe:
-    """A folder of photographs at 64 px, 8 x 8 tokens of either kind, for two slow CPU cores: by plan 20 minutes.
+    """A folder of photographs at 64 px, 8 x 8 tokens of either kind, for slow CPU cores: by plan 16 minutes on two.
 
     What docs/beyond.md found to pay: as many discriminative as VQ tokens, aligned conditioning, guidance in both
     stages, a pre-norm prior with Muon. Not measured yet.
@@ -192,7 +192,7 @@ def photos64() -> Recipe:
 
 @register
 def photos128() -> Recipe:
-    """A folder of photographs at 128 px for two slow CPU cores: by plan less than an hour for 3,000 of them.
+    """A folder of photographs at 128 px for two slow CPU cores: by plan 40 minutes for 3,000 of them.
 
     8 x 8 discriminative and 16 x 16 VQ tokens: the carried VQGAN is convolutional, and its tuning goes on at 128 px.
     Otherwise as photos64. Not measured yet.
@@ -204,7 +204,7 @@ def photos128() -> Recipe:
         recipe,
         preprocess=replace(recipe.preprocess, image_size=128),
         crops_per_image=6,
-        vqgan_training=replace(FINE_TUNING, num_steps=1500, batch_size=8, adversarial_start=1000),
+        vqgan_training=replace(FINE_TUNING, num_steps=1800, batch_size=8, adversarial_start=1200),
         prior_training=cpu_training(3000, optimizer="muon"),
         renderer_training=cpu_training(2400, batch_size=16, optimizer="muon"),
     )
@@ -301,7 +301,7 @@ def photos256() -> Recipe:
     digit fit photos/ --recipe photos256 --out runs/photos
     """
     training = TrainConfig(
-        num_steps=20_000,
+        num_steps=12_000,
         batch_size=64,
         optimizer="muon",
         learning_rate=1e-3,
@@ -312,7 +312,7 @@ def photos256() -> Recipe:
         label_smoothing=0.0,
         save_every=1000,
     )
-    size = ModelSpec(depth=12, embed_dim=512, num_heads=8, dropout=0.1)
+    size = ModelSpec(depth=8, embed_dim=512, num_heads=8, dropout=0.1)
     return Recipe(
         preprocess=PreprocessConfig(image_size=256, encoder_size=224),
         encoder=EncoderConfig(name="hf:facebook/dinov2-with-registers-base", input_size=224),
@@ -327,7 +327,7 @@ def photos256() -> Recipe:
         validation_fraction=0.05,
         prior=replace(size, label_dropout=0.1, norm="pre"),
         prior_training=training,
-        renderer=replace(size, embed_dim=768, num_heads=12, prefix_dropout=0.1, conditioning="aligned"),
+        renderer=replace(size, depth=12, prefix_dropout=0.1, conditioning="aligned"),
         renderer_training=training,
         sampling=replace(GUIDED, precision="bf16"),
         informed_start=True,
