@@ -43,7 +43,8 @@ def test_previews_change_no_weight(always, without, tmp_path):
     for stage, steps in (("vqgan", [2, 3]), ("prior", [2, 4]), ("renderer", [2, 4])):
         assert [step for step, _ in grids_of(tmp_path / "previews", stage)] == steps
         grown = Image.open(tmp_path / "previews" / f"{stage}_growth.png")
-        assert grown.height == 2 + len(steps) * (96 + 2) and grown.width == 56 + 8 * (96 + 2)
+        rows = len(steps) + (stage == "vqgan")  # the pictures stand below their reconstructions
+        assert grown.height == 2 + rows * (96 + 2) and grown.width == 56 + 8 * (96 + 2)
     page = previews_html(tmp_path)
     assert "How it grew" in page and 'src="previews/prior_growth.png"' in page and "prior_00000004.png" in page
     assert previews_html(without) == ""
@@ -67,13 +68,15 @@ def test_a_vq_only_model_is_shown(always, tmp_path):
 
 def test_a_picture_waits_until_its_share_allows_it(without, tmp_path):
     run = Run(often(tiny_recipe(), 0.1), SHAPES, tmp_path, reuse={"vqgan": without / "vqgan"})
-    shown, vqgan = Previews(run, "vqgan"), run.train_vqgan().vqgan
+    shown, vqgan = Previews(run, "vqgan", 100), run.train_vqgan().vqgan
     assert shown(vqgan, 1), "the first never waits"
     shown.spent = shown.last = 1.0
     assert shown(vqgan, 2) == {}, "a tenth of no time"
     shown.started = time.monotonic() - 21.0
     assert shown(vqgan, 3)
-    assert [step for step, _ in grids_of(tmp_path / "previews", "vqgan")] == [1, 3]
+    shown.spent = shown.last = 100.0
+    assert shown(vqgan, 99) == {} and shown(vqgan, 100), "the last never waits"
+    assert [step for step, _ in grids_of(tmp_path / "previews", "vqgan")] == [1, 3, 100]
 
 
 def test_an_error_ends_the_pictures_and_not_the_training(tmp_path, monkeypatch, caplog):
@@ -92,7 +95,7 @@ def test_the_parameters_stay_trainable(without, tmp_path):
     vqgan = run.train_vqgan().vqgan
     first = next(vqgan.parameters()).requires_grad_(False)
     flags = [parameter.requires_grad for parameter in vqgan.parameters()]
-    assert Previews(run, "vqgan")(vqgan, 1) and [p.requires_grad for p in vqgan.parameters()] == flags
+    assert Previews(run, "vqgan", 100)(vqgan, 1) and [p.requires_grad for p in vqgan.parameters()] == flags
     assert not first.requires_grad
 
 

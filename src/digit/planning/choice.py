@@ -35,7 +35,7 @@ class Choice:
         larger = f" ({self.why_not_larger})" if self.why_not_larger else ""
         pixels = self.recipe.preprocess.crop_size
         return (
-            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}: {pixels} px, "
+            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}, at its present speed: {pixels} px, "
             f"{prior} and {renderer} updates, about {minutes} minutes for {count(PHOTOGRAPHS)} photographs; --recipe "
             "photos64, photos128 or photos256 chooses another one, --more 2x goes on afterwards"
         )

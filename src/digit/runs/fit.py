@@ -338,7 +338,7 @@ class Run:
     def _previews(self, stage: str, cfg: LoopConfig) -> Previews | None:
         """What makes the pictures of a stage in training; None without, and where no process has the whole model."""
         sharded = isinstance(cfg, TrainConfig) and cfg.parallel == "fsdp" and distributed.world_size() > 1
-        return Previews(self, stage) if self.recipe.previews and not sharded else None
+        return Previews(self, stage, cfg.num_steps) if self.recipe.previews and not sharded else None
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""

@@ -38,7 +38,7 @@ PATCHED = 512  # crops whose patches stand for codes
 LEAST_SIDE = 96  # pixels of a shown picture
 NUMBERED = re.compile(r"(?P<stage>\w+)_(?P<step>\d{8})\.png")
 Rows = Mapping[str, Tensor]  # name of a row -> (SHOWN, 3, S, S) uint8
-GROWN = {"vqgan": "VQ tokens", "prior": "sample"}  # the row whose growth the strip shows; of renderers "sample" too
+GROWN = ("sample", "VQ tokens", "its tokens")  # the row whose growth the strip shows: the first of these that is there
 
 
 class PreviewedRun(Protocol):
@@ -61,20 +61,19 @@ class Previews:
     """`preview(model, step)` writes the pictures of a stage (vqgan or one of ROLES) and returns their files by name.
 
     A picture that would take more than the share `recipe.previews` of the time so far waits for a later save; the first
-    never waits. Random numbers of the training are not touched. An error ends the previews, not the training. Only rank
-    0 makes any.
+    and the last, after `num_steps` updates, never wait. Random numbers of the training are not touched. An error ends
+    the previews, not the training. Only rank 0 makes any.
     """
 
-    def __init__(self, run: PreviewedRun, stage: str) -> None:
-        self.run, self.stage = run, stage
+    def __init__(self, run: PreviewedRun, stage: str, num_steps: int) -> None:
+        self.run, self.stage, self.num_steps = run, stage, num_steps
         self.folder, self.share = run.out / FOLDER, run.recipe.previews
         self.started, self.spent, self.last = time.monotonic(), 0.0, 0.0
         self.made: dict[str, Any] = {}  # what stays the same from step to step
 
     def __call__(self, network: nn.Module, step: int) -> dict[str, Path]:
         """The pictures after `step` updates, {name in TensorBoard: file}; nothing where they would take too long."""
-        elapsed = time.monotonic() - self.started
-        if not distributed.is_main() or not self.share or (self.spent + self.last > self.share * elapsed and self.last):
+        if not distributed.is_main() or not self.share or self.waits(step):
             return {}
         began = time.monotonic()
         flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
@@ -93,6 +92,11 @@ class Previews:
             self.spent += self.last
         return {f"previews/{self.stage}": path}
 
+    def waits(self, step: int) -> bool:
+        """Whether another picture would take more than its share of the time so far."""
+        first_or_last = not self.last or step >= self.num_steps
+        return not first_or_last and self.spent + self.last > self.share * (time.monotonic() - self.started)
+
     def keep(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returned the first time."""
         if name not in self.made:
@@ -107,8 +111,7 @@ class Previews:
         grid = plots.grid(torch.cat([part.cpu() for part in rows.values()]), SHOWN, scale=scale, row_names=list(rows))
         plots.save_png(path, grid)
         mark_output(self.folder)
-        row = list(rows).index(GROWN.get(self.stage, "sample"))
-        write_growth(self.folder, self.stage, row, len(rows))
+        write_growth(self.folder, self.stage, list(rows))
         return path
 
     # ---------------------------------------------------------------- what is shown
@@ -214,24 +217,33 @@ def mosaic(tokens: Tensor, grid: tuple[int, int], patches: Tensor, size: int) ->
 # -------------------------------------------------------------------- how they grew
 
 
-def write_growth(folder: Path, stage: str, row: int, num_rows: int) -> None:
-    """One row of each of a stage's grids, the oldest above, with its number of updates."""
+def write_growth(folder: Path, stage: str, names: Sequence[str]) -> None:
+    """One row of each of a stage's grids, the oldest above, with its number of updates.
+
+    `names` are the rows of a grid. Below reconstructions stand the pictures that they are of.
+    """
     found = spread_over(grids_of(folder, stage), MAX_ROWS)
-    strips = []
-    for step, path in found:
-        with Image.open(path) as picture:
-            sheet = picture.convert("RGB")
-        cell = (sheet.height - plots.MARGIN) // num_rows
-        columns = SHOWN * cell  # the pictures are square, and stand at the right
-        left, top = sheet.width - plots.MARGIN - columns, plots.MARGIN + row * cell
-        strips.append((step, sheet.crop((left, top, left + columns, top + cell))))
-    strips = [(step, strip) for step, strip in strips if strip.size == strips[-1][1].size]  # of one size of picture
+    name = next(name for name in GROWN if name in names)
+    strips = [(str(step), cut_row(path, names.index(name), len(names))) for step, path in found]
+    if name != "sample":
+        strips.append(("picture", cut_row(found[-1][1], names.index("picture"), len(names))))
+    strips = [(title, strip) for title, strip in strips if strip.size == strips[-1][1].size]  # of one size of picture
     width, height = strips[-1][1].size
     whole = Image.new("RGB", (LABEL + width, plots.MARGIN + height * len(strips)), (plots.BACKGROUND,) * 3)
-    for place, (step, strip) in enumerate(strips):
+    for place, (title, strip) in enumerate(strips):
         whole.paste(strip, (LABEL, plots.MARGIN + place * height))
-        plots.write_text(whole, (4, plots.MARGIN + place * height + height // 2 - 6), f"{step}")
+        plots.write_text(whole, (4, plots.MARGIN + place * height + height // 2 - 6), title)
     plots.save_png(folder / f"{stage}_{GROWTH}.png", whole)
+
+
+def cut_row(path: Path, row: int, num_rows: int) -> Image.Image:
+    """One row of pictures out of a grid, without its name."""
+    with Image.open(path) as picture:
+        sheet = picture.convert("RGB")
+    cell = (sheet.height - plots.MARGIN) // num_rows
+    columns = SHOWN * cell  # the pictures are square, and stand at the right
+    left, top = sheet.width - plots.MARGIN - columns, plots.MARGIN + row * cell
+    return sheet.crop((left, top, left + columns, top + cell))
 
 
 LABEL = 56  # pixels of the column with the number of updates
