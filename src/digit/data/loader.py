@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
+from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, squared
 from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
 from digit.runtime import distributed
@@ -96,10 +96,10 @@ class BadImages:
 
 
 def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tuple[np.ndarray, int]:
-    """Returns (uint8 (H, W, 3) with short side cfg.crop_size, label). Raises BadImageError naming the image."""
+    """Returns (uint8 (H, W, 3) of which crops are cut, label). Raises BadImageError naming the image."""
     image, label = source.read(index)
     try:
-        return np.asarray(resize_short_side(image, cfg.crop_size)), label
+        return np.asarray(squared(image, cfg)), label
     except BadImageError as error:
         raise BadImageError(f"{source.key(index)}: {error}") from error
 

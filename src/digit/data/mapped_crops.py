@@ -6,7 +6,7 @@ FOLDER/crops.json   what they were cut from; written last
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def mapped_crops(
     DigitError if no image can be read, or where the disk has no room.
     """
     centre = replace(cfg, random_crop=False, flip=False)
-    request = plain({"source": source.fingerprint, "images": len(source), "preprocessing": asdict(centre)})
+    request = plain({"source": source.fingerprint, "images": len(source), "preprocessing": centre.described()})
     if not distributed.on_main(lambda: is_cut(folder, request)):
         cut(folder, source, centre, request)
     images = np.load(folder / "images.npy", mmap_mode="c")  # changes stay in memory; torch warns of read-only maps

@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +174,7 @@ def _request(
         described |= {"codebook_hash": tokenizer.fingerprint, "tokenizer_hash": tokenizer.fingerprint} | own
     request = {"format": FORMAT} | described | {
         "vqgan_hash": None if vq is None else vq.fingerprint,
-        "preprocessing": asdict(preprocess),
+        "preprocessing": preprocess.described(),
         "source": {"name": source.name, "fingerprint": source.fingerprint, "num_images": len(images), "subset": subset},
         "crops_per_image": crops_per_image,
         "seed": seed,

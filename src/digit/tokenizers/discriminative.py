@@ -90,7 +90,7 @@ def fit_codebook(
     about = {
         "encoder": encoder.describe() | {"fingerprint": encoder.fingerprint},
         "layer": encoder.describe().get("layer"),
-        "preprocessing": asdict(preprocess),
+        "preprocessing": preprocess.described(),
         quantizer.name: asdict(cfg),
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "subset": subset,
