@@ -163,7 +163,10 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.get("/api/about")
     async def about() -> Response:
-        about = model.about() | {
+        about = model.about()
+        if studio.folder.root is None:
+            about["missing"]["runs"] = "This studio has no folder of runs: start it with --runs FOLDER."
+        about |= {
             "read_only": studio.folder.read_only,
             "runs": studio.folder.root is not None,
             "recipes": {
@@ -277,7 +280,7 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
     @api.get("/api/runs")
     async def runs() -> Response:
         found = await asyncio.to_thread(folder.describe_all)
-        return give({"runs": found, "read_only": folder.read_only})
+        return give({"runs": found, "starting": folder.starting(), "read_only": folder.read_only})
 
     @api.get("/api/runs/{name}/curves")
     async def curves(name: str) -> Response:

@@ -5,7 +5,7 @@ Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -31,7 +31,9 @@ BATCH_SIZE = 16  # one size for every request, so that a seed gives the same pic
 STEP_SECONDS = 0.08  # between two token maps that are sent
 GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
 STAGES = ("prior", "renderer")
-STAGE_SETTINGS = ("temperature", "top_k", "top_p", "cfg_scale", "num_steps", "choice_temperature")
+STAGE_SETTINGS = (
+    "temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule", "num_steps", "order", "choice_temperature",
+)  # fmt: skip
 NEAR_CODES = 12  # offered in place of a token
 QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
 QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
@@ -78,6 +80,34 @@ class Model:
             found[name] = value
         return found
 
+    def choices(self) -> dict[str, list[str]]:
+        """The values of each setting that is a choice among names."""
+        kinds = get_type_hints(type(self.pipe.sampling.prior))
+        return {name: list(get_args(kinds[name])) for name in STAGE_SETTINGS if get_origin(kinds[name]) is Literal}
+
+    def missing(self) -> dict[str, str]:
+        """Why a part of the page has nothing to show, by part; a part that works is not named."""
+        pipe, reasons = self.pipe, {}
+        try:
+            pipe.labels(1, None)
+        except DigitError as error:
+            reasons["draw"] = reasons["complete"] = reasons["judge"] = f"Nothing can be drawn: {error}."
+        if not pipe.tokenizers:
+            reasons["tokens"] = reasons["stability"] = reasons["complete"] = "This pipeline holds no tokenizer."
+        if pipe.prior is not None and pipe.tokenizer is None:
+            reasons["complete"] = "This pipeline holds no discriminative tokenizer, so that no picture can be read."
+        if self.atlas.source is None:
+            reasons.setdefault(
+                "judge", "The training pictures of this run are not here: start the studio with --data PATH."
+            )
+        return reasons
+
+    @property
+    def varies(self) -> bool:
+        """Whether equal discriminative tokens give another picture with another seed."""
+        renderer = self.pipe.renderer
+        return renderer is not None and getattr(renderer.cfg, "noise_channels", 1) > 0
+
     def can_guide(self, stage: str) -> bool:
         """Whether a stage was trained for guidance."""
         model = getattr(self.pipe, stage)
@@ -92,7 +122,7 @@ class Model:
             for stage in STAGES
             if (model := getattr(pipe, stage)) is not None
         }
-        source = self.atlas.source
+        source, missing = self.atlas.source, self.missing()
         encoder = pipe.tokenizer.encoder.describe().get("name", "encoder") if pipe.tokenizer is not None else None
         return {
             "version": __version__,
@@ -103,15 +133,19 @@ class Model:
             "size": pipe.image_size,
             "classes": list(pipe.classes),
             "num_classes": pipe.num_classes,
-            "unlabelled": bool(pipe.num_classes) and pipe.knows_unlabelled,
+            "unlabelled": "draw" not in missing and bool(pipe.num_classes) and pipe.knows_unlabelled,
             "tokenizers": {
                 name: {"grid": list(t.grid), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
             },
             "encoder": encoder,
-            "cells": list(cell_grid(pipe)) if pipe.renderer is not None and pipe.tokenizers else None,
+            "cells": None if "complete" in missing else list(cell_grid(pipe)),
+            "missing": missing,
             "kinds": kinds,
+            "pixels": pipe.renders_pixels,
+            "varies": self.varies,
             "millions": millions,
             "settings": self.taken,
+            "choices": self.choices(),
             "guidance": {stage: self.can_guide(stage) for stage in STAGES},
             "batch_size": self.batch_size,
             "data": None if source is None else {"name": source.name.rpartition("/")[2], "num": len(source)},
@@ -277,8 +311,9 @@ class Model:
         image = read_data_url(request.picture, self.pipe.image_size)[None]
         found = {name: tokenizer.encode(image).cpu() for name, tokenizer in self.pipe.tokenizers.items()}
         job.emit(
-            "tokens", tokens={name: t[0].tolist() for name, t in found.items()}, commands=commands.tokens(self.name)
-        )
+            "tokens", tokens={name: t[0].tolist() for name, t in found.items()},
+            commands=commands.tokens(self.name, list(found)),
+        )  # fmt: skip
         if "vq" in found:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
         if "discriminative" in found and self.pipe.renderer is not None and self.pipe.renderer.cfg.prefix_len:
@@ -293,7 +328,7 @@ class Model:
         for name, tokenizer in self.pipe.tokenizers.items():
             clean, changed = tokenizer.encode(torch.cat([image, noisy])).cpu()
             tokens[name] = {"clean": clean.tolist(), "noisy": changed.tolist()}
-        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed)
+        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed, list(tokens))
         job.emit("noisy", snr=request.snr, image=data_url(png(noisy[0])), tokens=tokens, commands=lines)
 
     # ---------------------------------------------------------------- jobs on the training pictures
@@ -375,6 +410,7 @@ class Model:
         features = torch.cat(parts)
         distances, places = self.atlas.nearest(features)
         scale = self.atlas.scale()
+        yield
         found: list[dict[str, Any]] = [
             {
                 "nearest": [

@@ -3,7 +3,22 @@
 import { get, h, onLeave, plural, post, state, svg } from "./app.js";
 
 const bytes = (count) => { let power = 0; while (count >= 1024 && power < 4) { count /= 1024; power++; } return `${count.toFixed(power ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`; };
-const duration = (s) => (s >= 3600 ? `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min` : s >= 60 ? `${Math.floor(s / 60)} min ${Math.round(s % 60)} s` : `${Math.round(s)} s`);
+const duration = (seconds) => lasting(Math.round(seconds));
+const lasting = (s) => (s >= 3600 ? `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min` : s >= 60 ? `${Math.floor(s / 60)} min ${s % 60} s` : `${s} s`);
+const STOPPED = [null, 0, 130, 143]; // exit statuses of a fit that did not fail
+
+// how long a run will still train, in words; empty where nobody knows
+function left(run) {
+  const parts = run.left !== null && run.current ? [`${run.current}: about ${duration(run.left)} left`] : [];
+  const whole = run.whole?.seconds ? `${run.whole.unknown.length ? "at least" : "about"} ${duration(run.whole.seconds)}` : "";
+  const others = run.whole?.unknown.length ? `, beside ${run.whole.unknown.join(", ")}, whose time is not known yet` : "";
+  if (whole && (!run.at_work || run.left === null || run.whole.seconds > run.left + 1 || others)) parts.push(`${run.at_work ? "the whole training" : "still to train"}: ${whole}${others}`);
+  return parts.join("; ");
+}
+
+// a fit that was started here and has no folder yet, or failed before it had one
+const beginning = (run) => h("article.card.stack", { "aria-label": run.name }, h("div.row", {}, h("h3", {}, run.name), h(run.ended === null ? "span.tag.live" : "span.tag", {}, run.ended === null ? "begins" : "ended")),
+  h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message || "no message yet"));
 const COLOURS = ["var(--accent)", "var(--signal)", "var(--strong)", "var(--bad)"];
 
 export default function runs() {
@@ -18,14 +33,14 @@ export default function runs() {
       const data = await get("/api/runs");
       if (gone) return;
       problem.replaceChildren();
-      const key = JSON.stringify(data.runs);
+      const key = JSON.stringify([data.runs, data.starting]);
       if (key !== shown) {
         shown = key;
-        const cards = await Promise.all(data.runs.map(card));
+        const cards = [...data.starting.map(beginning), ...await Promise.all(data.runs.map(card))];
         if (!gone && !list.contains(document.activeElement)) list.replaceChildren(...cards); else if (!gone) { const place = [...list.querySelectorAll("button")].indexOf(document.activeElement); list.replaceChildren(...cards); list.querySelectorAll("button")[place]?.focus(); }
-        if (!data.runs.length) list.replaceChildren(h("p.note", {}, "There is no run in this folder yet."));
+        if (!cards.length) list.replaceChildren(h("p.note", {}, "There is no run in this folder yet."));
       }
-      timer = setTimeout(refresh, data.runs.some((run) => run.at_work) ? 3000 : 15000);
+      timer = setTimeout(refresh, data.runs.some((run) => run.at_work) || data.starting.some((run) => run.ended === null) ? 3000 : 15000);
     } catch (error) { problem.replaceChildren(h("p.error", {}, error.message)); timer = setTimeout(refresh, 15000); }
   }
   async function act(name, action) {
@@ -40,8 +55,8 @@ export default function runs() {
     return h("article.card.run-card", { "aria-label": run.name },
       h("div.stack", {}, h("div.row", {}, h("h3", {}, run.name), status), h("p.note", {}, `recipe ${run.recipe}, ${run.data}, ${bytes(run.bytes)}`),
         h("ul.note", {}, run.stages.map((stage) => h("li", {}, `${stage.name}: ${stage.state}`))),
-        run.left !== null && run.current ? h("p", {}, `${run.current}: about ${duration(run.left)} left`) : "",
-        run.message ? h("p.note.mono", {}, run.message) : "",
+        left(run) ? h("p", {}, left(run)) : "",
+        run.message ? h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message) : "",
         h("div.row", {}, run.can_stop ? h("button", { type: "button", "aria-label": `Stop ${run.name}`, onclick: () => act(run.name, "stop") }, "Stop") : "", run.can_continue ? h("button", { type: "button", "aria-label": `Continue ${run.name}`, onclick: () => act(run.name, "continue") }, "Continue") : "", box, h("label", { for: box.id }, "compare"))),
       h("div", {}, lossChart(curves), h("ul.note", {}, metrics)),
       h("div", {}, run.pictures.includes("samples.png") ? h("img", { src: `/api/runs/${run.name}/pictures/samples.png?${Math.floor(run.changed)}`, alt: `samples of ${run.name}`, loading: "lazy" }) : h("p.note", {}, "no samples yet")));
