@@ -147,6 +147,8 @@ def time_left(folder: str | Path) -> TimeLeft | None:
     its training FLOPs as a model of this run that has; those of a renderer straight to pixels are not counted.
     """
     folder = as_path(folder)
+    if (folder / "pipeline" / "pipeline.json").is_file():
+        return None
     try:
         recipe = from_json(Recipe, read_json(folder / "config.json")["recipe"], "config.json")
     except (DigitError, OSError, KeyError, TypeError):

@@ -36,6 +36,7 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 MIB = 2**20
 MAX_UPLOAD = 16  # MiB of a picture that is dropped onto the page
 DECODED_AT_A_TIME = 2  # uploads; each may take 92 MiB
+RECEIVED_AT_A_TIME, UPLOAD_SECONDS = 8, 120  # uploads that arrive, and how long one may take
 OTHER_BYTES = 128 * 1024  # of a request beside its pictures
 T = TypeVar("T", bound=BaseModel)
 
@@ -73,14 +74,21 @@ def make_app(
 # -------------------------------------------------------------------- answers
 
 
-def refuse(status: int, text: str) -> JSONResponse:
+class Answer(JSONResponse):
+    """JSON in ASCII: a name on the disk may hold what UTF-8 does not."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def refuse(status: int, text: str) -> Answer:
     """An error as JSON: one line for a person."""
-    return JSONResponse({"error": without_paths(text)}, status, headers={"cache-control": "no-store"})
+    return Answer({"error": without_paths(text)}, status, headers={"cache-control": "no-store"})
 
 
-def give(value: Any) -> JSONResponse:
+def give(value: Any) -> Answer:
     """A value as JSON that no cache keeps."""
-    return JSONResponse(value, headers={"cache-control": "no-store"})
+    return Answer(value, headers={"cache-control": "no-store"})
 
 
 def add_errors(api: FastAPI) -> None:
@@ -150,7 +158,8 @@ def add_page(api: FastAPI) -> None:
 
 def add_jobs(api: FastAPI, studio: Studio) -> None:
     """The addresses of the model."""
-    model, worker, decoding = studio.model, studio.worker, asyncio.Semaphore(DECODED_AT_A_TIME)
+    model, worker = studio.model, studio.worker
+    receiving, decoding = asyncio.Semaphore(RECEIVED_AT_A_TIME), asyncio.Semaphore(DECODED_AT_A_TIME)
 
     def stream(request: Request, work: Callable[[Job], Any], *, slow: bool = False) -> Response:
         owner = request.headers.get("x-studio-page", "")[:64] or (request.client.host if request.client else "")
@@ -182,9 +191,14 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.post("/api/picture")
     async def picture(request: Request) -> Response:
-        data = await request.body()
-        async with decoding:
-            image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
+        async with receiving:
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    data = await request.body()
+            except TimeoutError:
+                raise HTTPException(408, f"the picture did not arrive within {UPLOAD_SECONDS} s") from None
+            async with decoding:
+                image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
         settings = settings_in(data)
         same = settings is not None and settings.get("model") == model.fingerprint
         return give({"image": data_url(png(image)), "settings": settings, "same_model": same})

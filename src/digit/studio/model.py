@@ -3,8 +3,9 @@
 Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -35,6 +36,7 @@ STAGE_SETTINGS = (
     "temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule", "num_steps", "order", "choice_temperature",
 )  # fmt: skip
 NEAR_CODES = 12  # offered in place of a token
+MOST_LOOKS, LOOKS_AT_A_TIME = 16, 4  # pictures decoded to see what VQ codes look like, and those of one step
 QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
 QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
 
@@ -65,7 +67,8 @@ class Model:
         vq = pipe.vq.fingerprint if pipe.vq is not None else ""
         self.fingerprint = "-".join([*(w[:8] for w in weights.values()), vq[:8]])
         self.taken = {stage: self._settings_of(stage) for stage in STAGES}
-        self._palettes: dict[str, Any] = {}
+        self._palettes: dict[str, str] = {}
+        self._painting: Steps | None = None  # the work on the palettes, once it has begun
         self._quick: dict[str, Any] | None = None
 
     def _settings_of(self, stage: str) -> dict[str, Any]:
@@ -316,7 +319,8 @@ class Model:
         )  # fmt: skip
         if "vq" in found:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
-        if "discriminative" in found and self.pipe.renderer is not None and self.pipe.renderer.cfg.prefix_len:
+        renderer = self.pipe.renderer if self.pipe.renders_pixels or self.pipe.vq is not None else None
+        if "discriminative" in found and renderer is not None and renderer.cfg.prefix_len:
             images = self.pipe.render(found["discriminative"], 0, batch_size=self.batch_size)
             job.emit("rebuilt", tokenizer="discriminative", image=data_url(png(images[0])))
 
@@ -335,19 +339,34 @@ class Model:
 
     def palettes(self, job: Job) -> None:
         """A colour of each code: discriminative ones by their vectors, VQ ones as they look in pictures."""
-        if not self._palettes:
-            for name, tokenizer in self.pipe.tokenizers.items():
-                if name == "vq" and not self.pipe.renders_pixels:
-                    colours = self._looks()
-                else:
-                    vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-                    with torch.random.fork_rng([]):
-                        torch.manual_seed(0)
-                        colours = code_colours(vectors.cpu())
-                self._palettes[name] = bytes(colours.to(torch.uint8).flatten().tolist()).hex()
+        for _ in self.prepare(job):
+            if job.cancelled:
+                job.emit("palettes")  # raises
         job.emit("palettes", **self._palettes)
 
-    def _looks(self, rounds: int = 2) -> Tensor:
+    def prepare(self, job: Job) -> Steps:
+        """Make the palettes before anybody asks for them, where there is time. A slow job."""
+        while len(self._palettes) < len(self.pipe.tokenizers):
+            if self._painting is None:
+                self._painting = self._paint()
+            if next(self._painting, self) is self:  # it ended, or had failed before
+                self._painting = None
+            yield
+
+    def _paint(self) -> Steps:
+        for name, tokenizer in self.pipe.tokenizers.items():
+            few = -(-tokenizer.vocab_size // math.prod(tokenizer.grid)) <= MOST_LOOKS
+            if name == "vq" and few:
+                colours = yield from self._looks()
+            else:
+                vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
+                with torch.random.fork_rng([]):
+                    torch.manual_seed(0)
+                    colours = code_colours(vectors.cpu())
+            self._palettes[name] = bytes(colours.to(torch.uint8).flatten().tolist()).hex()
+            yield
+
+    def _looks(self, rounds: int = 2) -> Generator[None, None, Tensor]:
         """The mean colour (K, 3) of each VQ code, decoded among random other codes."""
         assert self.pipe.vq is not None
         vq, (rows, columns) = self.pipe.vq, self.pipe.vq.grid
@@ -356,10 +375,12 @@ class Model:
         count = -(-num // cells)
         for _ in range(rounds):
             order = torch.randperm(num, generator=generator)
-            codes = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells)
-            pixels = vq.decode(codes).cpu().float()  # (count, 3, S, S)
-            means = torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
-            total[codes.flatten()[:num]] += means.flatten(0, 1)[:num]
+            codes, means = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells), []
+            for part in codes.split(LOOKS_AT_A_TIME):
+                pixels = vq.decode(part).cpu().float()  # (C, 3, S, S)
+                means.append(torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2))
+                yield
+            total[codes.flatten()[:num]] += torch.cat(means).flatten(0, 1)[:num]
         return (total / rounds).round()
 
     def examples(self, job: Job) -> None:
