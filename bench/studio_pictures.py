@@ -2,7 +2,7 @@
 
     python bench/studio_pictures.py runs/demo --out docs/pictures     # needs Playwright and Chromium
 
-Draw is taken while the pictures grow. `--runs` is the folder that Runs shows; the two that were changed last are compared.
+Draw is taken while the pictures grow. `--runs` is the folder that Runs shows; its two latest are compared.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
 from studio_speed import Served, say, serve
 
 WIDTH, COLOURS = 1280, 256

@@ -5,8 +5,8 @@
 
 `digit studio` serves in a process of its own. The first page and the token map are timed in Debian's Chromium where it
 and Playwright are installed, else by requests alone, which is said. Drawing and sampling alternate: the page's time is
-that from the request to the last picture; `digit sample`'s is that of its sampling, without start, loading and PNGs; both
-draw in batches of 16. The exit status is 1 where a target is missed. Linux only: resident memory is VmRSS.
+that from the request to the last picture; `digit sample`'s is that of its sampling, without start, loading and PNGs.
+Both draw in batches of 16. The exit status is 1 where a target is missed. Linux only: resident memory is VmRSS.
 """
 
 import argparse
@@ -142,7 +142,9 @@ def browser(studio: Served) -> Iterator[bool]:
         )
         size, seconds = sum(entry[1] for entry in times["sizes"]), float(times["ready"]) / 1000
         fine = seconds <= PAGE_SECONDS and size <= PAGE_BYTES and len(asked) <= PAGE_REQUESTS
-        yield verdict("first page", f"{seconds:.2f} s, {size / 1000:.0f} kB in {len(asked)} requests, in Chromium", fine)
+        yield verdict(
+            "first page", f"{seconds:.2f} s, {size / 1000:.0f} kB in {len(asked)} requests, in Chromium", fine
+        )
         seconds = []
         for _ in range(3):
             page.get_by_role("button", name="Draw", exact=True).click(trial=True)
@@ -195,8 +197,13 @@ def sixteen(studio: Served, run: str, rounds: int) -> bool:
         assert count == made == PICTURES
     page, own = page[1:], own[1:]  # the first of each warms up
     ratio = statistics.median(page) / statistics.median(own)
-    each = [f"{name} {statistics.median(t):.2f} s ({min(t):.2f} to {max(t):.2f})" for name, t in (("page", page), ("digit sample", own))]
-    return verdict(f"{PICTURES} pictures", f"{', '.join(each)}, ratio {ratio:.2f}, {rounds} rounds in turn", ratio <= RATIO)
+    each = [
+        f"{name} {statistics.median(t):.2f} s ({min(t):.2f} to {max(t):.2f})"
+        for name, t in (("page", page), ("digit sample", own))
+    ]
+    return verdict(
+        f"{PICTURES} pictures", f"{', '.join(each)}, ratio {ratio:.2f}, {rounds} rounds in turn", ratio <= RATIO
+    )
 
 
 def memory(studio: Served, drawings: int) -> bool:

@@ -14,6 +14,7 @@ from digit.errors import Stopped
 from digit.runs.fit import Run
 from digit.runs.status import describe_run, seconds_left, time_left
 from digit.runtime.ledger import Ledger, Spans
+from digit.runtime.progress import format_duration
 from digit.training import checkpoint
 
 DATA = "shapes:num=24,size=32"
@@ -98,7 +99,8 @@ def test_a_model_that_has_not_begun_takes_as_long_per_flop_as_one_that_has(tmp_p
     assert left is not None and not left.unknown and list(left.stages) == ["prior", "renderer"]
     assert left.stages["prior"] == pytest.approx(20 * 0.5)
     assert left.stages["renderer"] == pytest.approx(4 * 0.5 * flops[1] / flops[0])
-    assert f"left       about 0:{int(left.seconds):02d} of training: prior 0:10, renderer 0:0" in describe_run(run)
+    times = [format_duration(seconds) for seconds in (left.seconds, *left.stages.values())]
+    assert f"left       about {times[0]} of training: prior 0:10, renderer {times[2]}\n" in describe_run(run)
 
 
 def test_before_the_tokens_are_made_the_rest_is_not_known(tmp_path):

@@ -141,7 +141,6 @@ def test_guidance_that_grows_is_that_of_generate(client, pipe):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"prior": {"cfg_schedule": "sine"}}, "it must be constant or linear or cosine"),
         ({"prior": {"cfg_schedule": 1}}, "cfg_schedule"),
         ({"prior": {"cfg_schedule": "x" * 99}}, "cfg_schedule"),
         ({"renderer": {"order": "halton"}}, "order is given"),
@@ -168,6 +167,11 @@ def test_guidance_that_grows_is_that_of_generate(client, pipe):
 def test_mistakes_are_named_in_one_line(client, body, said):
     answer = client.post("/api/draw", json=body)
     assert answer.status_code == 400 and said in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_an_unknown_choice_is_named(client, unchecked):
+    answer = client.post("/api/draw", json={"prior": {"cfg_schedule": "sine"}})
+    assert answer.status_code == 400 and "it must be constant or linear or cosine" in answer.json()["error"]
 
 
 def test_guidance_of_a_stage_without_dropout_is_refused_in_the_stream(client):
@@ -362,7 +366,9 @@ PATHS = [
     "/" + "a" * 4000,
     "/api/runs/../../etc/curves", "/api/runs/..%2f..%2fetc/curves", "/api/runs/link/curves", "/api/runs/.hidden/curves",
     "/api/runs/first/pictures/config.json", "/api/runs/first/pictures/..%2fconfig.json", "/api/runs/nothing/curves",
-    "/api/runs/first/pictures/metrics.json", "/api/runs/no%20run/curves", "/api/compare?first=../first&second=second",
+    "/api/runs/first/previews/../config.json", "/api/runs/first/previews/..%2f..%2fconfig.json",
+    "/api/runs/first/previews//etc/passwd", "/api/runs/first/pictures/metrics.json",
+    "/api/runs/no%20run/curves", "/api/compare?first=../first&second=second",
     "/api/compare?first=first", "/api/data?start=x", "/api/data?num=1e9", "/api/patches/x", "/api/patches/-1x",
 ]  # fmt: skip
 

@@ -141,7 +141,10 @@ def test_a_run_of_a_renderer_straight_to_pixels(tmp_path):
 
 def test_a_masked_renderer_takes_steps_and_order(masked):
     about = masked.get("/api/about").json()
-    assert about["settings"]["renderer"]["order"] == "confidence" and about["choices"]["order"] == ["confidence", "halton"]
+    assert about["settings"]["renderer"]["order"] == "confidence" and about["choices"]["order"] == [
+        "confidence",
+        "halton",
+    ]
     settings = {"order": "halton", "num_steps": 4}
     found = events(masked.post("/api/draw", json={"num": 1, "seed": 2, "renderer": settings}))
     expected = studio_pipeline("masked").generate(1, seed=2, batch_size=16, renderer=settings)

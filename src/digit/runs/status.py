@@ -22,7 +22,7 @@ from digit.training.config import CONFIG
 from digit.training.log import last_metrics, read_log
 
 STAGES = ("codebook", "vqgan", "tokens", *ROLES)
-LOSSES = ("nll", "loss", "val_nll")
+LOSSES = ("nll", "loss", "val_nll", "l1", "val_l1")  # nats per token; mean absolute error of pixels
 LARGEST = 1e12  # a loss that a curve shows
 RECENT = 20  # lines of a log that tell the present speed
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-
 def changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of each stage that differ from the recipe's, {"prior": {"top_k": 100}}."""
     found = {}

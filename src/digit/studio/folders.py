@@ -32,6 +32,7 @@ PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
 MAX_FILES = 20_000  # counted for the size of a run
 MAX_STARTED = 2  # fits at a time
+PREVIEWS, MAX_PREVIEWS, SHOWN_PREVIEWS = "previews", 10_000, 6  # folder of a run; pictures looked at, and shown
 LARGEST = 1e300  # number in metrics.json that the page shows
 PROGRAM = (sys.executable, "-m", "digit")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -112,6 +113,7 @@ class Folder:
             "bytes": size_of(folder),
             "changed": newest(folder),
             "pictures": pictures,
+            "previews": previews(folder),
             "can_stop": self.can_stop(folder, holder),
             "can_continue": holder is None
             and not self.read_only
@@ -176,6 +178,13 @@ class Folder:
         if picture not in PICTURES or not is_plain(path):
             raise DigitError("there is no such picture of this run")
         return path
+
+    def preview(self, name: str, picture: str) -> Path:
+        """A picture that a fit has drawn while it trained. Raises DigitError for any other file."""
+        folder = self.find(name)
+        if picture not in all_previews(folder):
+            raise DigitError("there is no such picture of this run")
+        return folder / PREVIEWS / picture
 
     # ---------------------------------------------------------------- processes
 
@@ -318,6 +327,28 @@ def is_digit(pid: int) -> bool:
     except (OSError, AttributeError):
         return False
     return any(word.rpartition(b"/")[2] in (b"digit",) for word in words) or b"digit" in words
+
+
+def all_previews(folder: Path) -> list[str]:
+    """The pictures in a run's previews, MODEL/NAME.png or NAME.png, in the order of the numbers in their names."""
+    found: list[str] = []
+    if (folder / PREVIEWS).is_symlink():
+        return found
+    for place, _, names in os.walk(folder / PREVIEWS):  # it follows no links below it
+        inside = Path(place).relative_to(folder / PREVIEWS).parts
+        if len(inside) <= 1:
+            found += ["/".join([*inside, n]) for n in names if n.endswith(".png") and is_plain(Path(place) / n)]
+        if len(found) > MAX_PREVIEWS:
+            break
+    found = [name for name in found if all(NAME.fullmatch(part) for part in name.split("/"))]
+    return sorted(found, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
+
+
+def previews(folder: Path) -> list[str]:
+    """Some of a run's previews, evenly spread up to the last."""
+    found = all_previews(folder)
+    step = max(1, -(-len(found) // SHOWN_PREVIEWS))
+    return found[::-1][::step][::-1]
 
 
 def size_of(folder: Path) -> int:

@@ -378,7 +378,9 @@ class Model:
             codes, means = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells), []
             for part in codes.split(LOOKS_AT_A_TIME):
                 pixels = vq.decode(part).cpu().float()  # (C, 3, S, S)
-                means.append(torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2))
+                means.append(
+                    torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
+                )
                 yield
             total[codes.flatten()[:num]] += torch.cat(means).flatten(0, 1)[:num]
         return (total / rounds).round()

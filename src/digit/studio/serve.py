@@ -18,7 +18,7 @@ from digit.runtime.signals import StopSignals, saving
 from digit.studio.app import MAX_UPLOAD, Studio, make_app
 from digit.studio.folders import Folder, as_dict
 from digit.studio.guard import is_local
-from digit.studio.jobs import Job
+from digit.studio.jobs import BusyError, Job
 from digit.studio.model import Model
 
 MAX_CONNECTIONS = 128
@@ -134,7 +134,8 @@ def serve(
     server = Server(config)
 
     def on_ready() -> None:
-        studio.worker.submit(Job(studio.model.prepare), slow=True)  # while the first person looks at the page
+        with suppress(BusyError):  # it is closing already
+            studio.worker.submit(Job(studio.model.prepare), slow=True)  # while the first person looks at the page
         say(f"studio: {address}   (Ctrl-C ends it)")
         if ready is not None:
             ready(address)
