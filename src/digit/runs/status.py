@@ -7,7 +7,7 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.layout import is_done, require_format
+from digit.runs.layout import EARLIER, is_done, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import as_path, read_json
@@ -35,7 +35,15 @@ def describe_run(folder: str | Path) -> str:
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<10} {state}" for stage in STAGES for state in describe_stage(folder, stage)]
-    return "\n".join([*lines, *describe_work(folder)])
+    return "\n".join([*lines, *describe_earlier(folder), *describe_work(folder)])
+
+
+def describe_earlier(folder: Path) -> Iterator[str]:
+    """At most one line: where what other settings replaced is kept."""
+    kept = sorted((int(path.name) for path in (folder / EARLIER).glob("*") if path.name.isdecimal()), reverse=True)
+    if kept:
+        changes = "change" if len(kept) == 1 else "changes"
+        yield f"earlier    {len(kept)} {changes} of settings, what the last one replaced: {folder / EARLIER / str(kept[0])}"
 
 
 def describe_stage(folder: Path, stage: str) -> Iterator[str]:
