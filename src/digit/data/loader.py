@@ -177,16 +177,6 @@ class CropLoader:
             return 0
         return min(max(1, threads // 3), MAX_WORKERS)
 
-    @contextmanager
-    def sharing_cores(self) -> Iterator[None]:
-        """Gives up one torch thread per worker process, so that there are no more threads than cores."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads - self.num_workers))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
     def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
         batches = _Batches(self)
         made = map(batches.__getitem__, range(len(self)))

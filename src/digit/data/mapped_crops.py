@@ -74,7 +74,7 @@ def write_share(array: ArrayFile, source: ImageSource, cfg: PreprocessConfig) ->
     share = distributed.share(len(source), BATCH)
     loader = CropLoader(source, cfg, batch_size=BATCH, max_bad_fraction=1.0, start_row=share.start)
     labels, ok = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
-    with array, loader.sharing_cores():
+    with array:
         row = share.start
         for batch in islice(loader, math.ceil(len(share) / BATCH)):
             array.write(row, batch.images.numpy())

@@ -127,10 +127,9 @@ def _batches(
 
     for first, count in _stretches(starts, batch_size):
         loader = crops(start_row=first)
-        with loader.sharing_cores():
-            rows = itertools.count(first, batch_size)
-            for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
-                yield row, batch, dict(loader.bad)
+        rows = itertools.count(first, batch_size)
+        for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
+            yield row, batch, dict(loader.bad)
 
 
 def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
