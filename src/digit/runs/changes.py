@@ -22,7 +22,7 @@ from digit.runtime.config_json import from_json
 from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, plain, read_json, write_json
 from digit.runtime.request import shown
 from digit.runtime.settings import flat
-from digit.training.config import CONFIG, TrainConfig
+from digit.training.config import CONFIG
 
 STAGES = (*RESULTS, *ROLES)
 LENGTHENED, PREVIEWS = "lengthened.json", "previews"
@@ -271,8 +271,8 @@ def describe_lengths(change: Change, before: Recipe, wanted: Recipe) -> Iterator
                 "learning rate follows the longer run's cosine" if cosine else "prefix noise is that of the longer run"
             )
             yield (
-                f"{told}. From here on the {what}; the first updates had the shorter one's, so a new run of that length "
-                "would give something else"
+                f"{told}. From here on the {what}; the first updates had the shorter one's, so a new run of that "
+                "length would give something else"
             )
 
 
