@@ -361,7 +361,9 @@ def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[st
     """
     path = model / "checkpoints" / CONFIG
     found = read_json(path) if path.is_file() else None
-    train, about = (found.get(name) if isinstance(found, dict) else None for name in ("train", "about"))
+    if not isinstance(found, dict):
+        return
+    train, about = found.get("train"), found.get("about")
     if not isinstance(train, dict) or not isinstance(about, dict):
         return
     steps, read = train.get("num_steps"), about.get("tokens")
