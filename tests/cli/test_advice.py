@@ -33,6 +33,7 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "pipeline/sample_folder.py": ("sample",),
     "pipeline/sample_journal.py": ("sample",),
     "planning/": ("plan",),
+    "planning/choice.py": ("fit",),
     "released/convert.py": ("convert",),
     "released/vq_tokenizers.py": ("convert",),
     "reproduce/": ("reproduce",),
