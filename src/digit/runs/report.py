@@ -41,61 +41,6 @@ COMPLETIONS = "completions.json"
 PIXEL_LOSSES = ("l1", "perceptual", "val_l1")  # of a renderer straight to pixels, in one chart
 
 
-# -------------------------------------------------------------------- pictures
-
-
-def write_completions(folder: Path, images: Tensor, done: Tensor, keep: float) -> None:
-    """Write one PNG a completion, grid.png with original, kept part, completion, and completions.json.
-
-    The images of earlier completions there are removed. `require_free` tells if the folder may be written to.
-    """
-    for earlier in folder.glob("*.png"):
-        if NUMBERED.fullmatch(earlier.name):
-            earlier.unlink()
-    for i, image in enumerate(done):
-        plots.save_png(folder / f"{i:05d}.png", image)
-    sheet = plots.interleave(images, plots.dim_below(images, keep), done)
-    plots.save_png(
-        folder / "grid.png", plots.grid(sheet, 9 if len(images) > 2 else 3, scale=max(1, 128 // images.shape[-1]))
-    )
-    write_result(folder / COMPLETIONS, {"num": len(done), "keep": keep})
-
-
-def require_free(folder: Path) -> None:
-    """Raise DigitError where `write_completions` would replace images that are no completions."""
-    images = sorted(path.name for path in folder.glob("*.png")) if folder.is_dir() else []
-    if images and not (folder / COMPLETIONS).is_file():
-        raise DigitError(f"{folder} holds {images[0]} but no {COMPLETIONS}: choose another --out")
-
-
-def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:
-    """Opens what `open_source` takes, or one image file, which is then the only image of its source."""
-    path = as_path(spec)
-    if not path.is_file() or kind_of(path.name) != "images":
-        return open_source(spec, pixel_max=pixel_max)
-    status = path.stat()
-    source = FolderSource(path.parent, Listing([File(path.name, status.st_size, status.st_mtime_ns)]))
-    source.find_pixel_range(pixel_max)
-    return source
-
-
-def load_images(source: ImageSource, preprocess: PreprocessConfig, num: int) -> Tensor:
-    """The first `num` images of a source, centre-cropped -> (B, 3, S, S) uint8. A single image must be whole."""
-    if len(source) == 1:
-        source.read(0)  # names what is wrong with it
-    return real_images(source, preprocess, range(num))[0]
-
-
-def real_images(source: ImageSource, preprocess: PreprocessConfig, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Centre crops of some images -> ((B, 3, S, S) uint8, labels (B,)); broken files are left out."""
-    return gather_crops(source.subset([i for i in indices if i < len(source)]), preprocess)
-
-
-def spread(total: int, num: int) -> list[int]:
-    """At most `num` of 0 .. total - 1, evenly apart, the ends among them."""
-    return np.unique(np.linspace(0, total - 1, min(num, total)).astype(int)).tolist() if total else []
-
-
 def describe(pipe: DigitPipeline) -> str:
     """A pipeline in a few lines."""
 
