@@ -101,6 +101,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "machine": "--device --batch_size --precision",
         "output": "--out",
     },
+    "export": {"data": "run", "machine": "--device", "output": "--out"},
     "info": {"data": "folder"},
     "studio": {
         "what is shown": "run --data --runs --variant",

@@ -1,4 +1,4 @@
-"""Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, vary, info."""
+"""Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, vary, export, info."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -256,6 +256,25 @@ def class_labels(pipe: "DigitPipeline", labels: "Tensor | None") -> "ClassPositi
     from digit.pipeline.labels import ClassPositions
 
     return None if labels is None or not pipe.num_classes else ClassPositions(labels.tolist())
+
+
+@command("export", "digit export runs/demo --out exported/")
+def run_export(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Export the decoder and a decoding step with torch.export, for programs without this package.
+
+    Each file is read again and compared with the pipeline. export.json says what goes in and what comes out.
+    """
+    parser.add_argument("run", help=FROM_HELP)
+    parser.add_argument("--out", required=True, help="folder for the .pt2 files and export.json")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where the exported networks will run")
+    args = parse(parser, argv)
+    from digit.pipeline.export import export_pipeline
+    from digit.pipeline.pipeline import DigitPipeline
+
+    found = export_pipeline(DigitPipeline.from_pretrained(args.run, args.device), args.out)
+    for file, difference in found.items():
+        say(f"{file:<22}within {difference:.1g} of the pipeline")
+    say(f"{len(found)} networks in {args.out}; export.json lists their inputs and outputs")
 
 
 @command(

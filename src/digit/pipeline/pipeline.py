@@ -10,8 +10,9 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self, overload
 
 import numpy as np
@@ -30,9 +31,12 @@ from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.around import Keep, Pixels, as_keep, check_pixels, compose, kept_cells, kept_pixels, kept_rows, sample_around
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
+from digit.pipeline.card import Card, write_card
+from digit.pipeline.hub import fetch_pipeline, hub_name, require_uploads, upload_folder
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
+    RELEASED,
     find_pipeline,
     load_sequence_model,
     read_manifest,
@@ -44,8 +48,10 @@ from digit.pipeline.manifest import (
 from digit.pipeline.steps import OnStep, watched
 from digit.runtime.files import MAKE_AGAIN, as_path
 from digit.runtime.hardware import Precision, choose_device, free_memory
+from digit.runtime.plots import grid
 from digit.runtime.progress import Progress
-from digit.runtime.scalars import as_int, as_number
+from digit.runtime.scalars import as_int
+from digit.runtime.version import __version__
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
 from digit.sampling.kept import KeptSamplers
 from digit.sampling.kinds import get_kind
@@ -56,6 +62,7 @@ from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer
 
 PARTS = ("tokenizer", "vq", "prior", "renderer")
+CARD_SAMPLES = 16  # on a model card, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -631,13 +638,91 @@ class DigitPipeline:
         write_manifest(folder, parts, self.preprocess, self.classes, self.sampling, self.info)
         return folder
 
+    def write_card(
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        licence: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        samples: UInt8[Tensor, "B 3 S S"] | None = None,
+    ) -> Path:
+        """Write a model card into a pipeline's folder: README.md, and samples.png beside it.
+
+        Args:
+            name: OWNER/NAME on the Hub, for the lines that use it.
+            licence: of this model, by the Hub's names: mit, apache-2.0, cc-by-4.0.
+            data: what it was trained on and under which licence; None takes the name of the data.
+            metrics: metrics.json of the run's report.
+            samples: pictures to show; None samples some, every class in turn.
+        """
+        note = ""
+        if samples is None and self.renderer is not None:
+            samples = self.generate(min(max(CARD_SAMPLES, self.num_classes), 4 * CARD_SAMPLES), seed=0)
+            note = "Samples of seed 0, every class in turn." if self.num_classes else "Samples of seed 0."
+        parts = [(part, repr(made)) for part, made in (("tokenizer", self.tokenizer), ("VQ tokenizer", self.vq)) if made]
+        for part, model in (("prior", self.prior), ("renderer", self.renderer)):
+            if model is not None:
+                count = sum(p.numel() for p in model.parameters()) / 1e6
+                parts.append((part, f"{type(model).__name__}({model.cfg.kind}, {count:.1f} M parameters)"))
+        card = Card(
+            title=str(self.info.get("recipe") or "DiGIT pipeline"),
+            image_size=self.image_size,
+            classes=self.classes,
+            num_classes=self.num_classes,
+            parts=parts,
+            sampling=asdict(self.sampling),
+            info=self.info,
+            encoder=self.tokenizer and str(self.tokenizer.encoder.describe().get("name", "")),
+            metrics=metrics,
+            licence=licence,
+            data=data,
+            samples_note=note,
+        )
+        picture = None if samples is None else grid(samples, 8, scale=max(1, 96 // self.image_size))
+        return write_card(as_path(folder), card, picture, name)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        licence: str | None = None,
+        data: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the pipeline with a model card to huggingface.co/NAME; returns the page's address.
+
+        Args:
+            name: OWNER/NAME; made where it does not exist.
+            licence, data: for the card, see `write_card`.
+            private: make the repository private, where it is made now.
+            token: of the Hub; by default that of `huggingface-cli login`.
+
+        Raises DigitError in one line: offline, without a login, for a name of somebody else.
+        """
+        require_uploads(name)
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(place)
+            self.write_card(folder, name=name, licence=licence, data=data)
+            return upload_folder(folder, name, private=private, token=token, message=f"DiGIT {__version__}")
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """Read a pipeline folder, or a run folder of `digit fit`, onto a device: cpu or cuda.
 
-        Raises DigitError where the folder is missing or damaged, or the device does not exist.
+        Args:
+            folder: the folder, or the name of a pipeline on the Hugging Face Hub: OWNER/NAME where no folder of this
+                name can be meant, or hf:OWNER/NAME. Offline, a copy in the Hub's cache is read.
+            device: cpu or cuda.
+
+        Raises DigitError where the folder is missing or damaged, a name cannot be fetched, or the device does not exist.
         """
-        folder, device = find_pipeline(folder), choose_device(device)
+        device = choose_device(device)
+        if str(folder) != RELEASED and (name := hub_name(folder)) is not None:
+            folder = fetch_pipeline(name)
+        folder = find_pipeline(folder)
         manifest = read_manifest(folder)
         try:
             return cls._read(folder, manifest).to(device)
