@@ -15,7 +15,20 @@ from digit.cli.mistakes import with_typed_output
 
 ROOT = Path(digit.__file__).parent
 OPTION, COMMAND = re.compile(r"(?<![\w-])--[a-z][\w.]*"), re.compile(r"\bdigit (?!that\b|import\b)[a-z]+")
-WRITERS = ("evaluate", "statistics", "stability", "probe", "sweep", "reproduce", "convert", "sample", "complete", "vary", "export", "fit")
+WRITERS = (
+    "evaluate",
+    "statistics",
+    "stability",
+    "probe",
+    "sweep",
+    "reproduce",
+    "convert",
+    "sample",
+    "complete",
+    "vary",
+    "export",
+    "fit",
+)
 WRITERS += ("codebook", "tokenize", "train", "pretrain")  # the commands with --out
 TRAINERS = ("fit", "train", "pretrain")
 MET_IN = {  # the commands in which a file's messages are met; the longest beginning of its path counts

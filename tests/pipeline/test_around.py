@@ -7,7 +7,17 @@ from studio_toys import studio_pipeline
 from toy_pipeline import toy_pipeline
 
 from digit.errors import DigitError
-from digit.pipeline.around import AREAS, area, as_keep, compose, holes, kept_cells, kept_pixels, sample_around, seam_shift
+from digit.pipeline.around import (
+    AREAS,
+    area,
+    as_keep,
+    compose,
+    holes,
+    kept_cells,
+    kept_pixels,
+    sample_around,
+    seam_shift,
+)
 from digit.sampling.config import StageSampling
 from digit.sampling.kinds import make_sampler
 from digit.sampling.next_token import NextTokenSampler

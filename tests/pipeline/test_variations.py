@@ -41,7 +41,9 @@ def test_a_variation_depends_on_its_seed_alone(pipe, images):
 
 def test_shares_keep_the_same_places_in_both_grids():
     rank = cell_ranks([1, 2], (4, 4))
-    assert rank.flatten(1).sort(1).values[0].tolist() == [i / 16 for i in range(16)] and not torch.equal(rank[0], rank[1])
+    assert rank.flatten(1).sort(1).values[0].tolist() == [i / 16 for i in range(16)] and not torch.equal(
+        rank[0], rank[1]
+    )
     coarse, fine = kept_by_rank(rank, 0.25, (4, 4)), kept_by_rank(rank, 0.25, (8, 8))
     assert coarse.sum(1).tolist() == [4, 4] and fine.sum(1).tolist() == [16, 16]
     assert torch.equal(fine.view(2, 8, 8)[:, ::2, ::2].flatten(1), coarse)
@@ -64,7 +66,9 @@ def test_between_begins_and_ends_with_the_own_tokens(pipe, images):
     found = interpolate(pipe, images[:1], images[1:], steps=5, seed=2)
     own = pipe.tokenizer.encode(images)
     assert torch.equal(found.tokens[[0, -1]], own) and found.weights.tolist() == [0, 0.25, 0.5, 0.75, 1]
-    assert torch.equal(found.images[:1], pipe.render(own[:1], 2)) and torch.equal(found.images[-1:], pipe.render(own[1:], 2))
+    assert torch.equal(found.images[:1], pipe.render(own[:1], 2)) and torch.equal(
+        found.images[-1:], pipe.render(own[1:], 2)
+    )
 
 
 def test_between_nothing(pipe, images):

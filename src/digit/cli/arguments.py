@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from digit.cli.mistakes import explain, typed_name
 from digit.errors import DigitError, printable
 from digit.runtime.distributed import launched_rank
-from digit.runtime.files import as_path
 from digit.runtime.paths import is_path
 from digit.runtime.settings import flat
 

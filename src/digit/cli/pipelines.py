@@ -1,4 +1,4 @@
-"""Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, vary, export, info."""
+"""Commands on data and pipelines: inspect, convert, sample, complete, vary, export, info."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +156,8 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument(
         "--keep",
         default="0.5",
-        help="what is kept: a fraction of the rows from the top; upper, lower, left, right, centre or border (halves of "
-        "a picture); or a black and white picture, white where it is kept (or opaque, of one with transparency). "
+        help="what is kept: a fraction of the rows from the top; upper, lower, left, right, centre or border; or a "
+        "black and white picture, white where it is kept (or opaque, of one with transparency). "
         "A next-token model sees what stands before a gap, row by row, and not what comes after it",
     )
     parser.add_argument(
@@ -233,7 +233,13 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
         return
     shares = {"keep_discriminative": args.keep_discriminative, "keep_vq": args.keep_vq}
     done = vary(
-        pipe, images, num=args.each, seed=args.seed, labels=class_labels(pipe, labels), **shares, **sampling_changes(args)
+        pipe,
+        images,
+        num=args.each,
+        seed=args.seed,
+        labels=class_labels(pipe, labels),
+        **shares,
+        **sampling_changes(args),
     )
     write_variations(out, images, done, shares)
     say(f"{len(done)} variations in {out} (grid.png: a picture and its variations in each row)")

@@ -23,7 +23,7 @@ from digit.runtime.scalars import as_number
 from digit.sampling.sampler import Sampler
 
 Grid = tuple[int, int]
-Keep = float | str | Tensor | np.ndarray | Sequence[Sequence[bool]]
+Keep = float | np.number | str | Tensor | np.ndarray | Sequence[Any]
 """A fraction of the rows, from the top; the name of an area (AREAS); or a mask of cells (a token grid's shape) or of
 pixels (S, S), true: kept."""
 AREAS = {  # (top, bottom, left, right) of what is kept, in quarters of the picture
@@ -61,9 +61,9 @@ def as_keep(keep: Keep, grids: Sequence[Grid], size: int) -> float | Tensor:
         if mask.ndim:
             return _checked_mask(mask, grids, size)
         keep = mask.item()
-    if not 0 < as_number("keep", keep) <= 1:
+    if not 0 < (fraction := as_number("keep", keep)) <= 1:
         raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1, or a mask")
-    return float(keep)
+    return fraction
 
 
 def area(name: str, size: int) -> Bool[Tensor, "S S"]:
@@ -137,7 +137,9 @@ def sample_around(
 
     def call(given: Tensor, rows: Sequence[int] = range(len(seeds))) -> Tensor:
         own = [seeds[row] for row in rows]
-        conditions = {name: x if x is None else x[list(rows)] for name, x in (("prefix", prefix), ("labels", labels))}
+        conditions: dict[str, Any] = {
+            name: x if x is None else x[list(rows)] for name, x in (("prefix", prefix), ("labels", labels))
+        }
         with watched(sampler, sampler.stage, len(own), given, on_step):
             return sampler(own, given=given, **conditions)
 
@@ -166,9 +168,7 @@ def holes(keep: Bool[Tensor, " M"]) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def forced(
-    sampler: Sampler, tokens: Int64[Tensor, "B M"], keep: Bool[Tensor, "B M"], first: int
-) -> Iterator[None]:
+def forced(sampler: Sampler, tokens: Int64[Tensor, "B M"], keep: Bool[Tensor, "B M"], first: int) -> Iterator[None]:
     """A context in which one call of a next-token `sampler`, given the first `first` tokens, takes the kept ones."""
     pick = sampler.pick
     sampler.pick = _Forced(sampler, tokens, keep, first)  # pyright: ignore[reportAttributeAccessIssue]
@@ -224,8 +224,8 @@ def compose(
 
 
 def seam_shift(
-    difference: Float32[Tensor, "B 3 S S"], keep: Bool[Tensor, "S S"], reach: float
-) -> Float32[Tensor, "B 3 S S"]:
+    difference: Float32[Tensor, "B 3 H W"], keep: Bool[Tensor, "H W"], reach: float
+) -> Float32[Tensor, "B 3 H W"]:
     """c with Laplace(c) = c / reach² where not kept, c = difference where kept: what hides the seam when it is added.
 
     Seamless cloning (Pérez et al. 2003, Eq. 4) solves the equation with 0 on its right side. The further term (the

@@ -90,7 +90,17 @@ class Card:
     def _front_matter(self) -> list[str]:
         task = "image-to-image" if not self.sampling else "unconditional-image-generation"
         licence = [f"license: {self.licence}"] if self.licence else []
-        return ["---", "library_name: digit", f"pipeline_tag: {task}", "tags:", "- digit", "- image-generation", *licence, "---", ""]
+        return [
+            "---",
+            "library_name: digit",
+            f"pipeline_tag: {task}",
+            "tags:",
+            "- digit",
+            "- image-generation",
+            *licence,
+            "---",
+            "",
+        ]
 
     def _what(self) -> str:
         classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
@@ -107,7 +117,10 @@ class Card:
         rows = []
         if (distance := known.get("fd_efficientnet_lite2")) is not None:
             samples, reference = known["fd_efficientnet_lite2_images"]
-            rows.append(f"- Fréchet distance on EfficientNet-Lite2 (not FID): {distance:.0f}, {samples} samples against {reference} training pictures")
+            rows.append(
+                f"- Fréchet distance on EfficientNet-Lite2 (not FID): {distance:.0f}, {samples} samples against "
+                f"{reference} training pictures"
+            )
         if "recognised" in known:
             real = known.get("recognised_real")
             beside = "" if real is None else f"; of other real pictures {real:.0%}"
@@ -128,7 +141,9 @@ class Card:
             lines.append(f"- Encoder of the discriminative tokens: {note}")
         vq = self.info.get("vqgan")
         if isinstance(vq, Mapping) and "licence" in vq:
-            lines.append(f"- VQ tokenizer: {vq.get('name', '')}, licence {vq['licence']}; trained on {vq.get('data', 'unknown')}")
+            lines.append(
+                f"- VQ tokenizer: {vq.get('name', '')}, licence {vq['licence']}; trained on {vq.get('data', 'unknown')}"
+            )
         return [*lines, "- Pictures that look like training pictures may be subject to the rights in those."]
 
 

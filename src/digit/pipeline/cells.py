@@ -1,4 +1,4 @@
-"""Proposals for one picture around any kept cells of its token grid, not only below its first rows (paper, section 4.5).
+"""Proposals for one picture around any kept cells of its token grid (paper, section 4.5: below its first rows).
 
 Shapes: B proposals, N discriminative tokens, M VQ tokens, S pixels.
 """

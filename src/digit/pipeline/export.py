@@ -8,14 +8,13 @@
     export.json          inputs and outputs of each, sizes, and how far each is from the pipeline's own result
 
 NAME is prior or renderer. Labels are -1 where a model knows no classes; a model without prefix lacks that input. The
-cache is `keys` and `values`, (depth, B, H, T, d) float32 with room for all T positions, and of an aligned prefix `added`,
-(blocks, B, 1 + M, D), which steps read alone. `torch.export.load` reads a file where torch alone is installed. Filters and
-random numbers are not exported: they belong to the program that samples.
+cache is `keys` and `values`, (depth, B, H, T, d) float32 with room for all T positions, and of an aligned prefix
+`added`, (blocks, B, 1 + M, D), which steps only read. `torch.export.load` reads a file where torch alone is installed.
+Filters and random numbers are not exported: they belong to the program that samples.
 
 Shapes: B images, P prefix tokens, M target tokens, V codes, S pixels.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +154,9 @@ def export_pipeline(pipe: DigitPipeline, folder: str | Path) -> dict[str, float]
         found[file] = max(found.get(file, 0.0), difference)
         about[file]["largest_difference"] = found[file]
         if not found[file] <= TOLERANCE:  # NaN too
-            raise DigitError(f"{folder / file} differs from the pipeline by {difference:.2g}: this torch exports it wrongly")
+            raise DigitError(
+                f"{folder / file} differs from the pipeline by {difference:.2g}: this torch exports it wrongly"
+            )
     sizes = {
         name: {"prefix_len": m.cfg.prefix_len, "target_len": m.cfg.target_len, "vocab_size": m.cfg.vocab_size}
         | {"num_classes": m.cfg.num_classes, "masked": m.cfg.masked}
@@ -163,7 +164,9 @@ def export_pipeline(pipe: DigitPipeline, folder: str | Path) -> dict[str, float]
         if m is not None
     }
     record = {"version": __version__, "torch": torch.__version__, "device": str(pipe.device), "files": about}
-    write_result(folder / RECORD, record | {"models": sizes, "classes": list(pipe.classes), "image_size": pipe.image_size})
+    write_result(
+        folder / RECORD, record | {"models": sizes, "classes": list(pipe.classes), "image_size": pipe.image_size}
+    )
     return found
 
 
@@ -180,8 +183,8 @@ def networks(pipe: DigitPipeline, num: int = EXAMPLE) -> Iterator[Exported]:
         cfg, conditions = model.cfg, conditions_of(model, num)
         if isinstance(model, PixelRenderer):
             inputs = {"prefix": conditions["prefix"]}
-            if cfg.noise_channels:
-                inputs["noise"] = torch.randn(num, *cfg.noise_shape, device=device)
+            if model.cfg.noise_channels:
+                inputs["noise"] = torch.randn(num, *model.cfg.noise_shape, device=device)
             yield Exported(f"{name}_render.pt2", Render(model), inputs, ("pixels",), dict.fromkeys(inputs, 0))
         elif cfg.masked:
             inputs = {"tokens": numbers((num, cfg.target_len), cfg.vocab_size + 1, device)} | conditions
@@ -190,9 +193,8 @@ def networks(pipe: DigitPipeline, num: int = EXAMPLE) -> Iterator[Exported]:
             first, kept = First(model), ("keys", "values", *(("added",) if cfg.aligned else ()))
             yield Exported(f"{name}_first.pt2", first, conditions, ("logits", *kept), dict.fromkeys(conditions, 0))
             cache = dict(zip(kept, first(**conditions)[1:], strict=True))
-            inputs = {
-                "token": numbers((num,), cfg.vocab_size, device), "index": torch.zeros(1, dtype=torch.int64, device=device),
-            } | cache  # fmt: skip
+            index = torch.zeros(1, dtype=torch.int64, device=device)
+            inputs = {"token": numbers((num,), cfg.vocab_size, device), "index": index} | cache
             batched = {"token": 0} | dict.fromkeys(kept, 1)
             yield Exported(f"{name}_step.pt2", Step(model), inputs, ("logits", "keys", "values"), batched)
 
@@ -214,7 +216,10 @@ def numbers(shape: tuple[int, ...], below: int, device: torch.device) -> Tensor:
 
 def shape(x: Tensor, axis: int | None) -> list[Any]:
     """Shape and type of an input, "B" where it counts the images."""
-    return [*("B" if place == axis else size for place, size in enumerate(x.shape)), str(x.dtype).removeprefix("torch.")]
+    return [
+        *("B" if place == axis else size for place, size in enumerate(x.shape)),
+        str(x.dtype).removeprefix("torch."),
+    ]
 
 
 def save(entry: Exported, path: Path) -> None:

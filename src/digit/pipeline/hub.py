@@ -40,8 +40,8 @@ def fetch_pipeline(name: str) -> Path:
 
     def refusal(why: str) -> str:
         return (
-            f"{name} does not exist here{nearest(name)}, and huggingface.co/{name} cannot be fetched ({why}): give a folder, "
-            f"or fetch it where there is a network (huggingface-cli download {name}) and give that folder"
+            f"{name} does not exist here{nearest(name)}, and huggingface.co/{name} cannot be fetched ({why}): give a "
+            f"folder, or fetch it where there is a network (huggingface-cli download {name}) and give that folder"
         )
 
     found: str | None = None
@@ -81,9 +81,9 @@ def require_uploads(name: str) -> None:
 def cannot_upload(name: str, why: str) -> str:
     """The error message of an upload that failed."""
     return (
-        f"{name} cannot be uploaded ({why}): log in (huggingface-cli login) or give token=, and see that OWNER is yours; "
-        f"or write the folder by save_pretrained() and write_card(), and upload it by hand: huggingface-cli upload {name} "
-        "FOLDER"
+        f"{name} cannot be uploaded ({why}): log in (huggingface-cli login) or give token=, for an OWNER of yours; "
+        "or write the folder by save_pretrained() and write_card(), and upload it by hand: "
+        f"huggingface-cli upload {name} FOLDER"
     )
 
 

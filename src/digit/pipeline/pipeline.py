@@ -28,7 +28,17 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
 from digit.models.tokens import Integers, as_tokens
-from digit.pipeline.around import Keep, Pixels, as_keep, check_pixels, compose, kept_cells, kept_pixels, kept_rows, sample_around
+from digit.pipeline.around import (
+    Keep,
+    Pixels,
+    as_keep,
+    check_pixels,
+    compose,
+    kept_cells,
+    kept_pixels,
+    kept_rows,
+    sample_around,
+)
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
 from digit.pipeline.card import Card, write_card
@@ -328,7 +338,9 @@ class DigitPipeline:
         straight to pixels no "vq".
         """
         request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
-        batches = [batch.tokens for batch in self.sample_request(request, self.sized(self.settings(**sampling)), pixels=False)]
+        batches = [
+            batch.tokens for batch in self.sample_request(request, self.sized(self.settings(**sampling)), pixels=False)
+        ]
         return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": request.labels}
 
     @overload
@@ -500,7 +512,7 @@ class DigitPipeline:
         pixels: bool = True,
         on_step: OnStep | None = None,
     ) -> Iterator[SampleBatch]:
-        """The batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete."""
+        """Batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete."""
         num, model = len(request.labels) if end is None else end, self._require_renderer()
         prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
         assert batch_size is not None, "sized"
@@ -514,7 +526,7 @@ class DigitPipeline:
                 rows = request.rows(first, batch_size)
                 prefix = self._prefix(prior, rows, on_step) if prefix_len else None
                 tensors = {} if prefix is None else {"discriminative": prefix}
-                conditions = {"prefix": prefix, "labels": rows.labels_of(model)}
+                conditions: dict[str, Any] = {"prefix": prefix, "labels": rows.labels_of(model)}
                 if rows.vq is None or renderer.output == "images":
                     with watched(renderer, "renderer", len(rows.labels), None, on_step):
                         rendered = renderer(rows.seeds, **conditions)
@@ -661,7 +673,9 @@ class DigitPipeline:
         if samples is None and self.renderer is not None:
             samples = self.generate(min(max(CARD_SAMPLES, self.num_classes), 4 * CARD_SAMPLES), seed=0)
             note = "Samples of seed 0, every class in turn." if self.num_classes else "Samples of seed 0."
-        parts = [(part, repr(made)) for part, made in (("tokenizer", self.tokenizer), ("VQ tokenizer", self.vq)) if made]
+        parts = [
+            (part, repr(made)) for part, made in (("tokenizer", self.tokenizer), ("VQ tokenizer", self.vq)) if made
+        ]
         for part, model in (("prior", self.prior), ("renderer", self.renderer)):
             if model is not None:
                 count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -717,7 +731,7 @@ class DigitPipeline:
                 name can be meant, or hf:OWNER/NAME. Offline, a copy in the Hub's cache is read.
             device: cpu or cuda.
 
-        Raises DigitError where the folder is missing or damaged, a name cannot be fetched, or the device does not exist.
+        Raises DigitError where the folder is missing or damaged, a name cannot be fetched, or the device is missing.
         """
         device = choose_device(device)
         if str(folder) != RELEASED and (name := hub_name(folder)) is not None:

@@ -1,7 +1,7 @@
 """Pictures that are like given ones: some tokens are kept and the others sampled again; and pictures between two.
 
-Discriminative tokens say what is where, VQ tokens what it looks like. Pixels come from the VQ tokens alone: where all of
-them are kept, nothing varies.
+Discriminative tokens say what is where, VQ tokens what it looks like. Pixels come from the VQ tokens alone: where all
+of them are kept, nothing varies.
 
 Shapes: B pictures, N discriminative tokens, D features, S pixels a side.
 """
@@ -91,7 +91,9 @@ def _require_variation(pipe: DigitPipeline, shares: dict[str, float]) -> None:
         pipe.require("tokenizer")
     if pipe.renders_pixels:
         if shares["vq"]:
-            raise DigitError("keep_vq is given, but this renderer goes straight to pixels, without VQ tokens: leave it out")
+            raise DigitError(
+                "keep_vq is given, but this renderer goes straight to pixels, without VQ tokens: leave it out"
+            )
         if shares["discriminative"] == 1 and not getattr(pipe.renderer.cfg, "noise_channels", 0):
             raise DigitError(
                 "this renderer gives one picture for the same tokens: give keep_discriminative below 1 (or train with "

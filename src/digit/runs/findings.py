@@ -12,7 +12,7 @@ from digit.runs.page import Level
 Finding = tuple[Level, str]
 Curve = Sequence[tuple[int, float]]
 GOOD, FAIR = 0.9, 0.6  # share of what real pictures reach: of recognised samples
-VARIED, LESS_VARIED = 0.7, 0.35  # the same of recall
+VARIED, LESS_VARIED = 0.7, 0.35  # share of the recall of real pictures, or of reconstructions where that is less
 SHARP, BLURRED = 25.0, 22.0  # dB of reconstructions; at 22 prints and fine lines are lost
 RISE, FALL = 0.02, 0.01  # nats of a validation loss
 TELLING = 0.5  # share of real pictures that a classifier has to recognise
@@ -62,7 +62,9 @@ def recognised(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield "info", f"{text}; there are too few pictures to say how many real ones."
         return
     rebuilt = metrics.get("recognised_reconstructions")
-    text += f"; of other real pictures {real:.0%}" + ("" if rebuilt is None else f", of their reconstructions {rebuilt:.0%}")
+    text += f"; of other real pictures {real:.0%}" + (
+        "" if rebuilt is None else f", of their reconstructions {rebuilt:.0%}"
+    )
     if real < TELLING:
         yield "info", f"{text}. So the classifier knows these classes too little for the share to say much."
         return
@@ -90,8 +92,8 @@ def distance(metrics: Mapping[str, Any], facts: Facts) -> Iterator[Finding]:
     cause = (
         f"{share:.0%} of the gap to real pictures is there in the reconstructions already: a better {who} helps most."
         if share > 0.5
-        else f"The {who} makes {share:.0%} of the gap to real pictures, the models the rest: longer training of prior and "
-        "renderer helps most."
+        else f"The {who} makes {share:.0%} of the gap to real pictures, the models the rest: longer training of prior "
+        "and renderer helps most."
     )
     gap = (own - floor) / max(floor, 1e-9)
     yield "good" if gap < 0.5 else "fair" if gap < 1.5 else "poor", f"{text} {cause}"
@@ -102,14 +104,19 @@ def variety(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     sets = (metrics.get("scale") or {}).get("sets") or {}
     if "recall" not in sets.get("samples", {}) or "recall" not in sets.get("real", {}):
         return
-    own, real = ({name: sets[kind][name]["value"] for name in ("recall", "coverage")} for kind in ("samples", "real"))
+    own, floor, real = (
+        {name: sets[kind][name]["value"] for name in ("recall", "coverage")}
+        for kind in ("samples", "reconstructions", "real")
+    )
     text = (
         f"Variety: recall {own['recall']:.2f} and coverage {own['coverage']:.2f}; other real pictures have "
-        f"{real['recall']:.2f} and {real['coverage']:.2f}."
+        f"{real['recall']:.2f} and {real['coverage']:.2f}, their reconstructions {floor['recall']:.2f} and "
+        f"{floor['coverage']:.2f}."
     )
-    share = own["recall"] / real["recall"] if real["recall"] else 1.0
+    best = min(floor["recall"], real["recall"])
+    share = own["recall"] / best if best else 1.0
     if share < LESS_VARIED:
-        text += " Few kinds of training pictures are sampled: a higher top_p or less guidance gives more."
+        text += " Few kinds of training pictures are sampled: a higher top_p gives more."
     yield "good" if share >= VARIED else "fair" if share >= LESS_VARIED else "poor", text
 
 
@@ -122,7 +129,10 @@ def guidance(metrics: Mapping[str, Any], facts: Facts) -> Iterator[Finding]:
     if "other_way" not in sets:
         return
     rows = []
-    for name, kind, key in ((ways.names[0], "samples", "recognised"), (ways.names[1], "other_way", "recognised_other_way")):
+    for name, kind, key in (
+        (ways.names[0], "samples", "recognised"),
+        (ways.names[1], "other_way", "recognised_other_way"),
+    ):
         parts = [f"distance {sets[kind][METRIC]:.0f}"]
         if "recall" in sets[kind]:
             parts.append(f"recall {sets[kind]['recall']['value']:.2f}")
@@ -163,7 +173,7 @@ def learning(facts: Facts) -> Iterator[Finding]:
             yield (
                 "fair",
                 f"The {model} learns its pictures by heart: held-out loss rose from {best:.2f} at step {step:,} to "
-                f"{last:.2f} at step {last_step:,}. More pictures or more crops of each help; longer training does not.",
+                f"{last:.2f} at step {last_step:,}. More pictures or more crops help; longer training does not.",
             )
         elif held[-2][1] - last > FALL:
             yield "info", f"The {model} was still learning when it ended (held-out loss {last:.2f}): train it longer."
@@ -193,7 +203,10 @@ def next_steps(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, 
         where = f"samples-{facts.ways.names[1].replace(' ', '-')}"
         yield f"The same pictures {facts.ways.names[1]}:", command("sample", source=out, num=64, **changes, out=where)
     yield "Find the best sampling settings of this run:", command("sweep", data, source=out, num=200, out="sweep")
-    yield "Keep a part of pictures, and sample the rest:", command("complete", data, source=out, keep="upper", out="completed")
+    yield (
+        "Keep a part of pictures, and sample the rest:",
+        command("complete", data, source=out, keep="upper", out="completed"),
+    )
     yield "Pictures that are like given ones:", command("vary", data, source=out, each=4, out="varied")
     yield "Draw, complete and compare in the browser:", command("studio", out)
     yield (
@@ -219,7 +232,10 @@ def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]
         return shlex.join([*new, *(w for name, v in options.items() for w in (f"--{name.replace('__', '.')}", str(v)))])
 
     if facts.has_vq and facts.vqgan_steps and metrics.get("psnr_db", SHARP) < SHARP:
-        yield "Sharper reconstructions (the VQGAN is trained twice as long):", again(vqgan_training__num_steps=2 * facts.vqgan_steps)
+        yield (
+            "Sharper reconstructions (the VQGAN is trained twice as long):",
+            again(vqgan_training__num_steps=2 * facts.vqgan_steps),
+        )
     if facts.ways is None and facts.classes and facts.has_renderer_tokens:
         yield (
             "The same run, trained for guidance, which makes samples clearer:",

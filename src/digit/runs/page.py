@@ -47,7 +47,7 @@ small { font-size: .8rem; font-weight: 400; }
 .row { display: grid; gap: .3rem; grid-template-columns: repeat(10, 1fr); }
 .strip { display: grid; gap: .3rem; grid-template-columns: repeat(8, 1fr); }
 .pairs { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
-.wide { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); }
+.wide { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
 img.small { image-rendering: pixelated; }
 figure { margin: 0; background: var(--Card); border-radius: 6px; padding: .35rem; }
@@ -73,7 +73,8 @@ svg path.held { stroke: var(--Fair); } svg .key-held { fill: var(--Fair); } svg 
 summary { cursor: pointer; margin: .75rem 0; }
 @media (max-width: 40rem) {
   .row { grid-template-columns: repeat(5, 1fr); } .strip { grid-template-columns: repeat(4, 1fr); }
-  .pairs { grid-template-columns: repeat(2, 1fr); } .bars { grid-template-columns: 6.5rem 1fr auto; gap: .25rem .5rem; }
+  .pairs { grid-template-columns: repeat(2, 1fr); }
+  .bars { grid-template-columns: 1fr auto; gap: 0 .6rem; } .bars > :nth-child(3n + 1) { grid-column: 1 / -1; }
 }
 """
 
@@ -142,7 +143,10 @@ def sheet(file: str, alt: str, data: bytes) -> str:
 
 
 def bars(
-    entries: Iterable[tuple[str, float, str, str]], *, most: float | None = None, marks: Mapping[str, float] | None = None
+    entries: Iterable[tuple[str, float, str, str]],
+    *,
+    most: float | None = None,
+    marks: Mapping[str, float] | None = None,
 ) -> str:
     """Bars of (name, value, text, kind) from 0 to `most`; `marks` are values of other pictures, by name of a bar."""
     entries = list(entries)
@@ -166,7 +170,9 @@ def place(value: float, end: float) -> float:
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
     """Two columns: what, and its value."""
-    return f"<table>{''.join(f'<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>' for name, value in rows)}</table>"
+    return (
+        f"<table>{''.join(f'<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>' for name, value in rows)}</table>"
+    )
 
 
 def commands(entries: Iterable[tuple[str, str]]) -> str:
@@ -190,7 +196,9 @@ def chart(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, ylabel:
 
     def at(x: float, y: float) -> tuple[float, float]:
         fraction = min(max((y - low_y) / span_y, 0.0), 1.0)
-        return left + (x - low_x) / span_x * (width - left - right), height - bottom - fraction * (height - bottom - top)
+        return left + (x - low_x) / span_x * (width - left - right), height - bottom - fraction * (
+            height - bottom - top
+        )
 
     lines = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for share in (0.0, 0.5, 1.0):

@@ -28,7 +28,11 @@ WIDE = 9  # pictures in a row of a grid of single completions
 
 
 def write_completions(
-    folder: Path, images: UInt8[Tensor, "B 3 S S"], done: UInt8[Tensor, "C 3 S S"], kept: Bool[Tensor, "S S"], about: Any
+    folder: Path,
+    images: UInt8[Tensor, "B 3 S S"],
+    done: UInt8[Tensor, "C 3 S S"],
+    kept: Bool[Tensor, "S S"],
+    about: Any,
 ) -> None:
     """Write one PNG a completion, grid.png with original, kept part and completions, and completions.json.
 
@@ -135,7 +139,9 @@ def read_keep(text: str, size: int) -> Keep:
         return text
     if as_path(text).is_file():
         return read_mask(as_path(text), size)
-    raise DigitError(f"--keep {text}: give a fraction, one of {', '.join(AREAS)}, or the file of a black and white mask")
+    raise DigitError(
+        f"--keep {text}: give a fraction, one of {', '.join(AREAS)}, or the file of a black and white mask"
+    )
 
 
 def read_mask(path: Path, size: int) -> Bool[Tensor, "S S"]:

@@ -27,6 +27,7 @@ __all__ = ["describe", "load_judge", "real_images", "spread", "write_report"]
 SHOWN_CLASSES = 10
 JUDGED_SAMPLES = 500
 SHOWN_REAL = 16
+CARD_COLUMNS = 8  # of each class, on the model card
 REBUILT = 256  # training pictures whose reconstructions are measured
 PIXEL_LOSSES = ("l1", "perceptual", "val_l1")  # of a renderer straight to pixels, in one chart
 
@@ -71,6 +72,9 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     }
     metrics["stage_seconds"] = stage_seconds(run) | {"report": perf_counter() - began}
     write_result(out / "metrics.json", metrics)
+    if (out / "pipeline").is_dir():
+        rows = [row[:CARD_COLUMNS] for row in shown.samples.split(PER_CLASS)]
+        pipe.write_card(out / "pipeline", metrics=metrics, samples=torch.cat(rows))
     return write_page(run, pipe, metrics, shown, judged)
 
 
@@ -163,8 +167,8 @@ def stage_seconds(run: Run) -> dict[str, float]:
         made = run.out / stage / file
         if stage in run.reuse or not made.is_file():
             continue
-        found[stage] = max(0.0, made.stat().st_mtime - before)
-        before = max(before, made.stat().st_mtime)
+        if (seconds := made.stat().st_mtime - before) > 0:
+            found[stage], before = seconds, made.stat().st_mtime
     for model in ("vqgan", *ROLES):
         log = run.out / model / "log.jsonl"
         times = [line["seconds"] for line in (read_log(log) if log.is_file() else []) if "seconds" in line]

@@ -107,10 +107,11 @@ def short_name(name: str) -> str:
 def headline(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> str:
     """Data, size, models and time in one line."""
     seconds = sum(metrics["stage_seconds"].values())
+    threads = metrics["machine"]["threads"]
     classes = f"{len(pipe.classes)} classes" if pipe.classes else "no classes"
     return (
         f"{len(run.source):,} pictures, {classes}, {pipe.image_size} px; made in {format_duration(seconds)} on "
-        f"{metrics['machine']['device']} ({metrics['machine']['threads']} threads)"
+        f"{metrics['machine']['device']} ({threads} thread{'s' * (threads != 1)})"
     )
 
 
@@ -121,10 +122,10 @@ def sample_section(shown: Shown, metrics: dict[str, Any], ways: Ways | None) -> 
         own, other = ways.names
         scales = " and ".join(f"{change['cfg_scale']:g} ({stage})" for stage, change in ways.guided.items())
         yield page.paragraph(
-            f"In each pair of rows the first is {own}, as this pipeline samples, the second {other}, of the same seeds. "
+            f"In each pair of rows the first is {own}, as this pipeline samples, the second {other}, of equal seeds. "
             f"Scales of guidance: {scales}."
         )
-    shares = metrics.get("recognised_by_class", {})
+    shares, others_shares = (metrics.get(f"recognised{way}_by_class", {}) for way in ("", "_other_way"))
     rows = shown.samples.split(PER_CLASS)
     others = [None] * len(rows) if shown.other_way is None else shown.other_way.split(PER_CLASS)
     for place, (row, other) in enumerate(zip(rows, others, strict=True)):
@@ -134,7 +135,8 @@ def sample_section(shown: Shown, metrics: dict[str, Any], ways: Ways | None) -> 
             yield f"<h3>{page.escape(name)}{share}</h3>"
         yield page.row(row, f"sample {name}".strip())
         if other is not None and ways is not None:
-            yield f"<p><small>{ways.names[1]}</small></p>"
+            share = f", {others_shares[name]:.0%} recognised" if name in others_shares else ""
+            yield f"<p><small>{ways.names[1]}{share}</small></p>"
             yield page.row(other, f"{ways.names[1]} {name}".strip())
     yield '<p class="soft">The same in one picture: <a href="samples.png">samples.png</a></p>'
 
@@ -188,13 +190,15 @@ def class_section(metrics: dict[str, Any]) -> Iterator[str]:
         return
     yield "<h2>Recognised by class</h2>"
     yield page.paragraph(
-        "Share of the samples of a class that a linear classifier takes for it; the line is that of other real pictures. "
+        "Share of the samples of a class that a linear classifier takes for it; the line: that of other real pictures. "
         "It is trained on features of the training pictures."
     )
     order = sorted(shares.items(), key=lambda entry: entry[1])
     few = order if len(order) <= MOST_BARS else order[:HARDEST]
     yield page.bars(
-        ((name, share, f"{share:.0%}", "") for name, share in few), most=1.0, marks=metrics.get("recognised_real_by_class")
+        ((name, share, f"{share:.0%}", "") for name, share in few),
+        most=1.0,
+        marks=metrics.get("recognised_real_by_class"),
     )
     if len(few) < len(order):
         yield page.paragraph(f"The {len(few)} hardest of {len(order)} classes.", soft=True)
@@ -240,7 +244,9 @@ def real_section(run: Run, pipe: DigitPipeline, shown: Shown) -> Iterator[str]:
     yield page.row(shown.completed, "completion", "strip")
     if (run.out / "token_map.png").is_file():
         yield "<h3>Token maps: near codes have near colours</h3>"
-        yield page.sheet("token_map.png", "pictures above the maps of their tokens", (run.out / "token_map.png").read_bytes())
+        yield page.sheet(
+            "token_map.png", "pictures above the maps of their tokens", (run.out / "token_map.png").read_bytes()
+        )
 
 
 def rebuilt(pipe: DigitPipeline, images: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -266,7 +272,10 @@ def training_section(facts: Facts) -> Iterator[str]:
     """A chart of each model's losses."""
     charts = []
     for model, curves in facts.curves.items():
-        chosen = {"training": curves.get("nll") or curves.get("loss") or [], "held-out pictures": curves.get("val_nll", [])}
+        chosen = {
+            "training": curves.get("nll") or curves.get("loss") or [],
+            "held-out pictures": curves.get("val_nll", []),
+        }
         known = {name: curve for name, curve in chosen.items() if curve}
         unit = "nats per token" if "nll" in curves else "loss"
         charts.append(page.chart(known, model, unit))
