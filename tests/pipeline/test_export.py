@@ -76,7 +76,7 @@ def test_a_loop_over_the_files_gives_the_samplers_tokens(tmp_path):
     sampler = make_sampler(pipe.renderer, StageSampling(temperature=0))
     expected = sampler([0] * 5, prefix=prefix)
     assert torch.equal(torch.stack(tokens, 1), expected)
-    pixels = (decoder(expected).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = (decoder(tokens=expected).clamp(0, 1) * 255).round().to(torch.uint8)
     assert (pixels.int() - pipe.decode(expected).int()).abs().max() <= 1
 
 

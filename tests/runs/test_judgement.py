@@ -47,7 +47,7 @@ def judged(pipe):
 def test_training_and_other_pictures_do_not_overlap(total, num):
     training, others = choose_real(total, num)
     assert not set(training) & set(others) and len(others) == min(num, total // 4)
-    assert len(training) == min(2000, total - len(others)) and max([*training, *others]) < total
+    assert len(training) == min(judgement.REFERENCE, total - len(others)) and max([*training, *others]) < total
 
 
 def test_pictures_that_are_held_out_come_first():

@@ -24,7 +24,7 @@ class Balanced(HTMLParser):
         self.open: list[str] = []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in EMPTY and not (tag == "p"):
+        if tag not in EMPTY and tag != "p":
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -53,7 +53,7 @@ def guided(tmp_path_factory, few_scenes):
 
 
 def test_the_page_is_one_file_for_every_screen(guided):
-    out, text, _ = guided
+    _, text, _ = guided
     assert balanced(text) and "width=device-width" in text and "prefers-color-scheme: dark" in text
     sources = re.findall(r'src="([^"]{0,40})', text)
     assert len(sources) > 100 and all(source.startswith("data:image/") for source in sources)

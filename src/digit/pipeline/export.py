@@ -64,8 +64,8 @@ class First(nn.Module):
     def forward(self, labels: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, ...]:
         model, cfg = self.model, self.model.cfg
         x = model.embed(labels[:, None][:, :0], prefix, labels if cfg.num_classes else None)
-        added, length = model.added(len(labels), prefix), cfg.start_position + 1
-        cache = model.new_cache(len(labels))
+        added, length = model.added(labels.shape[0], prefix), cfg.start_position + 1
+        cache = model.new_cache(labels.shape[0])  # len() would bake the number of images in
         cache.reserve(cache.max_len)
         parts = {block: more[:, :length] for block, more in added.items()}
         y = model.transformer(x, causal=True, first=length - 1, cache=cache, added=parts)
@@ -102,8 +102,10 @@ class Pass(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, labels: Tensor, prefix: Tensor | None = None) -> Tensor:
-        known = labels if self.model.cfg.num_classes else None
-        return self.model.head(self.model.features(tokens, prefix, known))
+        model, cfg = self.model, self.model.cfg
+        x = model.embed(tokens, prefix, labels if cfg.num_classes else None)
+        added = model.added(tokens.shape[0], prefix)
+        return model.head(model.transformer(x, causal=False, first=cfg.start_position + 1, added=added))
 
 
 class Render(nn.Module):
