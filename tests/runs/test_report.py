@@ -94,10 +94,10 @@ def test_previews_are_shown_where_there_are_some(run, few_scenes):
     from PIL import Image
 
     (run.out / "previews").mkdir(exist_ok=True)
-    for step in (100, 200):
-        Image.new("RGB", (64, 16)).save(run.out / "previews" / f"step_{step:06d}.png")
+    for name in ("prior_00000100", "prior_growth"):
+        Image.new("RGB", (64, 16)).save(run.out / "previews" / f"{name}.png")
     text = write_report(run, fit(run)).read_text()
-    assert "How the samples grew" in text and "step 000100" in text
+    assert "How it grew" in text and 'src="previews' not in text and 'href="previews/prior_00000100.png"' in text
 
 
 def test_charts_and_bars():

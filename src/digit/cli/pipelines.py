@@ -7,6 +7,7 @@ from digit.cli.arguments import (
     DEVICE_HELP,
     FROM_HELP,
     PIXEL_MAX_HELP,
+    SHEET,
     add_config,
     add_reading,
     command,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from digit.pipeline.labels import ClassPositions
     from digit.pipeline.pipeline import DigitPipeline
 
-SHEET = "contact_sheet.png"
 LABELS_HELP = "names or numbers of classes, separated by commas, used in turn"
 
 
@@ -39,6 +39,14 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("path", help=DATA_HELP)
     add_reading(parser)
     parser.add_argument("--sheet", default=SHEET, help="PNG file for the contact sheet; '' for none")
+    from digit.data.preprocess import Fit
+
+    parser.add_argument(
+        "--fit",
+        default="crop",
+        type=Fit,
+        help="show what training sees of each picture: crop, pad or squeeze (--preprocess.fit of digit fit)",
+    )
     args = parse(parser, argv)
     from digit.data.inspect import choose_sheet, inspect_source
     from digit.runtime.files import check_writable
@@ -48,8 +56,10 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
         check_writable(sheet)
     report = inspect_source(open_data(args, args.path, say_notes=False))
     say(report.to_text())
+    if advice := report.advise_fit(args.fit):
+        say(f"  fit          {advice}")
     if sheet:
-        report.save_contact_sheet(sheet)
+        report.save_contact_sheet(sheet, args.fit)
         say(f"contact sheet: {sheet}")
 
 
@@ -177,7 +187,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     check_pixels(args.pixels)
     each = as_int("each", args.each, least=1)
     pipe, images, labels = read_pictures(args)
-    keep = read_keep(args.keep, pipe.image_size)
+    keep = read_keep(args.keep, pipe.image_size, pipe.preprocess.fit)
     classes = pipe.guess_labels(images) if labels is None else labels
     done = pipe.complete(
         images.repeat_interleave(each, 0),

@@ -69,7 +69,7 @@ def fill_cells(
 
     Note: as in `DigitPipeline.complete`, the kept tokens are computed from the whole picture.
     """
-    images = fit_batch(image, pipe.image_size)
+    images = fit_batch(image, pipe.image_size, pipe.preprocess.fit)
     grid = cell_grid(pipe)
     if len(images) != 1 or tuple(keep.shape) != grid:
         raise DigitError(f"{len(images)} pictures and cells {tuple(keep.shape)}: give one picture and cells {grid}")

@@ -373,8 +373,8 @@ class DigitPipeline:
         """Keep a part of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
-            images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; resized to
-                the short side and centre-cropped where the size differs.
+            images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; made
+                square as the training pictures were (`preprocess.fit`) where the size differs.
             keep: fraction of the rows kept, in (0, 1], from the top, rounded to whole rows of each token grid; the
                 name of an area (upper, lower, left, right, centre, border); or a mask, true where an image is kept, in
                 cells of one of the token grids or in pixels (S, S). Of a mask of pixels the tokens of whole cells are
@@ -395,7 +395,7 @@ class DigitPipeline:
         """
         check_output(output)
         check_pixels(pixels)
-        images = fit_batch(images, self.image_size)
+        images = fit_batch(images, self.image_size, self.preprocess.fit)
         request = self.completion(images, keep, seed, labels)
         decoded = self._pixels(self.sample_request(request, self.sized(self.settings(**sampling))))
         return as_output(self.compose(images, decoded, keep, pixels), output)

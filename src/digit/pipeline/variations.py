@@ -58,7 +58,7 @@ def vary(
         if not 0 <= as_number(f"keep_{kind}", share) <= 1:
             raise DigitError(f"keep_{kind} is {share}: it is a share of the tokens, from 0 to 1")
     _require_variation(pipe, shares)
-    images, num = fit_batch(images, pipe.image_size), as_int("num", num, least=1)
+    images, num = fit_batch(images, pipe.image_size, pipe.preprocess.fit), as_int("num", num, least=1)
     whole = keep_discriminative == 1 and pipe.prior is not None
     if whole and labels is None:
         classes = torch.full((len(images),), -1)
@@ -158,7 +158,7 @@ def interpolate(
     assert pipe.tokenizer is not None and pipe.renderer is not None
     if not pipe.renderer.cfg.prefix_len:
         raise DigitError("this pipeline is VQ-only, and mixtures of VQ tokens are double exposures: nothing is between")
-    ends = [fit_batch(picture, pipe.image_size) for picture in (first, second)]
+    ends = [fit_batch(picture, pipe.image_size, pipe.preprocess.fit) for picture in (first, second)]
     if any(len(end) != 1 for end in ends):
         raise DigitError(f"{len(ends[0])} and {len(ends[1])} pictures: give one each")
     weights = torch.linspace(0, 1, as_int("steps", steps, least=2), dtype=torch.float64)

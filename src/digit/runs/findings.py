@@ -218,11 +218,17 @@ def next_steps(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, 
     yield "Give it to other programs:", command("export", out, out="exported")
 
 
+def without(words: Sequence[str], option: str) -> list[str]:
+    """A command line without an option and its value."""
+    place = words.index(option) if option in words else len(words)
+    return [*words[:place], *words[place + 2 :]]
+
+
 def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]]:
     """The run again, with what it lacks."""
     if facts.fit_command is None:
         return
-    words = shlex.split(facts.fit_command)
+    words = without(shlex.split(facts.fit_command), "--more")
     if "--out" not in words:
         return
 
@@ -231,6 +237,9 @@ def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]
         new[new.index("--out") + 1] = f"{facts.out.rstrip('/')}-2"
         return shlex.join([*new, *(w for name, v in options.items() for w in (f"--{name.replace('__', '.')}", str(v)))])
 
+    by_heart = any("by heart" in text for _, text in learning(facts))
+    if not by_heart:
+        yield "Go on with the training, for twice the updates:", shlex.join([*words, "--more", "2x"])
     if facts.has_vq and facts.vqgan_steps and metrics.get("psnr_db", SHARP) < SHARP:
         yield (
             "Sharper reconstructions (the VQGAN is trained twice as long):",

@@ -14,7 +14,7 @@ from torch import Tensor
 from digit.data.crops import gather_crops
 from digit.data.images import FolderSource, ImageSource, open_source
 from digit.data.listing import File, Listing, kind_of
-from digit.data.preprocess import PreprocessConfig, fit_batch
+from digit.data.preprocess import Fit, PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.pipeline.around import AREAS, Keep
 from digit.runtime import plots
@@ -129,7 +129,7 @@ def real_images(
     return gather_crops(source.subset([i for i in indices if i < len(source)]), preprocess)
 
 
-def read_keep(text: str, size: int) -> Keep:
+def read_keep(text: str, size: int, fit: Fit = "crop") -> Keep:
     """What --keep says: a fraction, the name of an area, or a picture as of `read_mask`. Raises DigitError."""
     try:
         return float(text)
@@ -138,17 +138,17 @@ def read_keep(text: str, size: int) -> Keep:
     if text in AREAS:
         return text
     if as_path(text).is_file():
-        return read_mask(as_path(text), size)
+        return read_mask(as_path(text), size, fit)
     raise DigitError(
         f"--keep {text}: give a fraction, one of {', '.join(AREAS)}, or the file of a black and white mask"
     )
 
 
-def read_mask(path: Path, size: int) -> Bool[Tensor, "S S"]:
+def read_mask(path: Path, size: int, fit: Fit = "crop") -> Bool[Tensor, "S S"]:
     """The pixels that a mask keeps: white ones, or of a picture with transparency opaque ones.
 
-    Resized and centre-cropped as pictures are, so that a mask of a picture's size fits it. Raises DigitError for
-    unreadable files, and where nothing or everything is kept.
+    Made square as pictures are, so that a mask of a picture's size fits it. Raises DigitError for unreadable files, and
+    where nothing or everything is kept.
     """
     try:
         with Image.open(path) as picture:
@@ -156,7 +156,8 @@ def read_mask(path: Path, size: int) -> Bool[Tensor, "S S"]:
             values = picture.convert("RGBA").getchannel("A") if clear else picture.convert("L")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DigitError(f"{path} cannot be read as a mask ({error}): give a black and white picture") from error
-    mask = fit_batch(torch.from_numpy(np.array(values.convert("RGB"))).permute(2, 0, 1)[None], size)[0, 0] >= 128
+    pixels = torch.from_numpy(np.array(values.convert("RGB"))).permute(2, 0, 1)[None]
+    mask = fit_batch(pixels, size, fit)[0, 0] >= 128
     if mask.all() or not mask.any():
         what = "everything" if mask.all() else "nothing"
         raise DigitError(f"{path} keeps {what}: paint what is kept white (or opaque), the rest black (or transparent)")

@@ -1,6 +1,7 @@
 """report.html of a run: what its numbers mean, its pictures beside real ones, and what to do next."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from digit.runs.findings import Facts, find, next_steps
 from digit.runs.fit import Run
 from digit.runs.judgement import Judgement, Pair, Ways
 from digit.runs.pictures import real_images, spread
+from digit.runs.previews import FOLDER, previews_html
 from digit.runs.status import read_losses
 from digit.runtime import lock
 from digit.runtime.files import atomic_path
 from digit.runtime.progress import Progress, format_duration
 
 PER_CLASS, COMPLETED = 10, 8
-PREVIEWS = "previews"  # folder of pictures of fixed seeds that training leaves
-SHOWN_PREVIEWS = 16
+PREVIEW = re.compile(f'<img src="{FOLDER}/([^"]+)" alt="([^"]*)">')
 MOST_BARS, HARDEST = 24, 20  # classes
 
 
@@ -258,14 +259,10 @@ def rebuilt(pipe: DigitPipeline, images: Tensor) -> Iterator[tuple[str, Tensor]]
 
 
 def growth_section(run: Run) -> Iterator[str]:
-    """Pictures of fixed seeds that training left, from the first to the last."""
-    files = sorted((run.out / PREVIEWS).glob("*.png")) if (run.out / PREVIEWS).is_dir() else []
-    if not files:
-        return
-    yield "<h2>How the samples grew</h2>"
-    for place in spread(len(files), SHOWN_PREVIEWS):
-        yield page.paragraph(files[place].stem.replace("_", " "), soft=True)
-        yield page.sheet(files[place].name, files[place].stem, files[place].read_bytes())
+    """Pictures of fixed seeds that training left, inside the page."""
+    yield PREVIEW.sub(
+        lambda found: page.sheet(found[1], found[2], (run.out / FOLDER / found[1]).read_bytes()), previews_html(run.out)
+    )
 
 
 def training_section(facts: Facts) -> Iterator[str]:

@@ -86,10 +86,17 @@ class Atlas:
                 self.tokens = torch.cat([self.tokens, tokens]) if len(self.tokens) else tokens
             self.images, self.labels = torch.cat([self.images, images]), torch.cat([self.labels, labels])
             yield len(self.images), len(self.wanted)
+        if not len(self.images):
+            raise DigitError("none of the training pictures can be read: start the studio with --data PATH")
 
     def judge_all(self) -> Iterator[tuple[int, int]]:
-        """Compute the judge's features that are missing; yields (done, wanted) after each step."""
+        """Compute the judge's features that are missing; yields (done, wanted) after each step.
+
+        Raises DigitError for fewer than two pictures, which have no distances from each other.
+        """
         yield from self.collect()
+        if len(self.images) < 2:
+            raise DigitError("the judge compares training pictures with each other, and there is only one")
         if self.judge is None:
             from digit.runs.report import load_judge
 
