@@ -86,7 +86,7 @@ def choose_base(argv: Sequence[str]) -> "Recipe":
     """
     from digit.planning.choice import ANY_MACHINE, choose_photos
     from digit.planning.machines import this_machine
-    from digit.released.download import offline
+    from digit.runtime.network import offline
     from digit.runs.changes import keep_length
     from digit.runs.recipes import get_recipe
     from digit.runtime.files import as_path

@@ -164,10 +164,9 @@ def crop_batches(
     loader = CropLoader(
         source, centre, indices=np.array(indices, dtype=np.int64), batch_size=JUDGED_TOGETHER, max_bad_fraction=1.0
     )
-    with loader.sharing_cores():
-        for batch in loader:
-            if batch.ok.any():
-                yield batch.images[batch.ok], batch.labels[batch.ok], batch.indices[batch.ok]
+    for batch in loader:
+        if batch.ok.any():
+            yield batch.images[batch.ok], batch.labels[batch.ok], batch.indices[batch.ok]
 
 
 def judge_real(judge: FrozenEncoder, source: ImageSource, cfg: PreprocessConfig, indices: Sequence[int]) -> Real:

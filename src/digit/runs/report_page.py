@@ -17,7 +17,7 @@ from digit.runs import page
 from digit.runs.findings import Facts, find, next_steps
 from digit.runs.fit import Run
 from digit.runs.judgement import Judgement, Pair, Ways
-from digit.runs.pictures import real_images, spread
+from digit.runs.pictures import real_images
 from digit.runs.previews import FOLDER, previews_html
 from digit.runs.status import read_losses
 from digit.runtime import lock
