@@ -83,7 +83,7 @@ def run_convert(parser: "ArgumentParser", argv: list[str]) -> None:
         say(line)
 
 
-def add_sampling_arguments(parser: "ArgumentParser") -> None:
+def add_sampling_arguments(parser: "ArgumentParser", files: str = "tokens.npz and samples.json") -> None:
     """Add --from, --out, --seed and the sampling options of both stages; without one the saved setting applies."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
     parser.add_argument(
@@ -92,7 +92,7 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
         help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT: base (default), base_cls, "
         "base_200epoch, base_cls_400epoch, large or large_cls",
     )
-    parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
+    parser.add_argument("--out", required=True, help=f"folder for PNGs, grid.png, {files}")
     parser.add_argument(
         "--seed",
         type=int,
@@ -162,7 +162,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, "and completions.json")
     parser.add_argument(
         "--keep",
         default="0.5",
@@ -215,7 +215,7 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, "and variations.json")
     parser.add_argument("--each", type=int, default=4, help="variations of each picture")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
     parser.add_argument(
@@ -276,9 +276,10 @@ def class_labels(pipe: "DigitPipeline", labels: "Tensor | None") -> "ClassPositi
 
 @command("export", "digit export runs/demo --out exported/")
 def run_export(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Export the decoder and a decoding step with torch.export, for programs without this package.
+    """Export the decoder and a decoding step for programs that have torch alone.
 
-    Each file is read again and compared with the pipeline. export.json says what goes in and what comes out.
+    torch.export writes them. Each file is read again and compared with the pipeline. export.json says what goes in and
+    what comes out.
     """
     parser.add_argument("run", help=FROM_HELP)
     parser.add_argument("--out", required=True, help="folder for the .pt2 files and export.json")

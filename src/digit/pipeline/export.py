@@ -15,6 +15,7 @@ Filters and random numbers are not exported: they belong to the program that sam
 Shapes: B images, P prefix tokens, M target tokens, V codes, S pixels.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ class Decoder(nn.Module):
 
     def __init__(self, vqgan: VQGAN) -> None:
         super().__init__()
-        self.vqgan = vqgan
+        self.vqgan = copy.copy(vqgan)  # without its encoder, which would fill half of the file
+        self.vqgan._modules = {name: part for name, part in vqgan._modules.items() if name != "encoder"}
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.vqgan.decode_tokens(tokens)
