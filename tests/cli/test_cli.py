@@ -113,6 +113,19 @@ def test_complete_takes_one_picture_or_a_folder(run_folder, tmp_path):
         assert len(list(out.glob("0*.png"))) == num
 
 
+def test_complete_takes_the_pictures_that_no_model_saw(run_folder, tmp_path, capsys):
+    for split, shade in (("train", 0), ("test", 255)):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        Image.new("L", (40, 40), shade).save(tmp_path / "data" / split / "cat" / "0.png")
+    line = ["complete", str(tmp_path / "data"), "--from", str(run_folder), "--pixels", "pasted"]
+    for out, more, shade in (("a", [], 255), ("b", ["--split", "train"], 0)):
+        assert main([*line, *more, "--out", str(tmp_path / out)]) == 0
+        assert f"pictures of the {'train' if more else 'test'} split of {tmp_path / 'data'}" in capsys.readouterr().out
+        (picture,) = (tmp_path / out).glob("0*.png")
+        assert (np.asarray(Image.open(picture))[0] == shade).all()
+    assert "has no splits" in fails(capsys, "complete", str(picture), *line[2:], "--split", "train", "--out", "c")
+
+
 @pytest.mark.parametrize("keep", ["left", "mask.png"])
 def test_complete_keeps_areas_and_masks(run_folder, tmp_path, monkeypatch, keep):
     monkeypatch.chdir(tmp_path)

@@ -67,6 +67,7 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
 DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
 HOLD_OUT_HELP = "test on every fifth image of DATA, although it has splits to test on"
+PICTURES_SPLIT_HELP = "split of a data set that has splits (default: validation, else test: no model saw those)"
 PIXEL_MAX_HELP = (
     "value of white in images of more than 8 bits per channel, such as 4095 for 12 bits (default: as the file states, "
     "or as the largest values of some images show)"

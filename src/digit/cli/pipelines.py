@@ -1,11 +1,13 @@
 """Commands on data and pipelines: inspect, convert, sample, complete, vary, export, info."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    PICTURES_SPLIT_HELP,
     PIXEL_MAX_HELP,
     SHEET,
     add_config,
@@ -161,6 +163,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     What is kept has its own pixels; next to it the sampled part is shifted so that no seam shows.
     """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
+    parser.add_argument("--split", default=None, help=PICTURES_SPLIT_HELP)
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     add_sampling_arguments(parser, "and completions.json")
     parser.add_argument(
@@ -214,6 +217,7 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     features of two pictures, cell by cell: what stands at other places fades, and does not move.
     """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
+    parser.add_argument("--split", default=None, help=PICTURES_SPLIT_HELP)
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     add_sampling_arguments(parser, "and variations.json")
     parser.add_argument("--each", type=int, default=4, help="variations of each picture")
@@ -256,10 +260,16 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None"]:
-    """The pipeline of --from, the first --num pictures at its size, and the class of each if --labels says so."""
+    """The pipeline of --from, the first --num pictures at its size, and the class of each if --labels says so.
+
+    Of a data set with splits they are those of its validation or else its test split: no model was trained on them.
+    """
+    from digit.evaluation.splits import chosen_on
     from digit.runs.pictures import load_images, open_images
 
-    source = open_images(args.images, args.pixel_max)
+    source, where = chosen_on(args.images, args.split, partial(open_images, pixel_max=args.pixel_max))
+    if where.startswith("the "):
+        say(f"pictures of {where}")
     say_assumptions(source)
     pipe = load_pipeline(args)
     images = load_images(source, pipe.preprocess, args.num)

@@ -15,7 +15,7 @@ from digit.data.crops import gather_crops
 from digit.data.images import FolderSource, ImageSource, open_source
 from digit.data.listing import File, Listing, kind_of
 from digit.data.preprocess import Fit, PreprocessConfig, fit_batch
-from digit.errors import DigitError
+from digit.errors import DigitError, NoSplitError
 from digit.pipeline.around import AREAS, Keep
 from digit.runtime import plots
 from digit.runtime.files import as_path, write_result
@@ -104,11 +104,16 @@ def require_free(folder: Path, record: str = COMPLETIONS) -> None:
 # -------------------------------------------------------------------- read
 
 
-def open_images(spec: str, pixel_max: int | None = None) -> ImageSource:
-    """Opens what `open_source` takes, or one image file, which is then the only image of its source."""
+def open_images(spec: str, pixel_max: int | None = None, *, split: str | None = None) -> ImageSource:
+    """Opens what `open_source` takes, or one image file, which is then the only image of its source and has no split.
+
+    Raises NoSplitError for a split that there is not, and as `open_source` does.
+    """
     path = as_path(spec)
     if not path.is_file() or kind_of(path.name) != "images":
-        return open_source(spec, pixel_max=pixel_max)
+        return open_source(spec, split=split, pixel_max=pixel_max)
+    if split is not None:
+        raise NoSplitError(f"{spec} is one image and has no splits: leave --split out")
     status = path.stat()
     source = FolderSource(path.parent, Listing([File(path.name, status.st_size, status.st_mtime_ns)]))
     source.find_pixel_range(pixel_max)
