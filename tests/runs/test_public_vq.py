@@ -1,8 +1,5 @@
 """A run on another project's VQ tokenizer, converted: tokens, models that start from its codes, samples."""
 
-import json
-from dataclasses import asdict
-
 import foreign_vq
 import pytest
 import torch
@@ -15,6 +12,7 @@ from digit.models.vqgan import VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.released.vq_tokenizers import FoundVQ
 from digit.runs.fit import Run
+from digit.runs.recipes import RECIPES
 from digit.tokenizers.vq import VQTokenizer
 from digit.training.vqgan import GANConfig
 
@@ -61,10 +59,10 @@ def test_a_recipe_s_published_tokenizer_is_fetched_and_converted_once(tmp_path, 
     monkeypatch.setattr("digit.released.convert.find_vq", lambda given: fetched.append(given) or FoundVQ(str(file)))
     sizes = VQGANConfig(resolution=32, channels=32, channel_mult=(1, 1, 1), z_channels=4, vocab_size=16)
     recipe = tiny_recipe(vqgan_start="llamagen_vq16", vqgan_training=GANConfig(num_steps=0), vqgan=sizes)
-    (tmp_path / "tiny.yaml").write_text(json.dumps(asdict(recipe)))
-    words = ["train", "renderer", SHAPES, "--recipe", "demo", "--config", str(tmp_path / "tiny.yaml"), "--out"]
+    monkeypatch.setitem(RECIPES, "tiny256", lambda: recipe)
+    words = ["train", "renderer", SHAPES, "--recipe", "tiny256", "--out"]
     assert main([*words, str(tmp_path / "run")]) == 0
     assert "VQ tokenizer of LlamaGen: 8 x 8 tokens of 16 codes at 32 px" in capsys.readouterr().err
     assert TokenStore.open(tmp_path / "run" / "tokens").vq.shape[1] == 64 and not (tmp_path / "run" / "vqgan").exists()
     assert main([*words, str(tmp_path / "again")]) == 0 and fetched == ["llamagen_vq16"]
-    assert main(["plan", "demo", "--config", str(tmp_path / "tiny.yaml"), "--images", "24", "--gpus", "1"]) == 0
+    assert main(["plan", "tiny256", "--images", "24", "--gpus", "1"]) == 0
