@@ -120,6 +120,10 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
         (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
         (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
+        (
+            not recipe.quantizer_cfg.pca, rf"{recipe.quantizer}\.whiten",
+            f"{recipe.quantizer}.pca is 0: set it to a number of components",
+        ),
     ]  # fmt: skip
 
 
@@ -373,11 +377,17 @@ def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) ->
 
 
 def check_codebook(recipe: Recipe, num_images: int) -> None:
-    """Raise DigitError where all images together give fewer patches than the codebook has codes."""
-    tokens = math.prod(blank_net(recipe.encoder).grid(recipe.encoder.input_size))
-    patches, codes = num_images * tokens, recipe.quantizer_cfg.vocab_size
+    """Raise DigitError where the codebook has more codes than all images together give patches, or the PCA in front of
+    it more components than a patch has features."""
+    net, cfg = blank_net(recipe.encoder), recipe.quantizer_cfg
+    if cfg.pca > net.dim:
+        raise DigitError(
+            f"{recipe.quantizer}.pca is {cfg.pca}, but the encoder gives {net.dim} features: set it to {net.dim} or less"
+        )
+    tokens = math.prod(net.grid(recipe.encoder.input_size))
+    patches, codes = num_images * tokens, cfg.vocab_size
     if patches < codes:
-        fewer = max(1, patches * codes // recipe.quantizer_cfg.min_points)
+        fewer = max(1, patches * codes // cfg.min_points)
         raise DigitError(
             f"{num_images} images give {patches} patches ({tokens} each), fewer than the {codes} codes of the "
             f"codebook: give more images, or {recipe.quantizer}.num_clusters {fewer} or less"

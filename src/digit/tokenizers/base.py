@@ -138,6 +138,11 @@ class QuantizerConfig(Protocol):
         ...
 
     @property
+    def pca(self) -> int:
+        """Principal components that it takes in place of the features; 0 takes the features as they are."""
+        ...
+
+    @property
     def min_points(self) -> int:
         """Features below which codes stand for too few of them; the subset of images grows to reach it."""
         ...

@@ -44,6 +44,11 @@ class KMeansConfig:
     """Precision of the distances during the iterations; auto takes bf16 where the hardware multiplies it fast."""
     device: str | None = None
     """Device that computes; null stays where the features are."""
+    pca: int = within("[0, inf)", 0)
+    """Cluster the features' first principal components, so many of them, in place of all features; 0 takes the features
+    as they are, as the paper does. One more pass over the images."""
+    whiten: bool = False
+    """Scale each principal component to variance 1, so that all of them count alike; nothing without pca."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -72,13 +77,16 @@ class KMeansConfig:
 
     def cost(self, num_features: int, dim: int) -> FitCost:
         """One product per iteration, 2 N D K FLOPs; points that exceed the memory budget are computed every time."""
-        num_points = self.max_points(num_features)
+        num_points, projection = self.max_points(num_features), 2.0 * num_features * dim * (dim + self.pca)
+        dim = self.pca or dim
         streamed = 4 * num_points * dim > (1 - CHUNK_SHARE) * self.memory_budget_bytes
+        flops = 2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1)
         return FitCost(
             num_points=num_points,
-            num_passes=self.num_iterations + 2 if streamed else 1,
-            flops=2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1),
+            num_passes=(self.num_iterations + 2 if streamed else 1) + bool(self.pca),
+            flops=flops + (projection if self.pca else 0.0),
             memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
             host_seconds=DRAWN_SECONDS * num_features,
-            description=f"K {self.num_clusters}, {self.num_iterations} iterations",
+            description=f"K {self.num_clusters}, {self.num_iterations} iterations"
+            + (f" of {self.pca} components" if self.pca else ""),
         )
