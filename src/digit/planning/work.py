@@ -68,7 +68,8 @@ class Work:
     @cached_property
     def encoder(self) -> Network:
         """The frozen encoder up to its layer."""
-        kind: Kind = "mobile net" if isinstance(self._encoder, EfficientNet) else "transformer"
+        net = getattr(self._encoder, "net", self._encoder)  # of several layers
+        kind: Kind = "mobile net" if isinstance(net, EfficientNet) else "transformer"
         side = self.recipe.encoder.input_size
         return self._count(lambda: self._encoder, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
 

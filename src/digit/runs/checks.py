@@ -118,6 +118,8 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
         (paths == {"released"} and differs, r"preprocess\.encoder_size", cut),
         (paths == {"released_kmeans"}, r"preprocess\.image_size", "crops are cut at preprocess.encoder_size: set that"),
         (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
+        (recipe.encoder.layers is not None, r"encoder\.layer", "encoder.layers is set: leave one of both out"),
+        (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
         (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
         (
