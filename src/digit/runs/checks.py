@@ -37,7 +37,7 @@ DECIDED_BY = {
     "vq_tokens": (*SHARED, *VQGAN, "crops_per_image"),
 }
 # the fields that a run does not read where it reuses the part; it still reads the others, such as the encoder
-MADE_BY = {"codebook": CODEBOOK[1:], "vqgan": VQGAN, "tokens": ("crops_per_image",)}
+MADE_BY = {"codebook": (*CODEBOOK[1:], "codebook_probe"), "vqgan": VQGAN, "tokens": ("crops_per_image",)}
 
 
 def check_recipe(

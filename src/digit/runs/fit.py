@@ -39,6 +39,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
+from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import Role, get_role, loss_arguments
@@ -182,11 +183,19 @@ class Run:
                     across_ranks=True,
                     folder=folder,
                 )
-                distributed.on_main(lambda: codebook.save(folder))
+                distributed.on_main(lambda: self._save_codebook(codebook.to(self.device), folder))
             codebook = load_quantizer(folder).to(self.device)
             DiscriminativeTokenizer(self.encoder, codebook)  # refuses a reused codebook of another encoder
             self._parts["codebook"] = codebook
         return self._parts["codebook"]
+
+    def _save_codebook(self, codebook: Quantizer, folder: Path) -> None:
+        """Measure what the codebook's tokens keep, and write it."""
+        tokenizer, recipe = DiscriminativeTokenizer(self.encoder, codebook), self.recipe
+        codebook.meta[QUALITY] = measure_quality(
+            tokenizer, self.source, recipe.preprocess, seed=recipe.seed, probe=recipe.codebook_probe
+        )
+        codebook.save(folder)
 
     def train_vqgan(self) -> VQTokenizer:
         """Stage vqgan: train the VQGAN, or read it where it is done."""

@@ -118,6 +118,9 @@ class Recipe:
     codebook_path: PathName = "released"
     """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
     code prepared its K-means features."""
+    codebook_probe: int = within("[0, inf)", 0)
+    """Images with labels on which a linear probe of the codebook's vectors is fitted (half of them) and tested, for
+    codebook.json; 0 makes none."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """Shape of the VQGAN, if it is trained from scratch."""
     vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes"] = "scratch"

@@ -23,6 +23,7 @@ from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, 
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
+from digit.runs.codebook_quality import quality_text
 from digit.runs.fit import Run
 from digit.runs.roles import get_role
 from digit.runtime import plots
@@ -106,6 +107,8 @@ def describe(pipe: DigitPipeline) -> str:
     if pipe.tokenizer is not None:
         about = pipe.tokenizer.encoder.describe()
         lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {about}")
+        if text := quality_text(pipe.tokenizer.codebook.meta):
+            lines.append(f"codebook   {text}")
     for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
         if model is not None:
             lines.append(f"{name:<11}{count(model)}, {model.cfg}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.layout import is_done, require_format
+from digit.runs.codebook_quality import quality_text
+from digit.runs.layout import RESULTS, is_done, require_format
 from digit.runs.roles import ROLES
 from digit.runtime import lock
 from digit.runtime.files import as_path, read_json
@@ -42,7 +43,7 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     """At most one line: done, how far, or nothing where it was not begun."""
     place = folder / stage
     if is_done(place, stage):
-        yield f"done{metrics_of(place)}"
+        yield f"done{quality_of(place) if stage == 'codebook' else metrics_of(place)}"
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"
     elif stage == "codebook" and list(place.glob("*.partial*")):
@@ -98,6 +99,16 @@ def metrics_of(place: Path) -> str:
         return shown(last_metrics(place))
     except (DigitError, OSError):
         return ""
+
+
+def quality_of(place: Path) -> str:
+    """What a codebook's tokens keep, in brackets."""
+    try:
+        about = read_json(place / RESULTS["codebook"])
+    except DigitError:
+        return ""
+    text = quality_text(about) if isinstance(about, dict) else ""
+    return f" ({text})" if text else ""
 
 
 def shown(metrics: dict[str, Any]) -> str:

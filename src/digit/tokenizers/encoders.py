@@ -214,7 +214,7 @@ class FrozenEncoder(nn.Module):
         """
         if self.layer != "pooled":
             raise DigitError(
-                f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled, without layers"
+                f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled and no layers"
             )
         return self._run(lambda net, x: net.pooled(x), images, dtype)
 

@@ -114,7 +114,7 @@ class PCA:
         return (projected.double() @ (self.components * self.scale[:, None]).double()).float()
 
     def of(self, features: "Features") -> "Features":
-        """Projected features, of an array or of a callable that iterates over them, with their numbers if it has any."""
+        """Projected features: of an array, or of a callable that iterates over them, with their numbers if any."""
         return mapped(features, self.project)
 
 
