@@ -18,6 +18,7 @@ from torch import Tensor
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
+from digit.models.tokenizer import levels_of
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline
@@ -96,8 +97,9 @@ def fill_cells(
             continue
         tokenizer = pipe.tokenizers[kind]
         own = tokenizer.encode(images).to(pipe.device).expand(num, -1)
+        kept = spread(keep, tokenizer.grid).flatten().repeat_interleave(levels_of(tokenizer))
         prefix = known[kind] = sample_around(
-            sampler, seeds, own, spread(keep, tokenizer.grid).flatten(), prefix=prefix, labels=rows, on_step=on_step
+            sampler, seeds, own, kept, prefix=prefix, labels=rows, on_step=on_step
         )
     if decoded is None:
         decoded = pipe.decode(known["vq"], cfg.precision).cpu()

@@ -25,7 +25,7 @@ from digit.data.pictures import Images, Output, as_images, as_output, check_outp
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.models.tokenizer import ImageTokenizer
+from digit.models.tokenizer import ImageTokenizer, levels_of, tokens_of
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
@@ -144,12 +144,15 @@ class DigitPipeline:
             ("renderer prefix vocabulary", prefix, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
         ]
-        tokens = self.tokenizer and math.prod(self.tokenizer.grid)
+        tokens = self.tokenizer and tokens_of(self.tokenizer)
+        levels = self.tokenizer and self.tokenizer.num_levels
         prefix_len = renderer.prefix_len if renderer else 0
         pairs += [
             ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
+            ("prior levels", prior and prior.levels, "levels of the codebook", levels),
+            ("renderer prefix levels", renderer and prefix_len and renderer.prefix_levels, "levels of the codebook", levels),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
             ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
             ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", self.preprocess.crop_size),
@@ -367,7 +370,7 @@ class DigitPipeline:
         images = fit_batch(images, self.image_size)
         classes = self.guess_labels(images) if labels is None else self._labels_of_each(images, labels)
         given = {
-            name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
+            name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep) * levels_of(tokenizer)]
             for name, tokenizer in self.tokenizers.items()
             if not (name == "vq" and self.renders_pixels)
         }
@@ -618,5 +621,5 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
 
 
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:
-    """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
+    """Cells in the kept first rows of a (rows, columns) grid: at least one row."""
     return max(1, round(keep * grid[0])) * grid[1]

@@ -17,6 +17,7 @@ from digit.runs.roles import ROLES, get_role
 from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net, resizes_positions
+from digit.tokenizers.quantizers import QUANTIZERS
 from digit.tokenizers.vq import asset_config
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
@@ -26,7 +27,7 @@ MIN_IMAGES = 2
 MODELS = ("prior", "renderer")
 # the fields of the recipe that decide a part, beside the data: where one of them changes, the part is made again
 CODEBOOK, VQGAN = (
-    ("encoder", "quantizer", "kmeans", "codebook_subset", "codebook_path"),
+    ("encoder", "quantizer", *QUANTIZERS, "codebook_subset", "codebook_path"),
     ("vqgan", "vqgan_start", "vqgan_training"),
 )
 SHARED = ("preprocess", "seed")
@@ -122,6 +123,11 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
         (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
         (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
+        *(
+            (True, rf"{other}\..*", f"quantizer is {recipe.quantizer}: set that to {other}")
+            for other in QUANTIZERS
+            if other != recipe.quantizer
+        ),
         (
             not recipe.quantizer_cfg.pca, rf"{recipe.quantizer}\.whiten",
             f"{recipe.quantizer}.pca is 0: set it to a number of components",
@@ -273,7 +279,8 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
     for name, number in sizes.items():
         if number > MAX_VOCAB:
             raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
-    unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
+    levels = recipe.quantizer_cfg.num_levels
+    unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, levels, levels=levels)
     for name, role in ROLES.items():  # heads, dropouts, vocabularies
         if role.settings != "pixels" or name in recipe.model_names:
             spaces = {"discriminative": unknown, "vq": TokenSpace(1, 1)}
@@ -385,6 +392,10 @@ def check_codebook(recipe: Recipe, num_images: int) -> None:
     if cfg.pca > net.dim:
         raise DigitError(
             f"{recipe.quantizer}.pca is {cfg.pca}, but the encoder gives {net.dim} features: set it to {net.dim} or less"
+        )
+    if recipe.quantizer == "product_kmeans" and cfg.num_levels > (seen := cfg.pca or net.dim):
+        raise DigitError(
+            f"product_kmeans.num_levels is {cfg.num_levels}, and there are {seen} numbers to cut into parts: set it lower"
         )
     tokens = math.prod(net.grid(recipe.encoder.input_size))
     patches, codes = num_images * tokens, cfg.vocab_size

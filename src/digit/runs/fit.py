@@ -330,7 +330,11 @@ class Run:
         """Start a model's tables from what its tokens stand for."""
         role, tokenizer = get_role(name), self.tokenizer()
         codebook = tokenizer.codebook
-        codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
+        if codebook.num_levels == 1:
+            codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
+        else:
+            vectors = codebook.level_vectors
+            codes = {"discriminative": (vectors - vectors.mean(1, keepdim=True)).flatten(0, 1)}  # (L K, D)
         grids = {"discriminative": tokenizer.grid}
         if role.target == "vq":
             vq = self.train_vqgan()
@@ -343,8 +347,9 @@ class Run:
         """SequenceConfig of a model, from the tokens at hand; makes the tokens where they are not done."""
         tokens = self.write_tokens()
         assert tokens.discriminative is not None  # a run's store holds them
-        rows = self.tokenizer().grid[0]
-        spaces = {"discriminative": TokenSpace(self.tokenizer().vocab_size, tokens.discriminative.shape[1], rows)}
+        own = self.tokenizer()
+        length = tokens.discriminative.shape[1]
+        spaces = {"discriminative": TokenSpace(own.vocab_size, length, own.grid[0], own.num_levels)}
         if self.recipe.has_vq_tokens and tokens.vq is not None:
             vq = self.train_vqgan()
             spaces["vq"] = TokenSpace(vq.vocab_size, tokens.vq.shape[1], vq.grid[0])
@@ -480,10 +485,15 @@ class Run:
 
 
 def near_codes(codebook: Quantizer) -> torch.Tensor:
-    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself."""
-    vectors = codebook.embed(torch.arange(codebook.vocab_size)).float().cpu()
-    distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
-    return distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices
+    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself.
+
+    Of several levels (L, K, n), for each level.
+    """
+    near = []
+    for vectors in codebook.level_vectors.float().cpu():
+        distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
+        near.append(distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices)
+    return near[0] if len(near) == 1 else torch.stack(near)
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:

@@ -19,7 +19,7 @@ from digit.sampling.config import CLASS_TOP_K, MASKED_TOP_P, SamplingConfig, Sta
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
-from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.config import KMeansConfig, ProductKMeansConfig, ResidualKMeansConfig
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import Optimizer, TrainConfig
 from digit.training.vqgan import GANConfig
@@ -87,11 +87,12 @@ class PixelSpec:
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes, number of tokens an image, and rows of their grid, of one kind of tokens."""
+    """Number of codes, number of tokens an image, rows of their grid, and tokens of each cell, of one kind of tokens."""
 
     vocab_size: int
     length: int
     rows: int = 1
+    levels: int = 1
 
 
 NO_TOKENS = TokenSpace(0, 0)
@@ -109,10 +110,15 @@ class Recipe:
     """The one preprocessing of codebook, tokens, training and evaluation."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Frozen encoder of the discriminative tokens."""
-    quantizer: Literal["kmeans"] = "kmeans"
-    """What turns features into discriminative tokens; its settings stand under its name."""
+    quantizer: Literal["kmeans", "residual_kmeans", "product_kmeans"] = "kmeans"
+    """What turns features into discriminative tokens: kmeans, as the paper does, or one of several codes for each
+    feature, which the prior predicts one after another; its settings stand under its name."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """K-means codebook of the discriminative tokens."""
+    residual_kmeans: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
+    """Codebook of several levels, each of which clusters what those before it leave."""
+    product_kmeans: ProductKMeansConfig = field(default_factory=ProductKMeansConfig)
+    """Codebook of several parts of the features, each clustered alone."""
     codebook_subset: float = within("(0, 1]", 0.1)
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
     codebook_path: PathName = "released"
@@ -239,6 +245,7 @@ class Recipe:
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
+            prefix_levels=prefix.levels,
             num_classes=num_classes if role.labels else 0,
             norm=role.norm if size.norm == "paper" else size.norm,
             qk_norm=size.qk_norm,
@@ -261,7 +268,7 @@ class Recipe:
             settings["image_size"] = self.preprocess.crop_size
         else:
             target = tokens[role.target]
-            settings |= {"vocab_size": target.vocab_size, "target_len": target.length}
+            settings |= {"vocab_size": target.vocab_size, "target_len": target.length, "levels": target.levels}
             settings["target_rows"] = target.rows if aligned else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
@@ -280,6 +287,7 @@ def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_
         image_size=image_size,
         prefix_vocab_size=prefix.vocab_size,
         prefix_len=prefix.length,
+        prefix_levels=prefix.levels,
         prefix_rows=prefix.rows,
         norm="pre",
         dropout=0.0,

@@ -20,6 +20,7 @@ from digit.data.shapes import CLASSES, ShapesSource
 from digit.errors import DigitError
 from digit.metrics.frechet import count_warnings
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, collect_features, fd, fit_linear_classifier
+from digit.models.tokenizer import first_level_vectors, levels_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
@@ -106,7 +107,8 @@ def describe(pipe: DigitPipeline) -> str:
     lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
     if pipe.tokenizer is not None:
         about = pipe.tokenizer.encoder.describe()
-        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {about}")
+        levels = f" of {n} levels" if (n := pipe.tokenizer.num_levels) > 1 else ""
+        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes{levels} on {pipe.tokenizer.grid}: {about}")
         if text := quality_text(pipe.tokenizer.codebook.meta):
             lines.append(f"codebook   {text}")
     for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
@@ -180,12 +182,8 @@ def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) ->
     """token_map.png: pictures beside the maps of their tokens; near codes have near colours."""
     rows, names = [real], ["picture"]
     for name, tokenizer in pipe.tokenizers.items():
-        vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-        rows.append(
-            plots.token_maps(
-                tokenizer.encode(real).cpu(), tokenizer.grid, plots.code_colours(vectors.cpu()), real.shape[-1]
-            )
-        )
+        colours, tokens = plots.code_colours(first_level_vectors(tokenizer).cpu()), tokenizer.encode(real).cpu()
+        rows.append(plots.token_maps(tokens[:, :: levels_of(tokenizer)], tokenizer.grid, colours, real.shape[-1]))
         names.append(f"{name}")
     plots.save_png(out / "token_map.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 

@@ -223,9 +223,9 @@ def fit_pca(
     signals = StopSignals() if kept else nullcontext()
     with distributed.alone(not across_ranks), signals as signals:
         if kept and (found := kept.load()):
-            pca = PCA.from_tensors(found)
+            pca = PCA.from_tensors(found[0])
             assert pca is not None, "written below"
-            return pca, float(found["explained"])
+            return pca, found[1]["explained"]
         moments = gather_moments(features, Shares(signals))
         values, directions = moments.variances()
         rank = int((values > FLAT * values[0]).sum())
@@ -236,5 +236,5 @@ def fit_pca(
         pca = PCA(moments.mean.cpu().float(), directions[:num].float().contiguous(), scale.float())
         explained = float(values[:num].sum() / values.sum())
         if kept:
-            kept.save(pca.tensors() | {"explained": torch.tensor(explained, dtype=torch.float64)})
+            kept.save(pca.tensors(), {"explained": explained})
     return pca, explained

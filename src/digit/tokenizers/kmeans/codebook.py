@@ -81,6 +81,16 @@ class Codebook:
         """What each code stands for, as features."""
         return self.centroids if self.pca is None else self.pca.restore(self.centroids)
 
+    @property
+    def num_levels(self) -> int:
+        """Codes of one feature."""
+        return 1
+
+    @property
+    def level_vectors(self) -> 'Float[Tensor, "1 K D"]':
+        """`vectors`, of the one level."""
+        return self.vectors[None]
+
     def tensors(self) -> dict[str, Tensor]:
         """What codebook.safetensors holds."""
         return {"centroids": self.centroids} | (self.pca.tensors() if self.pca else {})
@@ -129,8 +139,7 @@ class Codebook:
         save_tensors(folder / "codebook.safetensors", self.tensors())
         about = {"format": FORMAT_WITH_PCA if self.pca else FORMAT, "quantizer": KIND, "fingerprint": self.fingerprint}
         write_json(folder / "codebook.json", about | self.meta)
-        for name in (UNFINISHED, UNFINISHED_PCA):
-            (folder / name).unlink(missing_ok=True)
+        remove_unfinished(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -193,6 +202,12 @@ def fit_kmeans(
     pca, seen, about = project_features(cfg, features, across_ranks=across_ranks, folder=folder, request=request)
     fit = fit_centroids(cfg, seen, UNFINISHED, across_ranks=across_ranks, folder=folder, request=request, pca=pca)
     return Codebook(fit.centroids_.cpu(), metrics_of(fit) | about, pca)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what was kept of a fit until its result is saved."""
+    for path in folder.glob("*.partial.safetensors"):
+        path.unlink(missing_ok=True)
 
 
 def project_features(

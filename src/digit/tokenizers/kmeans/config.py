@@ -1,4 +1,4 @@
-"""Settings of K-means (paper, section 3.2)."""
+"""Settings of K-means (paper, section 3.2), and of its residual and product forms."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -66,6 +66,11 @@ class KMeansConfig:
         return self.num_clusters
 
     @property
+    def num_levels(self) -> int:
+        """Codes of one feature."""
+        return 1
+
+    @property
     def min_points(self) -> int:
         """Points that a fit should have at least."""
         return MIN_POINTS_PER_CODE * self.num_clusters
@@ -90,3 +95,42 @@ class KMeansConfig:
             description=f"K {self.num_clusters}, {self.num_iterations} iterations"
             + (f" of {self.pca} components" if self.pca else ""),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualKMeansConfig(KMeansConfig):
+    """Residual K-means: each level clusters what the levels before it leave of a feature."""
+
+    num_clusters: int = within("[1, inf)", 1024)
+    """Number of centroids K of each level."""
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Levels L: codes of one feature."""
+
+    def cost(self, num_features: int, dim: int) -> FitCost:
+        """That of K-means for each level."""
+        return of_levels(super().cost(num_features, dim), self.num_levels, self.num_levels, bool(self.pca))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductKMeansConfig(KMeansConfig):
+    """Product K-means: the features, or their principal components, are cut into parts, and each is clustered alone."""
+
+    num_clusters: int = within("[1, inf)", 1024)
+    """Number of centroids K of each part."""
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Parts, each a level: codes of one feature. With pca, the first part has the largest variance unless whitened."""
+
+    def cost(self, num_features: int, dim: int) -> FitCost:
+        """Passes for each part; all products together are those of K-means."""
+        return of_levels(super().cost(num_features, dim), self.num_levels, 1, bool(self.pca))
+
+
+def of_levels(cost: FitCost, num_levels: int, products: int, pca: bool) -> FitCost:
+    """What several levels take, from what one takes of the whole features; the pass of a PCA is made once."""
+    return replace(
+        cost,
+        num_passes=num_levels * (cost.num_passes - pca) + pca,
+        flops=products * cost.flops,
+        host_seconds=num_levels * cost.host_seconds,
+        description=f"{num_levels} levels, {cost.description}",
+    )
