@@ -34,8 +34,8 @@ def test_equals_scikit_learn(whiten):
     theirs = decomposition.PCA(5, whiten=whiten, svd_solver="full").fit(x.double().numpy())
     signs = np.sign((ours.components.numpy() * theirs.components_).sum(1))
     np.testing.assert_allclose(ours.mean, theirs.mean_, rtol=1e-6)
-    np.testing.assert_allclose(ours.components * signs[:, None], theirs.components_, atol=1e-6)
-    np.testing.assert_allclose(ours.project(x) * signs, theirs.transform(x.double().numpy()), atol=1e-4)
+    np.testing.assert_allclose(ours.components.numpy() * signs[:, None], theirs.components_, atol=1e-6)
+    np.testing.assert_allclose(ours.project(x).numpy() * signs, theirs.transform(x.double().numpy()), atol=1e-4)
     np.testing.assert_allclose(ours.scale, np.sqrt(theirs.explained_variance_) if whiten else 1, rtol=1e-5)
     assert explained == pytest.approx(theirs.explained_variance_ratio_.sum(), rel=1e-6)
 

@@ -6,8 +6,8 @@ The Transformer lets the tokens agree with each other. Its output becomes the in
 (`models/vqgan.py`), which can start from the weights of a trained one: what is left to learn then is the way from
 discriminative tokens into the VQGAN's latent space.
 
-Shapes: B images, P tokens (of several levels, positions) on a grid (r, c), D width, z and (h, w) channels and grid of the decoder's input, S pixels a
-side, n noise channels.
+Shapes: B images, P tokens on a grid (r, c) (cells of it, where each has tokens of several levels), D width, z and
+(h, w) channels and grid of the decoder's input, S pixels a side, n noise channels.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class PixelRenderer(SequenceModel):
     # ---------------------------------------------------------------- forward
 
     def latent(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B z h w"]:
         """The decoder's input."""
         embedded = embed_codes(self.prefix_embed, prefix, self.cfg.prefix_levels)
@@ -192,13 +192,13 @@ class PixelRenderer(SequenceModel):
         return x
 
     def render(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B 3 S S"]:
         """Images of discriminative tokens, nominally in [0, 1]."""
         return self.decoder(self.latent(prefix, noise))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # it has no target
-        self, prefix: Integers, noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Integers, noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B 3 S S"]:
         """As `render`, of tokens of any integer type. Raises MismatchError for tokens that the model does not know."""
         cfg = self.cfg
@@ -219,7 +219,7 @@ class PixelRenderer(SequenceModel):
         target: UInt8[Tensor, "B 3 S S"],
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Tensor | None = None,
-        noise: Float[Tensor, "B P n"] | None = None,
+        noise: Float[Tensor, "B N n"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean |x - x_hat| of images in [0, 1], and {"l1", "psnr"}: what validation reports. Training adds other losses
         (`training/pixels.py`)."""

@@ -4,9 +4,9 @@
     masked       [prefix (P) | start or class | target 0 .. M-1]   bidirectional; the output at P + 1 + i is target i's
 
 Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. Of a codebook with several levels, L
-tokens share a position (`models/depth.py`): the sequence then has P / L and M / L positions. As released, prefix and [start | target]
-have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
-output projection are separate. Not as released: no special symbols (released decoding forbids them), so
+tokens share a position (`models/depth.py`): the sequence then has P / L and M / L positions. As released, prefix and
+[start | target] have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input
+embedding and the output projection are separate. Not as released: no special symbols (released decoding forbids them), so
 the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
 (`models/aligned.py`), which is added to the target's positions: no position stands before the start symbol then.
 """
@@ -27,6 +27,7 @@ from digit.errors import DigitError, MismatchError
 from digit.models.aligned import AlignedPrefix, check_grid
 from digit.models.depth import DepthLevel, check_levels, depth_flops, embed_codes, embed_levels
 from digit.models.losses import linear_cross_entropy
+from digit.models.products import PackedLinear
 from digit.models.positions import sincos_2d
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.transformer import MAX_DEPTH, Added, Dropout, KVCache, Transformer, TransformerConfig
@@ -81,7 +82,7 @@ class SequenceConfig(TransformerConfig):
         check_levels("levels", self.levels, self.target_len)
         check_levels("prefix_levels", self.prefix_levels, self.prefix_len)
         if self.masked and self.levels > 1:
-            raise DigitError(f"levels is {self.levels}, and a masked model predicts one code at a position: set it to 1")
+            raise DigitError(f"levels is {self.levels}, but a masked model predicts one code a position: set it to 1")
         for name, rate, needed in (
             ("label_dropout", self.label_dropout, self.num_classes),
             ("prefix_dropout", self.prefix_dropout, self.prefix_len),
@@ -211,7 +212,8 @@ class SequenceModel(nn.Module):
         """Set token tables and output projection from code vectors, so that near codes start with near embeddings.
 
         Not as released (random tables); for short training: on CIFAR-10 tokens a renderer gains 0.35 nats a token in
-        its first 10,000 images. Of several levels, the codes of each follow those of the one before. Vectors are standardised and turned into the model's width by a random orthogonal map.
+        its first 10,000 images. Of several levels, the codes of each follow those of the one before. Vectors are
+        standardised and turned into the model's width by a random orthogonal map.
         """
         self.token_embed.weight[: len(codes)] = lift(codes, self.cfg.embed_dim)
         for head, rows in zip(self.heads, self.token_embed.weight[: len(codes)].chunk(self.cfg.levels), strict=True):
@@ -243,7 +245,7 @@ class SequenceModel(nn.Module):
             self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
-    def heads(self) -> list[nn.Linear]:
+    def heads(self) -> list[nn.Linear | PackedLinear]:
         """The projection to logits of each level."""
         return [self.head, *(level.head for level in self.depth)] if self.cfg.levels > 1 else [self.head]
 
@@ -321,19 +323,18 @@ class SequenceModel(nn.Module):
 
     def level_features(
         self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]
-    ) -> tuple[Float[Tensor, "*B D"], nn.Linear]:
-        """What the head of level J takes after the backbone's features, given the codes of the levels before; and it."""
+    ) -> Float[Tensor, "*B D"]:
+        """What the head of level J takes, from the backbone's features and the codes of the levels before it."""
         if not lower.shape[-1]:
-            return features, self.head
+            return features
         level = self.depth[lower.shape[-1] - 1]
         assert isinstance(level, DepthLevel)
         embedded = embed_levels(self.token_embed, lower, self.cfg.levels) * math.sqrt(self.cfg.embed_dim)
-        return level(features, embedded.to(features.dtype)), level.head
+        return level(features, embedded.to(features.dtype))
 
     def level_logits(self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]) -> Float[Tensor, "*B V"]:
         """Logits of a position's code of level J."""
-        seen, head = self.level_features(features, lower)
-        return head(seen)
+        return self.heads[lower.shape[-1]](self.level_features(features, lower))
 
     def with_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """sqrt(D) tokens + positions, (..., D). All position tables enter here, in training and in cached decoding."""
@@ -369,7 +370,7 @@ class SequenceModel(nn.Module):
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
-    ) -> Float[Tensor, "B L D"]:
+    ) -> Float[Tensor, "B N D"]:
         """The features whose `head` gives the logits of each target token; of several levels, of each position."""
         cfg = self.cfg
         if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
@@ -487,8 +488,8 @@ class SequenceModel(nn.Module):
         codes = target.view(-1, self.cfg.levels)  # (R, L)
         losses, parts = [], []
         for level in range(self.cfg.levels):
-            seen, head = self.level_features(features, codes[:, :level])
-            loss, metrics = linear_cross_entropy(seen, head.weight, codes[:, level], label_smoothing)
+            seen, weight = self.level_features(features, codes[:, :level]), self.heads[level].weight
+            loss, metrics = linear_cross_entropy(seen, weight, codes[:, level], label_smoothing)
             losses.append(loss)
             parts.append(metrics)
         nll = torch.stack([part["nll"] for part in parts])

@@ -32,7 +32,8 @@ LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
 ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
 VQ_TOKENS = "vq_tokens"  # of another store, which a new one links
-SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|kmeans\.num_clusters|crops_per_image")  # read even if it is reused
+# read even if it is reused
+SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|([a-z]+_)?kmeans\.num_(clusters|levels)|crops_per_image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -391,11 +391,11 @@ def check_codebook(recipe: Recipe, num_images: int) -> None:
     net, cfg = blank_net(recipe.encoder), recipe.quantizer_cfg
     if cfg.pca > net.dim:
         raise DigitError(
-            f"{recipe.quantizer}.pca is {cfg.pca}, but the encoder gives {net.dim} features: set it to {net.dim} or less"
+            f"{recipe.quantizer}.pca is {cfg.pca}, the encoder gives {net.dim} features: set it to {net.dim} or less"
         )
     if recipe.quantizer == "product_kmeans" and cfg.num_levels > (seen := cfg.pca or net.dim):
         raise DigitError(
-            f"product_kmeans.num_levels is {cfg.num_levels}, and there are {seen} numbers to cut into parts: set it lower"
+            f"product_kmeans.num_levels is {cfg.num_levels}, and there are {seen} numbers to cut: set it lower"
         )
     tokens = math.prod(net.grid(recipe.encoder.input_size))
     patches, codes = num_images * tokens, cfg.vocab_size

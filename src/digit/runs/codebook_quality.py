@@ -3,8 +3,8 @@
     quantization_error = sum ||x - q(x)||² / sum ||x - mean x||²
     token_change_20db  = share of the tokens that Gaussian noise of 20 dB changes (paper, Table 1)
 
-x are the encoder's features and q(x) the vectors of their codes. A renderer cannot know more of a picture than its tokens do: the first number is a floor for it. Shapes: N images, P
-tokens an image, D features.
+x are the encoder's features and q(x) the vectors of their codes. A renderer cannot know more of a picture than its
+tokens do: the first number is a floor for it. Shapes: N images, P tokens an image, D features.
 """
 
 import logging

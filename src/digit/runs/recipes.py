@@ -87,7 +87,7 @@ class PixelSpec:
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes, number of tokens an image, rows of their grid, and tokens of each cell, of one kind of tokens."""
+    """Of one kind of tokens: number of codes, of tokens an image, of rows of their grid, of tokens of each cell."""
 
     vocab_size: int
     length: int

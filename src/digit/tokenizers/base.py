@@ -132,6 +132,8 @@ class FitCost:
     """A few words for the table."""
     host_seconds: float = 0.0
     """Of one core, beside the products: drawing the sample."""
+    streamed: bool = False
+    """Whether the features exceed the memory budget, so that every iteration computes them again."""
 
 
 @runtime_checkable

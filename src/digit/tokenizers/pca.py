@@ -12,7 +12,7 @@ Shapes: n rows of a batch, D features, P kept directions.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class PCA:
         return {f"{PREFIX}mean": self.mean, f"{PREFIX}components": self.components, f"{PREFIX}scale": self.scale}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self | None:
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> "PCA | None":
         """The PCA among some tensors; None where there is none."""
         names = [f"{PREFIX}{name}" for name in ("mean", "components", "scale")]
         if not any(name in tensors for name in names):

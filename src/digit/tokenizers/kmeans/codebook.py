@@ -36,7 +36,9 @@ FORMAT, FORMAT_WITH_PCA = 1, 2
 KIND = "kmeans"  # of tokenizers.quantizers.QUANTIZERS
 UNFINISHED, UNFINISHED_PCA = "kmeans.partial.safetensors", "pca.partial.safetensors"  # in its folder, during the fit
 MANY_DEAD_CODES = 0.05  # of all; more is worth a warning
-SUMMARY_KEYS = ("num_codes", "dim", "num_images", "num_points", "inertia", "usage", "entropy", "dead_codes", "pca", "quality")
+SUMMARY_KEYS = (
+    "num_codes", "dim", "num_images", "num_points", "inertia", "usage", "entropy", "dead_codes", "pca", "quality",
+)  # fmt: skip
 
 
 @dataclass

@@ -92,6 +92,7 @@ class KMeansConfig:
             flops=flops + (projection if self.pca else 0.0),
             memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
             host_seconds=DRAWN_SECONDS * num_features,
+            streamed=streamed,
             description=f"K {self.num_clusters}, {self.num_iterations} iterations"
             + (f" of {self.pca} components" if self.pca else ""),
         )

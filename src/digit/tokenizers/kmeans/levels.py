@@ -20,6 +20,7 @@ from torch import Tensor
 
 from digit.errors import DigitError, MismatchError
 from digit.models.tokens import as_integers, require_range
+from digit.runtime import distributed
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
 from digit.runtime.hardware import choose_device
 from digit.tokenizers.kept import KeptTensors
@@ -141,7 +142,8 @@ class LevelCodebook:
         """
         tokens = as_integers("tokens", tokens)
         if not tokens.ndim or tokens.shape[-1] != self.num_levels:
-            raise MismatchError(f"tokens have shape {tuple(tokens.shape)}, this codebook takes (..., {self.num_levels})")
+            shape = tuple(tokens.shape)
+            raise MismatchError(f"tokens have shape {shape}, this codebook takes (..., {self.num_levels})")
         require_range("tokens", tokens, 0, self.vocab_size - 1, "this codebook")
         tokens = tokens.to(self.device)
         total = torch.stack([self.centroids[level][tokens[..., level]] for level in range(self.num_levels)]).sum(0)
@@ -168,7 +170,7 @@ class LevelCodebook:
         meta, tensors = read_json(folder / "codebook.json"), load_tensors(folder / "codebook.safetensors")
         valid = isinstance(meta, dict) and meta.get("format") == FORMAT and isinstance(meta.get("encoder", {}), dict)
         if not valid or meta.get("quantizer") not in (RESIDUAL, PRODUCT) or "centroids" not in tensors:
-            raise DigitError(f"{folder / 'codebook.json'} is not of a codebook of levels of format {FORMAT}: {MAKE_AGAIN}")
+            raise DigitError(f"{folder / 'codebook.json'} is of no codebook of levels of format {FORMAT}: {MAKE_AGAIN}")
         if not tensors["centroids"].is_floating_point():
             raise DigitError(f"{folder / 'codebook.safetensors'} is damaged (centroids): {MAKE_AGAIN}")
         about = {key: value for key, value in meta.items() if key not in ("format", "quantizer", "fingerprint")}
@@ -208,7 +210,19 @@ def fit_levels(
     request: dict[str, Any] | None = None,
 ) -> LevelCodebook:
     """The levels one after another, each in as many passes over the features as K-means takes."""
-    shared: dict[str, Any] = {"across_ranks": across_ranks, "folder": folder}
+    with distributed.alone(not across_ranks):
+        return _fit_levels(kind, cfg, features, folder, request)
+
+
+def _fit_levels(
+    kind: Literal["residual_kmeans", "product_kmeans"],
+    cfg: KMeansConfig,
+    features: "Features",
+    folder: str | Path | None,
+    request: dict[str, Any] | None,
+) -> LevelCodebook:
+    """`fit_levels` on the ranks that take part."""
+    shared: dict[str, Any] = {"across_ranks": distributed.world_size() > 1, "folder": folder}
     pca, seen, about = project_features(cfg, features, request=request, **shared)
     single = KMeansConfig(**{f.name: getattr(cfg, f.name) for f in fields(KMeansConfig)} | {"pca": 0, "whiten": False})
     centroids: list[Tensor] = []  # (K, P) of each finished level
@@ -220,7 +234,7 @@ def fit_levels(
         kept = None if folder is None else KeptTensors(as_path(folder) / f"level{level}.partial.safetensors", asked)
         found = kept and kept.load()
         if not found:
-            rest = mapped(seen, remainder(kind, centroids, cfg.num_levels))
+            rest = mapped(seen, remainder(kind, tuple(centroids), cfg.num_levels))
             fit = fit_centroids(
                 single, rest, f"kmeans{level}.partial.safetensors", request=asked, pca=pca, **shared
             )
