@@ -45,7 +45,8 @@ def test_a_position_is_the_sum_of_its_codes():
     embedded = model.embed(tokens)
     torch.testing.assert_close(embedded[:, 1:], math.sqrt(32) * wanted + model.positions[1:])
     for index in range(4):
-        torch.testing.assert_close(model.embed_token(tokens[:, 3 * index : 3 * index + 3], index), embedded[:, 1 + index])
+        own = model.embed_token(tokens[:, 3 * index : 3 * index + 3], index)
+        torch.testing.assert_close(own, embedded[:, 1 + index])
 
 
 def test_logits_see_earlier_codes_alone():

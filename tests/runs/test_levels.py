@@ -1,4 +1,4 @@
-"""Runs whose codebook gives several codes for each feature: every kind of renderer, completion, folder, report, plan."""
+"""Runs whose codebook gives several codes for each feature: every renderer, completion, folder, report, checks."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Sampling of several codes a position: the same tokens with and without cache, in fixed shapes, and from given ones."""
+"""Sampling of several codes a position: equal tokens with and without cache, in fixed shapes, and from given ones."""
 
 import pytest
 import torch

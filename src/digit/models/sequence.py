@@ -6,8 +6,8 @@
 Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. Of a codebook with several levels, L
 tokens share a position (`models/depth.py`): the sequence then has P / L and M / L positions. As released, prefix and
 [start | target] have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input
-embedding and the output projection are separate. Not as released: no special symbols (released decoding forbids them), so
-the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
+embedding and the output projection are separate. Not as released: no special symbols (released decoding forbids them),
+so the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
 (`models/aligned.py`), which is added to the target's positions: no position stands before the start symbol then.
 """
 

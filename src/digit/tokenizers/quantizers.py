@@ -50,7 +50,8 @@ QUANTIZERS = {
 
 def quantizer_of(cfg: QuantizerConfig) -> QuantizerKind:
     """The kind of quantizer that these settings are of."""
-    return next(kind for kind in QUANTIZERS.values() if type(cfg) is kind.config)
+    kinds = {kind.config: kind for kind in QUANTIZERS.values()}
+    return next(kinds[base] for base in type(cfg).__mro__ if base in kinds)  # one config may extend another
 
 
 def load_quantizer(folder: str | Path) -> Quantizer:
