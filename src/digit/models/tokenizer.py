@@ -41,12 +41,22 @@ class ImageTokenizer(Protocol):
         ...
 
 
-def levels_of(tokenizer: ImageTokenizer) -> int:
+@runtime_checkable
+class HasGrid(Protocol):
+    """What has tokens on a grid."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        ...
+
+
+def levels_of(tokenizer: object) -> int:
     """Tokens of each cell of a tokenizer's grid."""
     return int(getattr(tokenizer, "num_levels", 1))
 
 
-def tokens_of(tokenizer: ImageTokenizer) -> int:
+def tokens_of(tokenizer: HasGrid) -> int:
     """Tokens of an image."""
     return math.prod(tokenizer.grid) * levels_of(tokenizer)
 
