@@ -1,4 +1,5 @@
-"""Compares DiGIT's speed with other libraries in one run: faiss, scikit-learn, transformers, Pillow.
+"""Compares DiGIT's speed with other libraries in one run: faiss, scikit-learn, transformers, Pillow, and with the
+released decoding in plain torch.
 
     make env-bench && .venv/bin/python bench/compare.py            # all, about ten minutes on two cores
     .venv/bin/python bench/compare.py --only gpt2,dinov2 --json compare.json
@@ -42,13 +43,12 @@ from digit.tokenizers.encoders import PRECISIONS
 from digit.tokenizers.kmeans.kmeans import KMeans
 from digit.tokenizers.kmeans.nearest import nearest
 from digit.tokenizers.kmeans.points import open_points
+from plain_decoding import PlainPrior
 
 TOP_K = 200  # the paper's prior
 NO_TARGET = 0.0
 INERTIA_SLACK = 1.001  # within 0.1% of faiss
 MINIBATCH_PASSES, MINIBATCH_SIZE = 2, 4096  # scikit-learn: passes over the points, points per batch
-# tokens/s of the released incremental decoding, and of GPT-2 measured beside it, at the size small on such a machine
-RELEASED = {"fp32": (823, 610), "bf16": (1589, 690)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +171,27 @@ def compare_gpt2(size: Size, device: torch.device, repeats: int) -> Rows:
             size.model("prior", device), StageSampling(top_k=TOP_K), precision=precision, micro_batch_size=size.batch
         )
         times = run(partial(sample, range(size.batch)), gpt2(size, device, dtype), repeats, device)
-        count = size.batch * cfg.target_len
-        ours, (released, gpt2_then) = count / times["ours"].median, RELEASED[precision]
-        scaled = ours / (count / times["theirs"].median * released / gpt2_then)
         yield Comparison(
             case=f"prior {precision}",
             peer=f"transformers {transformers.__version__} GPT-2",
             unit="tokens",
-            count=count,
+            count=size.batch * cfg.target_len,
             **times,
             target=targets[precision],
-            note=f"{scaled:.2f}x the released code, estimated from its speed relative to GPT-2 (>= 1.5)",
-            holds=scaled >= 1.5,
         )
+
+
+def compare_released(size: Size, device: torch.device, repeats: int) -> Rows:
+    """The prior's sampling against the released code's incremental decoding, rendered in plain torch."""
+    cfg = size.sequence_config("prior")
+    for precision in size.precisions:
+        sample = make_sampler(
+            size.model("prior", device), StageSampling(top_k=TOP_K), precision=precision, micro_batch_size=size.batch
+        )
+        plain = PlainPrior(cfg).to(device, PRECISIONS[precision]).eval()
+        times = run(partial(sample, range(size.batch)), partial(plain.sample, size.batch, TOP_K), repeats, device)
+        labels = dict(case=f"prior {precision}", unit="tokens", count=size.batch * cfg.target_len)
+        yield Comparison(**labels, peer="plain torch, as released", **times, target=1.5)
 
 
 def gpt2(size: Size, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -261,6 +269,7 @@ PEERS = {
     "kmeans": ("faiss", compare_faiss),
     "sklearn": ("sklearn", compare_sklearn),
     "gpt2": ("transformers", compare_gpt2),
+    "released": ("torch", compare_released),
     "dinov2": ("transformers", compare_dinov2),
     "pillow": ("PIL", compare_pillow),
 }

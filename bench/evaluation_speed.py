@@ -2,10 +2,12 @@
 
     python bench/evaluation_speed.py                         # 1,000 samples against 50,000 x 2,048, cold and cached
     python bench/evaluation_speed.py 50000 50000 2048 --alone    # all measures, and each alone, without a cache
-    python bench/evaluation_speed.py 10000 10000 2048 --peers    # beside torchmetrics and scikit-learn, in turn
+    python bench/evaluation_speed.py 50000 50000 2048 --alone density    # and the slowest alone
+    python bench/evaluation_speed.py 10000 10000 2048 --peers    # beside torchmetrics and scikit-learn, in turn;
+                                                                 # needs the packages of the tests: make env-test
 
-`--alone` ends with the ratio of all to the slowest alone; with N and D divided by one number it stays about the same,
-since products of all pairs cost N² D and eigenproblems D³: `12500 12500 512 --alone` takes a 64th of the time.
+`--alone` ends with the ratio of all to the slowest alone. Products of all pairs cost N² D, eigenproblems D³, kernel
+distances D alone, so that smaller sizes have other ratios.
 """
 
 import argparse
@@ -14,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -37,14 +41,20 @@ ROWS = 1000  # rows of all pairs that the peers take at a time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", type=int, default=[1000, 50000, 2048], help="samples, reference, features")
-    parser.add_argument("--alone", action="store_true", help="also each measure alone, without a cache")
+    parser.add_argument(
+        "--alone",
+        nargs="*",
+        choices=MEASURES,
+        metavar="MEASURE",
+        help="also each of these alone, without a cache (all)",
+    )
     parser.add_argument("--peers", action="store_true", help="beside torchmetrics and scikit-learn")
     args = parser.parse_args()
     num, num_reference, dim = args.sizes
     if args.peers:
         beside_peers(num, num_reference, dim)
-    elif args.alone:
-        alone(num, num_reference, dim)
+    elif args.alone is not None:
+        alone(num, num_reference, dim, args.alone or list(MEASURES))
     else:
         cold_and_cached(num, num_reference, dim)
 
@@ -60,13 +70,13 @@ def cold_and_cached(num: int, num_reference: int, dim: int) -> None:
             report(f"{num} against {num_reference} x {dim}, reference {state}: {seconds}, {count} measures, {peak()}")
 
 
-def alone(num: int, num_reference: int, dim: int) -> None:
-    """All measures in one run, then each alone."""
+def alone(num: int, num_reference: int, dim: int, names: list[str]) -> None:
+    """All measures in one run, then some alone."""
     real, fake = make(num_reference, dim, 0, None), make(num, dim, 1, None)
     (wall, used), count = clocked(lambda: len(measure(fake, real).values))
     report(f"{num} against {num_reference} x {dim}, all {count} measures: {wall:.1f} s, {used:.1f} s CPU, {peak()}")
     times: dict[str, float] = {}
-    for name in MEASURES:
+    for name in names:
         fresh = [Features(**{**vars_of(one), "cache": None}) for one in (fake, real)]  # nothing kept of earlier runs
         (wall, times[name]), found = clocked(lambda name=name, fresh=fresh: measure(*fresh, {name}))
         report(f"  {name} alone: {wall:.1f} s, {times[name]:.1f} s CPU{''.join(found.left_out.values())}")
@@ -89,7 +99,7 @@ def beside_peers(num: int, num_reference: int, dim: int) -> None:
     x, y = fake.pooled, real.pooled
     rows: dict[str, tuple[Callable[[], float], str, Callable[[], float]]] = {
         "fd": (lambda: ours_fd(x, y), "torchmetrics", lambda: torchmetrics_fd(x, y)),
-        "is": (lambda: inception_score(fake.logits)[0], "torchmetrics", lambda: torchmetrics_is(fake.logits)),
+        "is": (lambda: inception_score(fake.logits)[0], "torchmetrics", lambda: torchmetrics_is(fake.logits.double())),
         "kd": (lambda: kernel_distance(x, y)[0], "torchmetrics", lambda: torchmetrics_kd(x, y)),
         "cmmd": (lambda: gaussian_distance(x, y).value, "scikit-learn", lambda: sklearn_cmmd(x, y)),
         "precision, recall": (lambda: ours_precision(y, x), "scikit-learn", lambda: sklearn_precision(y, x)),
@@ -106,20 +116,24 @@ def beside_peers(num: int, num_reference: int, dim: int) -> None:
         )
 
 
+def torchmetrics_module(name: str) -> ModuleType:
+    """A module of torchmetrics, without torchvision, as in our tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+    return import_module("reference_metrics").reference(f"torchmetrics.{name}")
+
+
 def ours_fd(x: Tensor, y: Tensor) -> float:
     a, b = FeatureStats.of(x), FeatureStats.of(y)
     return frechet_distance(a.mean, a.cov, b.mean, b.cov)
 
 
 def torchmetrics_fd(x: Tensor, y: Tensor) -> float:
-    from torchmetrics.image.fid import _compute_fid
-
     (a, s), (b, t) = (((z := part.double()).mean(0), z.T.cov()) for part in (x, y))
-    return float(_compute_fid(a, s, b, t))
+    return float(torchmetrics_module("image.fid")._compute_fid(a, s, b, t))
 
 
 def torchmetrics_is(logits: Tensor) -> float:
-    """The steps of its InceptionScore.compute, of shuffled logits."""
+    """The steps of its InceptionScore.compute, of shuffled logits; in their type, float64 here as ours."""
     p = logits[torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))]
     scores = []
     for part in p.softmax(1).chunk(10):
@@ -130,8 +144,7 @@ def torchmetrics_is(logits: Tensor) -> float:
 
 def torchmetrics_kd(x: Tensor, y: Tensor) -> float:
     """The steps of its KernelInceptionDistance.compute: 100 subsets of 1,000."""
-    from torchmetrics.image.kid import poly_mmd
-
+    poly_mmd = torchmetrics_module("image.kid").poly_mmd
     size, generator = min(1000, len(x), len(y)), torch.Generator().manual_seed(0)
     values = [
         poly_mmd(*(z[torch.randperm(len(z), generator=generator)[:size]].double() for z in (y, x))) for _ in range(100)

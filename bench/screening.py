@@ -17,22 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from digit.data.images import open_source
-from digit.metrics.frechet import FeatureStats
-from digit.metrics.judge import LinearClassifier, collect_features, fd, fit_linear_classifier
-from digit.metrics.neighbours import precision_recall
+from cifar_judge import CifarJudge
 from digit.models.sequence import training_flops
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
 from digit.runs.layout import is_done
 from digit.runs.recipes import Recipe, get_recipe, with_settings
-from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
-from digit.runtime.files import save_npy, write_json
+from digit.runtime.files import write_json
 
 GRID8 = {"encoder.layer": -6}  # stride 16: 8 x 8 of 112 features
 DROPS = {"prior.label_dropout": 0.1, "renderer.prefix_dropout": 0.1}
@@ -95,12 +90,10 @@ class Screening:
 
     def __init__(self, args: argparse.Namespace, out: Path) -> None:
         self.args, self.out, self.base = args, out, Path(args.base)
-        self.source, self.test = open_source(args.data, split="train"), open_source(args.data, split="test")
         self.recipe = replace(get_recipe("paper_cifar"), seed=args.seed)
-        self.judge = load_judge()
-        self.test_images, self.test_labels = real_images(self.test, self.recipe.preprocess, range(10_000))
-        self.truth = self.features("test", lambda: self.test_images)
-        self.classifier = self.fit_classifier()
+        judge = CifarJudge(args.data, self.recipe.preprocess, out)
+        self.source, self.figures = judge.source, judge.figures
+        self.test_images, self.test_labels = judge.test_images, judge.test_labels
         paper = Run(
             self.recipe,
             self.source,
@@ -114,33 +107,6 @@ class Screening:
 
     def shared(self, parts: tuple[str, ...]) -> dict[str, Path]:
         return {part: self.base / part for part in parts}
-
-    def features(self, name: str, images: Any) -> Tensor:
-        """Judged features of a named set, kept on disk."""
-        path = self.out / "features" / f"{name}.npy"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_npy(path, collect_features(images().split(64), self.judge.pooled).numpy())
-        return torch.from_numpy(np.load(path))
-
-    def fit_classifier(self) -> LinearClassifier:
-        """What recognises a sample as its class: fitted on 10,000 training images."""
-        images, labels = real_images(self.source, self.recipe.preprocess, spread(len(self.source), 10_000))
-        path = self.out / "classifier.safetensors"
-        if not path.exists():
-            fit_linear_classifier(self.features("train10000", lambda: images), labels).save(path)
-        return LinearClassifier.load(path)
-
-    def figures(self, name: str, images: Any, labels: Tensor) -> dict[str, float]:
-        """Distance to the test images, recall, and share recognised."""
-        found = self.features(name, images)
-        real = self.truth[: 4 * len(found)]
-        _, recall = precision_recall(real, found)
-        return {
-            "fd": round(fd(FeatureStats.of(found), FeatureStats.of(self.truth)), 1),
-            "recall": round(float(recall), 3),
-            "recognised": round(self.classifier.accuracy(found, labels[: len(found)]), 3),
-        }
 
     def run(self, name: str) -> None:
         """Trains a variant, and writes its figures to OUT/NAME_SEED.json."""

@@ -7,7 +7,7 @@ from PIL import Image
 from written_images import picture, write_folder
 
 from digit.data.images import open_source
-from digit.data.inspect import inspect_source
+from digit.data.inspect import FRAME, THUMBNAIL, as_fitted, glance, inspect_source
 
 
 def make(root):
@@ -73,3 +73,38 @@ def test_processes_see_what_threads_see(tmp_path, monkeypatch):
         reports.append(inspect_source(source))
     assert reports[0].to_dict() == reports[1].to_dict() and len(reports[0].bad) == 1
     assert [entry[0] for entry in reports[0].thumbnails] == [entry[0] for entry in reports[1].thumbnails]
+
+
+def portraits(root):
+    """Ten pictures of 60 x 100 pixels and two squares."""
+    root.mkdir()
+    for number in range(12):
+        Image.new("RGB", (100 if number < 2 else 60, 100), (number, 0, 0)).save(root / f"{number}.png")
+    return open_source(root)
+
+
+def test_what_a_crop_loses_is_said_with_the_option(tmp_path):
+    report = inspect_source(portraits(tmp_path / "data"))
+    said = report.advise_fit()
+    assert said.startswith("10 of 12 images are portrait, 0 landscape: crop cuts 33% of their area away (at most 40%)")
+    assert "--preprocess.fit pad keeps all" in said
+    assert "33% of each square are bars" in report.advise_fit("pad") and "out of shape" in report.advise_fit("squeeze")
+    assert inspect_source(open_source("shapes:num=4,size=32")).advise_fit() == ""
+
+
+def test_the_contact_sheet_frames_what_training_sees(tmp_path):
+    image = Image.new("RGB", (60, 100), (0, 0, 200))
+    cropped = as_fitted(image, "crop")
+    assert cropped.size == (THUMBNAIL, THUMBNAIL)
+    colours = {cropped.getpixel((THUMBNAIL // 2, y)) for y in range(THUMBNAIL)}
+    assert (0, 0, 200) in colours and (191, 191, 241) in colours and FRAME in colours  # kept, cut, the frame between
+    for fit in ("pad", "squeeze"):
+        square = as_fitted(image, fit)
+        assert square.size == (THUMBNAIL, THUMBNAIL) and square.getpixel((0, 0)) == FRAME
+        assert square.getpixel((3, THUMBNAIL // 2)) == (0, 0, 200)
+    inspect_source(portraits(tmp_path / "data")).save_contact_sheet(tmp_path / "sheet.png", "pad")
+
+
+def test_a_glance_reads_what_the_sheet_shows():
+    report = glance(open_source("shapes:num=300,size=16"))
+    assert report.num_images == 64 and len(report.thumbnails) == 64

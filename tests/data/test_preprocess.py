@@ -12,6 +12,7 @@ from digit.data.preprocess import (
     centre_crop,
     crop_image,
     fit_batch,
+    kept_share,
     place_crop,
     resize_short_side,
     resized_size,
@@ -113,3 +114,50 @@ def test_fit_batch_brings_any_batch_to_size():
     for wrong in (images.float(), images[0], images[:, :1]):
         with pytest.raises(DigitError, match=r"wanted RGB images \(B, 3, H, W\), uint8"):
             fit_batch(wrong, 16)
+
+
+# -------------------------------------------------------------------- pictures that are not square
+
+
+def test_squeeze_is_one_resize_of_the_whole_picture():
+    cfg = replace(CFG, fit="squeeze", flip=False)
+    wanted = np.asarray(picture().resize((16, 16), Image.Resampling.BICUBIC))
+    for crop in (-1, 0, 3):
+        np.testing.assert_array_equal(crop_image(picture(), cfg, seed=1, index=2, crop=crop), wanted)
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 30), (30, 40), (7, 100), (100, 1), (16, 16), (17, 16)])
+def test_pad_keeps_the_whole_picture_between_bars_of_its_edges_colour(width, height):
+    cfg = replace(CFG, fit="pad", flip=False)
+    got = crop_image(picture(width, height), cfg, seed=0, index=0, crop=0)
+    inner = [max(1, round(side * 16 / max(width, height))) for side in (width, height)]
+    whole = np.asarray(picture(width, height).resize(inner, Image.Resampling.BICUBIC))
+    left, top = (16 - inner[0]) // 2, (16 - inner[1]) // 2
+    np.testing.assert_array_equal(got[top : top + inner[1], left : left + inner[0]], whole)
+    if top:
+        assert (got[0] == whole[0].mean(0).round()).all() and (got[-1] == whole[-1].mean(0).round()).all()
+    if left:
+        assert (got[:, 0] == whole[:, 0].mean(0).round()).all() and (got[:, -1] == whole[:, -1].mean(0).round()).all()
+
+
+def test_only_mirroring_is_left_where_nothing_is_cut():
+    cfg = replace(CFG, fit="pad")
+    plain = crop_image(picture(), replace(cfg, flip=False), seed=0, index=0, crop=0)
+    crops = [crop_image(picture(), cfg, seed=0, index=0, crop=crop) for crop in range(8)]
+    assert all(np.array_equal(crop, plain) or np.array_equal(crop, plain[:, ::-1]) for crop in crops)
+    assert cfg.distinct_crops == 2 and replace(cfg, flip=False).deterministic and CFG.distinct_crops is None
+
+
+def test_the_shares_that_are_kept():
+    assert kept_share(40, 30, "crop") == kept_share(30, 40, "crop") == 0.75
+    assert kept_share(40, 30, "pad") == kept_share(40, 30, "squeeze") == kept_share(9, 9, "crop") == 1
+
+
+def test_the_released_way_is_described_as_before():
+    assert "fit" not in CFG.described() and replace(CFG, fit="pad").described()["fit"] == "pad"
+
+
+def test_a_batch_is_fitted_as_a_crop_is():
+    batch = torch.from_numpy(np.asarray(picture()).transpose(2, 0, 1)[None].copy())
+    got = fit_batch(batch, 16, "pad")[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(got, crop_image(picture(), replace(CFG, fit="pad"), seed=0, index=0, crop=-1))

@@ -101,6 +101,9 @@ def test_ranks_share_the_work(outputs):
 def test_figures_and_statistics_are_the_same(outputs):
     one, two = outputs
     assert (one / "result.json").read_bytes() == (two / "result.json").read_bytes()
+    assert "copying_toy" in json.loads((one / "result.json").read_text())["metrics"]  # of the held-out images
+    page = (one / "report" / "report.html").read_text().replace(str(one), "OUT")
+    assert page == (two / "report" / "report.html").read_text().replace(str(two), "OUT")
     whole = (one / "found.0.json").read_text().replace(str(one), "OUT")
     for rank in range(2):
         assert (two / f"found.{rank}.json").read_text().replace(str(two), "OUT") == whole

@@ -1,5 +1,6 @@
 """The sampling sweep: its settings and metrics, what is sampled and what is reused, and interrupted sweeps."""
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -47,8 +48,9 @@ def test_one_filter_of_one_stage_varies(pipe):
 
 def test_num_settings_bounds_what_is_sampled(pipe, reference, tmp_path, calls):
     run_sweep(pipe, reference, ToyJudge(), CFG, tmp_path, num=NUM)
-    assert SweepConfig(top_k=(1, 2), top_p=(0.5,)).num_settings == 7
-    assert len(calls) <= CFG.num_settings == 1 + 8 + 4
+    assert SweepConfig(top_k=(1, 2), top_p=(0.5,), cfg_scale=(2.0,)).num_settings == 9
+    assert SweepConfig(top_k=(1,), top_p=(0.5,), joint_guidance=True).num_settings == 1 + 2 * 6 + 16
+    assert len(calls) <= CFG.num_settings == 1 + 16 + 4
 
 
 def test_a_prior_setting_is_sampled_once(pipe, reference, tmp_path, calls):
@@ -58,6 +60,23 @@ def test_a_prior_setting_is_sampled_once(pipe, reference, tmp_path, calls):
     renderers = {str(entry["sampling"]["renderer"]) for entry in module._settings(result)}
     pairs = {str(entry["sampling"]) for entry in module._settings(result)}
     assert len(renderers) == 4 and len(calls) == len(pairs)
+
+
+def test_guidance_is_swept_where_a_model_was_trained_for_it(pipe, reference, tmp_path):
+    guided = copy(pipe)
+    guided.prior = copy(pipe.prior)
+    guided.prior.cfg = replace(pipe.prior.cfg, label_dropout=0.1)
+    cfg = SweepConfig(top_k=(0,), top_p=(1.0,), cfg_scale=(1.0, 2.0), joint_guidance=True)
+    result = run_sweep(guided, reference, ToyJudge(), cfg, tmp_path, num=NUM)
+    assert set(result["sweeps"]["prior"]) == {"top_k", "top_p", "cfg_scale"}
+    assert set(result["sweeps"]["renderer"]) == {"top_k", "top_p"}
+    none, two = result["sweeps"]["prior"]["cfg_scale"]
+    distance = ToyJudge().metric("fd")
+    assert none[distance] == result["default"][distance] != two[distance]
+    assert two["sampling"]["prior"] == result["default"]["sampling"]["prior"] | {"cfg_scale": 2.0}  # filters stay
+    assert result["joint_guidance"] is None  # the renderer has no null prefix
+    with pytest.raises(DigitError, match="cfg_scale"):
+        SweepConfig(cfg_scale=(1.0, -1.0))
 
 
 def test_metrics_equal_those_of_the_pipeline_itself(pipe, reference, tmp_path):

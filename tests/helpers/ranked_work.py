@@ -43,7 +43,7 @@ def make_small(change=setattr) -> None:
 
 def make_inputs(folder: Path) -> Path:
     """Samples and a reference for `digit evaluate`; one repeats, one is a copy; and sets with a broken image."""
-    for name, seed in (("samples", 0), ("reference", 1), ("cut", 2), ("unreadable", 2)):
+    for name, seed in (("samples", 0), ("reference", 1), ("cut", 2), ("unreadable", 2), ("held_out", 3)):
         images = np.random.default_rng(seed).integers(0, 256, (23, 16, 16, 3), dtype=np.uint8)
         if name == "samples":
             images[22] = images[1]
@@ -82,7 +82,7 @@ def judge_folders(inputs: Path, out: Path) -> tuple[int, list[str]]:
     how, pair = dict(cfg=cfg, network=network), (inputs / "samples", inputs / "reference")
     cached = dict(cfg=EvaluateConfig(cache=str(out / "cache")), network=network)
     found = [
-        evaluate(*pair, out=out / "result.json", **how),
+        evaluate(*pair, out=out / "result.json", report=out / "report", held_out=inputs / "held_out", **how),
         statistics_npz(inputs / "reference", out / "reference.npz", **how).sigma.tolist(),
         evaluate(inputs / "samples", out / "reference.npz", **how),
         evaluate(*pair, **cached),

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from toy_images import PatchEncoder
 
 from digit.data.preprocess import PreprocessConfig
 from digit.data.shapes import CLASSES
+from digit.models.pixels import PixelConfig, PixelRenderer
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
@@ -23,25 +25,44 @@ SIZE, CODES, VQ_CODES = 32, 7, 11
 SHAPE = dict(depth=1, embed_dim=16, num_heads=2)
 
 
-def studio_pipeline() -> DigitPipeline:
-    """Untrained: 32 px, 4 x 4 discriminative tokens of 7 codes, 8 x 8 VQ tokens of 11, the ten classes of shapes."""
-    torch.manual_seed(0)
+PRIOR = SequenceConfig(vocab_size=CODES, target_len=16, num_classes=len(CLASSES), label_dropout=0.1, **SHAPE)
+RENDERER = SequenceConfig(
+    vocab_size=VQ_CODES, target_len=64, prefix_vocab_size=CODES, prefix_len=16, norm="pre", **SHAPE
+)  # fmt: skip
+PIXELS = PixelConfig(
+    image_size=SIZE, prefix_vocab_size=CODES, prefix_len=16, prefix_rows=4, dropout=0.0, norm="pre", channels=8,
+    channel_mult=(1, 2, 2), num_res_blocks=1, z_channels=4, num_groups=4, noise_channels=2, **SHAPE,
+)  # fmt: skip
+
+
+def toy_vq() -> VQTokenizer:
     net = VQGANConfig(
         resolution=SIZE, channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, z_channels=4, vocab_size=VQ_CODES,
         num_groups=4,
     )  # fmt: skip
-    prior = SequenceConfig(vocab_size=CODES, target_len=16, num_classes=len(CLASSES), label_dropout=0.1, **SHAPE)
-    renderer = SequenceConfig(
-        vocab_size=VQ_CODES, target_len=64, prefix_vocab_size=CODES, prefix_len=16, norm="pre", **SHAPE
-    )
+    return VQTokenizer(VQGAN(net))
+
+
+def studio_pipeline(kind: str = "ar", **changes) -> DigitPipeline:
+    """Untrained: 32 px, 4 x 4 discriminative tokens of 7 codes, 8 x 8 VQ tokens of 11, the ten classes of shapes.
+
+    `kind` of the renderer: ar, masked, pixels (no VQ tokens), or vq for VQ tokens alone. `changes` are of its config.
+    """
+    torch.manual_seed(0)
+    preprocess, vq = PreprocessConfig(image_size=SIZE, encoder_size=SIZE), toy_vq()
+    if kind == "vq":
+        alone = SequenceConfig(vocab_size=VQ_CODES, target_len=64, num_classes=len(CLASSES), norm="pre", **SHAPE)
+        return DigitPipeline(vq=vq, renderer=SequenceModel(alone), preprocess=preprocess, classes=CLASSES)
+    tokenizer = DiscriminativeTokenizer(PatchEncoder(), Codebook(torch.rand(CODES, 3)))
+    prior = SequenceModel(PRIOR)
+    if kind == "pixels":
+        renderer = PixelRenderer(replace(PIXELS, **changes))
+    else:
+        renderer = SequenceModel(replace(RENDERER, masked=kind == "masked", **changes))
     return DigitPipeline(
-        tokenizer=DiscriminativeTokenizer(PatchEncoder(), Codebook(torch.rand(CODES, 3))),
-        vq=VQTokenizer(VQGAN(net)),
-        prior=SequenceModel(prior),
-        renderer=SequenceModel(renderer),
-        preprocess=PreprocessConfig(image_size=SIZE, encoder_size=SIZE),
+        tokenizer=tokenizer, vq=None if kind == "pixels" else vq, prior=prior, renderer=renderer, preprocess=preprocess,
         classes=CLASSES,
-    )
+    )  # fmt: skip
 
 
 class ToyJudge:

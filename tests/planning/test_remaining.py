@@ -6,7 +6,7 @@ import torch
 from tiny import SHAPES, tiny_recipe
 
 from digit.planning import remaining
-from digit.planning.remaining import REPORT, stages_of
+from digit.planning.remaining import REPORT, share_left, stages_of
 from digit.runs.fit import Run
 
 NAMES = ["codebook", "vqgan", "tokens", "prior", "renderer", REPORT]
@@ -30,3 +30,12 @@ def test_a_stage_that_is_done_or_carried_takes_none(run, tmp_path):
 def test_a_plan_that_fails_is_no_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(remaining, "this_machine", lambda device: 1 / 0)
     assert stages_of(Run(tiny_recipe(), SHAPES, tmp_path)).seconds == {}
+
+
+def test_a_training_that_goes_on_takes_what_is_left_of_it(run, tmp_path):
+    recipe = replace(tiny_recipe(), prior_training=replace(tiny_recipe().prior_training, num_steps=8))
+    reuse = {part: run.out / part for part in ("codebook", "vqgan", "tokens")}
+    longer = Run(recipe, SHAPES, tmp_path, reuse=reuse)
+    assert share_left(longer, "prior") == 1 and share_left(longer, "tokens") == 1
+    (tmp_path / "prior" / "checkpoints" / "step_00000006").mkdir(parents=True)
+    assert share_left(longer, "prior") == 0.25

@@ -283,6 +283,29 @@ def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_sa
         check(recipe, ["prior_training.warmup_steps"])
 
 
+def test_no_more_crops_are_stored_than_differ(tmp_path):
+    """A recipe's own number is lowered, a chosen one refused."""
+    recipe = change(tiny_recipe(), preprocess__fit="pad", crops_per_image=8)
+    assert recipe.without_equal_crops().crops_per_image == 2
+    assert change(recipe, preprocess__flip=False).without_equal_crops().crops_per_image == 1
+    assert change(recipe, preprocess__fit="crop").without_equal_crops().crops_per_image == 8
+    with pytest.raises(DigitError, match="an image has 2 different crops at most"):
+        check(recipe, ["crops_per_image"])
+    assert Run(recipe, "shapes:num=24,size=32", tmp_path).recipe.crops_per_image == 2
+
+
+def test_a_published_tokenizer_is_fetched_first():
+    recipe = get_recipe("photos256")
+    with pytest.raises(DigitError, match="digit convert --vqgan llamagen_vq16 --out llamagen_vq16 fetches it"):
+        check(recipe)
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(64, 64), (128, 128), (256, 256), (100, 64), (32, 64)])
+def test_a_carried_vqgan_takes_larger_crops_of_whole_tokens(size, resolution):
+    recipe = change(get_recipe("small"), preprocess__image_size=size)
+    assert vqgan_config(recipe).resolution == resolution
+
+
 @pytest.mark.parametrize(
     ("changed_settings", "kept"),
     [

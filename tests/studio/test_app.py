@@ -64,7 +64,9 @@ def test_about_tells_classes_settings_and_grids(client, pipe):
         "discriminative": {"grid": [4, 4], "codes": 7},
         "vq": {"grid": [8, 8], "codes": VQ_CODES},
     }
-    assert about["settings"]["prior"] == {"temperature": 1.0, "top_k": 200, "top_p": 1.0, "cfg_scale": 1.0}
+    filters = {"temperature": 1.0, "top_k": 200, "top_p": 1.0, "cfg_scale": 1.0, "cfg_schedule": "constant"}
+    assert about["settings"]["prior"] == filters and about["missing"] == {}
+    assert about["choices"]["cfg_schedule"] == ["constant", "linear", "cosine"]
     assert about["guidance"] == {"prior": True, "renderer": False}
     assert "num_steps" not in about["settings"]["renderer"]  # a setting of masked models
 
@@ -126,9 +128,22 @@ def test_settings_come_back_from_the_png(client):
     assert events(client.post("/api/draw", json=body)).only("picture")[0]["image"] == first["image"]
 
 
+def test_guidance_that_grows_is_that_of_generate(client, pipe):
+    settings = {"cfg_scale": 4.0, "cfg_schedule": "linear"}
+    found = events(client.post("/api/draw", json={"num": 2, "seed": 4, "labels": [3], "prior": settings}))
+    expected = pipe.generate(2, ClassPositions([3]), seed=4, batch_size=16, prior=settings)
+    assert torch.equal(torch.stack([pixels(p["image"]) for p in found.only("picture")]), expected)
+    assert "--prior.cfg_schedule linear" in found.only("start")[0]["commands"]["shell"]
+    back = client.post("/api/picture", content=bytes_of(found.only("picture")[0]["image"])).json()
+    assert back["settings"]["prior"]["cfg_schedule"] == "linear"
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
+        ({"prior": {"cfg_schedule": 1}}, "cfg_schedule"),
+        ({"prior": {"cfg_schedule": "x" * 99}}, "cfg_schedule"),
+        ({"renderer": {"order": "halton"}}, "order is given"),
         ({"num": 0}, "num"),
         ({"num": 65}, "num"),
         ({"num": 4.5}, "num"),
@@ -152,6 +167,11 @@ def test_settings_come_back_from_the_png(client):
 def test_mistakes_are_named_in_one_line(client, body, said):
     answer = client.post("/api/draw", json=body)
     assert answer.status_code == 400 and said in answer.json()["error"] and "\n" not in answer.json()["error"]
+
+
+def test_an_unknown_choice_is_named(client, unchecked):
+    answer = client.post("/api/draw", json={"prior": {"cfg_schedule": "sine"}})
+    assert answer.status_code == 400 and "it must be constant or linear or cosine" in answer.json()["error"]
 
 
 def test_guidance_of_a_stage_without_dropout_is_refused_in_the_stream(client):
@@ -346,7 +366,9 @@ PATHS = [
     "/" + "a" * 4000,
     "/api/runs/../../etc/curves", "/api/runs/..%2f..%2fetc/curves", "/api/runs/link/curves", "/api/runs/.hidden/curves",
     "/api/runs/first/pictures/config.json", "/api/runs/first/pictures/..%2fconfig.json", "/api/runs/nothing/curves",
-    "/api/runs/first/pictures/metrics.json", "/api/runs/no%20run/curves", "/api/compare?first=../first&second=second",
+    "/api/runs/first/previews/../config.json", "/api/runs/first/previews/..%2f..%2fconfig.json",
+    "/api/runs/first/previews//etc/passwd", "/api/runs/first/pictures/metrics.json",
+    "/api/runs/no%20run/curves", "/api/compare?first=../first&second=second",
     "/api/compare?first=first", "/api/data?start=x", "/api/data?num=1e9", "/api/patches/x", "/api/patches/-1x",
 ]  # fmt: skip
 

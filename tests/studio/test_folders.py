@@ -49,7 +49,23 @@ def test_each_run_is_told_in_a_few_words(client, runs):
     assert first["recipe"] == "tiny" and first["data"] == "shapes" and first["done"] and not first["at_work"]
     assert {"name": "codebook", "state": "done", "done": True} in first["stages"]
     assert first["metrics"] == {"psnr_db": 21.5, "recognised": 0.75} and first["bytes"] > 300
-    assert first["pictures"] == ["samples.png", "reconstructions.png"]
+    assert first["pictures"] == ["samples.png", "reconstructions.png"] and first["whole"] is None
+
+
+def test_the_time_that_a_run_still_takes(tmp_path):
+    """Step 20 of 40 at half a second a step; the renderer has not begun, and without tokens nothing tells its time."""
+    run = make_run(tmp_path / "half", done=False)
+    with (run / "prior" / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 20, "note": "loss 9 at step 20 in /home/me/runs"}) + "\n")
+    [found] = Folder(tmp_path).describe_all()
+    assert found["whole"] == {"seconds": 10.0, "unknown": ["renderer"]} and found["current"] == "prior"
+    assert found["message"] == "loss 9 at step 20 in runs" and found["ended"] is None
+
+
+def test_an_infinite_metric_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "metrics.json").write_text(f'{{"psnr": Infinity, "fd": 3, "many": {"9" * 400}}}')
+    assert Folder(tmp_path).describe_all()[0]["metrics"] == {"fd": 3}
 
 
 def test_curves_and_pictures(client):
@@ -57,6 +73,24 @@ def test_curves_and_pictures(client):
     assert curves["prior"]["nll"][0] == [2, 3.9] and len(curves["prior"]["loss"]) == 10
     picture = client.get("/api/runs/first/pictures/samples.png")
     assert picture.headers["content-type"] == "image/png" and picture.content.startswith(b"\x89PNG")
+
+
+def test_previews_are_shown_in_the_order_of_their_steps(tmp_path):
+    run = make_run(tmp_path / "run", done=False)
+    for model in ("prior", "renderer"):
+        (run / "previews" / model).mkdir(parents=True)
+        for step in (5, 10, 20, 40, 80, 160):
+            (run / "previews" / model / f"step_{step}.png").write_bytes(b"PNG")
+    (run / "previews" / "secret.png").symlink_to("/etc/passwd")
+    (run / "previews" / "notes.txt").write_text("x")
+    (run / "previews" / "linked").symlink_to("/etc")
+    place = Folder(tmp_path)
+    [found] = place.describe_all()
+    assert found["previews"] == [f"{m}/step_{n}.png" for m in ("prior", "renderer") for n in (10, 40, 160)]
+    assert place.preview("run", "prior/step_5.png").read_bytes() == b"PNG"
+    for name in ("secret.png", "notes.txt", "linked/passwd", "../config.json", "/etc/passwd", "", "prior"):
+        with pytest.raises(DigitError, match="no such picture"):
+            place.preview("run", name)
 
 
 def test_two_runs_side_by_side(client):
@@ -91,7 +125,7 @@ def test_a_log_that_anybody_may_have_written_does_no_harm(tmp_path):
     (run / "metrics.json").write_text('{"a": NaN, "b": [1], "c": 2}')
     (run / ".lock").write_text(json.dumps({"pid": 1, "host": "x", "command": "rm -rf /"}))
     place = Folder(tmp_path)
-    assert place.curves("run") == {"prior": {"nll": [[4, 2.0]]}}
+    assert place.curves("run") == {"prior": {"nll": [(4, 2.0)]}}
     [found] = place.describe_all()
     assert found["metrics"] == {"c": 2} and not found["at_work"] and "rm" not in json.dumps(found)
 
@@ -132,6 +166,16 @@ def test_a_fit_starts_and_stops(place):
     assert place.started["new"].wait(30) == 143
     with pytest.raises(DigitError, match="nothing to stop"):
         place.stop("new")
+
+
+def test_a_fit_that_fails_at_once_is_told(place, tmp_path, monkeypatch):
+    """It leaves no run folder: without this the page would show nothing at all."""
+    failing = tmp_path / "failing"
+    failing.write_text("import sys; print('no such path: /home/me/photos'); sys.exit(2)")
+    monkeypatch.setattr(folders, "PROGRAM", (sys.executable, str(failing)))
+    place.start("new", "demo", "shapes", 0)
+    assert place.started["new"].wait(30) == 2
+    assert place.starting() == [{"name": "new", "message": "no such path: photos", "ended": 2}]
 
 
 def make_config(out: Path) -> None:

@@ -51,6 +51,8 @@ def test_the_own_page_is_welcome(client):
     assert answer.status_code == 200
     headers = {"sec-fetch-site": "cross-site"}
     assert client.post("/api/draw", headers=headers, json={"num": 1}).status_code == 403
+    assert client.get("/api/examples", headers=headers).status_code == 403  # an <img> of another site sends no Origin
+    assert client.get("/", headers=headers).status_code == 200  # a link to the page
 
 
 def test_a_token_opens_the_page_once_and_stays_a_cookie(guarded):

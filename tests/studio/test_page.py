@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from studio_toys import ToyJudge, serving
+from studio_toys import SIZE, ToyJudge, serving, studio_pipeline
 
+from digit.data.shapes import ShapesSource
+from digit.studio.app import Studio
+from digit.studio.atlas import Atlas
+from digit.studio.folders import Folder
 from digit.studio.model import Model
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
@@ -109,7 +113,7 @@ def test_draw_shows_maps_then_pictures_with_seeds(page):
     lines = page.page.locator(".lines pre").all_inner_texts()
     assert lines[0].startswith("digit sample --from runs/toy --num 4 --seed 7 --labels cube")
     assert "pipe.generate(4, labels=['cube'], seed=7" in lines[1]
-    page.button("Show token maps").click()
+    page.button("Token maps").click()
     assert page.page.locator(".gallery.maps .map").first.evaluate("m => m.width") == 4
 
 
@@ -134,6 +138,19 @@ def test_settings_show_the_recipes_value_and_go_back_to_it(page):
     assert "--prior.temperature 0.95" in page.page.locator(".lines pre").first.inner_text()
     row.locator(".recipe").click()
     assert row.locator("output").inner_text() == "1" and "changed" not in row.get_attribute("class")
+
+
+def test_a_choice_shows_the_recipes_value_and_goes_back_to_it(page):
+    page.page.get_by_label("Guidance over the tokens").first.select_option("linear")
+    row = page.page.locator(".setting", has_text="Guidance over the tokens").first
+    assert "changed" in row.get_attribute("class")
+    assert row.locator("option").all_inner_texts() == ["constant (recipe)", "linear", "cosine"]
+    page.draw(1)
+    assert "--prior.cfg_schedule linear" in page.page.locator(".lines pre").first.inner_text()
+    page.button("Guidance over the tokens: back to the recipe's constant").click()
+    assert row.locator("select").input_value() == "constant" and "changed" not in row.get_attribute("class")
+    assert row.locator(".recipe").inner_text() == "guidance is off"  # and so it would change nothing
+    assert page.page.get_by_label("Guidance over the tokens").last.is_disabled()  # no dropout in its training
 
 
 def test_stop_ends_the_work(page, studio, monkeypatch):
@@ -243,6 +260,42 @@ def test_the_judge_shows_neighbours_with_their_scale(page):
     assert "Recognised" in page.page.locator(".facts").inner_text()
 
 
+def test_the_judge_stops_in_the_middle(page, monkeypatch):
+    def endless(self):
+        done = 0
+        while True:
+            done += 1
+            time.sleep(0.01)
+            yield done, 10**6
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Atlas, "judge_all", endless)
+        page.open("judge")
+        page.button("Draw 16 and judge them").click()
+        page.page.wait_for_selector("text=the judge looks at training pictures")
+        page.button("Stop").click()
+        page.page.wait_for_selector("text=stopped")
+        waiting = "async () => (await (await fetch('/api/waiting')).json()).waiting"
+        page.page.wait_for_function(f"async () => await ({waiting})() === 0")
+    page.button("Judge the 16 pictures drawn").click()
+    page.page.wait_for_selector(".judged article:nth-child(16)")
+
+
+def test_runs_tell_their_time_and_what_failed(page, studio, monkeypatch):
+    [run, *_] = studio.folder.describe_all()
+    told = {"at_work": True, "current": "prior", "left": 130.0, "done": False, "message": "loss jumped"}
+    told |= {"whole": {"seconds": 3700.0, "unknown": ["renderer_pixels"]}}
+    monkeypatch.setattr(studio.folder, "describe_all", lambda: [run | told])
+    failed = [{"name": "new", "message": "no such path: photos", "ended": 2}]
+    monkeypatch.setattr(studio.folder, "starting", lambda: failed)
+    page.open("runs")
+    card = page.page.locator(".run-card")
+    card.wait_for()
+    text = "prior: about 2 min 10 s left; the whole training: at least 1 h 1 min, beside renderer_pixels"
+    assert text in card.inner_text() and "loss jumped" in card.inner_text()
+    assert "no such path: photos" in page.page.get_by_role("article", name="new").inner_text()
+
+
 def test_runs_are_compared(page):
     page.open("runs")
     page.page.get_by_label("compare").first.check()
@@ -293,3 +346,64 @@ def test_long_words_do_not_break_the_page(browser, address, studio, monkeypatch)
     opened.show("long_words")
     opened.context.close()
     assert not opened.problems
+
+
+# ---------------------------------------------------------------- other kinds of pipelines
+
+
+def opened_on(browser, kind: str, source=None, **changes) -> Iterator[Page]:
+    studio = Studio(Model(studio_pipeline(kind, **changes), "toy", source), Folder(None))
+    for address in serving(studio):
+        opened = Page(browser, address)
+        yield opened
+        opened.context.close()
+        assert not opened.problems
+    studio.close()
+
+
+def test_a_renderer_straight_to_pixels(browser):
+    """Draw, complete and tokens work without VQ tokens, and the page says what the renderer does not have."""
+    for page in opened_on(browser, "pixels", ShapesSource(num=20, size=SIZE)):
+        page.draw(4)
+        assert "then all its pixels at once" in page.page.locator(".lede").inner_text()
+        assert "it has no settings" in page.page.locator("details").last.inner_text()
+        page.button("Complete: cube, seed 1").click()
+        page.page.wait_for_selector(".cells button")
+        page.button("Complete").click()
+        page.page.wait_for_selector(".tile:nth-child(4) img")
+        page.button("Variations").click()
+        page.page.wait_for_selector("img[alt='variation 4']")
+        page.open("tokens")
+        page.page.wait_for_selector(".patches .thumb")
+        assert page.page.locator(".board .cells").count() == 1
+        assert "This run has no VQ tokens" in page.page.locator(".lede").inner_text()
+        page.page.locator(".codes button").first.click()
+        page.page.wait_for_selector("text=1 token changed")
+        page.open("stability")
+        page.page.wait_for_selector("svg.chart polyline")
+        page.open("runs")
+        page.page.wait_for_selector("text=This studio has no folder of runs")
+
+
+def test_a_renderer_without_noise_says_that_nothing_varies(browser):
+    for page in opened_on(browser, "pixels", noise_channels=0):
+        page.open("complete")
+        page.page.wait_for_selector("text=There are no variations: this renderer draws equal tokens equally")
+        assert page.button("Variations").count() == 0
+
+
+def test_a_masked_renderer_has_steps_and_an_order(browser):
+    for page in opened_on(browser, "masked"):
+        page.page.get_by_label("Order").select_option("halton")
+        row = page.page.locator(".setting", has_text="Choice temperature")
+        assert row.locator(".recipe").inner_text() == "not used by halton"
+        page.draw(1)
+        assert "--renderer.order halton" in page.page.locator(".lines pre").first.inner_text()
+
+
+def test_vq_tokens_alone(browser):
+    for page in opened_on(browser, "vq", ShapesSource(num=20, size=SIZE)):
+        page.draw(1)
+        page.open("tokens")
+        page.page.wait_for_selector("text=A VQ code stands for the look of a few pixels")
+        assert "no discriminative ones" in page.page.locator(".lede").inner_text()

@@ -113,7 +113,7 @@ def run_to_the_end(argv: list[str]) -> int:
         return tell_stopped(stopped, argv)
     except DigitError as error:
         said = with_typed_output(with_typed_option(with_suggestion(str(error)), argv), argv)
-        return fail(said + other_folder(error, argv), 2)
+        return fail(said, 2)
     except OSError as error:
         return fail(str(error), 2)
     except KeyboardInterrupt:
@@ -194,15 +194,6 @@ def same_command(argv: Sequence[str]) -> str:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     nodes = [f"--nnodes={size // local}"] if size > local else ["--standalone"]
     return shlex.join(["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "digit", "--", *argv])
-
-
-def other_folder(error: DigitError, argv: Sequence[str]) -> str:
-    """Where --out holds a run with other settings: the command that makes this one beside it, from its parts."""
-    kept: dict[str, Path] | None = getattr(error, "kept", None)
-    if kept is None:
-        return ""
-    parts = f", from its {', '.join(kept)}" if kept else ""
-    return f"; or make this one beside it{parts}: {same_command(runs.beside(argv, kept))}"
 
 
 def fail(text: str, code: int) -> int:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from digit.pipeline.pipeline import DigitPipeline
 
 
-DEFAULT_RECIPE = "small"  # whose settings `digit fit` and `digit plan` show as defaults
+SHEET = "contact_sheet.png"
+DEFAULT_RECIPE = "photos"  # whose settings `digit fit` and `digit plan` show as defaults
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_HELP = (
     "folder or .zip of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset "
@@ -221,6 +222,27 @@ def refuse_nulls(parser: "ArgumentParser", args: Any) -> None:
         if not optional and option.option_strings and args.get(option.dest, option.default) is None:
             name = typed_name(parser, option.dest)
             raise DigitError(f"{name} is null: give it a value, or leave it out (see {parser.prog} --help)")
+
+
+def note(text: str) -> None:
+    """Say on stderr what was decided for the person; of several processes, one does."""
+    if launched_rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a page is asked for, and no run."""
+    return not {"-h", "--help", "--help-all", "--print_config"}.isdisjoint(argv)
+
+
+def value_of(argv: Sequence[str], option: str) -> str | None:
+    """The value of an option, read without a parser."""
+    for i, word in enumerate(argv):
+        if word == option and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(option + "="):
+            return word.split("=", 1)[1]
+    return None
 
 
 def say(text: str) -> None:

@@ -235,10 +235,11 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
 @command(
     "sweep",
     "digit sweep photos/val --from runs/photos --out sweep/\n"
-    "  digit sweep photos/val --from runs/photos --out sweep/ --joint true --top_k 50,100,200 --top_p 0.6,0.8,1",
+    "  digit sweep photos/val --from runs/photos --out sweep/ --joint true --top_k 50,100,200 --top_p 0.6,0.8,1\n"
+    "  digit sweep photos/val --from runs/photos --out sweep/ --joint_guidance true --cfg_scale 1,1.5,2,3",
 )
 def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Find good sampling settings: Frechet distance by top-k and top-p (paper, Figure 5)."""
+    """Find good sampling settings: Frechet distance by top-k, top-p (paper, Figure 5) and guidance."""
     from digit.evaluation import sweep
 
     parser.add_argument(

@@ -17,11 +17,10 @@ from jsonargparse import ArgumentParser
 MAX_OPTIONS = 20
 MIN_WIDTH = 20  # columns of a page, however narrow the terminal is
 _RUN = {
-    "data": "data --split --limit --labels_from --preprocess.image_size",
+    "data": "data --split --limit --labels_from --preprocess.image_size --preprocess.fit",
     "what is trained": "--recipe --config --encoder.name --encoder.weights --kmeans.num_clusters --renderer_kind "
     "--reuse_vqgan",
-    "size and length": "--prior.depth --prior.embed_dim --prior_training.num_steps --prior_training.batch_size "
-    "--renderer_training.num_steps",
+    "size and length": "--more --prior.depth --prior_training.num_steps --renderer_training.num_steps",
     "sampling": "--sampling.prior.top_p",
     "machine": "--device",
     "output": "--out --seed",
@@ -72,7 +71,7 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "machine": "--device --training.precision",
         "output": "--out --seed",
     },
-    "inspect": {"data": "path --split --limit --labels_from --pixel_max", "output": "--sheet"},
+    "inspect": {"data": "path --split --limit --labels_from --pixel_max", "output": "--fit --sheet"},
     "convert": {
         "files to convert": "--encoder --codebook --vqgan --prior --renderer",
         "what the files do not say": "--vqgan_format --renderer_kind --encoder_family --encoder_heads --encoder_layer "

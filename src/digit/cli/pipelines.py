@@ -7,6 +7,7 @@ from digit.cli.arguments import (
     DEVICE_HELP,
     FROM_HELP,
     PIXEL_MAX_HELP,
+    SHEET,
     add_config,
     add_reading,
     command,
@@ -23,8 +24,6 @@ from digit.runtime.files import as_path
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-SHEET = "contact_sheet.png"
-
 
 @command("inspect", "digit inspect photos/            # counts, classes, sizes, broken files, contact sheet")
 def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
@@ -32,6 +31,14 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("path", help=DATA_HELP)
     add_reading(parser)
     parser.add_argument("--sheet", default=SHEET, help="PNG file for the contact sheet; '' for none")
+    from digit.data.preprocess import Fit
+
+    parser.add_argument(
+        "--fit",
+        default="crop",
+        type=Fit,
+        help="show what training sees of each picture: crop, pad or squeeze (--preprocess.fit of digit fit)",
+    )
     args = parse(parser, argv)
     from digit.data.inspect import choose_sheet, inspect_source
     from digit.runtime.files import check_writable
@@ -41,8 +48,10 @@ def run_inspect(parser: "ArgumentParser", argv: list[str]) -> None:
         check_writable(sheet)
     report = inspect_source(open_data(args, args.path, say_notes=False))
     say(report.to_text())
+    if advice := report.advise_fit(args.fit):
+        say(f"  fit          {advice}")
     if sheet:
-        report.save_contact_sheet(sheet)
+        report.save_contact_sheet(sheet, args.fit)
         say(f"contact sheet: {sheet}")
 
 

@@ -1,9 +1,23 @@
 """The command plan: memory, time and cost before anything runs."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from digit.cli.arguments import CONFIG_HELP, DEFAULT_RECIPE, command, parse, read_config, say, typed_settings
+from digit.cli.arguments import (
+    CONFIG_HELP,
+    DEFAULT_RECIPE,
+    command,
+    note,
+    parse,
+    read_config,
+    say,
+    typed_settings,
+    value_of,
+    wants_help,
+)
 from digit.errors import DigitError
 from digit.runtime.settings import check_number
 
@@ -11,6 +25,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from digit.planning.machines import Machine
+    from digit.runs.recipe import Recipe
 
 IMAGENET_CLASSES = 1000
 MACHINE_OPTIONS = {
@@ -23,7 +38,8 @@ MACHINE_OPTIONS = {
 
 @command(
     "plan",
-    "digit plan small --images 2640                              # on this machine\n"
+    "digit plan photos --images 2640                             # on this machine, which decides size and length\n"
+    "  digit plan photos256 --gpu rtx4090 --images 3000 --classes 10\n"
     "  digit plan digit_base --gpus 8 --reuse vqgan                 # ImageNet-1k on eight H100\n"
     "  digit plan digit_large --gpus 64 --gpu-memory 40 --price 2.1 --reuse vqgan --prior_training.accumulate 4\n"
     "  digit plan digit_large --gpus 256 --reuse vqgan --images 1000000000 --epochs 1",
@@ -38,9 +54,10 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     name = argv[0] if argv and not argv[0].startswith("-") else DEFAULT_RECIPE  # for the help
     from digit.planning.machines import GPUS
     from digit.planning.stages import IMAGENET_IMAGES
-    from digit.runs.recipes import RECIPES, Recipe, get_recipe
+    from digit.runs.recipe import Recipe
+    from digit.runs.recipes import RECIPES
 
-    recipe = get_recipe(name)
+    recipe = planned_recipe(name, argv)
     parser.add_argument("recipe", help=f"recipe to plan: {', '.join(sorted(RECIPES))}")
     parser.add_argument("--images", type=int, default=IMAGENET_IMAGES, help="number of images in the data set")
     parser.add_argument(
@@ -99,6 +116,23 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
         from digit.runtime.files import write_json
 
         write_json(args.json, as_json(planner))
+
+
+def planned_recipe(name: str, argv: Sequence[str]) -> "Recipe":
+    """The recipe of this name; the one for any machine is chosen for the machine of the options, which it says."""
+    from digit.planning.choice import ANY_MACHINE, choose_photos
+    from digit.runs.recipes import get_recipe
+
+    if name != ANY_MACHINE or not argv or wants_help(argv):
+        return get_recipe(name)
+    options: dict[str, Any] = dict.fromkeys(MACHINE_OPTIONS) | {"gpu": value_of(argv, "--gpu")}
+    for option, kind in (("gpus", int), ("gpu_memory", float), ("price", float), ("cores", float)):
+        text = value_of(argv, f"--{option.replace('_', '-')}") or value_of(argv, f"--{option}")
+        with suppress(ValueError):  # the parser refuses it
+            options[option] = None if text is None else kind(text)
+    choice = choose_photos(choose_machine(SimpleNamespace(**options)))
+    note(str(choice))
+    return choice.recipe
 
 
 def choose_classes(given: int | None, class_conditional: bool) -> int:

@@ -1,7 +1,6 @@
 """Commands that train: fit and its stages codebook, tokenize and train; pretrain for encoders."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,14 +10,18 @@ from digit.cli.arguments import (
     DATA_HELP,
     DEFAULT_RECIPE,
     DEVICE_HELP,
+    SHEET,
     add_config,
     add_reading,
     command,
+    note,
     open_data,
     parse,
     read_config,
     say,
     typed_settings,
+    value_of,
+    wants_help,
 )
 from digit.errors import DigitError
 from digit.runtime import distributed
@@ -27,20 +30,37 @@ from digit.runtime.settings import changed
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from digit.runs.fit import Run
+    from digit.runs.recipe import Recipe
 
-def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
-    """Add DATA, --recipe, --out and one dotted option for each field of the recipe. Returns the recipe's name."""
-    from digit.runs.recipes import RECIPES, Recipe, get_recipe
+MORE_HELP = (
+    "go on from what is in --out for more updates of prior and renderer: a factor such as 2x or 1.5x, or a number of "
+    "updates; the schedule is that of the longer run from there on, the VQGAN stays"
+)
 
-    name = value_of(argv, "--recipe") or DEFAULT_RECIPE  # sets the defaults, so it is read before the parser exists
-    recipe = get_recipe(name)
+
+def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Recipe":
+    """Add DATA, --recipe, --out and one dotted option for each field of the recipe.
+
+    Returns the recipe whose settings are the defaults (`choose_base`).
+    """
+    from digit.runs.recipe import Recipe
+    from digit.runs.recipes import RECIPES
+
+    base = distributed.on_main(lambda: choose_base(argv))  # all processes of a job, one base
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument(
         "--recipe",
-        default=DEFAULT_RECIPE,
-        help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))}",
+        default=None,
+        help=f"recipe that sets the defaults shown here: {', '.join(sorted(RECIPES))} (default: that of the run in "
+        f"--out, for a new one {DEFAULT_RECIPE}, whose size and length suit this machine)",
     )
-    parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="run folder; run again with the same folder to continue, or with other settings: what these do not touch "
+        "is kept, what was there before goes to OUT/earlier",
+    )
     add_reading(parser)
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
@@ -54,67 +74,129 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> str:
     )
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(Recipe, as_group=True)
-    parser.set_defaults({f.name: _default(getattr(recipe, f.name)) for f in fields(recipe)})
-    return name
+    parser.set_defaults({f.name: _default(getattr(base, f.name)) for f in fields(base)})
+    return base
+
+
+def choose_base(argv: Sequence[str]) -> "Recipe":
+    """The recipe that sets the defaults of a run, read before the parser exists.
+
+    A run in --out keeps its settings where no recipe is typed, or the one for any machine; a recipe that is typed sets
+    all defaults, with the updates that --more gave the run. A new run without a recipe takes the one for any machine.
+    """
+    from digit.planning.choice import ANY_MACHINE, choose_photos
+    from digit.planning.machines import this_machine
+    from digit.released.download import offline
+    from digit.runs.changes import keep_length
+    from digit.runs.recipes import get_recipe
+    from digit.runtime.files import as_path
+    from digit.runtime.hardware import choose_device
+
+    name, out = value_of(argv, "--recipe"), value_of(argv, "--out")
+    if wants_help(argv):
+        return get_recipe(name or DEFAULT_RECIPE)
+    folder = as_path(out) if out else None
+    if name in (None, ANY_MACHINE) and folder and (there := settings_there(folder)) is not None:
+        return there
+    if name in (None, ANY_MACHINE):
+        choice = choose_photos(this_machine(choose_device(value_of(argv, "--device"))), online=not offline())
+        note(str(choice))
+        return choice.recipe
+    recipe = get_recipe(name)
+    typed = [word.partition("=")[0].removeprefix("--") for word in argv]
+    return keep_length(recipe, folder, typed) if folder else recipe
+
+
+def settings_there(out: Path) -> "Recipe | None":
+    """The settings of the run in a folder; None where there is none that can be read."""
+    from digit.runs.changes import read_recipe
+    from digit.runs.status import is_run
+
+    try:
+        return read_recipe(out) if is_run(out) else None
+    except (DigitError, OSError):
+        return None  # the run says what is wrong with it
 
 
 def _default(value: Any) -> Any:
     return asdict(cast(Any, value)) if is_dataclass(value) else value
 
 
-def value_of(argv: Sequence[str], option: str) -> str | None:
-    """The value of an option, read without a parser."""
-    for i, word in enumerate(argv):
-        if word == option and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(option + "="):
-            return word.split("=", 1)[1]
-    return None
-
-
-def make_run(args: Any, argv: Sequence[str], base: str) -> Any:
-    """Build the Run that parsed arguments describe; `base` is the recipe that set the defaults."""
+def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None = None) -> "Run":
+    """Build the Run that parsed arguments describe; `base` set the defaults, `more` lengthens the run in --out."""
+    from digit.runs.changes import with_more
     from digit.runs.checks import chosen_settings
     from digit.runs.fit import Run
     from digit.runs.layout import REUSABLE
-    from digit.runs.recipes import Recipe, get_recipe
+    from digit.runs.recipe import Recipe
+    from digit.runtime.files import as_path
 
-    if args.recipe != base:
+    if args.recipe != value_of(argv, "--recipe"):
         raise DigitError(
             f"--recipe {args.recipe} stands in a settings file, which is read too late for it: give it as an option"
         )
-    recipe = read_config(args, Recipe)
+    recipe, record = read_config(args, Recipe), None
     reuse = {part: folder for part in REUSABLE if (folder := getattr(args, f"reuse_{part}"))}
+    if recipe.published_vqgan and "vqgan" not in reuse:
+        reuse["vqgan"] = fetch_published(recipe.published_vqgan, recipe.preprocess.crop_size)
+    if more is not None:
+        longer = distributed.on_main(lambda: with_more(recipe, as_path(args.out), more))
+        recipe, record = longer.recipe, longer.record
     source = open_data(args, args.data)
-    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, get_recipe(base))]
-    return Run(recipe, source, args.out, reuse=reuse, device=args.device, chosen=chosen)
+    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, base)]
+    run = Run(
+        recipe,
+        source,
+        args.out,
+        reuse=reuse,
+        device=args.device,
+        chosen=chosen,
+        reuse_unchanged=True,
+        lengthened=record,
+    )
+    for text in run.notes:
+        note(text)
+    return run
 
 
-def beside(argv: Sequence[str], kept: Mapping[str, Path]) -> list[str]:
-    """The arguments of the same work in a new folder next to --out, which reuses the `kept` parts of the run there."""
-    words, given = [], value_of(argv, "--out") or ""
-    new = next(name for n in itertools.count(2) if not Path(name := f"{given.rstrip('/')}-{n}").exists())
-    for i, word in enumerate(argv):
-        after_out = i > 0 and argv[i - 1] == "--out"
-        words.append(new if after_out else f"--out={new}" if word.startswith("--out=") else word)
-    free = [part for part in kept if value_of(argv, f"--reuse_{part}") is None]
-    return [*words, *(word for part in free for word in (f"--reuse_{part}", str(kept[part])))]
+def fetch_published(name: str, size: int) -> Path:
+    """The folder of a published VQ tokenizer for pictures of `size` px; fetched and converted once."""
+    from digit.released.convert import ReleasedFiles, convert_release
+    from digit.runtime.files import cache_folder
+
+    folder = cache_folder() / "vq_tokenizers" / f"{name}-{size}"
+
+    def fetch() -> None:
+        if not (folder / "vqgan" / "vqgan.json").is_file():
+            for text in convert_release(ReleasedFiles(vqgan=name, image_size=size), folder):
+                note(text)
+
+    distributed.on_main(fetch)
+    return folder / "vqgan"
 
 
 @command(
     "fit",
-    "digit fit shapes --recipe demo --out runs/demo\n"
-    "  digit fit photos/ --recipe small --out runs/photos --prior.depth 8",
+    "digit fit photos/ --out runs/photos                         # size and length suit this machine\n"
+    "  digit fit photos/ --out runs/photos --more 2x               # go on: twice the updates\n"
+    "  digit fit photos/ --out runs/photos --prior.depth 8         # another prior, the rest is kept\n"
+    "  digit fit shapes --recipe demo --out runs/demo              # no pictures needed",
     ranks=True,
 )
 def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     """Train everything on your images, from codebook to renderer; write samples and a report.
 
-    Run the same command again to continue: finished stages are kept.
+    Run the same command again to continue: finished stages are kept. With other settings in the same folder every stage
+    that they do not touch is kept too, and what was there before goes to OUT/earlier. --more 2x goes on from what is
+    there.
     """
     base = add_run_arguments(parser, argv)
-    run = make_run(parse(parser, argv), argv, base)
+    parser.add_argument("--more", default=None, help=MORE_HELP)
+    args = parse(parser, argv)
+    run = make_run(args, argv, base, more=args.more)
+    distributed.on_main(lambda: show_fit(run))
     from digit.planning.remaining import stages_of
+    from digit.runs.changes import finish_lengthening
     from digit.runs.fit import fit
     from digit.runs.report import write_report
 
@@ -122,10 +204,24 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     pipe = fit(run, stages)
     with stages.enter("report"):
         page = distributed.on_main(lambda: write_report(run, pipe))
+    distributed.on_main(lambda: finish_lengthening(run.out))
     say(f"done: open {page}; more images: digit sample --from {run.out} --num 64 --out samples")
 
 
-@command("codebook", "digit codebook photos/ --recipe small --out runs/photos --kmeans.num_clusters 2048", ranks=True)
+def show_fit(run: "Run") -> None:
+    """Write OUT/contact_sheet.png: what training sees of the pictures. Say what it loses, before hours are spent."""
+    from digit.data.inspect import glance
+
+    sheet, fit = run.out / SHEET, run.recipe.preprocess.fit
+    if sheet.exists() and not run.notes:
+        return
+    report = glance(run.source)
+    report.save_contact_sheet(sheet, fit)
+    if advice := report.advise_fit(fit):
+        note(f"{advice}; {sheet} shows it")
+
+
+@command("codebook", "digit codebook photos/ --out runs/photos --kmeans.num_clusters 2048", ranks=True)
 def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     """Fit the codebook of discriminative tokens: K-means on features of a frozen encoder."""
     base = add_run_arguments(parser, argv)
@@ -134,7 +230,7 @@ def run_codebook(parser: "ArgumentParser", argv: list[str]) -> None:
     say(f"{run.out / 'codebook'}: {codebook.summary()}")
 
 
-@command("tokenize", "digit tokenize photos/ --recipe small --out runs/photos", ranks=True)
+@command("tokenize", "digit tokenize photos/ --out runs/photos", ranks=True)
 def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
     """Write discriminative and VQ tokens of every image; makes missing tokenizers first.
 
@@ -152,8 +248,7 @@ def run_tokenize(parser: "ArgumentParser", argv: list[str]) -> None:
 
 @command(
     "train",
-    "digit train prior photos/ --recipe small --out runs/photos\n"
-    "  digit train vq_ar photos/ --recipe small --out runs/photos   # baseline",
+    "digit train prior photos/ --out runs/photos\n  digit train vq_ar photos/ --out runs/photos   # baseline",
     ranks=True,
 )
 def run_train(parser: "ArgumentParser", argv: list[str]) -> None:

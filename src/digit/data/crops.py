@@ -26,10 +26,9 @@ def centre_crops(
     """
     centre = replace(cfg, random_crop=False, flip=False)
     loader = CropLoader(source.limit(num), centre, batch_size=batch_size, max_bad_fraction=1.0)
-    with loader.sharing_cores():
-        for batch in loader:
-            if batch.ok.any():
-                yield batch.images[batch.ok], batch.labels[batch.ok]
+    for batch in loader:
+        if batch.ok.any():
+            yield batch.images[batch.ok], batch.labels[batch.ok]
 
 
 def gather_crops(

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from digit.data.assumptions import NEARLY_BLACK, describe_image, is_nearly_black
 from digit.data.listing import CONTACT_SHEET, is_contact_sheet
+from digit.data.preprocess import Fit, PreprocessConfig, kept_share, squared
 from digit.data.source import ImageSource, readable
 from digit.data.synsets import short_name
 from digit.errors import BadImageError, DigitError
@@ -28,6 +29,8 @@ from digit.runtime.progress import track
 
 SHORT_SIDES = (32, 64, 128, 256, 512, 1024)  # bin edges of the size histogram, pixels
 NUM_THUMBNAILS, THUMBNAIL, CAPTION, GAP = 64, 96, 14, 4  # a count, then sizes in pixels
+PALE, FRAME = 0.75, (230, 90, 0)  # of what a crop cuts, towards white; around what it keeps
+MUCH_LOST = 0.1  # of the area: less is not spoken of
 NUM_SHOWN = 20  # classes and bad files that the text lists
 CHUNK = 128  # images decoded at a time
 MIN_IMAGES_FOR_PROCESSES = 2000  # fewer are read by threads as fast
@@ -108,8 +111,35 @@ class InspectReport:
         if len(self.classes) > NUM_SHOWN:
             yield f"               and {len(self.classes) - NUM_SHOWN} more"
 
-    def save_contact_sheet(self, path: str | Path) -> None:
-        """Writes a PNG of up to 64 images spread over the source, with class names; broken images are red."""
+    def kept_shares(self, fit: Fit = "crop") -> np.ndarray:
+        """float64 (good images,): the share of each image's area that training sees."""
+        return np.array(
+            [kept_share(w, h, fit) for w, h in zip(self.widths.tolist(), self.heights.tolist(), strict=True)]
+        )
+
+    def advise_fit(self, fit: Fit = "crop") -> str:
+        """What a square costs these images, in one sentence that names the option; "" where it is little.
+
+        Of `crop` it says how much is cut; of `squeeze` and `pad` how far the images are from square.
+        """
+        if not self.num_good or (lost := 1 - float(self.kept_shares().mean())) < MUCH_LOST:
+            return ""
+        portrait, landscape = int((self.heights > self.widths).sum()), int((self.widths > self.heights).sum())
+        shapes = f"{portrait} of {self.num_good} images are portrait, {landscape} landscape"
+        if fit == "crop":
+            least = float(self.kept_shares().min())
+            return (
+                f"{shapes}: crop cuts {lost:.0%} of their area away (at most {1 - least:.0%}); --preprocess.fit pad "
+                "keeps all of it between bars, squeeze keeps all of it out of shape"
+            )
+        what = f"{lost:.0%} of each square are bars" if fit == "pad" else "each is pulled out of shape"
+        return f"{shapes}: with preprocess.fit {fit} {what}; --preprocess.fit crop cuts {lost:.0%} of their area away"
+
+    def save_contact_sheet(self, path: str | Path, fit: Fit = "crop") -> None:
+        """Writes a PNG of up to 64 images spread over the source, with class names; broken images are red.
+
+        A frame shows what training sees with `fit`; what a centre crop cuts is pale.
+        """
         columns = max(1, math.ceil(math.sqrt(len(self.thumbnails))))
         rows = max(1, math.ceil(len(self.thumbnails) / columns))
         width, height = THUMBNAIL + GAP, THUMBNAIL + CAPTION + GAP
@@ -117,14 +147,36 @@ class InspectReport:
         canvas = ImageDraw.Draw(sheet)
         for number, (caption, picture) in enumerate(self.thumbnails):
             left, top = GAP + number % columns * width, GAP + number // columns * height
-            tile = picture or Image.new("RGB", (THUMBNAIL, THUMBNAIL), "darkred")
-            sheet.paste(ImageOps.pad(tile, (THUMBNAIL, THUMBNAIL), color="whitesmoke"), (left, top))
+            tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "darkred") if picture is None else as_fitted(picture, fit)
+            sheet.paste(tile, (left, top))
             canvas.text((left, top + THUMBNAIL), _fit_caption(canvas, caption), fill="black")
         with atomic_path(path) as temporary:
             about = PngInfo()
             about.add_text("Software", "DiGIT inspect")  # as `listing.is_contact_sheet` finds it
             about.add_text("Source", self.name)
             sheet.save(temporary, format="PNG", pnginfo=about)
+
+
+def as_fitted(picture: Image.Image, fit: Fit) -> Image.Image:
+    """A square thumbnail of a picture in a frame around what training sees of it; what a centre crop cuts is pale."""
+    if fit != "crop":
+        square = squared(picture.convert("RGB"), PreprocessConfig(image_size=THUMBNAIL, fit=fit))
+        ImageDraw.Draw(square).rectangle((0, 0, THUMBNAIL - 1, THUMBNAIL - 1), outline=FRAME)
+        return square
+    whole = ImageOps.contain(picture.convert("RGB"), (THUMBNAIL, THUMBNAIL))
+    pale = Image.blend(whole, Image.new("RGB", whole.size, "white"), PALE)
+    side = min(whole.size)
+    box = ((whole.width - side) // 2, (whole.height - side) // 2)
+    pale.paste(whole.crop((*box, box[0] + side, box[1] + side)), box)
+    ImageDraw.Draw(pale).rectangle((*box, box[0] + side - 1, box[1] + side - 1), outline=FRAME)
+    return ImageOps.pad(pale, (THUMBNAIL, THUMBNAIL), color="whitesmoke")
+
+
+def glance(source: ImageSource) -> InspectReport:
+    """As `inspect_source`, of the images that the contact sheet shows alone."""
+    labels = source.labels()
+    labels = np.full(len(source), -1, dtype=np.int64) if labels is None else labels
+    return inspect_source(source.subset(_choose(labels, NUM_THUMBNAILS)))
 
 
 def choose_sheet(path: str, source: str, *, named: bool) -> Path:

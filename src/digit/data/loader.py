@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, resize_short_side
+from digit.data.preprocess import ORDER_STREAM, PreprocessConfig, cut, philox, squared
 from digit.data.source import ImageSource
 from digit.errors import BadImageError, DigitError
 from digit.runtime import distributed
@@ -96,10 +96,10 @@ class BadImages:
 
 
 def read_resized(source: ImageSource, index: int, cfg: PreprocessConfig) -> tuple[np.ndarray, int]:
-    """Returns (uint8 (H, W, 3) with short side cfg.crop_size, label). Raises BadImageError naming the image."""
+    """Returns (uint8 (H, W, 3) of which crops are cut, label). Raises BadImageError naming the image."""
     image, label = source.read(index)
     try:
-        return np.asarray(resize_short_side(image, cfg.crop_size)), label
+        return np.asarray(squared(image, cfg)), label
     except BadImageError as error:
         raise BadImageError(f"{source.key(index)}: {error}") from error
 
@@ -176,16 +176,6 @@ class CropLoader:
         if threads < 2 or self.num_rows < MIN_ROWS_FOR_WORKERS or process.daemon or not forks:
             return 0
         return min(max(1, threads // 3), MAX_WORKERS)
-
-    @contextmanager
-    def sharing_cores(self) -> Iterator[None]:
-        """Gives up one torch thread per worker process, so that there are no more threads than cores."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads - self.num_workers))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
 
     def _batches(self) -> Iterator[tuple[CropBatch, list[tuple[int, str, str]]]]:
         batches = _Batches(self)

@@ -6,7 +6,7 @@ FOLDER/crops.json   what they were cut from; written last
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def mapped_crops(
     DigitError if no image can be read, or where the disk has no room.
     """
     centre = replace(cfg, random_crop=False, flip=False)
-    request = plain({"source": source.fingerprint, "images": len(source), "preprocessing": asdict(centre)})
+    request = plain({"source": source.fingerprint, "images": len(source), "preprocessing": centre.described()})
     if not distributed.on_main(lambda: is_cut(folder, request)):
         cut(folder, source, centre, request)
     images = np.load(folder / "images.npy", mmap_mode="c")  # changes stay in memory; torch warns of read-only maps
@@ -74,7 +74,7 @@ def write_share(array: ArrayFile, source: ImageSource, cfg: PreprocessConfig) ->
     share = distributed.share(len(source), BATCH)
     loader = CropLoader(source, cfg, batch_size=BATCH, max_bad_fraction=1.0, start_row=share.start)
     labels, ok = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=bool)]
-    with array, loader.sharing_cores():
+    with array:
         row = share.start
         for batch in islice(loader, math.ceil(len(share) / BATCH)):
             array.write(row, batch.images.numpy())

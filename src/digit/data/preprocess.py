@@ -7,8 +7,8 @@ The released code has two paths, and both exist under their names (RELEASED_CODE
     released_kmeans  PIL bicubic, short side -> encoder_size; crop encoder_size; flip.  Nothing later. K-means features.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from digit.data.pictures import Images
 
 PathName = Literal["released", "released_kmeans"]
+Fit = Literal["crop", "pad", "squeeze"]
 MASK_64 = 2**64 - 1
 CROP_STREAM, ORDER_STREAM = 0, 1  # independent random streams of one seed
 
@@ -37,6 +38,9 @@ class PreprocessConfig:
     """side of the crop in pixels on the path `released`; what the VQGAN sees"""
     encoder_size: int = within("[1, 4096]", 224)
     """side in pixels that the frozen encoder sees"""
+    fit: Fit = "crop"
+    """how a picture becomes square: crop, as the released code, cuts the longer side; pad keeps all of it between bars
+    of the mean colour of its edges; squeeze keeps all of it, out of shape"""
     random_crop: bool = True
     """crop at a random position (else at the centre)"""
     flip: bool = True
@@ -53,7 +57,18 @@ class PreprocessConfig:
     @property
     def deterministic(self) -> bool:
         """Whether every crop of an image is the same."""
-        return not (self.random_crop or self.flip)
+        return self.distinct_crops == 1
+
+    @property
+    def distinct_crops(self) -> int | None:
+        """How many different crops an image has at most; None where they are at random positions."""
+        if self.fit == "crop" and self.random_crop:
+            return None
+        return 2 if self.flip else 1
+
+    def described(self) -> dict[str, Any]:
+        """The settings, for manifests; without `fit` where it is the released code's, as older versions wrote them."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("fit", "crop")}
 
 
 def philox(seed: int, stream: int, index: int, sample: int) -> np.random.Generator:
@@ -80,6 +95,45 @@ def resize_short_side(image: Image.Image, short: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
+def squared(image: Image.Image, cfg: PreprocessConfig) -> Image.Image:
+    """The picture of which crops are cut: its short side `cfg.crop_size`, or already a square of that side (`cfg.fit`).
+
+    Raises BadImageError as `resize_short_side`.
+    """
+    size = cfg.crop_size
+    if cfg.fit == "crop":
+        return resize_short_side(image, size)
+    if cfg.fit == "pad":
+        return padded(image, size)
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def padded(image: Image.Image, size: int) -> Image.Image:
+    """The whole picture, its long side resized to `size`, between two bars, each of its edge's mean colour."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    inner = np.asarray(
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+    )
+    square = np.empty((size, size, 3), dtype=np.uint8)
+    top, left = (size - height) // 2, (size - width) // 2
+    square[:top], square[top:] = mean_colour(inner[0]), mean_colour(inner[-1])
+    if left or width < size:
+        square[:, :left], square[:, left:] = mean_colour(inner[:, 0]), mean_colour(inner[:, -1])
+    square[top : top + height, left : left + width] = inner
+    return Image.fromarray(square)
+
+
+def mean_colour(pixels: np.ndarray) -> np.ndarray:
+    """(n, 3) uint8 -> (3,) uint8, rounded."""
+    return pixels.mean(0).round().astype(np.uint8)
+
+
+def kept_share(width: int, height: int, fit: Fit) -> float:
+    """The share of a picture's area that each of its crops shows: 1 where nothing is cut."""
+    return min(width, height) / max(width, height) if fit == "crop" else 1.0
+
+
 def place_crop(
     width: int, height: int, cfg: PreprocessConfig, *, seed: int, index: int, crop: int
 ) -> tuple[int, int, bool]:
@@ -104,7 +158,7 @@ def crop_image(image: Image.Image, cfg: PreprocessConfig, *, seed: int, index: i
     Raises:
         BadImageError: the image is too long and thin to resize.
     """
-    resized = np.asarray(resize_short_side(image, cfg.crop_size))  # (H, W, 3)
+    resized = np.asarray(squared(image, cfg))  # (H, W, 3)
     return cut(resized, cfg, seed=seed, index=index, crop=crop)
 
 
@@ -116,13 +170,18 @@ def cut(resized: np.ndarray, cfg: PreprocessConfig, *, seed: int, index: int, cr
     return square[:, ::-1] if flipped else square
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop after resizing the short side to `size`: uint8 (size, size, 3). Raises as crop_image."""
-    return crop_image(image, PreprocessConfig(image_size=size), seed=0, index=0, crop=-1)
+def centre_crop(image: Image.Image, size: int, fit: Fit = "crop") -> np.ndarray:
+    """The centre crop after resizing the short side to `size`, or what else `fit` says: uint8 (size, size, 3).
+
+    Raises as crop_image.
+    """
+    return crop_image(image, PreprocessConfig(image_size=size, fit=fit), seed=0, index=0, crop=-1)
 
 
-def fit_batch(images: "Images", size: int) -> "torch.Tensor":
-    """Centre crops of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, size, size); a batch of that size is unchanged.
+def fit_batch(images: "Images", size: int, fit: Fit = "crop") -> "torch.Tensor":
+    """Centre crops of a batch, or what else `fit` says: uint8 (B, 3, H, W) -> uint8 (B, 3, size, size).
+
+    A batch of that size is unchanged.
 
     Takes what else `digit.data.pictures.as_images` takes; the images of a list may differ in size. Raises DigitError
     for anything else.
@@ -132,12 +191,12 @@ def fit_batch(images: "Images", size: int) -> "torch.Tensor":
     from digit.data.pictures import as_images
 
     if isinstance(images, list | tuple) and len(images) > 1:
-        return torch.cat([fit_batch([image], size) for image in images])
+        return torch.cat([fit_batch([image], size, fit) for image in images])
     images = as_images(images)
     if images.shape[2:] == (size, size):
         return images
     pictures = [Image.fromarray(picture) for picture in images.permute(0, 2, 3, 1).cpu().numpy()]
     crops = np.zeros((len(pictures), size, size, 3), dtype=np.uint8)
     for crop, picture in zip(crops, pictures, strict=True):
-        crop[:] = centre_crop(picture, size)
+        crop[:] = centre_crop(picture, size, fit)
     return torch.from_numpy(crops.transpose(0, 3, 1, 2).copy()).to(images.device)

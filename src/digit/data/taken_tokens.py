@@ -64,7 +64,8 @@ def crop_settings(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     On the path `released` the encoder scales its input from the crop, so that its own size decides none.
     """
     unused = {"encoder_size"} if preprocessing["path"] == "released" else {"image_size"}
-    return {name: value for name, value in preprocessing.items() if name not in unused}
+    usual = {"fit": "crop"}  # as manifests leave it out
+    return {name: value for name, value in preprocessing.items() if name not in unused and usual.get(name) != value}
 
 
 def _require_same_vq(store: TokenStore, request: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,10 +127,9 @@ def _batches(
 
     for first, count in _stretches(starts, batch_size):
         loader = crops(start_row=first)
-        with loader.sharing_cores():
-            rows = itertools.count(first, batch_size)
-            for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
-                yield row, batch, dict(loader.bad)
+        rows = itertools.count(first, batch_size)
+        for row, batch in zip(rows, on_device(itertools.islice(loader, count), device), strict=False):
+            yield row, batch, dict(loader.bad)
 
 
 def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
@@ -178,7 +176,7 @@ def _request(
         described |= {"codebook_hash": tokenizer.fingerprint, "tokenizer_hash": tokenizer.fingerprint} | own
     request = {"format": FORMAT} | described | {
         "vqgan_hash": None if vq is None else vq.fingerprint,
-        "preprocessing": asdict(preprocess),
+        "preprocessing": preprocess.described(),
         "source": {"name": source.name, "fingerprint": source.fingerprint, "num_images": len(images), "subset": subset},
         "crops_per_image": crops_per_image,
         "seed": seed,

@@ -120,7 +120,7 @@ def completions(
     labels: Sequence[int | str] | None,
 ) -> dict[float, Mapping[str, Tensor]]:
     """Fraction -> {"features" (N, D), "shown"}, cached; fraction 1 keeps all: the VQGAN's reconstruction."""
-    fitted, complete = fit_batch(images, pipe.image_size), completer(pipe, seed, labels)
+    fitted, complete = fit_batch(images, pipe.image_size, pipe.preprocess.fit), completer(pipe, seed, labels)
     request = {"pipe": pipeline_key(pipe), "sampling": asdict(pipe.sampling), "network": fingerprint(network)}
     request |= {"images": sha256_tensors({"images": fitted}), "seed": seed, "labels": labels and list(labels)}
 

@@ -213,6 +213,5 @@ def shared_crops(source: ImageSource, cfg: PreprocessConfig, batch_size: int) ->
         source, replace(cfg, random_crop=False, flip=False),
         batch_size=batch_size, max_bad_fraction=1.0, start_row=share.start,
     )  # fmt: skip
-    with loader.sharing_cores():
-        for batch in islice(loader, -(-len(share) // batch_size)):
-            yield batch.images[batch.ok], batch.labels[batch.ok]
+    for batch in islice(loader, -(-len(share) // batch_size)):
+        yield batch.images[batch.ok], batch.labels[batch.ok]

@@ -1,11 +1,13 @@
 """Figure 5 of the paper: distance and inception score by top-k and top-p of prior (stage 1) and renderer (stage 2).
 
 A sweep varies one filter of one stage; the stage's other filter is off, and the other stage keeps the pipeline's
-setting. The joint sweep crosses the prior's top-k with the renderer's top-p, the two that the paper uses (A.3).
+setting. The joint sweep crosses the prior's top-k with the renderer's top-p, the two that the paper uses (A.3). The
+scale of guidance, which the paper does not use, varies in each stage that was trained for it; the filters then stay.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from digit.sampling.config import SamplingConfig, StageSampling
 
 STAGES = {"prior": "prior (stage 1)", "renderer": "renderer (stage 2)"}
 FILTERS = {"top_k": 0, "top_p": 1.0}  # filter -> value that switches it off
+GUIDANCE = "cfg_scale"
+LABELS = {"top_p": "top-p", "top_k": "top-k", GUIDANCE: "scale of guidance"}
+JOINT = {"joint": ("top_k", "top_p"), "joint_guidance": (GUIDANCE, GUIDANCE)}  # prior's setting x renderer's setting
 NUM_SAMPLES = 1000  # per setting by default, also of `digit sweep`
 ONE_SPLIT = "one split has no deviation"
 
@@ -41,21 +46,29 @@ class SweepConfig:
     """Values of top-k, for both stages; 0 and values of at least the vocabulary size are off."""
     top_p: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
     """Values of top-p, for both stages; 1 is off."""
+    cfg_scale: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    """Scales of guidance, for the stages that were trained with label_dropout or prefix_dropout; 1 is none."""
     joint: bool = False
     """Also cross the prior's top-k with the renderer's top-p: a heat map of len(top_k) * len(top_p) settings."""
+    joint_guidance: bool = False
+    """Also cross the scales of both stages: a heat map of len(cfg_scale)^2 settings."""
 
     def __post_init__(self) -> None:
-        if not self.top_k or not self.top_p:
-            raise DigitError("top_k and top_p need at least one value each: 0 and 1 are off")
+        if not self.top_k or not self.top_p or not self.cfg_scale:
+            raise DigitError("top_k, top_p and cfg_scale need at least one value each: 0, 1 and 1 are off")
         if min(self.top_k) < 0:
             raise DigitError(f"top_k holds {min(self.top_k)}: it is a number of tokens, 0 keeps all")
         if not 0 < min(self.top_p) <= max(self.top_p) <= 1:
             raise DigitError(f"top_p is {list(self.top_p)}: give probabilities above 0 and at most 1")
+        for scale in self.cfg_scale:
+            StageSampling(cfg_scale=scale)  # checks it
 
     @property
     def num_settings(self) -> int:
         """Maximum number of settings to sample, including the pipeline's own."""
-        return 1 + 2 * (len(self.top_k) + len(self.top_p)) + self.joint * len(self.top_k) * len(self.top_p)
+        values = {name: len(getattr(self, name)) for name in (*FILTERS, GUIDANCE)}
+        joint = sum(getattr(self, name) * values[rows] * values[columns] for name, (rows, columns) in JOINT.items())
+        return 1 + 2 * sum(values.values()) + joint
 
 
 def run_sweep(
@@ -68,7 +81,7 @@ def run_sweep(
     num: int = NUM_SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Sample and score every setting; write sweep.json, sweep.png and, for a joint sweep, joint.png into `out`.
+    """Sample and score every setting; write sweep.json, sweep.png and, for joint sweeps, joint*.png into `out`.
 
     Args:
         pipe: with a prior, or VQ-only (its renderer alone is swept). Where the renderer goes straight to pixels, the
@@ -94,12 +107,14 @@ def run_sweep(
         "sweeps": {
             stage: {
                 name: [{name: value} | sweep.measure(varied(pipe, stage, name, value)) for value in getattr(cfg, name)]
-                for name in FILTERS
+                for name in (*FILTERS, *([GUIDANCE] if stage in sweep.guided else []))
             }
             for stage in stages
         },
-        "joint": joint(sweep, cfg) if cfg.joint and stages == list(STAGES) else None,
     }
+    for name, settings in JOINT.items():
+        both = stages == list(STAGES) and (name == "joint" or sweep.guided == stages)
+        result[name] = cross(sweep, cfg, *settings) if getattr(cfg, name) and both else None
     result["best"] = best(result)
     result["warnings"] = count_warnings(num, reference.count, reference.dim)
     return distributed.on_main(lambda: write(plain(result), out, sweep.vocab_sizes))
@@ -109,25 +124,27 @@ def write(result: dict[str, Any], out: Path, vocab_sizes: Mapping[str, int]) -> 
     """Write sweep.json and the plots; returns the result."""
     write_result(out / "sweep.json", result)
     plot_sweeps(out / "sweep.png", result, vocab_sizes)
-    if result["joint"]:
-        plot_joint(out / "joint.png", result)
+    for name in JOINT:
+        if result[name]:
+            plot_joint(out / f"{name}.png", result, name)
     return result
 
 
 def varied(pipe: DigitPipeline, stage: str, name: str, value: float) -> SamplingConfig:
-    """The pipeline's sampling with one filter of one stage set, and that stage's other filter off."""
-    changed = replace(getattr(pipe.sampling, stage), **FILTERS | {name: value})
+    """The pipeline's sampling with one setting of one stage changed; of a filter, that stage's other filter is off."""
+    changed = replace(getattr(pipe.sampling, stage), **(FILTERS if name in FILTERS else {}) | {name: value})
     return replace(pipe.sampling, **{stage: changed})
 
 
-def joint(sweep: "Sweep", cfg: SweepConfig) -> dict[str, Any]:
-    """Metrics of every pair as a list of rows: rows are the prior's top-k, columns the renderer's top-p."""
+def cross(sweep: "Sweep", cfg: SweepConfig, of_prior: str, of_renderer: str) -> dict[str, Any]:
+    """Metrics of every pair as a list of rows: rows are values of the prior's setting, columns of the renderer's."""
     rows = []
-    for k in cfg.top_k:
-        prior = varied(sweep.pipe, "prior", "top_k", k).prior
-        pairs = [replace(varied(sweep.pipe, "renderer", "top_p", p), prior=prior) for p in cfg.top_p]
-        rows.append([sweep.measure(pair) for pair in pairs])
-    return {"prior_top_k": cfg.top_k, "renderer_top_p": cfg.top_p, "metrics": rows}
+    for value in getattr(cfg, of_prior):
+        prior = varied(sweep.pipe, "prior", of_prior, value).prior
+        pairs = [varied(sweep.pipe, "renderer", of_renderer, other) for other in getattr(cfg, of_renderer)]
+        rows.append([sweep.measure(replace(pair, prior=prior)) for pair in pairs])
+    prior, renderer = getattr(cfg, of_prior), getattr(cfg, of_renderer)
+    return {f"prior_{of_prior}": prior, f"renderer_{of_renderer}": renderer, "metrics": rows}
 
 
 class Sweep:
@@ -144,7 +161,9 @@ class Sweep:
         self.labels = pipe.labels(num)
         stages = [stage for stage in STAGES if getattr(pipe, stage)]
         stages = [stage for stage in stages if not (stage == "renderer" and pipe.renders_pixels)]  # it has no filters
-        self.vocab_sizes = {stage: getattr(pipe, stage).cfg.vocab_size for stage in stages}
+        models = {stage: getattr(pipe, stage).cfg for stage in stages}
+        self.vocab_sizes = {stage: model.vocab_size for stage, model in models.items()}
+        self.guided = [stage for stage, model in models.items() if model.label_dropout or model.prefix_dropout]
         self.metrics = {name: network.metric(name) for name in ("fd", "is")}
         self._results: dict[str, dict[str, Any]] = {}
 
@@ -253,7 +272,8 @@ def protocol(sweep: Sweep) -> dict[str, Any]:
         "inception_score_splits": sweep.num_splits,
         "pipeline": sweep.request["pipe"],
         "vocab_sizes": sweep.vocab_sizes,
-        "note": "one filter of one stage varies, its other filter is off, the other stage keeps the pipeline's setting",
+        "note": "one filter of one stage varies, its other filter is off, the other stage keeps the pipeline's "
+        "setting; where the scale of guidance varies, all filters are the pipeline's",
     }
 
 
@@ -279,25 +299,34 @@ def _settings(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for stage in result["sweeps"].values():
         for values in stage.values():
             yield from values
-    for row in (result["joint"] or {"metrics": []})["metrics"]:
-        yield from row
+    for name in JOINT:
+        for row in (result[name] or {"metrics": []})["metrics"]:
+            yield from row
 
 
 # -------------------------------------------------------------------- plots
 
 
 def plot_sweeps(path: Path, result: dict[str, Any], vocab_sizes: Mapping[str, int]) -> None:
-    """Plot Figure 5: one column per filter, row per metric, line per stage; dashed, the pipeline's own setting."""
+    """Plot Figure 5: one column per setting, row per metric, line per stage; dashed, the pipeline's own setting."""
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
-    with panels(path, 2, len(names), size=(5.2, 3.4)) as axes:
+    columns = [
+        "top_p",
+        "top_k",
+        *([GUIDANCE] if any(GUIDANCE in sweeps for sweeps in result["sweeps"].values()) else []),
+    ]
+    with panels(path, len(columns), len(names), size=(5.2, 3.4)) as axes:
         for row, metric in zip(axes, names, strict=True):
-            for panel, name in zip(row, ("top_p", "top_k"), strict=True):
+            for panel, name in zip(row, columns, strict=True):
                 for colour, (stage, sweeps) in enumerate(result["sweeps"].items()):
-                    points = sorted((entry[name] or vocab_sizes[stage], entry[metric]) for entry in sweeps[name])
+                    if name not in sweeps:
+                        continue
+                    entries = ((entry[name] or vocab_sizes[stage], entry[metric]) for entry in sweeps[name])
+                    points = sorted(entries, key=itemgetter(0))
                     _line(panel, points, label=STAGES[stage], color=f"C{colour}")
                 own = result["default"][metric]["value"]
                 panel.axhline(own, color="0.4", linestyle="--", linewidth=1, label="the pipeline's own")
-                panel.set(xlabel=name.replace("_", "-"), ylabel=metric, xscale="log" if name == "top_k" else "linear")
+                panel.set(xlabel=LABELS[name], ylabel=metric, xscale="log" if name == "top_k" else "linear")
                 ticks = sorted({x for line in panel.get_lines()[:-1] for x in line.get_xdata()})
                 panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
                 panel.minorticks_off()
@@ -313,9 +342,9 @@ def _line(panel: Any, points: Sequence[tuple[float, Mapping[str, float]]], **sty
         panel.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def plot_joint(path: Path, result: dict[str, Any]) -> None:
+def plot_joint(path: Path, result: dict[str, Any], joint: str) -> None:
     """Plot heat maps of the joint sweep, one panel per metric, with the values; a frame marks the best."""
-    grid = result["joint"]
+    grid = result[joint]
     names = [name for name in result["protocol"]["metrics"].values() if name in result["default"]]
     with panels(path, len(names), size=(5.4, 4.2)) as axes:
         for panel, metric in zip(axes[0], names, strict=True):
@@ -331,7 +360,9 @@ def plot_joint(path: Path, result: dict[str, Any]) -> None:
             row, column = divmod(int(values.argmin() if falling else values.argmax()), values.shape[1])
             frame = dict(fill=False, edgecolor="C3", linewidth=2.5, clip_on=False)
             panel.add_patch(type(panel.patch)((column - 0.5, row - 0.5), 1, 1, **frame))
-            panel.set(xlabel="renderer top-p", ylabel="prior top-k", title=metric)
-            panel.set_xticks(range(len(grid["renderer_top_p"])), [f"{p:g}" for p in grid["renderer_top_p"]])
-            panel.set_yticks(range(len(grid["prior_top_k"])), [str(k or "all") for k in grid["prior_top_k"]])
+            of_prior, of_renderer = JOINT[joint]
+            panel.set(xlabel=f"renderer's {LABELS[of_renderer]}", ylabel=f"prior's {LABELS[of_prior]}", title=metric)
+            columns, rows = grid[f"renderer_{of_renderer}"], grid[f"prior_{of_prior}"]
+            panel.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+            panel.set_yticks(range(len(rows)), [f"{value:g}" if value else "all" for value in rows])
             panel.figure.colorbar(heat_map, ax=panel)

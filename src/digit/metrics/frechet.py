@@ -120,24 +120,33 @@ def frechet_distance(
     """||mu1 - mu2||² + Tr(S1 + S2 - 2 (S1 S2)^(1/2))  (FID, Heusel et al. 2017, Eq. 6).
 
     Squared Fréchet (2-Wasserstein) distance of two Gaussians with means (D,) and covariances (D, D); at least 0.
-    Tr (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2). That takes symmetric
-    eigenproblems alone and no complex square root of a nearly singular product, and is exact for S1 = S2 with fewer
-    images than features too. root2 is `square_root(s2)`, if it is known already. rank1 is
-    the rank of s1 (images - 1, where there are fewer images than features): only so many eigenvalues are more than
-    rounding, which saves time.
+    Tr (S1 S2)^(1/2) is computed as the sum of the singular values of A1' A2, where A A' = S: Cholesky factors, or
+    S^(1/2) where S is singular. That takes no complex square root of a nearly singular product, and is exact for
+    S1 = S2 with fewer images than features too. root2 is `square_root(s2)`, if it is known already. rank1 is the rank
+    of s1 (images - 1, where there are fewer images than features): only so many eigenvalues are more than rounding,
+    which saves time.
     """
     mu1, s1, mu2, s2 = (as_float64(value) for value in (mu1, s1, mu2, s2))
     if mu1.shape != mu2.shape or s1.shape != s2.shape:
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
-    root2 = square_root(s2) if root2 is None else as_float64(root2)
     if rank1 is None or rank1 >= len(s1):
-        cross = np.linalg.svd(square_root(s1) @ root2, compute_uv=False).sum()
+        factor2 = factor(s2) if root2 is None else as_float64(root2)
+        cross = np.linalg.svd(factor(s1).T @ factor2, compute_uv=False).sum()
     else:  # no small eigenvalue but those of rounding, which are left out
+        root2 = square_root(s2) if root2 is None else as_float64(root2)
         product = root2 @ s1 @ root2
         values = np.linalg.eigvalsh((product + product.T) * 0.5)[len(s1) - rank1 :]
         cross = np.sqrt(np.maximum(values, 0.0)).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
+
+
+def factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D D"]:
+    """A with A A' = S: the Cholesky factor, a tenth of the work of S^(1/2); S^(1/2) where S is singular."""
+    try:
+        return np.linalg.cholesky((cov + cov.T) * 0.5)
+    except np.linalg.LinAlgError:
+        return square_root(cov)
 
 
 def square_root(cov: Values) -> Float64[np.ndarray, "D D"]:

@@ -370,8 +370,12 @@ class SequenceModel(nn.Module):
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
+        added: Added | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """The features whose `head` gives the logits of each target token; of several levels, of each position."""
+        """The features whose `head` gives the logits of each target token; of several levels, of each position.
+
+        `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once.
+        """
         cfg = self.cfg
         if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
             whole = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
@@ -379,7 +383,7 @@ class SequenceModel(nn.Module):
         whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
         seen = target if whole else target[:, : -cfg.levels]
         x = self.dropout(self.embed(seen, prefix, labels, drop_prefix))  # (B, T, D)
-        added = upto(self.added(len(target), prefix, drop_prefix), x.shape[1])
+        added = upto(self.added(len(target), prefix, drop_prefix) if added is None else added, x.shape[1])
         first = cfg.start_position + cfg.masked
         y = self.transformer(x, causal=not cfg.masked, first=first, added=added, hidden=hidden)
         return y[:, : target.shape[1] // cfg.levels]

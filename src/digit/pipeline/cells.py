@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
-from digit.models.tokenizer import levels_of
+from digit.models.tokenizer import ImageTokenizer, first_level_vectors, levels_of
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline
@@ -52,6 +52,17 @@ def cell_grid(pipe: DigitPipeline) -> tuple[int, int]:
     return pipe.vq.grid
 
 
+def token_grid(tokenizer: ImageTokenizer) -> tuple[int, int]:
+    """(rows, columns) of a picture's tokens as they are shown: of several levels, the codes of a cell side by side."""
+    rows, columns = tokenizer.grid
+    return rows, columns * levels_of(tokenizer)
+
+
+def code_vectors(tokenizer: ImageTokenizer) -> Float[Tensor, "K D"]:
+    """The vector of each code, of several levels of each code of the first."""
+    return first_level_vectors(tokenizer)
+
+
 @torch.no_grad()
 def fill_cells(
     pipe: DigitPipeline,
@@ -76,7 +87,7 @@ def fill_cells(
 
     Note: as in `DigitPipeline.complete`, the kept tokens are computed from the whole picture.
     """
-    images = fit_batch(image, pipe.image_size)
+    images = fit_batch(image, pipe.image_size, pipe.preprocess.fit)
     grid = cell_grid(pipe)
     if len(images) != 1 or tuple(keep.shape) != grid:
         raise DigitError(f"{len(images)} pictures and cells {tuple(keep.shape)}: give one picture and cells {grid}")

@@ -349,8 +349,8 @@ class DigitPipeline:
         """Keep the first rows of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
-            images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; resized to
-                the short side and centre-cropped where the size differs.
+            images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; made
+                square as the training pictures were (`preprocess.fit`) where the size differs.
             keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
             seed: of the first image.
             labels: one for all images or one for each, as in `stream`; None takes for each image the class under
@@ -367,7 +367,7 @@ class DigitPipeline:
             self.require("tokenizer")
         if not 0 < as_number("keep", keep) <= 1:
             raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
-        images = fit_batch(images, self.image_size)
+        images = fit_batch(images, self.image_size, self.preprocess.fit)
         classes = self.guess_labels(images) if labels is None else self._labels_of_each(images, labels)
         given = {
             name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep) * levels_of(tokenizer)]

@@ -1,7 +1,8 @@
 """Machines that run a plan: peaks published for GPUs or measured here, and the share of them that each work reaches.
 
 From NVIDIA's datasheets (H100, H200 and A100 Tensor Core GPU), dense, SXM: TF32 matrix multiplication at half the bf16
-peak of `digit.training.peak`, FP32 at 67, 67 and 19.5 TFLOP/s; bandwidth 3.35, 4.8 and 2.039 TB/s.
+peak of `digit.training.peak`, FP32 at 67, 67 and 19.5 TFLOP/s; bandwidth 3.35, 4.8 and 2.039 TB/s. Cards of 24 GB from
+the Ada whitepaper (GeForce RTX 4090) and the L4's datasheet: FP32 82.6 and 30.3 TFLOP/s, bandwidth 1.008 and 0.3 TB/s.
 """
 
 from dataclasses import dataclass, replace
@@ -104,6 +105,8 @@ GPUS: dict[str, Machine] = {  # round prices of rented GPUs: set your own with -
     "h100": _gpu("H100", "H100 80GB SXM", 79, 67, 3.35, 2.50),
     "h200": _gpu("H200", "H200 141GB SXM", 140, 67, 4.8, 3.00),
     "a100": _gpu("A100", "A100 80GB SXM", 79, 19.5, 2.039, 1.50),
+    "rtx4090": _gpu("RTX 4090", "GeForce RTX 4090 24GB", 23.5, 82.6, 1.008, 0.40),
+    "l4": _gpu("L4", "L4 24GB", 22.2, 30.3, 0.300, 0.50),
 }
 
 
@@ -126,7 +129,7 @@ def this_machine(device: "torch.device") -> Machine:
     import torch
 
     properties = torch.cuda.get_device_properties(device)
-    known = next((gpu for key, gpu in GPUS.items() if key in properties.name.lower()), None)
+    known = next((gpu for key, gpu in GPUS.items() if key in properties.name.lower().replace(" ", "")), None)
     like = known or GPUS["a100"]
     scale = 1.0 if known else peak_flops(device) / like.peaks["bf16"]  # a GPU that GPUS lacks
     return replace(

@@ -6,8 +6,10 @@ from digit.planning.machines import this_machine
 from digit.planning.stages import Order, Planner
 from digit.runs.fit import Run
 from digit.runs.report import JUDGED_SAMPLES
+from digit.runs.roles import get_role
 from digit.runtime import distributed
 from digit.runtime.progress import Stages
+from digit.training import checkpoint
 
 REPORT = "report"  # the last stage: samples, pictures and metrics
 
@@ -26,9 +28,19 @@ def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
     try:
         with torch.random.fork_rng([]):  # the run's own random numbers stay as they are without a plan
             planner = Planner(run.recipe, this_machine(run.device), order)
-            return {name: stage_seconds(planner, name) for name in names} | {REPORT: planner.sampling().seconds}
+            times = {name: stage_seconds(planner, name) * share_left(run, name) for name in names}
+            return times | {REPORT: planner.sampling().seconds}
     except Exception:  # an estimate that cannot be made must not end the run
         return {}
+
+
+def share_left(run: Run, name: str) -> float:
+    """The share of a stage's updates after its newest checkpoint; 1 without one, as for a stage without updates."""
+    saved = checkpoint.list_checkpoints(run.out / name / "checkpoints")
+    if not saved:
+        return 1.0
+    cfg = run.recipe.vqgan_training if name == "vqgan" else run.recipe.training(get_role(name))
+    return max(0.0, 1 - saved[-1][0] / max(1, cfg.num_steps))
 
 
 def stage_seconds(planner: Planner, name: str) -> float:

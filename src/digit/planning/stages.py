@@ -92,13 +92,15 @@ class Planner:
 
     def __init__(self, recipe: Recipe, machine: Machine, order: Order, *, chosen: Sequence[str] | None = None) -> None:
         classes = order.num_classes if recipe.class_conditional else 0
+        recipe = recipe if chosen and "crops_per_image" in chosen else recipe.without_equal_crops()
         self.recipe, self.machine, self.order = recipe, machine, order
         check_reuse(recipe, order.reuse)
+        existing = order.reuse | ({"vqgan"} if recipe.published_vqgan else frozenset())  # fetched, not made
         sizes = {name: value for name, value in flat(recipe).items() if SIZE_OF_A_PART.fullmatch(name)}
         check_recipe(
             recipe,
             chosen=chosen_settings(recipe) if chosen is None else chosen,
-            reuse=dict.fromkeys(order.reuse - {VQ_TOKENS}, sizes),  # a plan knows of them what the recipe says
+            reuse=dict.fromkeys(existing - {VQ_TOKENS}, sizes),  # a plan knows of them what the recipe says
             resolution=vqgan_config(recipe).resolution,
             num_images=order.images,
             num_classes=classes,

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from digit.data.tokens import MAX_VOCAB
@@ -118,10 +119,16 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
     return [
         (paths == {"released"} and differs, r"preprocess\.encoder_size", cut),
         (paths == {"released_kmeans"}, r"preprocess\.image_size", "crops are cut at preprocess.encoder_size: set that"),
+        (
+            recipe.preprocess.fit != "crop",
+            r"preprocess\.random_crop",
+            f"with preprocess.fit {recipe.preprocess.fit} nothing is cut: leave it out",
+        ),
         (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
         (recipe.encoder.layers is not None, r"encoder\.layer", "encoder.layers is set: leave one of both out"),
         (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
         (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
+        (recipe.published_vqgan is not None, r"vqgan_training\.(?!seed).*", f"{start} is taken as it is: leave it out"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
         *(
             (True, rf"{other}\..*", f"quantizer is {recipe.quantizer}: set that to {other}")
@@ -253,8 +260,15 @@ def unchanged_parts(names: Iterable[str]) -> list[str]:
 
 
 def vqgan_config(recipe: Recipe) -> VQGANConfig:
-    """Sizes of the VQGAN that the recipe trains, or of the included one that it starts from."""
-    return recipe.vqgan if recipe.vqgan_start == "scratch" else asset_config(recipe.vqgan_start)
+    """Sizes of the VQGAN that the recipe trains or takes.
+
+    An included one has the size of the crops where these are larger than its own and of whole tokens: it is
+    convolutional, and its training goes on at that size.
+    """
+    if recipe.vqgan_start == "scratch" or recipe.published_vqgan:
+        return recipe.vqgan
+    cfg, size = asset_config(recipe.vqgan_start), recipe.preprocess.crop_size
+    return replace(cfg, resolution=size) if size > cfg.resolution and size % cfg.reduction == 0 else cfg
 
 
 def check_reuse(recipe: Recipe, reuse: Iterable[str]) -> None:
@@ -289,6 +303,13 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
 
 def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
     """Raise DigitError for several crops of an image that would be equal, or that no model would be trained on."""
+    cfg, most = recipe.preprocess, recipe.preprocess.distinct_crops
+    if most is not None and most > 1 and recipe.crops_per_image > most:
+        raise DigitError(
+            f"crops_per_image is {recipe.crops_per_image}, but with preprocess.fit {cfg.fit} and random_crop "
+            f"{str(cfg.random_crop).lower()} an image has {most} different crops at most, as it is and mirrored: set "
+            f"it to {most}"
+        )
     if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
         raise DigitError(
             f"crops_per_image is {recipe.crops_per_image}, but all crops of an image would be the same: set it to 1, "
@@ -322,6 +343,12 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
         for name, cfg in trained.items()
     }
     if "vqgan" not in reuse and recipe.has_vqgan:
+        if recipe.published_vqgan:
+            raise DigitError(
+                f"vqgan_start is {recipe.vqgan_start}, a published tokenizer that is no part of this package: digit "
+                f"convert --vqgan {recipe.vqgan_start} --out {recipe.vqgan_start} fetches it, then give its folder, "
+                f"--reuse_vqgan {recipe.vqgan_start}/vqgan (digit fit does both)"
+            )
         if recipe.vqgan_training.num_steps:
             pieces["vqgan"] = recipe.vqgan_training.batch_size, num_processes
         elif recipe.vqgan_start == "scratch":

@@ -1,27 +1,26 @@
-"""A run folder belongs to one run: its settings are written when work begins, and others are refused afterwards."""
+"""A run folder belongs to one run: its settings are written when work begins.
 
-import re
+Others are refused afterwards, or the stages that they touch are made anew and the earlier ones kept (`changes.py`).
+"""
+
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from digit.data.images import ImageSource
 from digit.errors import MismatchError
+from digit.runs import changes
+from digit.runs.changes import FREE_SETTING, merged
 from digit.runs.checks import unchanged_parts
 from digit.runs.layout import FORMAT, RESULTS, REUSABLE, require_format
-from digit.runs.recipes import Recipe
+from digit.runs.recipe import Recipe
 from digit.runs.roles import ROLES
-from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_result
+from digit.runtime.config_json import from_json
+from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json, write_result
 from digit.runtime.lock import lock_folder
 from digit.runtime.request import require_same_request
 from digit.runtime.settings import flat
-
-# settings that change no result, or only what is sampled afterwards
-FREE_SETTING = re.compile(
-    r"data\.name|recipe\.(name|max_bad_fraction|sampling\..*|masked_top_p|class_top_k"
-    r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
-    r"|parallel|max_skipped|deterministic))"
-)
 
 
 class OtherSettingsError(MismatchError):
@@ -40,10 +39,23 @@ class OtherSettingsError(MismatchError):
         return type(self), (str(self), self.kept)
 
 
-def claim_folder(out: Path, recipe: Recipe, source: ImageSource) -> None:
+def claim_folder(
+    out: Path,
+    recipe: Recipe,
+    source: ImageSource,
+    *,
+    reuse_unchanged: bool = False,
+    lengthened: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Lock a run folder; write config.json, or compare with what is there as far as results exist that it made.
 
-    Raises OtherSettingsError or MismatchError where the folder holds a run with other settings or of other data.
+    Args:
+        reuse_unchanged: with other settings, keep the stages that these do not touch, and move the others into
+            OUT/earlier (`changes.apply_change`). Otherwise other settings are refused.
+        lengthened: the record of `changes.with_more`, where the run is to go on for more updates.
+
+    Returns what to tell the person. Raises OtherSettingsError or MismatchError where the folder holds a run with other
+    settings that are refused, or of other data.
     """
     pixel_range = source.pixel_range
     white = {"pixel_max": pixel_range.white} if pixel_range and pixel_range.white else {}
@@ -55,23 +67,46 @@ def claim_folder(out: Path, recipe: Recipe, source: ImageSource) -> None:
     lock_folder(out)
     places = [out / name for name in (*RESULTS, *ROLES)]
     remove_leftovers(out, *places, *(place / "checkpoints" for place in places))
-    path = out / "config.json"
-    made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in ROLES)]
-    begun = any(any((out / model / "checkpoints").glob("step_*")) for model in ROLES)  # and would go on
-    if path.exists() and (begun or any((out / result).exists() for result in made)):
+    path, notes = out / "config.json", []
+    if path.exists() and (changes.present(out) if reuse_unchanged else holds_results(out)):
         before = read_json(path)
         require_format(before, path)
         before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
-        changed = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
-        if changed == ["fingerprint"]:
+        other = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
+        if other == ["fingerprint"]:
             raise MismatchError(
                 f"{out} was made with other images, labels or class names than {source.name} holds now "
                 "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
                 "says): choose another --out, or give the old data"
             )
-        require_same_settings(out, before, plain(wanted))
+        if other or not reuse_unchanged:
+            require_same_settings(out, before, plain(wanted))
+        else:
+            notes = change_settings(out, before, recipe, by_more=lengthened is not None)
+    if reuse_unchanged and (back := changes.bring_back(out, recipe)):
+        notes.append(f"{out}: {', '.join(back)} made earlier with these settings, brought back from {out / 'earlier'}")
+    if lengthened is not None:
+        write_json(out / changes.LENGTHENED, lengthened)
     if not path.exists() or read_json(path) != plain(wanted):
         write_result(path, wanted)
+    return notes
+
+
+def holds_results(out: Path) -> bool:
+    """Whether a stage of a run folder is finished, or a model's training was begun and would go on."""
+    made = [*(f"{stage}/{result}" for stage, result in RESULTS.items()), *(f"{m}/model.json" for m in ROLES)]
+    begun = any(any((out / model / "checkpoints").glob("step_*")) for model in ROLES)
+    return begun or any((out / result).exists() for result in made)
+
+
+def change_settings(out: Path, before: dict[str, Any], wanted: Recipe, *, by_more: bool) -> list[str]:
+    """Make room in a run folder for the stages that other settings touch; returns what to tell the person."""
+    recipe = from_json(Recipe, before["recipe"], f"{out / 'config.json'}: recipe")
+    if not changes.changed_settings(recipe, wanted):
+        return []
+    change = changes.find_change(out, recipe, wanted, by_more=by_more)
+    aside = changes.apply_change(out, change, before)
+    return changes.describe_change(out, change, recipe, wanted, aside)
 
 
 def require_same_settings(out: Path, before: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -92,10 +127,3 @@ def settings_of(part: Path) -> dict[str, Any]:
     made = read_json(path) if path.is_file() else None
     recipe = made.get("recipe") if isinstance(made, dict) else None
     return flat(recipe) if isinstance(recipe, dict) else {}
-
-
-def merged(defaults: Any, given: Any) -> Any:
-    """`given` with what it lacks, at any depth, out of `defaults`."""
-    if not (isinstance(defaults, dict) and isinstance(given, dict)):
-        return given
-    return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}

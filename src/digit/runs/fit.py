@@ -11,7 +11,7 @@ Several ranks (torchrun) make a stage together, in a folder that all of them see
 done, and writes its result, because a shared file system can show new files late.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -37,11 +37,13 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
+from digit.runs.changes import continue_training, find_vq_tokens
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
-from digit.runs.recipes import Recipe, TokenSpace
+from digit.runs.previews import Previews
+from digit.runs.recipe import Recipe, TokenSpace
 from digit.runs.roles import Role, get_role, loss_arguments
 from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, read_json, write_json
@@ -82,6 +84,12 @@ class Run:
         device: cpu or cuda.
         chosen: dotted names of the settings that somebody chose, which are refused where the run would not use them; by
             default those in which the recipe differs from the registered one of its name.
+        reuse_unchanged: where `out` holds a run with other settings, keep the stages that these do not touch and move
+            the others into OUT/earlier (`runs.changes`). False refuses other settings.
+        lengthened: the record of `runs.changes.with_more`, for a run that goes on for more updates.
+
+    Attributes:
+        notes: what changed in the folder because of other settings, to tell the person.
 
     Raises DigitError for settings that cannot work, MismatchError where `out` holds a run with other settings.
     """
@@ -96,8 +104,12 @@ class Run:
         reuse: dict[str, str | Path] | None = None,
         device: str | None = None,
         chosen: Sequence[str] | None = None,
+        reuse_unchanged: bool = False,
+        lengthened: Mapping[str, Any] | None = None,
     ):
         self.recipe, self.out = recipe.with_seed(), as_path(out)
+        if "crops_per_image" not in (chosen or ()):
+            self.recipe = self.recipe.without_equal_crops()
         self.reuse = {stage: as_path(folder) for stage, folder in (reuse or {}).items()}
         for stage, folder in self.reuse.items():
             made_by = REUSABLE.get(stage, stage)
@@ -111,7 +123,11 @@ class Run:
         self.source = as_source(data, split=split)
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
-        distributed.on_main(lambda: claim_folder(self.out, self.recipe, self.source))
+        self.notes: list[str] = distributed.on_main(
+            lambda: claim_folder(
+                self.out, self.recipe, self.source, reuse_unchanged=reuse_unchanged, lengthened=lengthened
+            )
+        )
 
     def _check(self, chosen: Sequence[str]) -> None:
         """Refuse now what would only show after hours."""
@@ -211,6 +227,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         start = recipe.vqgan_start
         vqgan = VQGAN(recipe.vqgan) if start == "scratch" else load_asset_vqgan(start).vqgan
+        vqgan.cfg = vqgan_config(recipe)  # an included one takes the size of the crops
         if recipe.vqgan_training.num_steps:
             crops = CachedCrops(
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
@@ -222,6 +239,7 @@ class Run:
                 recipe.vqgan_training,
                 folder,
                 perceptual=self._encoder_distance() if recipe.vqgan_training.perceptual == "encoder" else None,
+                preview=self._previews("vqgan", recipe.vqgan_training),
             )
         distributed.on_main(lambda: VQTokenizer(vqgan).save(folder))
 
@@ -242,7 +260,7 @@ class Run:
         if "tokens" in self.reuse:
             store = TokenStore.open(self.reuse["tokens"])
             wanted = plain(
-                {"crops_per_image": self.recipe.crops_per_image, "preprocessing": asdict(self.recipe.preprocess)}
+                {"crops_per_image": self.recipe.crops_per_image, "preprocessing": self.recipe.preprocess.described()}
             )
             require_same_request(
                 store.folder, {n: store.manifest[n] for n in wanted}, wanted, "give those, or other tokens"
@@ -257,7 +275,7 @@ class Run:
                 crops_per_image=self.recipe.crops_per_image,
                 seed=self.recipe.seed,
                 max_bad_fraction=self.recipe.max_bad_fraction,
-                vq_tokens=self.reuse.get("vq_tokens"),
+                vq_tokens=self.reuse.get("vq_tokens") or distributed.on_main(self._earlier_vq_tokens),
             )
         store.check(codebook_hash=tokenizer.fingerprint, vqgan_hash=vq and vq.fingerprint)
         existing = store.manifest["source"]["fingerprint"]
@@ -269,15 +287,17 @@ class Run:
         self._parts["tokens"] = store
         return store
 
+    def _earlier_vq_tokens(self) -> Path | None:
+        """The tokens that another codebook replaced in this folder, whose VQ tokens are still right."""
+        return find_vq_tokens(self.out, self.recipe)
+
     def tokenizer(self) -> DiscriminativeTokenizer:
         """Encoder and codebook together; fits the codebook where it is not done."""
         return DiscriminativeTokenizer(self.encoder, self.fit_codebook())
 
     def train_model(self, name: str) -> SequenceModel:
         """Stage of one of ROLES: train the model, or read it where it is done."""
-        folder = self._folder(name)
-        tokens = {"tokenizer": self.tokenizer().fingerprint}
-        tokens |= {"vqgan": self.train_vqgan().fingerprint} if self.recipe.has_vqgan else {}
+        folder, tokens = self._folder(name), self._read_by(get_role(name))
         if name in self.reuse:
             self._require_same_model(name, folder)
         elif not self.is_done(name):
@@ -289,21 +309,29 @@ class Run:
             metrics = self._train(name, model, folder, asdict(model.cfg) | {"tokens": tokens})
             distributed.on_main(lambda: self._save_model(model, folder, tokens, metrics))
         made_with, wanted = read_json(folder / "tokens.json"), tokens
-        if isinstance(made_with, dict) and "tokenizer" in made_with:  # a prior that is reused may have seen no VQGAN
+        if isinstance(made_with, dict) and not tokens.keys().isdisjoint(made_with):  # older runs name unread parts
             wanted = {part: fingerprint for part, fingerprint in tokens.items() if part in made_with}
             made_with = {part: made_with[part] for part in wanted}
         require_same_request(folder, made_with, wanted, f"give that one, or delete {folder}")
         return load_sequence_model(folder, "model").to(self.device)
 
+    def _read_by(self, role: Role) -> dict[str, str]:
+        """Fingerprints of what a model's training reads: {"tokenizer": discriminative tokens, "vqgan": VQ tokens}."""
+        read = {"tokenizer": self.tokenizer().fingerprint} if "discriminative" in role.tokens else {}
+        from_decoder = role.target == "pixels" and self.recipe.has_vqgan
+        return read | ({"vqgan": self.train_vqgan().fingerprint} if "vq" in role.tokens or from_decoder else {})
+
     def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:
         """Train a model in place; returns what was measured after the last step, beside the log's last metrics."""
         training = self.training_config(name)
+        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"]))
         validate = self.validation(name) if self.recipe.validation_fraction else None
         with closing(self.training_batches(name, training)) as batches:
             if isinstance(training, TrainConfig):
                 train_sequence_model(
                     model, batches, training, folder,
-                    about=about, validate=validate, flops_per_image=training_flops(model.cfg), description=name,
+                    about=about, validate=validate, preview=self._previews(name, training),
+                    flops_per_image=training_flops(model.cfg), description=name,
                 )  # fmt: skip
                 return {}
             assert isinstance(model, PixelRenderer)
@@ -312,8 +340,14 @@ class Run:
             perceptual = self._encoder_distance() if training.perceptual == "encoder" else None
             return train_pixels(
                 model, batches, training, folder,
-                about=about, perceptual=perceptual, validate=validate, description=name,
+                about=about, perceptual=perceptual, validate=validate, preview=self._previews(name, training),
+                description=name,
             )  # fmt: skip
+
+    def _previews(self, stage: str, cfg: LoopConfig) -> Previews | None:
+        """What makes the pictures of a stage in training; None without, and where no process has the whole model."""
+        sharded = isinstance(cfg, TrainConfig) and cfg.parallel == "fsdp" and distributed.world_size() > 1
+        return Previews(self, stage, cfg.num_steps) if self.recipe.previews and not sharded else None
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""
@@ -383,7 +417,7 @@ class Run:
             return self._fresh_batches(role, cfg, images, arguments)
         names = [*role.tokens, *(["labels"] if labelled else [])]
         read = self.write_tokens().batches(cfg.batch_size, seed=self.recipe.seed, images=images, names=names)
-        return ModelBatches(read, arguments, self._crops if role.target == "pixels" else None)
+        return ModelBatches(read, arguments, self.crops_of if role.target == "pixels" else None)
 
     def training_batches(self, name: str, cfg: LoopConfig) -> Batches:
         """`batches` with the noise of the model's settings."""
@@ -412,7 +446,7 @@ class Run:
             return np.arange(len(self.source), dtype=np.int64)
         return np.array([i for i in range(len(self.source)) if self.source.key(i) not in unreadable], dtype=np.int64)
 
-    def _crops(self, rows: np.ndarray) -> torch.Tensor:
+    def crops_of(self, rows: np.ndarray) -> torch.Tensor:
         """(B, 3, H, W) uint8: the crops that these rows of the token store were made of."""
         store = self.write_tokens()
         images, crops = np.divmod(rows, store.crops_per_image)
@@ -445,7 +479,7 @@ class Run:
         labelled = bool(self.sequence_config(name).num_classes)
         found = store.batch(chosen)
         if get_role(name).target == "pixels":
-            found["pixels"] = self._crops(chosen)
+            found["pixels"] = self.crops_of(chosen)
         batch = loss_arguments(get_role(name), found, labelled=labelled)
         batch: dict[str, Any] = {k: None if v is None else v.to(self.device) for k, v in batch.items()}
 

@@ -12,11 +12,16 @@ RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manife
 REUSABLE = {"codebook": "codebook", "vqgan": "vqgan", "tokens": "tokens", "vq_tokens": "tokens"}
 
 
+def result_of(folder: Path, stage: str) -> Path:
+    """The file in a stage's folder that is written last: without it the stage is not done."""
+    return folder / RESULTS.get(stage, "model.json")
+
+
 def is_done(folder: Path, stage: str) -> bool:
     """Whether all files of a stage's result are in its folder; what was damaged and deleted is so made again."""
     weights = {"codebook": ["codebook.safetensors"], "vqgan": ["vqgan.safetensors"], "tokens": []}
     others = weights.get(stage, ["model.safetensors", "tokens.json"])
-    return all((folder / name).is_file() for name in (RESULTS.get(stage, "model.json"), *others))
+    return result_of(folder, stage).is_file() and all((folder / name).is_file() for name in others)
 
 
 def require_format(cfg: Any, path: Path) -> None:

@@ -3,309 +3,45 @@
 Every field can be changed on the command line (`digit fit DATA --recipe small --prior.depth 8`) or in a YAML file.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
-from digit.data.preprocess import PathName, PreprocessConfig
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.models.pixels import PixelConfig
-from digit.models.sequence import SequenceConfig
-from digit.models.transformer import MAX_DEPTH
 from digit.models.vqgan import VQGANConfig
-from digit.runs.roles import RENDERERS, RendererKind, Role, get_role
-from digit.runtime.settings import SEED, check_settings, within
-from digit.sampling.config import CLASS_TOP_K, MASKED_TOP_P, SamplingConfig, StageSampling, released_prior
-from digit.sampling.kinds import get_kind
-from digit.tokenizers.base import QuantizerConfig
+from digit.runs.recipe import (
+    EPOCHS_200,
+    NO_TOKENS,
+    OWN_STEPS,
+    RELEASED_TRAINING,
+    ModelSpec,
+    PixelSpec,
+    Recipe,
+    TokenSpace,
+    pixel_config,
+    with_settings,
+)
+from digit.sampling.config import CLASS_TOP_K, SamplingConfig, StageSampling, released_prior
 from digit.tokenizers.encoders import EncoderConfig
-from digit.tokenizers.kmeans.config import KMeansConfig, ProductKMeansConfig, ResidualKMeansConfig
+from digit.tokenizers.kmeans.config import KMeansConfig
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import Optimizer, TrainConfig
 from digit.training.vqgan import GANConfig
 
-EPOCHS_200 = 125_000  # updates of 2048 images: 200 epochs of ImageNet-1k (paper, A.3)
-# Peak learning rate 3e-4 (paper, A.3) in both stages; the released code trains stage 2 at 5e-4 instead.
-RELEASED_TRAINING = TrainConfig(num_steps=EPOCHS_200, batch_size=2048, precision="bf16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """Size of a transformer; vocabularies and lengths follow from the tokenizers."""
-
-    depth: int = within(f"[1, {MAX_DEPTH}]", 16)
-    """Number of transformer blocks."""
-    embed_dim: int = within("[1, inf)", 1024)
-    """Width; the feed-forward part is four times as wide."""
-    num_heads: int = within("[1, inf)", 16)
-    """Attention heads."""
-    dropout: float = within("[0, 1)", 0.1)
-    """On embeddings and residual branches (RELEASED_CODE: 0.1)."""
-    norm: Literal["paper", "post", "pre"] = "paper"
-    """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head. The paper does not."""
-    label_dropout: float = within("[0, 1]", 0.0)
-    """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
-    prefix_dropout: float = within("[0, 1]", 0.0)
-    """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
-    prefix_noise: float = within("[0, 1]", 0.0)
-    """Fraction of a renderer's discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0
-    over the training. Above 0 makes it robust to the prior's mistakes. The paper uses none."""
-    conditioning: Literal["prefix", "aligned"] = "prefix"
-    """How a renderer sees the discriminative tokens: prefix, before its own, as in the paper; aligned, through a small
-    encoder whose output is added at each token's place, about half of the paper's compute."""
-    encoder_depth: int = within(f"[1, {MAX_DEPTH}]", 1)
-    """Blocks of the encoder of aligned tokens."""
-    added_blocks: int = within(f"[1, {MAX_DEPTH}]", 2)
-    """Blocks that aligned tokens are added to, evenly spaced from the first; all where the model has fewer."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PixelSpec:
-    """Size of a renderer straight to pixels. Its decoder has the shape of the recipe's VQGAN."""
-
-    depth: int = within(f"[1, {MAX_DEPTH}]", 2)
-    """Blocks of the bidirectional Transformer over the discriminative tokens, so that they agree with each other."""
-    embed_dim: int = within("[1, inf)", 192)
-    """Width of the Transformer."""
-    num_heads: int = within("[1, inf)", 3)
-    """Attention heads."""
-    start: Literal["vqgan", "scratch"] = "vqgan"
-    """Start the decoder from the weights of the run's VQGAN, or from scratch; then the run has no VQGAN."""
-    noise_channels: int = within("[0, inf)", 0)
-    """Numbers of Gaussian noise at each token; above 0 the same tokens give another picture with another seed."""
-    prefix_noise: float = within("[0, 1]", 0.0)
-    """Fraction of the discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0 over the
-    training."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-
-class TokenSpace(NamedTuple):
-    """Of one kind of tokens: number of codes, of tokens an image, of rows of their grid, of tokens of each cell."""
-
-    vocab_size: int
-    length: int
-    rows: int = 1
-    levels: int = 1
-
-
-NO_TOKENS = TokenSpace(0, 0)
-# models whose number of updates may have a field of its own
-OWN_STEPS = {"renderer_masked": "masked_steps", "vq_ar_epochs": "vq_only_steps"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that decides a run but the data and the output folder."""
-
-    name: str = "custom"
-    """Name of the recipe, for reports."""
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
-    """The one preprocessing of codebook, tokens, training and evaluation."""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """Frozen encoder of the discriminative tokens."""
-    quantizer: Literal["kmeans", "residual_kmeans", "product_kmeans"] = "kmeans"
-    """What turns features into discriminative tokens: kmeans, as the paper does, or one of several codes for each
-    feature, which the prior predicts one after another; its settings stand under its name."""
-    kmeans: KMeansConfig = field(default_factory=KMeansConfig)
-    """K-means codebook of the discriminative tokens."""
-    residual_kmeans: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
-    """Codebook of several levels, each of which clusters what those before it leave."""
-    product_kmeans: ProductKMeansConfig = field(default_factory=ProductKMeansConfig)
-    """Codebook of several parts of the features, each clustered alone."""
-    codebook_subset: float = within("(0, 1]", 0.1)
-    """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
-    codebook_path: PathName = "released"
-    """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
-    code prepared its K-means features."""
-    codebook_probe: int = within("[0, inf)", 0)
-    """Images with labels on which a linear probe of the codebook's vectors is fitted (half of them) and tested, for
-    codebook.json; 0 makes none."""
-    vqgan: VQGANConfig = field(default_factory=VQGANConfig)
-    """Shape of the VQGAN, if it is trained from scratch."""
-    vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes"] = "scratch"
-    """Start from a 64-pixel VQGAN that the package carries (docs/results.md says what each saw), or from scratch."""
-    vqgan_training: GANConfig = field(default_factory=GANConfig)
-    """Training of the VQGAN; num_steps 0 takes the start as it is."""
-    crops_per_image: int = within("[1, inf)", 1)
-    """Crops (with flips) of each image in the token store. An epoch of training passes over the images and takes one
-    crop of each, in turn."""
-    training_crops: Literal["stored", "fresh"] = "stored"
-    """Crops that prior and renderer train on: stored, those of the token store; or fresh, new ones of every image in
-    every epoch, encoded in the training loop as the released code does; then crops_per_image must be 1. `digit plan`
-    tells what either costs."""
-    class_conditional: bool = True
-    """Condition on labels where the data has them."""
-    prior: ModelSpec = field(default_factory=ModelSpec)
-    """Stage 1: discriminative tokens from a label."""
-    prior_training: TrainConfig = RELEASED_TRAINING
-    """Training of stage 1."""
-    renderer: ModelSpec = field(default_factory=ModelSpec)
-    """Stage 2: VQ tokens from discriminative tokens; also the size of the VQ-only baselines."""
-    renderer_kind: RendererKind = "ar"
-    """Next-token renderer (ar), MaskGIT (masked), or a decoder straight to pixels, without VQ tokens (pixels)."""
-    renderer_training: TrainConfig = RELEASED_TRAINING
-    """Training of stage 2."""
-    pixels: PixelSpec = field(default_factory=PixelSpec)
-    """A renderer straight to pixels, in place of `renderer`."""
-    pixels_training: AdversarialConfig = field(default_factory=AdversarialConfig)
-    """Training of a renderer straight to pixels, in place of `renderer_training`; its losses are the VQGAN's."""
-    masked_steps: int | None = within("[1, inf)", None)
-    """Updates of a masked renderer (paper, Table 3: 200 epochs); None takes those of renderer_training."""
-    vq_only_steps: int | None = within("[1, inf)", None)
-    """Updates of the baseline vq_ar_epochs (paper, Table 3: 200 epochs); None takes those of renderer_training. The
-    baselines vq_ar and vq_masked take the FLOPs of prior and renderer together instead."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the finished pipeline samples."""
-    masked_top_p: float = within("(0, 1]", MASKED_TOP_P)
-    """Top-p of a masked renderer, in place of sampling.renderer.top_p (the released decoding filters nothing)."""
-    class_top_k: int = within("[0, inf)", 0)
-    """Top-k of a class-conditional prior, in place of sampling.prior.top_k (released script: 300); 0 takes that."""
-    validation_fraction: float = within("[0, 0.5]", 0.0)
-    """Images kept out of training the models, for val_nll in log.jsonl: it rises where a model learns by heart."""
-    informed_start: bool = False
-    """Start token tables from the code vectors and position tables from places in the picture instead of at random (not
-    as released; for short training)."""
-    max_bad_fraction: float = within("[0, 1]", 0.05)
-    """Broken images are skipped and named; past this fraction the run fails."""
-    seed: int = within(SEED, 0)
-    """Seed of every random choice of the run; it overrules the seeds of the parts."""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-
-    @property
-    def quantizer_cfg(self) -> QuantizerConfig:
-        """Settings of the quantizer that `quantizer` names."""
-        return getattr(self, self.quantizer)
-
-    @property
-    def model_names(self) -> tuple[str, str]:
-        """The two models that the finished pipeline holds, prior and renderer (names of ROLES)."""
-        return "prior", RENDERERS[self.renderer_kind]
-
-    @property
-    def has_vq_tokens(self) -> bool:
-        """Whether a model of the finished pipeline predicts VQ tokens; without one, none are made."""
-        return any(get_role(name).target == "vq" for name in self.model_names)
-
-    @property
-    def has_vqgan(self) -> bool:
-        """Whether the run has a VQGAN: for its tokens, or as the start of a renderer straight to pixels."""
-        return self.has_vq_tokens or self.pixels.start == "vqgan"
-
-    def size(self, role: Role) -> ModelSpec | PixelSpec:
-        """Size of a model."""
-        return getattr(self, role.settings)
-
-    def training(self, role: Role) -> TrainConfig | AdversarialConfig:
-        """Training settings of a model. One that replaces others trains longer: see `runs.fit.Run.training_config`."""
-        cfg: TrainConfig | AdversarialConfig = getattr(self, f"{role.settings}_training")
-        steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
-        return cfg if steps is None else replace(cfg, num_steps=steps)
-
-    def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
-        """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
-
-        A model without what would guide it, labels or a prefix, is sampled with a cfg_scale of 1.
-        """
-        sampling, role = self.sampling, get_role(renderer)
-        if role.kind == "masked":
-            sampling = replace(sampling, renderer=replace(sampling.renderer, top_p=self.masked_top_p))
-        if role.kind == "pixels":
-            sampling = replace(sampling, renderer=StageSampling())  # it takes no settings
-        if labelled and self.class_top_k:
-            sampling = replace(sampling, prior=replace(sampling.prior, top_k=self.class_top_k))
-        by_label = labelled and self.prior.label_dropout > 0
-        if not by_label:
-            sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
-        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
-            sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
-        return sampling
-
-    def sequence_config(
-        self, name: str, tokens: Mapping[str, TokenSpace], *, num_classes: int, vqgan: VQGANConfig | None = None
-    ) -> SequenceConfig:
-        """The full configuration of one of ROLES over the tokens at hand, {"discriminative": ..., "vq": ...}.
-
-        `vqgan` has the sizes of a decoder straight to pixels; None takes those of a VQGAN from scratch.
-        """
-        role = get_role(name)
-        size = self.size(role)
-        prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
-        if isinstance(size, PixelSpec):
-            return pixel_config(size, vqgan or self.vqgan, prefix, self.preprocess.crop_size)
-        aligned = role.prefix is not None and size.conditioning == "aligned"
-        settings: dict[str, Any] = dict(
-            prefix_vocab_size=prefix.vocab_size,
-            prefix_len=prefix.length,
-            prefix_levels=prefix.levels,
-            num_classes=num_classes if role.labels else 0,
-            norm=role.norm if size.norm == "paper" else size.norm,
-            qk_norm=size.qk_norm,
-            masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
-            prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
-            depth=size.depth,
-            embed_dim=size.embed_dim,
-            num_heads=size.num_heads,
-            dropout=size.dropout,
-        )
-        if aligned:
-            settings |= {
-                "conditioning": "aligned",
-                "encoder_depth": size.encoder_depth,
-                "added_blocks": min(size.added_blocks, size.depth),
-                "prefix_rows": prefix.rows,
-            }
-        if role.target == "pixels":
-            settings["image_size"] = self.preprocess.crop_size
-        else:
-            target = tokens[role.target]
-            settings |= {"vocab_size": target.vocab_size, "target_len": target.length, "levels": target.levels}
-            settings["target_rows"] = target.rows if aligned else 0
-        config = get_kind(role.kind).config
-        known = {setting.name for setting in fields(config)}
-        return config(**{name: value for name, value in settings.items() if name in known})
-
-    def with_seed(self) -> "Recipe":
-        """The recipe with its one seed in every part."""
-        parts = (self.quantizer, "vqgan_training", "prior_training", "renderer_training", "pixels_training")
-        return replace(self, **{part: replace(getattr(self, part), seed=self.seed) for part in parts})
-
-
-def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_size: int) -> PixelConfig:
-    """The configuration of a renderer straight to pixels, with a decoder of a VQGAN's shape."""
-    shape = ("channels", "channel_mult", "num_res_blocks", "z_channels", "num_groups")
-    return PixelConfig(
-        image_size=image_size,
-        prefix_vocab_size=prefix.vocab_size,
-        prefix_len=prefix.length,
-        prefix_levels=prefix.levels,
-        prefix_rows=prefix.rows,
-        norm="pre",
-        dropout=0.0,
-        depth=size.depth,
-        embed_dim=size.embed_dim,
-        num_heads=size.num_heads,
-        noise_channels=size.noise_channels,
-        **{name: getattr(vqgan, name) for name in shape},
-    )
-
-
-def with_settings(cfg: Any, settings: Mapping[str, Any]) -> Any:
-    """A recipe, or a part of one, with other values at dotted names: {"prior.depth": 8}."""
-    for name, value in settings.items():
-        first, _, rest = name.partition(".")
-        cfg = replace(cfg, **{first: with_settings(getattr(cfg, first), {rest: value}) if rest else value})
-    return cfg
-
+__all__ = [  # what a recipe is (`recipe.py`) beside the named ones
+    "NO_TOKENS",
+    "OWN_STEPS",
+    "RECIPES",
+    "RELEASED_TRAINING",
+    "ModelSpec",
+    "PixelSpec",
+    "Recipe",
+    "TokenSpace",
+    "get_recipe",
+    "pixel_config",
+    "with_settings",
+]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {}
 
@@ -395,6 +131,7 @@ def demo() -> Recipe:
         },
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
         codebook_subset=0.1,
+        previews=0.05,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
         prior=TINY,
         prior_training=cpu_training(1200),
@@ -424,7 +161,64 @@ def small() -> Recipe:
         renderer=replace(TINY, dropout=0.1),
         renderer_training=cpu_training(1250, optimizer="muon"),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.9), renderer=StageSampling(top_p=0.8)),
+        previews=0.05,
     )
+
+
+GUIDED = SamplingConfig(  # docs/beyond.md: guidance of the prior makes classes clear, of the renderer it always helps
+    prior=StageSampling(top_p=0.95, cfg_scale=2.0), renderer=StageSampling(top_p=0.95, cfg_scale=3.0)
+)
+
+
+@register
+def photos64() -> Recipe:
+    """A folder of photographs at 64 px, 8 x 8 tokens of either kind, for slow CPU cores: by plan 16 minutes on two.
+
+    What docs/beyond.md found to pay: as many discriminative as VQ tokens, aligned conditioning, guidance in both
+    stages, a pre-norm prior with Muon. Not measured yet.
+
+    digit fit photos/ --recipe photos64 --out runs/photos
+    """
+    return replace(
+        small(),
+        encoder=replace(small().encoder, layer=-6),  # stride 16: 112 features on 8 x 8
+        prior=replace(TINY, dropout=0.1, label_dropout=0.1, norm="pre"),
+        prior_training=cpu_training(2000, optimizer="muon"),
+        renderer=replace(TINY, dropout=0.1, prefix_dropout=0.1, conditioning="aligned"),
+        renderer_training=cpu_training(2000, optimizer="muon"),
+        sampling=GUIDED,
+    )
+
+
+@register
+def photos128() -> Recipe:
+    """A folder of photographs at 128 px for two slow CPU cores: by plan 40 minutes for 3,000 of them.
+
+    8 x 8 discriminative and 16 x 16 VQ tokens: the carried VQGAN is convolutional, and its tuning goes on at 128 px.
+    Otherwise as photos64. Not measured yet.
+
+    digit fit photos/ --recipe photos128 --out runs/photos
+    """
+    recipe = photos64()
+    return replace(
+        recipe,
+        preprocess=replace(recipe.preprocess, image_size=128),
+        crops_per_image=6,
+        vqgan_training=replace(FINE_TUNING, num_steps=1800, batch_size=8, adversarial_start=1200),
+        prior_training=cpu_training(3000, optimizer="muon"),
+        renderer_training=cpu_training(2400, batch_size=16, optimizer="muon"),
+    )
+
+
+@register
+def photos() -> Recipe:
+    """The recipe for photographs that suits the machine: photos64 or photos128 on a CPU, photos256 on a GPU of 24 GB.
+
+    `digit fit` and `digit plan` choose it, and its length, and say so. The settings shown here are those of photos128.
+
+    digit fit photos/ --recipe photos --out runs/photos
+    """
+    return photos128()
 
 
 @register
@@ -490,6 +284,54 @@ def cifar_pixels() -> Recipe:
         prior_training=cpu_training(2270, optimizer="muon"),
         pixels_training=replace(PIXELS_64, num_steps=2000, adversarial_start=1300),
         sampling=SamplingConfig(prior=StageSampling(top_p=0.95, cfg_scale=1.25)),
+    )
+
+
+# -------------------------------------------------------------------- one GPU
+
+
+@register
+def photos256() -> Recipe:
+    """A folder of photographs at 256 px on one GPU of 24 GB, without any VQGAN training.
+
+    16 x 16 tokens of either kind: DINOv2's base model with registers, as in the paper, and LlamaGen's VQ tokenizer of
+    16,384 codes (docs/vq_tokenizers.md: MIT, ImageNet-1k), both fetched. `digit plan photos256 --gpu rtx4090 --images
+    3000` tells memory and time. Not measured by us.
+
+    digit fit photos/ --recipe photos256 --out runs/photos
+    """
+    training = TrainConfig(
+        num_steps=12_000,
+        batch_size=64,
+        optimizer="muon",
+        learning_rate=1e-3,
+        warmup_steps=500,
+        schedule="cosine",
+        precision="bf16",
+        ema_decay=0.999,
+        label_smoothing=0.0,
+        save_every=1000,
+    )
+    size = ModelSpec(depth=8, embed_dim=512, num_heads=8, dropout=0.1)
+    return Recipe(
+        preprocess=PreprocessConfig(image_size=256, encoder_size=224),
+        encoder=EncoderConfig(name="hf:facebook/dinov2-with-registers-base", input_size=224),
+        kmeans=KMeansConfig(num_clusters=2048, memory_budget_bytes=2**32),
+        codebook_subset=1.0,
+        vqgan=VQGANConfig(
+            z_channels=8, vocab_size=16_384
+        ),  # LlamaGen's, as far as a plan asks: its codes are 8 numbers
+        vqgan_start="llamagen_vq16",
+        vqgan_training=GANConfig(num_steps=0),
+        crops_per_image=16,
+        validation_fraction=0.05,
+        prior=replace(size, label_dropout=0.1, norm="pre"),
+        prior_training=training,
+        renderer=replace(size, depth=12, prefix_dropout=0.1, conditioning="aligned"),
+        renderer_training=training,
+        sampling=replace(GUIDED, precision="bf16"),
+        informed_start=True,
+        previews=0.03,
     )
 
 

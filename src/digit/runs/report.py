@@ -26,6 +26,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.codebook_quality import quality_text
 from digit.runs.fit import Run
+from digit.runs.previews import previews_html
 from digit.runs.roles import get_role
 from digit.runtime import plots
 from digit.runtime.files import as_path, atomic_path, write_result
@@ -331,6 +332,7 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any]) -> Path:
         ),
         picture("token_map.png", "Tokens", "Near codes have near colours."),
         picture("completions/grid.png", "Completions", "Original, the kept upper half, the completion."),
+        previews_html(run.out),
         picture("loss.png", "Training", "Negative log-likelihood per token, also on held-out images if there are any."),
         picture("pixel_losses.png", "Training of the renderer", "Losses of the images, each before its weight."),
         f"<h2>Parts</h2><pre>{html.escape(describe(pipe))}</pre>",

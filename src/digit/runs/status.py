@@ -1,25 +1,31 @@
 """How far a run folder is, and what to type next; read from its files, whatever state it is in."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
+from digit.models.sequence import training_flops
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runs.codebook_quality import quality_text
 from digit.runs.layout import RESULTS, is_done, require_format
-from digit.runs.roles import ROLES
+from digit.runs.recipes import Recipe, TokenSpace
+from digit.runs.roles import ROLES, get_role
 from digit.runtime import lock
+from digit.runtime.config_json import from_json
 from digit.runtime.files import as_path, read_json
 from digit.runtime.ledger import progress
+from digit.runtime.progress import format_duration
 from digit.training import checkpoint
 from digit.training.config import CONFIG
 from digit.training.log import last_metrics, read_log
 
 STAGES = ("codebook", "vqgan", "tokens", *ROLES)
-LOSSES = ("nll", "loss", "val_nll")
+LOSSES = ("nll", "loss", "val_nll", "l1", "val_l1")  # nats per token; mean absolute error of pixels
 LARGEST = 1e12  # a loss that a curve shows
+RECENT = 20  # lines of a log that tell the present speed
 
 
 def is_run(folder: str | Path) -> bool:
@@ -36,6 +42,7 @@ def describe_run(folder: str | Path) -> str:
     recipe, data = (part if isinstance(part := cfg.get(name), dict) else {} for name in ("recipe", "data"))
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<10} {state}" for stage in STAGES for state in describe_stage(folder, stage)]
+    lines += [f"left       {left}" for left in [time_left(folder)] if left is not None and left.seconds]
     return "\n".join([*lines, *describe_work(folder)])
 
 
@@ -83,14 +90,117 @@ def read_losses(place: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: points for key, points in curves.items() if points}
 
 
+def last_note(place: Path) -> str:
+    """The last note in the log of a stage's folder, about a loss that jumped, for example; empty without one."""
+    try:
+        notes = [line["note"] for line in read_log(place / "log.jsonl") if isinstance(line.get("note"), str)]
+    except OSError:
+        return ""
+    return notes[-1] if notes else ""
+
+
 def seconds_left(place: Path) -> float | None:
-    """Seconds until the training in a stage's folder ends, at the speed of its log; None where that is unknown."""
+    """Seconds until the training in a stage's folder ends, at its present speed; None where its log does not tell."""
     try:
         total = read_json(place / "checkpoints" / CONFIG)["train"]["num_steps"]
-        timed = [line for line in read_log(place / "log.jsonl") if isinstance(line.get("seconds"), int | float)]
-        return max(0.0, (total - timed[-1]["step"]) * timed[-1]["seconds"] / max(1, timed[-1]["step"]))
+        step, pace = speed_of(place)
+        left = max(0.0, (total - step) * pace)
+        return left if left < LARGEST else None
+    except (DigitError, OSError, KeyError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def speed_of(place: Path) -> tuple[int, float]:
+    """The last step in the log of a stage's folder, and seconds a step over its last RECENT lines.
+
+    Raises OSError without a log, IndexError without a timed line.
+    """
+    lines = read_log(place / "log.jsonl")
+    timed = [line for line in lines if isinstance(line.get("seconds"), int | float) and abs(line["seconds"]) < LARGEST]
+    first, last = ([{"step": 0, "seconds": 0.0}, *timed])[-RECENT - 1 :][0], timed[-1]
+    return last["step"], max(0.0, last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])
+
+
+@dataclass(frozen=True)
+class TimeLeft:
+    """How long a run will still train, as far as its logs tell; samples and report come after it."""
+
+    stages: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each stage that still has to train."""
+    unknown: tuple[str, ...] = ()
+    """Stages that have not begun, and whose time the others do not tell."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all the known ones."""
+        return sum(self.stages.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in self.stages.items() if seconds)
+        least, others = ("at least", f"; not known yet: {', '.join(self.unknown)}") if self.unknown else ("about", "")
+        return f"{least} {format_duration(self.seconds)} of training: {parts}{others}"
+
+
+def time_left(folder: str | Path) -> TimeLeft | None:
+    """How long a run will still train; None where nothing is left, or where config.json does not tell its stages.
+
+    A stage that has begun goes on at the present speed of its log. A model that has not begun takes as long for each of
+    its training FLOPs as a model of this run that has; those of a renderer straight to pixels are not counted.
+    """
+    folder = as_path(folder)
+    if (folder / "pipeline" / "pipeline.json").is_file():
+        return None
+    try:
+        recipe = from_json(Recipe, read_json(folder / "config.json")["recipe"], "config.json")
+    except (DigitError, OSError, KeyError, TypeError):
+        return None
+    order = stages_of(recipe)
+    begun = [name for name in order if next(describe_stage(folder, name), None) is not None]
+    place = order.index(begun[-1]) if begun else 0  # what is missing before it was taken from another run
+    left = [name for name in order[place:] if not is_done(folder / name, name)]
+    pace = max((pace for name in order if (pace := flop_seconds(folder, recipe, name)) is not None), default=None)
+    stages: dict[str, float | None] = {name: seconds_left(folder / name) for name in left}
+    for name, flops in ((name, flops_of(folder, recipe, name)) for name in left if stages[name] is None):
+        if name == "vqgan" and not recipe.vqgan_training.num_steps:  # it takes its start as it is
+            stages[name] = 0.0
+        elif flops is not None and pace is not None:
+            stages[name] = flops * pace
+    known = {name: seconds for name, seconds in stages.items() if seconds is not None and seconds < LARGEST}
+    return TimeLeft(known, tuple(name for name in left if name not in known)) if left else None
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages of a recipe, in their order."""
+    return ["codebook", *(["vqgan"] if recipe.has_vqgan else []), "tokens", *recipe.model_names]
+
+
+def flop_seconds(folder: Path, recipe: Recipe, name: str) -> float | None:
+    """Seconds that a model of a run took for each training FLOP; None without a log, or where nobody counts them."""
+    flops = flops_of(folder, recipe, name)
+    try:
+        return None if not flops else speed_of(folder / name)[1] * recipe.training(get_role(name)).num_steps / flops
     except (DigitError, OSError, KeyError, TypeError, IndexError):
         return None
+
+
+def flops_of(folder: Path, recipe: Recipe, name: str) -> float | None:
+    """FLOPs of a sequence model's whole training, from the manifest of the run's tokens; None where those are not made,
+    and for other stages."""
+    if name not in ROLES or get_role(name).kind == "pixels":
+        return None
+    training = recipe.training(get_role(name))
+    try:
+        manifest = read_json(folder / "tokens" / RESULTS["tokens"])
+        spaces = {
+            kind: TokenSpace(made["vocab_size"], made["length"], made["grid"][0], made.get("levels", 1))
+            for kind in ("discriminative", "vq")
+            if (made := manifest.get(kind))
+        }
+        classes = len(manifest["classes"]) if recipe.class_conditional else 0
+        flops = training_flops(recipe.sequence_config(name, spaces, num_classes=classes))
+    except (DigitError, OSError, KeyError, TypeError, AttributeError):
+        return None
+    return flops * training.num_steps * training.batch_size
 
 
 def metrics_of(place: Path) -> str:

@@ -31,6 +31,11 @@ def grid(images: Tensor, columns: int, *, scale: int = 1, row_names: Sequence[st
     return sheet
 
 
+def write_text(image: Image.Image, place: tuple[int, int], text: str) -> None:
+    """Write a short text into a picture, its upper left corner at (x, y)."""
+    ImageDraw.Draw(image).text(place, text, fill=INK)
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) uint8 -> PIL RGB."""
     return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())

@@ -66,8 +66,10 @@ class MaskedSampler(Sampler):
         tokens = F.pad(rows.given, (0, cfg.target_len - rows.given.shape[1]), value=cfg.mask_token)  # (C, M)
         hidden = tokens == cfg.mask_token  # (C, M)
         unknown = hidden.sum(1)  # (C,)
+        rows_in_all = len(twice(tokens, guided))
+        added = model.added(rows_in_all, condition["prefix"], condition["drop_prefix"])  # the same at every step
         for step in range(self.num_steps):
-            features = model.features(twice(tokens, guided), **condition)
+            features = model.features(twice(tokens, guided), added=added, **condition)
             logits = self.combine(model.head(features), step)  # (C, M, V)
             sampled = self.pick(logits.flatten(0, 1), u[:, step, 0].flatten()).view_as(tokens)
             tokens = torch.where(hidden, sampled, tokens)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -66,8 +66,8 @@ class Sampler(ABC):
         labels: Int64[Tensor, " B"] | None = None,
         given: Int64[Tensor, "B L"] | None = None,
         on_token: Callable[[int], None] | None = None,
-    ) -> Int64[Tensor, "B M"]:
-        """Sample the target tokens of B images.
+    ) -> Int64[Tensor, "B M"] | UInt8[Tensor, "B 3 S S"]:
+        """Sample what `output` says of B images: their target tokens, or a pixel renderer's images.
 
         Args:
             seeds: one per image. Seed, conditions and settings determine an image's tokens, whatever the other images.
@@ -75,16 +75,21 @@ class Sampler(ABC):
             labels: class numbers; -1 or None is unconditional.
             given: tokens to keep (completion): the first L of a next-token model. A masked model keeps all but
                 `model.cfg.mask_token`, at any position.
-            on_token: called after every step with the number of tokens just sampled, summed over the micro-batch.
+            on_token: called after every step with the number of tokens just sampled, summed over the micro-batch; by a
+                pixel renderer with the number of images of each pass.
 
         Raises DigitError for conditions that do not fit the model.
         """
         request = make_request(self.model, seeds, prefix, labels, given)
-        sampled = [request.given.new_empty(0, self.model.cfg.target_len)]
+        sampled = [self.no_images()]
         for rows, count in micro_batches(request, self.micro_batch_size):
             u = image_uniforms(rows.seeds, self.stage, self.uniform_shape).to(request.given.device)
             sampled.append(self.sample_micro_batch(rows, u, partial(report, on_token, count))[:count])
         return torch.cat(sampled)
+
+    def no_images(self) -> Tensor:
+        """What a call without seeds returns."""
+        return torch.empty(0, self.model.cfg.target_len, dtype=torch.int64, device=self.model.device)
 
     @property
     @abstractmethod

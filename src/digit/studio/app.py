@@ -36,6 +36,7 @@ TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 MIB = 2**20
 MAX_UPLOAD = 16  # MiB of a picture that is dropped onto the page
 DECODED_AT_A_TIME = 2  # uploads; each may take 92 MiB
+RECEIVED_AT_A_TIME, UPLOAD_SECONDS = 8, 120  # uploads that arrive, and how long one may take
 OTHER_BYTES = 128 * 1024  # of a request beside its pictures
 T = TypeVar("T", bound=BaseModel)
 
@@ -73,14 +74,21 @@ def make_app(
 # -------------------------------------------------------------------- answers
 
 
-def refuse(status: int, text: str) -> JSONResponse:
+class Answer(JSONResponse):
+    """JSON in ASCII: a name on the disk may hold what UTF-8 does not."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def refuse(status: int, text: str) -> Answer:
     """An error as JSON: one line for a person."""
-    return JSONResponse({"error": without_paths(text)}, status, headers={"cache-control": "no-store"})
+    return Answer({"error": without_paths(text)}, status, headers={"cache-control": "no-store"})
 
 
-def give(value: Any) -> JSONResponse:
+def give(value: Any) -> Answer:
     """A value as JSON that no cache keeps."""
-    return JSONResponse(value, headers={"cache-control": "no-store"})
+    return Answer(value, headers={"cache-control": "no-store"})
 
 
 def add_errors(api: FastAPI) -> None:
@@ -150,7 +158,8 @@ def add_page(api: FastAPI) -> None:
 
 def add_jobs(api: FastAPI, studio: Studio) -> None:
     """The addresses of the model."""
-    model, worker, decoding = studio.model, studio.worker, asyncio.Semaphore(DECODED_AT_A_TIME)
+    model, worker = studio.model, studio.worker
+    receiving, decoding = asyncio.Semaphore(RECEIVED_AT_A_TIME), asyncio.Semaphore(DECODED_AT_A_TIME)
 
     def stream(request: Request, work: Callable[[Job], Any], *, slow: bool = False) -> Response:
         owner = request.headers.get("x-studio-page", "")[:64] or (request.client.host if request.client else "")
@@ -163,7 +172,10 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.get("/api/about")
     async def about() -> Response:
-        about = model.about() | {
+        about = model.about()
+        if studio.folder.root is None:
+            about["missing"]["runs"] = "This studio has no folder of runs: start it with --runs FOLDER."
+        about |= {
             "read_only": studio.folder.read_only,
             "runs": studio.folder.root is not None,
             "recipes": {
@@ -179,9 +191,14 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.post("/api/picture")
     async def picture(request: Request) -> Response:
-        data = await request.body()
-        async with decoding:
-            image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
+        async with receiving:
+            try:
+                async with asyncio.timeout(UPLOAD_SECONDS):
+                    data = await request.body()
+            except TimeoutError:
+                raise HTTPException(408, f"the picture did not arrive within {UPLOAD_SECONDS} s") from None
+            async with decoding:
+                image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
         settings = settings_in(data)
         same = settings is not None and settings.get("model") == model.fingerprint
         return give({"image": data_url(png(image)), "settings": settings, "same_model": same})
@@ -277,7 +294,7 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
     @api.get("/api/runs")
     async def runs() -> Response:
         found = await asyncio.to_thread(folder.describe_all)
-        return give({"runs": found, "read_only": folder.read_only})
+        return give({"runs": found, "starting": folder.starting(), "read_only": folder.read_only})
 
     @api.get("/api/runs/{name}/curves")
     async def curves(name: str) -> Response:
@@ -286,6 +303,12 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
     @api.get("/api/runs/{name}/pictures/{picture}")
     async def picture(name: str, picture: str) -> Response:
         path = folder.picture(name, picture)
+        data = await asyncio.to_thread(path.read_bytes)
+        return Response(data, media_type="image/png", headers={"cache-control": "no-cache"})
+
+    @api.get("/api/runs/{name}/previews/{picture:path}")
+    async def preview(name: str, picture: str) -> Response:
+        path = await asyncio.to_thread(folder.preview, name, picture)
         data = await asyncio.to_thread(path.read_bytes)
         return Response(data, media_type="image/png", headers={"cache-control": "no-cache"})
 

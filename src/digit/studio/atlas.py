@@ -86,10 +86,17 @@ class Atlas:
                 self.tokens = torch.cat([self.tokens, tokens]) if len(self.tokens) else tokens
             self.images, self.labels = torch.cat([self.images, images]), torch.cat([self.labels, labels])
             yield len(self.images), len(self.wanted)
+        if not len(self.images):
+            raise DigitError("none of the training pictures can be read: start the studio with --data PATH")
 
     def judge_all(self) -> Iterator[tuple[int, int]]:
-        """Compute the judge's features that are missing; yields (done, wanted) after each step."""
+        """Compute the judge's features that are missing; yields (done, wanted) after each step.
+
+        Raises DigitError for fewer than two pictures, which have no distances from each other.
+        """
         yield from self.collect()
+        if len(self.images) < 2:
+            raise DigitError("the judge compares training pictures with each other, and there is only one")
         if self.judge is None:
             from digit.runs.report import load_judge
 
@@ -109,13 +116,14 @@ class Atlas:
     def patches(self, token: int) -> tuple[Tensor, int]:
         """Crops (P, 3, s, s) uint8 of the pictures around places with this token, and the number of all places."""
         assert self.pipe.tokenizer is not None
-        rows, columns = self.pipe.tokenizer.grid
+        (rows, columns), levels = self.pipe.tokenizer.grid, self.pipe.tokenizer.num_levels
         found = (self.tokens == token).nonzero().tolist() if len(self.tokens) else []
         size = self.pipe.image_size
         height, width = size / rows, size / columns
         side = min(size, round(max(height, width) * (1 + 2 * CONTEXT)))
         crops = []
-        for image, place in spread(found, PATCHES):
+        for image, token_place in spread(found, PATCHES):
+            place = token_place // levels
             top = min(max(0, round((place // columns + 0.5) * height - side / 2)), size - side)
             left = min(max(0, round((place % columns + 0.5) * width - side / 2)), size - side)
             crops.append(self.images[image, :, top : top + side, left : left + side])

@@ -4,8 +4,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "cfg_scale": 1.0}
-
 
 def changed(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of each stage that differ from the recipe's, {"prior": {"top_k": 100}}."""
@@ -78,15 +76,17 @@ def complete(
     return found
 
 
-def tokens(run: str) -> dict[str, str]:
-    """The tokens of a picture, in Python."""
+def tokens(run: str, tokenizers: Sequence[str]) -> dict[str, str]:
+    """The tokens of a picture by each of these tokenizers, in Python."""
+    calls = {
+        "discriminative": "pipe.tokenizer.encode(image)  # (1, N) discriminative tokens",
+        "vq": "pipe.vq.encode(image)  # (1, M) VQ tokens",
+    }
     python = (
         f"{opening(run)}from PIL import Image\nfrom digit.data.preprocess import fit_batch\n"
         'image = fit_batch([Image.open("picture.png")], pipe.image_size)\n'
-        "pipe.tokenizer.encode(image)  # (1, N) discriminative tokens\n"
-        "pipe.vq.encode(image)         # (1, M) VQ tokens"
     )
-    return {"python": python}
+    return {"python": python + "\n".join(calls[name] for name in tokenizers)}
 
 
 def render(run: str, *, seed: int, changes: Mapping[str, Any], batch_size: int) -> dict[str, str]:
@@ -95,12 +95,13 @@ def render(run: str, *, seed: int, changes: Mapping[str, Any], batch_size: int) 
     return {"python": f"{opening(run)}image = pipe.render(tokens, {given})  # tokens: (1, N) integers"}
 
 
-def stability(run: str, data: str, snr: float, seed: int) -> dict[str, str]:
+def stability(run: str, data: str, snr: float, seed: int, tokenizers: Sequence[str]) -> dict[str, str]:
     """The whole curve by `digit stability`, and one strength of noise in Python."""
+    name = "tokenizer" if "discriminative" in tokenizers else "vq"
     python = (
         f"{opening(run)}from digit.metrics.stability import StabilityConfig, add_noise\n"
-        f"noisy = add_noise(image, {snr:g}, cfg=StabilityConfig(seed={seed}))\n"
-        "changed = pipe.tokenizer.encode(noisy) != pipe.tokenizer.encode(image)"
+        f"noisy = add_noise(image, {snr:g}, cfg=StabilityConfig(seed={seed}))  # image: (1, 3, H, W) uint8\n"
+        f"changed = pipe.{name}.encode(noisy) != pipe.{name}.encode(image)"
     )
     words = ["digit", "stability", data, "--from", run, "--num", "1000", "--out", f"{run}/stability"]
     return {"shell": shlex.join(words), "python": python}

@@ -24,7 +24,7 @@ from digit.data.images import open_source
 from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
 from digit.runs.roles import ROLES
-from digit.runs.status import STAGES, describe_stage, is_run, read_losses, seconds_left
+from digit.runs.status import STAGES, TimeLeft, describe_stage, is_run, last_note, read_losses, seconds_left, time_left
 from digit.runtime import lock
 from digit.runtime.files import differences, read_json
 
@@ -32,6 +32,8 @@ PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
 MAX_FILES = 20_000  # counted for the size of a run
 MAX_STARTED = 2  # fits at a time
+PREVIEWS, MAX_PREVIEWS, SHOWN_PREVIEWS = "previews", 10_000, 6  # folder of a run; pictures looked at, and shown
+LARGEST = 1e300  # number in metrics.json that the page shows
 PROGRAM = (sys.executable, "-m", "digit")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 PATH = re.compile(r"(?<![\w.])(?:~|\.{0,2})/(?:[^\s/:;,'\"()]+/)+(?=[^\s/])")
@@ -74,11 +76,15 @@ class Folder:
         folders = [f for f in self.root.iterdir() if NAME.fullmatch(f.name) and not f.is_symlink() and f.is_dir()]
         found = [f for f in folders if is_safe_run(f)]
         found.sort(key=lambda f: -newest(f))
-        return [self.describe(f) for f in found[:MAX_RUNS]]
+        told = []
+        for folder in found[:MAX_RUNS]:
+            with suppress(DigitError, OSError):  # somebody removes it meanwhile
+                told.append(self.describe(folder))
+        return told
 
     def describe(self, folder: Path) -> dict[str, Any]:
         """A run: its stages, whether it is at work, what it takes on the disk, and its last message."""
-        cfg = read_json(folder / "config.json")
+        cfg = as_dict(read_json(folder / "config.json"))
         recipe, data = as_dict(cfg.get("recipe")), as_dict(cfg.get("data"))
         stages, done = [], 0
         for stage in STAGES:
@@ -88,8 +94,8 @@ class Folder:
                     done += state.startswith("done")
         holder = lock.holder(folder)
         pictures = [name for name in PICTURES if is_plain(folder / name)]
-        wanted = ["codebook", "vqgan", "tokens", "prior", *(["renderer"] if "renderer" in str(stages) else [])]
         current = next((s["name"] for s in stages if not s["done"]), None)
+        left = self.time_left(folder)
         return {
             "name": folder.name,
             "recipe": str(recipe.get("name", "?")),
@@ -97,15 +103,17 @@ class Folder:
             "stages": stages,
             "done": (folder / "pipeline" / "pipeline.json").is_file(),
             "stages_done": done,
-            "stages_in_all": max(len(wanted), len(stages)),
             "at_work": holder is not None,
             "since": str((holder or {}).get("since", "")),
             "current": current,
             "left": seconds_left(folder / current) if holder is not None and current is not None else None,
-            "message": self.message(folder.name),
+            "whole": None if left is None else {"seconds": left.seconds, "unknown": list(left.unknown)},
+            "message": self.message(folder.name) or (without_paths(last_note(folder / current)) if current else ""),
+            "ended": self.ended(folder.name),
             "bytes": size_of(folder),
             "changed": newest(folder),
             "pictures": pictures,
+            "previews": previews(folder),
             "can_stop": self.can_stop(folder, holder),
             "can_continue": holder is None
             and not self.read_only
@@ -113,6 +121,28 @@ class Folder:
             and self.spec_of(cfg) is not None,
             "metrics": numbers(folder / "metrics.json"),
         }
+
+    @staticmethod
+    def time_left(folder: Path) -> TimeLeft | None:
+        """How long a run will still train; None where that is not known, or nothing is left."""
+        with suppress(DigitError, OSError, ValueError):
+            return time_left(folder)
+        return None
+
+    def starting(self) -> list[dict[str, Any]]:
+        """The fits that the page has started and whose folders are no runs yet, because they begin or have failed."""
+        if self.root is None:
+            return []
+        return [
+            {"name": name, "message": self.message(name), "ended": self.ended(name)}
+            for name in list(self.started)
+            if not is_safe_run(self.root / name)
+        ]
+
+    def ended(self, name: str) -> int | None:
+        """The exit status of a fit that the page has started; None where it is at work, or was started elsewhere."""
+        process = self.started.get(name)
+        return None if process is None else process.poll()
 
     def curves(self, name: str) -> dict[str, Any]:
         """Losses of each model of a run, {"prior": {"step": [...], "nll": [...], "val_nll": [[step, value], ...]}}."""
@@ -148,6 +178,13 @@ class Folder:
         if picture not in PICTURES or not is_plain(path):
             raise DigitError("there is no such picture of this run")
         return path
+
+    def preview(self, name: str, picture: str) -> Path:
+        """A picture that a fit has drawn while it trained. Raises DigitError for any other file."""
+        folder = self.find(name)
+        if picture not in all_previews(folder):
+            raise DigitError("there is no such picture of this run")
+        return folder / PREVIEWS / picture
 
     # ---------------------------------------------------------------- processes
 
@@ -292,6 +329,28 @@ def is_digit(pid: int) -> bool:
     return any(word.rpartition(b"/")[2] in (b"digit",) for word in words) or b"digit" in words
 
 
+def all_previews(folder: Path) -> list[str]:
+    """The pictures in a run's previews, MODEL/NAME.png or NAME.png, in the order of the numbers in their names."""
+    found: list[str] = []
+    if (folder / PREVIEWS).is_symlink():
+        return found
+    for place, _, names in os.walk(folder / PREVIEWS):  # it follows no links below it
+        inside = Path(place).relative_to(folder / PREVIEWS).parts
+        if len(inside) <= 1:
+            found += ["/".join([*inside, n]) for n in names if n.endswith(".png") and is_plain(Path(place) / n)]
+        if len(found) > MAX_PREVIEWS:
+            break
+    found = [name for name in found if all(NAME.fullmatch(part) for part in name.split("/"))]
+    return sorted(found, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
+
+
+def previews(folder: Path) -> list[str]:
+    """Some of a run's previews, evenly spread up to the last."""
+    found = all_previews(folder)
+    step = max(1, -(-len(found) // SHOWN_PREVIEWS))
+    return found[::-1][::step][::-1]
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder; of the first MAX_FILES."""
     total = count = 0
@@ -322,7 +381,8 @@ def numbers(path: Path) -> dict[str, float]:
         found = as_dict(read_json(path))
     except DigitError:
         return {}
-    return {str(k): v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool) and v == v}
+    plain = {str(k): v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: value for name, value in plain.items() if abs(value) < LARGEST}  # JSON has no infinity
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -99,7 +99,10 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self.same_origin(origin, headers["host"]):
             return 403, "the request comes from a page of another site: open the studio's own page"
-        if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site") and scope["method"] != "GET":
+        works = scope["method"] != "GET" or scope["path"].startswith(
+            "/api/"
+        )  # a link may lead to the page, not to its work
+        if origin is None and headers.get("sec-fetch-site") in ("cross-site", "same-site") and works:
             return 403, "the request comes from a page of another site: open the studio's own page"
         if scope["method"] not in ("GET", "HEAD", "POST"):
             return 405, f"{scope['method']} is no method of the studio: GET and POST are"

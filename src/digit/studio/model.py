@@ -3,9 +3,10 @@
 Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
 """
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from digit.data.images import ImageSource
 from digit.errors import DigitError
 from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, add_noise
-from digit.pipeline.cells import cell_grid, fill_cells
+from digit.pipeline.cells import cell_grid, code_vectors, fill_cells, token_grid
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
@@ -31,8 +32,11 @@ BATCH_SIZE = 16  # one size for every request, so that a seed gives the same pic
 STEP_SECONDS = 0.08  # between two token maps that are sent
 GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
 STAGES = ("prior", "renderer")
-STAGE_SETTINGS = ("temperature", "top_k", "top_p", "cfg_scale", "num_steps", "choice_temperature")
+STAGE_SETTINGS = (
+    "temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule", "num_steps", "order", "choice_temperature",
+)  # fmt: skip
 NEAR_CODES = 12  # offered in place of a token
+MOST_LOOKS, LOOKS_AT_A_TIME = 16, 4  # pictures decoded to see what VQ codes look like, and those of one step
 QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
 QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
 
@@ -63,7 +67,8 @@ class Model:
         vq = pipe.vq.fingerprint if pipe.vq is not None else ""
         self.fingerprint = "-".join([*(w[:8] for w in weights.values()), vq[:8]])
         self.taken = {stage: self._settings_of(stage) for stage in STAGES}
-        self._palettes: dict[str, Any] = {}
+        self._palettes: dict[str, str] = {}
+        self._painting: Steps | None = None  # the work on the palettes, once it has begun
         self._quick: dict[str, Any] | None = None
 
     def _settings_of(self, stage: str) -> dict[str, Any]:
@@ -77,6 +82,34 @@ class Model:
                 continue
             found[name] = value
         return found
+
+    def choices(self) -> dict[str, list[str]]:
+        """The values of each setting that is a choice among names."""
+        kinds = get_type_hints(type(self.pipe.sampling.prior))
+        return {name: list(get_args(kinds[name])) for name in STAGE_SETTINGS if get_origin(kinds[name]) is Literal}
+
+    def missing(self) -> dict[str, str]:
+        """Why a part of the page has nothing to show, by part; a part that works is not named."""
+        pipe, reasons = self.pipe, {}
+        try:
+            pipe.labels(1, None)
+        except DigitError as error:
+            reasons["draw"] = reasons["complete"] = reasons["judge"] = f"Nothing can be drawn: {error}."
+        if not pipe.tokenizers:
+            reasons["tokens"] = reasons["stability"] = reasons["complete"] = "This pipeline holds no tokenizer."
+        if pipe.prior is not None and pipe.tokenizer is None:
+            reasons["complete"] = "This pipeline holds no discriminative tokenizer, so that no picture can be read."
+        if self.atlas.source is None:
+            reasons.setdefault(
+                "judge", "The training pictures of this run are not here: start the studio with --data PATH."
+            )
+        return reasons
+
+    @property
+    def varies(self) -> bool:
+        """Whether equal discriminative tokens give another picture with another seed."""
+        renderer = self.pipe.renderer
+        return renderer is not None and getattr(renderer.cfg, "noise_channels", 1) > 0
 
     def can_guide(self, stage: str) -> bool:
         """Whether a stage was trained for guidance."""
@@ -92,7 +125,7 @@ class Model:
             for stage in STAGES
             if (model := getattr(pipe, stage)) is not None
         }
-        source = self.atlas.source
+        source, missing = self.atlas.source, self.missing()
         encoder = pipe.tokenizer.encoder.describe().get("name", "encoder") if pipe.tokenizer is not None else None
         return {
             "version": __version__,
@@ -103,15 +136,19 @@ class Model:
             "size": pipe.image_size,
             "classes": list(pipe.classes),
             "num_classes": pipe.num_classes,
-            "unlabelled": bool(pipe.num_classes) and pipe.knows_unlabelled,
+            "unlabelled": "draw" not in missing and bool(pipe.num_classes) and pipe.knows_unlabelled,
             "tokenizers": {
-                name: {"grid": list(t.grid), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
+                name: {"grid": list(token_grid(t)), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
             },
             "encoder": encoder,
-            "cells": list(cell_grid(pipe)) if pipe.renderer is not None and pipe.tokenizers else None,
+            "cells": None if "complete" in missing else list(cell_grid(pipe)),
+            "missing": missing,
             "kinds": kinds,
+            "pixels": pipe.renders_pixels,
+            "varies": self.varies,
             "millions": millions,
             "settings": self.taken,
+            "choices": self.choices(),
             "guidance": {stage: self.can_guide(stage) for stage in STAGES},
             "batch_size": self.batch_size,
             "data": None if source is None else {"name": source.name.rpartition("/")[2], "num": len(source)},
@@ -277,11 +314,13 @@ class Model:
         image = read_data_url(request.picture, self.pipe.image_size)[None]
         found = {name: tokenizer.encode(image).cpu() for name, tokenizer in self.pipe.tokenizers.items()}
         job.emit(
-            "tokens", tokens={name: t[0].tolist() for name, t in found.items()}, commands=commands.tokens(self.name)
-        )
+            "tokens", tokens={name: t[0].tolist() for name, t in found.items()},
+            commands=commands.tokens(self.name, list(found)),
+        )  # fmt: skip
         if "vq" in found:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
-        if "discriminative" in found and self.pipe.renderer is not None and self.pipe.renderer.cfg.prefix_len:
+        renderer = self.pipe.renderer if self.pipe.renders_pixels or self.pipe.vq is not None else None
+        if "discriminative" in found and renderer is not None and renderer.cfg.prefix_len:
             images = self.pipe.render(found["discriminative"], 0, batch_size=self.batch_size)
             job.emit("rebuilt", tokenizer="discriminative", image=data_url(png(images[0])))
 
@@ -293,26 +332,41 @@ class Model:
         for name, tokenizer in self.pipe.tokenizers.items():
             clean, changed = tokenizer.encode(torch.cat([image, noisy])).cpu()
             tokens[name] = {"clean": clean.tolist(), "noisy": changed.tolist()}
-        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed)
+        lines = commands.stability(self.name, self.data or "DATA", request.snr, request.seed, list(tokens))
         job.emit("noisy", snr=request.snr, image=data_url(png(noisy[0])), tokens=tokens, commands=lines)
 
     # ---------------------------------------------------------------- jobs on the training pictures
 
     def palettes(self, job: Job) -> None:
         """A colour of each code: discriminative ones by their vectors, VQ ones as they look in pictures."""
-        if not self._palettes:
-            for name, tokenizer in self.pipe.tokenizers.items():
-                if name == "vq" and not self.pipe.renders_pixels:
-                    colours = self._looks()
-                else:
-                    vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-                    with torch.random.fork_rng([]):
-                        torch.manual_seed(0)
-                        colours = code_colours(vectors.cpu())
-                self._palettes[name] = bytes(colours.to(torch.uint8).flatten().tolist()).hex()
+        for _ in self.prepare(job):
+            if job.cancelled:
+                job.emit("palettes")  # raises
         job.emit("palettes", **self._palettes)
 
-    def _looks(self, rounds: int = 2) -> Tensor:
+    def prepare(self, job: Job) -> Steps:
+        """Make the palettes before anybody asks for them, where there is time. A slow job."""
+        while len(self._palettes) < len(self.pipe.tokenizers):
+            if self._painting is None:
+                self._painting = self._paint()
+            if next(self._painting, self) is self:  # it ended, or had failed before
+                self._painting = None
+            yield
+
+    def _paint(self) -> Steps:
+        for name, tokenizer in self.pipe.tokenizers.items():
+            few = -(-tokenizer.vocab_size // math.prod(tokenizer.grid)) <= MOST_LOOKS
+            if name == "vq" and few:
+                colours = yield from self._looks()
+            else:
+                vectors = code_vectors(tokenizer)
+                with torch.random.fork_rng([]):
+                    torch.manual_seed(0)
+                    colours = code_colours(vectors.cpu())
+            self._palettes[name] = bytes(colours.to(torch.uint8).flatten().tolist()).hex()
+            yield
+
+    def _looks(self, rounds: int = 2) -> Generator[None, None, Tensor]:
         """The mean colour (K, 3) of each VQ code, decoded among random other codes."""
         assert self.pipe.vq is not None
         vq, (rows, columns) = self.pipe.vq, self.pipe.vq.grid
@@ -321,10 +375,14 @@ class Model:
         count = -(-num // cells)
         for _ in range(rounds):
             order = torch.randperm(num, generator=generator)
-            codes = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells)
-            pixels = vq.decode(codes).cpu().float()  # (count, 3, S, S)
-            means = torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
-            total[codes.flatten()[:num]] += means.flatten(0, 1)[:num]
+            codes, means = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells), []
+            for part in codes.split(LOOKS_AT_A_TIME):
+                pixels = vq.decode(part).cpu().float()  # (C, 3, S, S)
+                means.append(
+                    torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)
+                )
+                yield
+            total[codes.flatten()[:num]] += torch.cat(means).flatten(0, 1)[:num]
         return (total / rounds).round()
 
     def examples(self, job: Job) -> None:
@@ -353,7 +411,7 @@ class Model:
         for done, total in self.atlas.collect():
             job.emit("progress", done=done, total=total, text="reading training pictures")
             yield
-        vectors = self.pipe.tokenizer.embed(torch.arange(self.pipe.tokenizer.vocab_size)[None])[0]
+        vectors = code_vectors(self.pipe.tokenizer)
         near = (vectors - vectors[token]).square().sum(1).topk(min(NEAR_CODES + 1, len(vectors)), largest=False).indices
         crops, count = self.atlas.patches(token)
         image = data_url(png_of(sheet(crops))) if len(crops) else None
@@ -375,6 +433,7 @@ class Model:
         features = torch.cat(parts)
         distances, places = self.atlas.nearest(features)
         scale = self.atlas.scale()
+        yield
         found: list[dict[str, Any]] = [
             {
                 "nearest": [

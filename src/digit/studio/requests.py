@@ -11,6 +11,7 @@ MAX_TOKENS = 4096  # of one picture
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Picture = Annotated[str, Field(max_length=MAX_DATA_URL)]
 Position = Annotated[int, Field(ge=-1, le=1_000_000)]
+Choice = Annotated[str, Field(max_length=32)]  # among names that the settings of a stage know
 
 
 class Request(BaseModel):
@@ -26,7 +27,9 @@ class Stage(Request):
     top_k: Annotated[int, Field(ge=0, le=10_000_000)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    cfg_schedule: Choice | None = None
     num_steps: Annotated[int, Field(ge=1, le=256)] | None = None
+    order: Choice | None = None
     choice_temperature: Annotated[float, Field(ge=0, le=1000)] | None = None
 
 

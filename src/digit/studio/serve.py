@@ -18,6 +18,7 @@ from digit.runtime.signals import StopSignals, saving
 from digit.studio.app import MAX_UPLOAD, Studio, make_app
 from digit.studio.folders import Folder, as_dict
 from digit.studio.guard import is_local
+from digit.studio.jobs import BusyError, Job
 from digit.studio.model import Model
 
 MAX_CONNECTIONS = 128
@@ -131,7 +132,15 @@ def serve(
         ws="none", h11_max_incomplete_event_size=64 * 1024,
     )  # fmt: skip
     server = Server(config)
-    server.on_ready = lambda: (say(f"studio: {address}   (Ctrl-C ends it)"), ready(address) if ready else None)
+
+    def on_ready() -> None:
+        with suppress(BusyError):  # it is closing already
+            studio.worker.submit(Job(studio.model.prepare), slow=True)  # while the first person looks at the page
+        say(f"studio: {address}   (Ctrl-C ends it)")
+        if ready is not None:
+            ready(address)
+
+    server.on_ready = on_ready
     try:
         with suppress(KeyboardInterrupt):  # a second Ctrl-C
             server.run(sockets=[listener])

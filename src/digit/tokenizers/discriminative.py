@@ -79,20 +79,19 @@ def fit_codebook(
             source, preprocess, indices=indices, seed=seed, batch_size=batch_size, num_workers=num_workers,
             max_bad_fraction=max_bad_fraction, start_row=mine.start,
         )  # fmt: skip
-        with loader.sharing_cores():
-            batches = itertools.islice(loader, -(-len(mine) // batch_size))
-            rows = itertools.count(mine.start, batch_size)
-            for row, batch in zip(rows, on_device(batches, getattr(encoder, "device", "cpu")), strict=False):
-                images = batch.images if batch.ok.all() else batch.images[batch.ok]
-                if len(images):
-                    numbers = (row + np.flatnonzero(batch.ok.numpy()))[:, None] * tokens + np.arange(tokens)  # (b, N)
-                    yield encoder.features(images).flatten(0, 1), numbers.ravel()  # (b N, D), (b N,)
+        batches = itertools.islice(loader, -(-len(mine) // batch_size))
+        rows = itertools.count(mine.start, batch_size)
+        for row, batch in zip(rows, on_device(batches, getattr(encoder, "device", "cpu")), strict=False):
+            images = batch.images if batch.ok.all() else batch.images[batch.ok]
+            if len(images):
+                numbers = (row + np.flatnonzero(batch.ok.numpy()))[:, None] * tokens + np.arange(tokens)  # (b, N)
+                yield encoder.features(images).flatten(0, 1), numbers.ravel()  # (b N, D), (b N,)
         bad[:] = loader.bad
 
     about = {
         "encoder": encoder.describe() | {"fingerprint": encoder.fingerprint},
         "layer": encoder.describe().get("layer"),
-        "preprocessing": asdict(preprocess),
+        "preprocessing": preprocess.described(),
         quantizer.name: asdict(cfg),
         "source": {"name": source.name, "fingerprint": source.fingerprint},
         "subset": subset,

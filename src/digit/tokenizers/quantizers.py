@@ -1,6 +1,6 @@
 """Every quantizer by name: its settings, its fit, and what reads its folder. A new one is an entry here.
 
-The recipe holds the settings of each under its name here, and `recipe.quantizer` chooses (runs/recipes.py).
+The recipe holds the settings of each under its name here, and `recipe.quantizer` chooses (runs/recipe.py).
 """
 
 from collections.abc import Callable

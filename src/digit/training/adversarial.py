@@ -11,9 +11,10 @@ Shapes: B images, S pixels a side.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -171,6 +172,21 @@ class AdversarialTrainer(ABC):
     def objects(self) -> dict[str, Any]:
         names = ("discriminator", "optimizer", "discriminator_optimizer", "average")
         return {self.name: self.network} | {name: getattr(self, name) for name in names}
+
+    def previewed(
+        self, preview: Callable[[nn.Module, int], Mapping[str, Path]] | None
+    ) -> Callable[[int], Mapping[str, Path]] | None:
+        """`preview` with the averaged weights, as the loop calls it; None stays None."""
+        if preview is None:
+            return None
+
+        def show(step: int) -> Mapping[str, Path]:
+            with self.average.applied(), torch.no_grad():
+                pictures = preview(self.network.eval(), step)
+            self.network.train()
+            return pictures
+
+        return show
 
     def autocast(self) -> AbstractContextManager:
         return autocast(self.cfg.precision, self.device)

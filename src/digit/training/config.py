@@ -12,7 +12,7 @@ from digit.runtime.settings import SEED, check_settings, within
 from digit.training.precision import ScaledPrecision
 
 Schedule = Literal["inverse_sqrt", "cosine", "constant"]
-ENDING_SCHEDULES: tuple[Schedule, ...] = ("cosine",)  # they end at num_steps, so such a run cannot be lengthened
+ENDING_SCHEDULES: tuple[Schedule, ...] = ("cosine",)  # they end at num_steps, which decides every step before it
 Optimizer = Literal["adamw", "muon"]
 Parallel = Literal["ddp", "fsdp"]
 CONFIG = "config.json"  # beside the checkpoints
@@ -28,7 +28,8 @@ class LoopConfig:
     """Settings of the loop itself; the config of each trainer extends it."""
 
     num_steps: int = within("[0, inf)", 125_000)
-    """Optimizer updates in the whole run. A run can be lengthened later, except with a cosine schedule."""
+    """Optimizer updates in the whole run. A run can be lengthened later; with a cosine schedule, which
+    ends at this number, by `digit fit --more` alone, and it is then not what a longer run would have been."""
     batch_size: int = within("[1, inf)", 2048)
     """Images per update, over all processes and accumulated micro-batches together."""
     seed: int = within(SEED, 0)

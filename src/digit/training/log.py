@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from operator import itemgetter
 from pathlib import Path
@@ -202,6 +203,14 @@ class RunLog:
         if self._board is not None and self.tensorboard_folder is not None:
             with disk_errors(self.tensorboard_folder):
                 self._board.add(metrics, self.step)
+
+    def show(self, pictures: Mapping[str, Path]) -> None:
+        """Show PNG files of the current step in TensorBoard, by name (rank 0)."""
+        if self._file is None or self._board is None or self.tensorboard_folder is None:
+            return
+        with disk_errors(self.tensorboard_folder):
+            for name, path in pictures.items():
+                self._board.add_picture(name, path, self.step)
 
     def sync(self) -> None:
         """Flush the log to the disk before a checkpoint, so that a power cut cannot lose only the log (rank 0)."""

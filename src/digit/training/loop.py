@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ def train(
     about: dict[str, Any] | None = None,
     validate: Callable[[int], dict[str, float]] | None = None,
     batches: Callable[[int], Any] | None = None,
+    preview: Callable[[int], Mapping[str, Path]] | None = None,
     peak: PeakSpeed | None = None,
     description: str = "train",
 ) -> dict[str, float]:
@@ -101,7 +102,8 @@ def train(
     is the time that the step waited for data. `validate(step)` runs before each regular save, and its metrics are
     logged; one that is NaN or Inf is warned of and left out. `about` (JSON) identifies the run beside `cfg`: it is kept
     in config.json and compared on resume. `batches(step)`, a dict of tensors, is written to the crash dump of a step
-    that fails. With `peak`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the last
+    that fails. `preview(step)` runs after each regular save and returns PNG files by name, which TensorBoard shows.
+    With `peak`, the hardware's limit, the log has the share of it that was reached, `mfu`. Returns the last
     metrics.
 
     Raises Stopped after SIGINT or SIGTERM, once the step is finished and saved (on every rank if any rank got the
@@ -130,6 +132,8 @@ def train(
                 if regular_save or stopped:
                     with saving():
                         last_good = save(state, cfg, folder, log, validate if regular_save else None)
+                    if preview is not None and regular_save and not stopped:
+                        log.show(preview(state.step))
                 if stopped:
                     break
             if distributed.any_rank(signals.asked):  # again: a signal during the last save stops the next stage too

@@ -5,7 +5,7 @@ Shapes: B images, S pixels a side, P discriminative tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -75,6 +75,7 @@ def train_pixels(
     about: dict[str, Any] | None = None,
     perceptual: nn.Module | None = None,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    preview: Callable[[nn.Module, int], Mapping[str, Path]] | None = None,
     description: str = "renderer_pixels",
 ) -> dict[str, float]:
     """Train `renderer` in place, resuming from OUT/checkpoints; leaves it in eval mode with the averaged weights.
@@ -85,6 +86,7 @@ def train_pixels(
         perceptual: `perceptual(image, target) -> (B,)`, in place of the network that `cfg.perceptual` names; required
             if that is encoder.
         validate: model to metrics of held-out images, with the averaged weights, before each checkpoint.
+        preview: (model, step) to PNG files by name for TensorBoard, with the averaged weights, after each checkpoint.
 
     Returns {"psnr": mean over images in dB} of the batches after the last step.
     """
@@ -101,7 +103,7 @@ def train_pixels(
     train(
         trainer.update, TrainState(0, trainer.objects), cfg, out,
         about=renderer.cfg.to_dict() if about is None else about, validate=validated if validate else None,
-        description=description,
+        preview=trainer.previewed(preview), description=description,
     )  # fmt: skip
     trainer.average.copy_to_model()
     after = (batches.part(cfg.num_steps + n, 0, cfg.batch_size) for n in range(NUM_EVALUATED))

@@ -3,8 +3,8 @@
 import copy
 import logging
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,7 @@ def train_sequence_model(
     *,
     about: dict[str, Any] | None = None,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    preview: Callable[[nn.Module, int], Mapping[str, Path]] | None = None,
     flops_per_image: float | None = None,
     description: str = "train",
 ) -> tuple[nn.Module, dict[str, float]]:
@@ -244,7 +245,8 @@ def train_sequence_model(
     batch that fails. `model.loss(**batch, label_smoothing=...)` returns the mean loss, (), and a dict of metrics. If
     the model has `noise(batch, generator)`, the tensors that it returns are further keyword arguments; it may look at
     the shapes of the batch alone. Put the model on its device first. `validate(model)` gets the model in eval mode
-    (with fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. With
+    (with fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. So does
+    `preview(model, step)`, after each regular save; it returns PNG files by name for TensorBoard. With
     `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the
     hardware's peak, `mfu`.
 
@@ -254,14 +256,23 @@ def train_sequence_model(
     update = SequenceUpdate(model, batches, cfg)
     update.model.train()
 
-    def validate_average(step: int) -> dict[str, float]:
-        assert validate is not None
+    @contextmanager
+    def averaged() -> Iterator[nn.Module]:
         update.model.eval()
         with torch.no_grad(), update.ema.applied() if update.ema else nullcontext():
-            metrics = validate(update.model)
+            yield update.model
         parallel.reshard(update.model)
         update.model.train()
-        return metrics
+
+    def validate_average(step: int) -> dict[str, float]:
+        assert validate is not None
+        with averaged() as whole:
+            return validate(whole)
+
+    def preview_average(step: int) -> Mapping[str, Path]:
+        assert preview is not None
+        with averaged() as whole:
+            return preview(whole, step)
 
     peak = None
     if flops_per_image is not None:
@@ -270,7 +281,7 @@ def train_sequence_model(
     metrics = train(
         update, update.state(), cfg, out,
         about=about, validate=validate_average if validate else None, batches=batches,
-        peak=peak, description=description,
+        preview=preview_average if preview else None, peak=peak, description=description,
     )  # fmt: skip
     update.finish(model)
     return model.eval(), metrics

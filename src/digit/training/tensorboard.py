@@ -45,6 +45,15 @@ class TensorBoardWriter:
         values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(step=step, summary=self._summaries.Summary(value=values))
 
+    def add_picture(self, name: str, path: Path, step: int) -> None:
+        """Show a PNG file."""
+        data = path.read_bytes()
+        width, height = (int.from_bytes(data[start : start + 4]) for start in (16, 20))  # of its IHDR chunk
+        image = self._summaries.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+        self._write(
+            step=step, summary=self._summaries.Summary(value=[self._summaries.Summary.Value(tag=name, image=image)])
+        )
+
     def sync(self) -> None:
         """Flush the points to the disk."""
         os.fsync(self._file.fileno())

@@ -10,7 +10,7 @@ Shapes: B images, S pixels a side, n = B * M features in a batch, C = z_channels
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,17 +120,27 @@ class VQGANTrainer(AdversarialTrainer):
 
 
 def train_vqgan(
-    vqgan: VQGAN, batches: Batches, cfg: GANConfig, out: str | Path, *, perceptual: nn.Module | None = None
+    vqgan: VQGAN,
+    batches: Batches,
+    cfg: GANConfig,
+    out: str | Path,
+    *,
+    perceptual: nn.Module | None = None,
+    preview: Callable[[nn.Module, int], Mapping[str, Path]] | None = None,
 ) -> dict[str, Any]:
     """Train `vqgan` in place, resuming from OUT/checkpoints; leaves it in eval mode with the averaged weights.
 
     `batches(step)` returns uint8 (B, 3, S, S), a function of the step alone. To fine-tune existing weights, set
     codebook_start=0 and a low learning_rate. `perceptual(image, target) -> (B,)` replaces the network that
-    `cfg.perceptual` names and is required if that is encoder. Returns the metrics of `evaluate_vqgan` on the batches
-    after the last step and writes them to OUT/metrics.json.
+    `cfg.perceptual` names and is required if that is encoder. `preview(model, step)` is called after each checkpoint
+    with the averaged weights and returns PNG files by name for TensorBoard. Returns the metrics of `evaluate_vqgan` on
+    the batches after the last step and writes them to OUT/metrics.json.
     """
     trainer = VQGANTrainer(vqgan, batches, cfg, perceptual)
-    train(trainer.update, TrainState(0, trainer.objects), cfg, out, about=vqgan.cfg.to_dict(), description="vqgan")
+    train(
+        trainer.update, TrainState(0, trainer.objects), cfg, out,
+        about=vqgan.cfg.to_dict(), preview=trainer.previewed(preview), description="vqgan",
+    )  # fmt: skip
     trainer.average.copy_to_model()
     metrics = evaluate_vqgan(vqgan.eval(), (batches(cfg.num_steps + n) for n in range(NUM_EVALUATED)))
     if distributed.is_main():

@@ -149,17 +149,20 @@ class ConfigLoader:
 @contextlib.contextmanager
 def work_mocked_out() -> Iterator[None]:
     """Ends commands where they would start to compute."""
-    from digit.cli.runs import add_run_arguments, value_of
+    from digit.cli.arguments import value_of
+    from digit.cli.runs import add_run_arguments
+    from digit.runs.recipes import Recipe, get_recipe
 
-    def remembered(parser: Any, argv: list[str]) -> str:
+    def remembered(parser: Any, argv: list[str]) -> Recipe:
         """Calls add_run_arguments, which takes most of the time, once for each command and recipe."""
         name = value_of(argv, "--recipe") or "small"
+        recipe = get_recipe(name)
         if (parser.prog, name) in PARSERS:
             vars(parser).update(PARSERS[parser.prog, name])
         else:
-            add_run_arguments(parser, argv)
+            add_run_arguments(parser, [*argv, "--recipe", name])
             PARSERS[parser.prog, name] = dict(vars(parser))
-        return name
+        return recipe
 
     from digit.runs.recipes import TokenSpace
 

@@ -194,7 +194,7 @@ def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
         lambda: tensor.clone().fill_(float("inf")),
         lambda: tensor.to_sparse(),
         lambda: tensor.to_sparse_csr() if tensor.ndim == 2 else tensor.to_sparse(),
-        lambda: torch.nn.Parameter(tensor),
+        lambda: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()),
         lambda: tensor.to("meta"),
         lambda: one.expand(tensor.shape),
         lambda: one.expand(10**5, 10**5),

@@ -166,14 +166,9 @@ export function sends(picture, except) {
   return h("div.send", {}, parts.map(([part, text]) => h("button", { type: "button", "aria-label": `${text}: ${picture.title}`, onclick: () => send(picture, part) }, text)), h("button", { type: "button", "aria-label": `Save: ${picture.title}`, onclick: () => save(picture.image, picture.file ?? "picture.png") }, "Save"));
 }
 
-export function available(part) {
-  const about = state.about, parts = about.kinds;
-  if (part === "tokens" || part === "stability") return Object.keys(about.tokenizers).length > 0;
-  if (part === "complete") return Boolean(parts.renderer && about.cells);
-  if (part === "runs") return about.runs;
-  if (part === "judge") return Boolean(about.data && parts.renderer);
-  return Boolean(parts.renderer);
-}
+// why a part has nothing to show; undefined where it works
+const reason = (part) => state.about.missing[part];
+export const available = (part) => !reason(part);
 
 // ---------------------------------------------------------------- settings of both stages
 
@@ -182,50 +177,74 @@ const SPECS = {
   top_k: { name: "Top-k", values: [0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000, 2000, 4000, 8000, 16000], help: "only the k most likely tokens; all is off", text: (v) => (v ? String(v) : "all") },
   top_p: { name: "Top-p", values: Array.from({ length: 20 }, (_, i) => (i + 1) / 20), help: "only the most likely tokens up to this probability", text: (v) => (v < 1 ? String(v) : "1, all") },
   cfg_scale: { name: "Guidance", values: Array.from({ length: 41 }, (_, i) => i / 5), help: "towards the class or the tokens; 1 is off", text: (v) => (v === 1 ? "1, off" : String(v)) },
+  cfg_schedule: { name: "Guidance over the tokens", help: "constant; or linear and cosine, from none at the first token to all of it at the last" },
   num_steps: { name: "Steps", values: Array.from({ length: 32 }, (_, i) => i + 1), help: "passes of the masked model" },
+  order: { name: "Order", help: "which tokens a masked model decides first: the most likely (confidence), or spread over the picture (halton)" },
   choice_temperature: { name: "Choice temperature", values: Array.from({ length: 41 }, (_, i) => i / 4), help: "noise on the confidence of the masked model" },
 };
-const STAGES = { prior: ["1", "What to show", "the prior writes discriminative tokens"], renderer: ["2", "How it looks", "the renderer writes pixels' tokens after them"] };
+const STAGES = { prior: ["1", "What to show", "the prior writes discriminative tokens"], renderer: ["2", "How it looks", "the renderer writes VQ tokens, which become pixels"] };
+const KINDS = { next_token: "next token", masked: "masked", pixels: "straight to pixels" };
+const current = (stage, name) => sampling[stage][name] ?? state.about.settings[stage][name];
+
+// why a setting cannot be changed, or changes nothing now
+function idle(stage, name) {
+  if (name.startsWith("cfg") && !state.about.guidance[stage]) return ["needs dropout in training", true];
+  if (name === "cfg_schedule" && current(stage, "cfg_scale") === 1) return ["guidance is off", false];
+  if (name === "choice_temperature" && current(stage, "order") === "halton") return ["not used by halton", false];
+  return undefined;
+}
 
 export function settingsPanel(changed = () => {}) {
-  const about = state.about;
-  return Object.keys(STAGES).filter((stage) => Object.keys(about.settings[stage]).length).map((stage) => {
-    const [no, title, note] = STAGES[stage];
-    const entries = Object.entries(about.settings[stage]).map(([name, recipe]) => slider(stage, name, recipe, changed));
-    return h("details", { open: innerWidth > 860 }, h("summary", {}, h("span.stage-name", {}, h("span.no", { "aria-hidden": "true" }, no), title)), h("p.note", {}, `${note} (${about.millions[stage]} M parameters, ${about.kinds[stage].replace("_", " ")})`), h("div.section", { css: { "margin-top": ".7rem" } }, entries));
+  const about = state.about, shows = [];
+  const all = () => { shows.forEach((show) => show()); changed(); };
+  return Object.keys(STAGES).filter((stage) => about.kinds[stage]).map((stage) => {
+    const [no, title, note] = STAGES[stage], names = Object.keys(about.settings[stage]);
+    const does = stage === "renderer" && about.pixels ? `the renderer draws all pixels in one pass${about.varies ? "" : ", equal tokens equally"}; it has no settings` : note;
+    return h("details", { open: innerWidth > 860 }, h("summary", {}, h("span.stage-name", {}, h("span.no", { "aria-hidden": "true" }, no), title)), h("p.note", {}, `${does} (${about.millions[stage]} M parameters, ${KINDS[about.kinds[stage]] ?? about.kinds[stage]})`), h("div.section", { css: { "margin-top": ".7rem" } }, names.map((name) => setting(stage, name, shows, all))));
   });
 }
 
-function slider(stage, name, recipe, changed) {
-  const spec = SPECS[name], text = spec.text ?? String;
-  const codes = state.about.tokenizers[stage === "prior" ? "discriminative" : "vq"]?.codes ?? Infinity;
-  const values = [...new Set([...spec.values.filter((v) => name !== "top_k" || v < codes), recipe])].sort((a, b) => a - b);
-  if (name === "top_k") values.push(values.shift()); // all is the end of the scale
-  const off = name === "cfg_scale" && !state.about.guidance[stage];
-  const id = `${stage}-${name}`;
-  const now = () => sampling[stage][name] ?? recipe;
-  const output = h("output", { for: id });
-  const range = h("input", { id, type: "range", min: 0, max: values.length - 1, step: 1, disabled: off, "aria-description": spec.help });
-  const back = h("button.recipe", { type: "button", id: `${id}-recipe`, onclick: () => { delete sampling[stage][name]; show(); changed(); } });
-  const tick = h("span.tick", { css: { left: `calc(8px + ${values.indexOf(recipe) / (values.length - 1)} * (100% - 16px))` } });
-  const box = h("div.setting", { title: off ? `${spec.help}. This run was trained without label or prefix dropout.` : spec.help }, h("label", { for: id }, spec.name), back, output, h("div.slider", {}, range, tick));
-  const show = () => {
-    const value = now();
-    range.value = values.indexOf(value) >= 0 ? values.indexOf(value) : values.findIndex((v) => v >= value);
-    range.setAttribute("aria-valuetext", text(value));
+// a setting with its name, its value, how to change it, and the recipe's value
+function setting(stage, name, shows, changed) {
+  const spec = SPECS[name], recipe = state.about.settings[stage][name], id = `${stage}-${name}`, text = spec.text ?? String;
+  const put = (value) => { if (value === recipe) delete sampling[stage][name]; else sampling[stage][name] = value; changed(); };
+  const choices = state.about.choices[name];
+  const { input, mark, display } = choices ? choice(id, choices, recipe, put) : slider(id, stage, name, recipe, put);
+  const output = h("output", { for: id, hidden: Boolean(choices) });
+  const back = h("button.recipe", { type: "button", id: `${id}-recipe`, onclick: () => { put(recipe); input.focus(); } });
+  const off = idle(stage, name)?.[1];
+  input.disabled = Boolean(off);
+  input.setAttribute("aria-description", spec.help);
+  const box = h("div.setting", { title: off ? `${spec.help}. This run was trained without label or prefix dropout.` : spec.help }, h("label", { for: id }, spec.name), back, output, h("div.slider", {}, input, mark));
+  shows.push(() => {
+    const value = current(stage, name), why = idle(stage, name)?.[0];
+    display(value, text);
     output.textContent = text(value);
     box.classList.toggle("changed", value !== recipe);
-    back.disabled = off || value === recipe;
-    back.textContent = off ? "needs dropout in training" : value === recipe ? "recipe" : `back to ${text(recipe)}`;
+    back.disabled = Boolean(off) || value === recipe;
+    back.textContent = back.disabled ? why ?? "recipe" : `back to ${text(recipe)}`;
     if (!back.disabled) back.setAttribute("aria-label", `${spec.name}: back to the recipe's ${text(recipe)}`); else back.removeAttribute("aria-label");
-  };
-  range.oninput = () => {
-    const value = values[range.value];
-    if (value === recipe) delete sampling[stage][name]; else sampling[stage][name] = value;
-    show(); changed();
-  };
-  show();
+  });
+  shows.at(-1)();
   return box;
+}
+
+function slider(id, stage, name, recipe, put) {
+  const codes = state.about.tokenizers[stage === "prior" ? "discriminative" : "vq"]?.codes ?? Infinity;
+  const values = [...new Set([...SPECS[name].values.filter((v) => name !== "top_k" || v < codes), recipe])].sort((a, b) => a - b);
+  if (name === "top_k") values.push(values.shift()); // all is the end of the scale
+  const input = h("input", { id, type: "range", min: 0, max: values.length - 1, step: 1, oninput: () => put(values[input.value]) });
+  const mark = h("span.tick", { css: { left: `calc(8px + ${values.indexOf(recipe) / (values.length - 1)} * (100% - 16px))` } });
+  const display = (value, text) => {
+    input.value = values.indexOf(value) >= 0 ? values.indexOf(value) : values.findIndex((v) => v >= value);
+    input.setAttribute("aria-valuetext", text(value));
+  };
+  return { input, mark, display };
+}
+
+function choice(id, choices, recipe, put) {
+  const input = h("select", { id, onchange: () => put(input.value) }, choices.map((value) => h("option", { value }, value === recipe ? `${value} (recipe)` : value)));
+  return { input, mark: "", display: (value) => { input.value = value; } };
 }
 
 // ---------------------------------------------------------------- Draw
@@ -292,29 +311,31 @@ function drawPart() {
     h("div", {}, h("p.label", {}, "Pictures"), counts),
     h("div.row", {}, go, stop),
     settingsPanel());
-  const maps = h("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => maps.setAttribute("aria-pressed", String(gallery.classList.toggle("maps"))) }, "Show token maps");
+  const maps = h("button.small", { type: "button", "aria-pressed": "false", onclick: () => maps.setAttribute("aria-pressed", String(gallery.classList.toggle("maps"))) }, "Token maps");
+  const view = h("section", { "aria-label": "Pictures and progress" }, h("div.row.between.above", {}, progress, maps), gallery, after);
   const empty = h("div.empty", { css: { "grid-column": "1 / -1" } }, h("p", {}, "Choose classes or none, and draw. Each picture shows its token map first; the pixels grow out of it."), h("button.main", { type: "button", onclick: start }, "Draw four"));
   gallery.append(empty);
   if (state.drawn.length) {
     columns(gallery, state.drawn.filter(Boolean).length);
     gallery.replaceChildren(...state.drawn.filter(Boolean).map((picture) => { const tile = waitingTile(picture.name, picture.seed); tile.finish(picture, () => setSeed(picture.seed)); return tile.element; }));
   }
-  window.onkeydown = (event) => { if (event.key === "Escape") work.stop(); };
+  stopKey(work);
   restore = (found) => {
     setSeed(found.seed ?? 0); draw.num = 1; draw.labels = Number.isInteger(found.label) && found.label >= 0 && found.label < about.num_classes ? [found.label] : [];
     for (const stage of Object.keys(sampling)) {
       sampling[stage] = {};
-      for (const [name, value] of Object.entries(found[stage] ?? {})) if (name in about.settings[stage] && Number.isFinite(value) && value !== about.settings[stage][name]) sampling[stage][name] = value;
+      for (const [name, value] of Object.entries(found[stage] ?? {})) if (name in about.settings[stage] && known(name, value) && value !== about.settings[stage][name]) sampling[stage][name] = value;
     }
     kept("draw", draw);
   };
   return [
     h("h2", {}, "Draw"),
-    h("p.lede", {}, `A model writes a picture as it would write a text: first ${tokensText("discriminative")} that say what is where, then ${about.tokenizers.vq ? `${tokensText("vq")} that say how it looks` : "its pixels"}.`),
-    h("div.split", {}, form, h("section", { "aria-label": "Pictures and progress" }, h("div.row.between.above", {}, progress, maps), gallery, after)),
+    h("p.lede", {}, !about.kinds.prior ? `A model writes a picture as it would write a text: as ${tokensText("vq")}, which are decoded to pixels.` : `A model writes a picture as it would write a text: first ${tokensText("discriminative")} that say what is where, then ${about.pixels ? "all its pixels at once" : `${tokensText("vq")} that say how it looks`}.`),
+    h("div.split", {}, form, view),
   ];
 }
 let restore = () => {};
+const known = (name, value) => (state.about.choices[name] ? state.about.choices[name].includes(value) : Number.isFinite(value));
 
 function tokensText(name) {
   const found = state.about.tokenizers[name];
@@ -322,11 +343,22 @@ function tokensText(name) {
   return `${found.grid[0] * found.grid[1]} ${name === "vq" ? "VQ" : name} tokens`;
 }
 
+// Escape stops what a part is doing
+export function stopKey(...works) { window.onkeydown = (event) => { if (event.key === "Escape") works.forEach((work) => work.stop()); }; }
+
+// shows how far the stages of a drawing are
+export function showStage(work, data) {
+  const flat = data.tokens.flat(), share = flat.filter((t) => t >= 0).length / flat.length, first = data.stage === "prior";
+  if (!state.about.kinds.prior) work.show("VQ tokens", share);
+  else if (first && share === 1 && state.about.pixels) work.show("2 of 2: pixels, in one pass", 1);
+  else work.show(first ? "1 of 2: discriminative tokens" : "2 of 2: how it looks", share, first);
+}
+
 // as many columns as give a square, and no picture larger than it deserves
 export function columns(gallery, num) {
-  const count = num <= 1 ? 1 : num <= 4 ? 2 : num <= 9 ? 3 : num <= 16 ? 4 : 6;
-  gallery.style.setProperty("--columns", count);
-  gallery.style.setProperty("--widest", `${{ 1: 460, 2: 680, 3: 760, 4: 900, 6: 1080 }[count]}px`);
+  const count = num <= 1 ? 1 : num <= 4 ? 2 : num <= 9 ? 3 : num <= 16 ? 4 : 6, place = gallery.parentElement ?? gallery;
+  place.style.setProperty("--columns", count);
+  place.style.setProperty("--widest", `${{ 1: 460, 2: 680, 3: 820, 4: 960, 6: 1080 }[count]}px`);
 }
 
 function waitingTile(name, seed) {
@@ -336,10 +368,11 @@ function waitingTile(name, seed) {
   return {
     element, canvas, frame,
     finish(picture, use) {
-      const map = h("canvas.map", { width: 1, height: 1, "aria-hidden": "true" }), first = picture.tokens?.discriminative ? "discriminative" : "vq";
-      if (picture.tokens?.[first]) palettes().then(() => paint(map, picture.tokens[first], first), () => {});
-      frame.replaceChildren(h("img.new", { src: picture.image, alt: picture.title, width: state.about.size, height: state.about.size }), map);
-      caption.replaceChildren(h("span", {}, picture.name ?? ""), h("button", { type: "button", title: "use this seed", "aria-label": `use seed ${picture.seed}`, onclick: use }, `seed ${picture.seed}`));
+      const first = picture.tokens?.discriminative ? "discriminative" : "vq", tokens = picture.tokens?.[first];
+      const maps = tokens ? ["map", "mini"].map((kind) => h(`canvas.${kind}`, { width: 1, height: 1, "aria-hidden": "true" })) : [];
+      palettes().then(() => maps.forEach((map) => paint(map, tokens, first)), () => {});
+      frame.replaceChildren(h("img.new", { src: picture.image, alt: picture.title, width: state.about.size, height: state.about.size }), maps[0] ?? "");
+      caption.replaceChildren(h("span.name", {}, maps[1] ?? "", picture.name ?? ""), h("button", { type: "button", title: "use this seed", "aria-label": `use seed ${picture.seed}`, onclick: use }, `seed ${picture.seed}`));
       element.append(sends(picture));
     },
   };
@@ -348,8 +381,7 @@ function waitingTile(name, seed) {
 // shows the tokens so far, and where the server sent them, the unfinished pixels of decided cells
 function grow(tiles, data, work) {
   const name = data.stage === "prior" ? "discriminative" : state.about.tokenizers.vq ? "vq" : "discriminative";
-  const total = data.tokens.length * data.tokens[0].length, decided = data.tokens.flat().filter((t) => t >= 0).length;
-  work.show(data.stage === "prior" ? "1 of 2: discriminative tokens" : "2 of 2: how it looks", decided / total, data.stage === "prior");
+  showStage(work, data);
   if (!state.about.tokenizers[name]) return;
   data.tokens.forEach((tokens, row) => {
     const canvas = tiles[data.first + row]?.canvas;
@@ -481,6 +513,8 @@ addEventListener("paste", (event) => { const file = [...(event.clipboardData?.fi
 
 const PARTS = { draw: drawPart, complete: "./complete.js", tokens: "./tokens.js", stability: "./stability.js", judge: "./judge.js", runs: "./runs.js" };
 const part = () => (location.hash.slice(1) in PARTS ? location.hash.slice(1) : available("draw") ? "draw" : "tokens");
+const title = (name) => `${name[0].toUpperCase()}${name.slice(1)}`;
+const nothing = (name) => [h("h2", {}, title(name)), h("div.empty.section", {}, h("p", {}, reason(name)))];
 let leave = () => {};
 export const onLeave = (call) => { leave = call; };
 
@@ -490,8 +524,8 @@ async function navigate(event) {
   for (const link of document.querySelectorAll("#tabs a")) {
     if (link.hash === "#" + name) link.setAttribute("aria-current", "page"); else link.removeAttribute("aria-current");
   }
-  document.title = `${name[0].toUpperCase()}${name.slice(1)} · DiGIT studio`;
-  const make = typeof PARTS[name] === "string" ? (await import(PARTS[name])).default : PARTS[name];
+  document.title = `${title(name)} · DiGIT studio`;
+  const make = reason(name) ? () => nothing(name) : typeof PARTS[name] === "string" ? (await import(PARTS[name])).default : PARTS[name];
   if (part() !== name) return;
   $("view").replaceChildren(...make());
   if (event) { $("view").focus({ preventScroll: true }); scrollTo(0, 0); }
@@ -515,11 +549,11 @@ async function begin() {
     const about = (state.about = await get("/api/about"));
     $("run").replaceChildren("run ", h("b", {}, about.run), about.read_only ? " · read-only" : "");
     $("about").textContent = `DiGIT ${about.version} on ${about.device}, ${about.size} × ${about.size} pixels, recipe ${about.recipe ?? "of the released weights"}. The page and all its parts come from this machine.`;
-    for (const link of document.querySelectorAll("#tabs a")) link.parentElement.hidden = !available(link.hash.slice(1));
+    for (const link of document.querySelectorAll("#tabs a")) link.classList.toggle("nothing", !available(link.hash.slice(1)));
     if (!(location.hash.slice(1) in PARTS)) history.replaceState(null, "", "#" + part());
     addEventListener("hashchange", navigate);
     await navigate();
-    document.documentElement.dataset.ready = "yes";
+    document.documentElement.dataset.ready = String(Math.round(performance.now())); // ms, for whoever measures
   } catch (error) {
     $("view").replaceChildren(h("p.error", { role: "alert" }, `${error.message}. Load the page again once the studio runs.`));
   }

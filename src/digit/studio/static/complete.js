@@ -1,6 +1,6 @@
 // Complete: brush whole token cells away, keep the others exactly, and see several proposals.
 
-import { h, lines, onLeave, plural, say, sends, settings, state, Work } from "./app.js";
+import { h, lines, onLeave, plural, say, sends, settings, showStage, state, stopKey, Work } from "./app.js";
 import { firstPicture, grid, picker } from "./picker.js";
 
 let keep; // rows of booleans
@@ -12,7 +12,8 @@ export default function complete() {
   const board = h("div.board"), progress = h("div.progress"), gallery = h("div.gallery", { css: { "--columns": 2, "--widest": "680px" } }), after = h("div"), counted = h("p.note", { "aria-live": "polite" });
   const work = new Work(progress);
   let buttons = [], done = [];
-  onLeave(() => work.stop());
+  onLeave(() => { work.stop(); window.onpointerup = null; });
+  stopKey(work);
 
   function paint() {
     buttons.forEach((button, place) => {
@@ -57,10 +58,8 @@ export default function complete() {
     stop.hidden = false;
     const ended = await work.run(path, body, (kind, data) => {
       if (kind === "start") after.replaceChildren(lines(data.commands));
-      else if (kind === "step") {
-        const flat = data.tokens.flat(), decided = flat.filter((t) => t >= 0).length;
-        work.show(data.stage === "prior" ? "1 of 2: discriminative tokens" : "2 of 2: how it looks", decided / flat.length, data.stage === "prior");
-      } else if (kind === "picture") { done[data.index] = { ...data, title: `${what} ${data.index + 1}`, file: `${what}-${data.seed}.png` }; show(); }
+      else if (kind === "step") showStage(work, data);
+      else if (kind === "picture") { done[data.index] = { ...data, title: `${what} ${data.index + 1}`, file: `${what}-${data.seed}.png` }; show(); }
     });
     stop.hidden = true;
     if (ended) { progress.replaceChildren(h("p.note", {}, state.about.num_classes && done[0]?.name && body.label === undefined && what === "completion" ? `The model took it for: ${done[0].name}.` : "")); say(`${plural(done.length, what)} ready`); }
@@ -71,20 +70,22 @@ export default function complete() {
   const vary = h("button", { type: "button", onclick: () => state.picture && run("/api/vary", { picture: state.picture.image, num: chosen.num, seed: chosen.seed, ...settings() }, "variation") }, "Variations");
   const stop = h("button", { type: "button", hidden: true, onclick: () => work.stop() }, "Stop");
   const own = h("input", { type: "checkbox", id: "own", checked: chosen.own, onchange: () => { chosen.own = own.checked; show(); } });
-  const two = Boolean(state.about.kinds.prior);
+  const { kinds, pixels, varies } = state.about, two = Boolean(kinds.prior);
+  const sees = (kinds.prior ?? kinds.renderer) === "masked" ? "The model sees all that is kept." : "The model reads in rows: it sees what is kept before a hole, and not what is kept after it.";
   firstPicture().then(() => { bar.replaceWith(bar = picker(showBoard)); showBoard(); }, () => {});
   let bar = picker(showBoard);
   showBoard();
   return [
     h("h2", {}, "Complete"),
-    h("p.lede", {}, "Brush over the cells to be sampled again. All others keep their tokens exactly, and each proposal has a seed of its own. The model reads in rows: it sees what is kept before a hole, and not what is kept after it."),
+    h("p.lede", {}, "Brush over the cells to be sampled again. All others keep their tokens exactly, and each proposal has a seed of its own. " + sees),
     bar,
     h("div.split", {},
       h("div.controls", {}, board, counted, h("div.segments", { role: "group", "aria-label": "Keep" }, presets.map(([name, rule]) => h("button", { type: "button", onclick: () => fill(rule) }, name))),
         state.about.num_classes ? h("div", {}, h("label", { for: "label" }, "Class"), h("div", {}, label)) : "",
         h("div", {}, h("label", { for: "seed" }, "Seed of the first proposal"), h("div", {}, seed)),
-        h("div.row", {}, go, two ? vary : "", stop),
-        two ? h("p.note", {}, "Variations keep all discriminative tokens and sample only how they look.") : "",
+        h("div.row", {}, go, two && varies ? vary : "", stop),
+        two ? h("p.note", {}, varies ? "Variations keep all discriminative tokens and sample only how they look." : "There are no variations: this renderer draws equal tokens equally (the recipe's pixels.noise_channels is 0).") : "",
+        pixels ? h("p.note", {}, "The renderer draws every pixel again from the tokens of the whole picture.") : "",
         h("p.note", {}, "The settings are those of Draw.")),
       h("section", { "aria-label": "Proposals" }, h("label", {}, own, " kept cells show the picture's own pixels, not decoded ones"), progress, gallery, after)),
   ];

@@ -1,6 +1,6 @@
 // The picture that Complete, Tokens and Stability work on: from a file, from the training data, or drawn.
 
-import { h, job, state, upload, Work } from "./app.js";
+import { available, h, job, showStage, state, upload, Work } from "./app.js";
 
 export function picker(changed) {
   const now = h("div.now"), name = h("p.note"), strip = h("div"), problem = h("div");
@@ -32,13 +32,14 @@ export function picker(changed) {
   }
   async function one() {
     await work.run("/api/draw", { num: 1, seed: Math.floor(Math.random() * 1e6), labels: [] }, (kind, data) => {
-      if (kind === "picture") take({ ...data, title: `${data.name ?? "picture"}, seed ${data.seed}` });
+      if (kind === "step") showStage(work, data);
+      else if (kind === "picture") take({ ...data, title: `${data.name ?? "picture"}, seed ${data.seed}` });
     });
   }
   show();
   const buttons = [h("button", { type: "button", onclick: () => file.click() }, "Open a file"), file];
   if (state.about.data) buttons.push(h("button", { type: "button", onclick: more }, "From the training data"));
-  if (state.about.kinds.renderer) buttons.push(h("button", { type: "button", onclick: one }, "Draw one"));
+  if (available("draw")) buttons.push(h("button", { type: "button", onclick: one }, "Draw one"));
   return h("div", {}, h("div.picker", {}, now, h("div", {}, h("div.row", {}, buttons), name)), problem, strip);
 }
 

@@ -3,7 +3,26 @@
 import { get, h, onLeave, plural, post, state, svg } from "./app.js";
 
 const bytes = (count) => { let power = 0; while (count >= 1024 && power < 4) { count /= 1024; power++; } return `${count.toFixed(power ? 1 : 0)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`; };
-const duration = (s) => (s >= 3600 ? `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min` : s >= 60 ? `${Math.floor(s / 60)} min ${Math.round(s % 60)} s` : `${Math.round(s)} s`);
+const duration = (seconds) => lasting(Math.round(seconds));
+const lasting = (s) => (s >= 3600 ? `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min` : s >= 60 ? `${Math.floor(s / 60)} min ${s % 60} s` : `${s} s`);
+const STOPPED = [null, 0, 130, 143]; // exit statuses of a fit that did not fail
+
+// how long a run will still train, in words; empty where nobody knows
+function left(run) {
+  const parts = run.left !== null && run.current ? [`${run.current}: about ${duration(run.left)} left`] : [];
+  const whole = run.whole?.seconds ? `${run.whole.unknown.length ? "at least" : "about"} ${duration(run.whole.seconds)}` : "";
+  const others = run.whole?.unknown.length ? `, beside ${run.whole.unknown.join(", ")}, whose time is not known yet` : "";
+  if (whole && (!run.at_work || run.left === null || run.whole.seconds > run.left + 1 || others)) parts.push(`${run.at_work ? "the whole training" : "still to train"}: ${whole}${others}`);
+  return parts.join("; ");
+}
+
+// what the models drew while they trained, oldest first
+const strip = (run) => (run.previews.length ? h("div.previews", {}, run.previews.map((name) => h("figure", {}, h("img", { src: `/api/runs/${run.name}/previews/${name}?${Math.floor(run.changed)}`, alt: `preview of ${run.name}, ${words(name)}`, loading: "lazy" }), h("figcaption.note", {}, words(name))))) : "");
+const words = (name) => name.replace(".png", "").replaceAll(/[/_]/g, " ").replaceAll(/\b0+(?=\d)/g, "");
+
+// a fit that was started here and has no folder yet, or failed before it had one
+const beginning = (run) => h("article.card.stack", { "aria-label": run.name }, h("div.row", {}, h("h3", {}, run.name), h(run.ended === null ? "span.tag.live" : "span.tag", {}, run.ended === null ? "begins" : "ended")),
+  h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message || "no message yet"));
 const COLOURS = ["var(--accent)", "var(--signal)", "var(--strong)", "var(--bad)"];
 
 export default function runs() {
@@ -18,14 +37,14 @@ export default function runs() {
       const data = await get("/api/runs");
       if (gone) return;
       problem.replaceChildren();
-      const key = JSON.stringify(data.runs);
+      const key = JSON.stringify([data.runs, data.starting]);
       if (key !== shown) {
         shown = key;
-        const cards = await Promise.all(data.runs.map(card));
+        const cards = [...data.starting.map(beginning), ...await Promise.all(data.runs.map(card))];
         if (!gone && !list.contains(document.activeElement)) list.replaceChildren(...cards); else if (!gone) { const place = [...list.querySelectorAll("button")].indexOf(document.activeElement); list.replaceChildren(...cards); list.querySelectorAll("button")[place]?.focus(); }
-        if (!data.runs.length) list.replaceChildren(h("p.note", {}, "There is no run in this folder yet."));
+        if (!cards.length) list.replaceChildren(h("p.note", {}, "There is no run in this folder yet."));
       }
-      timer = setTimeout(refresh, data.runs.some((run) => run.at_work) ? 3000 : 15000);
+      timer = setTimeout(refresh, data.runs.some((run) => run.at_work) || data.starting.some((run) => run.ended === null) ? 3000 : 15000);
     } catch (error) { problem.replaceChildren(h("p.error", {}, error.message)); timer = setTimeout(refresh, 15000); }
   }
   async function act(name, action) {
@@ -40,11 +59,11 @@ export default function runs() {
     return h("article.card.run-card", { "aria-label": run.name },
       h("div.stack", {}, h("div.row", {}, h("h3", {}, run.name), status), h("p.note", {}, `recipe ${run.recipe}, ${run.data}, ${bytes(run.bytes)}`),
         h("ul.note", {}, run.stages.map((stage) => h("li", {}, `${stage.name}: ${stage.state}`))),
-        run.left !== null && run.current ? h("p", {}, `${run.current}: about ${duration(run.left)} left`) : "",
-        run.message ? h("p.note.mono", {}, run.message) : "",
+        left(run) ? h("p", {}, left(run)) : "",
+        run.message ? h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message) : "",
         h("div.row", {}, run.can_stop ? h("button", { type: "button", "aria-label": `Stop ${run.name}`, onclick: () => act(run.name, "stop") }, "Stop") : "", run.can_continue ? h("button", { type: "button", "aria-label": `Continue ${run.name}`, onclick: () => act(run.name, "continue") }, "Continue") : "", box, h("label", { for: box.id }, "compare"))),
       h("div", {}, lossChart(curves), h("ul.note", {}, metrics)),
-      h("div", {}, run.pictures.includes("samples.png") ? h("img", { src: `/api/runs/${run.name}/pictures/samples.png?${Math.floor(run.changed)}`, alt: `samples of ${run.name}`, loading: "lazy" }) : h("p.note", {}, "no samples yet")));
+      h("div", {}, strip(run), run.pictures.includes("samples.png") ? h("img", { src: `/api/runs/${run.name}/pictures/samples.png?${Math.floor(run.changed)}`, alt: `samples of ${run.name}`, loading: "lazy" }) : run.previews.length ? "" : h("p.note", {}, "no samples yet")));
   }
   async function compare() {
     if (chosen.length < 2) { compared.replaceChildren(); return; }
@@ -82,18 +101,23 @@ function starter(refresh) {
   } }, h("div.row", {}, h("label", { for: "new-name" }, "Name"), name, h("label", { for: "new-recipe" }, "Recipe"), recipe, h("label", { for: "new-data" }, "Data"), data, h("label", { for: "new-seed" }, "Seed"), seed, h("button", { type: "submit" }, "Start")), note, told));
 }
 
-// losses by training step, one line a model
+// losses by training step, one line a model; one chart for tokens and one for pixels, which have other units
+const UNITS = [["nats per token", (c) => [c.nll ?? c.loss, c.val_nll]], ["mean absolute error of pixels, 0 to 1", (c) => [c.nll || c.loss ? undefined : c.l1, c.val_l1]]];
 export function lossChart(curves) {
-  const models = Object.entries(curves).map(([name, c]) => [name, c.nll ?? c.loss, c.val_nll]).filter(([, c]) => c?.length > 1);
-  if (!models.length) return h("p.note", {}, "no losses yet");
+  const charts = UNITS.map(([unit, pick]) => [unit, Object.entries(curves).map(([name, c]) => [name, ...pick(c)]).filter(([, c]) => c?.length > 1)]).filter(([, models]) => models.length);
+  return charts.length ? h("div.stack", {}, charts.map(([unit, models]) => oneChart(unit, models))) : h("p.note", {}, "no losses yet");
+}
+
+function oneChart(unit, models) {
   const W = 360, H = 170, left = 44, bottom = 24, top = 10, right = 6;
   const values = models.flatMap(([, c, v]) => [...c, ...(v ?? [])].map((p) => p[1])).sort((a, b) => a - b);
   const low = values[0], high = Math.max(low + 1e-9, values[Math.floor(values.length * 0.98)]), last = Math.max(...models.flatMap(([, c]) => c.map((p) => p[0])));
   const x = (step) => left + (step / last) * (W - left - right), y = (value) => top + ((high - Math.min(value, high)) / (high - low)) * (H - top - bottom);
   const line = (points, attributes) => svg("polyline", { class: "line", points: points.map(([s, v]) => `${x(s).toFixed(1)},${y(v).toFixed(1)}`).join(" "), ...attributes });
   const parts = [low, (low + high) / 2, high].flatMap((v) => [svg("line", { class: "axis", x1: left, x2: W - right, y1: y(v), y2: y(v) }), svg("text", { x: left - 4, y: y(v) + 4, "text-anchor": "end" }, v.toPrecision(2))]);
-  parts.push(svg("text", { x: W - right, y: H - 6, "text-anchor": "end" }, `step ${last}`));
+  parts.push(svg("text", { x: left, y: H - 6 }, unit), svg("text", { x: W - right, y: H - 6, "text-anchor": "end" }, `step ${last}`));
   models.forEach(([, c, v], i) => { parts.push(line(c, { style: `stroke:${COLOURS[i % 4]};stroke-width:1.6` })); if (v?.length > 1) parts.push(line(v, { style: `stroke:${COLOURS[i % 4]};stroke-width:1.2;stroke-dasharray:4 3` })); });
   const text = models.map(([name, c]) => `${name} from ${c[0][1].toPrecision(3)} to ${c[c.length - 1][1].toPrecision(3)}`).join(", ");
-  return h("div", {}, svg("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `loss by step: ${text}` }, ...parts), h("div.legend", {}, models.map(([name], i) => h("span", {}, h("i", { css: { "--c": COLOURS[i % 4] } }), name))));
+  const dashed = models.some(([, , v]) => v?.length > 1) ? h("span", {}, h("i.dashed", { css: { "--c": "var(--soft)" } }), "held out") : "";
+  return h("div", {}, svg("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${unit} by step: ${text}` }, ...parts), h("div.legend", {}, models.map(([name], i) => h("span", {}, h("i", { css: { "--c": COLOURS[i % 4] } }), name)), dashed));
 }

@@ -45,7 +45,7 @@ export default function stability() {
   firstPicture().then(() => { bar.replaceWith(bar = picker(noise)); noise(); if (state.about.data || state.about.stability) curveOf(); }, (error) => progress.replaceChildren(h("p.error", {}, error.message)));
   return [
     h("h2", {}, "Stability"),
-    h("p.lede", {}, "A model that writes token by token cannot take one back. So the tokens of a picture should stay the same when the picture hardly changes. The paper finds that discriminative tokens do, and VQ tokens do not. Add noise, and see whether it holds here: cells that light up have changed their token."),
+    h("p.lede", {}, "A model that writes token by token cannot take one back. So the tokens of a picture should stay the same when the picture hardly changes. The paper finds that discriminative tokens do, and VQ tokens do not. " + (Object.keys(state.about.tokenizers).length > 1 ? "Add noise, and see whether it holds here" : `This run has ${"vq" in state.about.tokenizers ? "VQ" : "discriminative"} tokens alone. Add noise`) + ": cells that light up have changed their token."),
     bar,
     h("div.row.section", {}, h("div", { css: { flex: "1 1 18rem" } }, h("div.row.between", {}, h("label", { for: "snr" }, "Noise: little to much (signal-to-noise ratio)"), value), slider), h("button", { type: "button", onclick: () => { seed += 1; noise(); } }, "Other noise")),
     progress,
