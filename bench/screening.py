@@ -57,7 +57,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "product2": BEST | {"quantizer": "product_kmeans", "product_kmeans.num_levels": 2},
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
-TOKEN_SETTINGS = ("encoder.", "kmeans.", "quantizer", "residual_kmeans.", "product_kmeans.")  # variants that differ in others share one store
+TOKEN_SETTINGS = (
+    "encoder.",
+    "kmeans.",
+    "quantizer",
+    "residual_kmeans.",
+    "product_kmeans.",
+)  # variants that differ in others share one store
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def test_images_completions_and_the_folder(fitted, tmp_path):
 
 
 def test_parts_of_other_levels_do_not_fit(fitted):
-    run, pipe = fitted
+    _, pipe = fitted
     other = replace(pipe.prior.cfg, levels=4)
     with pytest.raises(DigitError, match="prior levels is 4, codebook levels 2"):
         DigitPipeline(

@@ -27,8 +27,8 @@ from digit.errors import DigitError, MismatchError
 from digit.models.aligned import AlignedPrefix, check_grid
 from digit.models.depth import DepthLevel, check_levels, depth_flops, embed_codes, embed_levels
 from digit.models.losses import linear_cross_entropy
-from digit.models.products import PackedLinear
 from digit.models.positions import sincos_2d
+from digit.models.products import PackedLinear
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.transformer import MAX_DEPTH, Added, Dropout, KVCache, Transformer, TransformerConfig
 
@@ -247,7 +247,8 @@ class SequenceModel(nn.Module):
     @property
     def heads(self) -> list[nn.Linear | PackedLinear]:
         """The projection to logits of each level."""
-        return [self.head, *(level.head for level in self.depth)] if self.cfg.levels > 1 else [self.head]
+        levels: Any = self.depth if self.cfg.levels > 1 else ()
+        return [self.head, *(level.head for level in levels)]
 
     @property
     def device(self) -> torch.device:
@@ -321,9 +322,7 @@ class SequenceModel(nn.Module):
         embedded = self.token_embed(token) if levels == 1 else embed_levels(self.token_embed, token, levels)
         return self.with_positions(embedded, self.positions[1 + index])
 
-    def level_features(
-        self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]
-    ) -> Float[Tensor, "*B D"]:
+    def level_features(self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]) -> Float[Tensor, "*B D"]:
         """What the head of level J takes, from the backbone's features and the codes of the levels before it."""
         if not lower.shape[-1]:
             return features

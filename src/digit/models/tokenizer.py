@@ -1,7 +1,6 @@
 """Protocol of image tokenizers."""
 
 import math
-
 from typing import Protocol, runtime_checkable
 
 import torch

@@ -109,9 +109,7 @@ def fill_cells(
         tokenizer = pipe.tokenizers[kind]
         own = tokenizer.encode(images).to(pipe.device).expand(num, -1)
         kept = spread(keep, tokenizer.grid).flatten().repeat_interleave(levels_of(tokenizer))
-        prefix = known[kind] = sample_around(
-            sampler, seeds, own, kept, prefix=prefix, labels=rows, on_step=on_step
-        )
+        prefix = known[kind] = sample_around(sampler, seeds, own, kept, prefix=prefix, labels=rows, on_step=on_step)
     if decoded is None:
         decoded = pipe.decode(known["vq"], cfg.precision).cpu()
     pixels = spread(keep, (pipe.image_size, pipe.image_size))

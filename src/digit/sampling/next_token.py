@@ -91,8 +91,7 @@ class NextTokenSampler(Sampler):
     def first_features(
         self, rows: TokenRequest, cache: KVCache, added: Added | None = None, known: int | None = None
     ) -> Float[Tensor, "R D"]:
-        """Features of the first position to sample: prefix, start, `known` given tokens in one pass, kept in the cache.
-        """
+        """Features of the first position to sample: prefix, start and `known` given tokens in one pass, cached."""
         given = rows.given if known is None else rows.given[:, :known]
         x = self.model.embed(twice(given, self.guided), **conditions(self.model, rows, self.guided))
         length = x.shape[1]

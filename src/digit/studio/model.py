@@ -138,7 +138,8 @@ class Model:
             "num_classes": pipe.num_classes,
             "unlabelled": "draw" not in missing and bool(pipe.num_classes) and pipe.knows_unlabelled,
             "tokenizers": {
-                name: {"grid": list(token_grid(t)), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
+                name: {"grid": list(token_grid(t)), "codes": t.vocab_size}
+                for name, t in sorted(pipe.tokenizers.items())
             },
             "encoder": encoder,
             "cells": None if "complete" in missing else list(cell_grid(pipe)),

@@ -40,9 +40,7 @@ QUANTIZERS = {
     kind.name: kind
     for kind in (
         QuantizerKind(name="kmeans", config=KMeansConfig, fit=fit_kmeans, load=Codebook.load),
-        QuantizerKind(
-            name=RESIDUAL, config=ResidualKMeansConfig, fit=fit_residual_kmeans, load=LevelCodebook.load
-        ),
+        QuantizerKind(name=RESIDUAL, config=ResidualKMeansConfig, fit=fit_residual_kmeans, load=LevelCodebook.load),
         QuantizerKind(name=PRODUCT, config=ProductKMeansConfig, fit=fit_product_kmeans, load=LevelCodebook.load),
     )
 }

@@ -104,7 +104,7 @@ class ResidualKMeansConfig(KMeansConfig):
 
     num_clusters: int = within("[1, inf)", 1024)
     """Number of centroids K of each level."""
-    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleMethodOverride]
     """Levels L: codes of one feature."""
 
     def cost(self, num_features: int, dim: int) -> FitCost:
@@ -118,7 +118,7 @@ class ProductKMeansConfig(KMeansConfig):
 
     num_clusters: int = within("[1, inf)", 1024)
     """Number of centroids K of each part."""
-    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleMethodOverride]
     """Parts, each a level: codes of one feature. With pca, the first part has the largest variance unless whitened."""
 
     def cost(self, num_features: int, dim: int) -> FitCost:

@@ -235,9 +235,7 @@ def _fit_levels(
         found = kept and kept.load()
         if not found:
             rest = mapped(seen, remainder(kind, tuple(centroids), cfg.num_levels))
-            fit = fit_centroids(
-                single, rest, f"kmeans{level}.partial.safetensors", request=asked, pca=pca, **shared
-            )
+            fit = fit_centroids(single, rest, f"kmeans{level}.partial.safetensors", request=asked, pca=pca, **shared)
             found = {"centroids": fit.centroids_.cpu()}, metrics_of(fit)
             if kept:
                 kept.save(*found)
