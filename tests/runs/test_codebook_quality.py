@@ -74,7 +74,7 @@ def test_text_of_what_is_known():
     assert quality_text({}) == quality_text({"quality": []}) == ""
     about = {"quality": {"quantization_error": 0.25, "token_change_20db": 0.125}, "usage": 1.0}
     assert quality_text(about) == (
-        "quantization error 0.250 of the features' variance, 12.5% of the tokens change at 20 dB, "
+        "quantization error 0.250 of the features' variance, 12.5% of an image's codes change at 20 dB, "
         "100.0% of the codes in use"
     )
 

@@ -96,7 +96,7 @@ def quality_text(about: Mapping[str, Any]) -> str:
     if "quantization_error" in number:
         parts.append(f"quantization error {number['quantization_error']:.3f} of the features' variance")
     if "token_change_20db" in number:
-        parts.append(f"{number['token_change_20db']:.1%} of the tokens change at 20 dB")
+        parts.append(f"{number['token_change_20db']:.1%} of an image's codes change at 20 dB")
     if isinstance(usage := about.get("usage"), int | float):
         parts.append(f"{usage:.1%} of the codes in use")
     if "probe" in number:

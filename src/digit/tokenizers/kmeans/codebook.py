@@ -59,6 +59,7 @@ class Codebook:
         if self.pca is not None and self.pca.num != self.centroids.shape[1]:
             raise DigitError(f"centroids of {self.centroids.shape[1]} numbers, PCA of {self.pca.num}: fit both again")
         self._fingerprint: str | None = None
+        self._restored: Tensor | None = None
 
     def __len__(self) -> int:
         return self.centroids.shape[0]
@@ -81,7 +82,11 @@ class Codebook:
     @property
     def vectors(self) -> 'Float[Tensor, "K D"]':
         """What each code stands for, as features."""
-        return self.centroids if self.pca is None else self.pca.restore(self.centroids)
+        if self.pca is None:
+            return self.centroids
+        if self._restored is None:
+            self._restored = self.pca.restore(self.centroids)
+        return self._restored
 
     @property
     def num_levels(self) -> int:
@@ -113,7 +118,7 @@ class Codebook:
         """Move its tensors; returns self. Raises DigitError where the device does not exist."""
         device = choose_device(device)
         self.centroids = self.centroids.to(device)
-        self.pca = self.pca and self.pca.to(device)
+        self.pca, self._restored = self.pca and self.pca.to(device), None
         return self
 
     def predict(self, features: "FeatureArray") -> 'Int64[Tensor, "..."]':
