@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from digit.cli.arguments import bracketed
+from digit.cli.arguments import bracketed, list_options
 from digit.errors import DigitError
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
 from digit.models.several_layers import LayersConfig, SeveralLayers, resampled
@@ -125,7 +126,10 @@ def test_a_plan_knows_their_size():
 
 
 def test_the_command_line_takes_negative_numbers():
-    assert bracketed(["--encoder.layers", "-3,-6"], {"--encoder.layers"}) == ["--encoder.layers", "[-3,-6]"]
+    parser = ArgumentParser()
+    parser.add_class_arguments(EncoderConfig, "encoder")
+    argv = bracketed(["--encoder.layers", "-3,-6"], list_options(parser))
+    assert argv == ["--encoder.layers", "[-3,-6]"] and parser.parse_args(argv).encoder.layers == (-3, -6)
 
 
 @pytest.mark.parametrize(
