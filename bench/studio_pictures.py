@@ -15,7 +15,7 @@ from PIL import Image
 
 from studio_speed import Served, say, serve
 
-WIDTH, COLOURS = 1280, 256
+WIDTH, HEIGHT = 1280, 1120
 GROWN = 0.55  # of the second stage, when the picture of Draw is taken
 
 
@@ -39,7 +39,7 @@ def take(studio: Served, parts: list[str], seed: int, out: Path) -> None:
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": WIDTH, "height": 900}, reduced_motion="reduce")
+        context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, reduced_motion="reduce")
         page = context.new_page()
         page.set_default_timeout(180_000)
         page.goto(studio.address)
@@ -49,31 +49,29 @@ def take(studio: Served, parts: list[str], seed: int, out: Path) -> None:
             page.wait_for_selector(f"#tabs a[href='#{part}'][aria-current]")
             SCENES[part](page, seed)
             page.mouse.move(0, 0)
-            keep(page, out / f"studio_{part}.png")
+            keep(page, out / f"studio_{part}.png", whole=part not in ("draw", "runs"))
         browser.close()
 
 
 def draw(page: Any, seed: int) -> None:
-    """Nine pictures, halfway through their second stage; then to the end, for the parts that follow."""
-    page.wait_for_selector(".classes .thumb[style]")
-    page.get_by_label("Seed of the first picture").fill(str(seed))
-    page.get_by_role("button", name="9", exact=True).click()
-    page.get_by_role("button", name="Draw", exact=True).click()
+    """36 pictures: the first 16 are there, the next 16 are in the middle of their second stage, the last wait."""
+    begin(page, seed, 36)
     page.wait_for_function(
         f"""() => {{
             const bar = document.querySelector(".above [role=progressbar]");
-            return bar?.getAttribute("aria-label").startsWith("2") && bar.ariaValueNow >= {100 * GROWN};
+            const growing = bar?.getAttribute("aria-label").startsWith("2") && bar.ariaValueNow >= {100 * GROWN};
+            return growing && document.querySelectorAll(".tile img").length === 16;
         }}""",
         polling=20,
     )
 
 
-def drawn(page: Any, seed: int) -> None:
-    """Nine pictures, and the first of them sent on."""
-    if not page.locator(".tile img").count():
-        page.locator("#tabs a[href='#draw']").click()
-        draw(page, seed)
-    page.wait_for_selector("text=Click a seed to keep it")
+def begin(page: Any, seed: int, num: int) -> None:
+    """Press Draw."""
+    page.wait_for_selector(".classes .thumb[style]")
+    page.get_by_label("Seed of the first picture").fill(str(seed))
+    page.get_by_role("button", name=str(num), exact=True).click()
+    page.get_by_role("button", name="Draw", exact=True).click()
 
 
 def complete(page: Any, seed: int) -> None:
@@ -99,7 +97,8 @@ def stability(page: Any, seed: int) -> None:
 
 def judge(page: Any, seed: int) -> None:
     page.locator("#tabs a[href='#draw']").click()
-    drawn(page, seed)
+    begin(page, seed, 9)
+    page.wait_for_selector("text=9 pictures in")
     page.locator("#tabs a[href='#judge']").click()
     page.get_by_role("button", name="Judge the 9 pictures drawn").click()
     page.wait_for_selector(".judged article:nth-child(9)")
@@ -116,12 +115,12 @@ def runs(page: Any, seed: int) -> None:
 SCENES = {"draw": draw, "complete": complete, "tokens": tokens, "stability": stability, "judge": judge, "runs": runs}
 
 
-def keep(page: Any, path: Path) -> None:
-    """The whole page as a PNG of 256 colours."""
+def keep(page: Any, path: Path, *, whole: bool) -> None:
+    """The whole page, or what a window shows of it, as a PNG of 64 levels a channel."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=path, full_page=True)
+    page.screenshot(path=path, full_page=whole)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(COLOURS, dither=Image.Dither.FLOYDSTEINBERG)
+        small = image.convert("RGB").point(lambda value: min(255, (value + 2) // 4 * 4))
     small.save(path, optimize=True)
     say(f"{path}: {small.width} x {small.height}, {path.stat().st_size / 1000:.0f} kB")
 

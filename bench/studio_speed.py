@@ -135,6 +135,7 @@ def browser(studio: Served) -> Iterator[bool]:
         page.goto("about:blank")
         page.goto(studio.address)
         page.wait_for_selector("html[data-ready]", state="attached")
+        page.wait_for_load_state("networkidle")
         times = page.evaluate(
             "() => ({ready: document.documentElement.dataset.ready, "
             "sizes: [performance.getEntriesByType('navigation')[0], ...performance.getEntriesByType('resource')]"

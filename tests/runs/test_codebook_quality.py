@@ -13,7 +13,7 @@ from digit.data.preprocess import PreprocessConfig
 from digit.metrics.stability import StabilityConfig, add_noise
 from digit.runs.codebook_quality import measure_quality, quality_text
 from digit.runs.fit import Run
-from digit.runs.report import describe
+from digit.runs.report_page import describe
 from digit.runtime.files import read_json
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.kmeans.codebook import Codebook, fit_kmeans

@@ -12,11 +12,14 @@ from digit.errors import DigitError
 from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.models.tokenizer import first_level_vectors
 from digit.pipeline.cells import fill_cells
+from digit.pipeline.export import export_pipeline
 from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.variations import interpolate, vary
 from digit.runs.batches import NoisyPrefix
 from digit.runs.checks import check_codebook, check_sizes, unused_settings
 from digit.runs.fit import Run, fit, near_codes
-from digit.runs.report import describe, write_token_map
+from digit.runs.report import write_token_map
+from digit.runs.report_page import describe
 from digit.runtime.files import read_json
 from digit.runtime.settings import refuse_unused
 from digit.tokenizers.kmeans.config import ProductKMeansConfig, ResidualKMeansConfig
@@ -69,6 +72,11 @@ def test_images_completions_and_the_folder(fitted, tmp_path):
     kept = filled.discriminative.view(2, 4, 2)[:, [0, 3]]
     assert torch.equal(kept, own.view(1, 4, 2)[:, [0, 3]].expand(2, -1, -1))
     assert pipe.guess_labels(images).shape == (3,)
+    assert vary(pipe, images[:1], num=2, keep_discriminative=0.5).shape == (2, 3, 32, 32)
+    between = interpolate(pipe, images[:1], images[1:2], steps=3)
+    assert torch.equal(between.tokens[[0, 2]], pipe.tokenizer.encode(images[:2]))
+    with pytest.raises(DigitError, match="predicts 2 codes at each position, which are not exported yet"):
+        export_pipeline(pipe, tmp_path / "exported")
     write_token_map(pipe, images, tmp_path, 1)
     found = measure_stability(pipe.tokenizers, [images], StabilityConfig(snrs=(20,)))
     assert 0 <= found["tokenizers"]["discriminative"]["token_change"][0]["value"] <= 1

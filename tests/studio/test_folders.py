@@ -99,6 +99,15 @@ def test_two_runs_side_by_side(client):
     assert found["metrics"][0]["psnr_db"] == 21.5
 
 
+def test_a_setting_that_an_older_run_lacks_has_its_default(tmp_path):
+    for name in ("old", "new"):
+        make_run(tmp_path / name)
+    cfg = json.loads((tmp_path / "old" / "config.json").read_text())
+    del cfg["recipe"]["pixels"]["prefix_noise"], cfg["recipe"]["pixels_training"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(cfg))
+    assert Folder(tmp_path).compare("old", "new")["differences"] == []
+
+
 def test_links_and_damaged_runs_are_left_out(tmp_path):
     make_run(tmp_path / "good")
     (tmp_path / "bad").mkdir()

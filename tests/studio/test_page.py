@@ -141,16 +141,16 @@ def test_settings_show_the_recipes_value_and_go_back_to_it(page):
 
 
 def test_a_choice_shows_the_recipes_value_and_goes_back_to_it(page):
-    page.page.get_by_label("Guidance over the tokens").first.select_option("linear")
-    row = page.page.locator(".setting", has_text="Guidance over the tokens").first
+    page.page.get_by_label("Guidance schedule").first.select_option("linear")
+    row = page.page.locator(".setting", has_text="Guidance schedule").first
     assert "changed" in row.get_attribute("class")
     assert row.locator("option").all_inner_texts() == ["constant (recipe)", "linear", "cosine"]
     page.draw(1)
     assert "--prior.cfg_schedule linear" in page.page.locator(".lines pre").first.inner_text()
-    page.button("Guidance over the tokens: back to the recipe's constant").click()
+    page.button("Guidance schedule: back to the recipe's constant").click()
     assert row.locator("select").input_value() == "constant" and "changed" not in row.get_attribute("class")
     assert row.locator(".recipe").inner_text() == "guidance is off"  # and so it would change nothing
-    assert page.page.get_by_label("Guidance over the tokens").last.is_disabled()  # no dropout in its training
+    assert page.page.get_by_label("Guidance schedule").last.is_disabled()  # no dropout in its training
 
 
 def test_stop_ends_the_work(page, studio, monkeypatch):
@@ -200,6 +200,23 @@ def drop(page: Page, path: Path) -> None:
         [data, path.name],
     )
     page.page.dispatch_event("body", "drop", {"dataTransfer": handle})
+
+
+def test_a_choice_made_while_the_first_picture_arrives_stays(page, monkeypatch):
+    """The part asks for a picture to begin with; who clicks before it is there must not lose what the click opened."""
+    training_pictures = Model.training_pictures
+
+    def slow(self, job, start, num):
+        time.sleep(0.5 if num == 1 else 0)
+        training_pictures(self, job, start, num)
+
+    monkeypatch.setattr(Model, "training_pictures", slow)
+    page.open("complete")
+    page.button("From the training data").click()
+    page.page.wait_for_selector(".strip button")
+    page.page.wait_for_selector(".cells button")  # the first picture has come meanwhile
+    page.page.locator(".strip button").nth(3).click()
+    assert "training picture" in page.page.locator(".picker").inner_text()
 
 
 def test_complete_keeps_what_is_kept(page):

@@ -17,16 +17,18 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from digit.data.images import open_source
 from digit.errors import DigitError
-from digit.runs.recipes import RECIPES
+from digit.runs.claim import merged
+from digit.runs.recipes import RECIPES, Recipe
 from digit.runs.roles import ROLES
 from digit.runs.status import STAGES, TimeLeft, describe_stage, is_run, last_note, read_losses, seconds_left, time_left
 from digit.runtime import lock
-from digit.runtime.files import differences, read_json
+from digit.runtime.files import differences, plain, read_json
 
 PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
@@ -160,7 +162,7 @@ class Folder:
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Two runs: the settings in which they differ, and the metrics of both."""
         folders = [self.find(first), self.find(second)]
-        left, right = (as_dict(read_json(f / "config.json")) for f in folders)
+        left, right = (self.config_of(f) for f in folders)
         differing = [
             {"name": name.removeprefix("recipe."), "first": shown(old), "second": shown(new)}
             for name, old, new in differences(left, right)
@@ -171,6 +173,12 @@ class Folder:
             "metrics": [numbers(f / "metrics.json") for f in folders],
             "pictures": [[n for n in PICTURES if is_plain(f / n)] for f in folders],
         }
+
+    @staticmethod
+    def config_of(folder: Path) -> dict[str, Any]:
+        """config.json of a run; settings that its version of digit did not know yet have their defaults."""
+        cfg = as_dict(read_json(folder / "config.json"))
+        return cfg | {"recipe": merged(plain(asdict(Recipe())), as_dict(cfg.get("recipe")))}
 
     def picture(self, name: str, picture: str) -> Path:
         """A picture of a run. Raises DigitError for any other file."""
@@ -381,8 +389,8 @@ def numbers(path: Path) -> dict[str, float]:
         found = as_dict(read_json(path))
     except DigitError:
         return {}
-    plain = {str(k): v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return {name: value for name, value in plain.items() if abs(value) < LARGEST}  # JSON has no infinity
+    values = {str(k): v for k, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: value for name, value in values.items() if abs(value) < LARGEST}  # JSON has no infinity
 
 
 def as_dict(value: Any) -> dict[str, Any]:

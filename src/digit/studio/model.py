@@ -30,13 +30,13 @@ from digit.studio.requests import Complete, Draw, Encode, Judge, Noise, Render, 
 
 BATCH_SIZE = 16  # one size for every request, so that a seed gives the same picture whatever the count
 STEP_SECONDS = 0.08  # between two token maps that are sent
-GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
+GROWING_SHARE = 0.12  # of the time that decoding unfinished pictures may take
 STAGES = ("prior", "renderer")
 STAGE_SETTINGS = (
     "temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule", "num_steps", "order", "choice_temperature",
 )  # fmt: skip
 NEAR_CODES = 12  # offered in place of a token
-MOST_LOOKS, LOOKS_AT_A_TIME = 16, 4  # pictures decoded to see what VQ codes look like, and those of one step
+MOST_LOOKS = 16  # pictures decoded to see what VQ codes look like
 QUICK_IMAGES, QUICK_STEP = 48, 4  # pictures of the curve that the page measures itself, and of one step of it
 QUICK_SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0)
 
@@ -70,6 +70,7 @@ class Model:
         self._palettes: dict[str, str] = {}
         self._painting: Steps | None = None  # the work on the palettes, once it has begun
         self._quick: dict[str, Any] | None = None
+        self.decode_seconds = 0.0  # of one picture, as measured last; 0 before
 
     def _settings_of(self, stage: str) -> dict[str, Any]:
         """The recipe's value of each setting that a stage takes; {} for a missing stage."""
@@ -196,32 +197,54 @@ class Model:
         return data_url(png(image, {"digit": __version__, "model": self.fingerprint} | about))
 
     def watch(self, job: Job, first: Callable[[], int] = lambda: 0, *, growing: bool = True) -> OnStep:
-        """A function for `on_step` that sends token maps, and now and then the unfinished pictures.
+        """A function for `on_step` that sends token maps, and now and then some of the unfinished pictures.
 
         `first` tells the number of the batch's first picture.
         """
-        last_sent, spent, began = 0.0, 0.0, time.monotonic()
+        began = last_sent = time.monotonic() - STEP_SECONDS
+        spent, turn = 0.0, 0
+
+        def grown(tokens: Tensor) -> dict[str, Any]:
+            """As many pictures as their share of the time allows; they take turns."""
+            nonlocal spent, turn
+            started = time.monotonic()
+            free = GROWING_SHARE * (started - began) - spent
+            num = min(len(tokens), int(free / self.decode_seconds)) if self.decode_seconds else 1
+            if num < 1:
+                return {}
+            rows = [(turn + i) % len(tokens) for i in range(num)]
+            image = data_url(png_of(sheet(self.unfinished(tokens[rows]))))
+            seconds = time.monotonic() - started
+            self.decode_seconds = (
+                seconds / num if not self.decode_seconds else (self.decode_seconds + seconds / num) / 2
+            )
+            spent, turn = spent + seconds, turn + num
+            return {"sheet": image, "rows": rows}
 
         def on_step(stage: str, tokens: Tensor) -> None:
-            nonlocal last_sent, spent
+            nonlocal last_sent
             if job.cancelled:
                 job.emit("step")  # raises
             now = time.monotonic()
             if now - last_sent < STEP_SECONDS and bool((tokens < 0).any()):
                 return
             last_sent = now
-            event: dict[str, Any] = {"stage": stage, "first": first(), "tokens": tokens.tolist()}
-            if growing and stage == "renderer" and spent < GROWING_SHARE * (now - began):
-                event["sheet"] = data_url(png_of(sheet(self.unfinished(tokens))))
-                spent += time.monotonic() - now
-            job.emit("step", **event)
+            more = grown(tokens) if growing and stage == "renderer" else {}
+            job.emit("step", stage=stage, first=first(), tokens=tokens.tolist(), **more)
 
         return on_step
 
+    @torch.no_grad()
     def unfinished(self, tokens: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) of VQ tokens (B, M) of which some are -1: each of those takes the one before it."""
-        known = torch.where(tokens >= 0, torch.arange(tokens.shape[1]), -1).cummax(1).values
-        return self.pipe.decode(tokens.gather(1, known.clamp_min(0)).clamp_min(0)).cpu()
+        """Pictures (B, 3, S, S) of VQ tokens (B, M) of which some are -1: each of those takes the one before it.
+
+        They are decoded without the padding by which the finished ones do not depend on their number.
+        """
+        assert self.pipe.vq is not None
+        vq, places = self.pipe.vq, torch.arange(tokens.shape[1])
+        known = torch.where(tokens >= 0, places, -1).cummax(1).values
+        codes = tokens.gather(1, known.clamp_min(0)).clamp_min(0)
+        return vq.to_pixels(vq.vqgan.decode_tokens(codes.to(self.pipe.device))).cpu()
 
     def labels_of(self, labels: Sequence[int]) -> ClassPositions | None:
         return ClassPositions(list(labels)) if labels else None
@@ -377,7 +400,7 @@ class Model:
         for _ in range(rounds):
             order = torch.randperm(num, generator=generator)
             codes, means = order.repeat(1 + count * cells // num)[: count * cells].view(count, cells), []
-            for part in codes.split(LOOKS_AT_A_TIME):
+            for part in codes.split(vq.decoded_together):
                 pixels = vq.decode(part).cpu().float()  # (C, 3, S, S)
                 means.append(
                     torch.nn.functional.adaptive_avg_pool2d(pixels, (rows, columns)).flatten(2).transpose(1, 2)

@@ -195,10 +195,10 @@ class DiscriminativeTokenizer:
         Takes what else `digit.data.pictures.as_images` takes: Pillow pictures, arrays, floats in 0..1, which are
         rounded to uint8. Raises DigitError for anything else.
         """
-        return self._tokens(self.features(images))  # (B, N)
+        return self.quantize(self.features(images))  # (B, N)
 
-    def _tokens(self, features: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N), of several levels (B, N L)."""
+    def quantize(self, features: Tensor) -> Tensor:
+        """The tokens of features (B, N, D): (B, N), of several levels (B, N L)."""
         codes = self.codebook.predict(features)
         return codes if self.num_levels == 1 else codes.flatten(1)
 
@@ -206,7 +206,7 @@ class DiscriminativeTokenizer:
     def encode_features(self, images: "Images") -> 'tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"]]':
         """Tokens and the features that they stand for, from one pass of the encoder."""
         features = self.features(images)
-        return self._tokens(features), features
+        return self.quantize(features), features
 
     def embed(self, tokens: "Integers") -> 'Float[Tensor, "B N D"]':
         """The vector of each token, float32; of several levels, of each cell (B, N L) -> (B, N, D).

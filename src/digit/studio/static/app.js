@@ -177,7 +177,7 @@ const SPECS = {
   top_k: { name: "Top-k", values: [0, 1, 2, 3, 5, 10, 20, 50, 100, 200, 300, 400, 500, 1000, 2000, 4000, 8000, 16000], help: "only the k most likely tokens; all is off", text: (v) => (v ? String(v) : "all") },
   top_p: { name: "Top-p", values: Array.from({ length: 20 }, (_, i) => (i + 1) / 20), help: "only the most likely tokens up to this probability", text: (v) => (v < 1 ? String(v) : "1, all") },
   cfg_scale: { name: "Guidance", values: Array.from({ length: 41 }, (_, i) => i / 5), help: "towards the class or the tokens; 1 is off", text: (v) => (v === 1 ? "1, off" : String(v)) },
-  cfg_schedule: { name: "Guidance over the tokens", help: "constant; or linear and cosine, from none at the first token to all of it at the last" },
+  cfg_schedule: { name: "Guidance schedule", help: "constant; or linear and cosine, from none at the first token to all of it at the last" },
   num_steps: { name: "Steps", values: Array.from({ length: 32 }, (_, i) => i + 1), help: "passes of the masked model" },
   order: { name: "Order", help: "which tokens a masked model decides first: the most likely (confidence), or spread over the picture (halton)" },
   choice_temperature: { name: "Choice temperature", values: Array.from({ length: 41 }, (_, i) => i / 4), help: "noise on the confidence of the masked model" },
@@ -358,6 +358,7 @@ export function showStage(work, data) {
 export function columns(gallery, num) {
   const count = num <= 1 ? 1 : num <= 4 ? 2 : num <= 9 ? 3 : num <= 16 ? 4 : 6, place = gallery.parentElement ?? gallery;
   place.style.setProperty("--columns", count);
+  gallery.classList.toggle("dense", count === 6);
   place.style.setProperty("--widest", `${{ 1: 460, 2: 680, 3: 820, 4: 960, 6: 1080 }[count]}px`);
 }
 
@@ -420,8 +421,8 @@ function paintOver(canvas, tokens, name) {
 
 function growPixels(tiles, data, name) {
   const image = new Image(), size = state.about.size, [rows, columns] = state.about.tokenizers[name].grid;
-  image.onload = () => data.tokens.forEach((tokens, row) => {
-    const canvas = tiles[data.first + row]?.canvas;
+  image.onload = () => data.rows.forEach((row, place) => {
+    const canvas = tiles[data.first + row]?.canvas, tokens = data.tokens[row];
     if (!canvas?.isConnected) return;
     const decided = tokens.findIndex((t) => t < 0), until = decided < 0 ? tokens.length : decided;
     if (until < Number(canvas.dataset.sheet ?? 0)) return;
@@ -436,9 +437,9 @@ function growPixels(tiles, data, name) {
     }
     canvas.dataset.sheet = until;
     const context = canvas.getContext("2d"), w = size / columns, t = size / rows;
-    for (let place = 0; place < until; place++) {
-      const x = (place % columns) * w, y = Math.floor(place / columns) * t;
-      context.drawImage(image, row * size + x, y, w, t, x, y, w, t);
+    for (let cell = 0; cell < until; cell++) {
+      const x = (cell % columns) * w, y = Math.floor(cell / columns) * t;
+      context.drawImage(image, place * size + x, y, w, t, x, y, w, t);
     }
   });
   image.src = data.sheet;

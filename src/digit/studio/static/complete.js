@@ -72,8 +72,8 @@ export default function complete() {
   const own = h("input", { type: "checkbox", id: "own", checked: chosen.own, onchange: () => { chosen.own = own.checked; show(); } });
   const { kinds, pixels, varies } = state.about, two = Boolean(kinds.prior);
   const sees = (kinds.prior ?? kinds.renderer) === "masked" ? "The model sees all that is kept." : "The model reads in rows: it sees what is kept before a hole, and not what is kept after it.";
-  firstPicture().then(() => { bar.replaceWith(bar = picker(showBoard)); showBoard(); }, () => {});
-  let bar = picker(showBoard);
+  const bar = picker(showBoard);
+  firstPicture().then(() => { bar.show(); showBoard(); }, (error) => progress.replaceChildren(h("p.error", { role: "alert" }, error.message)));
   showBoard();
   return [
     h("h2", {}, "Complete"),

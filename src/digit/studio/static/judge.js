@@ -2,6 +2,8 @@
 
 import { h, onLeave, plural, say, settings, showStage, state, stopKey, Work } from "./app.js";
 
+const ENOUGH = 16; // pictures for a distance between distributions
+
 export default function judge() {
   const progress = h("div.progress"), facts = h("div"), list = h("div.judged");
   const work = new Work(progress);
@@ -37,7 +39,8 @@ export default function judge() {
     found.push(fact("To the nearest training picture", middle.toFixed(1), `in the middle; between training pictures it is ${median.toFixed(1)} (90 % lie in ${low.toFixed(1)} to ${high.toFixed(1)})`));
     const copies = distances.filter((d) => d < low / 2).length;
     found.push(fact("Possible copies", String(copies), `nearer than ${(low / 2).toFixed(1)}, half of the nearest that training pictures usually are${copies ? ": look at these" : ""}`));
-    if (data.distance?.value !== undefined) found.push(fact("Fréchet distance", data.distance.value.toFixed(0), `${data.distance.name}, ${data.distance.images[0]} samples against ${data.distance.images[1]} pictures; as many real pictures have ${data.distance.real.toFixed(0)}. Not an FID, and too high for so few.`));
+    if (pictures.length < ENOUGH) found.push(fact("Fréchet distance", "–", `of ${ENOUGH} pictures or more: fewer tell nothing`));
+    else if (data.distance?.value !== undefined) found.push(fact("Fréchet distance", data.distance.value.toFixed(0), `${data.distance.name}, ${data.distance.images[0]} samples against ${data.distance.images[1]} pictures; as many real pictures have ${data.distance.real.toFixed(0)}. Not an FID, and too high for so few.`));
     const key = h("p.note.key", {}, h("i.usual"), ` from ${low.toFixed(1)} to ${high.toFixed(1)}: nine of ten training pictures are so far from the nearest other one; `, h("i.dot"), " this sample; left is nearer.");
     facts.replaceChildren(h("dl.facts", {}, found), key);
     list.replaceChildren(...data.results.map((result, i) => {

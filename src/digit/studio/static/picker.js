@@ -40,7 +40,8 @@ export function picker(changed) {
   const buttons = [h("button", { type: "button", onclick: () => file.click() }, "Open a file"), file];
   if (state.about.data) buttons.push(h("button", { type: "button", onclick: more }, "From the training data"));
   if (available("draw")) buttons.push(h("button", { type: "button", onclick: one }, "Draw one"));
-  return h("div", {}, h("div.picker", {}, now, h("div", {}, h("div.row", {}, buttons), name)), problem, strip);
+  const bar = h("div", {}, h("div.picker", {}, now, h("div", {}, h("div.row", {}, buttons), name)), problem, strip);
+  return Object.assign(bar, { show });
 }
 
 // a picture to begin with, so that no part starts empty

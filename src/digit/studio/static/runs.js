@@ -54,7 +54,7 @@ export default function runs() {
     if (losses[run.name]?.changed !== run.changed) losses[run.name] = { changed: run.changed, curves: await get(`/api/runs/${run.name}/curves`).catch(() => ({})) };
     const curves = losses[run.name].curves;
     const box = h("input", { type: "checkbox", id: `compare-${run.name}`, checked: chosen.includes(run.name), onchange: () => { chosen = box.checked ? [...chosen, run.name].slice(-2) : chosen.filter((n) => n !== run.name); list.querySelectorAll("input[type=checkbox]").forEach((other) => { other.checked = chosen.includes(other.id.slice(8)); }); compare(); } });
-    const status = run.at_work ? h("span.tag.live", {}, "at work") : run.done ? h("span.tag.done", {}, "done") : h("span.tag", {}, "stopped");
+    const status = run.at_work ? h("span.tag.live", {}, "at work") : run.done ? h("span.tag.done", {}, Object.keys(run.metrics).length ? "done" : "trained, no report") : h("span.tag", {}, "stopped");
     const metrics = Object.entries(run.metrics).filter(([name]) => !name.endsWith("_images")).slice(0, 4).map(([name, value]) => h("li", {}, `${name.replaceAll("_", " ")} ${Number(value.toPrecision(4))}`));
     return h("article.card.run-card", { "aria-label": run.name },
       h("div.stack", {}, h("div.row", {}, h("h3", {}, run.name), status), h("p.note", {}, `recipe ${run.recipe}, ${run.data}, ${bytes(run.bytes)}`),

@@ -41,8 +41,8 @@ export default function stability() {
   async function curveOf() {
     await curveWork.run("/api/curve", undefined, (kind, data) => { if (kind === "curve") { measured = data; curve.replaceChildren(...chart(measured, snr)); } });
   }
-  let bar = picker(noise);
-  firstPicture().then(() => { bar.replaceWith(bar = picker(noise)); noise(); if (state.about.data || state.about.stability) curveOf(); }, (error) => progress.replaceChildren(h("p.error", {}, error.message)));
+  const bar = picker(noise);
+  firstPicture().then(() => { bar.show(); noise(); if (state.about.data || state.about.stability) curveOf(); }, (error) => progress.replaceChildren(h("p.error", {}, error.message)));
   return [
     h("h2", {}, "Stability"),
     h("p.lede", {}, "A model that writes token by token cannot take one back. So the tokens of a picture should stay the same when the picture hardly changes. The paper finds that discriminative tokens do, and VQ tokens do not. " + (Object.keys(state.about.tokenizers).length > 1 ? "Add noise, and see whether it holds here" : `This run has ${"vq" in state.about.tokenizers ? "VQ" : "discriminative"} tokens alone. Add noise`) + ": cells that light up have changed their token."),

@@ -1,6 +1,6 @@
 // Tokens: both tokenizers' maps over the picture, what a token stands for, and the picture with another token.
 
-import { available, colour, h, lines, onLeave, palettes, plural, settings, state, stopKey, Work } from "./app.js";
+import { available, colour, h, lines, onLeave, palettes, plural, say, settings, state, stopKey, Work } from "./app.js";
 import { firstPicture, grid, picker } from "./picker.js";
 
 const NAMES = { discriminative: "Discriminative tokens", vq: "VQ tokens" };
@@ -15,9 +15,9 @@ export default function tokens() {
 
   async function encode() {
     if (!state.picture) return;
-    await palettes();
+    try { await palettes(); } catch (error) { progress.replaceChildren(h("p.error", { role: "alert" }, error.message)); return; }
     boards.replaceChildren(); rebuilt.replaceChildren(); panel.replaceChildren(); rendered = undefined;
-    await work.run("/api/encode", { picture: state.picture.image }, (kind, data) => {
+    const ended = await work.run("/api/encode", { picture: state.picture.image }, (kind, data) => {
       if (kind === "tokens") {
         found = data.tokens; own = [...(found.discriminative ?? [])]; now = [...own];
         show(); after.replaceChildren(lines(data.commands));
@@ -30,7 +30,7 @@ export default function tokens() {
         if (data.tokenizer === "vq") rebuilt.append(figure); else { rebuilt.prepend(figure); rendered = data.image; } // below its map
       }
     });
-    progress.replaceChildren();
+    if (ended) progress.replaceChildren();
   }
   function show() {
     views = {};
@@ -74,23 +74,28 @@ export default function tokens() {
       return;
     }
     chosen = place;
-    const token = now[place], area = h("div.stack");
-    const instead = token === own[place] ? "" : ` in place of ${own[place]}`;
-    panel.replaceChildren(h("h3", {}, h("span.swatch", { css: { "--code": colour(name, token) } }), ` Token ${token}${instead}`), area);
+    const token = now[place], area = h("div.stack", { "aria-live": "off" });
+    panel.replaceChildren(h("h3"), area);
+    head();
     if (!state.about.data) { area.append(h("p.note", {}, "The training pictures are not here (digit studio RUN --data PATH)."), swapper([])); return; }
     patchWork.place = area;
     await patchWork.run(`/api/patches/${token}`, undefined, (kind, data) => {
       if (kind !== "patches") return;
       const thumbs = Array.from({ length: data.shown }, (_, i) => h("div.thumb", { css: { "background-image": `url(${data.sheet})`, "background-size": `${data.shown * 100}% 100%`, "background-position": `${data.shown > 1 ? (100 * i) / (data.shown - 1) : 0}% 0` } }));
-      area.replaceChildren(h("p.note", {}, data.count ? `In training pictures it stands for these places (${data.count} in ${data.pictures} pictures):` : `It does not occur in the ${data.pictures} training pictures looked at.`), h("div.patches", { role: "img", "aria-label": `${data.shown} patches of training pictures with token ${token}` }, thumbs), swapper(data.near));
+      say(`token ${token}: ${plural(data.count, "place")} in ${data.pictures} training pictures`);
+      area.replaceChildren(h("p.note", {}, data.count ? `In training pictures ${token} stands for these places (${data.count} in ${data.pictures} pictures):` : `It does not occur in the ${data.pictures} training pictures looked at.`), h("div.patches", { role: "img", "aria-label": `${data.shown} patches of training pictures with token ${token}` }, thumbs), swapper(data.near));
     });
+  }
+  function head() {
+    const token = now[chosen], instead = token === own[chosen] ? "" : ` in place of ${own[chosen]}`;
+    panel.querySelector("h3").replaceChildren(h("span.swatch", { css: { "--code": colour("discriminative", token) } }), ` Token ${token}${instead}`);
   }
   function swapper(near) {
     const number = h("input", { id: "swap", type: "number", min: 0, max: state.about.tokenizers.discriminative.codes - 1, value: now[chosen] });
     const result = h("div");
     renderWork.place = h("div.progress");
     const put = async (token) => {
-      now[chosen] = token; number.value = token; swapped();
+      now[chosen] = token; number.value = token; swapped(); head();
       await renderWork.run("/api/render", { tokens: now, seed: 0, ...settings() }, (kind, data) => {
         if (kind === "step") { const flat = data.tokens.flat(); renderWork.show("rendering", flat.filter((t) => t >= 0).length / flat.length); }
         if (kind === "start") after.replaceChildren(lines(data.commands));
@@ -106,8 +111,8 @@ export default function tokens() {
   }
   const strength = h("input", { type: "range", id: "wash", min: 0, max: 100, value: wash, oninput: () => { wash = Number(strength.value); boards.querySelectorAll(".board").forEach((b) => b.style.setProperty("--wash", wash / 100)); } });
   const names = Object.keys(state.about.tokenizers), both = names.length > 1;
-  let bar = picker(encode);
-  firstPicture().then(() => { bar.replaceWith(bar = picker(encode)); encode(); }, (error) => progress.replaceChildren(h("p.error", {}, error.message)));
+  const bar = picker(encode);
+  firstPicture().then(() => { bar.show(); encode(); }, (error) => progress.replaceChildren(h("p.error", {}, error.message)));
   return [
     h("h2", {}, "Tokens"),
     h("p.lede", {}, `${both ? "The same picture as two languages write it." : names.includes("vq") ? "The picture as VQ tokens. This pipeline has no discriminative ones." : "The picture as discriminative tokens. This run has no VQ tokens: its renderer goes straight to pixels."} Near codes have near colours. Point at a token to see where else it stands${names.includes("discriminative") ? "; choose one to see what it stands for in the training pictures, and put another in its place" : ""}.`),
