@@ -163,12 +163,7 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     def stream(request: Request, work: Callable[[Job], Any], *, slow: bool = False) -> Response:
         owner = request.headers.get("x-studio-page", "")[:64] or (request.client.host if request.client else "")
-        job = worker.submit(Job(work, owner, asyncio.get_running_loop()), slow=slow)
-        return StreamingResponse(
-            events(request, job, worker),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-        )
+        return sent(request, worker.submit(Job(work, owner, asyncio.get_running_loop()), slow=slow), worker)
 
     @api.get("/api/about")
     async def about() -> Response:
@@ -245,7 +240,12 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.get("/api/palettes")
     async def palettes(request: Request) -> Response:
-        return stream(request, model.palettes)
+        if not model.painted:
+            return stream(request, model.palettes)
+        job = Job(model.palettes, loop=asyncio.get_running_loop())
+        model.palettes(job)  # nothing is left to compute: it waits for nobody
+        job.finish("done")
+        return sent(request, job, worker)
 
     @api.get("/api/examples")
     async def examples(request: Request) -> Response:
@@ -263,6 +263,12 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
     @api.get("/api/curve")
     async def curve(request: Request) -> Response:
         return stream(request, model.curve, slow=True)
+
+
+def sent(request: Request, job: Job, worker: Worker) -> Response:
+    """The events of a job as a stream, which no proxy keeps back."""
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events(request, job, worker), media_type="text/event-stream", headers=headers)
 
 
 async def events(request: Request, job: Job, worker: Worker) -> AsyncIterator[bytes]:

@@ -163,10 +163,11 @@ class Folder:
         """Two runs: the settings in which they differ, and the metrics of both."""
         folders = [self.find(first), self.find(second)]
         left, right = (self.config_of(f) for f in folders)
+        straight = any(as_dict(cfg["recipe"]).get("renderer_kind") == "pixels" for cfg in (left, right))
         differing = [
             {"name": name.removeprefix("recipe."), "first": shown(old), "second": shown(new)}
             for name, old, new in differences(left, right)
-            if not name.endswith("fingerprint")
+            if not name.endswith("fingerprint") and (straight or not name.startswith("recipe.pixels"))
         ]
         return {
             "differences": differing[:200],

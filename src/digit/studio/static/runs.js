@@ -62,7 +62,7 @@ export default function runs() {
         left(run) ? h("p", {}, left(run)) : "",
         run.message ? h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message) : "",
         h("div.row", {}, run.can_stop ? h("button", { type: "button", "aria-label": `Stop ${run.name}`, onclick: () => act(run.name, "stop") }, "Stop") : "", run.can_continue ? h("button", { type: "button", "aria-label": `Continue ${run.name}`, onclick: () => act(run.name, "continue") }, "Continue") : "", box, h("label", { for: box.id }, "compare"))),
-      h("div", {}, lossChart(curves), h("ul.note", {}, metrics)),
+      h("div", {}, lossChart(curves), h("ul.note.metrics", {}, metrics)),
       h("div", {}, strip(run), run.pictures.includes("samples.png") ? h("img", { src: `/api/runs/${run.name}/pictures/samples.png?${Math.floor(run.changed)}`, alt: `samples of ${run.name}`, loading: "lazy" }) : run.previews.length ? "" : h("p.note", {}, "no samples yet")));
   }
   async function compare() {
