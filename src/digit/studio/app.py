@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
@@ -101,6 +102,10 @@ def add_errors(api: FastAPI) -> None:
     @api.exception_handler(TooLargeError)
     async def too_large(_: Request, error: TooLargeError) -> Response:
         return refuse(413, str(error))
+
+    @api.exception_handler(ClientDisconnect)
+    async def cut_off(_: Request, __: ClientDisconnect) -> Response:
+        return refuse(400, "the request ended before its body did")  # nobody reads it
 
     @api.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
