@@ -45,10 +45,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def few_scenes():
-    """Reports of shapes train their judge on 200 scenes, in place of 2,000."""
+    """Reports judge against 200 training pictures, in place of 2,000."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("digit.runs.report.JUDGE_TRAINING_SCENES", 200)
-        patch.setattr("digit.runs.report.RECONSTRUCTED", 30)
+        patch.setattr("digit.runs.judgement.REFERENCE", 200)
+        patch.setattr("digit.runs.judgement.NOISY", 8)
         yield
 
 

@@ -15,7 +15,20 @@ from digit.cli.mistakes import with_typed_output
 
 ROOT = Path(digit.__file__).parent
 OPTION, COMMAND = re.compile(r"(?<![\w-])--[a-z][\w.]*"), re.compile(r"\bdigit (?!that\b|import\b)[a-z]+")
-WRITERS = ("evaluate", "statistics", "stability", "probe", "sweep", "reproduce", "convert", "sample", "complete", "fit")
+WRITERS = (
+    "evaluate",
+    "statistics",
+    "stability",
+    "probe",
+    "sweep",
+    "reproduce",
+    "convert",
+    "sample",
+    "complete",
+    "vary",
+    "export",
+    "fit",
+)
 WRITERS += ("codebook", "tokenize", "train", "pretrain")  # the commands with --out
 TRAINERS = ("fit", "train", "pretrain")
 MET_IN = {  # the commands in which a file's messages are met; the longest beginning of its path counts
@@ -30,13 +43,16 @@ MET_IN = {  # the commands in which a file's messages are met; the longest begin
     "evaluation/npz.py": ("evaluate",),
     "evaluation/splits.py": ("probe", "reproduce"),
     "evaluation/traps.py": ("evaluate",),
+    "pipeline/card.py": ("sample",),
     "pipeline/sample_folder.py": ("sample",),
     "pipeline/sample_journal.py": ("sample",),
     "planning/": ("plan",),
+    "planning/choice.py": ("fit",),
     "released/convert.py": ("convert",),
     "released/vq_tokenizers.py": ("convert",),
     "reproduce/": ("reproduce",),
     "runs/": ("fit", "train"),
+    "runs/pictures.py": ("complete",),
     "studio/": ("studio",),
     "studio/commands.py": ("complete",),  # the lines to copy of sample and complete, whose options complete has all
     "runtime/distributed.py": tuple(name for name, c in COMMANDS.items() if c.ranks),

@@ -113,6 +113,54 @@ def test_complete_takes_one_picture_or_a_folder(run_folder, tmp_path):
         assert len(list(out.glob("0*.png"))) == num
 
 
+def test_complete_takes_the_pictures_that_no_model_saw(run_folder, tmp_path, capsys):
+    for split, shade in (("train", 0), ("test", 255)):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        Image.new("L", (40, 40), shade).save(tmp_path / "data" / split / "cat" / "0.png")
+    line = ["complete", str(tmp_path / "data"), "--from", str(run_folder), "--pixels", "pasted"]
+    for out, more, shade in (("a", [], 255), ("b", ["--split", "train"], 0)):
+        assert main([*line, *more, "--out", str(tmp_path / out)]) == 0
+        assert f"pictures of the {'train' if more else 'test'} split of {tmp_path / 'data'}" in capsys.readouterr().out
+        (picture,) = (tmp_path / out).glob("0*.png")
+        assert (np.asarray(Image.open(picture))[0] == shade).all()
+    assert "has no splits" in fails(capsys, "complete", str(picture), *line[2:], "--split", "train", "--out", "c")
+
+
+@pytest.mark.parametrize("keep", ["left", "mask.png"])
+def test_complete_keeps_areas_and_masks(run_folder, tmp_path, monkeypatch, keep):
+    monkeypatch.chdir(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(picture).save("in.png")
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save("mask.png")
+    command = ["complete", "in.png", "--from", str(run_folder), "--keep", keep, "--each", "2", "--out", "out"]
+    assert main(command) == 0
+    done = [np.asarray(Image.open(f"out/0000{i}.png")) for i in range(2)]
+    assert all((image[:, :16] == picture[:, :16]).all() for image in done) and (done[0] != done[1]).any()
+    assert json.loads(Path("out/completions.json").read_text())["keep"] == keep
+
+
+def test_vary_keeps_and_mixes(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(f"{i}.png")
+    vary = ["vary", "0.png", "--from", str(run_folder), "--out"]
+    assert main([*vary, "a", "--each", "3"]) == 0 and len(list(Path("a").glob("0*.png"))) == 3
+    assert main([*vary, "b", "--keep_discriminative", "0", "--keep_vq", "0.5", "--labels", "cube"]) == 0
+    assert main([*vary, "c", "--toward", "1.png", "--steps", "5"]) == 0
+    assert "tokens change on the way" in capsys.readouterr().out and len(list(Path("c").glob("0*.png"))) == 5
+    assert "keep_vq is 1" in fails(capsys, *vary, "d", "--keep_vq", "1")
+    assert "holds 00000.png but no variations.json" in fails(
+        capsys, "vary", "0.png", *vary[2:], str(run_folder / "completions")
+    )
+
+
+def test_export_writes_networks_that_agree(run_folder, tmp_path, capsys, unchecked):
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "x")]) == 0
+    assert "5 networks" in capsys.readouterr().out and (tmp_path / "x" / "decoder.pt2").is_file()
+
+
 @pytest.mark.parametrize("command", ["codebook", "tokenize"])
 def test_single_stages(command, cfg, tmp_path, capsys):
     assert main([command, DATA, "--config", str(cfg), "--out", str(tmp_path / "run")]) == 0

@@ -45,12 +45,14 @@ def test_save_and_load_give_the_same_pictures(pipe, tmp_path):
 @pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
 def test_completion_keeps_the_first_rows(pipe, keep):
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    done = pipe.complete(images, keep=keep, seed=0)
+    done = pipe.complete(images, keep=keep, seed=0, pixels="decoded")
     kept = kept_tokens(pipe.vq.grid, keep)
     assert done.shape == images.shape
     if keep == 1.0:  # nothing is left to draw: the reconstruction
         assert torch.equal(done, pipe.vq.decode(pipe.vq.encode(images)))
     assert kept == {0.25: 4, 0.5: 8, 1.0: 16}[keep]
+    rows = round(32 * keep)
+    assert torch.equal(pipe.complete(images, keep=keep, seed=0)[:, :, :rows], images[:, :, :rows])
 
 
 def test_completion_resizes_other_pictures(pipe):

@@ -132,7 +132,7 @@ def test_run_completion_writes_curve_differences_and_pictures(pipes, images, ref
 def test_metrics_equal_those_of_the_pipeline_itself(pipes, images, reference, tmp_path):
     labels = [k % 10 for k in range(9)]
     result = run_completion(pipes, images, reference, ToyJudge(), [0.5], tmp_path, seed=3, labels=labels)
-    done = pipes["discriminative"].complete(images, 0.5, seed=3, labels=labels)
+    done = pipes["discriminative"].complete(images, 0.5, seed=3, labels=labels, pixels="decoded")
     own, real = (FeatureStats.of(x) for x in (ToyJudge().judge(done).pooled, reference))
     expected = frechet_distance(own.mean, own.cov, real.mean, real.cov)
     assert result["pipes"]["discriminative"]["curve"][0]["distance"]["value"] == pytest.approx(expected, rel=1e-6)
@@ -145,11 +145,11 @@ def test_metrics_equal_those_of_the_pipeline_itself(pipes, images, reference, tm
 def test_completions_are_cached_and_an_interrupted_run_resumes(pipes, images, reference, tmp_path, monkeypatch):
     calls, complete = [], DigitPipeline.complete
 
-    def counted(self, pictures, keep, seed, labels):
+    def counted(self, pictures, keep, seed, labels, **options):
         calls.append(keep)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return complete(self, pictures, keep, seed, labels)
+        return complete(self, pictures, keep, seed, labels, **options)
 
     monkeypatch.setattr(DigitPipeline, "complete", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -54,7 +54,7 @@ def show(name: str, verdict: Verdict, seed: int, out: Path | None) -> None:
     """Prints a finding and saves its input in `out`."""
     sys.stdout.write(f"{name:<12} {verdict.number:>7} {verdict.kind}: {verdict.detail}\n")
     sys.stdout.flush()
-    if out is not None:
+    if out is not None and verdict.kind != "not built":
         folder = out / name / str(verdict.number)
         folder.mkdir(parents=True, exist_ok=True)
         build_input(LOADERS[name], folder, verdict.number, seed)

@@ -6,7 +6,8 @@ from studio_toys import studio_pipeline
 from toy_pipeline import toy_pipeline
 
 from digit.errors import DigitError
-from digit.pipeline.cells import cell_grid, fill_cells, sample_around, spread
+from digit.pipeline.around import sample_around, spread
+from digit.pipeline.cells import cell_grid, fill_cells
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.steps import UNDECIDED
 from digit.sampling.config import StageSampling
@@ -29,7 +30,7 @@ def test_whole_rows_equal_complete(pipe, image):
     keep = torch.zeros(4, 4, dtype=torch.bool)
     keep[:2] = True
     found = fill_cells(pipe, image, keep, num=3, seed=5, label=ClassPositions([2]))
-    alone = [pipe.complete(image, 0.5, 5 + i, ClassPositions([2])) for i in range(3)]
+    alone = [pipe.complete(image, 0.5, 5 + i, ClassPositions([2]), pixels="decoded") for i in range(3)]
     assert torch.equal(found.images, torch.cat(alone)) and found.label == 2
 
 
@@ -41,6 +42,7 @@ def test_kept_tokens_and_pixels_are_the_pictures_own(pipe, image):
     pixels = KEEP.repeat_interleave(8, 0).repeat_interleave(8, 1)
     assert (found.pasted[:, :, pixels] == image[:, :, pixels]).all()
     assert (found.pasted[:, :, ~pixels] == found.images[:, :, ~pixels]).all()
+    assert (found.blended[:, :, pixels] == image[:, :, pixels]).all()
     assert len(found.vq.unique(dim=0)) > 1  # the proposals differ
 
 

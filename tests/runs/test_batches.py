@@ -131,7 +131,7 @@ def test_crops_behind_tokens_are_found_past_broken_images_and_other_seeds(tmp_pa
     reuse = {part: first.out / part for part in ("codebook", "vqgan", "tokens")}
     other = Run(tiny_recipe(**settings, kmeans=kmeans, seed=9), source, tmp_path / "other", reuse=reuse)
     rows = np.array([0, 5, 29, 4])
-    tokens = other.tokenizer().encode(other._crops(rows))
+    tokens = other.tokenizer().encode(other.crops_of(rows))
     assert np.array_equal(tokens, store.discriminative[rows])
 
 

@@ -24,6 +24,7 @@ from digit.runs.checks import (
 from digit.runs.fit import Run, fit
 from digit.runs.recipes import RECIPES, Recipe, get_recipe
 from digit.runtime.settings import flat, refuse_unused
+from digit.tokenizers.quantizers import load_quantizer
 from digit.training.vqgan import GANConfig
 
 
@@ -215,7 +216,9 @@ def test_settings_that_the_run_does_use_are_accepted():
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_registered_recipe_is_accepted(name):
     recipe = get_recipe(name).with_seed()
-    check(recipe, chosen_settings(recipe), num_images=1_000_000, num_classes=10 if recipe.class_conditional else 0)
+    known = {"vqgan": flat(recipe)} if recipe.published_vqgan else {}  # fetched before the run
+    classes = 10 if recipe.class_conditional else 0
+    check(recipe, chosen_settings(recipe), num_images=1_000_000, num_classes=classes, reuse=known)
 
 
 # -------------------------------------------------------------------- what cannot work
@@ -367,6 +370,8 @@ def test_tokens_need_the_parts_that_they_were_made_with(capsys, settings, run, t
     words = [
         "fit",
         SHAPES,
+        "--recipe",
+        "demo",
         "--config",
         settings,
         "--out",
@@ -377,22 +382,28 @@ def test_tokens_need_the_parts_that_they_were_made_with(capsys, settings, run, t
     assert f"add --reuse_codebook {run.out / 'codebook'}" in fails(capsys, *words)
 
 
-def test_another_setting_names_the_command_that_keeps_the_other_parts_and_it_works(capsys, settings, tmp_path):
-    first = ["tokenize", SHAPES, "--config", settings, "--out", str(tmp_path / "run")]
+def test_another_setting_keeps_the_parts_that_it_does_not_decide(capsys, settings, tmp_path):
+    out = tmp_path / "run"
+    first = ["tokenize", SHAPES, "--recipe", "demo", "--config", settings, "--out", str(out)]
     assert main(first) == 0
-    line = fails(capsys, *first, "--prior.depth", "2", "--renderer.depth=2")
-    assert "recipe.prior.depth = 1, now asked for 2" in line and "from its codebook, vqgan, tokens" in line
-    words = line.partition(": digit ")[2].split()
-    assert words[words.index("--out") + 1] == f"{tmp_path / 'run'}-2"
-    assert main(["train", "prior", *words[1:]]) == 0
-    new = tmp_path / "run-2"
-    assert json.loads((new / "prior" / "model.json").read_text())["depth"] == 2
-    assert not any((new / part).exists() for part in ("codebook", "vqgan", "tokens"))  # those of the first run
+    before = {
+        path: path.stat().st_mtime_ns for part in ("codebook", "vqgan", "tokens") for path in (out / part).iterdir()
+    }
+    capsys.readouterr()
+    assert main(["train", "prior", *first[1:], "--prior.depth", "2", "--renderer.depth=2"]) == 0
+    said = capsys.readouterr().err
+    assert "prior.depth was 1, now 2; renderer.depth was 1, now 2. Kept: codebook, vqgan, tokens" in said
+    assert json.loads((out / "prior" / "model.json").read_text())["depth"] == 2
+    assert before == {path: path.stat().st_mtime_ns for path in before} and not (out / "earlier").exists()
 
 
 def test_a_part_that_the_setting_decides_is_made_again(capsys, settings, tmp_path):
-    first = ["codebook", SHAPES, "--config", settings, "--out", str(tmp_path / "run")]
+    out = tmp_path / "run"
+    first = ["codebook", SHAPES, "--recipe", "demo", "--config", settings, "--out", str(out)]
     assert main(first) == 0
-    line = fails(capsys, *first, "--kmeans.num_clusters", "11")
-    assert "--reuse_codebook" not in line and f"--out {tmp_path / 'run'}-2" in line
-    assert math.prod(tiny_recipe().vqgan.grid) == 16
+    capsys.readouterr()
+    assert main([*first, "--kmeans.num_clusters", "11"]) == 0
+    said = capsys.readouterr().err
+    assert "kmeans.num_clusters was 12, now 11. Made anew: codebook (kmeans.num_clusters)" in said
+    sizes = [load_quantizer(folder / "codebook").vocab_size for folder in (out, out / "earlier" / "1")]
+    assert sizes == [11, 12] and math.prod(tiny_recipe().vqgan.grid) == 16

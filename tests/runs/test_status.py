@@ -39,6 +39,15 @@ def test_each_stage_as_far_as_it_is(run, capsys, monkeypatch):
     assert "next       not running; to continue: " in capsys.readouterr().out
 
 
+def test_what_other_settings_replaced(run):
+    assert "earlier" not in describe_run(run.out)
+    for number in (1, 2, 10):
+        (run.out / "earlier" / str(number)).mkdir(parents=True)
+    assert f"earlier    3 changes of settings, what the last one replaced: {run.out}/earlier/10" in describe_run(
+        run.out
+    )
+
+
 def test_tokens_half_done(run, monkeypatch):
     run.tokenizer()
     run.train_vqgan()

@@ -203,7 +203,7 @@ def test_whole_rows_have_a_command_line_and_equal_complete(client, pipe, picture
     keep = [[True] * 4] * 2 + [[False] * 4] * 2
     found = events(client.post("/api/complete", json={"picture": picture, "keep": keep, "num": 1, "label": 6}))
     assert "digit complete picture.png --from runs/toy --keep 0.5" in found.only("start")[0]["commands"]["shell"]
-    expected = pipe.complete(pixels(picture)[None], 0.5, 0, ClassPositions([6]), batch_size=16)
+    expected = pipe.complete(pixels(picture)[None], 0.5, 0, ClassPositions([6]), pixels="decoded", batch_size=16)
     assert torch.equal(pixels(found.only("picture")[0]["decoded"]), expected[0])
 
 

@@ -3,7 +3,6 @@
 import inspect
 import itertools
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from digit.cli.mistakes import explain, typed_name
 from digit.errors import DigitError, printable
 from digit.runtime.distributed import launched_rank
-from digit.runtime.files import as_path
 from digit.runtime.paths import is_path
 from digit.runtime.settings import flat
 
@@ -27,14 +25,14 @@ if TYPE_CHECKING:
 
 SHEET = "contact_sheet.png"
 DEFAULT_RECIPE = "photos"  # whose settings `digit fit` and `digit plan` show as defaults
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+RELEASED = "DAMO-NLP-SG/DiGIT"  # as of `digit.pipeline.manifest`, which is slow to import
 DATA_HELP = (
     "folder or .zip of images (one subfolder per class, nested, or flat), Parquet in the Hub's layout, WebDataset "
     ".tar shards, or shapes[:num=16000,size=64,seed=0] for rendered scenes"
 )
 FROM_HELP = (
-    "run folder of `digit fit`, a pipeline folder, or DAMO-NLP-SG/DiGIT for the authors' checkpoints (fetched and "
-    "converted once)"
+    "run folder of `digit fit`, a pipeline folder, OWNER/NAME of a pipeline on the Hugging Face Hub, or "
+    "DAMO-NLP-SG/DiGIT for the authors' checkpoints (fetched and converted once)"
 )
 
 
@@ -69,6 +67,7 @@ def command(name: str, example: str, *, ranks: bool = False) -> Callable[[Callab
 DEVICE_HELP = "cpu or cuda (default: cuda where there is one)"
 CONFIG_HELP = "YAML file with settings; later options win (--print_config prints such a file)"
 HOLD_OUT_HELP = "test on every fifth image of DATA, although it has splits to test on"
+PICTURES_SPLIT_HELP = "split of a data set that has splits (default: validation, else test: no model saw those)"
 PIXEL_MAX_HELP = (
     "value of white in images of more than 8 bits per channel, such as 4095 for 12 bits (default: as the file states, "
     "or as the largest values of some images show)"
@@ -280,14 +279,15 @@ def load_pipeline(args: Any) -> Any:
 
     if not args.source:
         raise DigitError("--from is empty: give a run or pipeline folder")
-    source, device = as_path(args.source), choose_device(args.device)
-    if not is_path(args.source) and HUB_NAME.fullmatch(args.source):
+    source, device = args.source, choose_device(args.device)
+    if source == RELEASED and not is_path(source):
         from digit.released.hub import released_pipeline
 
-        source = released_pipeline(args.source, args.variant or "base")
+        source = released_pipeline(source, args.variant or "base")
     elif args.variant:
         raise DigitError(
-            f"--variant chooses one of the released checkpoints, but --from {source} is a folder: leave --variant out"
+            f"--variant chooses one of the released checkpoints, but --from {source} is another pipeline: leave "
+            "--variant out"
         )
     try:
         return DigitPipeline.from_pretrained(source, device)

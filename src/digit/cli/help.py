@@ -30,6 +30,7 @@ _STAGES = " ".join(
     for stage in ("prior", "renderer")
     for name in ("temperature", "top_k", "top_p", "cfg_scale", "num_steps")
 )
+_FEW = "--prior.top_p --prior.cfg_scale --renderer.top_p --renderer.cfg_scale"
 _NETWORK = (
     "--protocol --inception --network --weights --image_size --num_splits --num_neighbours --kernel_subsets "
     "--kernel_subset_size --seed"
@@ -85,12 +86,21 @@ FIRST_SCREEN: dict[str, dict[str, str]] = {
         "output": "--out",
     },
     "complete": {
-        "data": "images --num --keep",
+        "data": "images --num --keep --pixels --each",
         "what is sampled": "--from --variant --labels --seed",
-        "sampling (not set: as the pipeline was saved)": _STAGES,
+        "sampling (not set: as the pipeline was saved)": _FEW,
         "machine": "--device --batch_size --precision",
         "output": "--out",
     },
+    "vary": {
+        "data": "images --num --each --keep_discriminative --keep_vq",
+        "between two pictures": "--toward --steps",
+        "what is sampled": "--from --variant --labels --seed",
+        "sampling (not set: as the pipeline was saved)": _FEW,
+        "machine": "--device --batch_size --precision",
+        "output": "--out",
+    },
+    "export": {"data": "run", "machine": "--device", "output": "--out"},
     "info": {"data": "folder"},
     "studio": {
         "what is shown": "run --data --runs --variant",

@@ -1,11 +1,13 @@
-"""Commands that look at data and pipelines, convert and sample: inspect, convert, sample, complete, info."""
+"""Commands on data and pipelines: inspect, convert, sample, complete, vary, export, info."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from digit.cli.arguments import (
     DATA_HELP,
     DEVICE_HELP,
     FROM_HELP,
+    PICTURES_SPLIT_HELP,
     PIXEL_MAX_HELP,
     SHEET,
     add_config,
@@ -19,10 +21,18 @@ from digit.cli.arguments import (
     say,
     say_assumptions,
 )
+from digit.errors import DigitError
 from digit.runtime.files import as_path
+from digit.runtime.scalars import as_int
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+    from torch import Tensor
+
+    from digit.pipeline.labels import ClassPositions
+    from digit.pipeline.pipeline import DigitPipeline
+
+LABELS_HELP = "names or numbers of classes, separated by commas, used in turn"
 
 
 @command("inspect", "digit inspect photos/            # counts, classes, sizes, broken files, contact sheet")
@@ -75,7 +85,7 @@ def run_convert(parser: "ArgumentParser", argv: list[str]) -> None:
         say(line)
 
 
-def add_sampling_arguments(parser: "ArgumentParser") -> None:
+def add_sampling_arguments(parser: "ArgumentParser", files: str = "tokens.npz and samples.json") -> None:
     """Add --from, --out, --seed and the sampling options of both stages; without one the saved setting applies."""
     parser.add_argument("--from", dest="source", required=True, help=FROM_HELP)
     parser.add_argument(
@@ -84,7 +94,7 @@ def add_sampling_arguments(parser: "ArgumentParser") -> None:
         help="which released checkpoints, with --from DAMO-NLP-SG/DiGIT: base (default), base_cls, "
         "base_200epoch, base_cls_400epoch, large or large_cls",
     )
-    parser.add_argument("--out", required=True, help="folder for PNGs, grid.png, tokens.npz and samples.json")
+    parser.add_argument("--out", required=True, help=f"folder for PNGs, grid.png, {files}")
     parser.add_argument(
         "--seed",
         type=int,
@@ -142,30 +152,156 @@ def run_sample(parser: "ArgumentParser", argv: list[str]) -> None:
     say(f"{num} images in {args.out} (grid.png shows {'all' if num <= GRID_IMAGES else f'the first {GRID_IMAGES}'})")
 
 
-@command("complete", "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/")
+@command(
+    "complete",
+    "digit complete picture.jpg --from runs/demo --keep 0.5 --out completed/\n"
+    "  digit complete picture.jpg --from runs/demo --keep mask.png --each 4 --out completed/",
+)
 def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Keep the first rows of pictures and sample the rest."""
+    """Keep a part of pictures and sample the rest around it.
+
+    What is kept has its own pixels; next to it the sampled part is shifted so that no seam shows.
+    """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
+    parser.add_argument("--split", default=None, help=PICTURES_SPLIT_HELP)
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
-    add_sampling_arguments(parser)
-    parser.add_argument("--keep", type=float, default=0.5, help="fraction of the rows to keep")
+    add_sampling_arguments(parser, "and completions.json")
+    parser.add_argument(
+        "--keep",
+        default="0.5",
+        help="what is kept: a fraction of the rows from the top; upper, lower, left, right, centre or border; or a "
+        "black and white picture, white where it is kept (or opaque, of one with transparency). "
+        "A next-token model sees what stands before a gap, row by row, and not what comes after it",
+    )
+    parser.add_argument(
+        "--pixels",
+        default="kept",
+        help="kept: own pixels, without a seam; pasted: own pixels as they are; decoded: all as the tokens give them, "
+        "as in the paper",
+    )
+    parser.add_argument("--each", type=int, default=1, help="completions of each picture")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
-    parser.add_argument("--labels", default=None, help="names or numbers of classes, separated by commas, used in turn")
+    parser.add_argument("--labels", default=None, help=LABELS_HELP)
     args = parse(parser, argv)
-    from digit.pipeline.labels import ClassPositions
-    from digit.runs.report import load_images, open_images, require_free, write_completions
+    from digit.pipeline.around import check_pixels
+    from digit.runs.pictures import read_keep, require_free, write_completions
 
     require_free(as_path(args.out))
-    source = open_images(args.images, args.pixel_max)
+    check_pixels(args.pixels)
+    each = as_int("each", args.each, least=1)
+    pipe, images, labels = read_pictures(args)
+    keep = read_keep(args.keep, pipe.image_size, pipe.preprocess.fit)
+    classes = pipe.guess_labels(images) if labels is None else labels
+    done = pipe.complete(
+        images.repeat_interleave(each, 0),
+        keep,
+        args.seed,
+        class_labels(pipe, classes.repeat_interleave(each)),
+        pixels=args.pixels,
+        **sampling_changes(args),
+    )
+    write_completions(as_path(args.out), images, done, pipe.kept_pixels(keep), args.keep)
+    say(f"{len(done)} completions in {args.out} (grid.png: original, kept part, completion{'s' * (each > 1)})")
+
+
+@command(
+    "vary",
+    "digit vary picture.jpg --from runs/demo --each 4 --out varied/\n"
+    "  digit vary one.jpg --toward other.jpg --steps 7 --from runs/demo --out between/",
+)
+def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Sample pictures that are like given ones, or that lie between two.
+
+    Discriminative tokens say what is where, VQ tokens what it looks like. By default all of the first are kept and
+    the looks are sampled again; --keep_discriminative 0 --keep_vq 0.5 is the reverse. --toward mixes the encoder's
+    features of two pictures, cell by cell: what stands at other places fades, and does not move.
+    """
+    parser.add_argument("images", help=DATA_HELP + "; or one image file")
+    parser.add_argument("--split", default=None, help=PICTURES_SPLIT_HELP)
+    parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
+    add_sampling_arguments(parser, "and variations.json")
+    parser.add_argument("--each", type=int, default=4, help="variations of each picture")
+    parser.add_argument("--num", type=int, default=8, help="at most this many pictures of the folder")
+    parser.add_argument(
+        "--keep_discriminative", type=float, default=1.0, help="share of the discriminative tokens that is kept, 0 to 1"
+    )
+    parser.add_argument("--keep_vq", type=float, default=0.0, help="share of the VQ tokens that is kept, 0 to below 1")
+    parser.add_argument("--labels", default=None, help=LABELS_HELP)
+    parser.add_argument("--toward", default=None, help="another picture: sample what lies between the two")
+    parser.add_argument("--steps", type=int, default=7, help="with --toward: pictures, both ends included")
+    args = parse(parser, argv)
+    from digit.pipeline.variations import interpolate, vary
+    from digit.runs.pictures import VARIATIONS, load_images, open_images, require_free, write_between, write_variations
+
+    out = as_path(args.out)
+    require_free(out, VARIATIONS)
+    pipe, images, labels = read_pictures(args)
+    if args.toward is not None:
+        if len(images) != 1:
+            raise DigitError(f"--toward leads from one picture to another, {args.images} holds {len(images)}: give one")
+        other = load_images(open_images(args.toward, args.pixel_max), pipe.preprocess, 1)
+        found = interpolate(pipe, images, other, steps=args.steps, seed=args.seed, **sampling_changes(args))
+        write_between(out, images, other, found.images, {"toward": args.toward})
+        changed = (found.tokens[0] != found.tokens[-1]).sum()
+        say(f"{len(found.images)} pictures in {out}; {changed} of {found.tokens.shape[1]} tokens change on the way")
+        return
+    shares = {"keep_discriminative": args.keep_discriminative, "keep_vq": args.keep_vq}
+    done = vary(
+        pipe,
+        images,
+        num=args.each,
+        seed=args.seed,
+        labels=class_labels(pipe, labels),
+        **shares,
+        **sampling_changes(args),
+    )
+    write_variations(out, images, done, shares)
+    say(f"{len(done)} variations in {out} (grid.png: a picture and its variations in each row)")
+
+
+def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None"]:
+    """The pipeline of --from, the first --num pictures at its size, and the class of each if --labels says so.
+
+    Of a data set with splits they are those of its validation or else its test split: no model was trained on them.
+    """
+    from digit.evaluation.splits import chosen_on
+    from digit.runs.pictures import load_images, open_images
+
+    source, where = chosen_on(args.images, args.split, partial(open_images, pixel_max=args.pixel_max))
+    if where.startswith("the "):
+        say(f"pictures of {where}")
     say_assumptions(source)
     pipe = load_pipeline(args)
     images = load_images(source, pipe.preprocess, args.num)
     labels = parse_labels(args.labels, pipe)
-    if labels is not None:
-        labels = ClassPositions(pipe.labels(len(images), labels).tolist())
-    done = pipe.complete(images, args.keep, args.seed, labels, **sampling_changes(args))
-    write_completions(as_path(args.out), images, done, args.keep)
-    say(f"{len(done)} completions in {args.out} (grid.png: original, kept part, completion)")
+    return pipe, images, None if labels is None else pipe.labels(len(images), labels)
+
+
+def class_labels(pipe: "DigitPipeline", labels: "Tensor | None") -> "ClassPositions | None":
+    """Positions of classes as labels; None for a model that knows no classes."""
+    from digit.pipeline.labels import ClassPositions
+
+    return None if labels is None or not pipe.num_classes else ClassPositions(labels.tolist())
+
+
+@command("export", "digit export runs/demo --out exported/")
+def run_export(parser: "ArgumentParser", argv: list[str]) -> None:
+    """Export the decoder and a decoding step for programs that have torch alone.
+
+    torch.export writes them. Each file is read again and compared with the pipeline. export.json says what goes in and
+    what comes out.
+    """
+    parser.add_argument("run", help=FROM_HELP)
+    parser.add_argument("--out", required=True, help="folder for the .pt2 files and export.json")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda: where the exported networks will run")
+    args = parse(parser, argv)
+    from digit.pipeline.export import export_pipeline
+    from digit.pipeline.pipeline import DigitPipeline
+
+    found = export_pipeline(DigitPipeline.from_pretrained(args.run, args.device), args.out)
+    for file, difference in found.items():
+        say(f"{file:<22}within {difference:.1g} of the pipeline")
+    say(f"{len(found)} networks in {args.out}; export.json lists their inputs and outputs")
 
 
 @command(

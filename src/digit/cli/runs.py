@@ -86,11 +86,11 @@ def choose_base(argv: Sequence[str]) -> "Recipe":
     """
     from digit.planning.choice import ANY_MACHINE, choose_photos
     from digit.planning.machines import this_machine
-    from digit.released.download import offline
     from digit.runs.changes import keep_length
     from digit.runs.recipes import get_recipe
     from digit.runtime.files import as_path
     from digit.runtime.hardware import choose_device
+    from digit.runtime.network import offline
 
     name, out = value_of(argv, "--recipe"), value_of(argv, "--out")
     if wants_help(argv):

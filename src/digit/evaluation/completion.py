@@ -178,7 +178,7 @@ def completer(pipe: DigitPipeline, seed: int, labels: Sequence[int | str] | None
     def complete(images: UInt8[Tensor, "B 3 S S"], keep: float, first: int) -> UInt8[Tensor, "B 3 S S"]:
         labelled = labels is not None and bool(first_model(pipe).cfg.num_classes)
         batch_labels = list(labels[first : first + len(images)]) if labelled and labels is not None else None
-        return pipe.complete(images, keep, seed + first, batch_labels)
+        return pipe.complete(images, keep, seed + first, batch_labels, pixels="decoded")  # as in the paper
 
     return complete
 

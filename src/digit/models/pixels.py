@@ -183,8 +183,8 @@ class PixelRenderer(SequenceModel):
             x = x + self.noise_embed(noise)
         x = self.to_z(self.transformer(x, causal=False))  # (B, P, z) or, where a token fills s cells, (B, P, s z)
         (rows, columns), (high, wide) = self.cfg.grid, self.spread
-        x = x.view(len(x), rows, columns, high, wide, -1).permute(0, 5, 1, 3, 2, 4)  # (B, z, r, high, c, wide)
-        x = x.reshape(len(x), -1, rows * high, columns * wide)
+        x = x.view(x.shape[0], rows, columns, high, wide, -1).permute(0, 5, 1, 3, 2, 4)  # (B, z, r, high, c, wide)
+        x = x.reshape(x.shape[0], -1, rows * high, columns * wide)
         if x.shape[2:] != self.cfg.decoder.grid:
             x = F.interpolate(x, self.cfg.decoder.grid, mode="bilinear", align_corners=False, antialias=True)
         return x

@@ -1,14 +1,9 @@
-"""Completes a picture around any kept cells of its token grid, not only below its first rows (paper, section 4.5).
-
-A next-token model samples in raster order. Where a token is kept it is forced, and sampling goes on after it: the same
-tokens as if each step had asked whether its token is kept. It therefore sees what is kept before a hole, and not what
-is kept after it. A masked model sees all of it.
+"""Proposals for one picture around any kept cells of its token grid (paper, section 4.5: below its first rows).
 
 Shapes: B proposals, N discriminative tokens, M VQ tokens, S pixels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +13,9 @@ from torch import Tensor
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
-from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline
-from digit.pipeline.steps import OnStep, watched
-from digit.sampling.kinds import make_sampler
-from digit.sampling.sampler import Sampler
+from digit.pipeline.steps import OnStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +26,8 @@ class Filled:
     """As decoded from the tokens."""
     pasted: UInt8[Tensor, "B 3 S S"]
     """The same with the picture's own pixels in the kept cells."""
+    blended: UInt8[Tensor, "B 3 S S"]
+    """The same with the other cells shifted beside the kept ones, so that no seam shows."""
     vq: Int64[Tensor, "B M"] | None
     """VQ tokens; those of kept cells are the picture's. None where the renderer gives pixels."""
     discriminative: Int64[Tensor, "B N"] | None
@@ -79,69 +73,20 @@ def fill_cells(
     grid = cell_grid(pipe)
     if len(images) != 1 or tuple(keep.shape) != grid:
         raise DigitError(f"{len(images)} pictures and cells {tuple(keep.shape)}: give one picture and cells {grid}")
-    labels = pipe.guess_labels(images) if label is None else torch.tensor(pipe.class_positions(label))
-    if len(labels) != 1:
+    if label is not None and len(labels := pipe.class_positions(label)) != 1:
         raise DigitError(f"{len(labels)} labels for one picture: give one")
-    seeds, cfg = [seed + i for i in range(num)], pipe.sized(pipe.settings(**sampling))
-    assert cfg.batch_size is not None and pipe.renderer is not None
-    stages = [("prior", pipe.prior, "discriminative")] if pipe.renderer.cfg.prefix_len else []
-    prefix, decoded, known = None, None, {}
-    for name, model, kind in [*stages, ("renderer", pipe.renderer, "vq")]:
-        assert model is not None, "checked by guess_labels and class_positions"
-        size = micro_batch_size(model, cfg.batch_size)
-        sampler = make_sampler(model, getattr(cfg, name), precision=cfg.precision, micro_batch_size=size, stage=name)
-        rows = labels.expand(num) if model.cfg.num_classes else None
-        if sampler.output == "images":
-            decoded = sampler(seeds, prefix=prefix, labels=rows).cpu()
-            continue
-        tokenizer = pipe.tokenizers[kind]
-        own = tokenizer.encode(images).to(pipe.device).expand(num, -1)
-        prefix = known[kind] = sample_around(
-            sampler, seeds, own, spread(keep, tokenizer.grid).flatten(), prefix=prefix, labels=rows, on_step=on_step
-        )
-    if decoded is None:
-        decoded = pipe.decode(known["vq"], cfg.precision).cpu()
-    pixels = spread(keep, (pipe.image_size, pipe.image_size))
+    one = pipe.completion(images, keep, seed, label)
+    names = ("discriminative", "vq", "keep_discriminative", "keep_vq")
+    tokens = {name: None if (x := getattr(one, name)) is None else x.expand(num, -1) for name in names}
+    request = replace(one, labels=one.labels.expand(num), **tokens)
+    batches = list(pipe.sample_request(request, pipe.sized(pipe.settings(**sampling)), on_step=on_step))
+    decoded = torch.cat([batch.images for batch in batches])
+    found = {name: torch.cat([batch.tokens[name] for batch in batches]) for name in batches[0].tokens}
     return Filled(
         images=decoded,
-        pasted=torch.where(pixels, images.cpu(), decoded),
-        vq=known["vq"].cpu() if "vq" in known else None,
-        discriminative=known["discriminative"].cpu() if "discriminative" in known else None,
-        label=int(labels[0]),
+        pasted=pipe.compose(images.expand_as(decoded), decoded, keep, "pasted"),
+        blended=pipe.compose(images.expand_as(decoded), decoded, keep),
+        vq=found.get("vq"),
+        discriminative=found.get("discriminative"),
+        label=int(one.labels[0]),
     )
-
-
-def spread(keep: Bool[Tensor, "R C"], grid: tuple[int, int]) -> Bool[Tensor, "P Q"]:
-    """Cells as those of another grid over the same picture: each takes the cell that holds its centre."""
-    rows, columns = (
-        ((torch.arange(fine) + 0.5) / fine * coarse).long() for fine, coarse in zip(grid, keep.shape, strict=True)
-    )
-    return keep[rows][:, columns]
-
-
-def sample_around(
-    sampler: Sampler,
-    seeds: Sequence[int],
-    tokens: Int64[Tensor, "B M"],
-    keep: Bool[Tensor, " M"],
-    *,
-    prefix: Int64[Tensor, "B P"] | None = None,
-    labels: Int64[Tensor, " B"] | None = None,
-    on_step: OnStep | None = None,
-) -> Int64[Tensor, "B M"]:
-    """Tokens (B, M) that are the given ones where `keep` is true and sampled elsewhere."""
-    cfg, result, position = sampler.model.cfg, tokens.clone(), 0
-    keep = keep.to(tokens.device)
-
-    def call(given: Tensor) -> Tensor:
-        with watched(sampler, sampler.stage, len(seeds), given, on_step):
-            return sampler(seeds, prefix=prefix, labels=labels, given=given)
-
-    if cfg.masked:
-        return call(torch.where(keep, tokens, cfg.mask_token))
-    while len(holes := (~keep[position:]).nonzero()):
-        first = position + int(holes[0])
-        kept_again = keep[first:].nonzero()
-        position = first + int(kept_again[0]) if len(kept_again) else len(keep)
-        result[:, first:position] = call(result[:, :first])[:, first:position]
-    return result

@@ -10,14 +10,15 @@ A pipeline without prior is a baseline of the paper: its renderer models VQ toke
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -27,11 +28,25 @@ from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
 from digit.models.tokenizer import ImageTokenizer
 from digit.models.tokens import Integers, as_tokens
+from digit.pipeline.around import (
+    Keep,
+    Pixels,
+    as_keep,
+    check_pixels,
+    compose,
+    kept_cells,
+    kept_pixels,
+    kept_rows,
+    sample_around,
+)
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
+from digit.pipeline.card import Card, write_card
+from digit.pipeline.hub import fetch_pipeline, hub_name, require_uploads, upload_folder
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
     MANIFEST,
+    RELEASED,
     find_pipeline,
     load_sequence_model,
     read_manifest,
@@ -43,8 +58,10 @@ from digit.pipeline.manifest import (
 from digit.pipeline.steps import OnStep, watched
 from digit.runtime.files import MAKE_AGAIN, as_path
 from digit.runtime.hardware import Precision, choose_device, free_memory
+from digit.runtime.plots import grid
 from digit.runtime.progress import Progress
-from digit.runtime.scalars import as_int, as_number
+from digit.runtime.scalars import as_int
+from digit.runtime.version import __version__
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
 from digit.sampling.kept import KeptSamplers
 from digit.sampling.kinds import get_kind
@@ -55,6 +72,7 @@ from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer
 
 PARTS = ("tokenizer", "vq", "prior", "renderer")
+CARD_SAMPLES = 16  # on a model card, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +83,15 @@ class GenerationRequest:
     labels: Int64[Tensor, " B"]
     """Class of each image, -1 for none."""
     discriminative: Int64[Tensor, "B N"] | None = None
-    """The first N discriminative tokens of each image."""
+    """Discriminative tokens of each image."""
     vq: Int64[Tensor, "B M"] | None = None
-    """The first M VQ tokens of each image."""
+    """VQ tokens of each image."""
+    keep_discriminative: Bool[Tensor, "B N"] | None = None
+    """Which of the discriminative tokens are kept; None keeps all that are given."""
+    keep_vq: Bool[Tensor, "B M"] | None = None
+    """Which of the VQ tokens are kept; None keeps all that are given."""
+    one_seed: bool = False
+    """Whether all images have the seed of the first."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", as_int("seed", self.seed))  # NumPy's integers overflow at seed + i
@@ -75,7 +99,7 @@ class GenerationRequest:
     @property
     def seeds(self) -> list[int]:
         """Seed of each image."""
-        return [self.seed + i for i in range(len(self.labels))]
+        return [self.seed + i * (not self.one_seed) for i in range(len(self.labels))]
 
     def labels_of(self, model: SequenceModel) -> Int64[Tensor, " B"] | None:
         """The labels if the model is class-conditional, else None."""
@@ -84,10 +108,9 @@ class GenerationRequest:
     def rows(self, first: int, count: int) -> "GenerationRequest":
         """At most `count` images from `first` on."""
         part = slice(first, first + count)
-        tokens = [None if x is None else x[part] for x in (self.discriminative, self.vq)]
-        return GenerationRequest(
-            seed=self.seed + first, labels=self.labels[part], discriminative=tokens[0], vq=tokens[1]
-        )
+        names = ("discriminative", "vq", "keep_discriminative", "keep_vq")
+        tokens = {name: None if (x := getattr(self, name)) is None else x[part] for name in names}
+        return replace(self, seed=self.seeds[first], labels=self.labels[part], **tokens)
 
 
 class DigitPipeline:
@@ -274,7 +297,7 @@ class DigitPipeline:
         for name, place in (("start", start), ("end", 0 if end is None else end)):
             if place < 0 or (place % cfg.batch_size and place < total):
                 raise DigitError(f"{name} is {place}: give a multiple of the batch size {cfg.batch_size}")
-        return self._sample(request, cfg, start, last, on_step=on_step)
+        return self.sample_request(request, cfg, start, last, on_step=on_step)
 
     @overload
     def generate(self, *args: Any, output: Literal["pil"], **kwargs: Any) -> list[Image.Image]: ...
@@ -315,7 +338,9 @@ class DigitPipeline:
         straight to pixels no "vq".
         """
         request = GenerationRequest(seed=seed, labels=self.labels(num, labels))
-        batches = [batch.tokens for batch in self._sample(request, self.sized(self.settings(**sampling)), pixels=False)]
+        batches = [
+            batch.tokens for batch in self.sample_request(request, self.sized(self.settings(**sampling)), pixels=False)
+        ]
         return {name: torch.cat([b[name] for b in batches]) for name in batches[0]} | {"labels": request.labels}
 
     @overload
@@ -326,55 +351,86 @@ class DigitPipeline:
     def complete(
         self,
         images: Images,
-        keep: float = ...,
+        keep: Keep = ...,
         seed: int = ...,
         labels: Labels | None = ...,
         *,
+        pixels: Pixels = ...,
         output: Literal["torch"] = ...,
         **sampling: Any,
     ) -> UInt8[Tensor, "B 3 S S"]: ...
     def complete(
         self,
         images: Images,
-        keep: float = 0.5,
+        keep: Keep = 0.5,
         seed: int = 0,
         labels: Labels | None = None,
         *,
+        pixels: Pixels = "kept",
         output: Output = "torch",
         **sampling: Any,
     ) -> UInt8[Tensor, "B 3 S S"] | UInt8[np.ndarray, "B S S 3"] | list[Image.Image]:
-        """Keep the first rows of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
+        """Keep a part of each image and sample the rest (paper, section 4.5) -> (B, 3, H, W) uint8.
 
         Args:
             images: (B, 3, H, W) uint8, or what else `digit.data.pictures.as_images` takes, of any sizes; made
                 square as the training pictures were (`preprocess.fit`) where the size differs.
-            keep: fraction of the rows kept, in (0, 1]; rounded to whole rows of each token grid.
+            keep: fraction of the rows kept, in (0, 1], from the top, rounded to whole rows of each token grid; the
+                name of an area (upper, lower, left, right, centre, border); or a mask, true where an image is kept, in
+                cells of one of the token grids or in pixels (S, S). Of a mask of pixels the tokens of whole cells are
+                kept, and all of its pixels.
             seed: of the first image.
             labels: one for all images or one for each, as in `stream`; None takes for each image the class under
                 which its tokens are most likely.
+            pixels: kept (the default): what is kept has the image's own pixels, and next to it the sampled part is
+                shifted so that no seam shows; pasted: without the shift; decoded: every pixel as the tokens give it,
+                as in the paper.
             output, sampling: as in `generate`.
 
         Raises DigitError for anything but images, and as `stream` does.
 
         Note: as in the paper, the kept tokens are computed from the whole image, so that an encoder with a wide
-        receptive field reveals some of the hidden part.
+        receptive field reveals some of the hidden part. A next-token model sees what is kept before a hole, in raster
+        order, and not what is kept after it; a masked model sees both.
         """
         check_output(output)
+        check_pixels(pixels)
+        images = fit_batch(images, self.image_size, self.preprocess.fit)
+        request = self.completion(images, keep, seed, labels)
+        decoded = self._pixels(self.sample_request(request, self.sized(self.settings(**sampling))))
+        return as_output(self.compose(images, decoded, keep, pixels), output)
+
+    def completion(
+        self, images: UInt8[Tensor, "B 3 S S"], keep: Keep, seed: int = 0, labels: Labels | None = None
+    ) -> GenerationRequest:
+        """What `complete` samples; image i has seed + i. Arguments, and errors, as there, for images of our size."""
         if self._require_sampling() is self.prior:
             self.require("tokenizer")
-        if not 0 < as_number("keep", keep) <= 1:
-            raise DigitError(f"keep is {keep}: it is a fraction of the rows, above 0 and at most 1")
-        images = fit_batch(images, self.image_size, self.preprocess.fit)
-        classes = self.guess_labels(images) if labels is None else self._labels_of_each(images, labels)
-        given = {
-            name: tokenizer.encode(images)[:, : kept_tokens(tokenizer.grid, keep)]
-            for name, tokenizer in self.tokenizers.items()
-            if not (name == "vq" and self.renders_pixels)
-        }
-        request = GenerationRequest(
-            seed=seed, labels=classes, discriminative=given.get("discriminative"), vq=given.get("vq")
-        )
-        return as_output(self._pixels(self._sample(request, self.sized(self.settings(**sampling)))), output)
+        keep, tokens = as_keep(keep, self._grids, self.image_size), {}
+        classes = self.guess_labels(images) if labels is None else self.labels_of_each(images, labels)
+        for name, tokenizer in self.tokenizers.items():
+            if name == "vq" and self.renders_pixels:
+                continue
+            tokens[name] = tokenizer.encode(images)
+            cells = kept_cells(keep, tokenizer.grid, self.image_size).flatten()
+            tokens[f"keep_{name}"] = cells.expand(len(images), -1)
+        return GenerationRequest(seed=seed, labels=classes, **tokens)
+
+    def compose(
+        self, images: UInt8[Tensor, "B 3 S S"], decoded: UInt8[Tensor, "B 3 S S"], keep: Keep, pixels: Pixels = "kept"
+    ) -> UInt8[Tensor, "B 3 S S"]:
+        """Completions from the images (of our size) and what was decoded around them: see `complete`."""
+        check_pixels(pixels)
+        return compose(images, decoded, self.kept_pixels(keep), pixels, reach=self.image_size / self._grids[-1][0])
+
+    def kept_pixels(self, keep: Keep) -> Bool[Tensor, "S S"]:
+        """Which pixels `complete` keeps."""
+        return kept_pixels(as_keep(keep, self._grids, self.image_size), self._grids[-1], self.image_size)
+
+    @property
+    def _grids(self) -> list[tuple[int, int]]:
+        """Grids of the tokenizers whose tokens are sampled, that of what the decoder reads last."""
+        return [t.grid for name, t in self.tokenizers.items() if not (name == "vq" and self.renders_pixels)]
 
     @torch.inference_mode()
     def guess_labels(self, images: Images) -> Int64[Tensor, " B"]:
@@ -417,7 +473,7 @@ class DigitPipeline:
         """
         if self.renders_pixels:
             request = self._token_request(tokens, seed)
-            return self._pixels(self._sample(request, self.sized(self.settings(**sampling))))
+            return self._pixels(self.sample_request(request, self.sized(self.settings(**sampling))))
         return self.decode(self.render_tokens(tokens, seed, **sampling), self.settings(**sampling).precision)
 
     def render_tokens(
@@ -428,7 +484,7 @@ class DigitPipeline:
             raise DigitError("this renderer goes straight to pixels, without VQ tokens: call render()")
         self.require("vq", "renderer")
         request = self._token_request(tokens, seed)
-        batches = self._sample(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
+        batches = self.sample_request(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
         nothing = torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
@@ -446,7 +502,7 @@ class DigitPipeline:
         nothing = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return torch.cat([nothing, *(batch.images for batch in batches)])
 
-    def _sample(
+    def sample_request(
         self,
         request: GenerationRequest,
         cfg: SamplingConfig,
@@ -456,7 +512,7 @@ class DigitPipeline:
         pixels: bool = True,
         on_step: OnStep | None = None,
     ) -> Iterator[SampleBatch]:
-        """The batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
+        """Batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete."""
         num, model = len(request.labels) if end is None else end, self._require_renderer()
         prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
         assert batch_size is not None, "sized"
@@ -470,8 +526,12 @@ class DigitPipeline:
                 rows = request.rows(first, batch_size)
                 prefix = self._prefix(prior, rows, on_step) if prefix_len else None
                 tensors = {} if prefix is None else {"discriminative": prefix}
-                with watched(renderer, "renderer", len(rows.labels), rows.vq, on_step):
-                    rendered = renderer(rows.seeds, prefix=prefix, labels=rows.labels_of(model), given=rows.vq)
+                conditions: dict[str, Any] = {"prefix": prefix, "labels": rows.labels_of(model)}
+                if rows.vq is None or renderer.output == "images":
+                    with watched(renderer, "renderer", len(rows.labels), None, on_step):
+                        rendered = renderer(rows.seeds, **conditions)
+                else:
+                    rendered = self._around(renderer, rows, rows.vq, rows.keep_vq, on_step, **conditions)
                 if renderer.output == "images":
                     tensors[IMAGES] = rendered
                 else:
@@ -484,12 +544,24 @@ class DigitPipeline:
 
     def _prefix(self, prior: Sampler | None, rows: GenerationRequest, on_step: OnStep | None = None) -> Tensor:
         """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
-        given = rows.discriminative
-        if given is not None and given.shape[1] == self._require_renderer().cfg.prefix_len:
-            return given.to(self.device)
+        tokens, keep = rows.discriminative, rows.keep_discriminative
+        if tokens is not None and (keep is None or keep.all()):
+            return tokens.to(self.device)
         assert prior is not None, "checked by _require_sampling"
-        with watched(prior, "prior", len(rows.labels), given, on_step):
-            return prior(rows.seeds, labels=rows.labels_of(self._require_prior()), given=given)
+        labels = rows.labels_of(self._require_prior())
+        if tokens is not None:
+            return self._around(prior, rows, tokens, keep, on_step, labels=labels)
+        with watched(prior, "prior", len(rows.labels), None, on_step):
+            return prior(rows.seeds, labels=labels)
+
+    def _around(
+        self, sampler: Sampler, rows: GenerationRequest, tokens: Tensor, keep: Tensor | None, on_step: OnStep | None,
+        **conditions: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The given tokens where they are kept, the others sampled."""
+        tokens = tokens.to(self.device)
+        keep = torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep
+        return sample_around(sampler, rows.seeds, tokens, keep, on_step=on_step, **conditions)
 
     def _sampler(
         self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig
@@ -520,7 +592,8 @@ class DigitPipeline:
         """Whether the model was trained on images without a class: unlabelled ones, or classes dropped at random."""
         return self._require_sampling().cfg.label_dropout > 0 or bool(self.info.get("num_unlabelled"))
 
-    def _labels_of_each(self, images: Tensor, labels: Labels) -> Int64[Tensor, " B"]:
+    def labels_of_each(self, images: Tensor, labels: Labels) -> Int64[Tensor, " B"]:
+        """The class of each image, from one label for all or one for each. Raises DigitError as `stream` does."""
         positions = self.class_positions(labels)
         if len(positions) not in (1, len(images)):
             raise DigitError(f"{len(positions)} labels for {len(images)} images: give one for all, or one for each")
@@ -577,13 +650,93 @@ class DigitPipeline:
         write_manifest(folder, parts, self.preprocess, self.classes, self.sampling, self.info)
         return folder
 
+    def write_card(
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        licence: str | None = None,
+        data: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        samples: UInt8[Tensor, "B 3 S S"] | None = None,
+    ) -> Path:
+        """Write a model card into a pipeline's folder: README.md, and samples.png beside it.
+
+        Args:
+            name: OWNER/NAME on the Hub, for the lines that use it.
+            licence: of this model, by the Hub's names: mit, apache-2.0, cc-by-4.0.
+            data: what it was trained on and under which licence; None takes the name of the data.
+            metrics: metrics.json of the run's report.
+            samples: pictures to show; None samples some, every class in turn.
+        """
+        note = ""
+        if samples is None and self.renderer is not None:
+            samples = self.generate(min(max(CARD_SAMPLES, self.num_classes), 4 * CARD_SAMPLES), seed=0)
+            note = "Samples of seed 0, every class in turn." if self.num_classes else "Samples of seed 0."
+        parts = [
+            (part, repr(made)) for part, made in (("tokenizer", self.tokenizer), ("VQ tokenizer", self.vq)) if made
+        ]
+        for part, model in (("prior", self.prior), ("renderer", self.renderer)):
+            if model is not None:
+                count = sum(p.numel() for p in model.parameters()) / 1e6
+                parts.append((part, f"{type(model).__name__}({model.cfg.kind}, {count:.1f} M parameters)"))
+        card = Card(
+            title=str(self.info.get("recipe") or "DiGIT pipeline"),
+            image_size=self.image_size,
+            classes=self.classes,
+            num_classes=self.num_classes,
+            parts=parts,
+            sampling=asdict(self.sampling),
+            info=self.info,
+            encoder=self.tokenizer and str(self.tokenizer.encoder.describe().get("name", "")),
+            metrics=metrics,
+            licence=licence,
+            data=data,
+            samples_note=note,
+        )
+        picture = None if samples is None else grid(samples, 8, scale=max(1, 96 // self.image_size))
+        return write_card(as_path(folder), card, picture, name)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        licence: str | None = None,
+        data: str | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the pipeline with a model card to huggingface.co/NAME; returns the page's address.
+
+        Args:
+            name: OWNER/NAME; made where it does not exist.
+            licence, data: for the card, see `write_card`.
+            private: make the repository private, where it is made now.
+            token: of the Hub; by default that of `huggingface-cli login`.
+
+        Raises DigitError in one line: offline, without a login, for a name of somebody else.
+        """
+        require_uploads(name)
+        with TemporaryDirectory() as place:
+            folder = self.save_pretrained(place)
+            self.write_card(folder, name=name, licence=licence, data=data)
+            return upload_folder(folder, name, private=private, token=token, message=f"DiGIT {__version__}")
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """Read a pipeline folder, or a run folder of `digit fit`, onto a device: cpu or cuda.
 
-        Raises DigitError where the folder is missing or damaged, or the device does not exist.
+        Args:
+            folder: the folder, or the name of a pipeline on the Hugging Face Hub: OWNER/NAME where no folder of this
+                name can be meant, or hf:OWNER/NAME. Offline, a copy in the Hub's cache is read.
+            device: cpu or cuda.
+
+        Raises DigitError where the folder is missing or damaged, a name cannot be fetched, or the device is missing.
         """
-        folder, device = find_pipeline(folder), choose_device(device)
+        device = choose_device(device)
+        if str(folder) != RELEASED and (name := hub_name(folder)) is not None:
+            folder = fetch_pipeline(name)
+        folder = find_pipeline(folder)
         manifest = read_manifest(folder)
         try:
             return cls._read(folder, manifest).to(device)
@@ -619,4 +772,4 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
 
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:
     """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
-    return max(1, round(keep * grid[0])) * grid[1]
+    return kept_rows(grid, keep) * grid[1]

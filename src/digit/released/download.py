@@ -3,28 +3,16 @@
 Proxies are those of the environment (HTTPS_PROXY, NO_PROXY). DIGIT_OFFLINE and HF_HUB_OFFLINE forbid any network call.
 """
 
-import os
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from digit.convert.file_kinds import SAFETENSORS, TORCH_OLD, TORCH_ZIP, file_kind
 from digit.errors import DigitError
 from digit.runtime.files import atomic_path
+from digit.runtime.network import TIMEOUT, Refusal, network, refused
 from digit.runtime.progress import Progress
 
-TRUE_WORDS = ("1", "true", "yes", "on")
-TIMEOUT = 10  # seconds until a server counts as unreachable
-OFFLINE = "offline, as set by DIGIT_OFFLINE or HF_HUB_OFFLINE"
 PIECE = 2**20  # bytes that are read at a time
-
-Refusal = Callable[[str], str]  # a reason -> the whole error message
-
-
-def offline() -> bool:
-    """Whether the environment forbids every network call (DIGIT_OFFLINE, HF_HUB_OFFLINE)."""
-    return any(os.environ.get(name, "").strip().lower() in TRUE_WORDS for name in ("DIGIT_OFFLINE", "HF_HUB_OFFLINE"))
 
 
 def fetch_from_hub(repository: str, path: str, refusal: Refusal) -> Path:
@@ -68,30 +56,3 @@ def fetch_from_url(url: str, target: Path, refusal: Refusal) -> Path:
         if what not in (TORCH_ZIP, TORCH_OLD, SAFETENSORS) or (size and aside.stat().st_size != size):
             raise DigitError(refusal(f"the server sent {aside.stat().st_size} bytes that are {what}"))
     return target
-
-
-@contextmanager
-def network(refusal: Refusal) -> Iterator[None]:
-    """A context for network calls: any error in it becomes one line; offline it is not entered."""
-    from huggingface_hub.utils import logging
-
-    if offline():
-        raise DigitError(refusal(OFFLINE))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # so that only our message appears
-    try:
-        with refused(refusal, Exception):  # the library's own errors, and whatever HTTP raises behind a proxy
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-@contextmanager
-def refused(refusal: Refusal, kind: type[Exception]) -> Iterator[None]:
-    """Turns errors of a kind into the message that `refusal` makes of their class."""
-    try:
-        yield
-    except DigitError:
-        raise
-    except kind as error:
-        raise DigitError(refusal(type(error).__name__)) from error

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from digit.convert.vqgan import CONFIG, WEIGHTS
 from digit.errors import DigitError
-from digit.released.download import Refusal, fetch_from_hub, fetch_from_url, list_hub, offline
+from digit.released.download import fetch_from_hub, fetch_from_url, list_hub
 from digit.runtime.files import as_path, cache_folder
+from digit.runtime.network import Refusal, offline
 from digit.runtime.paths import nearest
 
 HUB = "hf:"

@@ -15,17 +15,17 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.runs.checks import CODEBOOK, DECIDED_BY, SHARED, VQGAN
-from digit.runs.layout import RESULTS, is_done, result_of
+from digit.runs.layout import EARLIER, RESULTS, is_done, result_of
 from digit.runs.recipe import OWN_STEPS, Recipe, with_settings
 from digit.runs.roles import ROLES, Role, get_role
 from digit.runtime.config_json import from_json
 from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, plain, read_json, write_json
 from digit.runtime.request import shown
 from digit.runtime.settings import flat
-from digit.training.config import CONFIG, TrainConfig
+from digit.training.config import CONFIG
 
 STAGES = (*RESULTS, *ROLES)
-EARLIER, LENGTHENED, PREVIEWS = "earlier", "lengthened.json", "previews"
+LENGTHENED, PREVIEWS = "lengthened.json", "previews"
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
     r"data\.name|recipe\.(name|max_bad_fraction|previews|sampling\..*|masked_top_p|class_top_k"
@@ -238,14 +238,10 @@ def describe_change(out: Path, change: Change, before: Recipe, wanted: Recipe, a
     changed = changed_settings(before, wanted)
     told = [f"{name} was {shown(old[name])}, now {shown(new[name])}" for name in changed[:MAX_SHOWN]]
     told += [f"{len(changed) - MAX_SHOWN} more settings changed"] if len(changed) > MAX_SHOWN else []
-    parts = []
-    if change.remade:
-        names = [f"{stage} ({reasons(touched)})" for stage, touched in change.remade.items()]
-        parts.append(f"made anew: {', '.join(names)}")
-    parts += [f"goes on: {', '.join(change.longer)}"] if change.longer else []
-    parts += [f"kept: {', '.join(change.kept)}"] if change.kept else []
-    notes = [f"{out}: {'; '.join(told)}. {'; '.join(parts)}".replace(". made", ". Made").replace(". kept", ". Kept")]
-    notes += [text for stage in change.longer if (text := describe_length(stage, before, wanted))]
+    remade = [f"{stage} ({reasons(touched)})" for stage, touched in change.remade.items()]
+    parts = [("made anew", remade), ("goes on", change.longer), ("kept", change.kept)]
+    effect = "; ".join(f"{what}: {', '.join(stages)}" for what, stages in parts if stages) or "no stage is there yet"
+    notes = [f"{out}: {'; '.join(told)}. {effect[0].upper()}{effect[1:]}", *describe_lengths(change, before, wanted)]
     if aside is not None:
         size = format_bytes(sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()))
         notes.append(
@@ -260,21 +256,24 @@ def reasons(touched: list[str]) -> str:
     return ", ".join(touched[:MAX_SHOWN]) + more
 
 
-def describe_length(stage: str, before: Recipe, wanted: Recipe) -> str:
-    """What going on means for a model: the result of a fresh longer run, or not."""
-    role = get_role(stage)
-    if role.replaces:
-        return ""  # its updates follow from those of other models
-    old, cfg = before.training(role).num_steps, wanted.training(role)
-    went_on = f"{stage} goes on from {old} to {cfg.num_steps} updates"
-    if begins_alike(role, wanted):
-        return f"{went_on}, as a new run of that length would, bit for bit on a CPU"
-    what = f"schedule {cfg.schedule}" if isinstance(cfg, TrainConfig) and not cfg.may_grow else "schedule cosine"
-    what = what if not cfg.may_grow else "prefix_noise"
-    return (
-        f"{went_on}: from here on its {what} is that of the longer run; its first updates had that of the shorter one, "
-        "so it is not what a new run of that length would give"
-    )
+def describe_lengths(change: Change, before: Recipe, wanted: Recipe) -> Iterator[str]:
+    """What going on means for the models: the result of a new longer run, or not and why."""
+    roles = [get_role(stage) for stage in change.longer if not get_role(stage).replaces]  # those follow from others
+    for alike in (True, False):
+        chosen = [role for role in roles if begins_alike(role, wanted) is alike]
+        lengths = [f"{r.name} from {before.training(r).num_steps} to {wanted.training(r).num_steps}" for r in chosen]
+        told = f"updates: {', '.join(lengths)}"
+        if chosen and alike:
+            yield f"{told}, as in a new run of that length, bit for bit on a CPU"
+        elif chosen:
+            cosine = any(not wanted.training(role).may_grow for role in chosen)
+            what = (
+                "learning rate follows the longer run's cosine" if cosine else "prefix noise is that of the longer run"
+            )
+            yield (
+                f"{told}. From here on the {what}; the first updates had the shorter one's, so a new run of that "
+                "length would give something else"
+            )
 
 
 # -------------------------------------------------------------------- longer runs
@@ -362,7 +361,9 @@ def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[st
     """
     path = model / "checkpoints" / CONFIG
     found = read_json(path) if path.is_file() else None
-    train, about = (found.get(name) if isinstance(found, dict) else None for name in ("train", "about"))
+    if not isinstance(found, dict):
+        return
+    train, about = found.get("train"), found.get("about")
     if not isinstance(train, dict) or not isinstance(about, dict):
         return
     steps, read = train.get("num_steps"), about.get("tokens")

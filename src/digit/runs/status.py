@@ -9,8 +9,8 @@ from typing import Any
 from digit.errors import DigitError
 from digit.models.sequence import training_flops
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
-from digit.runs.layout import RESULTS, is_done, require_format
-from digit.runs.recipes import Recipe, TokenSpace
+from digit.runs.layout import EARLIER, RESULTS, is_done, require_format
+from digit.runs.recipe import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
 from digit.runtime import lock
 from digit.runtime.config_json import from_json
@@ -42,7 +42,15 @@ def describe_run(folder: str | Path) -> str:
     lines = [f"run        recipe {recipe.get('name', '?')} on {data.get('name', '?')}"]
     lines += [f"{stage:<10} {state}" for stage in STAGES for state in describe_stage(folder, stage)]
     lines += [f"left       {left}" for left in [time_left(folder)] if left is not None and left.seconds]
-    return "\n".join([*lines, *describe_work(folder)])
+    return "\n".join([*lines, *describe_earlier(folder), *describe_work(folder)])
+
+
+def describe_earlier(folder: Path) -> Iterator[str]:
+    """At most one line: where what other settings replaced is kept."""
+    kept = sorted((int(path.name) for path in (folder / EARLIER).glob("*") if path.name.isdecimal()), reverse=True)
+    if kept:
+        changes, newest = "change" if len(kept) == 1 else "changes", folder / EARLIER / str(kept[0])
+        yield f"earlier    {len(kept)} {changes} of settings, what the last one replaced: {newest}"
 
 
 def describe_stage(folder: Path, stage: str) -> Iterator[str]:

@@ -175,7 +175,7 @@ def is_hollow(tensor: Tensor) -> bool:
 
 def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
     """A tensor of another shape, type or layout."""
-    one = torch.zeros(1)
+    one, tensor = torch.zeros(1), tensor if tensor.ndim else tensor[None]
     makers = (
         lambda: tensor.flatten(),
         lambda: tensor[None],
@@ -191,7 +191,7 @@ def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
         lambda: tensor.to(torch.complex64),
         lambda: tensor.to(torch.float8_e4m3fn),
         lambda: tensor * float("nan"),
-        lambda: tensor.clone().fill_(float("inf")),
+        lambda: torch.full(tensor.shape, float("inf")),
         lambda: tensor.to_sparse(),
         lambda: tensor.to_sparse_csr() if tensor.ndim == 2 else tensor.to_sparse(),
         lambda: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()),
@@ -200,7 +200,7 @@ def strange_tensor(tensor: Tensor, rng: random.Random) -> Any:
         lambda: one.expand(10**5, 10**5),
         lambda: one.expand(10**9),
         lambda: one.expand(2**31, 2**31),
-        lambda: tensor.repeat(2, *[1] * (tensor.ndim - 1)) if tensor.ndim else tensor,
+        lambda: tensor.repeat(2, *[1] * (tensor.ndim - 1)),
         lambda: one.expand(2**14, *tensor.shape[1:]),
         lambda: one.expand(*tensor.shape[:1], 2**24),
         lambda: torch.zeros(3, 0),
