@@ -317,7 +317,7 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
         data = await asyncio.to_thread(path.read_bytes)
         return Response(data, media_type="image/png", headers={"cache-control": "no-cache"})
 
-    @api.get("/api/runs/{name}/previews/{picture:path}")
+    @api.get("/api/runs/{name}/previews/{picture}")
     async def preview(name: str, picture: str) -> Response:
         path = await asyncio.to_thread(folder.preview, name, picture)
         data = await asyncio.to_thread(path.read_bytes)

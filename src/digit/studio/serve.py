@@ -126,9 +126,9 @@ def serve(
     called = (allow_host or [host])[0] if host in ("0.0.0.0", "::") or not allow_host else host
     called = "127.0.0.1" if called in ("0.0.0.0", "::") else f"[{called}]" if ":" in called else called
     address = f"http://{called}:{port}/" + (f"?token={token}" if token else "")
-    app = make_app(studio, hosts=names, token=token, max_upload=max_upload)
+    app = without_broken(make_app(studio, hosts=names, token=token, max_upload=max_upload))
     config = uvicorn.Config(
-        without_broken(app), log_level="warning", access_log=False, server_header=False, date_header=False, lifespan="off",
+        app, log_level="warning", access_log=False, server_header=False, date_header=False, lifespan="off",
         proxy_headers=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=3,
         ws="none", h11_max_incomplete_event_size=64 * 1024,
     )  # fmt: skip
