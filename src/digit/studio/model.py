@@ -368,9 +368,14 @@ class Model:
                 job.emit("palettes")  # raises
         job.emit("palettes", **self._palettes)
 
+    @property
+    def painted(self) -> bool:
+        """Whether the palettes are made."""
+        return len(self._palettes) == len(self.pipe.tokenizers)
+
     def prepare(self, job: Job) -> Steps:
         """Make the palettes before anybody asks for them, where there is time. A slow job."""
-        while len(self._palettes) < len(self.pipe.tokenizers):
+        while not self.painted:
             if self._painting is None:
                 self._painting = self._paint()
             if next(self._painting, self) is self:  # it ended, or had failed before
