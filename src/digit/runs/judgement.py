@@ -29,6 +29,7 @@ from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.pictures import real_images, spread
 from digit.runtime import distributed
+from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 
 REFERENCE = 2000  # training pictures that are compared with
@@ -248,11 +249,15 @@ def judge_run(
         rebuilt = torch.cat([reconstruct(pipe, part) for part in real.split(JUDGED_TOGETHER)])
         for name, images in (("real", real), ("reconstructions", rebuilt)):
             sets[name] = collect_features(images.split(JUDGED_TOGETHER), judge.pooled, description=f"judge {name}")
-    metrics["scale"] = scale(sets, reference.features)
     metrics["guidance"] = None if ways is None else {"default": ways.names[0], "scales": ways.guided}
-    metrics |= recognition(sets, sampled.labels, reference, real_labels, pipe)
-    found = compare(reference.features, sampled.features)
-    metrics["memorising"] = memorising(sampled, sets, reference, found, store)
+    with Progress("compare with training pictures", 3) as bar:
+        metrics["scale"] = scale(sets, reference.features)
+        bar.update()
+        metrics |= recognition(sets, sampled.labels, reference, real_labels, pipe)
+        bar.update()
+        found = compare(reference.features, sampled.features)
+        metrics["memorising"] = memorising(sampled, sets, reference, found, store)
+        bar.update()
     metrics["stability"] = stability(pipe, source, training)
     return Judgement(metrics, sampled, choose_pairs(found, reference), ways)
 
