@@ -34,6 +34,7 @@ DROPS = {"prior.label_dropout": 0.1, "renderer.prefix_dropout": 0.1}
 ALIGNED = {"renderer.conditioning": "aligned"}
 PRE = {"prior.norm": "pre", "prior_training.optimizer": "muon"}
 BEST = {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, **PRE}
+OTHER_FEATURES = {name: value for name, value in BEST.items() if name not in GRID8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"prior": 0.13},
     "paper_drops": {"prior": 0.13, **DROPS},
@@ -47,9 +48,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "added4": BEST | {"renderer.added_blocks": 4, "prior_of": "pre"},
     "k4096": BEST | {"kmeans.num_clusters": 4096},
     "k256": BEST | {"kmeans.num_clusters": 256},
+    "layers": OTHER_FEATURES | {"encoder.layers": (-6, -3)},
+    "pca": BEST | {"kmeans.pca": 64},
+    "white": BEST | {"kmeans.pca": 64, "kmeans.whiten": True},
+    "layers_white": OTHER_FEATURES | {"encoder.layers": (-6, -3), "kmeans.pca": 64, "kmeans.whiten": True},
+    "residual2": BEST | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 2},
+    "residual3": BEST | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 3},
+    "product2": BEST | {"quantizer": "product_kmeans", "product_kmeans.num_levels": 2},
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
-TOKEN_SETTINGS = ("encoder.", "kmeans.")  # variants that differ in others share one store
+TOKEN_SETTINGS = (
+    "encoder.",
+    "kmeans.",
+    "quantizer",
+    "residual_kmeans.",
+    "product_kmeans.",
+)  # variants that differ in others share one store
 
 
 def main() -> None:

@@ -93,9 +93,10 @@ def _() -> dict[str, bool]:
     return works
 
 
-def sampling(name: str, **how: Any) -> dict[str, float]:
+def sampling(name: str, levels: int = 1, **how: Any) -> dict[str, float]:
     """Tokens of recorded steps beside those of steps launched one by one, of no cache, and of the CPU."""
     classes: dict[str, Any] = dict(num_classes=4, label_dropout=0.1) if name == "prior" else {"prefix_dropout": 0.1}
+    classes |= {"levels": levels}
     network = model(name, target_len=LENGTH, **classes)
     seeds, prefix = list(range(11)), prefix_of(network, 11)
     labels = torch.arange(11) % 4 if network.cfg.num_classes else None
@@ -123,6 +124,7 @@ for label, (name, how) in {
     "prior, top-k": ("prior", {"top_k": 20}),
     "prior, most likely": ("prior", {"temperature": 0.0}),
     "prior, guided": ("prior", {"cfg_scale": 2.0, "top_k": 20}),
+    "prior of five levels": ("prior", {"levels": 5, "cfg_scale": 2.0, "top_k": 20}),
     "renderer, top-p": ("renderer", {"top_p": 0.8}),
     "renderer, guided": ("renderer", {"cfg_scale": 2.0, "top_p": 0.8}),
 }.items():

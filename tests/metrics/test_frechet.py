@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from reference_metrics import reference
 
 from digit.errors import DigitError, MismatchError
-from digit.metrics.frechet import FeatureStats, bootstrap_std, count_warnings, frechet_distance, square_root
+from digit.metrics.frechet import (
+    FeatureStats,
+    bootstrap_std,
+    count_warnings,
+    frechet_distance,
+    nuclear_norm,
+    square_root,
+)
 from digit.metrics.influence import frechet_error, frechet_with_error
 
 
@@ -173,3 +180,16 @@ def test_value_and_error_together_equal_each_by_itself(shape, rank):
     assert frechet_distance(*gaussians, rank1=len(x) - 1) == pytest.approx(value, rel=1e-6)
     again = FeatureStats.restore(truth.state())
     assert (again.cov == truth.cov).all() and again.count == 400
+
+
+def test_nuclear_norms_of_sound_and_of_nearly_singular_matrices(monkeypatch):
+    calls, svd = [], np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(60, 60)))[0] for _ in range(2))
+    for least, decomposed in ((1e-3, 0), (1e-9, 1), (0.0, 1)):
+        sigma = np.geomspace(1, max(least, 1e-9), 60)
+        sigma[-1] = least
+        calls.clear()
+        np.testing.assert_allclose(nuclear_norm((left * sigma) @ right), sigma.sum(), rtol=1e-10)
+        assert len(calls) == decomposed

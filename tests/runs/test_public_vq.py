@@ -5,10 +5,16 @@ import pytest
 import torch
 from tiny import SHAPES, tiny_recipe
 
+from digit.cli import main
+from digit.data.tokens import TokenStore
 from digit.errors import DigitError
+from digit.models.vqgan import VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
+from digit.released.vq_tokenizers import FoundVQ
 from digit.runs.fit import Run
+from digit.runs.recipes import RECIPES
 from digit.tokenizers.vq import VQTokenizer
+from digit.training.vqgan import GANConfig
 
 
 def tokenizer_of(form: str, **changes) -> VQTokenizer:
@@ -43,3 +49,20 @@ def test_more_codes_than_a_store_holds_are_refused_at_once(tmp_path):
     vq = VQTokenizer.load(tmp_path / "vqgan")
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     assert vq.decode(vq.encode(images)).shape == images.shape, "encoding and decoding do work"
+
+
+def test_a_recipe_s_published_tokenizer_is_fetched_and_converted_once(tmp_path, monkeypatch, capsys):
+    """`digit train` with vqgan_start llamagen_vq16; the stand-in has 8 x 8 tokens of 16 codes."""
+    file = foreign_vq.write("llamagen", tmp_path, tokenizer_of("llamagen").vqgan)
+    fetched = []
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("digit.released.convert.find_vq", lambda given: fetched.append(given) or FoundVQ(str(file)))
+    sizes = VQGANConfig(resolution=32, channels=32, channel_mult=(1, 1, 1), z_channels=4, vocab_size=16)
+    recipe = tiny_recipe(vqgan_start="llamagen_vq16", vqgan_training=GANConfig(num_steps=0), vqgan=sizes)
+    monkeypatch.setitem(RECIPES, "tiny256", lambda: recipe)
+    words = ["train", "renderer", SHAPES, "--recipe", "tiny256", "--out"]
+    assert main([*words, str(tmp_path / "run")]) == 0
+    assert "VQ tokenizer of LlamaGen: 8 x 8 tokens of 16 codes at 32 px" in capsys.readouterr().err
+    assert TokenStore.open(tmp_path / "run" / "tokens").vq.shape[1] == 64 and not (tmp_path / "run" / "vqgan").exists()
+    assert main([*words, str(tmp_path / "again")]) == 0 and fetched == ["llamagen_vq16"]
+    assert main(["plan", "tiny256", "--images", "24", "--gpus", "1"]) == 0

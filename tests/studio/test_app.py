@@ -17,6 +17,7 @@ from digit.metrics.stability import StabilityConfig, add_noise
 from digit.pipeline.cells import fill_cells
 from digit.pipeline.labels import ClassPositions
 from digit.studio.app import STATIC
+from digit.studio.jobs import Job
 from digit.studio.pictures import MAX_UPLOAD_PIXELS, data_url, png, read_data_url, settings_in
 
 
@@ -278,6 +279,15 @@ def test_data_examples_and_palettes(client, pipe):
     assert examples["labels"] == list(range(10))
     palettes = events(client.get("/api/palettes")).only("palettes")[0]
     assert {name: len(hex) for name, hex in palettes.items()} == {"discriminative": 6 * 7, "vq": 6 * VQ_CODES}
+
+
+def test_palettes_wait_for_nobody_once_they_are_made(client, studio):
+    events(client.get("/api/palettes"))
+    began, go_on = threading.Event(), threading.Event()
+    busy = studio.worker.submit(Job(lambda job: (began.set(), go_on.wait(30))))
+    assert began.wait(10)
+    assert events(client.get("/api/palettes")).only("palettes") and not busy.ended
+    go_on.set()
 
 
 def test_the_judge_finds_a_copy_of_a_training_picture(client, studio, monkeypatch):

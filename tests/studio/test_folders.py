@@ -75,22 +75,22 @@ def test_curves_and_pictures(client):
     assert picture.headers["content-type"] == "image/png" and picture.content.startswith(b"\x89PNG")
 
 
-def test_previews_are_shown_in_the_order_of_their_steps(tmp_path):
+def test_previews_show_how_the_models_grew(tmp_path):
     run = make_run(tmp_path / "run", done=False)
-    for model in ("prior", "renderer"):
-        (run / "previews" / model).mkdir(parents=True)
-        for step in (5, 10, 20, 40, 80, 160):
-            (run / "previews" / model / f"step_{step}.png").write_bytes(b"PNG")
-    (run / "previews" / "secret.png").symlink_to("/etc/passwd")
-    (run / "previews" / "notes.txt").write_text("x")
-    (run / "previews" / "linked").symlink_to("/etc")
+    (run / "previews").mkdir()
+    for name in ("renderer_growth.png", "vqgan_growth.png", "prior_00000400.png", "other_growth.png"):
+        (run / "previews" / name).write_bytes(b"PNG")
+    (run / "previews" / "prior_growth.png").symlink_to("/etc/passwd")
     place = Folder(tmp_path)
     [found] = place.describe_all()
-    assert found["previews"] == [f"{m}/step_{n}.png" for m in ("prior", "renderer") for n in (10, 40, 160)]
-    assert place.preview("run", "prior/step_5.png").read_bytes() == b"PNG"
-    for name in ("secret.png", "notes.txt", "linked/passwd", "../config.json", "/etc/passwd", "", "prior"):
+    assert found["previews"] == ["vqgan_growth.png", "renderer_growth.png"]
+    assert place.preview("run", "vqgan_growth.png").read_bytes() == b"PNG"
+    for name in ("prior_growth.png", "prior_00000400.png", "../config.json", "/etc/passwd", "", "linked/passwd"):
         with pytest.raises(DigitError, match="no such picture"):
             place.preview("run", name)
+    (run / "previews").rename(tmp_path / "elsewhere")
+    (run / "previews").symlink_to(tmp_path / "elsewhere")
+    assert place.describe_all()[0]["previews"] == []
 
 
 def test_two_runs_side_by_side(client):

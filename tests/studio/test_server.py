@@ -59,6 +59,53 @@ def test_a_closed_page_frees_its_place_in_the_queue(server, monkeypatch):
     assert not ran
 
 
+RAW = [
+    b"", b"\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n", b"GET http://evil.example/ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"GET /\xff\xfe HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
+    b"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nZZ\r\n",
+    b"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 900\r\n\r\n{",
+    b"POST /api/picture HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFFFF\r\nx",
+]  # fmt: skip
+
+
+def test_bytes_that_are_no_request_do_no_harm(server, caplog):
+    """Broken, contradictory and unfinished requests: none is obeyed, and the next one works."""
+    host, port = server.removeprefix("http://").split(":")
+    for raw in RAW:
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(raw)
+            connection.shutdown(socket.SHUT_WR)
+            answer = b""
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                while part := connection.recv(65536):
+                    answer += part
+        status = answer.split(b" ")[1][:3] if answer.startswith(b"HTTP/1.1 ") else b""
+        allowed = b"Upgrade" in raw or b"GET http://" in raw  # an upgrade is ignored; the host is that of the header
+        assert status[:1] in (b"", b"4") or (allowed and status == b"200"), (raw[:80], answer[:200])
+        assert b"Traceback" not in answer
+    assert httpx.get(f"{server}/api/about").status_code == 200
+    assert "Traceback" not in caplog.text
+
+
+def test_readers_that_never_read_keep_nobody_waiting(server):
+    """Open streams that nobody reads: the jobs end, and other people draw."""
+    body = json.dumps({"num": 16}).encode()
+    head = b"POST /api/draw HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nX-Studio-Page: %d\r\n"
+    host, port = server.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as kept:
+        for person in range(6):
+            connection = kept.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.sendall(head % person + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        answer = httpx.post(f"{server}/api/draw", json={"num": 1}, timeout=60)
+        assert answer.text.count("event: picture") == 1
+    assert wait_until(lambda: httpx.get(f"{server}/api/waiting").json()["waiting"] == 0)
+
+
 def test_sampling_stops_within_a_step(pipe):
     """Stop is heard at the next token, not at the end of the batch."""
     steps = []

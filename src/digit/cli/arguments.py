@@ -136,8 +136,8 @@ def make_parser(name: str) -> "ArgumentParser":
 
 
 def list_options(parser: "ArgumentParser") -> set[str]:
-    """The options that take several values, such as --snrs."""
-    lists = [action for action in parser._actions if str(getattr(action, "_typehint", "")).startswith("tuple[")]
+    """The options that take several values, such as --snrs, also where they may be null."""
+    lists = [action for action in parser._actions if "tuple[" in str(getattr(action, "_typehint", ""))]
     return {option for action in lists for option in action.option_strings}
 
 

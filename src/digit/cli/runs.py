@@ -136,13 +136,13 @@ def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None
             f"--recipe {args.recipe} stands in a settings file, which is read too late for it: give it as an option"
         )
     recipe, record = read_config(args, Recipe), None
+    source = open_data(args, args.data)
     reuse = {part: folder for part in REUSABLE if (folder := getattr(args, f"reuse_{part}"))}
     if recipe.published_vqgan and "vqgan" not in reuse:
         reuse["vqgan"] = fetch_published(recipe.published_vqgan, recipe.preprocess.crop_size)
     if more is not None:
         longer = distributed.on_main(lambda: with_more(recipe, as_path(args.out), more))
         recipe, record = longer.recipe, longer.record
-    source = open_data(args, args.data)
     chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, base)]
     run = Run(
         recipe,
@@ -160,7 +160,10 @@ def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None
 
 
 def fetch_published(name: str, size: int) -> Path:
-    """The folder of a published VQ tokenizer for pictures of `size` px; fetched and converted once."""
+    """The folder of a published VQ tokenizer for pictures of `size` px, in the cache; fetched and converted once.
+
+    Processes on several machines need a cache that all of them see (DIGIT_CACHE).
+    """
     from digit.released.convert import ReleasedFiles, convert_release
     from digit.runtime.files import cache_folder
 
@@ -169,7 +172,8 @@ def fetch_published(name: str, size: int) -> Path:
     def fetch() -> None:
         if not (folder / "vqgan" / "vqgan.json").is_file():
             for text in convert_release(ReleasedFiles(vqgan=name, image_size=size), folder):
-                note(text)
+                if not text.startswith("digit fit takes"):  # which is at work
+                    note(text)
 
     distributed.on_main(fetch)
     return folder / "vqgan"

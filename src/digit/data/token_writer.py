@@ -141,7 +141,9 @@ def _stretches(starts: list[int], size: int) -> Iterator[tuple[int, int]]:
 
 def _encode(tokenizer: "ImageTokenizer", images: "torch.Tensor", ok: np.ndarray) -> np.ndarray:
     """Returns (B, N) int64 tokens; rows of unreadable images are 0."""
-    length = int(np.prod(tokenizer.grid))
+    from digit.models.tokenizer import tokens_of
+
+    length = tokens_of(tokenizer)
     tokens = np.zeros((len(ok), length), dtype=np.int64)
     if ok.any():
         tokens[ok] = tokenizer.encode(images if ok.all() else images[ok]).cpu().numpy().reshape(int(ok.sum()), -1)
@@ -190,7 +192,11 @@ def _layout(tokenizer: "ImageTokenizer | None") -> dict[str, Any] | None:
         return None
     if tokenizer.vocab_size > MAX_VOCAB:
         raise DigitError(f"a vocabulary of {tokenizer.vocab_size} does not fit the token store: {MAX_VOCAB} at most")
-    return {"grid": list(tokenizer.grid), "length": int(np.prod(tokenizer.grid)), "vocab_size": tokenizer.vocab_size}
+    from digit.models.tokenizer import levels_of, tokens_of
+
+    layout = {"grid": list(tokenizer.grid), "length": tokens_of(tokenizer), "vocab_size": tokenizer.vocab_size}
+    levels = levels_of(tokenizer)
+    return layout | ({"levels": levels} if levels > 1 else {})
 
 
 def _sharding(request: dict[str, Any], shard_bytes: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The token store: discriminative and VQ tokens of the same crops, aligned row by row, with labels.
 
-    FOLDER/discriminative.npy  (R, N) uint16   discriminative tokens
+    FOLDER/discriminative.npy  (R, N) uint16   discriminative tokens; (R, N L) of a codebook with L levels
     FOLDER/vq.npy              (R, M) uint16   VQ tokens of the same crops
     FOLDER/labels.npy          (R,)   int32    -1 = none
     FOLDER/manifest.json       the settings they were made with; written last, so a folder with a manifest is complete
@@ -48,11 +48,15 @@ class _Layout:
     grid: tuple[int, int]
     length: int
     vocab_size: int
+    levels: int = 1
+    """Tokens of each cell of the grid, one after another."""
 
     def __post_init__(self) -> None:
-        if math.prod(self.grid) != self.length or min(self.grid) < 1 or not 1 <= self.vocab_size <= MAX_VOCAB:
+        cells, valid = math.prod(self.grid), min(self.grid) >= 1 and self.levels >= 1
+        if not valid or cells * self.levels != self.length or not 1 <= self.vocab_size <= MAX_VOCAB:
+            levels = f" of {self.levels} levels" if self.levels != 1 else ""
             raise DigitError(
-                f"{self.length} tokens of {self.vocab_size} on a grid of {self.grid} are impossible: {AGAIN}"
+                f"{self.length} tokens of {self.vocab_size} on a grid of {self.grid}{levels} are impossible: {AGAIN}"
             )
 
 

@@ -16,6 +16,7 @@ from digit.errors import DigitError, MismatchError
 from digit.metrics.arrays import Values, as_float64
 
 BLOCK = 16_384  # images in float64 at a time
+NUCLEAR_ERROR = 1e-10  # of a sum of singular values
 FEW = 10_000  # images below which the upward bias of a Fréchet distance is far from small (Chong & Forsyth 2020)
 
 
@@ -131,7 +132,7 @@ def frechet_distance(
         raise MismatchError(f"statistics have {mu1.size} and {mu2.size} dimensions: use one network for both")
     if rank1 is None or rank1 >= len(s1):
         factor2 = factor(s2) if root2 is None else as_float64(root2)
-        cross = np.linalg.svd(factor(s1).T @ factor2, compute_uv=False).sum()
+        cross = nuclear_norm(factor(s1).T @ factor2)
     else:  # no small eigenvalue but those of rounding, which are left out
         root2 = square_root(s2) if root2 is None else as_float64(root2)
         product = root2 @ s1 @ root2
@@ -139,6 +140,22 @@ def frechet_distance(
         cross = np.sqrt(np.maximum(values, 0.0)).sum()
     shift = mu1 - mu2
     return max(float(shift @ shift + np.trace(s1) + np.trace(s2) - 2.0 * cross), 0.0)
+
+
+def nuclear_norm(matrix: Float64[np.ndarray, "D D"]) -> float:
+    """sum_i sigma_i, the singular values of M (D, D).
+
+    They are the roots of the eigenvalues of M'M, which take a third of the time of M's own decomposition. Rounding
+    moves each eigenvalue by about 1e-16 of the largest, and its root by that / 2 sigma_i. Where these add up to more
+    than 1e-10 of the sum, M itself is decomposed.
+    """
+    values = np.linalg.eigvalsh(matrix.T @ matrix)
+    if values[0] > 0:
+        roots = np.sqrt(values)
+        error = np.finfo(np.float64).eps * values[-1] / 2 * (1 / roots).sum()
+        if error <= NUCLEAR_ERROR * roots.sum():
+            return float(roots.sum())
+    return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
 
 def factor(cov: Float64[np.ndarray, "D D"]) -> Float64[np.ndarray, "D D"]:

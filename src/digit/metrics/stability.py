@@ -242,8 +242,11 @@ class _TokenizerResults:
 
 def tokens_and_features(
     tokenizer: ImageTokenizer, images: UInt8[Tensor, "B 3 H W"]
-) -> tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"] | None]:
-    """Tokens (B, N) and features (B, N, D), or None for tokenizers without; one encoder pass where possible."""
+) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B N D"] | None]:
+    """Tokens (B, M) and features (B, N, D), or None for tokenizers without; one encoder pass where possible.
+
+    M is N, or a multiple of it for a codebook of several levels.
+    """
     both: Any = getattr(tokenizer, "encode_features", None)
     if both is not None:
         return both(images)

@@ -10,6 +10,7 @@ is followed here.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,6 +178,25 @@ class EfficientNet(nn.Module):
         if self.head is not None:
             x = F.relu6(self.head(x))  # (B, 1280, S/32, S/32)
         return x.flatten(2).transpose(1, 2), inner  # (B, N, D)
+
+    def layer_outputs(self, x: Float[Tensor, "B 3 S S"], layers: Sequence[int]) -> list[Float[Tensor, "B N C"]]:
+        """The output cells of these blocks, as nets cut behind each of them give them, in one pass."""
+        found: dict[int, Tensor] = {}
+        x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in layers:
+                found[index] = x.flatten(2).transpose(1, 2)
+        return [found[layer] for layer in layers]
+
+    def layer_dim(self, layer: int) -> int:
+        """Channels of a block's output."""
+        return self.cfg.blocks[layer].out_channels
+
+    def layer_grid(self, layer: int, size: int) -> tuple[int, int]:
+        """(rows, columns) of a block's output, of a square input of `size` pixels."""
+        side = math.ceil(size / replace(self.cfg, num_blocks=layer + 1, head=False).stride)
+        return side, side
 
     def pooled(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """Mean of the output cells."""

@@ -6,8 +6,8 @@ The Transformer lets the tokens agree with each other. Its output becomes the in
 (`models/vqgan.py`), which can start from the weights of a trained one: what is left to learn then is the way from
 discriminative tokens into the VQGAN's latent space.
 
-Shapes: B images, P tokens on a grid (r, c), D width, z and (h, w) channels and grid of the decoder's input, S pixels a
-side, n noise channels.
+Shapes: B images, P tokens on a grid (r, c) (cells of it, where each has tokens of several levels), D width, z and
+(h, w) channels and grid of the decoder's input, S pixels a side, n noise channels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError
 from digit.models.aligned import check_grid
+from digit.models.depth import embed_codes
 from digit.models.sequence import SequenceConfig, SequenceModel, grid_positions, lift
 from digit.models.tokens import Integers, as_tokens
 from digit.models.transformer import Transformer
@@ -55,7 +56,7 @@ class PixelConfig(SequenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        check_grid("prefix", self.prefix_len, self.prefix_rows)
+        check_grid("prefix", self.prefix_places, self.prefix_rows)
         if not self.prefix_len:
             raise DigitError("a renderer straight to pixels needs a prefix: set prefix_len and prefix_vocab_size")
         if self.num_classes or self.masked or self.aligned or self.prefix_dropout or self.dropout:
@@ -73,12 +74,12 @@ class PixelConfig(SequenceConfig):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the discriminative tokens."""
-        return self.prefix_rows, self.prefix_len // self.prefix_rows
+        return self.prefix_rows, self.prefix_places // self.prefix_rows
 
     @property
     def noise_shape(self) -> tuple[int, int]:
         """(P, n): shape of an image's noise."""
-        return self.prefix_len, self.noise_channels
+        return self.prefix_places, self.noise_channels
 
     @property
     def decoder(self) -> VQGANConfig:
@@ -103,8 +104,8 @@ class PixelRenderer(SequenceModel):
         nn.Module.__init__(self)  # it has no target, and so none of the other tables
         self.cfg = cfg
         width = cfg.embed_dim
-        self.prefix_embed = nn.Embedding(cfg.prefix_vocab_size, width)
-        self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_len, width))
+        self.prefix_embed = nn.Embedding(cfg.prefix_levels * cfg.prefix_vocab_size, width)
+        self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_places, width))
         if cfg.noise_channels:
             self.noise_embed = nn.Linear(cfg.noise_channels, width, bias=False)
         self.transformer = Transformer(cfg)
@@ -174,10 +175,11 @@ class PixelRenderer(SequenceModel):
     # ---------------------------------------------------------------- forward
 
     def latent(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B z h w"]:
         """The decoder's input."""
-        x = self.with_positions(self.prefix_embed(prefix), self.prefix_positions)  # (B, P, D)
+        embedded = embed_codes(self.prefix_embed, prefix, self.cfg.prefix_levels)
+        x = self.with_positions(embedded, self.prefix_positions)  # (B, P, D)
         if self.cfg.noise_channels:
             assert noise is not None, "this renderer takes noise: pass the result of noise()"
             x = x + self.noise_embed(noise)
@@ -190,13 +192,13 @@ class PixelRenderer(SequenceModel):
         return x
 
     def render(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B 3 S S"]:
         """Images of discriminative tokens, nominally in [0, 1]."""
         return self.decoder(self.latent(prefix, noise))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # it has no target
-        self, prefix: Integers, noise: Float[Tensor, "B P n"] | None = None
+        self, prefix: Integers, noise: Float[Tensor, "B N n"] | None = None
     ) -> Float[Tensor, "B 3 S S"]:
         """As `render`, of tokens of any integer type. Raises MismatchError for tokens that the model does not know."""
         cfg = self.cfg
@@ -217,7 +219,7 @@ class PixelRenderer(SequenceModel):
         target: UInt8[Tensor, "B 3 S S"],
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Tensor | None = None,
-        noise: Float[Tensor, "B P n"] | None = None,
+        noise: Float[Tensor, "B N n"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean |x - x_hat| of images in [0, 1], and {"l1", "psnr"}: what validation reports. Training adds other losses
         (`training/pixels.py`)."""

@@ -3,10 +3,11 @@
     next-token   [prefix (P) | start or class | target 0 .. M-2]   causal; the output at P + i predicts target i
     masked       [prefix (P) | start or class | target 0 .. M-1]   bidirectional; the output at P + 1 + i is target i's
 
-Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. As released, prefix and [start | target]
-have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input embedding and the
-output projection are separate. Not as released: no special symbols (released decoding forbids them), so
-the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
+Shapes: B sequences, P prefix tokens, M target tokens, V target codes, D width. Of a codebook with several levels, L
+tokens share a position (`models/depth.py`): the sequence then has P / L and M / L positions. As released, prefix and
+[start | target] have a position table each, embeddings are scaled by sqrt(D) before positions are added, and the input
+embedding and the output projection are separate. Not as released: no special symbols (released decoding forbids them),
+so the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
 (`models/aligned.py`), which is added to the target's positions: no position stands before the start symbol then.
 """
 
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError, MismatchError
 from digit.models.aligned import AlignedPrefix, check_grid
+from digit.models.depth import DepthLevel, check_levels, depth_flops, embed_codes, embed_levels
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import sincos_2d
+from digit.models.products import PackedLinear
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.transformer import MAX_DEPTH, Added, Dropout, KVCache, Transformer, TransformerConfig
 
@@ -44,6 +47,10 @@ class SequenceConfig(TransformerConfig):
     """Number P of prefix tokens; may differ from target_len."""
     num_classes: int = 0
     """Classes whose embedding can stand in for the start symbol; 0 is an unconditional model."""
+    levels: int = 1
+    """Codes at each position of the target, which follow one another in its tokens (a residual or product codebook)."""
+    prefix_levels: int = 1
+    """The same of the prefix."""
     masked: bool = False
     """Masked-token model (MaskGIT) rather than next-token model."""
     label_dropout: float = 0.0
@@ -72,6 +79,10 @@ class SequenceConfig(TransformerConfig):
             raise DigitError(
                 f"prefix_len is {self.prefix_len} and prefix_vocab_size {self.prefix_vocab_size}: set both, or neither"
             )
+        check_levels("levels", self.levels, self.target_len)
+        check_levels("prefix_levels", self.prefix_levels, self.prefix_len)
+        if self.masked and self.levels > 1:
+            raise DigitError(f"levels is {self.levels}, but a masked model predicts one code a position: set it to 1")
         for name, rate, needed in (
             ("label_dropout", self.label_dropout, self.num_classes),
             ("prefix_dropout", self.prefix_dropout, self.prefix_len),
@@ -88,8 +99,8 @@ class SequenceConfig(TransformerConfig):
     def _check_aligned(self) -> None:
         if not self.prefix_len:
             raise DigitError("conditioning is aligned, but the model has no prefix: choose prefix")
-        check_grid("prefix", self.prefix_len, self.prefix_rows)
-        check_grid("target", self.target_len, self.target_rows)
+        check_grid("prefix", self.prefix_places, self.prefix_rows)
+        check_grid("target", self.target_places, self.target_rows)
         for name, value, most in (
             ("encoder_depth", self.encoder_depth, MAX_DEPTH),
             ("added_blocks", self.added_blocks, self.depth),
@@ -103,14 +114,24 @@ class SequenceConfig(TransformerConfig):
         return self.conditioning == "aligned"
 
     @property
+    def target_places(self) -> int:
+        """Positions of the target: one for all codes of a place."""
+        return self.target_len // self.levels
+
+    @property
+    def prefix_places(self) -> int:
+        """Positions of the prefix, as `target_places`."""
+        return self.prefix_len // self.prefix_levels
+
+    @property
     def start_position(self) -> int:
-        """Position of the start symbol: the prefix length, or 0 where the prefix is aligned."""
-        return 0 if self.aligned else self.prefix_len
+        """Position of the start symbol: the prefix's positions, or 0 where the prefix is aligned."""
+        return 0 if self.aligned else self.prefix_places
 
     @property
     def num_positions(self) -> int:
         """Positions of the whole sequence, with the last target token."""
-        return self.start_position + 1 + self.target_len
+        return self.start_position + 1 + self.target_places
 
     @property
     def kind(self) -> str:
@@ -136,12 +157,12 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         width = cfg.embed_dim
-        self.token_embed = nn.Embedding(cfg.vocab_size + cfg.masked, width)  # the last row hides a token
+        self.token_embed = nn.Embedding(cfg.levels * cfg.vocab_size + cfg.masked, width)  # the last row hides a token
         self.start_embed = nn.Embedding(1 + cfg.num_classes, width)  # row 0 plain start, row 1 + c class c
-        self.positions = nn.Parameter(torch.empty(1 + cfg.target_len, width))  # of [start | target]
+        self.positions = nn.Parameter(torch.empty(1 + cfg.target_places, width))  # of [start | target]
         if cfg.prefix_len:
-            self.prefix_embed = nn.Embedding(cfg.prefix_vocab_size, width)
-            self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_len, width))
+            self.prefix_embed = nn.Embedding(cfg.prefix_levels * cfg.prefix_vocab_size, width)
+            self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_places, width))
         if cfg.prefix_dropout:
             self.null_prefix = nn.Parameter(torch.empty(width))
         if cfg.aligned:
@@ -155,13 +176,15 @@ class SequenceModel(nn.Module):
                     dropout=cfg.dropout,
                     qk_norm=cfg.qk_norm,
                 ),
-                grid=(cfg.prefix_rows, cfg.prefix_len // cfg.prefix_rows),
-                target_grid=(cfg.target_rows, cfg.target_len // cfg.target_rows),
+                grid=(cfg.prefix_rows, cfg.prefix_places // cfg.prefix_rows),
+                target_grid=(cfg.target_rows, cfg.target_places // cfg.target_rows),
                 blocks=[i * cfg.depth // cfg.added_blocks for i in range(cfg.added_blocks)],
             )
         self.dropout = Dropout(cfg.dropout)
         self.transformer = Transformer(cfg)
         self.head = nn.Linear(width, cfg.vocab_size, bias=False)
+        if cfg.levels > 1:
+            self.depth = nn.ModuleList(DepthLevel(width, cfg.vocab_size) for _ in range(cfg.levels - 1))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -169,7 +192,8 @@ class SequenceModel(nn.Module):
         """The released initialisation: N(0, 1/D) tables and output projection, Xavier-uniform matrices, zero biases."""
         width = self.cfg.embed_dim
         for name, parameter in self.named_parameters():
-            if "transformer" not in name:  # tables, positions, projections
+            level = name.startswith("depth.") and not name.endswith("head.weight")  # as the blocks' own layers
+            if "transformer" not in name and not level:  # tables, positions, projections
                 nn.init.normal_(parameter, std=width**-0.5)
             elif "norm" in name:
                 nn.init.constant_(parameter, float(name.endswith("weight")))
@@ -188,10 +212,12 @@ class SequenceModel(nn.Module):
         """Set token tables and output projection from code vectors, so that near codes start with near embeddings.
 
         Not as released (random tables); for short training: on CIFAR-10 tokens a renderer gains 0.35 nats a token in
-        its first 10,000 images. Vectors are standardised and turned into the model's width by a random orthogonal map.
+        its first 10,000 images. Of several levels, the codes of each follow those of the one before. Vectors are
+        standardised and turned into the model's width by a random orthogonal map.
         """
         self.token_embed.weight[: len(codes)] = lift(codes, self.cfg.embed_dim)
-        self.head.weight.copy_(self.token_embed.weight[: len(codes)])
+        for head, rows in zip(self.heads, self.token_embed.weight[: len(codes)].chunk(self.cfg.levels), strict=True):
+            head.weight.copy_(rows)
         if prefix_codes is not None and self.cfg.prefix_len:
             self.prefix_embed.weight.copy_(lift(prefix_codes, self.cfg.embed_dim))
 
@@ -219,6 +245,12 @@ class SequenceModel(nn.Module):
             self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
+    def heads(self) -> list[nn.Linear | PackedLinear]:
+        """The projection to logits of each level."""
+        levels: Any = self.depth if self.cfg.levels > 1 else ()
+        return [self.head, *(level.head for level in levels)]
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.start_embed.weight.device
@@ -231,6 +263,7 @@ class SequenceModel(nn.Module):
     def hidden_matrices(self) -> list[tuple[nn.Parameter, int]]:
         """Weight matrices inside the blocks, each with the number of equal ones stacked in it (q, k and v: 3)."""
         parts = [self.transformer, *([self.aligned] if self.cfg.aligned else [])]
+        parts += [layer for level in self.depth for layer in (level.fc1, level.fc2)] if self.cfg.levels > 1 else []
         found = [pair for part in parts for pair in part.named_parameters()]
         return [(p, 3 if "qkv" in name else 1) for name, p in found if p.ndim == 2]
 
@@ -245,12 +278,13 @@ class SequenceModel(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Embedded [prefix | start | target] with positions, T = P + 1 + L; with an aligned prefix [start | target].
 
-        `drop_prefix` marks rows that see the null prefix.
+        `drop_prefix` marks rows that see the null prefix. Of several levels, P and L count positions.
         """
-        batch, length = target.shape
+        batch = len(target)
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
-        tokens = torch.cat([start[:, None], self.token_embed(target)], dim=1)  # (B, 1 + L, D)
-        x = self.with_positions(tokens, self.positions[: 1 + length])
+        embedded = embed_codes(self.token_embed, target, self.cfg.levels)
+        tokens = torch.cat([start[:, None], embedded], dim=1)  # (B, 1 + L, D)
+        x = self.with_positions(tokens, self.positions[: tokens.shape[1]])
         if not self.cfg.prefix_len:
             if prefix is not None:
                 raise DigitError("this model takes no prefix (prefix_len 0): leave it out, or use a renderer")
@@ -277,9 +311,29 @@ class SequenceModel(nn.Module):
         place = (0, 0, 1, 0) if self.cfg.masked else (0, 0, 0, 1)
         return {block: F.pad(more, place) for block, more in self.aligned(self.dropout(x)).items()}
 
-    def embed_token(self, token: Int64[Tensor, " B"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "B D"]:
-        """Embedded target token number `index` (a number, or one on the device), as `embed` gives it."""
-        return self.with_positions(self.token_embed(token), self.positions[1 + index])
+    def embed_token(
+        self, token: Int64[Tensor, " B"] | Int64[Tensor, "B L"], index: int | Int64[Tensor, " 1"]
+    ) -> Float[Tensor, "B D"]:
+        """Embedded target token number `index` (a number, or one on the device), as `embed` gives it.
+
+        Of several levels: the codes (B, L) of position number `index`.
+        """
+        levels = self.cfg.levels
+        embedded = self.token_embed(token) if levels == 1 else embed_levels(self.token_embed, token, levels)
+        return self.with_positions(embedded, self.positions[1 + index])
+
+    def level_features(self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]) -> Float[Tensor, "*B D"]:
+        """What the head of level J takes, from the backbone's features and the codes of the levels before it."""
+        if not lower.shape[-1]:
+            return features
+        level = self.depth[lower.shape[-1] - 1]
+        assert isinstance(level, DepthLevel)
+        embedded = embed_levels(self.token_embed, lower, self.cfg.levels) * math.sqrt(self.cfg.embed_dim)
+        return level(features, embedded.to(features.dtype))
+
+    def level_logits(self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]) -> Float[Tensor, "*B V"]:
+        """Logits of a position's code of level J."""
+        return self.heads[lower.shape[-1]](self.level_features(features, lower))
 
     def with_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """sqrt(D) tokens + positions, (..., D). All position tables enter here, in training and in cached decoding."""
@@ -300,10 +354,10 @@ class SequenceModel(nn.Module):
                 "or train with prefix_dropout above 0 to sample without one"
             )
         if prefix is None:
-            return self.null_prefix.expand(batch, self.cfg.prefix_len, -1)
+            return self.null_prefix.expand(batch, self.cfg.prefix_places, -1)
         if prefix.shape[1] != self.cfg.prefix_len:
             raise DigitError(f"prefix has {prefix.shape[1]} tokens, the model was built for {self.cfg.prefix_len}")
-        x = self.prefix_embed(prefix)  # (B, P, D)
+        x = embed_codes(self.prefix_embed, prefix, self.cfg.prefix_levels)  # (B, P, D)
         return x if drop is None else torch.where(drop[:, None, None], self.null_prefix, x)
 
     # ---------------------------------------------------------------- forward
@@ -316,20 +370,22 @@ class SequenceModel(nn.Module):
         drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
         added: Added | None = None,
-    ) -> Float[Tensor, "B L D"]:
-        """The features whose `head` gives the logits of each target token.
+    ) -> Float[Tensor, "B N D"]:
+        """The features whose `head` gives the logits of each target token; of several levels, of each position.
 
         `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once.
         """
         cfg = self.cfg
-        if target.shape[1] > cfg.target_len:
-            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}")
+        if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
+            whole = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
+            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{whole}")
         whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
-        x = self.dropout(self.embed(target if whole else target[:, :-1], prefix, labels, drop_prefix))  # (B, T, D)
+        seen = target if whole else target[:, : -cfg.levels]
+        x = self.dropout(self.embed(seen, prefix, labels, drop_prefix))  # (B, T, D)
         added = upto(self.added(len(target), prefix, drop_prefix) if added is None else added, x.shape[1])
         first = cfg.start_position + cfg.masked
         y = self.transformer(x, causal=not cfg.masked, first=first, added=added, hidden=hidden)
-        return y[:, : target.shape[1]]
+        return y[:, : target.shape[1] // cfg.levels]
 
     def forward(
         self,
@@ -361,7 +417,10 @@ class SequenceModel(nn.Module):
         if labels is not None:
             labels = self._known_labels(labels, len(target))
         hidden: list[Tensor] | None = [] if return_hidden else None
-        logits = self.head(self.features(target, prefix, labels, hidden=hidden))  # (B, M, V)
+        features = self.features(target, prefix, labels, hidden=hidden)
+        codes = target.unflatten(1, (-1, cfg.levels))  # (B, N, L)
+        logits = [self.level_logits(features, codes[..., :level]) for level in range(cfg.levels)]
+        logits = logits[0] if cfg.levels == 1 else torch.stack(logits, 2).flatten(1, 2)  # (B, M, V)
         return logits if hidden is None else (logits, hidden)
 
     def _known_labels(self, labels: Integers, batch: int) -> Tensor:
@@ -415,6 +474,8 @@ class SequenceModel(nn.Module):
             labels = labels.masked_fill(drop_labels, -1)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
+            if self.cfg.levels > 1:
+                return self._loss_of_levels(features, target, label_smoothing)
             return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
         assert hide is not None, "a masked model predicts hidden tokens: pass the result of noise()"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
@@ -423,17 +484,35 @@ class SequenceModel(nn.Module):
             return linear_cross_entropy(*flat, label_smoothing, hide.flatten())
         return linear_cross_entropy(features[hide], self.head.weight, target[hide], label_smoothing)
 
+    def _loss_of_levels(
+        self, features: Float[Tensor, "R D"], target: Int64[Tensor, "B M"], label_smoothing: float
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The mean over the levels, each given the levels before it; metrics over all, and the nll of each level."""
+        codes = target.view(-1, self.cfg.levels)  # (R, L)
+        losses, parts = [], []
+        for level in range(self.cfg.levels):
+            seen, weight = self.level_features(features, codes[:, :level]), self.heads[level].weight
+            loss, metrics = linear_cross_entropy(seen, weight, codes[:, level], label_smoothing)
+            losses.append(loss)
+            parts.append(metrics)
+        nll = torch.stack([part["nll"] for part in parts])
+        accuracy = torch.stack([part["accuracy"] for part in parts]).mean()
+        by_level = {f"nll_{level}": value for level, value in enumerate(nll)}
+        mean = nll.mean()
+        return torch.stack(losses).mean(), {"nll": mean, "perplexity": mean.exp(), "accuracy": accuracy} | by_level
+
 
 def training_flops(cfg: SequenceConfig) -> float:
     """Training FLOPs of one image: 6 x (matrix parameters used) x (positions) + attention (Kaplan et al. 2020, 2.1).
 
     The output projection counts at the target positions alone, the embeddings not at all.
     """
-    positions = cfg.start_position + cfg.target_len + (1 if cfg.masked else 0)
+    positions = cfg.start_position + cfg.target_places + (1 if cfg.masked else 0)
     total = block_flops(positions, cfg.depth, cfg.embed_dim) + 6.0 * cfg.target_len * cfg.embed_dim * cfg.vocab_size
+    total += depth_flops(cfg.target_places, cfg.levels, cfg.embed_dim)
     if cfg.aligned:
-        total += block_flops(cfg.prefix_len, cfg.encoder_depth, cfg.embed_dim)
-        total += 6.0 * cfg.added_blocks * cfg.target_len * cfg.embed_dim**2
+        total += block_flops(cfg.prefix_places, cfg.encoder_depth, cfg.embed_dim)
+        total += 6.0 * cfg.added_blocks * cfg.target_places * cfg.embed_dim**2
     return total
 
 

@@ -7,6 +7,7 @@ State-dict names are those of the DINOv2 release.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -239,13 +240,18 @@ class ViT(nn.Module):
         assert table.shape[-2:] == (rows, columns), (table.shape, rows, columns)
         return torch.cat((self.pos_embed[:, :1], table.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)), dim=1)
 
-    def tokens(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B L D"]:
-        """Normalised images to all tokens (class, registers, patches) behind the last kept block and the final norm."""
+    def embed(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B L D"]:
+        """Normalised images to all tokens (class, registers, patches) in front of the first block."""
         rows, columns = (side // self.cfg.patch_size for side in x.shape[-2:])
         patches = self.patch_embed(x)  # (B, N, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), patches), dim=1) + self.positions(rows, columns)
         if self.register_tokens is not None:  # registers have no position
             x = torch.cat((x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]), dim=1)  # (B, L, D)
+        return x
+
+    def tokens(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B L D"]:
+        """Normalised images to all tokens behind the last kept block and the final norm."""
+        x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -253,6 +259,24 @@ class ViT(nn.Module):
     def forward(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B N D"]:
         """Normalised images to patch features in raster order; class and register tokens are dropped."""
         return self.tokens(x)[:, 1 + self.cfg.num_registers :]
+
+    def layer_outputs(self, x: Float[Tensor, "B 3 S S"], layers: Sequence[int]) -> list[Float[Tensor, "B N D"]]:
+        """Patch features behind these blocks and the final norm, as nets cut there give them, in one pass."""
+        found: dict[int, Tensor] = {}
+        x = self.embed(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in layers:
+                found[index] = self.norm(x)[:, 1 + self.cfg.num_registers :]
+        return [found[layer] for layer in layers]
+
+    def layer_dim(self, layer: int) -> int:
+        """Channels of a block's features, the same for all."""
+        return self.cfg.embed_dim
+
+    def layer_grid(self, layer: int, size: int) -> tuple[int, int]:
+        """(rows, columns) of a block's features, the same for all."""
+        return self.grid(size)
 
     def pooled(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D"]:
         """The class token."""

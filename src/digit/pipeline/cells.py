@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
+from digit.models.tokenizer import ImageTokenizer, first_level_vectors, levels_of
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
@@ -43,6 +44,17 @@ def cell_grid(pipe: DigitPipeline) -> tuple[int, int]:
     pipe.require("vq")
     assert pipe.vq is not None
     return pipe.vq.grid
+
+
+def token_grid(tokenizer: ImageTokenizer) -> tuple[int, int]:
+    """(rows, columns) of a picture's tokens as they are shown: of several levels, the codes of a cell side by side."""
+    rows, columns = tokenizer.grid
+    return rows, columns * levels_of(tokenizer)
+
+
+def code_vectors(tokenizer: ImageTokenizer) -> Float[Tensor, "K D"]:
+    """The vector of each code, of several levels of each code of the first."""
+    return first_level_vectors(tokenizer)
 
 
 @torch.no_grad()

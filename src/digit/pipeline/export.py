@@ -185,6 +185,8 @@ def networks(pipe: DigitPipeline, num: int = EXAMPLE) -> Iterator[Exported]:
         if model is None:
             continue
         cfg, conditions = model.cfg, conditions_of(model, num)
+        if cfg.levels > 1:
+            raise DigitError(f"the {name} predicts {cfg.levels} codes at each position, which are not exported yet")
         if isinstance(model, PixelRenderer):
             inputs = {"prefix": conditions["prefix"]}
             if model.cfg.noise_channels:

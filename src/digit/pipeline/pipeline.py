@@ -26,7 +26,7 @@ from digit.data.pictures import Images, Output, as_images, as_output, check_outp
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.models.tokenizer import ImageTokenizer
+from digit.models.tokenizer import ImageTokenizer, levels_of, tokens_of
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.around import (
     Keep,
@@ -167,12 +167,15 @@ class DigitPipeline:
             ("renderer prefix vocabulary", prefix, "codebook entries", codes),
             ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
         ]
-        tokens = self.tokenizer and math.prod(self.tokenizer.grid)
+        tokens = self.tokenizer and tokens_of(self.tokenizer)
+        levels = self.tokenizer and self.tokenizer.num_levels
         prefix_len = renderer.prefix_len if renderer else 0
         pairs += [
             ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
+            ("prior levels", prior and prior.levels, "codebook levels", levels),
+            ("renderer prefix levels", prefix_len and renderer and renderer.prefix_levels, "codebook levels", levels),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
             ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
             ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", self.preprocess.crop_size),
@@ -413,6 +416,7 @@ class DigitPipeline:
                 continue
             tokens[name] = tokenizer.encode(images)
             cells = kept_cells(keep, tokenizer.grid, self.image_size).flatten()
+            cells = cells.repeat_interleave(levels_of(tokenizer))  # all tokens of a cell
             tokens[f"keep_{name}"] = cells.expand(len(images), -1)
         return GenerationRequest(seed=seed, labels=classes, **tokens)
 
@@ -771,5 +775,5 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
 
 
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:
-    """Tokens in the kept first rows of a (rows, columns) grid: at least one row."""
+    """Cells in the kept first rows of a (rows, columns) grid: at least one row."""
     return kept_rows(grid, keep) * grid[1]

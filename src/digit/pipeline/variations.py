@@ -17,6 +17,7 @@ from torch import Tensor
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
+from digit.models.tokenizer import levels_of
 from digit.pipeline.around import Grid, spread
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline, GenerationRequest
@@ -71,7 +72,8 @@ def vary(
         if kind == "vq" and pipe.renders_pixels:
             continue
         tokens[kind] = tokenizer.encode(images).repeat_interleave(num, 0)
-        tokens[f"keep_{kind}"] = kept_by_rank(rank, shares[kind], tokenizer.grid)
+        kept = kept_by_rank(rank, shares[kind], tokenizer.grid)
+        tokens[f"keep_{kind}"] = kept.repeat_interleave(levels_of(tokenizer), 1)  # all tokens of a cell
     request = replace(request, **tokens)
     batches = pipe.sample_request(request, pipe.sized(pipe.settings(**sampling)))
     return torch.cat([torch.empty(0, 3, *[pipe.image_size] * 2, dtype=torch.uint8), *(b.images for b in batches)])
@@ -164,7 +166,7 @@ def interpolate(
     weights = torch.linspace(0, 1, as_int("steps", steps, least=2), dtype=torch.float64)
     a, b = (pipe.tokenizer.features(end) for end in ends)  # (1, N, D)
     w = weights.to(a)[:, None, None]
-    tokens = pipe.tokenizer.codebook.predict((1 - w) * a + w * b)
+    tokens = pipe.tokenizer.quantize((1 - w) * a + w * b)
     request = GenerationRequest(seed=seed, labels=torch.full((len(w),), -1), discriminative=tokens, one_seed=True)
     batches = list(pipe.sample_request(request, pipe.sized(pipe.settings(**sampling))))
     return Between(images=torch.cat([batch.images for batch in batches]), tokens=tokens.cpu(), weights=weights)

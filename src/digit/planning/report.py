@@ -70,10 +70,10 @@ def notes(planner: Planner) -> list[str]:
     for name in recipe.model_names:
         cfg = planner.training_config(name)
         lines.append(f"{name} {passes(planner, name, cfg.num_steps * cfg.batch_size / order.images)}")
-    if planner.fit_cost.num_passes > 1 and "codebook" not in order.reuse:
+    if planner.fit_cost.streamed and "codebook" not in order.reuse:
         lines.append(
             "the features exceed the quantizer's memory budget: every iteration encodes the images again "
-            "(--kmeans.memory_budget_bytes)"
+            f"(--{recipe.quantizer}.memory_budget_bytes)"
         )
     num_points = planner.fit_cost.num_points
     needed = num_points / planner.work.num_tokens / order.images

@@ -32,7 +32,8 @@ LABEL_BYTES, TOKEN_BYTES = 4, 2  # in the token store: int32 and uint16
 ENCODING_BATCH = 64  # images
 PARTS = ("codebook", "vqgan", "tokens")
 VQ_TOKENS = "vq_tokens"  # of another store, which a new one links
-SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|kmeans\.num_clusters|crops_per_image")  # read even if it is reused
+# read even if it is reused
+SIZE_OF_A_PART = re.compile(r"vqgan\..*|vqgan_start|([a-z]+_)?kmeans\.num_(clusters|levels)|crops_per_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +231,7 @@ class Planner:
     def store_bytes(self) -> float:
         """Bytes of the token store on disk, without VQ tokens that are links."""
         vq_tokens = self.work.vqgan.num_tokens if self._makes_vq_tokens else 0
-        row = TOKEN_BYTES * (self.work.num_tokens + vq_tokens) + LABEL_BYTES
+        row = TOKEN_BYTES * (self.work.num_tokens * self.work.num_levels + vq_tokens) + LABEL_BYTES
         return float(row * self.order.images * self.recipe.crops_per_image)
 
     # ---------------------------------------------------------------- models
@@ -389,12 +390,12 @@ class Planner:
             return {"matrix multiplication": sampling.num_steps * forward / peak}
         matrices = 12.0 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
         cache = (
-            2.0 * cfg.depth * rows * (cfg.start_position + cfg.target_len / 2) * cfg.embed_dim
+            2.0 * cfg.depth * rows * (cfg.start_position + cfg.target_places / 2) * cfg.embed_dim
         )  # keys and values, mean over positions
-        read = cfg.target_len * (matrices + cache) * width  # bytes: all weights and the cache so far, for each token
+        read = cfg.target_places * (matrices + cache) * width  # bytes: all weights and the cache so far, for each token
         times = {"matrix multiplication": forward / peak, "memory bandwidth": read / (machine.bandwidth * share)}
         if machine.gpu:
-            times["kernel launches"] = cfg.target_len * cfg.depth * KERNELS_PER_BLOCK * KERNEL_SECONDS
+            times["kernel launches"] = cfg.target_places * cfg.depth * KERNELS_PER_BLOCK * KERNEL_SECONDS
         return times
 
 

@@ -68,7 +68,8 @@ class Work:
     @cached_property
     def encoder(self) -> Network:
         """The frozen encoder up to its layer."""
-        kind: Kind = "mobile net" if isinstance(self._encoder, EfficientNet) else "transformer"
+        net = getattr(self._encoder, "net", self._encoder)  # of several layers
+        kind: Kind = "mobile net" if isinstance(net, EfficientNet) else "transformer"
         side = self.recipe.encoder.input_size
         return self._count(lambda: self._encoder, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
 
@@ -79,8 +80,13 @@ class Work:
 
     @property
     def num_tokens(self) -> int:
-        """Discriminative tokens per image."""
+        """Cells of the encoder's grid: discriminative tokens per image, or so many of each level."""
         return self._features[0]
+
+    @property
+    def num_levels(self) -> int:
+        """Discriminative tokens of each cell."""
+        return self.recipe.quantizer_cfg.num_levels
 
     @property
     def token_rows(self) -> int:
@@ -114,12 +120,13 @@ class Work:
     @cached_property
     def nearest_flops(self) -> float:
         """FLOPs of the distances from an image's features to all codes of the codebook."""
-        return 2.0 * self.num_tokens * self.dim * self.recipe.quantizer_cfg.vocab_size
+        scored = self.num_levels if self.recipe.quantizer == "residual_kmeans" else 1  # a product scores parts
+        return 2.0 * self.num_tokens * self.dim * self.recipe.quantizer_cfg.vocab_size * scored
 
     @cached_property
     def pixel_renderer(self) -> Network:
         """The renderer straight to pixels."""
-        tokens = torch.zeros(1, self.num_tokens, dtype=torch.int64)
+        tokens = torch.zeros(1, self.num_tokens * self.num_levels, dtype=torch.int64)
         cfg = self.sequence("renderer_pixels")
         assert isinstance(cfg, PixelConfig)
         noise = torch.zeros(1, *cfg.noise_shape)
@@ -156,7 +163,12 @@ class Work:
     def sequence(self, name: str) -> SequenceConfig:
         """The configuration of one of ROLES."""
         tokens = {
-            "discriminative": TokenSpace(self.recipe.quantizer_cfg.vocab_size, self.num_tokens, self.token_rows),
+            "discriminative": TokenSpace(
+                self.recipe.quantizer_cfg.vocab_size,
+                self.num_tokens * self.num_levels,
+                self.token_rows,
+                self.num_levels,
+            ),
             "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens, self.vqgan.grid[0]),
         }
         return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes, vqgan=self.vqgan)

@@ -64,7 +64,7 @@ class NoisyPrefix:
     """Batches whose prefix codes are swapped for near ones at random, as a prior's mistakes would.
 
     Each code is swapped with probability `rate` (1 - step / num_steps): much at first, nothing at the end. Equal for
-    any number of processes. `near` (K, n) int64 lists the codes nearest to each.
+    any number of processes. `near` (K, n) int64 lists the codes nearest to each, of several levels (L, K, n).
     """
 
     batches: Batches
@@ -83,9 +83,13 @@ class NoisyPrefix:
         generator = torch.Generator().manual_seed(step_seed(self.seed, step))
         shape = (self.batch_size, prefix.shape[1])
         swap = torch.rand(shape, generator=generator) < self.rate * max(0.0, 1 - step / self.num_steps)
-        which = torch.randint(self.near.shape[1], shape, generator=generator)
-        near = self.near[prefix.cpu(), which[start:stop]]  # (B, P)
+        which = torch.randint(self.near.shape[-1], shape, generator=generator)
+        near = self.near[(*self._levels(prefix.shape[1]), prefix.cpu(), which[start:stop])]  # (B, P)
         return batch | {"prefix": torch.where(swap[start:stop].to(prefix.device), near.to(prefix), prefix)}
+
+    def _levels(self, length: int) -> tuple[Tensor, ...]:
+        """((P,) level of each token,), or () where there is one level."""
+        return () if self.near.ndim == 2 else (torch.arange(length) % len(self.near),)
 
     def rows(self, step: int) -> np.ndarray:
         return self.batches.rows(step)

@@ -18,6 +18,7 @@ from digit.runs.roles import ROLES, get_role
 from digit.runtime.settings import Rule, changed, flat, refuse_unused
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net, resizes_positions
+from digit.tokenizers.quantizers import QUANTIZERS
 from digit.tokenizers.vq import asset_config
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
@@ -27,7 +28,7 @@ MIN_IMAGES = 2
 MODELS = ("prior", "renderer")
 # the fields of the recipe that decide a part, beside the data: where one of them changes, the part is made again
 CODEBOOK, VQGAN = (
-    ("encoder", "quantizer", "kmeans", "codebook_subset", "codebook_path"),
+    ("encoder", "quantizer", *QUANTIZERS, "codebook_subset", "codebook_path"),
     ("vqgan", "vqgan_start", "vqgan_training"),
 )
 SHARED = ("preprocess", "seed")
@@ -38,7 +39,7 @@ DECIDED_BY = {
     "vq_tokens": (*SHARED, *VQGAN, "crops_per_image"),
 }
 # the fields that a run does not read where it reuses the part; it still reads the others, such as the encoder
-MADE_BY = {"codebook": CODEBOOK[1:], "vqgan": VQGAN, "tokens": ("crops_per_image",)}
+MADE_BY = {"codebook": (*CODEBOOK[1:], "codebook_probe"), "vqgan": VQGAN, "tokens": ("crops_per_image",)}
 
 
 def check_recipe(
@@ -124,9 +125,20 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
             f"with preprocess.fit {recipe.preprocess.fit} nothing is cut: leave it out",
         ),
         (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
+        (recipe.encoder.layers is not None, r"encoder\.layer", "encoder.layers is set: leave one of both out"),
+        (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
         (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
         (recipe.published_vqgan is not None, r"vqgan_training\.(?!seed).*", f"{start} is taken as it is: leave it out"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
+        *(
+            (True, rf"{other}\..*", f"quantizer is {recipe.quantizer}: set that to {other}")
+            for other in QUANTIZERS
+            if other != recipe.quantizer
+        ),
+        (
+            not recipe.quantizer_cfg.pca, rf"{recipe.quantizer}\.whiten",
+            f"{recipe.quantizer}.pca is 0: set it to a number of components",
+        ),
     ]  # fmt: skip
 
 
@@ -281,7 +293,8 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
     for name, number in sizes.items():
         if number > MAX_VOCAB:
             raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
-    unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, 1)
+    levels = recipe.quantizer_cfg.num_levels
+    unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, levels, levels=levels)
     for name, role in ROLES.items():  # heads, dropouts, vocabularies
         if role.settings != "pixels" or name in recipe.model_names:
             spaces = {"discriminative": unknown, "vq": TokenSpace(1, 1)}
@@ -400,11 +413,21 @@ def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) ->
 
 
 def check_codebook(recipe: Recipe, num_images: int) -> None:
-    """Raise DigitError where all images together give fewer patches than the codebook has codes."""
-    tokens = math.prod(blank_net(recipe.encoder).grid(recipe.encoder.input_size))
-    patches, codes = num_images * tokens, recipe.quantizer_cfg.vocab_size
+    """Raise DigitError where the codebook has more codes than all images together give patches, or the PCA in front of
+    it more components than a patch has features."""
+    net, cfg = blank_net(recipe.encoder), recipe.quantizer_cfg
+    if cfg.pca > net.dim:
+        raise DigitError(
+            f"{recipe.quantizer}.pca is {cfg.pca}, the encoder gives {net.dim} features: set it to {net.dim} or less"
+        )
+    if recipe.quantizer == "product_kmeans" and cfg.num_levels > (seen := cfg.pca or net.dim):
+        raise DigitError(
+            f"product_kmeans.num_levels is {cfg.num_levels}, and there are {seen} numbers to cut: set it lower"
+        )
+    tokens = math.prod(net.grid(recipe.encoder.input_size))
+    patches, codes = num_images * tokens, cfg.vocab_size
     if patches < codes:
-        fewer = max(1, patches * codes // recipe.quantizer_cfg.min_points)
+        fewer = max(1, patches * codes // cfg.min_points)
         raise DigitError(
             f"{num_images} images give {patches} patches ({tokens} each), fewer than the {codes} codes of the "
             f"codebook: give more images, or {recipe.quantizer}.num_clusters {fewer} or less"

@@ -40,6 +40,7 @@ from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, N
 from digit.runs.changes import continue_training, find_vq_tokens
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
+from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.previews import Previews
 from digit.runs.recipe import Recipe, TokenSpace
@@ -198,11 +199,19 @@ class Run:
                     across_ranks=True,
                     folder=folder,
                 )
-                distributed.on_main(lambda: codebook.save(folder))
+                distributed.on_main(lambda: self._save_codebook(codebook.to(self.device), folder))
             codebook = load_quantizer(folder).to(self.device)
             DiscriminativeTokenizer(self.encoder, codebook)  # refuses a reused codebook of another encoder
             self._parts["codebook"] = codebook
         return self._parts["codebook"]
+
+    def _save_codebook(self, codebook: Quantizer, folder: Path) -> None:
+        """Measure what the codebook's tokens keep, and write it."""
+        tokenizer, recipe = DiscriminativeTokenizer(self.encoder, codebook), self.recipe
+        codebook.meta[QUALITY] = measure_quality(
+            tokenizer, self.source, recipe.preprocess, seed=recipe.seed, probe=recipe.codebook_probe
+        )
+        codebook.save(folder)
 
     def train_vqgan(self) -> VQTokenizer:
         """Stage vqgan: train the VQGAN, or read it where it is done."""
@@ -355,7 +364,11 @@ class Run:
         """Start a model's tables from what its tokens stand for."""
         role, tokenizer = get_role(name), self.tokenizer()
         codebook = tokenizer.codebook
-        codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
+        if codebook.num_levels == 1:
+            codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
+        else:
+            vectors = codebook.level_vectors
+            codes = {"discriminative": (vectors - vectors.mean(1, keepdim=True)).flatten(0, 1)}  # (L K, D)
         grids = {"discriminative": tokenizer.grid}
         if role.target == "vq":
             vq = self.train_vqgan()
@@ -368,8 +381,9 @@ class Run:
         """SequenceConfig of a model, from the tokens at hand; makes the tokens where they are not done."""
         tokens = self.write_tokens()
         assert tokens.discriminative is not None  # a run's store holds them
-        rows = self.tokenizer().grid[0]
-        spaces = {"discriminative": TokenSpace(self.tokenizer().vocab_size, tokens.discriminative.shape[1], rows)}
+        own = self.tokenizer()
+        length = tokens.discriminative.shape[1]
+        spaces = {"discriminative": TokenSpace(own.vocab_size, length, own.grid[0], own.num_levels)}
         if self.recipe.has_vq_tokens and tokens.vq is not None:
             vq = self.train_vqgan()
             spaces["vq"] = TokenSpace(vq.vocab_size, tokens.vq.shape[1], vq.grid[0])
@@ -505,10 +519,15 @@ class Run:
 
 
 def near_codes(codebook: Quantizer) -> torch.Tensor:
-    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself."""
-    vectors = codebook.embed(torch.arange(codebook.vocab_size)).float().cpu()
-    distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
-    return distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices
+    """(K, n) int64: the NEAR_CODES codes nearest to each, by the distance of their vectors, without itself.
+
+    Of several levels (L, K, n), for each level.
+    """
+    near = []
+    for vectors in codebook.level_vectors.float().cpu():
+        distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
+        near.append(distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices)
+    return near[0] if len(near) == 1 else torch.stack(near)
 
 
 def fit(run: Run, stages: Stages | None = None) -> DigitPipeline:

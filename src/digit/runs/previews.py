@@ -159,13 +159,17 @@ def vqgan_rows(previews: Previews, network: nn.Module) -> Rows:
 
 
 def prior_rows(previews: Previews, network: nn.Module) -> Rows:
-    """Sampled tokens, each shown as the mean of the patches that have it: there is no renderer yet."""
+    """Sampled tokens, each shown as the mean of the patches that have it: there is no renderer yet.
+
+    Of several levels, the tokens of the first.
+    """
     assert isinstance(network, SequenceModel)
+    levels = network.cfg.levels
     grid, patches = previews.run.tokenizer().grid, previews.patches
     pictures = previews.pictures
     own = previews.keep("own", lambda: previews.run.tokenizer().encode(pictures).cpu())
     rows = {"sample": previews.sampled(network).cpu(), "picture's tokens": own}
-    shown = {name: mosaic(tokens, grid, patches, pictures.shape[-1]) for name, tokens in rows.items()}
+    shown = {name: mosaic(tokens[:, ::levels], grid, patches, pictures.shape[-1]) for name, tokens in rows.items()}
     return {"sample": shown["sample"], "picture": pictures, "its tokens": shown["picture's tokens"]}
 
 
@@ -193,10 +197,11 @@ def first_crops(source: ImageSource, cfg: PreprocessConfig) -> Tensor:
 
 
 def mean_patches(run: PreviewedRun) -> Tensor:
-    """(K, 3, h, w) float: the mean patch of each code over some crops; of a code that none has, the mean of all."""
+    """(K, 3, h, w) float: the mean patch of each code (of several levels, of the first) over some crops; of a code that
+    none has, the mean of all."""
     store, tokenizer = run.write_tokens(), run.tokenizer()
     rows = np.unique(np.linspace(0, len(store) - 1, min(PATCHED, len(store))).astype(np.int64))
-    crops, tokens = run.crops_of(rows), store.batch(rows)["discriminative"].flatten()
+    crops, tokens = run.crops_of(rows), store.batch(rows)["discriminative"][:, :: tokenizer.num_levels].flatten()
     height, width = (max(1, crops.shape[-1] // side) for side in tokenizer.grid)
     size = (tokenizer.grid[0] * height, tokenizer.grid[1] * width)
     scaled = nn.functional.interpolate(crops.float(), size=size, mode="area")

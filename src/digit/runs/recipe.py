@@ -15,7 +15,7 @@ from digit.sampling.config import MASKED_TOP_P, SamplingConfig, StageSampling
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import QuantizerConfig
 from digit.tokenizers.encoders import EncoderConfig
-from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.config import KMeansConfig, ProductKMeansConfig, ResidualKMeansConfig
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
 from digit.training.vqgan import GANConfig
@@ -83,11 +83,12 @@ class PixelSpec:
 
 
 class TokenSpace(NamedTuple):
-    """Number of codes, number of tokens an image, and rows of their grid, of one kind of tokens."""
+    """Of one kind of tokens: number of codes, of tokens an image, of rows of their grid, of tokens of each cell."""
 
     vocab_size: int
     length: int
     rows: int = 1
+    levels: int = 1
 
 
 NO_TOKENS = TokenSpace(0, 0)
@@ -106,15 +107,23 @@ class Recipe:
     """The one preprocessing of codebook, tokens, training and evaluation."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """Frozen encoder of the discriminative tokens."""
-    quantizer: Literal["kmeans"] = "kmeans"
-    """What turns features into discriminative tokens; its settings stand under its name."""
+    quantizer: Literal["kmeans", "residual_kmeans", "product_kmeans"] = "kmeans"
+    """What turns features into discriminative tokens: kmeans, as the paper does, or one of several codes for each
+    feature, which the prior predicts one after another; its settings stand under its name."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """K-means codebook of the discriminative tokens."""
+    residual_kmeans: ResidualKMeansConfig = field(default_factory=ResidualKMeansConfig)
+    """Codebook of several levels, each of which clusters what those before it leave."""
+    product_kmeans: ProductKMeansConfig = field(default_factory=ProductKMeansConfig)
+    """Codebook of several parts of the features, each clustered alone."""
     codebook_subset: float = within("(0, 1]", 0.1)
     """Fraction of the images the codebook is fitted on (paper, 4.1: 10%)."""
     codebook_path: PathName = "released"
     """Preprocessing path of the codebook's images: released, as everything else, or released_kmeans, as the released
     code prepared its K-means features."""
+    codebook_probe: int = within("[0, inf)", 0)
+    """Images with labels on which a linear probe of the codebook's vectors is fitted (half of them) and tested, for
+    codebook.json; 0 makes none."""
     vqgan: VQGANConfig = field(default_factory=VQGANConfig)
     """Shape of the VQGAN, if it is trained from scratch or published."""
     vqgan_start: Literal["scratch", "vqgan64", "vqgan64_shapes", "llamagen_vq16"] = "scratch"
@@ -242,6 +251,7 @@ class Recipe:
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
+            prefix_levels=prefix.levels,
             num_classes=num_classes if role.labels else 0,
             norm=role.norm if size.norm == "paper" else size.norm,
             qk_norm=size.qk_norm,
@@ -264,7 +274,7 @@ class Recipe:
             settings["image_size"] = self.preprocess.crop_size
         else:
             target = tokens[role.target]
-            settings |= {"vocab_size": target.vocab_size, "target_len": target.length}
+            settings |= {"vocab_size": target.vocab_size, "target_len": target.length, "levels": target.levels}
             settings["target_rows"] = target.rows if aligned else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
@@ -290,6 +300,7 @@ def pixel_config(size: PixelSpec, vqgan: VQGANConfig, prefix: TokenSpace, image_
         image_size=image_size,
         prefix_vocab_size=prefix.vocab_size,
         prefix_len=prefix.length,
+        prefix_levels=prefix.levels,
         prefix_rows=prefix.rows,
         norm="pre",
         dropout=0.0,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from digit.models.tokenizer import first_level_vectors, levels_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
@@ -115,12 +116,8 @@ def write_token_map(pipe: DigitPipeline, real: Tensor, out: Path, scale: int) ->
     """token_map.png: pictures beside the maps of their tokens; near codes have near colours."""
     rows, names = [real], ["picture"]
     for name, tokenizer in pipe.tokenizers.items():
-        vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
-        rows.append(
-            plots.token_maps(
-                tokenizer.encode(real).cpu(), tokenizer.grid, plots.code_colours(vectors.cpu()), real.shape[-1]
-            )
-        )
+        colours, tokens = plots.code_colours(first_level_vectors(tokenizer).cpu()), tokenizer.encode(real).cpu()
+        rows.append(plots.token_maps(tokens[:, :: levels_of(tokenizer)], tokenizer.grid, colours, real.shape[-1]))
         names.append(f"{name}")
     plots.save_png(out / "token_map.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 

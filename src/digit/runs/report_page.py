@@ -14,6 +14,7 @@ from torch import Tensor
 from digit.metrics.judge import METRIC
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs import page
+from digit.runs.codebook_quality import quality_text
 from digit.runs.findings import Facts, find, next_steps
 from digit.runs.fit import Run
 from digit.runs.judgement import Judgement, Pair, Ways
@@ -312,7 +313,10 @@ def describe(pipe: DigitPipeline) -> str:
     lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
     if pipe.tokenizer is not None:
         about = pipe.tokenizer.encoder.describe()
-        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes on {pipe.tokenizer.grid}: {about}")
+        levels = f" of {n} levels" if (n := pipe.tokenizer.num_levels) > 1 else ""
+        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes{levels} on {pipe.tokenizer.grid}: {about}")
+        if text := quality_text(pipe.tokenizer.codebook.meta):
+            lines.append(f"codebook   {text}")
     for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
         if model is not None:
             lines.append(f"{name:<11}{count(model)}, {model.cfg}")

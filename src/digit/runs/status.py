@@ -9,6 +9,7 @@ from typing import Any
 from digit.errors import DigitError
 from digit.models.sequence import training_flops
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
+from digit.runs.codebook_quality import quality_text
 from digit.runs.layout import EARLIER, RESULTS, is_done, require_format
 from digit.runs.recipe import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
@@ -57,7 +58,7 @@ def describe_stage(folder: Path, stage: str) -> Iterator[str]:
     """At most one line: done, how far, or nothing where it was not begun."""
     place = folder / stage
     if is_done(place, stage):
-        yield f"done{metrics_of(place)}"
+        yield f"done{quality_of(place) if stage == 'codebook' else metrics_of(place)}"
     elif stage == "tokens" and (place / "journal.json").is_file():
         yield f"{progress(place / 'journal.json')} rows are done"
     elif stage == "codebook" and list(place.glob("*.partial*")):
@@ -199,9 +200,9 @@ def flops_of(folder: Path, recipe: Recipe, name: str) -> float | None:
     try:
         manifest = read_json(folder / "tokens" / RESULTS["tokens"])
         spaces = {
-            kind: TokenSpace(manifest[kind]["vocab_size"], manifest[kind]["length"], manifest[kind]["grid"][0])
+            kind: TokenSpace(made["vocab_size"], made["length"], made["grid"][0], made.get("levels", 1))
             for kind in ("discriminative", "vq")
-            if manifest.get(kind)
+            if (made := manifest.get(kind))
         }
         classes = len(manifest["classes"]) if recipe.class_conditional else 0
         flops = training_flops(recipe.sequence_config(name, spaces, num_classes=classes))
@@ -216,6 +217,16 @@ def metrics_of(place: Path) -> str:
         return shown(last_metrics(place))
     except (DigitError, OSError):
         return ""
+
+
+def quality_of(place: Path) -> str:
+    """What a codebook's tokens keep, in brackets."""
+    try:
+        about = read_json(place / RESULTS["codebook"])
+    except DigitError:
+        return ""
+    text = quality_text(about) if isinstance(about, dict) else ""
+    return f" ({text})" if text else ""
 
 
 def shown(metrics: dict[str, Any]) -> str:

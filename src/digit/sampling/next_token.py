@@ -88,26 +88,43 @@ class NextTokenSampler(Sampler):
         condition = conditions(self.model, rows, self.guided)
         return self.model.added(self.num_rows, condition["prefix"], condition["drop_prefix"])
 
-    def first_logits(self, rows: TokenRequest, cache: KVCache, added: Added | None = None) -> Float[Tensor, "R V"]:
-        """Logits of the first token to sample: prefix, start and given tokens in one pass, kept in the cache."""
-        x = self.model.embed(twice(rows.given, self.guided), **conditions(self.model, rows, self.guided))
+    def first_features(
+        self, rows: TokenRequest, cache: KVCache, added: Added | None = None, known: int | None = None
+    ) -> Float[Tensor, "R D"]:
+        """Features of the first position to sample: prefix, start and `known` given tokens in one pass, cached."""
+        given = rows.given if known is None else rows.given[:, :known]
+        x = self.model.embed(twice(given, self.guided), **conditions(self.model, rows, self.guided))
         length = x.shape[1]
         features = self.model.transformer(
             x, causal=True, first=length - 1, cache=cache, added=upto(added or {}, length)
         )  # (R, 1, D)
-        return self.model.head(features[:, 0])
+        return features[:, 0]
 
-    def next_logits(
+    def next_features(
         self,
-        token: Int64[Tensor, " C"],
+        token: Int64[Tensor, " C"] | Int64[Tensor, "C L"],
         index: int | Tensor,
         cache: KVCache | SteppedCache,
         added: Added | None = None,
-    ) -> Float[Tensor, "R V"]:
-        """Logits of the token after target token number `index` (a number, or one on the device)."""
+    ) -> Float[Tensor, "R D"]:
+        """Features after target position number `index` (a number, or one on the device) with this token, or codes."""
         x = self.model.embed_token(twice(token, self.guided), index)  # (R, D)
         here = {block: at_position(more, index + 1) for block, more in (added or {}).items()}
-        return self.model.head(self.step(x, cache, here))
+        return self.step(x, cache, here)
+
+    def first_logits(self, rows: TokenRequest, cache: KVCache, added: Added | None = None) -> Float[Tensor, "R V"]:
+        """Logits of the first token to sample, from `first_features`."""
+        return self.model.head(self.first_features(rows, cache, added))
+
+    def next_logits(
+        self, token: Int64[Tensor, " C"], index: int | Tensor, cache: KVCache | SteppedCache, added: Added | None = None
+    ) -> Float[Tensor, "R V"]:
+        """Logits of the token after target token number `index`, from `next_features`; of one level."""
+        return self.model.head(self.next_features(token, index, cache, added))
+
+    def level_logits(self, features: Float[Tensor, "R D"], lower: Int64[Tensor, "C J"]) -> Float[Tensor, "R V"]:
+        """Logits of a position's code of level J, given those of the levels before it."""
+        return self.model.level_logits(features, twice(lower, self.guided))
 
 
 def at_position(table: Float[Tensor, "R T D"], index: int | Int64[Tensor, " 1"]) -> Float[Tensor, "R D"]:
@@ -141,9 +158,11 @@ class UncachedSteps(Steps):
 
     def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
         model, guided = sampler.model, sampler.guided
-        x = model.embed(twice(self.tokens[:, :i], guided), **conditions(model, self.rows, guided))
+        first = i - i % model.cfg.levels  # token of this position
+        x = model.embed(twice(self.tokens[:, :first], guided), **conditions(model, self.rows, guided))
         added = upto(sampler.added(self.rows), x.shape[1])
-        return model.head(model.transformer(x, causal=True, added=added)[:, -1])
+        features = model.transformer(x, causal=True, added=added)[:, -1]
+        return sampler.level_logits(features, self.tokens[:, first:i])
 
 
 class CachedSteps(Steps):
@@ -154,9 +173,23 @@ class CachedSteps(Steps):
         self.cache, self.added = sampler.new_cache(), sampler.added(rows)
 
     def logits(self, sampler: NextTokenSampler, i: int) -> Tensor:
+        levels = sampler.model.cfg.levels
+        if levels > 1:
+            return self._level_logits(sampler, i, levels)
         if i == self.known:
             return sampler.first_logits(self.rows, self.cache, self.added)
         return sampler.next_logits(self.tokens[:, i - 1], i - 1, self.cache, self.added)
+
+    def _level_logits(self, sampler: NextTokenSampler, i: int, levels: int) -> Tensor:
+        """The backbone runs once for all levels of a position."""
+        position, level = divmod(i, levels)
+        first = position * levels
+        if i == self.known:
+            self.features = sampler.first_features(self.rows, self.cache, self.added, first)
+        elif not level:
+            before = self.tokens[:, first - levels : first]
+            self.features = sampler.next_features(before, position - 1, self.cache, self.added)
+        return sampler.level_logits(self.features, self.tokens[:, first:i])
 
 
 class RecordedSteps(CachedSteps):
@@ -187,7 +220,7 @@ class RecordedSteps(CachedSteps):
         self.cache, self.max_len = sampler.new_cache(), cfg.num_positions - 1
         blocks = sampler.model.aligned.blocks if cfg.aligned else ()
         self.added = {
-            block: self.cache.keys.new_zeros(sampler.num_rows, 1 + cfg.target_len, cfg.embed_dim) for block in blocks
+            block: self.cache.keys.new_zeros(sampler.num_rows, 1 + cfg.target_places, cfg.embed_dim) for block in blocks
         }
         self.cache.reserve(self.max_len)
         self.kernel = step_kernel(device, self.cache.keys.dtype, cfg.embed_dim // cfg.num_heads)
@@ -205,22 +238,43 @@ class RecordedSteps(CachedSteps):
         return sum(kept.nbytes for kept in (self.cache.keys, self.cache.values, *self.added.values()))
 
     def decide(self, sampler: NextTokenSampler, i: int) -> None:
-        if i == self.known:
+        levels = sampler.model.cfg.levels
+        position, level = divmod(i, levels)
+        if position == self.known // levels:
             super().decide(sampler, i)
-            self.position.fill_(self.start + i)
+            self.position.fill_(self.start + position)
             return
-        newest = self.start + i - 1  # position of the token before
+        if level:
+            return  # sampled together with the first level
+        newest = self.start + position - 1  # position of the tokens before
         self._run(sampler, min(self.max_len, (newest // self.span + 1) * self.span))
 
     def _step(self, sampler: NextTokenSampler, span: int) -> None:
         """Sample the token after the newest one, with the first `span` positions of the cache, and advance."""
         newest = self.position - self.start  # (1,)
+        if sampler.model.cfg.levels > 1:
+            return self._step_of_levels(sampler, span, newest)
         token = self.tokens.index_select(1, newest)[:, 0]
         cache = SteppedCache(self.cache, self.position, span, self.kernel)
         logits = sampler.next_logits(token, newest, cache, self.added)
         index = newest + 1  # computed once: each operator is a launch
         sampled = sampler.pick(sampler.combine(logits, index), self.u.index_select(1, index)[:, 0])
         self.tokens.index_copy_(1, index, sampled[:, None])
+
+    def _step_of_levels(self, sampler: NextTokenSampler, span: int, newest: Tensor) -> None:
+        """`_step` of all levels of a position."""
+        levels = sampler.model.cfg.levels
+        codes = self.tokens.unflatten(1, (-1, levels))  # (C, N, L), a view
+        cache = SteppedCache(self.cache, self.position, span, self.kernel)
+        features = sampler.next_features(codes.index_select(1, newest)[:, 0], newest, cache, self.added)
+        index = newest + 1
+        sampled = codes.new_empty(len(codes), 0)
+        for level in range(levels):
+            place = index * levels + level
+            logits = sampler.combine(sampler.level_logits(features, sampled), place)
+            code = sampler.pick(logits, self.u.index_select(1, place)[:, 0])
+            sampled = torch.cat([sampled, code[:, None]], 1)
+        codes.index_copy_(1, index, sampled[:, None])
 
     def _run(self, sampler: NextTokenSampler, span: int) -> None:
         if self.position.device.type != "cuda":

@@ -21,6 +21,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
@@ -102,6 +103,10 @@ def add_errors(api: FastAPI) -> None:
     async def too_large(_: Request, error: TooLargeError) -> Response:
         return refuse(413, str(error))
 
+    @api.exception_handler(ClientDisconnect)
+    async def cut_off(_: Request, __: ClientDisconnect) -> Response:
+        return refuse(400, "the request ended before its body did")  # nobody reads it
+
     @api.exception_handler(HTTPException)
     async def missing(_: Request, error: HTTPException) -> Response:
         texts = {404: "there is nothing at this address", 405: "this address does not take this method"}
@@ -163,12 +168,7 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     def stream(request: Request, work: Callable[[Job], Any], *, slow: bool = False) -> Response:
         owner = request.headers.get("x-studio-page", "")[:64] or (request.client.host if request.client else "")
-        job = worker.submit(Job(work, owner, asyncio.get_running_loop()), slow=slow)
-        return StreamingResponse(
-            events(request, job, worker),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-        )
+        return sent(request, worker.submit(Job(work, owner, asyncio.get_running_loop()), slow=slow), worker)
 
     @api.get("/api/about")
     async def about() -> Response:
@@ -245,7 +245,12 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
 
     @api.get("/api/palettes")
     async def palettes(request: Request) -> Response:
-        return stream(request, model.palettes)
+        if not model.painted:
+            return stream(request, model.palettes)
+        job = Job(model.palettes, loop=asyncio.get_running_loop())
+        model.palettes(job)  # nothing is left to compute: it waits for nobody
+        job.finish("done")
+        return sent(request, job, worker)
 
     @api.get("/api/examples")
     async def examples(request: Request) -> Response:
@@ -263,6 +268,12 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
     @api.get("/api/curve")
     async def curve(request: Request) -> Response:
         return stream(request, model.curve, slow=True)
+
+
+def sent(request: Request, job: Job, worker: Worker) -> Response:
+    """The events of a job as a stream, which no proxy keeps back."""
+    headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+    return StreamingResponse(events(request, job, worker), media_type="text/event-stream", headers=headers)
 
 
 async def events(request: Request, job: Job, worker: Worker) -> AsyncIterator[bytes]:
@@ -306,7 +317,7 @@ def add_runs(api: FastAPI, folder: Folder) -> None:
         data = await asyncio.to_thread(path.read_bytes)
         return Response(data, media_type="image/png", headers={"cache-control": "no-cache"})
 
-    @api.get("/api/runs/{name}/previews/{picture:path}")
+    @api.get("/api/runs/{name}/previews/{picture}")
     async def preview(name: str, picture: str) -> Response:
         path = await asyncio.to_thread(folder.preview, name, picture)
         data = await asyncio.to_thread(path.read_bytes)

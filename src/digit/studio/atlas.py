@@ -116,13 +116,14 @@ class Atlas:
     def patches(self, token: int) -> tuple[Tensor, int]:
         """Crops (P, 3, s, s) uint8 of the pictures around places with this token, and the number of all places."""
         assert self.pipe.tokenizer is not None
-        rows, columns = self.pipe.tokenizer.grid
+        (rows, columns), levels = self.pipe.tokenizer.grid, self.pipe.tokenizer.num_levels
         found = (self.tokens == token).nonzero().tolist() if len(self.tokens) else []
         size = self.pipe.image_size
         height, width = size / rows, size / columns
         side = min(size, round(max(height, width) * (1 + 2 * CONTEXT)))
         crops = []
-        for image, place in spread(found, PATCHES):
+        for image, token_place in spread(found, PATCHES):
+            place = token_place // levels
             top = min(max(0, round((place // columns + 0.5) * height - side / 2)), size - side)
             left = min(max(0, round((place % columns + 0.5) * width - side / 2)), size - side)
             crops.append(self.images[image, :, top : top + side, left : left + side])

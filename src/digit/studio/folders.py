@@ -24,6 +24,8 @@ from typing import Any
 from digit.data.images import open_source
 from digit.errors import DigitError
 from digit.runs.claim import merged
+from digit.runs.previews import FOLDER as PREVIEWS
+from digit.runs.previews import GROWTH
 from digit.runs.recipes import RECIPES, Recipe
 from digit.runs.roles import ROLES
 from digit.runs.status import STAGES, TimeLeft, describe_stage, is_run, last_note, read_losses, seconds_left, time_left
@@ -34,7 +36,6 @@ PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
 MAX_FILES = 20_000  # counted for the size of a run
 MAX_STARTED = 2  # fits at a time
-PREVIEWS, MAX_PREVIEWS, SHOWN_PREVIEWS = "previews", 10_000, 6  # folder of a run; pictures looked at, and shown
 LARGEST = 1e300  # number in metrics.json that the page shows
 PROGRAM = (sys.executable, "-m", "digit")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -163,10 +164,11 @@ class Folder:
         """Two runs: the settings in which they differ, and the metrics of both."""
         folders = [self.find(first), self.find(second)]
         left, right = (self.config_of(f) for f in folders)
+        straight = any(as_dict(cfg["recipe"]).get("renderer_kind") == "pixels" for cfg in (left, right))
         differing = [
             {"name": name.removeprefix("recipe."), "first": shown(old), "second": shown(new)}
             for name, old, new in differences(left, right)
-            if not name.endswith("fingerprint")
+            if not name.endswith("fingerprint") and (straight or not name.startswith("recipe.pixels"))
         ]
         return {
             "differences": differing[:200],
@@ -188,9 +190,9 @@ class Folder:
         return path
 
     def preview(self, name: str, picture: str) -> Path:
-        """A picture that a fit has drawn while it trained. Raises DigitError for any other file."""
+        """A picture that shows how a model grew. Raises DigitError for any other file."""
         folder = self.find(name)
-        if picture not in all_previews(folder):
+        if picture not in previews(folder):
             raise DigitError("there is no such picture of this run")
         return folder / PREVIEWS / picture
 
@@ -337,26 +339,11 @@ def is_digit(pid: int) -> bool:
     return any(word.rpartition(b"/")[2] in (b"digit",) for word in words) or b"digit" in words
 
 
-def all_previews(folder: Path) -> list[str]:
-    """The pictures in a run's previews, MODEL/NAME.png or NAME.png, in the order of the numbers in their names."""
-    found: list[str] = []
-    if (folder / PREVIEWS).is_symlink():
-        return found
-    for place, _, names in os.walk(folder / PREVIEWS):  # it follows no links below it
-        inside = Path(place).relative_to(folder / PREVIEWS).parts
-        if len(inside) <= 1:
-            found += ["/".join([*inside, n]) for n in names if n.endswith(".png") and is_plain(Path(place) / n)]
-        if len(found) > MAX_PREVIEWS:
-            break
-    found = [name for name in found if all(NAME.fullmatch(part) for part in name.split("/"))]
-    return sorted(found, key=lambda name: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)])
-
-
 def previews(folder: Path) -> list[str]:
-    """Some of a run's previews, evenly spread up to the last."""
-    found = all_previews(folder)
-    step = max(1, -(-len(found) // SHOWN_PREVIEWS))
-    return found[::-1][::step][::-1]
+    """The pictures that show how each model of a run grew, in the order of the stages."""
+    names = [f"{stage}_{GROWTH}.png" for stage in STAGES]
+    place = folder / PREVIEWS
+    return [] if place.is_symlink() else [name for name in names if is_plain(place / name)]
 
 
 def size_of(folder: Path) -> int:

@@ -15,7 +15,7 @@ from digit.data.images import ImageSource
 from digit.errors import DigitError
 from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, add_noise
-from digit.pipeline.cells import cell_grid, fill_cells
+from digit.pipeline.cells import cell_grid, code_vectors, fill_cells, token_grid
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
@@ -139,7 +139,8 @@ class Model:
             "num_classes": pipe.num_classes,
             "unlabelled": "draw" not in missing and bool(pipe.num_classes) and pipe.knows_unlabelled,
             "tokenizers": {
-                name: {"grid": list(t.grid), "codes": t.vocab_size} for name, t in sorted(pipe.tokenizers.items())
+                name: {"grid": list(token_grid(t)), "codes": t.vocab_size}
+                for name, t in sorted(pipe.tokenizers.items())
             },
             "encoder": encoder,
             "cells": None if "complete" in missing else list(cell_grid(pipe)),
@@ -367,9 +368,14 @@ class Model:
                 job.emit("palettes")  # raises
         job.emit("palettes", **self._palettes)
 
+    @property
+    def painted(self) -> bool:
+        """Whether the palettes are made."""
+        return len(self._palettes) == len(self.pipe.tokenizers)
+
     def prepare(self, job: Job) -> Steps:
         """Make the palettes before anybody asks for them, where there is time. A slow job."""
-        while len(self._palettes) < len(self.pipe.tokenizers):
+        while not self.painted:
             if self._painting is None:
                 self._painting = self._paint()
             if next(self._painting, self) is self:  # it ended, or had failed before
@@ -382,7 +388,7 @@ class Model:
             if name == "vq" and few:
                 colours = yield from self._looks()
             else:
-                vectors = tokenizer.embed(torch.arange(tokenizer.vocab_size)[None])[0]
+                vectors = code_vectors(tokenizer)
                 with torch.random.fork_rng([]):
                     torch.manual_seed(0)
                     colours = code_colours(vectors.cpu())
@@ -434,7 +440,7 @@ class Model:
         for done, total in self.atlas.collect():
             job.emit("progress", done=done, total=total, text="reading training pictures")
             yield
-        vectors = self.pipe.tokenizer.embed(torch.arange(self.pipe.tokenizer.vocab_size)[None])[0]
+        vectors = code_vectors(self.pipe.tokenizer)
         near = (vectors - vectors[token]).square().sum(1).topk(min(NEAR_CODES + 1, len(vectors)), largest=False).indices
         crops, count = self.atlas.patches(token)
         image = data_url(png_of(sheet(crops))) if len(crops) else None

@@ -2,11 +2,12 @@
 
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 
 from digit.data.images import ImageSource, open_source
@@ -17,7 +18,7 @@ from digit.runtime.files import as_path, read_json
 from digit.runtime.signals import StopSignals, saving
 from digit.studio.app import MAX_UPLOAD, Studio, make_app
 from digit.studio.folders import Folder, as_dict
-from digit.studio.guard import is_local
+from digit.studio.guard import App, Receive, Scope, Send, is_local
 from digit.studio.jobs import BusyError, Job
 from digit.studio.model import Model
 
@@ -125,7 +126,7 @@ def serve(
     called = (allow_host or [host])[0] if host in ("0.0.0.0", "::") or not allow_host else host
     called = "127.0.0.1" if called in ("0.0.0.0", "::") else f"[{called}]" if ":" in called else called
     address = f"http://{called}:{port}/" + (f"?token={token}" if token else "")
-    app = make_app(studio, hosts=names, token=token, max_upload=max_upload)
+    app = without_broken(make_app(studio, hosts=names, token=token, max_upload=max_upload))
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, date_header=False, lifespan="off",
         proxy_headers=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=30, timeout_graceful_shutdown=3,
@@ -149,6 +150,20 @@ def serve(
         listener.close()
         with saving():  # fits that the page started save first
             studio.close()
+
+
+def without_broken(app: App) -> App:
+    """`app` whose answers are dropped where the request turned out to be broken after its head: uvicorn has refused it
+    already, and would log a traceback for the second answer."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_drop(message: MutableMapping[str, Any]) -> None:
+            with suppress(h11.LocalProtocolError):
+                await send(message)
+
+        await app(scope, receive, send_or_drop)
+
+    return call
 
 
 class Server(uvicorn.Server):

@@ -1,6 +1,6 @@
 """What a tokenizer, an encoder and a quantizer are, as protocols.
 
-Shapes: B images, N = rows * columns tokens an image in raster order, D features, K codes.
+Shapes: B images, N = rows * columns tokens an image in raster order, D features, K codes, L levels.
 """
 
 from dataclasses import dataclass
@@ -63,6 +63,16 @@ class Quantizer(Protocol):
         ...
 
     @property
+    def num_levels(self) -> int:
+        """Codes L of one feature: 1, or more in a residual or product codebook, where K are the codes of each level."""
+        ...
+
+    @property
+    def level_vectors(self) -> 'Float[Tensor, "L K D"]':
+        """What each code of each level adds to a feature, up to a constant of the level; float32."""
+        ...
+
+    @property
     def dim(self) -> int:
         """Features D that it takes."""
         ...
@@ -78,11 +88,14 @@ class Quantizer(Protocol):
         ...
 
     def predict(self, features: 'Float[Tensor, "... D"]') -> 'Int64[Tensor, "..."]':
-        """The token of each feature. Raises MismatchError for another D, DigitError for NaN or Inf."""
+        """The token of each feature, of several levels its codes (..., L).
+
+        Raises MismatchError for another D, DigitError for NaN or Inf.
+        """
         ...
 
     def embed(self, tokens: 'Int64[Tensor, "..."]') -> 'Float[Tensor, "... D"]':
-        """The vector that each token stands for, float32."""
+        """The vector that each token, of several levels each (..., L) codes, stands for, float32."""
         ...
 
     def to(self, device: str | torch.device) -> Self:
@@ -119,6 +132,8 @@ class FitCost:
     """A few words for the table."""
     host_seconds: float = 0.0
     """Of one core, beside the products: drawing the sample."""
+    streamed: bool = False
+    """Whether the features exceed the memory budget, so that every iteration computes them again."""
 
 
 @runtime_checkable
@@ -135,6 +150,16 @@ class QuantizerConfig(Protocol):
     @property
     def vocab_size(self) -> int:
         """Number K of codes that the fit gives."""
+        ...
+
+    @property
+    def num_levels(self) -> int:
+        """Codes of one feature."""
+        ...
+
+    @property
+    def pca(self) -> int:
+        """Principal components that it takes in place of the features; 0 takes the features as they are."""
         ...
 
     @property

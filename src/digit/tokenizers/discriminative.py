@@ -1,6 +1,7 @@
 """Discriminative tokenizer (paper, section 3.2): a quantizer replaces each feature of a frozen encoder by a token.
 
-Shapes: B images, N tokens an image (the encoder's grid in raster order), D features, K codes.
+Shapes: B images, N tokens an image (the encoder's grid in raster order), D features, K codes. Of a codebook with L
+levels, an image has N L tokens: the L codes of the first cell of the grid, then those of the second, and so on.
 """
 
 import hashlib
@@ -135,7 +136,8 @@ class DiscriminativeTokenizer:
 
     def __repr__(self) -> str:
         name, (rows, columns) = self.encoder.describe().get("name", type(self.encoder).__name__), self.grid
-        return f"DiscriminativeTokenizer({name}, {rows} x {columns} tokens of {self.vocab_size} codes)"
+        levels = f" on {self.num_levels} levels" if self.num_levels > 1 else ""
+        return f"DiscriminativeTokenizer({name}, {rows} x {columns} tokens of {self.vocab_size} codes{levels})"
 
     @property
     def device(self) -> torch.device:
@@ -148,8 +150,13 @@ class DiscriminativeTokenizer:
         return self.codebook.vocab_size
 
     @property
+    def num_levels(self) -> int:
+        """Tokens L of each cell of the grid."""
+        return self.codebook.num_levels
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the tokens, in raster order."""
+        """(rows, columns) of the tokens, in raster order; of several levels, of the cells."""
         rows, columns = self.encoder.grid
         return rows, columns
 
@@ -188,18 +195,31 @@ class DiscriminativeTokenizer:
         Takes what else `digit.data.pictures.as_images` takes: Pillow pictures, arrays, floats in 0..1, which are
         rounded to uint8. Raises DigitError for anything else.
         """
-        return self.codebook.predict(self.features(images))  # (B, N)
+        return self.quantize(self.features(images))  # (B, N)
+
+    def quantize(self, features: Tensor) -> Tensor:
+        """The tokens of features (B, N, D): (B, N), of several levels (B, N L)."""
+        codes = self.codebook.predict(features)
+        return codes if self.num_levels == 1 else codes.flatten(1)
 
     @torch.no_grad()
     def encode_features(self, images: "Images") -> 'tuple[Int64[Tensor, "B N"], Float[Tensor, "B N D"]]':
         """Tokens and the features that they stand for, from one pass of the encoder."""
         features = self.features(images)
-        return self.codebook.predict(features), features
+        return self.quantize(features), features
 
     def embed(self, tokens: "Integers") -> 'Float[Tensor, "B N D"]':
-        """The vector of each token, float32. Raises MismatchError for tokens outside 0..K-1."""
+        """The vector of each token, float32; of several levels, of each cell (B, N L) -> (B, N, D).
+
+        Raises MismatchError for tokens outside 0..K-1, and for numbers of them that are no multiple of L.
+        """
         tokens = as_integers("tokens", tokens)
         require_range("tokens", tokens, 0, self.vocab_size - 1, "this codebook")
+        if (levels := self.num_levels) > 1:
+            if not tokens.ndim or tokens.shape[-1] % levels:
+                shape = tuple(tokens.shape)
+                raise MismatchError(f"tokens have shape {shape}, each cell has {levels}: give a multiple of that")
+            tokens = tokens.unflatten(-1, (-1, levels))
         return self.codebook.embed(tokens)  # (B, N, D)
 
 

@@ -34,6 +34,7 @@ from digit.errors import DigitError, MismatchError
 from digit.models.efficientnet import SIZES as EFFICIENTNETS
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
 from digit.models.memory_format import channels_last
+from digit.models.several_layers import Combine, LayersConfig, SeveralLayers
 from digit.models.vit import SIZES as VITS
 from digit.models.vit import ViT, ViTConfig
 from digit.runtime.config_json import from_json
@@ -54,6 +55,7 @@ EFFICIENTNET_MEAN, EFFICIENTNET_STD = (127 / 255,) * 3, (128 / 255,) * 3  # (x -
 FORMAT = 1
 PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_INPUT_SIZE = 4096  # px, as data.preprocess
+Layer = int | Literal["pooled"] | tuple[int, ...]
 CPU_CHUNK = 16  # images: activations stay in cache; more at a time are two to three times as slow
 
 
@@ -68,6 +70,11 @@ class EncoderConfig:
     layer: int | Literal["pooled"] | None = None
     """Block whose output is used: 0-based, negative from the end. Not set: the third-to-last of a ViT and the last at
     stride 16 of an EfficientNet; pooled keeps the whole net, for `FrozenEncoder.pooled`."""
+    layers: tuple[int, ...] | None = None
+    """Several blocks in place of `layer`, numbered as there, such as -3,-6. The first one gives the grid; the features
+    of the others are resampled to it, and those of each are normalised to mean 0 and variance 1 over their channels."""
+    combine: Combine = "concat"
+    """What becomes of several layers: concat puts their channels side by side, sum adds them up."""
     input_size: int = within(f"[1, {MAX_INPUT_SIZE}]", 224)
     """Side in pixels that the net sees; other images are resized to it on the tensor (bicubic)."""
     weights: str | None = None
@@ -90,7 +97,7 @@ class SavedEncoder:
     """What encoder.json says beside the net."""
 
     name: str
-    layer: int | Literal["pooled"]
+    layer: int | Literal["pooled"] | tuple[int, ...]
     input_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -114,7 +121,7 @@ class FrozenEncoder(nn.Module):
         net: nn.Module,
         *,
         name: str,
-        layer: int | str,
+        layer: int | str | tuple[int, ...],
         input_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -207,7 +214,9 @@ class FrozenEncoder(nn.Module):
         Raises DigitError where the encoder was loaded up to an inner layer only.
         """
         if self.layer != "pooled":
-            raise DigitError(f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled")
+            raise DigitError(
+                f"encoder {self.name} was loaded up to block {self.layer} only: load it with layer=pooled and no layers"
+            )
         return self._run(lambda net, x: net.pooled(x), images, dtype)
 
     @torch.no_grad()
@@ -237,7 +246,11 @@ class FrozenEncoder(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """For manifests: name, layer, sizes, what it was trained on, weights file, fingerprint."""
-        kept = {"name": self.name, "layer": self.layer, "input_size": self.input_size} | self._named_precision()
+        layer = list(self.layer) if isinstance(self.layer, tuple) else self.layer
+        kept = {"name": self.name, "layer": layer} | (
+            {"combine": self.net.cfg.combine} if isinstance(self.net, SeveralLayers) else {}
+        )
+        kept |= {"input_size": self.input_size} | self._named_precision()
         return kept | {"grid": list(self.grid), "dim": self.dim} | self.about | {"fingerprint": self.fingerprint}
 
     def save(self, folder: str | Path) -> None:
@@ -278,6 +291,10 @@ def build(net_class: type[nn.Module], cfg: Any, state: Mapping[str, Tensor]) -> 
     """`net_class(cfg)` holding the tensors that it needs of `state`; others (later blocks) are left behind."""
     if net_class is HubNet:
         return HubNet.from_state(cfg, state)
+    if net_class is SeveralLayers:
+        inner_config, inner_class = NETS[cfg.net]
+        inner = from_json(inner_config, cfg.config, f"config of the {cfg.net}")
+        return SeveralLayers(cfg, build(inner_class, inner, {n.removeprefix("net."): t for n, t in state.items()}))
     with torch.device("meta"):
         net = net_class(cfg)
     wanted = net.state_dict().keys()
@@ -297,19 +314,43 @@ def resolve_layer(name: str, layer: int | str | None, total: int, default: int) 
     return index % total
 
 
-def kept_efficientnet(cfg: EncoderConfig) -> tuple[EfficientNetConfig, int | Literal["pooled"]]:
+def resolve_layers(cfg: EncoderConfig, total: int, default: int) -> Layer:
+    """The 0-based block, "pooled", or the blocks that `cfg` names. Raises DigitError as `resolve_layer`."""
+    if cfg.layers is None:
+        return resolve_layer(cfg.name, cfg.layer, total, default)
+    blocks = [resolve_layer(cfg.name, layer, total, default) for layer in cfg.layers]
+    numbers = tuple(block for block in blocks if isinstance(block, int))
+    if not numbers or len(set(numbers)) < len(blocks):
+        raise DigitError(f"encoder {cfg.name}: layers are {cfg.layers}, give the numbers of some blocks, each once")
+    return numbers
+
+
+def blocks_up_to(layer: int | tuple[int, ...]) -> int:
+    """Number of blocks that are kept for a layer, or for several."""
+    return 1 + (max(layer) if isinstance(layer, tuple) else layer)
+
+
+def kept_efficientnet(cfg: EncoderConfig) -> tuple[EfficientNetConfig, Layer]:
     """(the shape up to the layer, the layer) that `cfg` names."""
     whole = EFFICIENTNETS[cfg.name]
-    layer = resolve_layer(cfg.name, cfg.layer, len(whole.blocks), whole.default_layer)
-    return whole if layer == "pooled" else replace(whole, num_blocks=layer + 1, head=False), layer
+    layer = resolve_layers(cfg, len(whole.blocks), whole.default_layer)
+    return whole if layer == "pooled" else replace(whole, num_blocks=blocks_up_to(layer), head=False), layer
 
 
-def kept_vit(cfg: EncoderConfig, shape: ViTConfig) -> tuple[ViTConfig, int | Literal["pooled"]]:
+def kept_vit(cfg: EncoderConfig, shape: ViTConfig) -> tuple[ViTConfig, Layer]:
     """(the shape up to the layer, the layer) that `cfg` names. Raises DigitError for a side of no whole patches."""
-    layer = resolve_layer(cfg.name, cfg.layer, shape.depth, max(-3, -shape.depth))
+    layer = resolve_layers(cfg, shape.depth, max(-3, -shape.depth))
     if cfg.input_size % shape.patch_size:
         raise DigitError(f"encoder {cfg.name}: input_size {cfg.input_size} is no multiple of patch {shape.patch_size}")
-    return replace(shape, num_blocks=None if layer == "pooled" else layer + 1), layer
+    return replace(shape, num_blocks=None if layer == "pooled" else blocks_up_to(layer)), layer
+
+
+def with_layers(net: EfficientNet | ViT, layer: Layer, combine: Combine) -> nn.Module:
+    """The net itself, or where several layers are taken the net that combines them."""
+    if not isinstance(layer, tuple):
+        return net
+    kind = next(name for name, (_, net_class) in NETS.items() if isinstance(net, net_class))
+    return SeveralLayers(LayersConfig(net=kind, config=asdict(net.cfg), layers=layer, combine=combine), net)
 
 
 def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
@@ -317,6 +358,7 @@ def load_efficientnet(cfg: EncoderConfig) -> FrozenEncoder:
     kept, layer = kept_efficientnet(cfg)
     path = as_path(cfg.weights) if cfg.weights else find_weights(cfg.name)
     net = build(EfficientNet, kept, read_efficientnet(path, EFFICIENTNETS[cfg.name]))
+    net = with_layers(net, layer, cfg.combine)
     about = {"training": "supervised ImageNet-1k", "weights": path.name}
     numbers = {"mean": EFFICIENTNET_MEAN, "std": EFFICIENTNET_STD, "input_size": cfg.input_size}
     return FrozenEncoder(net, name=cfg.name, layer=layer, about=about, **numbers)
@@ -341,7 +383,7 @@ def load_vit(cfg: EncoderConfig, shape: ViTConfig | None = None, loaded: Any = N
     else:
         path = as_path(cfg.weights)
         training, state = FORMATS[family].training, read_vit(path, family, shape, loaded)
-    net = build(ViT, kept, state)
+    net = with_layers(build(ViT, kept, state), layer, cfg.combine)
     about = {"training": training, "weights": path.name, "position_interpolation": cfg.position_interpolation}
     about |= {"sizes": "of the weights file, not of the name"} if cfg.sizes == "file" else {}
     numbers = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "input_size": cfg.input_size}
@@ -386,6 +428,8 @@ def load_from_hub(cfg: EncoderConfig) -> FrozenEncoder:
     model_name = cfg.name.removeprefix("hf:")
     if cfg.weights is not None:
         raise DigitError(f"encoder {cfg.name} takes no weights file: name the model or its folder, hf:<folder>")
+    if cfg.layers is not None:
+        raise DigitError(f"encoder {cfg.name} gives one layer: leave layers out, and set layer")
     model, depth, mean, std = load_hub(model_name, cfg.input_size)
     layer = resolve_layer(cfg.name, cfg.layer, depth, max(-3, -depth))
     net = HubNet(HubConfig(model=model.config.to_dict(), num_blocks=depth if layer == "pooled" else layer + 1), model)
@@ -416,17 +460,20 @@ def load_from_folder(cfg: EncoderConfig) -> FrozenEncoder:
             f"encoder {name} takes {saved.input_size} px, input_size is {cfg.input_size}: "
             f"set the encoder's input_size to {saved.input_size}"
         )
-    if cfg.layer in (None, saved.layer) and (saved.layer != "pooled" or cfg.layer == "pooled"):
+    same = cfg.layers is None and cfg.layer in (None, saved.layer)
+    if same and (saved.layer != "pooled" or cfg.layer == "pooled"):
         return saved
     if not isinstance(saved.net, ViT):
-        raise DigitError(f"encoder {name} was saved up to layer {saved.layer}, asked for is {cfg.layer}: leave it out")
+        asked = cfg.layer if cfg.layers is None else cfg.layers
+        raise DigitError(f"encoder {name} was saved up to layer {saved.layer}, asked for is {asked}: leave it out")
     shape, kept = saved.net.cfg, saved.net.cfg.kept_blocks
-    layer = resolve_layer(name, cfg.layer, shape.depth, max(-3, -shape.depth))
-    if layer == "pooled" or layer >= kept:
+    layer = resolve_layers(cfg, shape.depth, max(-3, -shape.depth))
+    if layer == "pooled" or blocks_up_to(layer) > kept:
         raise DigitError(
             f"encoder {name} holds {kept} of {shape.depth} blocks, asked for is {layer}: choose an earlier one"
         )
-    net = build(ViT, replace(shape, num_blocks=layer + 1), saved.net.state_dict())
+    net = build(ViT, replace(shape, num_blocks=blocks_up_to(layer)), saved.net.state_dict())
+    net = with_layers(net, layer, cfg.combine)
     numbers: dict[str, Any] = {key: tuple(saved._numbers[key]) for key in ("mean", "std")} | {
         "input_size": saved.input_size
     }
@@ -437,6 +484,7 @@ NETS: dict[str, tuple[type, type[nn.Module]]] = {
     "efficientnet": (EfficientNetConfig, EfficientNet),
     "vit": (ViTConfig, ViT),
     "hub": (HubConfig, HubNet),
+    "layers": (LayersConfig, SeveralLayers),
 }
 LOADERS: dict[str, Callable[[EncoderConfig], FrozenEncoder]] = {
     **dict.fromkeys(EFFICIENTNETS, load_efficientnet),
@@ -463,13 +511,15 @@ def blank_net(cfg: EncoderConfig) -> Any:
     if (known := hub_shape(cfg.name)) is not None:
         cfg = replace(cfg, name=known)
     if cfg.name in EFFICIENTNETS:
-        build_net = partial(EfficientNet, kept_efficientnet(cfg)[0])
+        kept, layer = kept_efficientnet(cfg)
+        build_net = partial(EfficientNet, kept)
     elif cfg.name in VITS:
-        build_net = partial(ViT, kept_vit(cfg, vit_shape(cfg))[0])
+        kept, layer = kept_vit(cfg, vit_shape(cfg))
+        build_net = partial(ViT, kept)
     else:
         return load_encoder(cfg).net.to("meta")
     with torch.device("meta"):
-        return build_net()
+        return with_layers(build_net(), layer, cfg.combine)
 
 
 def load_encoder(cfg: EncoderConfig) -> FrozenEncoder:

@@ -12,7 +12,14 @@ from digit.errors import DigitError
 from digit.runtime.files import as_path, read_json
 from digit.tokenizers.base import Quantizer, QuantizerConfig
 from digit.tokenizers.kmeans.codebook import Codebook, fit_kmeans
-from digit.tokenizers.kmeans.config import KMeansConfig
+from digit.tokenizers.kmeans.config import KMeansConfig, ProductKMeansConfig, ResidualKMeansConfig
+from digit.tokenizers.kmeans.levels import (
+    PRODUCT,
+    RESIDUAL,
+    LevelCodebook,
+    fit_product_kmeans,
+    fit_residual_kmeans,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +37,19 @@ class QuantizerKind:
 
 
 QUANTIZERS = {
-    kind.name: kind for kind in (QuantizerKind(name="kmeans", config=KMeansConfig, fit=fit_kmeans, load=Codebook.load),)
+    kind.name: kind
+    for kind in (
+        QuantizerKind(name="kmeans", config=KMeansConfig, fit=fit_kmeans, load=Codebook.load),
+        QuantizerKind(name=RESIDUAL, config=ResidualKMeansConfig, fit=fit_residual_kmeans, load=LevelCodebook.load),
+        QuantizerKind(name=PRODUCT, config=ProductKMeansConfig, fit=fit_product_kmeans, load=LevelCodebook.load),
+    )
 }
 
 
 def quantizer_of(cfg: QuantizerConfig) -> QuantizerKind:
     """The kind of quantizer that these settings are of."""
-    return next(kind for kind in QUANTIZERS.values() if isinstance(cfg, kind.config))
+    kinds = {kind.config: kind for kind in QUANTIZERS.values()}
+    return next(kinds[base] for base in type(cfg).__mro__ if base in kinds)  # one config may extend another
 
 
 def load_quantizer(folder: str | Path) -> Quantizer:

@@ -249,7 +249,7 @@ function choice(id, choices, recipe, put) {
 
 // ---------------------------------------------------------------- Draw
 
-const draw = { num: 4, seed: 0, labels: [] };
+const draw = { num: 4, seed: 0, labels: [] }, PALETTE_MS = 300;
 
 function drawPart() {
   const about = state.about;
@@ -273,7 +273,7 @@ function drawPart() {
     const began = performance.now(), tiles = [];
     after.replaceChildren();
     if (innerWidth <= 860) gallery.scrollIntoView({ block: "start", behavior: "smooth" });
-    palettes();
+    await Promise.race([palettes().catch(() => {}), new Promise((later) => setTimeout(later, PALETTE_MS))]); // else the first maps were grey
     const ended = await work.run("/api/draw", { num: draw.num, seed: draw.seed, labels: draw.labels.slice(0, draw.num), ...settings() }, (kind, data) => {
       if (kind === "start") {
         columns(gallery, data.num);

@@ -16,9 +16,11 @@ function left(run) {
   return parts.join("; ");
 }
 
-// what the models drew while they trained, oldest first
-const strip = (run) => (run.previews.length ? h("div.previews", {}, run.previews.map((name) => h("figure", {}, h("img", { src: `/api/runs/${run.name}/previews/${name}?${Math.floor(run.changed)}`, alt: `preview of ${run.name}, ${words(name)}`, loading: "lazy" }), h("figcaption.note", {}, words(name))))) : "");
-const words = (name) => name.replace(".png", "").replaceAll(/[/_]/g, " ").replaceAll(/\b0+(?=\d)/g, "");
+// how the model that trains, or was trained last, grew
+function strip(run) {
+  const name = run.previews.at(-1), model = name?.replace("_growth.png", "").replaceAll("_", " ");
+  return name ? h("figure.grown", {}, h("img", { src: `/api/runs/${run.name}/previews/${name}?${Math.floor(run.changed)}`, alt: `how the ${model} of ${run.name} grew, oldest above`, loading: "lazy" }), h("figcaption.note", {}, `how the ${model} grew`)) : "";
+}
 
 // a fit that was started here and has no folder yet, or failed before it had one
 const beginning = (run) => h("article.card.stack", { "aria-label": run.name }, h("div.row", {}, h("h3", {}, run.name), h(run.ended === null ? "span.tag.live" : "span.tag", {}, run.ended === null ? "begins" : "ended")),
@@ -62,7 +64,7 @@ export default function runs() {
         left(run) ? h("p", {}, left(run)) : "",
         run.message ? h("p.mono" + (STOPPED.includes(run.ended) ? ".note" : ".error"), {}, run.message) : "",
         h("div.row", {}, run.can_stop ? h("button", { type: "button", "aria-label": `Stop ${run.name}`, onclick: () => act(run.name, "stop") }, "Stop") : "", run.can_continue ? h("button", { type: "button", "aria-label": `Continue ${run.name}`, onclick: () => act(run.name, "continue") }, "Continue") : "", box, h("label", { for: box.id }, "compare"))),
-      h("div", {}, lossChart(curves), h("ul.note", {}, metrics)),
+      h("div", {}, lossChart(curves), h("ul.note.metrics", {}, metrics)),
       h("div", {}, strip(run), run.pictures.includes("samples.png") ? h("img", { src: `/api/runs/${run.name}/pictures/samples.png?${Math.floor(run.changed)}`, alt: `samples of ${run.name}`, loading: "lazy" }) : run.previews.length ? "" : h("p.note", {}, "no samples yet")));
   }
   async function compare() {

@@ -79,5 +79,5 @@ export function chart(data, now) {
   const here = text(data.curves, data.snrs), there = data.paper ? text(data.paper.curves, data.paper.snrs) : "";
   const verdict = here ? h("p.verdict", {}, `On average over pictures, at ${now} dB ${here} of this run change${there ? `; in the paper ${there}` : ""}. Its encoder is ${state.about.encoder ?? "none"}.`) : "";
   const note = data.source === "run" ? `Measured by digit stability on ${data.images} pictures.` : `Measured by this page on ${data.images} training pictures; digit stability measures it on more, with intervals.`;
-  return [verdict, svg("svg", { class: "chart", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": summary }, ...parts), legend, h("p.note", {}, note)];
+  return [verdict, svg("svg", { class: "chart wide", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": summary }, ...parts), legend, h("p.note", {}, note)];
 }

@@ -117,8 +117,8 @@ export default function tokens() {
     h("h2", {}, "Tokens"),
     h("p.lede", {}, `${both ? "The same picture as two languages write it." : names.includes("vq") ? "The picture as VQ tokens. This pipeline has no discriminative ones." : "The picture as discriminative tokens. This run has no VQ tokens: its renderer goes straight to pixels."} Near codes have near colours. Point at a token to see where else it stands${names.includes("discriminative") ? "; choose one to see what it stands for in the training pictures, and put another in its place" : ""}.`),
     bar, progress,
-    h("div.split.wide", { css: { "grid-template-columns": "" } },
-      h("div.controls", {}, h("div", {}, h("label", { for: "wash" }, "Tokens over the picture"), strength), told, panel),
-      h("div", {}, boards, rebuilt, after)),
+    h("div.split.maps", {},
+      h("div.shown", {}, boards, rebuilt, after),
+      h("div.controls", {}, h("div", {}, h("label", { for: "wash" }, "Tokens over the picture"), strength), told, panel)),
   ];
 }

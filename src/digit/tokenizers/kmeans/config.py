@@ -1,4 +1,4 @@
-"""Settings of K-means (paper, section 3.2)."""
+"""Settings of K-means (paper, section 3.2), and of its residual and product forms."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -44,6 +44,11 @@ class KMeansConfig:
     """Precision of the distances during the iterations; auto takes bf16 where the hardware multiplies it fast."""
     device: str | None = None
     """Device that computes; null stays where the features are."""
+    pca: int = within("[0, inf)", 0)
+    """Cluster the features' first principal components, so many of them, in place of all features; 0 takes the features
+    as they are, as the paper does. One more pass over the images."""
+    whiten: bool = False
+    """Scale each principal component to variance 1, so that all of them count alike; nothing without pca."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -61,6 +66,11 @@ class KMeansConfig:
         return self.num_clusters
 
     @property
+    def num_levels(self) -> int:
+        """Codes of one feature."""
+        return 1
+
+    @property
     def min_points(self) -> int:
         """Points that a fit should have at least."""
         return MIN_POINTS_PER_CODE * self.num_clusters
@@ -72,13 +82,56 @@ class KMeansConfig:
 
     def cost(self, num_features: int, dim: int) -> FitCost:
         """One product per iteration, 2 N D K FLOPs; points that exceed the memory budget are computed every time."""
-        num_points = self.max_points(num_features)
+        num_points, projection = self.max_points(num_features), 2.0 * num_features * dim * (dim + self.pca)
+        dim = self.pca or dim
         streamed = 4 * num_points * dim > (1 - CHUNK_SHARE) * self.memory_budget_bytes
+        flops = 2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1)
         return FitCost(
             num_points=num_points,
-            num_passes=self.num_iterations + 2 if streamed else 1,
-            flops=2.0 * num_points * dim * self.num_clusters * (self.num_iterations + 1),
+            num_passes=(self.num_iterations + 2 if streamed else 1) + bool(self.pca),
+            flops=flops + (projection if self.pca else 0.0),
             memory_bytes=min(4.0 * num_points * dim + 40.0 * self.num_clusters * dim, self.memory_budget_bytes),
             host_seconds=DRAWN_SECONDS * num_features,
-            description=f"K {self.num_clusters}, {self.num_iterations} iterations",
+            streamed=streamed,
+            description=f"K {self.num_clusters}, {self.num_iterations} iterations"
+            + (f" of {self.pca} components" if self.pca else ""),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualKMeansConfig(KMeansConfig):
+    """Residual K-means: each level clusters what the levels before it leave of a feature."""
+
+    num_clusters: int = within("[1, inf)", 1024)
+    """Number of centroids K of each level."""
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Levels L: codes of one feature."""
+
+    def cost(self, num_features: int, dim: int) -> FitCost:
+        """That of K-means for each level."""
+        return of_levels(super().cost(num_features, dim), self.num_levels, self.num_levels, bool(self.pca))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductKMeansConfig(KMeansConfig):
+    """Product K-means: the features, or their principal components, are cut into parts, and each is clustered alone."""
+
+    num_clusters: int = within("[1, inf)", 1024)
+    """Number of centroids K of each part."""
+    num_levels: int = within("[1, 16]", 2)  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Parts, each a level: codes of one feature. With pca, the first part has the largest variance unless whitened."""
+
+    def cost(self, num_features: int, dim: int) -> FitCost:
+        """Passes for each part; all products together are those of K-means."""
+        return of_levels(super().cost(num_features, dim), self.num_levels, 1, bool(self.pca))
+
+
+def of_levels(cost: FitCost, num_levels: int, products: int, pca: bool) -> FitCost:
+    """What several levels take, from what one takes of the whole features; the pass of a PCA is made once."""
+    return replace(
+        cost,
+        num_passes=num_levels * (cost.num_passes - pca) + pca,
+        flops=products * cost.flops,
+        host_seconds=num_levels * cost.host_seconds,
+        description=f"{num_levels} levels, {cost.description}",
+    )
