@@ -198,7 +198,7 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
             except TimeoutError:
                 raise HTTPException(408, f"the picture did not arrive within {UPLOAD_SECONDS} s") from None
             async with decoding:
-                image = await asyncio.to_thread(read_upload, data, model.pipe.image_size)
+                image = await asyncio.to_thread(read_upload, data, model.pipe.image_size, model.pipe.preprocess.fit)
         settings = settings_in(data)
         same = settings is not None and settings.get("model") == model.fingerprint
         return give({"image": data_url(png(image)), "settings": settings, "same_model": same})

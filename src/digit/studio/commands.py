@@ -84,7 +84,7 @@ def tokens(run: str, tokenizers: Sequence[str]) -> dict[str, str]:
     }
     python = (
         f"{opening(run)}from PIL import Image\nfrom digit.data.preprocess import fit_batch\n"
-        'image = fit_batch([Image.open("picture.png")], pipe.image_size)\n'
+        'image = fit_batch([Image.open("picture.png")], pipe.image_size, pipe.preprocess.fit)\n'
     )
     return {"python": python + "\n".join(calls[name] for name in tokenizers)}
 

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from digit.data.decode import decode_image, read_header
-from digit.data.preprocess import fit_batch
+from digit.data.preprocess import Fit, fit_batch
 from digit.errors import BadImageError, DigitError
 from digit.runtime.plots import to_pil
 
@@ -47,13 +47,13 @@ def settings_in(data: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def read_upload(data: bytes, size: int) -> Tensor:
-    """A picture as it was dropped onto the page -> its centre crop (3, size, size) uint8.
+def read_upload(data: bytes, size: int, fit: Fit = "crop") -> Tensor:
+    """A picture as it was dropped onto the page -> (3, size, size) uint8, cut as the pipeline's `fit` says.
 
     Raises BadImageError for what is no picture, or has more than MAX_UPLOAD_PIXELS pixels.
     """
     image = decode_image(data, name="the picture", max_pixels=MAX_UPLOAD_PIXELS)
-    return fit_batch([image], size)[0]
+    return fit_batch([image], size, fit)[0]
 
 
 def read_data_url(text: str, size: int) -> Tensor:
