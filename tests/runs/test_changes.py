@@ -13,6 +13,8 @@ from tiny import SHAPES, pixel_recipe, tiny_recipe
 from digit.cli import main
 from digit.errors import DigitError, Stopped
 from digit.runs.changes import (
+    FREE_SETTING,
+    decides,
     find_change,
     finish_lengthening,
     keep_length,
@@ -21,9 +23,12 @@ from digit.runs.changes import (
     touching,
     with_more,
 )
+from digit.runs.checks import DECIDED_BY
 from digit.runs.fit import Run, fit
 from digit.runs.recipe import Recipe, with_settings
+from digit.runs.roles import ROLES
 from digit.runtime.files import load_tensors, read_json
+from digit.runtime.settings import flat
 from digit.training.log import read_log
 
 
@@ -87,6 +92,16 @@ def test_the_stages_that_a_setting_touches(settings, stages):
     before = tiny_recipe()
     wanted = with_settings(before, settings)
     assert {stage for stage in STAGES if touching(stage, before, wanted)} == stages
+
+
+def test_every_setting_decides_a_stage_or_is_free():
+    """A new field of the recipe must not change a run without making anything anew."""
+    fields = set().union(*DECIDED_BY.values())
+    roles = ROLES.values()
+    others = {"renderer_kind", "codebook_probe"}  # which models there are; a measure beside the codebook
+    for name in flat(Recipe()):
+        deciding = name.partition(".")[0] in fields or any(decides(name, role) for role in roles)
+        assert deciding or FREE_SETTING.fullmatch(f"recipe.{name}") or name in others, name
 
 
 def test_the_seed_touches_every_stage(done):

@@ -77,7 +77,7 @@ def test_completion_keeps_tokens_and_pixels(client, pipe):
     found = events(client.post("/api/complete", json={"picture": url, "keep": KEEP, "num": 2, "seed": 3}))
     expected = fill_cells(pipe, pixels(url)[None], torch.tensor(KEEP), num=2, seed=3, batch_size=16)
     pictures = found.only("picture")
-    assert torch.equal(torch.stack([pixels(p["image"]) for p in pictures]), expected.pasted)
+    assert torch.equal(torch.stack([pixels(p["image"]) for p in pictures]), expected.blended)
     mask = torch.tensor(KEEP).repeat_interleave(SIZE // 4, 0).repeat_interleave(SIZE // 4, 1)
     assert all(torch.equal(pixels(p["image"])[:, mask], pixels(url)[:, mask]) for p in pictures)
 

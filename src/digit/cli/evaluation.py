@@ -239,7 +239,7 @@ def run_probe(parser: "ArgumentParser", argv: list[str]) -> None:
     "  digit sweep photos/val --from runs/photos --out sweep/ --joint_guidance true --cfg_scale 1,1.5,2,3",
 )
 def run_sweep(parser: "ArgumentParser", argv: list[str]) -> None:
-    """Find good sampling settings: Frechet distance by top-k, top-p (paper, Figure 5) and guidance."""
+    """Find good sampling settings: distance by top-k, top-p (paper, Figure 5) and guidance."""
     from digit.evaluation import sweep
 
     parser.add_argument(

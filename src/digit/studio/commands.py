@@ -64,7 +64,7 @@ def complete(
         f"{opening(run)}import torch\nfrom PIL import Image\nfrom digit.pipeline.cells import fill_cells\n"
         f"keep = torch.tensor({rows}).bool()\n"
         f'done = fill_cells(pipe, Image.open("picture.png"), keep, num={num}, seed={seed}{given}'
-        f"{keywords(changes, batch_size)})\ndone.pasted  # ({num}, 3, H, W) uint8"
+        f"{keywords(changes, batch_size)})\ndone.blended  # ({num}, 3, H, W) uint8"
     )
     found = {"python": python}
     whole = [all(row) for row in keep]

@@ -298,7 +298,7 @@ class Model:
             about = {"kind": "complete", "seed": request.seed + row, "label": done.label, "class": used} | settings
             job.emit(
                 "picture", index=row, seed=request.seed + row, label=done.label, name=used,
-                image=self.picture(done.pasted[row], about), decoded=self.picture(done.images[row], about),
+                image=self.picture(done.blended[row], about), decoded=self.picture(done.images[row], about),
             )  # fmt: skip
 
     def vary(self, job: Job, request: Variations) -> None:
