@@ -280,7 +280,7 @@ class SequenceModel(nn.Module):
 
         `drop_prefix` marks rows that see the null prefix. Of several levels, P and L count positions.
         """
-        batch = len(target)
+        batch = target.shape[0]  # len() would bake the number of images into an exported graph
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
         embedded = embed_codes(self.token_embed, target, self.cfg.levels)
         tokens = torch.cat([start[:, None], embedded], dim=1)  # (B, 1 + L, D)
