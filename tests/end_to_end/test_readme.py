@@ -28,6 +28,7 @@ def folder(tmp_path_factory, few_scenes) -> Path:
             Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(
                 folder / "photos" / name / f"{i}.jpg"
             )
+    (folder / "photo.jpg").write_bytes((folder / "photos" / "pear" / "0.jpg").read_bytes())
     (folder / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(tiny_recipe())))))
     tiny = ["--config", str(folder / "tiny.yaml")]
     assert main(["fit", "shapes:num=24,size=32", *tiny, "--out", str(folder / "runs/demo")]) == 0

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("at", [0, 5, 11, 12])
 def test_a_stopped_request_goes_on(pipe, whole, tmp_path, monkeypatch, at):
     """The writer of image `at` is interrupted."""
-    save, sampled, sample_all = plots.save_png, [], DigitPipeline._sample
+    save, sampled, sample_all = plots.save_png, [], DigitPipeline.sample_request
 
     def stopped(path, image):
         if Path(path).name == f"{at:05d}.png":
@@ -40,7 +40,9 @@ def test_a_stopped_request_goes_on(pipe, whole, tmp_path, monkeypatch, at):
             draw(pipe, tmp_path / "s")
     assert not (tmp_path / "s" / "samples.json").exists()
     monkeypatch.setattr(
-        DigitPipeline, "_sample", lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more)
+        DigitPipeline,
+        "sample_request",
+        lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more),
     )
     done = json.loads((tmp_path / "s" / "journal.json").read_text())["done"] if at else []
     draw(pipe, tmp_path / "s")
@@ -173,7 +175,7 @@ def leave_unfinished(pipe: DigitPipeline, folder: Path, monkeypatch, **changes) 
 
 def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monkeypatch):
     """Of four batches those of ranks 1 and 3 are done; a journal of another request counts for nothing."""
-    folder, sampled, sample_all = tmp_path / "s", [], DigitPipeline._sample
+    folder, sampled, sample_all = tmp_path / "s", [], DigitPipeline.sample_request
     journal = leave_unfinished(pipe, folder, monkeypatch)
     other = journal | {"request": journal["request"] | {"seed": 4}, "done": [[0, 13]]}
     for rank, entry in enumerate([{"done": []}, {"done": [[4, 8]]}, other, {"done": [[12, 13]]}]):
@@ -182,7 +184,9 @@ def test_what_four_ranks_left_is_gone_on_with_by_one(pipe, whole, tmp_path, monk
     for i in (0, 2, 9):
         (folder / f"{i:05d}.png").unlink()
     monkeypatch.setattr(
-        DigitPipeline, "_sample", lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more)
+        DigitPipeline,
+        "sample_request",
+        lambda self, *how, **more: sampled.append(how[2:]) or sample_all(self, *how, **more),
     )
     draw(pipe, folder)
     assert sampled == [(0, 4), (8, 12)] and contents(folder) == whole

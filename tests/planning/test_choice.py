@@ -70,7 +70,7 @@ def test_plan_photos_says_what_it_chose(capsys):
     assert "note: recipe photos256 for this machine" in err and "renderer" in out
 
 
-def test_a_new_run_takes_the_choice_and_keeps_it(tmp_path, monkeypatch, capsys):
+def test_a_new_run_takes_the_choice_and_keeps_it(tmp_path, monkeypatch):
     """The machine is looked at once: a busier moment must not change a run."""
     from digit.cli.runs import choose_base
     from digit.runs.fit import Run
@@ -78,10 +78,9 @@ def test_a_new_run_takes_the_choice_and_keeps_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("digit.planning.machines.this_machine", lambda device: SLOW)
     words = ["shapes:num=2000,size=16", "--out", str(tmp_path / "run")]
     base = choose_base(words)
-    assert base.name == "photos128" and "note: recipe photos128" in capsys.readouterr().err
-    Run(base, words[0], tmp_path / "run")
+    assert base.recipe.name == "photos128" and base.said.startswith("recipe photos128 for this machine")
+    Run(base.recipe, words[0], tmp_path / "run")
     monkeypatch.setattr("digit.planning.machines.this_machine", lambda device: cpu(1e11))
     for again in (words, [*words, "--recipe", "photos"]):
-        assert choose_base(again).preprocess.image_size == 128
-    assert capsys.readouterr().err == ""
-    assert choose_base([*words, "--recipe", "photos64"]).preprocess.image_size == 64
+        assert choose_base(again).recipe.preprocess.image_size == 128 and not choose_base(again).said
+    assert choose_base([*words, "--recipe", "photos64"]).recipe.preprocess.image_size == 64

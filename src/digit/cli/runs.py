@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from digit.cli.arguments import (
     CONFIG_HELP,
@@ -39,8 +39,15 @@ MORE_HELP = (
 )
 
 
-def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Recipe":
-    """Add DATA, --recipe, --out and one dotted option for each field of the recipe.
+class Base(NamedTuple):
+    """What sets the defaults of a run's options, and what to say of it once the settings are known to be right."""
+
+    recipe: "Recipe"
+    said: str = ""
+
+
+def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str], *, more: bool = False) -> Base:
+    """Add DATA, --recipe, --out, one dotted option for each field of the recipe, and with `more` --more.
 
     Returns the recipe whose settings are the defaults (`choose_base`).
     """
@@ -74,11 +81,13 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Recipe"
     )
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     parser.add_class_arguments(Recipe, as_group=True)
-    parser.set_defaults({f.name: _default(getattr(base, f.name)) for f in fields(base)})
+    parser.set_defaults({f.name: _default(getattr(base.recipe, f.name)) for f in fields(base.recipe)})
+    if more:
+        parser.add_argument("--more", default=None, help=MORE_HELP)
     return base
 
 
-def choose_base(argv: Sequence[str]) -> "Recipe":
+def choose_base(argv: Sequence[str]) -> Base:
     """The recipe that sets the defaults of a run, read before the parser exists.
 
     A run in --out keeps its settings where no recipe is typed, or the one for any machine; a recipe that is typed sets
@@ -94,17 +103,16 @@ def choose_base(argv: Sequence[str]) -> "Recipe":
 
     name, out = value_of(argv, "--recipe"), value_of(argv, "--out")
     if wants_help(argv):
-        return get_recipe(name or DEFAULT_RECIPE)
+        return Base(get_recipe(name or DEFAULT_RECIPE))
     folder = as_path(out) if out else None
     if name in (None, ANY_MACHINE) and folder and (there := settings_there(folder)) is not None:
-        return there
+        return Base(there)
     if name in (None, ANY_MACHINE):
         choice = choose_photos(this_machine(choose_device(value_of(argv, "--device"))), online=not offline())
-        note(str(choice))
-        return choice.recipe
+        return Base(choice.recipe, str(choice))
     recipe = get_recipe(name)
     typed = [word.partition("=")[0].removeprefix("--") for word in argv]
-    return keep_length(recipe, folder, typed) if folder else recipe
+    return Base(keep_length(recipe, folder, typed) if folder else recipe)
 
 
 def settings_there(out: Path) -> "Recipe | None":
@@ -122,7 +130,7 @@ def _default(value: Any) -> Any:
     return asdict(cast(Any, value)) if is_dataclass(value) else value
 
 
-def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None = None) -> "Run":
+def make_run(args: Any, argv: Sequence[str], base: Base, *, more: str | None = None) -> "Run":
     """Build the Run that parsed arguments describe; `base` set the defaults, `more` lengthens the run in --out."""
     from digit.runs.changes import with_more
     from digit.runs.checks import chosen_settings
@@ -137,13 +145,15 @@ def make_run(args: Any, argv: Sequence[str], base: "Recipe", *, more: str | None
         )
     recipe, record = read_config(args, Recipe), None
     source = open_data(args, args.data)
+    if base.said:
+        note(base.said)
     reuse = {part: folder for part in REUSABLE if (folder := getattr(args, f"reuse_{part}"))}
     if recipe.published_vqgan and "vqgan" not in reuse:
         reuse["vqgan"] = fetch_published(recipe.published_vqgan, recipe.preprocess.crop_size)
     if more is not None:
         longer = distributed.on_main(lambda: with_more(recipe, as_path(args.out), more))
         recipe, record = longer.recipe, longer.record
-    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, base)]
+    chosen = [*typed_settings(argv, recipe), *chosen_settings(recipe, base.recipe)]
     run = Run(
         recipe,
         source,
@@ -194,8 +204,7 @@ def run_fit(parser: "ArgumentParser", argv: list[str]) -> None:
     that they do not touch is kept too, and what was there before goes to OUT/earlier. --more 2x goes on from what is
     there.
     """
-    base = add_run_arguments(parser, argv)
-    parser.add_argument("--more", default=None, help=MORE_HELP)
+    base = add_run_arguments(parser, argv, more=True)
     args = parse(parser, argv)
     run = make_run(args, argv, base, more=args.more)
     distributed.on_main(lambda: show_fit(run))

@@ -133,7 +133,7 @@ def sample_around(
     on_step: OnStep | None = None,
 ) -> Int64[Tensor, "B M"]:
     """Tokens (B, M) that are the given ones where `keep` is true and sampled elsewhere; `keep` (M,) is one for all."""
-    keep = keep.to(tokens.device).expand_as(tokens)
+    keep = keep.cpu().expand_as(tokens)  # which calls are made is decided here: a mask on a GPU would make it wait
 
     def call(given: Tensor, rows: Sequence[int] = range(len(seeds))) -> Tensor:
         own = [seeds[row] for row in rows]
@@ -144,7 +144,7 @@ def sample_around(
             return sampler(own, given=given, **conditions)
 
     if sampler.model.cfg.masked:
-        return call(torch.where(keep, tokens, sampler.model.cfg.mask_token))
+        return call(torch.where(keep.to(tokens.device), tokens, sampler.model.cfg.mask_token))
     first = int(keep.all(0).int().cumprod(0).sum())  # tokens that every picture keeps, from the first on
     if first == keep.shape[1]:
         return tokens.clone()

@@ -83,9 +83,9 @@ class GenerationRequest:
     labels: Int64[Tensor, " B"]
     """Class of each image, -1 for none."""
     discriminative: Int64[Tensor, "B N"] | None = None
-    """Discriminative tokens of each image."""
+    """Discriminative tokens of each image, or the first of them."""
     vq: Int64[Tensor, "B M"] | None = None
-    """VQ tokens of each image."""
+    """VQ tokens of each image, or the first of them."""
     keep_discriminative: Bool[Tensor, "B N"] | None = None
     """Which of the discriminative tokens are kept; None keeps all that are given."""
     keep_vq: Bool[Tensor, "B M"] | None = None
@@ -415,6 +415,9 @@ class DigitPipeline:
             if name == "vq" and self.renders_pixels:
                 continue
             tokens[name] = tokenizer.encode(images)
+            if not isinstance(keep, Tensor):  # the first rows, whose number needs no look at a mask
+                tokens[name] = tokens[name][:, : kept_tokens(tokenizer.grid, keep) * levels_of(tokenizer)]
+                continue
             cells = kept_cells(keep, tokenizer.grid, self.image_size).flatten()
             cells = cells.repeat_interleave(levels_of(tokenizer))  # all tokens of a cell
             tokens[f"keep_{name}"] = cells.expand(len(images), -1)
@@ -549,7 +552,7 @@ class DigitPipeline:
     def _prefix(self, prior: Sampler | None, rows: GenerationRequest, on_step: OnStep | None = None) -> Tensor:
         """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
         tokens, keep = rows.discriminative, rows.keep_discriminative
-        if tokens is not None and (keep is None or keep.all()):
+        if tokens is not None and (prior is None or _is_whole(tokens, keep, prior)):
             return tokens.to(self.device)
         assert prior is not None, "checked by _require_sampling"
         labels = rows.labels_of(self._require_prior())
@@ -564,8 +567,12 @@ class DigitPipeline:
     ) -> Tensor:  # fmt: skip
         """The given tokens where they are kept, the others sampled."""
         tokens = tokens.to(self.device)
-        keep = torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep
-        return sample_around(sampler, rows.seeds, tokens, keep, on_step=on_step, **conditions)
+        if _is_whole(tokens, keep, sampler):
+            return tokens.clone()
+        if keep is not None:
+            return sample_around(sampler, rows.seeds, tokens, keep, on_step=on_step, **conditions)
+        with watched(sampler, sampler.stage, len(rows.labels), tokens, on_step):
+            return sampler(rows.seeds, given=tokens, **conditions)
 
     def _sampler(
         self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig
@@ -772,6 +779,11 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
         return None
     renderer = load_sequence_model(model, "model").to(pipe.device)
     return DigitPipeline(vq=pipe.vq, renderer=renderer, preprocess=pipe.preprocess, classes=pipe.classes)
+
+
+def _is_whole(tokens: Tensor, keep: Tensor | None, sampler: Sampler) -> bool:
+    """Whether every token of a model is given and kept."""
+    return tokens.shape[1] == sampler.model.cfg.target_len if keep is None else bool(keep.all())
 
 
 def kept_tokens(grid: tuple[int, int], keep: float) -> int:

@@ -304,11 +304,10 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
 def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
     """Raise DigitError for several crops of an image that would be equal, or that no model would be trained on."""
     cfg, most = recipe.preprocess, recipe.preprocess.distinct_crops
-    if most is not None and most > 1 and recipe.crops_per_image > most:
+    if cfg.fit != "crop" and most is not None and most > 1 and recipe.crops_per_image > most:
         raise DigitError(
-            f"crops_per_image is {recipe.crops_per_image}, but with preprocess.fit {cfg.fit} and random_crop "
-            f"{str(cfg.random_crop).lower()} an image has {most} different crops at most, as it is and mirrored: set "
-            f"it to {most}"
+            f"crops_per_image is {recipe.crops_per_image}, but with preprocess.fit {cfg.fit} an image has {most} "
+            f"different crops at most, as it is and mirrored: set it to {most}"
         )
     if recipe.crops_per_image > 1 and recipe.preprocess.deterministic:
         raise DigitError(

@@ -150,19 +150,19 @@ class ConfigLoader:
 def work_mocked_out() -> Iterator[None]:
     """Ends commands where they would start to compute."""
     from digit.cli.arguments import value_of
-    from digit.cli.runs import add_run_arguments
-    from digit.runs.recipes import Recipe, get_recipe
+    from digit.cli.runs import Base, add_run_arguments
+    from digit.runs.recipes import get_recipe
 
-    def remembered(parser: Any, argv: list[str]) -> Recipe:
+    def remembered(parser: Any, argv: list[str], **how: Any) -> Base:
         """Calls add_run_arguments, which takes most of the time, once for each command and recipe."""
         name = value_of(argv, "--recipe") or "small"
         recipe = get_recipe(name)
         if (parser.prog, name) in PARSERS:
             vars(parser).update(PARSERS[parser.prog, name])
         else:
-            add_run_arguments(parser, [*argv, "--recipe", name])
+            add_run_arguments(parser, [*argv, "--recipe", name], **how)
             PARSERS[parser.prog, name] = dict(vars(parser))
-        return recipe
+        return Base(recipe)
 
     from digit.runs.recipes import TokenSpace
 
