@@ -563,16 +563,16 @@ class DigitPipeline:
 
     def _around(
         self, sampler: Sampler, rows: GenerationRequest, tokens: Tensor, keep: Tensor | None, on_step: OnStep | None,
-        **conditions: Tensor | None,
+        *, prefix: Tensor | None = None, labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The given tokens where they are kept, the others sampled."""
         tokens = tokens.to(self.device)
         if _is_whole(tokens, keep, sampler):
             return tokens.clone()
         if keep is not None:
-            return sample_around(sampler, rows.seeds, tokens, keep, on_step=on_step, **conditions)
+            return sample_around(sampler, rows.seeds, tokens, keep, prefix=prefix, labels=labels, on_step=on_step)
         with watched(sampler, sampler.stage, len(rows.labels), tokens, on_step):
-            return sampler(rows.seeds, given=tokens, **conditions)
+            return sampler(rows.seeds, prefix=prefix, labels=labels, given=tokens)
 
     def _sampler(
         self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig
