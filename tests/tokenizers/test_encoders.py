@@ -8,29 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_mae import TINY, save_tiny, tiny
 
 from digit.errors import DigitError, MismatchError
 from digit.models.tokenizer import ImageTokenizer
-from digit.models.vit import ViT, ViTConfig
 from digit.runtime.files import load_tensors, save_tensors
 from digit.tokenizers import encoders
-from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, interpolated, load_encoder, load_vit
-
-TINY = ViTConfig(embed_dim=24, depth=4, num_heads=3, patch_size=4, layer_scale=False, table_side=4)
+from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, interpolated, load_encoder
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    net = ViT(TINY)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    torch.save({"model": net.state_dict()}, tmp_path / "mae.pth")
-    return tmp_path / "mae.pth"
-
-
-def tiny(weights: Path, **fields: object) -> FrozenEncoder:
-    cfg = {"name": "mae_vitb16", "weights": str(weights), "input_size": 16} | fields
-    return load_vit(EncoderConfig(**cfg), TINY)
+    return save_tiny(tmp_path)
 
 
 def test_bytes_and_floats_are_the_same_image(weights):

@@ -8,32 +8,21 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from torch import Tensor
+from toy_mae import save_tiny, tiny
 
 from digit.cli.arguments import bracketed, list_options
 from digit.errors import DigitError
 from digit.models.efficientnet import EfficientNet, EfficientNetConfig
 from digit.models.several_layers import LayersConfig, SeveralLayers, resampled
-from digit.models.vit import ViT, ViTConfig
 from digit.runs.checks import unused_settings
 from digit.runs.recipes import get_recipe
 from digit.runtime.settings import refuse_unused
-from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, blank_net, load_encoder, load_vit
-
-TINY = ViTConfig(embed_dim=24, depth=4, num_heads=3, patch_size=4, layer_scale=False, table_side=4)
+from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, blank_net, load_encoder
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    net = ViT(TINY)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    torch.save({"model": net.state_dict()}, tmp_path / "mae.pth")
-    return tmp_path / "mae.pth"
-
-
-def tiny(weights: Path, **fields: object) -> FrozenEncoder:
-    cfg = {"name": "mae_vitb16", "weights": str(weights), "input_size": 16} | fields
-    return load_vit(EncoderConfig(**cfg), TINY)
+    return save_tiny(tmp_path)
 
 
 def normal(features: Tensor) -> Tensor:
