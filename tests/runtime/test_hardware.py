@@ -1,8 +1,18 @@
 """Devices, cores and precision of this machine."""
 
+import threading
+
+import pytest
 import torch
 
-from digit.runtime.hardware import choose_device, cores_of_this_process, free_memory, full_precision, physical_memory
+from digit.runtime.hardware import (
+    choose_device,
+    cores_of_this_process,
+    free_memory,
+    full_precision,
+    in_own_thread,
+    physical_memory,
+)
 
 
 def test_a_rank_takes_its_own_gpu_whatever_number_is_named(monkeypatch):
@@ -45,3 +55,11 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps(monkeypatch):
     for name, number in numbers.items():
         monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
     assert free_memory(torch.device("cuda")) == 8
+
+
+def test_work_in_its_own_thread_gives_its_result_or_raises_and_leaves_no_thread():
+    before, here = threading.active_count(), threading.current_thread()
+    assert in_own_thread(lambda: threading.current_thread() is not here)
+    with pytest.raises(ZeroDivisionError):
+        in_own_thread(lambda: 1 / 0)
+    assert threading.active_count() == before

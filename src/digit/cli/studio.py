@@ -54,22 +54,25 @@ def run_studio(parser: "ArgumentParser", argv: list[str]) -> None:
             raise
         raise DigitError(MISSING.format(error=error)) from error
 
+    from digit.runtime.hardware import in_own_thread
     from digit.runtime.progress import quiet
 
     args.source = args.run
     try:
-        pipe = load_pipeline(args)
+        pipe = in_own_thread(lambda: load_pipeline(args))  # the model's thread is another
     except DigitError as error:
         raise type(error)(str(error).replace("--from", "RUN")) from error
     quiet()  # bars of single requests
     shown = args.run if args.host in ("127.0.0.1", "localhost", "::1") and not args.read_only else None
-    studio, notes = open_studio(
-        pipe,
-        args.run,
-        data=args.data,
-        runs=args.runs,
-        read_only=args.read_only,
-        shown=shown or args.run.rstrip("/").rpartition("/")[2],
+    studio, notes = in_own_thread(
+        lambda: open_studio(
+            pipe,
+            args.run,
+            data=args.data,
+            runs=args.runs,
+            read_only=args.read_only,
+            shown=shown or args.run.rstrip("/").rpartition("/")[2],
+        )
     )
     for note in notes:
         say(f"note: {note}")

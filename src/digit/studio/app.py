@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from starlette.requests import ClientDisconnect
 
 from digit.errors import DigitError
 from digit.runs.recipes import RECIPES
+from digit.runtime.hardware import in_own_thread
 from digit.studio import requests as wanted
 from digit.studio.folders import Folder, without_paths
 from digit.studio.guard import Guard, TooLargeError
@@ -198,7 +200,8 @@ def add_jobs(api: FastAPI, studio: Studio) -> None:
             except TimeoutError:
                 raise HTTPException(408, f"the picture did not arrive within {UPLOAD_SECONDS} s") from None
             async with decoding:
-                image = await asyncio.to_thread(read_upload, data, model.pipe.image_size, model.pipe.preprocess.fit)
+                cut = partial(read_upload, data, model.pipe.image_size, model.pipe.preprocess.fit)
+                image = await asyncio.to_thread(in_own_thread, cut)
         settings = settings_in(data)
         same = settings is not None and settings.get("model") == model.fingerprint
         return give({"image": data_url(png(image)), "settings": settings, "same_model": same})

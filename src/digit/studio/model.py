@@ -30,7 +30,7 @@ from digit.studio.requests import Complete, Draw, Encode, Judge, Noise, Render, 
 
 BATCH_SIZE = 16  # one size for every request, so that a seed gives the same picture whatever the count
 STEP_SECONDS = 0.08  # between two token maps that are sent
-GROWING_SHARE = 0.12  # of the time that decoding unfinished pictures may take
+GROWING_SHARE = 0.08  # of the time that decoding unfinished pictures may take
 STAGES = ("prior", "renderer")
 STAGE_SETTINGS = (
     "temperature", "top_k", "top_p", "cfg_scale", "cfg_schedule", "num_steps", "order", "choice_temperature",
