@@ -8,12 +8,14 @@ each block, where the token of that place is predicted. The sequence of the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.positions import grid_places
 from digit.models.transformer import Transformer, TransformerConfig
 
 
@@ -38,7 +40,7 @@ class AlignedPrefix(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.target_grid, self.blocks = grid, target_grid, tuple(blocks)
-        self.transformer = Transformer(cfg)
+        self.transformer = Transformer(cfg, partial(grid_places, grid, target_grid) if cfg.rotary == "2d" else None)
         self.projections = nn.ModuleList(nn.Linear(cfg.embed_dim, cfg.embed_dim, bias=False) for _ in blocks)
 
     def forward(self, prefix: Float[Tensor, "B P D"]) -> dict[int, Float[Tensor, "B M D"]]:

@@ -78,10 +78,11 @@ class StepTransformer:
         self, x: Float[Tensor, "R D"], cache: KVCache | SteppedCache, added: Added | None = None
     ) -> Float[Tensor, "R D"]:
         """Features after the final norm; extends the cache by one position. `added` {block: (R, D)} joins inputs."""
+        rotation = cache.rotation(1)
         for layer, block in enumerate(self.blocks):
             if added and layer in added:
                 x = x + added[layer]
-            x = block(x, layer, cache)
+            x = block(x, layer, cache, rotation)
         cache.advance(1)
         return self.final_norm(x)
 
@@ -92,23 +93,27 @@ class StepBlock:
     def __init__(self, block: Block, num_rows: int) -> None:
         attention, mlp = block.attention, block.mlp
         self.pre, self.num_heads = block.pre, attention.num_heads
-        self.with_positions = attention.with_positions
+        self.prepared = attention.prepared
         self.qkv, self.out = product(attention.qkv), product_and_sum(attention.out)
         self.fc1, self.fc2 = product(mlp.fc1, gelu=True, num_rows=num_rows), product_and_sum(mlp.fc2)
         self.norm1, self.norm2 = normaliser(block.norm1), normaliser(block.norm2)
 
-    def __call__(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
+    def __call__(
+        self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache, rotation: Tensor | None
+    ) -> Float[Tensor, "R D"]:
         if self.pre:
-            x = self.out(self.attend(self.norm1(x), layer, cache), x)
+            x = self.out(self.attend(self.norm1(x), layer, cache, rotation), x)
             return self.fc2(self.fc1(self.norm2(x)), x)
-        x = self.norm1(self.out(self.attend(x, layer, cache), x))
+        x = self.norm1(self.out(self.attend(x, layer, cache, rotation), x))
         return self.norm2(self.fc2(self.fc1(x), x))
 
-    def attend(self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache) -> Float[Tensor, "R D"]:
+    def attend(
+        self, x: Float[Tensor, "R D"], layer: int, cache: KVCache | SteppedCache, rotation: Tensor | None
+    ) -> Float[Tensor, "R D"]:
         """Attention before its output projection."""
         rows, width = x.shape
         q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)
-        q, k = self.with_positions(q, k, cache.position)
+        q, k = self.prepared(q, k, rotation)
         return cache.attend(layer, q, k, v).reshape(rows, width)
 
 

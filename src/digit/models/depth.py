@@ -23,6 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.products import TiedLinear
 
 MAX_LEVELS = 16
 HIDDEN = 2  # width of a level's feed-forward layer over D
@@ -46,13 +47,13 @@ def embed_levels(table: nn.Embedding, codes: Int64[Tensor, "*B J"], levels: int)
 
 
 class DepthLevel(nn.Module):
-    """Features of one level after the first, and its projection to logits."""
+    """Features of one level after the first, and `head`, its projection to logits."""
 
-    def __init__(self, width: int, vocab_size: int) -> None:
+    def __init__(self, width: int, head: nn.Linear | TiedLinear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc1, self.fc2 = nn.Linear(width, HIDDEN * width), nn.Linear(HIDDEN * width, width)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head = head
 
     def forward(self, features: Float[Tensor, "*B D"], lower: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """What `head` takes: `features` of the backbone, `lower` the embedded codes of the levels before."""

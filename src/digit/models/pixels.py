@@ -63,6 +63,11 @@ class PixelConfig(SequenceConfig):
             raise DigitError(
                 "a renderer straight to pixels knows no classes, masks, guidance and dropout: leave them out"
             )
+        if self.rotary != "none" or self.tied_embeddings or self.random_order or not self.learned_positions:
+            raise DigitError(
+                "rotary, learned_positions, tied_embeddings and random_order are not of a renderer straight to pixels: "
+                "leave them out"
+            )
         if self.noise_channels < 0:
             raise DigitError(f"noise_channels is {self.noise_channels}: it cannot be below 0")
         _ = self.decoder  # refuses sizes that do not fit each other

@@ -57,10 +57,30 @@ def prepacked(weight: Float[Tensor, "O I"], num_rows: int | None = None) -> Floa
     return weight
 
 
+class TiedLinear(nn.Module):
+    """y = E x: logits by the rows first .. first + num - 1 of an embedding table, which stays the embedding's."""
+
+    bias = None
+
+    def __init__(self, embedding: nn.Embedding, first: int, num: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.first = embedding.embedding_dim, num, first
+        self._embedding = (embedding,)  # in a tuple: as a part of this module it would be saved twice
+
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        """The rows; gradients reach the table."""
+        return self._embedding[0].weight[self.first : self.first + self.out_features]
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """E x in the table's type."""
+        return F.linear(x, self.weight)
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b, W packed for inputs of about `num_rows` rows."""
 
-    def __init__(self, layer: nn.Linear, num_rows: int) -> None:
+    def __init__(self, layer: nn.Linear | TiedLinear, num_rows: int) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = prepacked(layer.weight.detach(), num_rows)
@@ -72,16 +92,16 @@ class PackedLinear(nn.Module):
 
 
 @torch.no_grad()
-def can_pack(layer: nn.Linear) -> bool:
+def can_pack(layer: nn.Linear | TiedLinear) -> bool:
     """Whether this torch build can pack this layer, and packing makes it faster on this processor."""
     gains = layer.weight.dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
     return gains and uses_onednn(layer.weight, layer.weight) and prepacked(layer.weight[:1]).is_mkldnn
 
 
 def pack_linears(module: Module, num_rows: int) -> Module:
-    """Replace every nn.Linear inside `module` that can be packed, in place; returns the module."""
+    """Replace every linear layer inside `module` that can be packed, in place; returns the module."""
     for name, child in module.named_children():
-        if type(child) is nn.Linear and can_pack(child):
+        if (type(child) is nn.Linear or isinstance(child, TiedLinear)) and can_pack(child):
             setattr(module, name, PackedLinear(child, num_rows))
         else:
             pack_linears(child, num_rows)

@@ -9,13 +9,17 @@ tokens share a position (`models/depth.py`): the sequence then has P / L and M /
 embedding and the output projection are separate. Not as released: no special symbols (released decoding forbids them),
 so the softmax is over codes alone and no end-of-sequence symbol is predicted. Nor is an aligned prefix
 (`models/aligned.py`), which is added to the target's positions: no position stands before the start symbol then.
+
+Random order (RAR, Yu et al. 2024, "Randomized Autoregressive Visual Generation", section 3.2): training may put the
+target's positions into an order of each sequence's own. A second position table tells each of them which place it
+predicts next. In raster order the sum of both tables is one table, so a trained model has no second one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -27,8 +31,8 @@ from digit.errors import DigitError, MismatchError
 from digit.models.aligned import AlignedPrefix, check_grid
 from digit.models.depth import DepthLevel, check_levels, depth_flops, embed_codes, embed_levels
 from digit.models.losses import linear_cross_entropy
-from digit.models.positions import sincos_2d
-from digit.models.products import PackedLinear
+from digit.models.positions import grid_places, line_places, sincos_2d
+from digit.models.products import PackedLinear, TiedLinear
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.transformer import MAX_DEPTH, Added, Dropout, KVCache, Transformer, TransformerConfig
 
@@ -65,9 +69,15 @@ class SequenceConfig(TransformerConfig):
     added_blocks: int = 2
     """Blocks to whose input an aligned prefix is added, evenly spaced from the first; at most depth."""
     prefix_rows: int = 0
-    """Rows of the prefix's grid, for an aligned prefix."""
+    """Rows of the prefix's grid, for an aligned prefix and for rotary 2d."""
     target_rows: int = 0
-    """Rows of the target's grid, for an aligned prefix."""
+    """Rows of the target's grid, for an aligned prefix and for rotary 2d."""
+    learned_positions: bool = True
+    """Position tables, added to the embeddings as in the paper; a model without them has rotary positions alone."""
+    tied_embeddings: bool = False
+    """Logits are the products with the embeddings of the target's codes, without an output projection of their own."""
+    random_order: bool = False
+    """A table that tells each position which place it predicts next, for training in random orders."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +105,16 @@ class SequenceConfig(TransformerConfig):
             raise DigitError(f"conditioning is {self.conditioning!r}: choose prefix or aligned")
         if self.aligned:
             self._check_aligned()
+        if self.rotary == "2d":
+            check_grid("target", self.target_places, self.target_rows)
+            if self.prefix_len:
+                check_grid("prefix", self.prefix_places, self.prefix_rows)
+        if not self.learned_positions and self.rotary == "none":
+            raise DigitError("learned_positions is false, so the model needs rotary positions: set rotary to 1d or 2d")
+        if self.random_order and self.masked:
+            raise DigitError("random_order is for next-token models, a masked model knows no order: leave it out")
+        if self.random_order and not self.learned_positions:
+            raise DigitError("random_order needs position tables: set learned_positions to true")
 
     def _check_aligned(self) -> None:
         if not self.prefix_len:
@@ -133,6 +153,25 @@ class SequenceConfig(TransformerConfig):
         """Positions of the whole sequence, with the last target token."""
         return self.start_position + 1 + self.target_places
 
+    def places(self, length: int, device: torch.device) -> Float[Tensor, "T A"]:
+        """Where each of the first positions lies, for rotary positions: in the sequence, or on the target's grid.
+
+        On the grid a prefix token has the place that it covers in the picture, and the start symbol (-1, -1).
+        """
+        if self.rotary != "2d":
+            return line_places(length, device)
+        grid = self.target_rows, self.target_places // self.target_rows
+        places = [torch.full((1, 2), -1.0, device=device), grid_places(grid, grid, self.target_places, device)]
+        if self.start_position:
+            prefix_grid = self.prefix_rows, self.prefix_places // self.prefix_rows
+            places.insert(0, grid_places(prefix_grid, grid, self.prefix_places, device))
+        return torch.cat(places)[:length]
+
+    @property
+    def trained(self) -> SequenceConfig:
+        """The configuration of the model once it is trained (`SequenceModel.end_random_order`)."""
+        return replace(self, random_order=False)
+
     @property
     def kind(self) -> str:
         """Name of this kind of model in `sampling.kinds.KINDS`."""
@@ -159,10 +198,12 @@ class SequenceModel(nn.Module):
         width = cfg.embed_dim
         self.token_embed = nn.Embedding(cfg.levels * cfg.vocab_size + cfg.masked, width)  # the last row hides a token
         self.start_embed = nn.Embedding(1 + cfg.num_classes, width)  # row 0 plain start, row 1 + c class c
-        self.positions = nn.Parameter(torch.empty(1 + cfg.target_places, width))  # of [start | target]
+        self.positions = self._table(1 + cfg.target_places)  # of [start | target]
+        if cfg.random_order:
+            self.next_positions = self._table(cfg.target_places)  # of the place predicted next
         if cfg.prefix_len:
             self.prefix_embed = nn.Embedding(cfg.prefix_levels * cfg.prefix_vocab_size, width)
-            self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_places, width))
+            self.prefix_positions = self._table(cfg.prefix_places)
         if cfg.prefix_dropout:
             self.null_prefix = nn.Parameter(torch.empty(width))
         if cfg.aligned:
@@ -175,17 +216,29 @@ class SequenceModel(nn.Module):
                     norm="pre",
                     dropout=cfg.dropout,
                     qk_norm=cfg.qk_norm,
+                    rotary=cfg.rotary,
                 ),
                 grid=(cfg.prefix_rows, cfg.prefix_places // cfg.prefix_rows),
                 target_grid=(cfg.target_rows, cfg.target_places // cfg.target_rows),
                 blocks=[i * cfg.depth // cfg.added_blocks for i in range(cfg.added_blocks)],
             )
         self.dropout = Dropout(cfg.dropout)
-        self.transformer = Transformer(cfg)
-        self.head = nn.Linear(width, cfg.vocab_size, bias=False)
+        self.transformer = Transformer(cfg, cfg.places)
+        self.head = self._head(0)
         if cfg.levels > 1:
-            self.depth = nn.ModuleList(DepthLevel(width, cfg.vocab_size) for _ in range(cfg.levels - 1))
+            self.depth = nn.ModuleList(DepthLevel(width, self._head(level)) for level in range(1, cfg.levels))
         self.reset_parameters()
+
+    def _table(self, num: int) -> Any:
+        """A position table for `num` positions, a parameter; None for a model without learned positions."""
+        return nn.Parameter(torch.empty(num, self.cfg.embed_dim)) if self.cfg.learned_positions else None
+
+    def _head(self, level: int) -> nn.Linear | TiedLinear:
+        """The projection to the logits of a level's codes."""
+        cfg = self.cfg
+        if cfg.tied_embeddings:
+            return TiedLinear(self.token_embed, level * cfg.vocab_size, cfg.vocab_size)
+        return nn.Linear(cfg.embed_dim, cfg.vocab_size, bias=False)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -217,7 +270,8 @@ class SequenceModel(nn.Module):
         """
         self.token_embed.weight[: len(codes)] = lift(codes, self.cfg.embed_dim)
         for head, rows in zip(self.heads, self.token_embed.weight[: len(codes)].chunk(self.cfg.levels), strict=True):
-            head.weight.copy_(rows)
+            if not self.cfg.tied_embeddings:
+                head.weight.copy_(rows)
         if prefix_codes is not None and self.cfg.prefix_len:
             self.prefix_embed.weight.copy_(lift(prefix_codes, self.cfg.embed_dim))
 
@@ -231,21 +285,24 @@ class SequenceModel(nn.Module):
         """
         width = self.cfg.embed_dim
         half = width // 2
-        if half < 4:
-            return  # too narrow for a sine and a cosine of row and column: the random table stays
+        if half < 4 or not self.cfg.learned_positions:
+            return  # too narrow for a sine and a cosine of row and column, the random table stays; or there is none
         finest = max(*grid, *(prefix_grid or ()))
         nowhere = torch.zeros(1, half)
         own = grid_positions(grid, half, finest)  # (M, D / 2)
         after_start = torch.cat([nowhere, own])
         predicted = after_start if self.cfg.masked else torch.cat([own, nowhere])
         turn = torch.linalg.qr(torch.randn(width, width))[0][: 2 * half]
+        if self.cfg.random_order:
+            self.next_positions.copy_(torch.cat([torch.zeros_like(own), own], 1) @ turn)
+            predicted = torch.zeros_like(predicted)
         self.positions.copy_(torch.cat([after_start, predicted], 1) @ turn)
         if self.cfg.prefix_len:
             assert prefix_grid is not None, "a model with a prefix needs the grid of its prefix"
             self.prefix_positions.copy_(grid_positions(prefix_grid, half, finest).repeat(1, 2) @ turn)
 
     @property
-    def heads(self) -> list[nn.Linear | PackedLinear]:
+    def heads(self) -> list[nn.Linear | TiedLinear | PackedLinear]:
         """The projection to logits of each level."""
         levels: Any = self.depth if self.cfg.levels > 1 else ()
         return [self.head, *(level.head for level in levels)]
@@ -275,16 +332,18 @@ class SequenceModel(nn.Module):
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Int64[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
+        order: Int64[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Embedded [prefix | start | target] with positions, T = P + 1 + L; with an aligned prefix [start | target].
 
-        `drop_prefix` marks rows that see the null prefix. Of several levels, P and L count positions.
+        `drop_prefix` marks rows that see the null prefix. Of several levels, P and L count positions. `order` has the
+        places of a sequence's positions where they do not follow raster order.
         """
         batch = target.shape[0]  # len() would bake the number of images into an exported graph
         start = self.start_embed(self._start_rows(labels, batch, target.device))  # (B, D)
         embedded = embed_codes(self.token_embed, target, self.cfg.levels)
         tokens = torch.cat([start[:, None], embedded], dim=1)  # (B, 1 + L, D)
-        x = self.with_positions(tokens, self.positions[: tokens.shape[1]])
+        x = self.with_positions(tokens, self.target_positions(tokens.shape[1], order))
         if not self.cfg.prefix_len:
             if prefix is not None:
                 raise DigitError("this model takes no prefix (prefix_len 0): leave it out, or use a renderer")
@@ -293,6 +352,26 @@ class SequenceModel(nn.Module):
             return x  # `added` has the prefix
         before = self.with_positions(self._prefix(prefix, batch, drop_prefix), self.prefix_positions)  # (B, P, D)
         return torch.cat([before, x], dim=1)
+
+    def target_positions(
+        self, length: int, order: Int64[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "*B L D"] | None:
+        """What the position tables add to the first `length` positions of [start | target]; None without tables."""
+        if not self.cfg.random_order:
+            return None if self.positions is None else self.positions[:length]
+        following = F.pad(self.next_positions, (0, 0, 0, 1))  # after the last position comes none
+        if order is None:
+            return (self.positions + following)[:length]
+        own, predicted = F.pad(order + 1, (1, 0)), F.pad(order, (0, 1), value=self.cfg.target_places)  # (B, 1 + N)
+        return F.embedding(own[:, :length], self.positions) + F.embedding(predicted[:, :length], following)
+
+    @torch.no_grad()
+    def end_random_order(self) -> None:
+        """Add up the two position tables, once the model is trained: the same logits, to the bit, in raster order."""
+        if self.cfg.random_order:
+            self.positions[:-1] += self.next_positions
+            del self.next_positions
+            self.cfg = self.cfg.trained
 
     def added(
         self,
@@ -320,7 +399,10 @@ class SequenceModel(nn.Module):
         """
         levels = self.cfg.levels
         embedded = self.token_embed(token) if levels == 1 else embed_levels(self.token_embed, token, levels)
-        return self.with_positions(embedded, self.positions[1 + index])
+        if self.positions is None:
+            return self.with_positions(embedded, None)
+        table = self.target_positions(len(self.positions)) if self.cfg.random_order else self.positions
+        return self.with_positions(embedded, table[1 + index])
 
     def level_features(self, features: Float[Tensor, "*B D"], lower: Int64[Tensor, "*B J"]) -> Float[Tensor, "*B D"]:
         """What the head of level J takes, from the backbone's features and the codes of the levels before it."""
@@ -335,8 +417,10 @@ class SequenceModel(nn.Module):
         """Logits of a position's code of level J."""
         return self.heads[lower.shape[-1]](self.level_features(features, lower))
 
-    def with_positions(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def with_positions(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """sqrt(D) tokens + positions, (..., D). All position tables enter here, in training and in cached decoding."""
+        if positions is None:
+            return tokens * math.sqrt(self.cfg.embed_dim)
         return torch.add(positions, tokens, alpha=math.sqrt(self.cfg.embed_dim))
 
     def _start_rows(self, labels: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -370,10 +454,12 @@ class SequenceModel(nn.Module):
         drop_prefix: Bool[Tensor, " B"] | None = None,
         hidden: list[Tensor] | None = None,
         added: Added | None = None,
+        order: Int64[Tensor, "B N"] | None = None,
     ) -> Float[Tensor, "B N D"]:
         """The features whose `head` gives the logits of each target token; of several levels, of each position.
 
-        `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once.
+        `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once. With
+        `order`, the places of the target's positions, `target` is in that order, and so are the features.
         """
         cfg = self.cfg
         if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
@@ -381,10 +467,15 @@ class SequenceModel(nn.Module):
             raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{whole}")
         whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
         seen = target if whole else target[:, : -cfg.levels]
-        x = self.dropout(self.embed(seen, prefix, labels, drop_prefix))  # (B, T, D)
-        added = upto(self.added(len(target), prefix, drop_prefix) if added is None else added, x.shape[1])
-        first = cfg.start_position + cfg.masked
-        y = self.transformer(x, causal=not cfg.masked, first=first, added=added, hidden=hidden)
+        x = self.dropout(self.embed(seen, prefix, labels, drop_prefix, order))  # (B, T, D)
+        added = self.added(len(target), prefix, drop_prefix) if added is None else added
+        rotation = None
+        if order is not None:
+            predicted = F.pad(order, (0, 1), value=cfg.target_places)  # (B, 1 + N): the last row adds nothing
+            added = {block: at_places(more, predicted) for block, more in added.items()}
+            rotation = self.rotation_in(order, x.shape[1])
+        how = dict(causal=not cfg.masked, first=cfg.start_position + cfg.masked, rotation=rotation, hidden=hidden)
+        y = self.transformer(x, added=upto(added, x.shape[1]), **how)
         return y[:, : target.shape[1] // cfg.levels]
 
     def forward(
@@ -434,7 +525,16 @@ class SequenceModel(nn.Module):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for [prefix | start | target]; the last target token is never an input."""
-        return KVCache(self.cfg, batch, self.cfg.num_positions - 1, like=self.start_embed.weight)
+        length = self.cfg.num_positions - 1
+        rotations = self.transformer.rotations(length, self.device)
+        return KVCache(self.cfg, batch, length, like=self.start_embed.weight, rotations=rotations)
+
+    def rotation_in(self, order: Int64[Tensor, "B N"], length: int) -> Tensor | None:
+        """Rotary positions (B, T, 2, d/2) of the first `length` positions of sequences in orders of their own."""
+        start = 1 + self.cfg.start_position
+        table = self.transformer.rotations(self.cfg.num_positions, order.device)
+        before = torch.arange(start, device=order.device).expand(len(order), -1)
+        return None if table is None else table[torch.cat([before, start + order], 1)[:, :length]]
 
     # ---------------------------------------------------------------- training
 
@@ -463,8 +563,12 @@ class SequenceModel(nn.Module):
         hide: Bool[Tensor, "B M"] | None = None,
         drop_labels: Bool[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
+        order: Int64[Tensor, "B N"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean cross-entropy over the target (masked models: over the hidden tokens), and metrics.
+
+        `order` (`runs.batches.RandomOrder`) has for each sequence a permutation of its N target positions, in which
+        they are predicted; raster order without it. It needs `cfg.random_order`.
 
         `noise` samples `hide` (tokens to predict, required by a masked model), `drop_labels` and `drop_prefix` (rows
         that lose their label or prefix). Dropout uses torch's global generator. Metrics are detached scalars: nll
@@ -472,8 +576,12 @@ class SequenceModel(nn.Module):
         """
         if drop_labels is not None and labels is not None:
             labels = labels.masked_fill(drop_labels, -1)
+        if order is not None:
+            assert self.cfg.random_order, "a model that learns random orders has random_order set"
+            codes = target.unflatten(1, (-1, self.cfg.levels))  # (B, N, L)
+            target = codes.gather(1, order[..., None].expand_as(codes)).flatten(1)
         if not self.cfg.masked:
-            features = self.features(target, prefix, labels, drop_prefix).flatten(0, 1)  # (B * M, D)
+            features = self.features(target, prefix, labels, drop_prefix, order=order).flatten(0, 1)  # (B * M, D)
             if self.cfg.levels > 1:
                 return self._loss_of_levels(features, target, label_smoothing)
             return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
@@ -525,6 +633,11 @@ def block_flops(positions: int, depth: int, width: int) -> float:
 def upto(added: Added, length: int) -> Added:
     """The parts of the first `length` positions."""
     return {block: more[:, :length] for block, more in added.items()}
+
+
+def at_places(table: Float[Tensor, "B T D"], index: Int64[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """The rows of each sequence's table at its own places."""
+    return table.gather(1, index[..., None].expand(-1, -1, table.shape[2]))
 
 
 def lift(codes: Float[Tensor, "V C"], width: int) -> Float[Tensor, "V {width}"]:

@@ -1,6 +1,6 @@
 """The released transformer (fairseq's decoder without encoder attention; paper, section 3 and appendix A.3).
 
-Shapes: B sequences, T positions, D width, H heads, d = D / H.
+Shapes: B sequences, T positions, D width, H heads, d = D / H; tables of rotary positions (T, 2, d/2).
 Prior: post-norm without a final norm. Renderer and VQ-only baselines: pre-norm with a final LayerNorm.
 One backbone serves next-token models (causal) and masked ones (bidirectional).
 """
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.positions import Places, line_places, rotary_table, rotate
 
 CACHE_SPAN = 32  # positions
 StepKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -45,6 +46,9 @@ class TransformerConfig:
     qk_norm: bool = False
     """Divide queries and keys of each head by their root mean square, times a learned gain for each of its channels
     (Dehghani et al. 2023, section 2). The paper's models do not."""
+    rotary: Literal["none", "1d", "2d"] = "none"
+    """Rotary positions in attention: by the place in the sequence, or by row and column of the token's cell in the
+    picture (`models/positions.py`). The paper's models have none."""
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_heads"):
@@ -60,6 +64,18 @@ class TransformerConfig:
             raise DigitError(f"norm is {self.norm!r}: choose post or pre")
         if not 0 <= self.dropout < 1:
             raise DigitError(f"dropout is {self.dropout}: choose a fraction from 0 to below 1")
+        if self.rotary not in (axes := {"none": 0, "1d": 1, "2d": 2}):
+            raise DigitError(f"rotary is {self.rotary!r}: choose none, 1d or 2d")
+        if (parts := 2 * axes[self.rotary]) and self.head_dim % parts:
+            raise DigitError(
+                f"rotary {self.rotary} needs heads of a width that {parts} divides, embed_dim {self.embed_dim} over "
+                f"num_heads {self.num_heads} is {self.head_dim}: change one, or set rotary to none"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of a head."""
+        return self.embed_dim // self.num_heads
 
     @property
     def mlp_dim(self) -> int:
@@ -72,11 +88,14 @@ class KVCache:
 
     The span grows by CACHE_SPAN positions: matrix kernels read a dense block, and would copy a slice of a longer one.
     `position` is where the next input starts; the backbone advances it after each forward. Only for use
-    without gradients.
+    without gradients. `rotations` is the table of rotary positions of all max_len positions, if the model has them.
     """
 
-    def __init__(self, cfg: TransformerConfig, batch: int, max_len: int, like: Tensor) -> None:
-        empty = like.new_zeros(cfg.depth, batch, cfg.num_heads, 0, cfg.embed_dim // cfg.num_heads)
+    def __init__(
+        self, cfg: TransformerConfig, batch: int, max_len: int, like: Tensor, rotations: Tensor | None = None
+    ) -> None:
+        empty = like.new_zeros(cfg.depth, batch, cfg.num_heads, 0, cfg.head_dim)
+        self.rotations = rotations
         self.keys, self.values, self.max_len, self.position = empty, empty, max_len, 0
         self.mask: Tensor | None = None
 
@@ -107,6 +126,10 @@ class KVCache:
         """Store k and v (B, H, n, d) and attend to all positions up to theirs: (B, H, n, d)."""
         return attend(q, self.extend(layer, k, v))
 
+    def rotation(self, length: int) -> Tensor | None:
+        """Rotary positions of the next `length` positions."""
+        return None if self.rotations is None else self.rotations[self.position : self.position + length]
+
     def advance(self, length: int) -> None:
         """All layers have stored `length` positions."""
         self.position += length
@@ -121,7 +144,7 @@ class SteppedCache:
 
     def __init__(self, cache: KVCache, position: Tensor, span: int, kernel: StepKernel | None = None) -> None:
         self.keys, self.values = cache.keys[:, :, :, :span], cache.values[:, :, :, :span]
-        self.position, self.kernel, self.mask = position, kernel, None
+        self.position, self.kernel, self.mask, self.rotations = position, kernel, None, cache.rotations
         if kernel is None:
             unseen = torch.arange(span, device=position.device) > position
             self.mask = self.keys.new_zeros(1, span).masked_fill_(unseen, float("-inf"))
@@ -138,6 +161,10 @@ class SteppedCache:
         if self.kernel is None:
             return attend(q, self.extend(layer, k, v))
         return self.kernel(q, k, v, self.keys[layer], self.values[layer], self.position)
+
+    def rotation(self, length: int) -> Tensor | None:
+        """Rotary positions of the next position; `length` is 1."""
+        return None if self.rotations is None else self.rotations.index_select(0, self.position)
 
     def advance(self, length: int) -> None:
         """The next step's position."""
@@ -202,12 +229,19 @@ class Attention(nn.Module):
         self.num_heads = cfg.num_heads
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
         self.out = nn.Linear(cfg.embed_dim, cfg.embed_dim)
-        self.qk_norm = cfg.qk_norm
+        self.qk_norm, self.rotary = cfg.qk_norm, cfg.rotary != "none"
         if cfg.qk_norm:
-            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.embed_dim // cfg.num_heads)) for _ in range(2))
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
 
     def forward(
-        self, x: Tensor, *, causal: bool, layer: int, cache: KVCache | SteppedCache | None, first: int = 0
+        self,
+        x: Tensor,
+        *,
+        causal: bool,
+        layer: int,
+        cache: KVCache | SteppedCache | None,
+        first: int = 0,
+        rotation: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) to (B, T - first, D): the outputs of positions from `first` on."""
         batch, length, width = x.shape
@@ -216,22 +250,25 @@ class Attention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, d) each
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        q, k = self.with_positions(q, k, 0 if cache is None else cache.position)
+        q, k = self.prepared(q, k, rotation)
         seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
         return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
 
-    def with_positions(self, q: Tensor, k: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, H, n, d) of positions start .. start + n - 1, start a number or (1,) on the device.
+    def prepared(self, q: Tensor, k: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, H, n, d), normalised and turned where the model does so.
 
         The paper's models learn a table that `SequenceModel.with_positions` adds to the input, so no position enters
-        here. A scheme that acts on queries and keys, such as rotary positions, belongs here, as `qk_norm` does:
-        training, the first pass of decoding and each cached step (models/decoding.py) all call it.
+        here. `rotation` has the rotary positions of these n positions. Training, the first pass of decoding and each
+        cached step (models/decoding.py) all call it.
         """
-        if not self.qk_norm:
+        if self.qk_norm:
+            width = (q.shape[-1],)
+            q, k = F.rms_norm(q, width, self.q_gain.to(q.dtype)), F.rms_norm(k, width, self.k_gain.to(k.dtype))
+        if not self.rotary:
             return q, k
-        width = (q.shape[-1],)
-        return F.rms_norm(q, width, self.q_gain.to(q.dtype)), F.rms_norm(k, width, self.k_gain.to(k.dtype))
+        assert rotation is not None, "a cache of a model with rotary positions needs their table: Transformer.rotations"
+        return rotate(q, rotation), rotate(k, rotation)
 
 
 class MLP(nn.Module):
@@ -256,9 +293,18 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(cfg.embed_dim), nn.LayerNorm(cfg.embed_dim)
         self.dropout = Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, *, causal: bool, cache: KVCache | SteppedCache | None, first: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        causal: bool,
+        cache: KVCache | SteppedCache | None,
+        first: int = 0,
+        rotation: Tensor | None = None,
+    ) -> Tensor:
         # the number matters to a cache alone; read without one, it would make the compiler treat each block as another
-        how = dict(causal=causal, layer=0 if cache is None else self.layer, cache=cache, first=first)
+        layer = 0 if cache is None else self.layer
+        how = dict(causal=causal, layer=layer, cache=cache, first=first, rotation=rotation)
         if self.pre:
             x = x[:, first:] + self.dropout(self.attention(self.norm1(x), **how))
             return x + self.dropout(self.mlp(self.norm2(x)))
@@ -267,12 +313,21 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks, and the final norm where they are pre-norm."""
+    """`depth` blocks, and the final norm where they are pre-norm.
 
-    def __init__(self, cfg: TransformerConfig) -> None:
+    `places` says where each position lies, for rotary positions; by default on a line.
+    """
+
+    def __init__(self, cfg: TransformerConfig, places: Places | None = None) -> None:
         super().__init__()
+        assert cfg.rotary != "2d" or places is not None, "rotary 2d needs the places of a grid"
+        self.rotary, self.head_dim, self.places = cfg.rotary != "none", cfg.head_dim, places or line_places
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.depth))
         self.final_norm = nn.LayerNorm(cfg.embed_dim) if cfg.norm == "pre" else nn.Identity()
+
+    def rotations(self, length: int, device: torch.device) -> Tensor | None:
+        """The table of rotary positions (length, 2, d/2) of the first positions; None for a model without them."""
+        return rotary_table(self.places(length, device), self.head_dim) if self.rotary else None
 
     def forward(
         self,
@@ -283,6 +338,7 @@ class Transformer(nn.Module):
         cache: KVCache | SteppedCache | None = None,
         added: Added | None = None,
         hidden: list[Tensor] | None = None,
+        rotation: Tensor | None = None,
     ) -> Float[Tensor, "B T-{first} D"]:
         """Features after the last block and the final norm, of positions from `first` on.
 
@@ -293,15 +349,18 @@ class Transformer(nn.Module):
             cache: keys and values of earlier positions; extended by these.
             added: what is added to the input of some blocks (an aligned prefix).
             hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
+            rotation: rotary positions of each sequence, (B, T, 2, d/2), where they are not in the order of `places`.
         """
         if hidden is not None:
             hidden.append(x)
         length, skip = x.shape[1], first if hidden is None else 0
+        if rotation is None:
+            rotation = self.rotations(length, x.device) if cache is None else cache.rotation(length)
         for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
             if added and number in added:
                 x = x + added[number]
-            x = block(x, causal=causal, cache=cache, first=skip if last else 0)  # (B, T, D)
+            x = block(x, causal=causal, cache=cache, first=skip if last else 0, rotation=rotation)
             if hidden is not None:
                 hidden.append(x)
         if cache is not None:

@@ -87,7 +87,8 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         model, cfg = self.model, self.model.cfg
         x = model.embed_token(token, index)[:, None]  # (B, 1, D)
-        stored: Any = SimpleNamespace(keys=keys.clone(), values=values.clone())
+        rotations = model.transformer.rotations(keys.shape[3], keys.device)
+        stored: Any = SimpleNamespace(keys=keys.clone(), values=values.clone(), rotations=rotations)
         cache = SteppedCache(stored, index + (cfg.start_position + 1), keys.shape[3])
         parts = {}
         if added is not None:

@@ -14,6 +14,7 @@ from digit.models.tokenizer import ImageTokenizer
 from digit.training.loop import step_seed
 
 ENCODED_TOGETHER = 64  # images
+ORDERS = 2**31  # of `step_seed`, in place of a micro-batch: random numbers that nothing else in the training has
 Arguments = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
@@ -90,6 +91,54 @@ class NoisyPrefix:
     def _levels(self, length: int) -> tuple[Tensor, ...]:
         """((P,) level of each token,), or () where there is one level."""
         return () if self.near.ndim == 2 else (torch.arange(length) % len(self.near),)
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.batches.rows(step)
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """A rate that falls in a straight line to 0 from step `start` to step `end`."""
+
+    rate: float
+    start: int
+    end: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.start:
+            return self.rate
+        return self.rate * max(0.0, (self.end - step) / max(1, self.end - self.start))
+
+
+@dataclass(frozen=True)
+class RandomOrder:
+    """Batches with "order" (B, N) int64: the place in the picture of each position of a sequence.
+
+    A sequence has a random order with probability `rate(step)`, else raster order (RAR, Yu et al. 2024, "Randomized
+    Autoregressive Visual Generation", section 3.2). Equal for any number of processes.
+    """
+
+    batches: Batches
+    rate: Annealed
+    num_places: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        batch = self.batches.part(step, start, stop)
+        if not (rate := self.rate(step)):
+            return batch
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step, ORDERS))
+        is_random = torch.rand(self.batch_size, 1, generator=generator) < rate
+        order = torch.rand(self.batch_size, self.num_places, generator=generator).argsort(1)
+        order = torch.where(is_random, order, torch.arange(self.num_places))
+        return batch | {"order": order[start:stop]}
 
     def rows(self, step: int) -> np.ndarray:
         return self.batches.rows(step)

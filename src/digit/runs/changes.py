@@ -9,14 +9,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
 from digit.runs.checks import CODEBOOK, DECIDED_BY, SHARED, VQGAN
 from digit.runs.layout import EARLIER, RESULTS, is_done, result_of
-from digit.runs.recipe import OWN_STEPS, Recipe, with_settings
+from digit.runs.recipe import OWN_STEPS, ModelSpec, Recipe, with_settings
 from digit.runs.roles import ROLES, Role, get_role
 from digit.runtime.config_json import from_json
 from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, plain, read_json, write_json
@@ -87,9 +87,12 @@ def lengthens(stage: str, touched: Iterable[str], before: Recipe, wanted: Recipe
 
 
 def begins_alike(role: Role, recipe: Recipe) -> bool:
-    """Whether a longer training of a model begins as a shorter one: neither learning rate nor noise see its length."""
-    noise = recipe.size(role).prefix_noise if role.prefix else 0.0
-    return recipe.training(role).may_grow and not noise
+    """Whether a longer training of a model begins as a shorter one: learning rate, noise and order do not see its
+    length."""
+    size = recipe.size(role)
+    noise = size.prefix_noise if role.prefix else 0.0
+    annealed = noise or (isinstance(size, ModelSpec) and role.kind == "next_token" and size.random_order)
+    return recipe.training(role).may_grow and not annealed
 
 
 # -------------------------------------------------------------------- a folder
@@ -206,6 +209,11 @@ def read_recipe(folder: Path) -> Recipe:
     if not isinstance(given, dict):
         raise DigitError(f"{folder / CONFIG} holds no recipe: choose another --out")
     return from_json(Recipe, merged(plain(asdict(Recipe())), given), f"{folder / CONFIG}: recipe")
+
+
+def defaults(config: type) -> dict[str, Any]:
+    """The defaults of a config dataclass, as JSON has them."""
+    return plain({field.name: field.default for field in fields(config) if field.default is not MISSING})
 
 
 def merged(defaults: Any, given: Any) -> Any:
@@ -353,11 +361,12 @@ def finish_lengthening(out: Path) -> None:
         write_json(out / LENGTHENED, record | {"done": True})
 
 
-def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[str, str]) -> None:
+def continue_training(model: Path, out: Path, num_steps: int, cfg: Any, tokens: Mapping[str, str]) -> None:
     """Bring the record beside a model's checkpoints up to date, which the training compares with its settings.
 
-    A run that was lengthened trains on to `num_steps`, whatever its schedule. Of the fingerprints in the record those
-    of `tokens` stay: older versions named parts that the model does not read.
+    A run that was lengthened trains on to `num_steps`, whatever its schedule. Settings of the model's `cfg` that are
+    younger than the record get their defaults. Of the fingerprints in the record those of `tokens` stay: older versions
+    named parts that the model does not read.
     """
     path = model / "checkpoints" / CONFIG
     found = read_json(path) if path.is_file() else None
@@ -366,6 +375,7 @@ def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[st
     train, about = found.get("train"), found.get("about")
     if not isinstance(train, dict) or not isinstance(about, dict):
         return
+    about = defaults(type(cfg)) | about
     steps, read = train.get("num_steps"), about.get("tokens")
     if isinstance(steps, int) and steps < num_steps and read_record(out):
         train = train | {"num_steps": num_steps}

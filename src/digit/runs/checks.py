@@ -212,6 +212,7 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
         takes = get_kind(kind).settings
         foreign = "".join(rf"(?!{setting}$)" for setting in takes)
         masked = "for a masked renderer set renderer_kind to masked" if name == "renderer" else "leave it out"
+        size = getattr(recipe, name)
         greedy, training = "temperature 0 takes the likeliest token: set it above 0", f"{name}_training"
         rules += [
             (cfg.optimizer != "muon", rf"{training}\.muon_learning_rate", f"set {training}.optimizer to muon"),
@@ -221,6 +222,8 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
             (True, rf"sampling\.{name}\.{foreign}.*", f"the {name} is sampled token by token: {masked}"),
             (sampling.temperature == 0, rf"sampling\.{name}\.top_[kp]", greedy),
             (sampling.num_steps == 1, rf"sampling\.{name}\.choice_temperature", "num_steps is 1: set it above 1"),
+            (kind == "masked", rf"{name}\.random_order(_anneal)?", "a masked model knows no order: leave it out"),
+            (size.random_order == 0, rf"{name}\.random_order_anneal", f"{name}.random_order is 0: set it above 0"),
         ]  # fmt: skip
     masked = recipe.renderer_kind == "masked"
     rules += [

@@ -36,14 +36,14 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.batches import Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix
-from digit.runs.changes import continue_training, find_vq_tokens
+from digit.runs.batches import Annealed, Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix, RandomOrder
+from digit.runs.changes import continue_training, defaults, find_vq_tokens, merged
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
 from digit.runs.previews import Previews
-from digit.runs.recipe import Recipe, TokenSpace
+from digit.runs.recipe import ModelSpec, Recipe, TokenSpace
 from digit.runs.roles import Role, get_role, loss_arguments
 from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, read_json, write_json
@@ -307,6 +307,7 @@ class Run:
             if self.recipe.informed_start:
                 self._inform(name, model)
             metrics = self._train(name, model, folder, asdict(model.cfg) | {"tokens": tokens})
+            model.end_random_order()
             distributed.on_main(lambda: self._save_model(model, folder, tokens, metrics))
         made_with, wanted = read_json(folder / "tokens.json"), tokens
         if isinstance(made_with, dict) and not tokens.keys().isdisjoint(made_with):  # older runs name unread parts
@@ -324,7 +325,8 @@ class Run:
     def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:
         """Train a model in place; returns what was measured after the last step, beside the log's last metrics."""
         training = self.training_config(name)
-        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"]))
+        steps, read = training.num_steps, about["tokens"]
+        distributed.on_main(lambda: continue_training(folder, self.out, steps, model.cfg, read))
         validate = self.validation(name) if self.recipe.validation_fraction else None
         with closing(self.training_batches(name, training)) as batches:
             if isinstance(training, TrainConfig):
@@ -351,8 +353,9 @@ class Run:
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""
-        wanted = plain(self.sequence_config(name).to_dict())
-        require_same_request(folder, read_json(folder / "model.json"), wanted, f"leave it out, and train a {name}")
+        cfg = self.sequence_config(name).trained
+        made = merged(defaults(type(cfg)), read_json(folder / "model.json"))  # younger settings
+        require_same_request(folder, made, plain(cfg.to_dict()), f"leave it out, and train a {name}")
 
     @staticmethod
     def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str], metrics: dict[str, float]) -> None:
@@ -420,13 +423,17 @@ class Run:
         return ModelBatches(read, arguments, self.crops_of if role.target == "pixels" else None)
 
     def training_batches(self, name: str, cfg: LoopConfig) -> Batches:
-        """`batches` with the noise of the model's settings."""
-        role, batches = get_role(name), self.batches(name, cfg)
-        rate = self.recipe.size(role).prefix_noise if role.prefix else 0.0
-        if not rate:
-            return batches
-        near = near_codes(self.fit_codebook())
-        return NoisyPrefix(batches, near, rate, cfg.num_steps, cfg.batch_size, self.recipe.seed)
+        """`batches` with the noise and the orders of the model's settings."""
+        role, batches, own = get_role(name), self.batches(name, cfg), self.sequence_config(name)
+        size, seed = self.recipe.size(role), self.recipe.seed
+        if role.prefix and size.prefix_noise:
+            near = near_codes(self.fit_codebook())
+            batches = NoisyPrefix(batches, near, size.prefix_noise, cfg.num_steps, cfg.batch_size, seed)
+        if own.random_order and isinstance(size, ModelSpec):
+            start, end = (round(fraction * cfg.num_steps) for fraction in size.random_order_anneal)
+            rate = Annealed(size.random_order, start, end)
+            batches = RandomOrder(batches, rate, own.target_places, cfg.batch_size, seed)
+        return batches
 
     def _fresh_batches(self, role: Role, cfg: LoopConfig, images: AllBut, arguments: Arguments) -> Batches:
         crops = FreshCrops(

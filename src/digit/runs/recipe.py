@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from digit.data.preprocess import PathName, PreprocessConfig
+from digit.errors import DigitError
 from digit.models.pixels import PixelConfig
 from digit.models.sequence import SequenceConfig
 from digit.models.transformer import MAX_DEPTH
@@ -41,6 +42,18 @@ class ModelSpec:
     """Where the LayerNorms stand: paper (A.3: in the prior post-norm, in all others pre-norm), post or pre."""
     qk_norm: bool = False
     """Normalise queries and keys of each head. The paper does not."""
+    rotary: Literal["none", "1d", "2d"] = "none"
+    """Rotary positions in attention: 1d, by the place in the sequence; 2d, by row and column in the picture, where the
+    discriminative tokens before a renderer's own have the places that they cover. The paper has none."""
+    learned_positions: bool = True
+    """Learned position tables, as in the paper; false leaves rotary positions alone."""
+    tied_embeddings: bool = False
+    """Take the embeddings of the codes as output projection too. The paper has tables of their own."""
+    random_order: float = within("[0, 1]", 0.0)
+    """Fraction of training images whose tokens a next-token model predicts in a random order. It falls to 0 during the
+    training, so that the model ends in raster order and samples as any other. The paper uses none."""
+    random_order_anneal: tuple[float, float] = within("[0, 1]", (0.5, 0.75))
+    """Fractions of the training between which random_order falls to 0, in a straight line."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
     prefix_dropout: float = within("[0, 1]", 0.0)
@@ -58,6 +71,11 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if len(self.random_order_anneal) != 2 or self.random_order_anneal[0] > self.random_order_anneal[1]:
+            raise DigitError(
+                f"random_order_anneal is {self.random_order_anneal}: give two fractions of the training, the smaller "
+                "one first"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +273,10 @@ class Recipe:
             num_classes=num_classes if role.labels else 0,
             norm=role.norm if size.norm == "paper" else size.norm,
             qk_norm=size.qk_norm,
+            rotary=size.rotary,
+            learned_positions=size.learned_positions,
+            tied_embeddings=size.tied_embeddings,
+            random_order=role.kind == "next_token" and size.random_order > 0,
             masked=role.kind == "masked",
             label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
@@ -268,14 +290,16 @@ class Recipe:
                 "conditioning": "aligned",
                 "encoder_depth": size.encoder_depth,
                 "added_blocks": min(size.added_blocks, size.depth),
-                "prefix_rows": prefix.rows,
             }
+        on_grids = aligned or size.rotary == "2d"
+        if on_grids and role.prefix is not None:
+            settings["prefix_rows"] = prefix.rows
         if role.target == "pixels":
             settings["image_size"] = self.preprocess.crop_size
         else:
             target = tokens[role.target]
             settings |= {"vocab_size": target.vocab_size, "target_len": target.length, "levels": target.levels}
-            settings["target_rows"] = target.rows if aligned else 0
+            settings["target_rows"] = target.rows if on_grids else 0
         config = get_kind(role.kind).config
         known = {setting.name for setting in fields(config)}
         return config(**{name: value for name, value in settings.items() if name in known})
