@@ -41,8 +41,8 @@ def whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def transformer() -> None:
-    for norm in ("post", "pre"):
-        network = model(norm=norm).eval()
+    for changes in ({"norm": "post"}, {"norm": "pre"}, {"rotary": "2d", "target_rows": 2, "qk_norm": True}):
+        network = model(**changes).eval()
         x = torch.randn(2, 7, 16)
         torch.testing.assert_close(
             whole(network.transformer.forward)(x, causal=True), network.transformer(x, causal=True)
@@ -56,8 +56,8 @@ def loss() -> None:
     torch.testing.assert_close(whole(network.loss)(**rows, label_smoothing=0.1)[0], wanted)
 
 
-def decoding_step() -> None:
-    network = model().eval()
+def decoding_step(**changes: Any) -> None:
+    network = model(**changes).eval()
     step, length = StepTransformer(network.transformer, 3), 4
     caches = [network.new_cache(3) for _ in range(2)]
     x = torch.randn(3, length, 16)
@@ -99,6 +99,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "transformer": transformer,
     "loss": loss,
     "decoding step": decoding_step,
+    "decoding step with rotary positions": lambda: decoding_step(rotary="1d"),
     "training, whole": one_graph_for_all_blocks,
     "training, block by block": lambda: one_graph_for_all_blocks(checkpoint_activations=True),
 }

@@ -30,6 +30,19 @@ def aligned_pipeline():
     return pipe
 
 
+def rotary_pipeline():
+    """The toy pipeline with tied embeddings and rotary positions: the prior's on a line, the renderer's on grids."""
+    pipe = toy_pipeline()
+    tied = dict(tied_embeddings=True, **SHAPE)
+    pipe.prior = SequenceModel(SequenceConfig(vocab_size=7, target_len=4, num_classes=3, rotary="1d", **tied)).eval()
+    cfg = SequenceConfig(
+        vocab_size=11, target_len=16, norm="pre", prefix_vocab_size=7, prefix_len=4, rotary="2d", prefix_rows=2,
+        target_rows=4, learned_positions=False, **tied,
+    )  # fmt: skip
+    pipe.renderer = SequenceModel(cfg).eval()
+    return pipe
+
+
 def pixel_pipeline():
     """The toy prior in front of a renderer straight to pixels, with noise."""
     return DigitPipeline(
@@ -47,9 +60,10 @@ def pixel_pipeline():
         (lambda: toy_pipeline(masked=True), {"decoder", "prior_first", "prior_step", "renderer_pass"}),
         (lambda: toy_pipeline(prior=False), {"decoder", "renderer_first", "renderer_step"}),
         (aligned_pipeline, {"decoder", "prior_first", "prior_step", "renderer_first", "renderer_step"}),
+        (rotary_pipeline, {"decoder", "prior_first", "prior_step", "renderer_first", "renderer_step"}),
         (pixel_pipeline, {"prior_first", "prior_step", "renderer_render"}),
     ],
-    ids=["next-token", "masked", "vq-only", "aligned", "pixels"],
+    ids=["next-token", "masked", "vq-only", "aligned", "rotary", "pixels"],
 )
 def test_every_network_is_written_and_equal(make, files, tmp_path):
     found = export_pipeline(make(), tmp_path)

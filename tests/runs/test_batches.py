@@ -10,11 +10,11 @@ from toy_images import NoiseSource
 
 from digit.data.shapes import ShapesSource
 from digit.errors import DigitError, Stopped
-from digit.runs.batches import NoisyPrefix
+from digit.runs.batches import Annealed, NoisyPrefix, RandomOrder
 from digit.runs.checks import unchanged_parts
 from digit.runs.fit import Run, near_codes
 from digit.runs.roles import ROLES
-from digit.runtime.files import load_tensors
+from digit.runtime.files import load_tensors, read_json, write_json
 from digit.training.log import read_log
 
 SIZE = 32
@@ -78,12 +78,10 @@ def test_parts_make_the_whole(base, fresh):
         batches.close()
 
 
-def test_fresh_training_resumes_bit_for_bit(base, tmp_path, monkeypatch):
-    """Stopped in its second epoch and begun again: the weights and the log of a run that was not."""
-    training = replace(tiny_recipe().prior_training, num_steps=8, batch_size=8, save_every=2)
-    settings = dict(training_crops="fresh", prior_training=training, validation_fraction=0.25)
+def train_whole_and_cut(base, tmp_path, monkeypatch, name: str, settings) -> list[Run]:
+    """A model trained without a stop, and one that is stopped at step 5 and begun again: equal weights and logs."""
     whole = beside(base, tmp_path / "whole", **settings)
-    whole.train_model("prior")
+    whole.train_model(name)
     cut = beside(base, tmp_path / "cut", **settings)
     real = Run.batches
 
@@ -101,12 +99,20 @@ def test_fresh_training_resumes_bit_for_bit(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "batches", stopping)
         with pytest.raises(Stopped):
-            cut.train_model("prior")
-    beside(base, tmp_path / "cut", **settings).train_model("prior")
-    first, second = (load_tensors(run.out / "prior" / "model.safetensors") for run in (whole, cut))
-    assert all(torch.equal(second[name], value) for name, value in first.items())
-    logs = [[line.get("val_nll") for line in read_log(run.out / "prior" / "log.jsonl")] for run in (whole, cut)]
+            cut.train_model(name)
+    beside(base, tmp_path / "cut", **settings).train_model(name)
+    first, second = (load_tensors(run.out / name / "model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+    logs = [[line.get("val_nll") for line in read_log(run.out / name / "log.jsonl")] for run in (whole, cut)]
     assert logs[0] == logs[1] and any(logs[0])
+    return [whole, cut]
+
+
+def test_fresh_training_resumes_bit_for_bit(base, tmp_path, monkeypatch):
+    """Stopped in its second epoch and begun again: the weights and the log of a run that was not."""
+    training = replace(tiny_recipe().prior_training, num_steps=8, batch_size=8, save_every=2)
+    settings = dict(training_crops="fresh", prior_training=training, validation_fraction=0.25)
+    train_whole_and_cut(base, tmp_path, monkeypatch, "prior", settings)
 
 
 def test_held_out_images_are_in_no_batch(base, tmp_path):
@@ -183,3 +189,75 @@ def test_a_run_trains_with_a_noisy_prefix(base, tmp_path):
     assert isinstance(noisy.training_batches("renderer", config), NoisyPrefix)
     assert not isinstance(noisy.training_batches("prior", config), NoisyPrefix)
     assert not isinstance(noisy.batches("renderer", config), NoisyPrefix)  # validation sees the images' own tokens
+
+
+# -------------------------------------------------------------------- random orders
+
+
+def test_a_rate_falls_in_a_straight_line():
+    rate = Annealed(0.8, 4, 8)
+    assert [rate(step) for step in (0, 3, 4, 6, 8, 20)] == [0.8, 0.8, 0.8, 0.4, 0.0, 0.0]
+    assert [Annealed(1.0, 5, 5)(step) for step in (4, 5, 6)] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("model", ["prior", "renderer", "vq_ar"])
+def test_some_sequences_get_an_order_ever_fewer(base, model):
+    quiet = get_batches(base, model)
+    num = base.sequence_config(model).target_places
+    orders = RandomOrder(quiet, Annealed(0.9, 4, 8), num, quiet.read.batch_size, 0)
+    raster, shares = torch.arange(num), []
+    for step in range(8):
+        batch = orders(step)
+        assert torch.equal(batch["target"], quiet(step)["target"])
+        order = batch["order"]
+        assert order.shape == (8, num) and torch.equal(order.sort(1).values, raster.expand(8, -1))
+        shares.append(float((order != raster).any(1).float().mean()))
+        assert torch.equal(orders.part(step, 2, 5)["order"], order[2:5])  # as on several processes
+        assert torch.equal(orders(step)["order"], order)
+    assert np.mean(shares[:4]) > 0.6 and np.mean(shares[:4]) > np.mean(shares[5:])
+    assert "order" not in orders(8) and not torch.equal(orders(0)["order"], orders(1)["order"])
+
+
+def test_training_in_random_orders_resumes_bit_for_bit_and_ends_in_raster_order(base, tmp_path, monkeypatch):
+    recipe = tiny_recipe()
+    size = replace(recipe.renderer, random_order=1.0, random_order_anneal=(0.25, 1.0), prefix_noise=0.3)
+    size = replace(size, rotary="2d", tied_embeddings=True)
+    training = replace(recipe.renderer_training, num_steps=8, batch_size=8, save_every=2)
+    settings = dict(renderer=size, renderer_training=training, validation_fraction=0.25, informed_start=True)
+    whole, _ = train_whole_and_cut(base, tmp_path, monkeypatch, "renderer", settings)
+    batches = whole.training_batches("renderer", whole.training_config("renderer"))
+    assert isinstance(batches, RandomOrder) and isinstance(batches.batches, NoisyPrefix)
+    assert batches.rate == Annealed(1.0, 2, 8)
+    assert not isinstance(whole.training_batches("prior", whole.training_config("prior")), RandomOrder)
+    saved, state = (
+        read_json(whole.out / "renderer" / "model.json"),
+        load_tensors(whole.out / "renderer" / "model.safetensors"),
+    )
+    assert saved["random_order"] is False and "next_positions" not in state and "head.weight" not in state
+    assert saved["rotary"] == "2d" and (saved["prefix_rows"], saved["target_rows"]) == (2, 4)
+    assert whole.sequence_config("renderer").random_order and not whole.sequence_config("renderer_masked").random_order
+    reuse = {part: base.out / part for part in ("codebook", "vqgan", "tokens")} | {"renderer": whole.out / "renderer"}
+    taken = Run(replace(recipe, **settings), SHAPES, tmp_path / "taken", reuse=reuse).train_model("renderer")
+    assert all(torch.equal(value, state[name]) for name, value in taken.state_dict().items())
+
+
+def test_a_folder_from_before_a_setting_goes_on_and_is_reused(base, tmp_path, monkeypatch):
+    """config.json and model.json of an older version lack younger settings: they had the defaults."""
+    younger = ("rotary", "learned_positions", "tied_embeddings", "random_order")
+    real = write_json
+
+    def older(path, value):
+        if path.name == "model.json":
+            value = {name: entry for name, entry in value.items() if name not in younger}
+        if path.parent.name == "checkpoints":
+            value = value | {"about": {n: entry for n, entry in value["about"].items() if n not in younger}}
+        real(path, value)
+
+    training = replace(tiny_recipe().prior_training, num_steps=8, batch_size=8, save_every=2)
+    settings = dict(prior_training=training, validation_fraction=0.25)
+    monkeypatch.setattr("digit.pipeline.manifest.write_json", older)
+    monkeypatch.setattr("digit.training.config.write_json", older)
+    whole, _ = train_whole_and_cut(base, tmp_path, monkeypatch, "prior", settings)
+    assert "rotary" not in read_json(whole.out / "prior" / "model.json")
+    reuse = {part: base.out / part for part in ("codebook", "vqgan", "tokens")} | {"prior": whole.out / "prior"}
+    Run(replace(tiny_recipe(), **settings), SHAPES, tmp_path / "next", reuse=reuse).train_model("prior")

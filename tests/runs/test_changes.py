@@ -114,6 +114,9 @@ def test_a_shorter_or_otherwise_changed_training_does_not_go_on():
     longer = with_settings(constant, {"prior_training.num_steps": 9})
     assert lengthens("prior", touching("prior", constant, longer), constant, longer, by_more=False)
     assert not lengthens("prior", touching("prior", longer, constant), longer, constant, by_more=True)
+    shuffled = [with_settings(recipe, {"prior.random_order": 0.5}) for recipe in (constant, longer)]
+    assert not lengthens("prior", touching("prior", *shuffled), *shuffled, by_more=False)  # its orders end later
+    assert lengthens("prior", touching("prior", *shuffled), *shuffled, by_more=True)
     deeper = with_settings(longer, {"prior.depth": 2})
     assert not lengthens("prior", touching("prior", constant, deeper), constant, deeper, by_more=True)
     cosine = with_settings(tiny_recipe(), {"prior_training.num_steps": 9})

@@ -168,6 +168,8 @@ UNUSED = [
     ("cifar_pixels", {}, "pixels_training.perceptual_stages", 2),
     ("cifar_pixels", dict(pixels__start="scratch", vqgan_start="scratch"), "vqgan_training.num_steps", 700),
     ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
+    ("digit_base", {}, "prior.random_order_anneal", (0.2, 0.9)),
+    ("digit_base", dict(renderer_kind="masked"), "renderer.random_order", 0.5),
 ]  # fmt: skip
 
 
@@ -246,6 +248,8 @@ def test_every_registered_recipe_is_accepted(name):
         ),
         (dict(encoder__name="dino_vits16", encoder__input_size=65), {}, "input_size 65 is no multiple of patch 16"),
         (dict(encoder__layer=99), {}, "has no layer 99"),
+        (dict(renderer__learned_positions=False), {}, "learned_positions is false, .* set rotary to 1d or 2d"),
+        (dict(prior__rotary="2d", prior__embed_dim=6, prior__num_heads=3), {}, "width that 4 divides, .* is 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(changes, request_, text):

@@ -32,6 +32,7 @@ def renderer(**changes):
 
 PREFIX = torch.arange(20).view(5, 4) % 7
 ALIGNED = dict(conditioning="aligned", prefix_rows=2, target_rows=3)
+ROTARY = dict(rotary="2d", prefix_rows=2, target_rows=3)
 
 
 # -------------------------------------------------------------------- filters
@@ -156,7 +157,16 @@ def test_an_order_needs_a_grid():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize(
-    "changes", [{}, ALIGNED, ALIGNED | {"added_blocks": 1, "encoder_depth": 2, "qk_norm": True}], ids=str
+    "changes",
+    [
+        {},
+        ALIGNED,
+        ALIGNED | {"added_blocks": 1, "encoder_depth": 2, "qk_norm": True},
+        ROTARY | {"tied_embeddings": True},
+        ROTARY | ALIGNED | {"learned_positions": False},
+        {"random_order": True, "rotary": "1d"},  # in raster order, as before the end of its training
+    ],
+    ids=str,
 )
 def test_cached_equals_uncached(scale, changes):
     model = renderer(prefix_dropout=0.2, **changes)
@@ -164,7 +174,17 @@ def test_cached_equals_uncached(scale, changes):
     assert generate(model, **how).equal(generate(model, use_cache=False, **how))
 
 
-@pytest.mark.parametrize("changes", [{}, ALIGNED | {"target_rows": 1}], ids=["prefix", "aligned"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        ALIGNED | {"target_rows": 1},
+        ROTARY | {"target_rows": 1, "tied_embeddings": True},
+        {"rotary": "1d", "learned_positions": False},
+        {"random_order": True},
+    ],
+    ids=["prefix", "aligned", "rotary", "rotary alone", "random order"],
+)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_steps_of_fixed_shapes_sample_the_same(scale, changes, monkeypatch):
     monkeypatch.setattr("digit.sampling.next_token.SPAN", 4)
