@@ -136,7 +136,7 @@ def test_every_parameter_learns_and_the_loss_falls():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     with torch.no_grad():

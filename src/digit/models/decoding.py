@@ -93,7 +93,7 @@ class StepBlock:
     def __init__(self, block: Block, num_rows: int) -> None:
         attention, mlp = block.attention, block.mlp
         self.pre, self.num_heads = block.pre, attention.num_heads
-        self.prepared = attention.prepared
+        self.with_positions = attention.with_positions
         self.qkv, self.out = product(attention.qkv), product_and_sum(attention.out)
         self.fc1, self.fc2 = product(mlp.fc1, gelu=True, num_rows=num_rows), product_and_sum(mlp.fc2)
         self.norm1, self.norm2 = normaliser(block.norm1), normaliser(block.norm2)
@@ -113,7 +113,7 @@ class StepBlock:
         """Attention before its output projection."""
         rows, width = x.shape
         q, k, v = self.qkv(x).view(rows, 3, self.num_heads, 1, width // self.num_heads).unbind(1)  # (R, H, 1, d)
-        q, k = self.prepared(q, k, rotation)
+        q, k = self.with_positions(q, k, rotation)
         return cache.attend(layer, q, k, v).reshape(rows, width)
 
 

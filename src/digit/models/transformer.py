@@ -250,12 +250,12 @@ class Attention(nn.Module):
             q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, T, d) each
         else:
             q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        q, k = self.prepared(q, k, rotation)
+        q, k = self.with_positions(q, k, rotation)
         seen = KeysValues(k, v) if cache is None else cache.extend(layer, k, v)
         y = attend(q, seen, causal=causal and length > 1)[:, :, first:]  # (B, H, T - first, d)
         return self.out(y.transpose(1, 2).reshape(batch, length - first, width))
 
-    def prepared(self, q: Tensor, k: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+    def with_positions(self, q: Tensor, k: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries and keys (B, H, n, d), normalised and turned where the model does so.
 
         The paper's models learn a table that `SequenceModel.with_positions` adds to the input, so no position enters
