@@ -578,8 +578,7 @@ class SequenceModel(nn.Module):
             labels = labels.masked_fill(drop_labels, -1)
         if order is not None:
             assert self.cfg.random_order, "a model that learns random orders has random_order set"
-            codes = target.unflatten(1, (-1, self.cfg.levels))  # (B, N, L)
-            target = codes.gather(1, order[..., None].expand_as(codes)).flatten(1)
+            target = in_order(target, order)
         if not self.cfg.masked:
             features = self.features(target, prefix, labels, drop_prefix, order=order).flatten(0, 1)  # (B * M, D)
             if self.cfg.levels > 1:
@@ -633,6 +632,12 @@ def block_flops(positions: int, depth: int, width: int) -> float:
 def upto(added: Added, length: int) -> Added:
     """The parts of the first `length` positions."""
     return {block: more[:, :length] for block, more in added.items()}
+
+
+def in_order(tokens: Int64[Tensor, "B M"], order: Int64[Tensor, "B N"]) -> Int64[Tensor, "B M"]:
+    """The tokens of each sequence's positions in an order of its own; those of several levels stay together."""
+    codes = tokens.unflatten(1, (order.shape[1], -1))  # (B, N, L)
+    return codes.gather(1, order[..., None].expand_as(codes)).flatten(1)
 
 
 def at_places(table: Float[Tensor, "B T D"], index: Int64[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
