@@ -276,7 +276,9 @@ def describe_lengths(change: Change, before: Recipe, wanted: Recipe) -> Iterator
         elif chosen:
             cosine = any(not wanted.training(role).may_grow for role in chosen)
             what = (
-                "learning rate follows the longer run's cosine" if cosine else "prefix noise is that of the longer run"
+                "learning rate follows the longer run's cosine"
+                if cosine
+                else "noise or order is that of the longer run"
             )
             yield (
                 f"{told}. From here on the {what}; the first updates had the shorter one's, so a new run of that "
