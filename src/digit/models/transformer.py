@@ -292,18 +292,19 @@ class Transformer(nn.Module):
             first: earlier outputs are not returned, and the last block skips their feed-forward layer.
             cache: keys and values of earlier positions; extended by these.
             added: what is added to the input of some blocks (an aligned prefix).
-            hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
+            hidden: list that gets the input and every block's output (before the final norm) appended: all positions,
+                of the last block those from `first` on.
         """
         if hidden is not None:
             hidden.append(x)
-        length, skip = x.shape[1], first if hidden is None else 0
+        length = x.shape[1]
         for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
             if added and number in added:
                 x = x + added[number]
-            x = block(x, causal=causal, cache=cache, first=skip if last else 0)  # (B, T, D)
+            x = block(x, causal=causal, cache=cache, first=first if last else 0)  # (B, T, D)
             if hidden is not None:
                 hidden.append(x)
         if cache is not None:
             cache.advance(length)
-        return self.final_norm(x[:, first - skip :])
+        return self.final_norm(x)
