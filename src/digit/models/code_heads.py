@@ -59,11 +59,11 @@ class CodeHeads(nn.Module):
         return self.codes[tokens.unflatten(1, (-1, self.num_levels)) + first].sum(2)
 
     def forward(
-        self, hidden: Sequence[Float[Tensor, "B T D"]], target: Int64[Tensor, "B M"]
+        self, hidden: Sequence[Float[Tensor, "B _ D"]], target: Int64[Tensor, "B M"]
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The weighted losses of a batch, and the detached mean cosines {"current_cosine", "next_cosine"}.
 
-        `hidden` has the embedded input and every block's output, (B, T, D); their last position is that of the last
+        `hidden` has the embedded input and every block's output, (B, T, D), the last block's of fewer T; the last position is that of the last
         token but one, which predicts the last.
         """
         wanted, losses, metrics = self.vectors(target), [], {}

@@ -382,8 +382,8 @@ class SequenceModel(nn.Module):
         """
         cfg = self.cfg
         if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
-            whole = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
-            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{whole}")
+            each = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
+            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{each}")
         whole = whole and hidden is not None
         # the last token is no input of a next-token model's logits
         seen = target if whole or cfg.masked else target[:, : -cfg.levels]
