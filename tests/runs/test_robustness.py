@@ -143,10 +143,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_finished_folder_has_no_networks_and_a_resumed_run_is_the_same(base, tmp_path, monkeypatch, kind):
     model = {"aligned": "renderer", "levels": "prior", "fresh": "renderer"}.get(kind, kind)
-    recipe = with_settings(recipe_with(ALL | {"num_steps": 6, "save_every": 2, "ema_decay": 0.9}), KINDS[kind])
+    recipe = with_settings(recipe_with(ALL | {"num_steps": 4, "save_every": 2, "ema_decay": 0.9}), KINDS[kind])
 
     def make(out) -> Run:
-        return beside(base, out, recipe) if kind != "levels" else Run(recipe, SHAPES, out)
+        if kind != "levels":
+            return beside(base, out, recipe)
+        return Run(recipe, SHAPES, out, reuse={"vqgan": base.out / "vqgan", "vq_tokens": base.out / "tokens"})
 
     run = make(tmp_path / "whole")
     trained = run.train_model(model)

@@ -11,8 +11,9 @@ x in the codebook, which gets no gradient. Released weights: both 1; layers: the
 depth (18 of 24). Where tokens are replaced by others in the input, x is the image's own token all the same.
 
 Not as released: f has one hidden layer of the model's width in place of two of 2,048, since our models are small. z is
-centred: the mean vector of the codebook is taken away, which K-means centroids of a network's features share, so that
-without this all of them point in nearly one direction. Of several levels, z is the sum of the codes' vectors.
+centred, the mean vector of the codebook is taken away: two K-means centroids of a network's features have a cosine of
+0.16 to 0.49 on average, two codes of a VQGAN 0.08, and a constant answer would seem that good. Of several levels, z is
+the sum of the codes' vectors.
 
 Shapes: B sequences, N positions of the target, L levels, V codes of each, C numbers of a code vector, D width.
 """
