@@ -8,7 +8,7 @@ the same picture. Two small networks f read its hidden features, one in a shallo
 
 h^l_i is the output of block l at the position whose input is token x_i (l = 0: the embedded input), z(x) the vector of
 x in the codebook, which gets no gradient. Released weights: both 1; layers: the first block, and three quarters of the
-depth (18 of 24). Where tokens are replaced by others in the input, x is the image's own token all the same.
+depth (18 of 24). Where the input has other tokens in place of some, x is the image's own token all the same.
 
 Not as released: f has one hidden layer of the model's width in place of two of 2,048, since our models are small. z is
 centred, the mean vector of the codebook is taken away: two K-means centroids of a network's features have a cosine of
@@ -34,7 +34,7 @@ class CodeHeads(nn.Module):
     """The networks f and the two losses.
 
     Args:
-        codes: code vectors of the target's tokens; they are no parameters, and no part of the state.
+        codes: code vectors of the target's tokens; they are no parameters.
         width: that of the model.
         layers: for `current`, `next` or both, the number of blocks whose output is read.
         weights: the weight of each.
@@ -49,7 +49,7 @@ class CodeHeads(nn.Module):
         self.num_levels, self.vocab_size, dim = codes.shape
         self.layers, self.weights = dict(layers), dict(weights)
         centred = codes.float() - codes.float().mean(1, keepdim=True)
-        self.register_buffer("codes", centred.flatten(0, 1), persistent=False)  # (L V, C)
+        self.register_buffer("codes", centred.flatten(0, 1))  # (L V, C); saved, so that a crash dump is complete
         self.heads = nn.ModuleDict(
             {name: nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)) for name in self.layers}
         )
@@ -64,8 +64,8 @@ class CodeHeads(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The weighted losses of a batch, and the detached mean cosines {"current_cosine", "next_cosine"}.
 
-        `hidden` has the embedded input and every block's output, (B, T, D), the last block's of fewer T; the last position is that of the last
-        token but one, which predicts the last.
+        `hidden` has the embedded input and every block's output, (B, T, D), of the last block with a smaller T. Their
+        last position is that of the last token but one, which predicts the last.
         """
         wanted, losses, metrics = self.vectors(target), [], {}
         for name, head in self.heads.items():

@@ -230,12 +230,21 @@ class SequenceUpdate:
 
 @contextmanager
 def code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> Iterator[None]:
-    """Context in which the model has the code heads of the config's losses, if it has any (`models/code_heads.py`).
+    """Context in which the model has the code heads of the config's losses, if it has any (`models/code_heads.py`)."""
+    add_code_heads(model, codes, cfg)
+    try:
+        yield
+    finally:
+        if cfg.code_weights:
+            model.code_heads = None
 
-    Their start depends on the config's seed alone. Raises DigitError for a model or data that cannot have them.
+
+def add_code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> None:
+    """Give the model the code heads of the config's losses, if it has any. Their start depends on its seed alone.
+
+    Raises DigitError for a model that cannot have them, and for `codes` that are not those of its target.
     """
     if not cfg.code_weights:
-        yield
         return
     names = " and ".join(f"{name}_code_weight" for name in cfg.code_weights)
     if not isinstance(model, SequenceModel) or model.cfg.masked:
@@ -251,10 +260,6 @@ def code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> Iter
         torch.default_generator.manual_seed(step_seed(cfg.seed, 0, OF_CODE_HEADS))
         heads = CodeHeads(codes.detach().cpu(), model.cfg.embed_dim, layers=layers, weights=cfg.code_weights)
     model.code_heads = heads.to(model.device)
-    try:
-        yield
-    finally:
-        model.code_heads = None
 
 
 def image_flops(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> float:
