@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cifar_judge import CifarJudge
-from digit.models.sequence import training_flops
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
 from digit.runs.layout import is_done
@@ -34,6 +33,15 @@ DROPS = {"prior.label_dropout": 0.1, "renderer.prefix_dropout": 0.1}
 ALIGNED = {"renderer.conditioning": "aligned"}
 PRE = {"prior.norm": "pre", "prior_training.optimizer": "muon"}
 BEST = {"prior": 0.4, **GRID8, **DROPS, **ALIGNED, **PRE}
+CODE_LOSSES = {
+    f"{stage}_training.{token}_code_weight": 1.0 for stage in ("prior", "renderer") for token in ("current", "next")
+}
+NEAR_NOISE = {f"{stage}_training.input_noise": 0.5 for stage in ("prior", "renderer")}
+REAR_NOISE = {  # as released: any code, up to all tokens of an image
+    f"{stage}_training.{name}": value
+    for stage in ("prior", "renderer")
+    for name, value in (("input_noise", 1.0), ("input_noise_codes", "uniform"))
+}
 OTHER_FEATURES = {name: value for name, value in BEST.items() if name not in GRID8}
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {"prior": 0.13},
@@ -58,6 +66,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "residual2": BEST | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 2},
     "residual3": BEST | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 3},
     "product2": BEST | {"quantizer": "product_kmeans", "product_kmeans.num_levels": 2},
+    "noisy_inputs": BEST | NEAR_NOISE,
+    "code_losses": BEST | CODE_LOSSES,
+    "rear": BEST | REAR_NOISE | CODE_LOSSES,
     "vq_only": {"prior": 0.0, "prior.label_dropout": 0.1},
 }
 TOKEN_SETTINGS = (
@@ -161,10 +172,7 @@ class Screening:
         if name == "vq_only":
             recipe = replace(recipe, prior_training=self.recipe.prior_training)
             return Run(recipe, self.source, self.out / f"{name}_{self.args.seed}", reuse=reuse)
-        per_image = {
-            m: training_flops(trial.sequence_config(m)) * recipe.prior_training.batch_size
-            for m in ("prior", "renderer")
-        }
+        per_image = {m: trial.flops_per_image(m) * recipe.prior_training.batch_size for m in ("prior", "renderer")}
         budget = {"prior": share * self.budget, "renderer": (1 - share) * self.budget}
         steps = {model: round(budget[model] / per_image[model]) for model in per_image}
         recipe = with_settings(recipe, {f"{model}_training.num_steps": number for model, number in steps.items()})
@@ -203,7 +211,7 @@ class Screening:
 
 def flops(run: Run, model: str) -> float:
     cfg = run.training_config(model)
-    return training_flops(run.sequence_config(model)) * cfg.num_steps * cfg.batch_size
+    return run.flops_per_image(model) * cfg.num_steps * cfg.batch_size
 
 
 def say(line: str) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from toy_pixels import model as pixel_renderer
 
 from digit.errors import DigitError
+from digit.models.code_heads import CodeHeads
 from digit.models.sequence import SequenceConfig, SequenceModel
 
 SIZES = dict(depth=2, embed_dim=32, num_heads=4, dropout=0.0, vocab_size=11, target_len=6, random_order=True)
@@ -141,6 +142,25 @@ def test_every_parameter_learns_and_the_loss_falls():
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
     with torch.no_grad():
         assert float(model.loss(**rows)[0]) < losses[0] / 2  # raster order is one of the orders
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["prefix", "levels"])
+def test_noisy_inputs_and_code_heads_follow_the_order(name):
+    model = make(**MODELS[name])
+    rows, levels = batch(model), model.cfg.levels
+    seen = (rows["target"] + torch.tensor([0, 3] * (model.cfg.target_len // 2))) % 11
+    layers, weights = {"current": 1, "next": 2}, {"current": 0.5, "next": 1.0}
+    model.code_heads = CodeHeads(torch.randn(levels, 11, 5), 32, layers=layers, weights=weights)
+    loss, metrics = model.loss(**rows, order=ORDER, seen=seen)
+    target, read = (in_order(model, tokens, ORDER) for tokens in (rows["target"], seen))
+    hidden = []
+    features = model.features(**rows | {"target": read}, order=ORDER, hidden=hidden, whole=False)
+    codes = target.view(3, 6, levels)
+    logits = torch.stack([model.level_logits(features, codes[..., :level]) for level in range(levels)], 2)
+    more, cosines = model.code_heads(hidden, target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 2), target.flatten()) + more)
+    assert metrics["next_cosine"] == cosines["next_cosine"]
 
 
 def test_models_that_have_no_order_are_refused():

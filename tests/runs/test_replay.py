@@ -15,7 +15,8 @@ from digit.runs.replay import replay
 from digit.training.sequence import train_sequence_model
 
 
-def test_a_failed_step_is_run_again(tmp_path, capsys):
+@pytest.mark.parametrize("losses", [{}, {"current_code_weight": 1.0, "next_code_weight": 1.0}], ids=["", "code losses"])
+def test_a_failed_step_is_run_again(tmp_path, capsys, losses):
     shape = {"vocab_size": VOCAB, "target_len": LENGTH, "num_classes": CLASSES, "depth": 2, "embed_dim": 16}
     torch.manual_seed(0)
     model = SequenceModel(SequenceConfig(num_heads=2, label_dropout=0.2, **shape))
@@ -26,15 +27,16 @@ def test_a_failed_step_is_run_again(tmp_path, capsys):
             weight.data[3] = math.inf
         return toy_batches()(step)
 
-    cfg, about = toy_config(num_steps=10, accumulate=2), json.loads(json.dumps(asdict(model.cfg))) | {"tokens": {}}
+    cfg, codes = toy_config(num_steps=10, accumulate=2, **losses), torch.randn(1, VOCAB, 4)
+    about = json.loads(json.dumps(asdict(model.cfg))) | {"tokens": {}}
     with pytest.raises(DigitError, match="step 6 gave"):
-        train_sequence_model(model, batches, cfg, tmp_path, about=about)
+        train_sequence_model(model, batches, cfg, tmp_path, about=about, codes=codes)
     (dump,) = (tmp_path / "crash").iterdir()
     outcome = replay(dump)
     assert outcome.step == 6 and math.isnan(outcome.metrics["loss"])
     assert outcome.bad_weights == ["transformer.blocks.1.mlp.fc1.bias"]
     assert outcome.first_bad.startswith("transformer.blocks.1")
-    assert "head.weight" in outcome.bad_gradients
+    assert "head.weight" in outcome.bad_gradients and bool(losses) == ("next_cosine" in outcome.metrics)
     assert main(["replay", str(dump)]) == 0
     assert "weights that are not finite before the step: transformer.blocks.1.mlp.fc1.bias\n" in capsys.readouterr().out
     assert main(["replay", str(tmp_path)]) == 2

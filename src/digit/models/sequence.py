@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from digit.errors import DigitError, MismatchError
 from digit.models.aligned import AlignedPrefix, check_grid
+from digit.models.code_heads import CodeHeads
 from digit.models.depth import DepthLevel, check_levels, depth_flops, embed_codes, embed_levels
 from digit.models.losses import linear_cross_entropy
 from digit.models.positions import grid_places, line_places, sincos_2d
@@ -227,6 +228,7 @@ class SequenceModel(nn.Module):
         self.head = self._head(0)
         if cfg.levels > 1:
             self.depth = nn.ModuleList(DepthLevel(width, self._head(level)) for level in range(1, cfg.levels))
+        self.code_heads: CodeHeads | None = None  # of a training that has their losses, which takes them away again
         self.reset_parameters()
 
     def _table(self, num: int) -> Any:
@@ -453,18 +455,22 @@ class SequenceModel(nn.Module):
         hidden: list[Tensor] | None = None,
         added: Added | None = None,
         order: Int64[Tensor, "B N"] | None = None,
+        whole: bool = True,
     ) -> Float[Tensor, "B N D"]:
         """The features whose `head` gives the logits of each target token; of several levels, of each position.
 
-        `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once. With
-        `order`, the places of the target's positions, `target` is in that order, and so are the features.
+        `added` is what `self.added` gave for this prefix before, so that an aligned prefix is encoded once. `hidden`
+        gets the embedding output and every block's output appended: `whole`, over all positions with the last token's,
+        or where training computes them, without that, and the last block's from the start symbol on. With `order`, the
+        places of the target's positions, `target` is in that order, and so are the features.
         """
         cfg = self.cfg
         if target.shape[1] > cfg.target_len or target.shape[1] % cfg.levels:
-            whole = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
-            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{whole}")
-        whole = cfg.masked or hidden is not None  # the last token is no input of a next-token model's logits
-        seen = target if whole else target[:, : -cfg.levels]
+            each = f", {cfg.levels} for each position" if cfg.levels > 1 else ""
+            raise DigitError(f"target has {target.shape[1]} tokens, the model was built for {cfg.target_len}{each}")
+        whole = whole and hidden is not None
+        # the last token is no input of a next-token model's logits
+        seen = target if whole or cfg.masked else target[:, : -cfg.levels]
         x = self.dropout(self.embed(seen, prefix, labels, drop_prefix, order))  # (B, T, D)
         added = self.added(len(target), prefix, drop_prefix) if added is None else added
         rotation = None
@@ -472,9 +478,10 @@ class SequenceModel(nn.Module):
             predicted = F.pad(order, (0, 1), value=cfg.target_places)  # (B, 1 + N): the last row adds nothing
             added = {block: at_places(more, predicted) for block, more in added.items()}
             rotation = self.rotation_in(order, x.shape[1])
-        how = dict(causal=not cfg.masked, first=cfg.start_position + cfg.masked, rotation=rotation, hidden=hidden)
+        first = cfg.start_position + cfg.masked
+        how = dict(causal=not cfg.masked, first=0 if whole else first, rotation=rotation, hidden=hidden)
         y = self.transformer(x, added=upto(added, x.shape[1]), **how)
-        return y[:, : target.shape[1] // cfg.levels]
+        return y[:, first if whole else 0 :][:, : target.shape[1] // cfg.levels]
 
     def forward(
         self,
@@ -561,6 +568,7 @@ class SequenceModel(nn.Module):
         hide: Bool[Tensor, "B M"] | None = None,
         drop_labels: Bool[Tensor, " B"] | None = None,
         drop_prefix: Bool[Tensor, " B"] | None = None,
+        seen: Int64[Tensor, "B M"] | None = None,
         order: Int64[Tensor, "B N"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean cross-entropy over the target (masked models: over the hidden tokens), and metrics.
@@ -569,19 +577,30 @@ class SequenceModel(nn.Module):
         they are predicted; raster order without it. It needs `cfg.random_order`.
 
         `noise` samples `hide` (tokens to predict, required by a masked model), `drop_labels` and `drop_prefix` (rows
-        that lose their label or prefix). Dropout uses torch's global generator. Metrics are detached scalars: nll
-        (nats per token, without smoothing), perplexity, accuracy.
+        that lose their label or prefix). `seen` are the target's tokens as a next-token model reads them, some replaced
+        by others; of several levels the heads still read the position's own lower codes, without which a higher one
+        means nothing. With `code_heads` their losses are added. Dropout uses torch's global generator. Metrics are
+        detached scalars: nll (nats per token, without smoothing), perplexity, accuracy, and the cosines of code heads.
         """
         if drop_labels is not None and labels is not None:
             labels = labels.masked_fill(drop_labels, -1)
         if order is not None:
             assert self.cfg.random_order, "a model that learns random orders has random_order set"
             target = in_order(target, order)
+            seen = None if seen is None else in_order(seen, order)
         if not self.cfg.masked:
-            features = self.features(target, prefix, labels, drop_prefix, order=order).flatten(0, 1)  # (B * M, D)
+            hidden: list[Tensor] | None = None if self.code_heads is None else []
+            inputs = (target if seen is None else seen), prefix, labels, drop_prefix
+            features = self.features(*inputs, hidden=hidden, order=order, whole=False).flatten(0, 1)  # (B * M, D)
             if self.cfg.levels > 1:
-                return self._loss_of_levels(features, target, label_smoothing)
-            return linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
+                loss, metrics = self._loss_of_levels(features, target, label_smoothing)
+            else:
+                loss, metrics = linear_cross_entropy(features, self.head.weight, target.flatten(), label_smoothing)
+            if self.code_heads is None or hidden is None:
+                return loss, metrics
+            more, cosines = self.code_heads(hidden, target)
+            return loss + more, metrics | cosines
+        assert seen is None, "a masked model reads the tokens that it does not predict: they stay as they are"
         assert hide is not None, "a masked model predicts hidden tokens: pass the result of noise()"
         features = self.features(target.masked_fill(hide, self.cfg.mask_token), prefix, labels, drop_prefix)
         if target.device.type != "cpu":  # the host would wait for the number of hidden tokens

@@ -348,21 +348,22 @@ class Transformer(nn.Module):
             first: earlier outputs are not returned, and the last block skips their feed-forward layer.
             cache: keys and values of earlier positions; extended by these.
             added: what is added to the input of some blocks (an aligned prefix).
-            hidden: list that gets the input and every block's output (all positions, before the final norm) appended.
+            hidden: list that gets the input and every block's output (before the final norm) appended: all positions,
+                of the last block those from `first` on.
             rotation: rotary positions of each sequence, (B, T, 2, d/2), where they are not in the order of `places`.
         """
         if hidden is not None:
             hidden.append(x)
-        length, skip = x.shape[1], first if hidden is None else 0
+        length = x.shape[1]
         if rotation is None:
             rotation = self.rotations(length, x.device) if cache is None else cache.rotation(length)
         for number, block in enumerate(self.blocks):
             last = block is self.blocks[-1]
             if added and number in added:
                 x = x + added[number]
-            x = block(x, causal=causal, cache=cache, first=skip if last else 0, rotation=rotation)
+            x = block(x, causal=causal, cache=cache, first=first if last else 0, rotation=rotation)
             if hidden is not None:
                 hidden.append(x)
         if cache is not None:
             cache.advance(length)
-        return self.final_norm(x[:, first - skip :])
+        return self.final_norm(x)

@@ -9,6 +9,7 @@ those.
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.optim import build_optimizer
 from digit.training.parallel import LossModule
-from digit.training.sequence import SequenceUpdate
+from digit.training.sequence import SequenceUpdate, code_heads
 
 # Resident over live memory of a CPU process, because glibc keeps freed blocks: 1.09 to 1.30 in 8 runs
 CPU_FRAGMENTATION = 1.2
@@ -125,22 +126,28 @@ class TrainingMemory:
 
 
 def training_memory(
-    cfg: SequenceConfig, training: TrainConfig, *, num_devices: int = 1, gpu: bool = True
+    cfg: SequenceConfig, training: TrainConfig, *, num_devices: int = 1, gpu: bool = True, code_dim: int = 1
 ) -> TrainingMemory:
     """Memory of one of `num_devices` devices, with the accumulation, precision and checkpointing of `training`.
+
+    `code_dim` is the number of numbers of a code vector, for a training with code losses.
 
     Ignores torch.compile, whose fused kernels need less memory.
     """
     share = replace(training, batch_size=training.batch_size // num_devices, compile=False)
     assert gpu or num_devices == 1, "a CPU trains in one process"
     with torch.random.fork_rng(devices=[]):
-        return trace_gpu(cfg, share, num_devices) if gpu else trace_cpu(cfg, share)
+        return trace_gpu(cfg, share, num_devices, code_dim) if gpu else trace_cpu(cfg, share, code_dim)
 
 
-def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
+def trace_cpu(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> TrainingMemory:
     """Runs two steps of SequenceUpdate: the first creates the optimizer's moments, the second starts with them."""
-    with FakeTensorMode(), LiveMemory() as memory, MaskedRows():
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        memory = stack.enter_context(LiveMemory())
+        stack.enter_context(MaskedRows())
         model = SequenceModel(cfg).train()
+        stack.enter_context(code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training))
         batch = blank_batch(cfg, training.batch_size, "cpu")
         update = SequenceUpdate(model, lambda step: batch, training)
         update.checks_norm = False  # fake numbers are neither finite nor not
@@ -150,12 +157,15 @@ def trace_cpu(cfg: SequenceConfig, training: TrainConfig) -> TrainingMemory:
         return TrainingMemory(peak=round(CPU_FRAGMENTATION * memory.peak), weights=weights)
 
 
-def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int) -> TrainingMemory:
+def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int, code_dim: int) -> TrainingMemory:
     """Runs the same two steps on meta tensors."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(training.precision, torch.bfloat16)
-    with LiveMemory() as memory, MaskedRows():
+    with ExitStack() as stack:
+        memory = stack.enter_context(LiveMemory())
+        stack.enter_context(MaskedRows())
         with torch.device("meta"):
             model = SequenceModel(cfg).train()
+        stack.enter_context(code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training))
         if training.checkpoint_activations:  # the backward pass recomputes outside the forward pass's modes
             for block in model.transformer.blocks:
                 block.forward = under(GPURules(dtype), block.forward)

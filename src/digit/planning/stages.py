@@ -246,7 +246,8 @@ class Planner:
     def memory(self, name: str, training: TrainConfig) -> TrainingMemory:
         """Memory of a training step on one device."""
         cfg = self.work.sequence(name)
-        return training_memory(cfg, training, num_devices=self.machine.count, gpu=self.machine.gpu)
+        devices = {"num_devices": self.machine.count, "gpu": self.machine.gpu}
+        return training_memory(cfg, training, code_dim=self.work.code_dim(name), **devices)
 
     def training(self, name: str) -> Stage:
         """Training of one model."""

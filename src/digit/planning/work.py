@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.efficientnet import EfficientNet
 from digit.models.pixels import PixelConfig, PixelRenderer
-from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
+from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.planning.machines import Kind
 from digit.runs.checks import vqgan_config
@@ -25,6 +25,8 @@ from digit.sampling.kinds import get_kind
 from digit.tokenizers.encoders import blank_net
 from digit.tokenizers.vq import VQTokenizer
 from digit.training.adversarial import AdversarialConfig
+from digit.training.config import TrainConfig
+from digit.training.sequence import image_flops
 
 VGG_FLOPS_PER_PIXEL = (77e3, 111e3, 184e3, 184e3, 55e3)  # FLOPs per input pixel of each stage of VGG16
 LITE0_FLOPS_128 = 0.25e9  # EfficientNet-Lite0 at 128 px: the perceptual loss `encoder`
@@ -177,7 +179,13 @@ class Work:
         """Of one training image of one of ROLES."""
         if get_role(name).kind == "pixels":
             return 3.0 * self.pixel_renderer.flops + self._loss_flops(self.recipe.pixels_training)
-        return training_flops(self.sequence(name))
+        training = self.recipe.training(get_role(name))
+        assert isinstance(training, TrainConfig)
+        return image_flops(self.sequence(name), training, self.code_dim(name))
+
+    def code_dim(self, name: str) -> int:
+        """Numbers of a code vector of the tokens that one of ROLES predicts."""
+        return self.dim if get_role(name).target == "discriminative" else self.vqgan.z_channels
 
 
 class BlankVQ(VQTokenizer):

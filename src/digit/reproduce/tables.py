@@ -12,7 +12,6 @@ from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
 from digit.metrics.judge import Judged
 from digit.metrics.stability import StabilityConfig
-from digit.models.sequence import training_flops
 from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
 from digit.reproduce.probes import model_probe_step
 from digit.reproduce.study import Study
@@ -134,7 +133,7 @@ def trained(run: Run, model: str) -> dict[str, Any]:
     run.train_model(model)
     cfg, last = run.training_config(model), distributed.on_main(lambda: last_metrics(run.out / model))
     images = cfg.num_steps * cfg.batch_size
-    flops = training_flops(run.sequence_config(model)) * images
+    flops = run.flops_per_image(model) * images
     return {"images": images, "training_pflops": flops / 1e15, "seconds": last["seconds"], "nll": last["nll"]}
 
 

@@ -14,7 +14,9 @@ from digit.models.tokenizer import ImageTokenizer
 from digit.training.loop import step_seed
 
 ENCODED_TOGETHER = 64  # images
+NOISE_ENDS = 0.75  # of the training: reAR's noise is 0 after 187,500 of 250,000 updates
 ORDERS = 2**31  # of `step_seed`, in place of a micro-batch: random numbers that nothing else in the training has
+OF_INPUT_NOISE = 1_000_033  # in place of a micro-batch: random numbers of noisy inputs alone
 Arguments = Callable[[dict[str, Tensor]], dict[str, Any]]
 
 
@@ -85,12 +87,51 @@ class NoisyPrefix:
         shape = (self.batch_size, prefix.shape[1])
         swap = torch.rand(shape, generator=generator) < self.rate * max(0.0, 1 - step / self.num_steps)
         which = torch.randint(self.near.shape[-1], shape, generator=generator)
-        near = self.near[(*self._levels(prefix.shape[1]), prefix.cpu(), which[start:stop])]  # (B, P)
+        near = pick_near(self.near, prefix.cpu(), which[start:stop])  # (B, P)
         return batch | {"prefix": torch.where(swap[start:stop].to(prefix.device), near.to(prefix), prefix)}
 
-    def _levels(self, length: int) -> tuple[Tensor, ...]:
-        """((P,) level of each token,), or () where there is one level."""
-        return () if self.near.ndim == 2 else (torch.arange(length) % len(self.near),)
+    def rows(self, step: int) -> np.ndarray:
+        return self.batches.rows(step)
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+@dataclass(frozen=True)
+class NoisyInputs:
+    """Batches with `seen` beside the target: its tokens, some of them replaced, which the model reads in their place.
+
+    Of each image a share of the tokens, uniform between 0 and rate (1 - step / (NOISE_ENDS num_steps)), becomes others
+    (reAR, He et al. 2025): near ones, as `NoisyPrefix` has them, or any of `vocab_size` where `near` is None. Equal for
+    any number of processes.
+    """
+
+    batches: Batches
+    near: Tensor | None
+    vocab_size: int
+    rate: float
+    num_steps: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.batch_size)
+
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        batch = self.batches.part(step, start, stop)
+        target = batch["target"]
+        generator = torch.Generator().manual_seed(step_seed(self.seed, step, OF_INPUT_NOISE))
+        shape = (self.batch_size, target.shape[1])
+        share = torch.rand((self.batch_size, 1), generator=generator) * self.share(step)
+        swap = torch.rand(shape, generator=generator) < share
+        num = self.vocab_size if self.near is None else self.near.shape[-1]
+        which = torch.randint(num, shape, generator=generator)[start:stop]
+        others = which if self.near is None else pick_near(self.near, target.cpu(), which)  # (B, M)
+        return batch | {"seen": torch.where(swap[start:stop].to(target.device), others.to(target), target)}
+
+    def share(self, step: int) -> float:
+        """The largest share of an image's tokens that a step replaces."""
+        return self.rate * max(0.0, 1 - step / (NOISE_ENDS * self.num_steps))
 
     def rows(self, step: int) -> np.ndarray:
         return self.batches.rows(step)
@@ -145,6 +186,15 @@ class RandomOrder:
 
     def close(self) -> None:
         self.batches.close()
+
+
+def pick_near(near: Tensor, tokens: Tensor, which: Tensor) -> Tensor:
+    """(B, M) int64: number `which` (B, M) of the codes near to each of `tokens` (B, M), on the CPU.
+
+    `near` (K, n) lists them, of several levels (L, K, n); a token's level follows from its place.
+    """
+    levels = () if near.ndim == 2 else (torch.arange(tokens.shape[1]) % len(near),)
+    return near[(*levels, tokens, which)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from digit.runtime.config_json import from_json
 from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, plain, read_json, write_json
 from digit.runtime.request import shown
 from digit.runtime.settings import flat
-from digit.training.config import CONFIG
+from digit.training.config import CONFIG, ENDING_SCHEDULES
 
 STAGES = (*RESULTS, *ROLES)
 LENGTHENED, PREVIEWS = "lengthened.json", "previews"
@@ -274,12 +274,10 @@ def describe_lengths(change: Change, before: Recipe, wanted: Recipe) -> Iterator
         if chosen and alike:
             yield f"{told}, as in a new run of that length, bit for bit on a CPU"
         elif chosen:
-            cosine = any(not wanted.training(role).may_grow for role in chosen)
-            what = (
-                "learning rate follows the longer run's cosine"
-                if cosine
-                else "noise or order is that of the longer run"
-            )
+            trainings = [wanted.training(role) for role in chosen]
+            cosine = any(getattr(cfg, "schedule", "cosine") in ENDING_SCHEDULES for cfg in trainings)
+            what = "noise or order is that of the longer run"
+            what = "learning rate follows the longer run's cosine" if cosine else what
             yield (
                 f"{told}. From here on the {what}; the first updates had the shorter one's, so a new run of that "
                 "length would give something else"

@@ -26,6 +26,8 @@ from digit.training.config import TrainConfig
 log = logging.getLogger(__name__)
 MIN_IMAGES = 2
 MODELS = ("prior", "renderer")
+ROBUSTNESS = ("input_noise", "current_code", "next_code")  # how the settings of one training begin
+NEXT_TOKEN_ONLY = "only next-token models have it: leave it out"
 # the fields of the recipe that decide a part, beside the data: where one of them changes, the part is made again
 CODEBOOK, VQGAN = (
     ("encoder", "quantizer", *QUANTIZERS, "codebook_subset", "codebook_path"),
@@ -73,6 +75,8 @@ def check_recipe(
     check_sizes(recipe, resolution, num_classes)
     check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
+    for name in recipe.model_names:
+        check_robustness(recipe, name)
     check_warmup(recipe, chosen)
     check_sampling(recipe, num_classes, chosen)
     if "codebook" not in parts:
@@ -219,6 +223,12 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
             (cfg.warmup_steps == 0, rf"{training}\.warmup_from", f"set {training}.warmup_steps above 0"),
             (cfg.seed != recipe.seed, rf"{training}\.seed", "set the run's one seed"),
             (not recipe.validation_fraction, rf"{training}\.keep_best", "set validation_fraction above 0"),
+            (kind == "masked", rf"{training}\.({'|'.join(ROBUSTNESS)})(_.*)?", NEXT_TOKEN_ONLY),
+            (cfg.input_noise == 0, rf"{training}\.input_noise_codes", f"set {training}.input_noise above 0"),
+            *(
+                (weight == 0, rf"{training}\.{token}_code_layer", f"set {training}.{token}_code_weight above 0")
+                for token, weight in (("current", cfg.current_code_weight), ("next", cfg.next_code_weight))
+            ),
             (True, rf"sampling\.{name}\.{foreign}.*", f"the {name} is sampled token by token: {masked}"),
             (sampling.temperature == 0, rf"sampling\.{name}\.top_[kp]", greedy),
             (sampling.num_steps == 1, rf"sampling\.{name}\.choice_temperature", "num_steps is 1: set it above 1"),
@@ -363,6 +373,24 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
                 f"{name}_training.batch_size {batch_size} does not split into {number} equal micro-batches "
                 f"({num_processes} processes x accumulate): give a multiple"
             )
+
+
+def check_robustness(recipe: Recipe, name: str) -> None:
+    """Raise DigitError for noisy inputs and code losses that one of ROLES cannot have: a masked model, and layers that
+    the model lacks."""
+    role = get_role(name)
+    cfg, training = recipe.training(role), f"{role.settings}_training"
+    if not isinstance(cfg, TrainConfig):
+        return
+    weights = {f"{token}_code_weight": weight for token, weight in cfg.code_weights.items()}
+    weights |= {"input_noise": cfg.input_noise} if cfg.input_noise else {}
+    if role.kind == "masked" and weights:
+        setting, value = next(iter(weights.items()))
+        raise DigitError(f"{training}.{setting} is {value}, but {name} is a masked model, and {NEXT_TOKEN_ONLY}")
+    try:
+        cfg.code_layers(recipe.size(role).depth)
+    except DigitError as error:
+        raise DigitError(f"{training}.{error}") from None
 
 
 def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:

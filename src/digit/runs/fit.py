@@ -36,9 +36,18 @@ from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.manifest import load_sequence_model, save_sequence_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.batches import Annealed, Arguments, Batches, FreshBatches, ModelBatches, NoisyPrefix, RandomOrder
+from digit.runs.batches import (
+    Annealed,
+    Arguments,
+    Batches,
+    FreshBatches,
+    ModelBatches,
+    NoisyInputs,
+    NoisyPrefix,
+    RandomOrder,
+)
 from digit.runs.changes import continue_training, defaults, find_vq_tokens, merged
-from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
+from digit.runs.checks import check_recipe, check_reuse, check_robustness, chosen_settings, vqgan_config
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
@@ -61,12 +70,13 @@ from digit.training.adversarial import AdversarialConfig
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import last_metrics
 from digit.training.pixels import train_pixels
-from digit.training.sequence import train_sequence_model
+from digit.training.sequence import image_flops, train_sequence_model
 from digit.training.vqgan import train_vqgan
 
 MAX_VALIDATION_ROWS = 256
 VALIDATED = ("nll", "l1", "psnr")  # metrics of a loss that are logged of held-out images
-NEAR_CODES = 8  # that a noisy prefix takes for each code
+NEAR_CODES = 8  # that a noisy prefix, or a noisy input, takes for each code
+COMPARED_TOGETHER = 8192  # codes with all others: 512 MB of distances for the 16,384 of a large VQGAN
 
 
 class Run:
@@ -301,6 +311,7 @@ class Run:
         if name in self.reuse:
             self._require_same_model(name, folder)
         elif not self.is_done(name):
+            check_robustness(self.recipe, name)
             torch.manual_seed(self.recipe.seed)
             cfg = self.sequence_config(name)
             model = get_kind(cfg.kind).model(cfg).to(self.device)
@@ -333,7 +344,8 @@ class Run:
                 train_sequence_model(
                     model, batches, training, folder,
                     about=about, validate=validate, preview=self._previews(name, training),
-                    flops_per_image=training_flops(model.cfg), description=name,
+                    flops_per_image=self.flops_per_image(name), description=name,
+                    codes=self.code_vectors(name) if training.code_weights else None,
                 )  # fmt: skip
                 return {}
             assert isinstance(model, PixelRenderer)
@@ -405,11 +417,25 @@ class Run:
         if not role.replaces:
             return cfg
         total = sum(self._training_flops(replaced) for replaced in role.replaces)
-        return replace(cfg, num_steps=round(total / (training_flops(self.sequence_config(name)) * cfg.batch_size)))
+        return replace(cfg, num_steps=round(total / (self.flops_per_image(name) * cfg.batch_size)))
 
     def _training_flops(self, name: str) -> float:
         cfg = self.recipe.training(get_role(name))
-        return training_flops(self.sequence_config(name)) * cfg.num_steps * cfg.batch_size
+        return self.flops_per_image(name) * cfg.num_steps * cfg.batch_size
+
+    def flops_per_image(self, name: str) -> float:
+        """FLOPs of one training image of a sequence model, with what only its training has."""
+        cfg, training = self.sequence_config(name), self.recipe.training(get_role(name))
+        if not (isinstance(training, TrainConfig) and training.code_weights):
+            return training_flops(cfg)
+        return image_flops(cfg, training, self.code_vectors(name).shape[-1])
+
+    def code_vectors(self, name: str) -> torch.Tensor:
+        """(L, V, C) float32: what each code of a model's target tokens stands for, as its tokenizer has it."""
+        if get_role(name).target == "discriminative":
+            return self.fit_codebook().level_vectors.float()
+        vq = self.train_vqgan()
+        return vq.embed(torch.arange(vq.vocab_size, device=vq.device)).float()[None]
 
     def batches(self, name: str, cfg: LoopConfig) -> Batches:
         """step -> {"target", "prefix", "labels"} for one of ROLES, from stored tokens or from fresh crops."""
@@ -426,9 +452,13 @@ class Run:
         """`batches` with the noise and the orders of the model's settings."""
         role, batches, own = get_role(name), self.batches(name, cfg), self.sequence_config(name)
         size, seed = self.recipe.size(role), self.recipe.seed
+        length = cfg.num_steps, cfg.batch_size, seed
         if role.prefix and size.prefix_noise:
-            near = near_codes(self.fit_codebook())
-            batches = NoisyPrefix(batches, near, size.prefix_noise, cfg.num_steps, cfg.batch_size, seed)
+            batches = NoisyPrefix(batches, near_codes(self.fit_codebook()), size.prefix_noise, *length)
+        if isinstance(cfg, TrainConfig) and cfg.input_noise:
+            vectors = self.code_vectors(name)
+            near = near_vectors(vectors) if cfg.input_noise_codes == "near" else None
+            batches = NoisyInputs(batches, near, vectors.shape[1], cfg.input_noise, *length)
         if own.random_order and isinstance(size, ModelSpec):
             start, end = (round(fraction * cfg.num_steps) for fraction in size.random_order_anneal)
             rate = Annealed(size.random_order, start, end)
@@ -530,10 +560,19 @@ def near_codes(codebook: Quantizer) -> torch.Tensor:
 
     Of several levels (L, K, n), for each level.
     """
+    return near_vectors(codebook.level_vectors)
+
+
+def near_vectors(code_vectors: torch.Tensor) -> torch.Tensor:
+    """`near_codes` of vectors (L, K, D)."""
     near = []
-    for vectors in codebook.level_vectors.float().cpu():
-        distances = torch.cdist(vectors, vectors).fill_diagonal_(torch.inf)
-        near.append(distances.topk(min(NEAR_CODES, codebook.vocab_size - 1), largest=False).indices)
+    for vectors in code_vectors.float().cpu():
+        parts = []
+        for first in range(0, len(vectors), COMPARED_TOGETHER):
+            distances = torch.cdist(vectors[first : first + COMPARED_TOGETHER], vectors)
+            distances.diagonal(first).fill_(torch.inf)
+            parts.append(distances.topk(min(NEAR_CODES, len(vectors) - 1), largest=False).indices)
+        near.append(torch.cat(parts))
     return near[0] if len(near) == 1 else torch.stack(near)
 
 

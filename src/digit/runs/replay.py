@@ -14,7 +14,7 @@ from digit.runtime.files import as_path, load_tensors, read_json
 from digit.training import checkpoint
 from digit.training.config import TrainConfig
 from digit.training.optim import clip_gradients
-from digit.training.sequence import SequenceUpdate
+from digit.training.sequence import SequenceUpdate, add_code_heads
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,21 @@ def replay(folder: str | Path, device: str | torch.device = "cpu") -> Replay:
             f"{folder} holds no state from before the step, because a GPU run checks its values only when it logs or "
             "saves: resume from the last good checkpoint with max_skipped 1, which checks every step"
         )
-    update = rebuild(report, load_tensors(folder / "batch.safetensors"), torch.device(device))
     checkpoint.verify(states[-1])
-    update.model.load_state_dict(checkpoint.load(states[-1], {"model": update.model.state_dict()})["model"])
+    state = checkpoint.load(states[-1], {})["model"]
+    codes = state.get("code_heads.codes")
+    update = rebuild(report, load_tensors(folder / "batch.safetensors"), torch.device(device), codes)
+    update.model.load_state_dict(state)
     return run_again(update, report["step"])
 
 
-def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.device) -> SequenceUpdate:
-    """The trainer of the dump; the shares of several processes become micro-batches of this one."""
+def rebuild(
+    report: dict[str, Any], batch: dict[str, Tensor], device: torch.device, codes: Tensor | None
+) -> SequenceUpdate:
+    """The trainer of the dump; the shares of several processes become micro-batches of this one.
+
+    `codes` (L V, C) are the code vectors of its code heads, if it has any.
+    """
     about, train = dict(report["settings"]["about"]), report["settings"]["train"]
     about.pop("tokens", None)
     try:
@@ -77,6 +84,7 @@ def rebuild(report: dict[str, Any], batch: dict[str, Tensor], device: torch.devi
         cfg = from_json(TrainConfig, train | {"compile": False, "parallel": "ddp"}, "report.json")
     except (DigitError, TypeError) as error:
         raise DigitError(f"the dump is not of a prior or renderer ({error})") from error
+    add_code_heads(model, None if codes is None else codes.unflatten(0, (model.cfg.levels, -1)), cfg)
     num_micro_batches = cfg.accumulate * report.get("processes", 1)
     return SequenceUpdate(model, lambda step: dict(batch), replace(cfg, accumulate=num_micro_batches))
 

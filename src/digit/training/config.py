@@ -108,6 +108,21 @@ class TrainConfig(LoopConfig):
     """How many updates of the whole run may be skipped because their loss or gradient is not finite; 0 stops the run
     at the first. With precision fp16, whose loss scaling skips an update now and then, 0 stops it only where the
     gradients overflow at the smallest loss scale."""
+    input_noise: float = within("[0, 1]", 0.0)
+    """Largest share of an image's tokens that a next-token model reads as other ones, while it still predicts the right
+    ones, so that it can go on from its own mistakes (reAR, He et al. 2025: 1). Each image's share is uniform between 0
+    and this, which falls linearly to 0 over the first three quarters of the training."""
+    input_noise_codes: Literal["near", "uniform"] = "near"
+    """What these tokens become: near, one of the 8 codes whose vectors are nearest; or uniform, any code (reAR)."""
+    current_code_weight: float = within("[0, inf)", 0.0)
+    """Weight of the loss that trains features of a shallow layer to tell the code vector of the token at each position
+    (reAR: 1), through a small network that only training has. Next-token models only, as the following ones."""
+    current_code_layer: int = within("[0, inf)", 1)
+    """Blocks before those features: 1 is after the first one (reAR), 0 the embedded input."""
+    next_code_weight: float = within("[0, inf)", 0.0)
+    """Weight of the loss that trains features of a deep layer to tell the code vector of the next token (reAR: 1)."""
+    next_code_layer: int | None = within("[0, inf)", None)
+    """Blocks before those features; None takes three quarters of them (reAR: 18 of 24)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +133,23 @@ class TrainConfig(LoopConfig):
 
     @property
     def may_grow(self) -> bool:
-        return self.schedule not in ENDING_SCHEDULES
+        return self.schedule not in ENDING_SCHEDULES and not self.input_noise  # the noise falls to 0 by then
+
+    @property
+    def code_weights(self) -> dict[str, float]:
+        """Weights of the code losses that the training has, by the token that they tell of."""
+        return {name: weight for name in ("current", "next") if (weight := getattr(self, f"{name}_code_weight"))}
+
+    def code_layers(self, depth: int) -> dict[str, int]:
+        """Blocks before the features that each of these losses reads, in a model of so many.
+
+        Raises DigitError for more than the model has.
+        """
+        found = {name: getattr(self, f"{name}_code_layer") for name in self.code_weights}
+        found = {name: round(0.75 * depth) if layer is None else layer for name, layer in found.items()}
+        for name, layer in found.items():
+            self.require(layer <= depth, f"{name}_code_layer", f"at most {depth}, the blocks of the model")
+        return found
 
 
 def describe_run(cfg: LoopConfig, about: dict[str, Any] | None) -> dict[str, Any]:

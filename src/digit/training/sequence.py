@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from digit.errors import DigitError
+from digit.models.code_heads import CodeHeads, code_head_flops
+from digit.models.sequence import SequenceConfig, SequenceModel, training_flops
 from digit.runtime import distributed
 from digit.training import parallel
 from digit.training.compile import TransformerForward
@@ -28,6 +30,7 @@ Batch = dict[str, Tensor | None]
 
 SMALLEST_SCALE = 2.0**-8  # of the loss with fp16: gradients that overflow nevertheless are no matter of scale
 SCALE_CHECKED_EVERY = 10  # steps; reading the scale waits for the GPU
+OF_CODE_HEADS = 1_000_003  # in place of a micro-batch: random numbers of the code heads' start
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +228,47 @@ class SequenceUpdate:
             model.to(self.device)
 
 
+@contextmanager
+def code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> Iterator[None]:
+    """Context in which the model has the code heads of the config's losses, if it has any (`models/code_heads.py`)."""
+    add_code_heads(model, codes, cfg)
+    try:
+        yield
+    finally:
+        if cfg.code_weights:
+            model.code_heads = None
+
+
+def add_code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> None:
+    """Give the model the code heads of the config's losses, if it has any. Their start depends on its seed alone.
+
+    Raises DigitError for a model that cannot have them, and for `codes` that are not those of its target.
+    """
+    if not cfg.code_weights:
+        return
+    names = " and ".join(f"{name}_code_weight" for name in cfg.code_weights)
+    if not isinstance(model, SequenceModel) or model.cfg.masked:
+        raise DigitError(f"{names}: only a next-token model has current and next tokens, leave the weights at 0")
+    if codes is None or codes.shape[:2] != (model.cfg.levels, model.cfg.vocab_size):
+        got = "none" if codes is None else tuple(codes.shape)
+        wanted = f"({model.cfg.levels}, {model.cfg.vocab_size}, C)"
+        raise DigitError(f"{names} need the code vectors of the target, codes {wanted}, and got {got}")
+    if model.cfg.target_places < 2:
+        raise DigitError(f"{names}: the model predicts one position alone, leave the weights at 0")
+    layers = cfg.code_layers(model.cfg.depth)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(step_seed(cfg.seed, 0, OF_CODE_HEADS))
+        heads = CodeHeads(codes.detach().cpu(), model.cfg.embed_dim, layers=layers, weights=cfg.code_weights)
+    model.code_heads = heads.to(model.device)
+
+
+def image_flops(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> float:
+    """FLOPs of one training image, with the code heads; `code_dim` is the C of the target's code vectors."""
+    return training_flops(cfg) + len(training.code_weights) * code_head_flops(
+        cfg.target_places, cfg.embed_dim, code_dim
+    )
+
+
 def train_sequence_model(
     model: nn.Module,
     batches: Callable[[int], Batch],
@@ -235,6 +279,7 @@ def train_sequence_model(
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     preview: Callable[[nn.Module, int], Mapping[str, Path]] | None = None,
     flops_per_image: float | None = None,
+    codes: Tensor | None = None,
     description: str = "train",
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a SequenceModel in place; a second call with the same `out` resumes the run.
@@ -247,13 +292,34 @@ def train_sequence_model(
     the shapes of the batch alone. Put the model on its device first. `validate(model)` gets the model in eval mode
     (with fsdp a sharded copy, on all ranks), holding the averaged weights if there is an average. So does
     `preview(model, step)`, after each regular save; it returns PNG files by name for TensorBoard. With
-    `flops_per_image` of forward and backward pass (`digit.models.sequence.training_flops`) the log has the share of the
-    hardware's peak, `mfu`.
+    `flops_per_image` of forward and backward pass (`image_flops`) the log has the share of the hardware's peak, `mfu`.
+    `codes` (L, V, C), the code vectors of the target's tokens, are needed for `current_code_weight` and
+    `next_code_weight`: the checkpoints hold the networks of these losses, the model that is returned does not.
 
     Returns the model, in eval mode, and the last logged metrics. The model holds the average of its weights if
     `cfg.ema_decay` is set, else the last weights. Raises the errors of `digit.training.loop.train`.
     """
-    update = SequenceUpdate(model, batches, cfg)
+    with code_heads(model, codes, cfg):
+        metrics = _train(
+            SequenceUpdate(model, batches, cfg), model, out,
+            about=about, validate=validate, preview=preview, flops_per_image=flops_per_image, description=description,
+        )  # fmt: skip
+    return model.eval(), metrics
+
+
+def _train(
+    update: SequenceUpdate,
+    model: nn.Module,
+    out: str | Path,
+    *,
+    about: dict[str, Any] | None,
+    validate: Callable[[nn.Module], dict[str, float]] | None,
+    preview: Callable[[nn.Module, int], Mapping[str, Path]] | None,
+    flops_per_image: float | None,
+    description: str,
+) -> dict[str, float]:
+    """What `train_sequence_model` does, with a model that has what the training needs; returns the last metrics."""
+    cfg, batches = update.cfg, update.batches
     update.model.train()
 
     @contextmanager
@@ -284,4 +350,4 @@ def train_sequence_model(
         preview=preview_average if preview else None, peak=peak, description=description,
     )  # fmt: skip
     update.finish(model)
-    return model.eval(), metrics
+    return metrics
