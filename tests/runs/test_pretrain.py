@@ -424,6 +424,7 @@ def test_one_image_is_too_few(tmp_path):
     ({}, "moco.temperature"),
     ({"method": "mae"}, "ibot.views.hue"),
     ({"method": "dino"}, "dino.local_scale"),
+    ({"ibot": IBOTConfig(balance="sinkhorn", centre_momentum=0.5)}, "ibot.centre_momentum"),
     ({}, "training.seed"),
     ({}, "training.keep_best"),
 ])  # fmt: skip
