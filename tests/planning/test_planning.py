@@ -80,6 +80,17 @@ def test_weights_moments_and_average_stay_between_steps(cfg, gpu):
     assert plain.peak > plain.weights
 
 
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+def test_networks_of_code_losses_take_memory(gpu):
+    width, dim = PRIOR.embed_dim, 48
+    with_next = replace(TRAINING, next_code_weight=1.0)
+    plain = training_memory(PRIOR, TRAINING, gpu=gpu)
+    losses = training_memory(PRIOR, with_next, gpu=gpu, code_dim=dim)
+    parameters = width * width + width + width * dim + dim
+    assert losses.weights - plain.weights == pytest.approx(12 * parameters + 4 * PRIOR.vocab_size * dim, rel=0.02)
+    assert losses.peak > plain.peak
+
+
 def test_accumulation_checkpointing_and_half_precision_save_memory():
     def peak(**changes):
         return training_memory(RENDERER, replace(TRAINING, batch_size=64, **changes)).peak

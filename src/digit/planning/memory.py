@@ -9,7 +9,6 @@ those.
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from digit.training.config import TrainConfig
 from digit.training.ema import EMA
 from digit.training.optim import build_optimizer
 from digit.training.parallel import LossModule
-from digit.training.sequence import SequenceUpdate, code_heads
+from digit.training.sequence import SequenceUpdate, add_code_heads
 
 # Resident over live memory of a CPU process, because glibc keeps freed blocks: 1.09 to 1.30 in 8 runs
 CPU_FRAGMENTATION = 1.2
@@ -142,12 +141,9 @@ def training_memory(
 
 def trace_cpu(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> TrainingMemory:
     """Runs two steps of SequenceUpdate: the first creates the optimizer's moments, the second starts with them."""
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        memory = stack.enter_context(LiveMemory())
-        stack.enter_context(MaskedRows())
+    with FakeTensorMode(), LiveMemory() as memory, MaskedRows():
         model = SequenceModel(cfg).train()
-        stack.enter_context(code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training))
+        add_code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training)
         batch = blank_batch(cfg, training.batch_size, "cpu")
         update = SequenceUpdate(model, lambda step: batch, training)
         update.checks_norm = False  # fake numbers are neither finite nor not
@@ -160,12 +156,10 @@ def trace_cpu(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> Trai
 def trace_gpu(cfg: SequenceConfig, training: TrainConfig, num_devices: int, code_dim: int) -> TrainingMemory:
     """Runs the same two steps on meta tensors."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(training.precision, torch.bfloat16)
-    with ExitStack() as stack:
-        memory = stack.enter_context(LiveMemory())
-        stack.enter_context(MaskedRows())
+    with LiveMemory() as memory, MaskedRows():
         with torch.device("meta"):
             model = SequenceModel(cfg).train()
-        stack.enter_context(code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training))
+        add_code_heads(model, torch.empty(cfg.levels, cfg.vocab_size, code_dim), training)
         if training.checkpoint_activations:  # the backward pass recomputes outside the forward pass's modes
             for block in model.transformer.blocks:
                 block.forward = under(GPURules(dtype), block.forward)

@@ -259,7 +259,7 @@ def add_code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(step_seed(cfg.seed, 0, OF_CODE_HEADS))
         heads = CodeHeads(codes.detach().cpu(), model.cfg.embed_dim, layers=layers, weights=cfg.code_weights)
-    model.code_heads = heads.to(model.device)
+    model.code_heads = heads if model.device.type == "cpu" else heads.to(model.device)
 
 
 def image_flops(cfg: SequenceConfig, training: TrainConfig, code_dim: int) -> float:
