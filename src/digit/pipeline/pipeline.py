@@ -41,7 +41,7 @@ from digit.pipeline.around import (
 )
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
-from digit.pipeline.card import Card, write_card
+from digit.pipeline.card import Card, part_origins, write_card
 from digit.pipeline.hub import fetch_pipeline, hub_name, require_uploads, upload_folder
 from digit.pipeline.labels import Labels, class_positions, listed
 from digit.pipeline.manifest import (
@@ -699,7 +699,7 @@ class DigitPipeline:
             parts=parts,
             sampling=asdict(self.sampling),
             info=self.info,
-            encoder=self.tokenizer and str(self.tokenizer.encoder.describe().get("name", "")),
+            origins=part_origins(self.tokenizer, self.vq, self.info),
             metrics=metrics,
             licence=licence,
             data=data,

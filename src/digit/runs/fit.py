@@ -56,7 +56,7 @@ from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
-from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan, read_vqgan
+from digit.tokenizers.vq import Origin, VQTokenizer, load_asset_vqgan, read_vqgan
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import last_metrics
@@ -226,7 +226,8 @@ class Run:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         start = recipe.vqgan_start
-        vqgan = VQGAN(recipe.vqgan) if start == "scratch" else load_asset_vqgan(start).vqgan
+        carried = None if start == "scratch" else load_asset_vqgan(start)
+        vqgan = VQGAN(recipe.vqgan) if carried is None else carried.vqgan
         vqgan.cfg = vqgan_config(recipe)  # an included one takes the size of the crops
         if recipe.vqgan_training.num_steps:
             crops = CachedCrops(
@@ -241,7 +242,17 @@ class Run:
                 perceptual=self._encoder_distance() if recipe.vqgan_training.perceptual == "encoder" else None,
                 preview=self._previews("vqgan", recipe.vqgan_training),
             )
-        distributed.on_main(lambda: VQTokenizer(vqgan).save(folder))
+        origin = self._vqgan_origin(carried.origin if carried else Origin())
+        distributed.on_main(lambda: VQTokenizer(vqgan, origin=origin).save(folder))
+
+    def _vqgan_origin(self, start: Origin) -> Origin:
+        """What is recorded of the VQGAN that this run trains from a start, or takes as it is."""
+        if not self.recipe.vqgan_training.num_steps:
+            return start
+        data = Path(self.source.name).name
+        if not start.name:
+            return Origin(name="trained by digit fit", data=data)
+        return replace(start, name=f"{start.name}, trained further by digit fit", data=f"{start.data}, then {data}")
 
     def _encoder_distance(self) -> EncoderDistance:
         """The perceptual distance in EfficientNet-Lite0's features; the judge is another network, Lite2."""
