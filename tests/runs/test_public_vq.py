@@ -39,7 +39,7 @@ def test_a_run_reuses_a_converted_tokenizer(tmp_path):
 
 
 def test_licence_and_data_of_a_reused_tokenizer_go_with_it(tmp_path, capsys):
-    """From the folder that is reused into the pipeline, its card and `digit info`; a run of its own says what it saw."""
+    """From the folder that is reused into the pipeline, its card and `digit info`."""
     vq = tokenizer_of("llamagen")
     vq.origin = Origin(name="llamagen_vq16", licence="MIT", data="ImageNet-1k")
     vq.save(tmp_path / "vqgan")

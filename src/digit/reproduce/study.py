@@ -36,7 +36,7 @@ from digit.reproduce.rehearsal import Cut
 from digit.reproduce.scales import Scale
 from digit.reproduce.splits import open_splits
 from digit.runs.claim import FREE_SETTING, merged
-from digit.runs.fit import Run
+from digit.runs.fit import Run, other_seed
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
 from digit.runtime import distributed
@@ -71,6 +71,9 @@ class Study:
         labels_from: where labels come from, as of `open_source`.
         test_split, every_fifth: other test images than the usual ones, as of `open_splits`.
         cuts: what a rehearsal cut from the scale (`rehearsal.rehearsed`); results say it.
+
+    Attributes:
+        notes: that reused tokens are of another seed, to tell the person.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class Study:
         least = 1 if scale.recipe.training_crops == "fresh" else -(-scale.min_rows // len(self.train))
         self.recipe = replace(scale.recipe, crops_per_image=max(scale.recipe.crops_per_image, least))
         distributed.on_main(self.check)
+        tokens = as_path(self.reuse["tokens"]) if "tokens" in self.reuse else None
+        self.notes: list[str] = distributed.on_main(lambda: other_seed(tokens, self.recipe))
 
     def require_labels(self, what: str) -> None:
         """Raise DigitError unless training and test images have classes."""

@@ -89,7 +89,8 @@ class Run:
         lengthened: the record of `runs.changes.with_more`, for a run that goes on for more updates.
 
     Attributes:
-        notes: what changed in the folder because of other settings, to tell the person.
+        notes: what changed in the folder because of other settings, and that reused tokens are of another seed, to tell
+            the person.
 
     Raises DigitError for settings that cannot work, MismatchError where `out` holds a run with other settings.
     """
@@ -124,9 +125,12 @@ class Run:
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
         self.notes: list[str] = distributed.on_main(
-            lambda: claim_folder(
-                self.out, self.recipe, self.source, reuse_unchanged=reuse_unchanged, lengthened=lengthened
-            )
+            lambda: [
+                *claim_folder(
+                    self.out, self.recipe, self.source, reuse_unchanged=reuse_unchanged, lengthened=lengthened
+                ),
+                *other_seed(self.reuse.get("tokens"), self.recipe),
+            ]
         )
 
     def _check(self, chosen: Sequence[str]) -> None:
@@ -527,6 +531,20 @@ class Run:
         models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
         vqgan = [("vqgan", self.train_vqgan)] if self.recipe.has_vqgan else []
         return [("codebook", self.fit_codebook), *vqgan, ("tokens", self.write_tokens), *models]
+
+
+def other_seed(tokens: Path | None, recipe: Recipe) -> list[str]:
+    """A sentence where tokens that are reused are of random crops of another seed than the recipe's; else nothing."""
+    if tokens is None or recipe.preprocess.distinct_crops == 1 or not (tokens / RESULTS["tokens"]).is_file():
+        return []
+    manifest = read_json(tokens / RESULTS["tokens"])
+    made = manifest.get("seed") if isinstance(manifest, dict) else None
+    if made in (None, recipe.seed):
+        return []
+    return [
+        f"the tokens in {tokens} are of the crops of seed {made}, the run has seed {recipe.seed}: it trains on those "
+        "crops, and its seed decides the rest"
+    ]
 
 
 def near_codes(codebook: Quantizer) -> torch.Tensor:
