@@ -50,7 +50,7 @@ from digit.runtime.files import as_path, plain, read_json, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.paths import nearest
 from digit.runtime.progress import Stages
-from digit.runtime.request import require_same_request
+from digit.runtime.request import defaults_of, require_same_request
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
@@ -339,7 +339,8 @@ class Run:
     def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:
         """Train a model in place; returns what was measured after the last step, beside the log's last metrics."""
         training = self.training_config(name)
-        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"]))
+        usual = defaults_of(type(model.cfg))
+        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"], usual))
         validate = self.validation(name) if self.recipe.validation_fraction else None
         with closing(self.training_batches(name, training)) as batches:
             if isinstance(training, TrainConfig):
@@ -366,8 +367,10 @@ class Run:
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""
-        wanted = plain(self.sequence_config(name).to_dict())
-        require_same_request(folder, read_json(folder / "model.json"), wanted, f"leave it out, and train a {name}")
+        cfg = self.sequence_config(name)
+        wanted = plain(cfg.to_dict())
+        existing, advice = read_json(folder / "model.json"), f"leave it out, and train a {name}"
+        require_same_request(folder, existing, wanted, advice, defaults=defaults_of(type(cfg)))
 
     @staticmethod
     def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str], metrics: dict[str, float]) -> None:
