@@ -17,6 +17,7 @@ from digit.tokenizers.vq import Origin, VQTokenizer
 CARD, SAMPLES = "README.md", "samples.png"
 PAPER = "https://arxiv.org/abs/2410.12490"
 SHOWN_CLASSES = 40
+PART_NAMES = {"vq": "VQ tokenizer"}
 ENCODER_NOTES = {  # by the first letters of its name
     "efficientnet_lite": "EfficientNet-Lite, trained with ImageNet labels by its authors (Apache-2.0)",
     "dinov2": "DINOv2 (Apache-2.0)",
@@ -73,7 +74,7 @@ class Card:
             "",
             "| part | what |",
             "|---|---|",
-            *(f"| {part} | {what} |" for part, what in self.parts),
+            *(f"| {PART_NAMES.get(part, part)} | {what} |" for part, what in self.parts),
             "",
             "## Settings",
             "",
