@@ -28,9 +28,10 @@ from digit.metrics.neighbours import Neighbours, compare_at, copying_score
 from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.models.sequence import SequenceConfig
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.pictures import real_images, spread
+from digit.runs.pictures import real_images
 from digit.runtime import distributed
 from digit.runtime.progress import Progress
+from digit.runtime.spread import spread
 from digit.sampling.config import SamplingConfig
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 
