@@ -26,9 +26,11 @@ def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
     order = Order(images=len(run.source), num_classes=run.num_classes)
     try:
         with torch.random.fork_rng([]):  # the run's own random numbers stay as they are without a plan
-            planner = Planner(run.recipe, this_machine(run.device), order)
+            machine = this_machine(run.device)
+            planner = Planner(run.recipe, machine, order)
             times = {name: stage_seconds(planner, name) * share_left(run, name) for name in names}
-            return times | {REPORT: planner.sampling().seconds}
+            times[REPORT] = planner.sampling().seconds
+            return {name: seconds / machine.free for name, seconds in times.items()}  # beside what runs now
     except Exception:  # an estimate that cannot be made must not end the run
         return {}
 

@@ -94,6 +94,8 @@ def notes(planner: Planner) -> list[str]:
             "rates are this machine's matrix multiplication rate times shares, some of them assumed: expect a factor "
             "of two"
         )
+    if machine.busy:
+        lines.append(machine.busy)
     return ["- " + line for line in lines]
 
 
