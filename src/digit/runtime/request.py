@@ -51,7 +51,7 @@ def completed(existing: Any, requested: Any, defaults: Any) -> Any:
 def defaults_of(config: type) -> dict[str, Any]:
     """The defaults of a config dataclass as JSON gives them back, nested configs with all their settings."""
     found: dict[str, Any] = {}
-    for field in fields(config):
+    for field in fields(cast(Any, config)):
         value = field.default if field.default_factory is MISSING else field.default_factory()
         if value is not MISSING:
             found[field.name] = asdict(cast(Any, value)) if is_dataclass(value) else value
