@@ -135,8 +135,8 @@ def is_whole(tokens: Int64[Tensor, "B M"], keep: Bool[Tensor, "*rows M"] | None,
 def sample_around(
     sampler: Sampler,
     seeds: Sequence[int],
-    tokens: Int64[Tensor, "B M"],
-    keep: Bool[Tensor, "*rows M"] | None = None,
+    tokens: Int64[Tensor, "B L"],
+    keep: Bool[Tensor, "*rows L"] | None = None,
     *,
     prefix: Int64[Tensor, "B P"] | None = None,
     labels: Int64[Tensor, " B"] | None = None,
@@ -144,7 +144,7 @@ def sample_around(
 ) -> Int64[Tensor, "B M"]:
     """Tokens (B, M) that are the given ones where `keep` is true and sampled elsewhere.
 
-    `keep` (M,) is one for all; None keeps all of the first tokens (B, L), which are given.
+    `keep` (L,) is one for all, of L = M tokens; None keeps all of the first L tokens, which are given.
     """
     keep = None if keep is None else keep.cpu()  # which calls are made is decided here: a mask on a GPU would wait
     if is_whole(tokens, keep, sampler):
