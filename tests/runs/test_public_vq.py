@@ -1,6 +1,7 @@
 """A run on another project's VQ tokenizer, converted: tokens, models that start from its codes, samples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import foreign_vq
 import pytest
@@ -59,16 +60,14 @@ def test_licence_and_data_of_a_reused_tokenizer_go_with_it(tmp_path, capsys):
 def test_a_tokenizer_of_the_run_says_what_it_was_trained_on(tmp_path):
     own = Run(tiny_recipe(), SHAPES, tmp_path / "own").train_vqgan()
     assert str(own.origin) == "trained by digit fit; trained on shapes"
-    carried = replace(tiny_recipe().vqgan_training, num_steps=0)
-    start = Origin(name="vqgan64 of the package digit", licence="MIT", data="shapes")
-    for training, name in (
-        (carried, "vqgan64 of the package digit"),
-        (tiny_recipe().vqgan_training, "further by digit"),
+    start, source = Origin(name="vqgan64", licence="MIT", data="groceries"), SimpleNamespace(name="/home/me/photos")
+    for num_steps, name, data in (
+        (0, "vqgan64", "groceries"),
+        (3, "vqgan64, trained further by digit fit", "groceries, then photos"),
     ):
-        run = Run(tiny_recipe(vqgan_training=training), SHAPES, tmp_path / str(training.num_steps))
-        origin = run._vqgan_origin(start)
-        assert name in str(origin) and "licence MIT; trained on shapes" in str(origin)
-        assert origin.data == ("shapes, then shapes" if training.num_steps else "shapes")
+        training = replace(tiny_recipe().vqgan_training, num_steps=num_steps)
+        run = SimpleNamespace(recipe=tiny_recipe(vqgan_training=training), source=source)
+        assert Run._vqgan_origin(run, start) == Origin(name=name, licence="MIT", data=data)
     assert load_asset_vqgan().origin.licence == "MIT" and str(Origin()).endswith("not recorded")
 
 
