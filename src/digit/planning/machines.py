@@ -139,8 +139,9 @@ def this_machine(device: "torch.device") -> Machine:
     if device.type == "cpu":
         speed = cpu_speed()
         peaks: dict[Peak, float] = {"bf16": speed.flops}
+        used = "" if speed.cores == about["cores"] else f"{speed.cores:g} of "
         return Machine(
-            name=f"{about['processor']}, {about['cores']} cores", memory=about["memory_gib"] * 2**30, peaks=peaks,
+            name=f"{about['processor']}, {used}{about['cores']} cores", memory=about["memory_gib"] * 2**30, peaks=peaks,
             bandwidth=CPU_BANDWIDTH, price=0.0, cores=about["cores"] or 1, gpu=False, free=speed.free,
         )  # fmt: skip
     import torch

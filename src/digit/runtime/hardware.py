@@ -144,6 +144,8 @@ class CPUSpeed:
     """Floating-point operations per second of all cores, were they this process's alone."""
     free: float
     """Share of it that this process got while it was measured, in (0, 1]."""
+    cores: float
+    """How many that are: fewer than the machine has where threads, affinity or a container's quota are fewer."""
 
 
 def cpu_speed(seconds: float = 0.3) -> CPUSpeed:
@@ -165,7 +167,7 @@ def cpu_speed(seconds: float = 0.3) -> CPUSpeed:
         cpu_times.append(time.process_time() - before)
     wall = (time.perf_counter() - started) / len(cpu_times)
     spent = max(sorted(cpu_times)[len(cpu_times) // 4] / cores, 1e-9)
-    return CPUSpeed(2 * 1024**3 / spent, min(1.0, spent / wall))
+    return CPUSpeed(2 * 1024**3 / spent, min(1.0, spent / wall), cores)
 
 
 def cpu_quota() -> float | None:
