@@ -233,7 +233,8 @@ class VQTokenizer:
         vqgan = load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors")
         about = read_json(folder / "vqgan.json")
         origin = from_json(Origin, about.get("origin", {}), f"{folder / 'vqgan.json'}: origin")
-        return cls(vqgan, **{"rounding": about.get("rounding", "nearest"), "origin": origin} | options)
+        recorded: dict[str, Any] = {"rounding": about.get("rounding", "nearest"), "origin": origin}
+        return cls(vqgan, **recorded | options)
 
 
 def filled(part: Tensor, size: int) -> Tensor:
@@ -292,8 +293,8 @@ def load_asset_vqgan(name: str = "vqgan64", **options: Any) -> VQTokenizer:
     says what each was trained on and by which program. Raises DigitError on another name.
     """
     about = find_asset(name)
-    origin = Origin(name=f"{name} of the package digit", licence="MIT", data=ASSETS[name])
-    return VQTokenizer(load_vqgan(about, about.with_suffix(".safetensors")), **{"origin": origin} | options)
+    options.setdefault("origin", Origin(name=f"{name} of the package digit", licence="MIT", data=ASSETS[name]))
+    return VQTokenizer(load_vqgan(about, about.with_suffix(".safetensors")), **options)
 
 
 def asset_config(name: str) -> VQGANConfig:
