@@ -162,7 +162,7 @@ def settle_request(
         request = describe_request(pipe, num, labels, seed, cfg)
         if there is not None:
             advice = f"{OTHER_FOLDER}, or the old setting"
-            usual = dict.fromkeys(("prior", "renderer"), defaults_of(StageSampling))
+            usual = {stage: defaults_of(StageSampling) for stage in ("prior", "renderer")}
             require_same_request(folder, there | {"num": num}, request, advice, defaults=usual)
             require_no_fewer(folder, there, num)
     except DigitError:
