@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,11 +211,6 @@ def read_recipe(folder: Path) -> Recipe:
     return from_json(Recipe, merged(plain(asdict(Recipe())), given), f"{folder / CONFIG}: recipe")
 
 
-def defaults(config: type) -> dict[str, Any]:
-    """The defaults of a config dataclass, as JSON has them."""
-    return plain({field.name: field.default for field in fields(config) if field.default is not MISSING})
-
-
 def merged(defaults: Any, given: Any) -> Any:
     """`given` with what it lacks, at any depth, out of `defaults`."""
     if not (isinstance(defaults, dict) and isinstance(given, dict)):
@@ -361,12 +356,14 @@ def finish_lengthening(out: Path) -> None:
         write_json(out / LENGTHENED, record | {"done": True})
 
 
-def continue_training(model: Path, out: Path, num_steps: int, cfg: Any, tokens: Mapping[str, str]) -> None:
+def continue_training(
+    model: Path, out: Path, num_steps: int, tokens: Mapping[str, str], defaults: Mapping[str, Any]
+) -> None:
     """Bring the record beside a model's checkpoints up to date, which the training compares with its settings.
 
-    A run that was lengthened trains on to `num_steps`, whatever its schedule. Settings of the model's `cfg` that are
-    younger than the record get their defaults. Of the fingerprints in the record those of `tokens` stay: older versions
-    named parts that the model does not read.
+    A run that was lengthened trains on to `num_steps`, whatever its schedule. Of the fingerprints in the record those
+    of `tokens` stay: older versions named parts that the model does not read. Settings of the model that an older
+    version lacked get their `defaults`.
     """
     path = model / "checkpoints" / CONFIG
     found = read_json(path) if path.is_file() else None
@@ -375,7 +372,7 @@ def continue_training(model: Path, out: Path, num_steps: int, cfg: Any, tokens: 
     train, about = found.get("train"), found.get("about")
     if not isinstance(train, dict) or not isinstance(about, dict):
         return
-    about = defaults(type(cfg)) | about
+    about = {**defaults, **about}
     steps, read = train.get("num_steps"), about.get("tokens")
     if isinstance(steps, int) and steps < num_steps and read_record(out):
         train = train | {"num_steps": num_steps}
