@@ -21,12 +21,13 @@ from digit.data.images import open_source
 from digit.metrics.frechet import FeatureStats
 from digit.metrics.judge import METRIC, collect_features, fd
 from digit.models.sequence import training_flops
-from digit.pipeline.pipeline import DigitPipeline, StageSampling
+from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
 from digit.runs.recipes import get_recipe
 from digit.runs.report import load_judge, real_images, spread
 from digit.runtime import plots
 from digit.runtime.files import save_npy, write_json
+from digit.sampling.config import StageSampling
 from digit.training.adversarial import image_psnr
 from digit.training.log import last_metrics
 

@@ -1,6 +1,7 @@
 """VQ tokens taken from another store: equal to the byte to those made anew, linked where they can be."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -119,3 +120,12 @@ def test_an_interrupted_run_goes_on_and_ends_byte_identical(tmp_path, stop_at):
     taking(tmp_path / "t", tmp_path / "first", **source)
     assert contents(tmp_path / "t") == contents(tmp_path / "whole")
     write(tmp_path / "t", **OTHER, **source)  # once finished, it is equal wherever its tokens are from
+
+
+def test_a_finished_store_needs_the_other_one_no_longer(tmp_path):
+    write(tmp_path / "first")
+    taken = taking(tmp_path / "taken", tmp_path / "first")
+    shutil.rmtree(tmp_path / "first")
+    assert np.array_equal(taking(tmp_path / "taken", tmp_path / "first").vq, taken.vq)
+    with pytest.raises(MismatchError, match="seed = 5, now asked for 6"):  # its own settings decide as before
+        taking(tmp_path / "taken", tmp_path / "first", seed=6)

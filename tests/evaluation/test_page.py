@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_measure import pictures, run, save_folder
 
-from digit.evaluation.examples import choose_examples, spread
+from digit.evaluation.examples import choose_examples
 from digit.evaluation.samples import EvaluateConfig, statistics_npz
 from digit.metrics.neighbours import compare_neighbours
 
@@ -54,10 +54,6 @@ def test_repeated_reference_images_have_no_ratio():
     fake = torch.cat([real[:1] + 0.01, real[5:20]])
     entry = choose_examples(16, compare_neighbours(real, fake, 3))["spread"][0]
     assert entry["reference"] in (0, 1) and entry["ratio"] is None
-
-
-def test_spread_covers_the_set():
-    assert spread(5, 10) == [0, 1, 2, 3, 4] and spread(100, 4) == [0, 25, 50, 75] and spread(0, 4) == []
 
 
 def test_the_page_has_everything_and_needs_nothing(cfg, tmp_path):

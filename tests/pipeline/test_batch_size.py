@@ -17,7 +17,7 @@ from digit.pipeline.batch_size import (
     micro_batch_size,
     sampling_bytes,
 )
-from digit.pipeline.pipeline import SamplingConfig, StageSampling
+from digit.sampling.config import SamplingConfig, StageSampling
 from digit.tokenizers.vq import VQTokenizer
 
 CFG, GB = SamplingConfig(), 10**9

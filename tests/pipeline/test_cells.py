@@ -129,7 +129,7 @@ def test_watching_changes_nothing(pipe):
 
 
 def test_micro_batches_are_shown_one_after_the_other(pipe, monkeypatch):
-    monkeypatch.setattr("digit.pipeline.pipeline.micro_batch_size", lambda model, size: 2)
+    monkeypatch.setattr("digit.pipeline.generation.micro_batch_size", lambda model, size: 2)
     _, seen = watching(lambda on_step: list(pipe.stream(3, seed=4, on_step=on_step)))
     prior = [(tokens != UNDECIDED).sum(1).tolist() for stage, tokens in seen if stage == "prior"]
     assert prior == [[n, n, 0] for n in range(1, 17)] + [[16, 16, n] for n in range(1, 17)]

@@ -16,8 +16,9 @@ from digit.errors import DigitError, MismatchError
 from digit.pipeline import sample_folder, sample_journal
 from digit.pipeline.batch import SampleBatch
 from digit.pipeline.manifest import read_sampling, write_manifest
-from digit.pipeline.pipeline import DigitPipeline, SamplingConfig
+from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import plots
+from digit.sampling.config import SamplingConfig
 from digit.tokenizers.vq import VQTokenizer
 
 # -------------------------------------------------------------------- stream

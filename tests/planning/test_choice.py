@@ -30,10 +30,17 @@ def test_two_slow_cores_get_128_px_within_an_hour():
     assert found.recipe.name == "photos128" and found.seconds <= CPU_SECONDS
     assert found.recipe == get_recipe("photos128")
     said = str(found)
-    assert (
-        "recipe photos128 for this machine, a CPU, at its present speed: 128 px, 3,000 and 2,400 updates, about" in said
-    )
+    assert "recipe photos128 for this machine, a CPU: 128 px, 3,000 and 2,400 updates, about" in said
     assert "--recipe photos64" in said and "--more 2x" in said and "\n" not in said
+
+
+def test_a_machine_that_is_busy_now_gets_the_same_recipe_and_is_told(capsys, monkeypatch):
+    busy = choose_photos(replace(SLOW, free=0.25))
+    assert busy.recipe == choose_photos(SLOW).recipe and busy.seconds == choose_photos(SLOW).seconds
+    told = "other programs take 75% of its cores now: while they do, everything takes about 4.0 times as long"
+    assert told in str(busy) and "other programs" not in str(choose_photos(SLOW))
+    monkeypatch.setattr("digit.planning.machines.this_machine", lambda device: replace(SLOW, free=0.25))
+    assert main(["plan", "demo", "--images", "3000"]) == 0 and told in capsys.readouterr().out
 
 
 def test_slower_ones_get_64_px_and_faster_ones_more_updates():

@@ -13,6 +13,7 @@ from tiny import tiny_recipe
 from digit.cli import main
 from digit.errors import DigitError
 from digit.models.sequence import SequenceConfig, SequenceModel
+from digit.planning import stages
 from digit.planning.machines import GPUS, Machine, get_gpu
 from digit.planning.memory import CPU_FRAGMENTATION, LiveMemory, blank_batch, training_memory
 from digit.planning.report import dollars, notes
@@ -20,7 +21,7 @@ from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
 from digit.runs.recipes import get_recipe
 from digit.runs.report import num_judged, num_shown
-from digit.sampling.config import SamplingConfig
+from digit.sampling.config import SamplingConfig, StageSampling
 from digit.training.config import TrainConfig
 
 PRIOR = SequenceConfig(vocab_size=512, target_len=64, depth=3, embed_dim=128, num_heads=4, norm="post")
@@ -329,6 +330,29 @@ def test_sampling_is_that_of_the_report_and_what_is_asked_for_beside_it():
     assert more.seconds > 50 * report.seconds
     few = Planner(tiny_recipe(), CPU, Order(images=100, num_classes=3)).sampling()
     assert few.what.startswith("130 images of the report")  # 3 rows of 10, and 100 judged
+
+
+def test_a_report_that_compares_guidance_samples_twice(monkeypatch):
+    guided = SamplingConfig(prior=StageSampling(cfg_scale=1.5), renderer=StageSampling(), batch_size=8)
+    plain = replace(guided, prior=StageSampling())
+    prior = replace(tiny_recipe().prior, label_dropout=0.1)
+    order, models = Order(images=1000, num_classes=3, samples=40), ("prior", "renderer")
+    planner = Planner(tiny_recipe(prior=prior, sampling=guided), CPU, order)
+    report = num_shown(3) + num_judged(1000)
+    twice = planner.sampling_times(report + 40, models, guided)
+    for cause, seconds in planner.sampling_times(report, models, plain).items():
+        twice[cause] += seconds
+    assert planner.sampling().times == pytest.approx(twice)
+    assert f"{report} images of the report, {report} of them also without guidance, 40 more" in planner.sampling().what
+
+    default = Planner(tiny_recipe(prior=prior, sampling=plain), CPU, order).sampling()
+    assert (
+        "also with guidance" in default.what
+        and default.seconds > planner.sampling_times(report + 40, models, plain)[default.bottleneck]
+    )
+    assert "of them also" not in Planner(tiny_recipe(sampling=plain), CPU, order).sampling().what
+    monkeypatch.setattr(stages, "OTHER_WAY_SECONDS", 0.0)  # judging the other way as well would take too long
+    assert f"{num_shown(3)} of them also without guidance" in planner.sampling().what
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from tiny import SHAPES, tiny_recipe
 
 from digit.planning import remaining
 from digit.planning.remaining import REPORT, share_left, stages_of
+from digit.planning.stages import Order, Planner
 from digit.runs.fit import Run
 
 NAMES = ["codebook", "vqgan", "tokens", "prior", "renderer", REPORT]
@@ -17,6 +18,19 @@ def test_every_stage_that_is_not_done_takes_time(tmp_path):
     stages = stages_of(Run(tiny_recipe(), SHAPES, tmp_path))
     assert stages.names == list(stages.seconds) == NAMES and all(seconds > 0 for seconds in stages.seconds.values())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_report_takes_as_long_as_in_the_plan(tmp_path, monkeypatch):
+    """With guidance, which is compared with none: the report samples twice."""
+    recipe = tiny_recipe(prior=replace(tiny_recipe().prior, label_dropout=0.1))
+    machine = replace(remaining.this_machine(torch.device("cpu")), free=1.0)
+    monkeypatch.setattr(remaining, "this_machine", lambda device: machine)
+    run = Run(recipe, SHAPES, tmp_path)
+    planner = Planner(recipe, machine, Order(images=len(run.source), num_classes=run.num_classes))
+    assert "of them also with guidance" in planner.sampling().what
+    assert stages_of(run).seconds[REPORT] == planner.sampling().seconds
+    monkeypatch.setattr(remaining, "this_machine", lambda device: replace(machine, free=0.5))
+    assert stages_of(run).seconds[REPORT] == 2 * planner.sampling().seconds, "beside other programs"
 
 
 def test_a_stage_that_is_done_or_carried_takes_none(run, tmp_path):

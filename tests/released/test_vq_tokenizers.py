@@ -114,6 +114,18 @@ def test_a_name_is_fetched_converted_and_described(hub, tmp_path, capsys):
     pipe = DigitPipeline.from_pretrained(tmp_path / "out")
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     assert pipe.decode(pipe.vq.encode(images)).shape == images.shape
+    origin = "VQ tokenizer: llamagen_vq16; licence MIT; trained on ImageNet-1k"
+    assert main(["info", str(tmp_path / "out")]) == 0 and f"licence    {origin}" in capsys.readouterr().out
+    assert f"- {origin}" in pipe.write_card(tmp_path / "out").read_text()
+
+
+def test_a_file_without_a_name_has_no_licence_that_is_known(hub, tmp_path, capsys):
+    put("llamagen", tmp_path / "mine.pt")
+    out = str(tmp_path / "out")
+    assert main(["convert", "--vqgan", str(tmp_path / "mine.pt"), "--image_size", "16", "--out", out]) == 0
+    assert main(["info", out]) == 0
+    text = capsys.readouterr().out
+    assert "VQ tokenizer: a file in the format of LlamaGen; licence not recorded\n" in text and "MIT" not in text
 
 
 def test_a_folder_of_diffusers_in_a_repository(hub, tmp_path):

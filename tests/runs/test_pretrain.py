@@ -219,6 +219,22 @@ def test_targets_are_centred_sharpened_and_move_the_centre():
     assert used(torch.full((3, 8), 1 / 8)) == pytest.approx(8) and used(torch.eye(8)[:1]) == pytest.approx(1)
 
 
+def test_sinkhorn_shares_the_prototypes_out_and_moves_no_centre():
+    dino, centre = tiny_method("dino", balance="sinkhorn"), torch.zeros(32)
+    outputs = 0.2 * torch.randn(96, 32, generator=seeded())
+    outputs[:, 0] += 1  # one that would win everywhere
+    targets = dino.sharpen(outputs, centre)
+    torch.testing.assert_close(targets.sum(1), torch.ones(96))
+    assert used(targets) > 30 and not centre.any()
+    naive = (outputs / 0.04).double().softmax(dim=0)  # columns, then rows, in turn
+    for _ in range(3):
+        naive = naive / naive.sum(0)
+        naive = naive / naive.sum(1, keepdim=True)
+    torch.testing.assert_close(targets, naive.float(), atol=1e-4, rtol=1e-3)
+    plain = tiny_method("dino").sharpen(outputs, torch.full((32,), 1e-9))
+    assert used(plain) < 2
+
+
 def test_dino_pairs_every_teacher_view_with_every_other_view():
     dino = tiny_method("dino")
     targets, students = [torch.rand(4, 32).softmax(-1) for _ in range(2)], [torch.randn(4, 32) for _ in range(3)]
@@ -408,6 +424,7 @@ def test_one_image_is_too_few(tmp_path):
     ({}, "moco.temperature"),
     ({"method": "mae"}, "ibot.views.hue"),
     ({"method": "dino"}, "dino.local_scale"),
+    ({"ibot": IBOTConfig(balance="sinkhorn", centre_momentum=0.5)}, "ibot.centre_momentum"),
     ({}, "training.seed"),
     ({}, "training.keep_best"),
 ])  # fmt: skip

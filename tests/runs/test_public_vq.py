@@ -1,5 +1,8 @@
 """A run on another project's VQ tokenizer, converted: tokens, models that start from its codes, samples."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import foreign_vq
 import pytest
 import torch
@@ -13,7 +16,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.released.vq_tokenizers import FoundVQ
 from digit.runs.fit import Run
 from digit.runs.recipes import RECIPES
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import Origin, VQTokenizer, load_asset_vqgan
 from digit.training.vqgan import GANConfig
 
 
@@ -34,6 +37,38 @@ def test_a_run_reuses_a_converted_tokenizer(tmp_path):
     assert pipe.vq.fingerprint == vq.fingerprint and pipe.vq.vqgan.layout == vq.vqgan.layout
     images = pipe.generate(2, batch_size=2)
     assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+
+
+def test_licence_and_data_of_a_reused_tokenizer_go_with_it(tmp_path, capsys):
+    """From the folder that is reused into the pipeline, its card and `digit info`."""
+    vq = tokenizer_of("llamagen")
+    vq.origin = Origin(name="llamagen_vq16", licence="MIT", data="ImageNet-1k")
+    vq.save(tmp_path / "vqgan")
+    run = Run(tiny_recipe(), SHAPES, tmp_path / "run", reuse={"vqgan": tmp_path / "vqgan"})
+    pipe = run.make_pipeline()
+    folder = pipe.save_pretrained(run.out / "pipeline")
+    assert VQTokenizer.load(folder / "vqgan").origin == vq.origin
+    card = pipe.write_card(folder, samples=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).read_text()
+    origin = "VQ tokenizer: llamagen_vq16; licence MIT; trained on ImageNet-1k"
+    assert f"- {origin}" in card
+    assert "- Encoder of the discriminative tokens: efficientnet_lite0: EfficientNet-Lite" in card
+    assert main(["info", str(run.out)]) == 0
+    text = capsys.readouterr().out
+    assert f"licence    {origin}" in text and "licence    encoder of the discriminative tokens: efficientnet" in text
+
+
+def test_a_tokenizer_of_the_run_says_what_it_was_trained_on(tmp_path):
+    own = Run(tiny_recipe(), SHAPES, tmp_path / "own").train_vqgan()
+    assert str(own.origin) == "trained by digit fit; trained on shapes"
+    start, source = Origin(name="vqgan64", licence="MIT", data="groceries"), SimpleNamespace(name="/home/me/photos")
+    for num_steps, name, data in (
+        (0, "vqgan64", "groceries"),
+        (3, "vqgan64, trained further by digit fit", "groceries, then photos"),
+    ):
+        training = replace(tiny_recipe().vqgan_training, num_steps=num_steps)
+        run = SimpleNamespace(recipe=tiny_recipe(vqgan_training=training), source=source)
+        assert Run._vqgan_origin(run, start) == Origin(name=name, licence="MIT", data=data)
+    assert load_asset_vqgan().origin.licence == "MIT" and str(Origin()).endswith("not recorded")
 
 
 def test_codes_without_a_table_start_models_too(tmp_path):

@@ -8,7 +8,7 @@ from tiny import SHAPES, tiny_recipe
 
 from digit.errors import DigitError, MismatchError
 from digit.runs.claim import OtherSettingsError
-from digit.runs.fit import Run
+from digit.runs.fit import Run, other_seed
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,15 @@ def test_a_renderer_is_taken_from_another_run(first, tmp_path):
     taken, own = run.train_model("renderer").state_dict(), first.train_model("renderer").state_dict()
     assert all(tensor.equal(own[name]) for name, tensor in taken.items())
     assert not (run.out / "renderer").exists() and run.num_classes
+
+
+def test_tokens_of_another_seed_are_taken_and_said(first, tmp_path):
+    """The crops are those of the store's seed, whatever the run's."""
+    assert second(first, tmp_path / "same").notes == []
+    run = second(first, tmp_path / "other", seed=7)
+    assert len(run.notes) == 1 and "of the crops of seed 0, the run has seed 7" in run.notes[0]
+    plain = replace(tiny_recipe().preprocess, random_crop=False, flip=False)  # every seed has the same crops
+    assert other_seed(first.out / "tokens", replace(tiny_recipe(), seed=7, preprocess=plain)) == []
 
 
 def test_a_model_of_another_shape_is_refused(first, tmp_path):

@@ -1,13 +1,19 @@
 """Devices, cores and precision of this machine."""
 
+import itertools
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from digit.runtime import hardware
 from digit.runtime.hardware import (
     choose_device,
     cores_of_this_process,
+    cpu_quota,
+    cpu_speed,
     free_memory,
     full_precision,
     in_own_thread,
@@ -63,3 +69,30 @@ def test_work_in_its_own_thread_gives_its_result_or_raises_and_leaves_no_thread(
     with pytest.raises(ZeroDivisionError):
         in_own_thread(lambda: 1 / 0)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("slower", [1, 4])
+def test_other_programs_take_wall_time_but_not_the_speed_of_the_cores(monkeypatch, slower):
+    """Each product takes 10 ms of two cores together, and `slower` times as long as alone on the clock."""
+    spent, clock = itertools.count(), itertools.count()
+    fake = SimpleNamespace(process_time=lambda: 0.01 * next(spent), perf_counter=lambda: 0.005 * slower * next(clock))
+    monkeypatch.setattr(hardware, "time", fake)
+    monkeypatch.setattr(hardware, "cores_of_this_process", lambda: 2)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    speed = cpu_speed()
+    assert speed.flops == pytest.approx(2 * 1024**3 / 0.005) and speed.free == pytest.approx(1 / slower, rel=0.15)
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 0.5)  # a container's limit is no passing load
+    limited = cpu_speed()
+    assert limited.flops == pytest.approx(2 * 1024**3 / 0.02) and (speed.cores, limited.cores) == (2, 0.5)
+
+
+def test_the_speed_of_this_machine_is_measured():
+    speed = cpu_speed(0.05)
+    assert speed.flops > 1e8 and 0 < speed.free <= 1
+
+
+@pytest.mark.parametrize(("text", "cores"), [("max 100000\n", None), ("150000 100000\n", 1.5), ("", None)])
+def test_a_container_s_quota_of_cores(monkeypatch, text, cores):
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: text)
+    assert cpu_quota() == cores

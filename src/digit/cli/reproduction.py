@@ -12,6 +12,7 @@ from digit.cli.arguments import (
     HOLD_OUT_HELP,
     PIXEL_MAX_HELP,
     command,
+    note,
     parse,
     say,
     say_assumptions,
@@ -80,6 +81,8 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     study = Study(args.data, scale, out, reuse=reuse, **how)
     say_assumptions(study.train)
     say_assumptions(study.test)
+    for text in study.notes:
+        note(text)
     say(f"test images: {study.tested_on} ({len(study.test)})")
     by_target = build_all(targets, study)
     experiments = list(by_target.values())

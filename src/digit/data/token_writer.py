@@ -71,7 +71,7 @@ def write_tokens(
             finished store opens whatever the value.
         vq_tokens: folder of a finished store of the same crops and the same VQGAN. Its VQ tokens are taken, as hard
             links where that is possible, and only the discriminative tokens are made. Images that could not be read
-            for that store are left out here too.
+            for that store are left out here too. A finished store in `folder` is opened without looking there.
 
     Raises:
         MismatchError: the folder holds tokens made with other settings, or `vq_tokens` holds those of other crops or of
@@ -83,7 +83,8 @@ def write_tokens(
 
     request = _request(source, preprocess, tokenizer, vq, crops_per_image, seed, indices)
     request |= _sharding(request, shard_bytes)
-    taken = None if vq_tokens is None else TakenTokens(TokenStore.open(vq_tokens), request)
+    finished = distributed.on_main((as_path(folder) / "manifest.json").is_file)  # then nothing is taken
+    taken = None if vq_tokens is None or finished else TakenTokens(TokenStore.open(vq_tokens), request)
     writer = _Writer(as_path(folder), request, taken)
     if not writer.begin():
         return TokenStore.open(folder)

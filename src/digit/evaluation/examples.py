@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from digit.metrics.neighbours import Neighbours
+from digit.runtime.spread import spread
 
 NUM_PAIRS, NUM_SINGLE = 12, 24
 Examples = dict[str, list[dict[str, Any]]]
@@ -55,8 +56,3 @@ def _ratio(nearest: float, own: float) -> float:
     if nearest == 0:
         return 0.0
     return math.sqrt(nearest / own) if own > 0 else math.inf
-
-
-def spread(total: int, num: int) -> list[int]:
-    """At most `num` of 0 .. total - 1, evenly apart."""
-    return [row * total // min(num, total) for row in range(min(num, total))]

@@ -1,63 +1,40 @@
 """report.html of `digit evaluate`: one file with every measure, warning, class and picture; and result.json beside it.
 
-The page needs no network, follows the reader's light or dark theme, and fits a phone.
+The page needs no network, follows the reader's light or dark theme, and fits a phone (`runtime/html.py`).
 """
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from digit.evaluation.table import short, spread_of
 from digit.evaluation.traps import Side
-from digit.runtime import plots
+from digit.runtime import html, plots
 from digit.runtime.files import as_path, atomic_path, write_json
 
 PAGE, RESULT = "report.html", "result.json"
 SHOWN_SIDE = 192  # px, of larger images
-LOSSLESS_SIDE = 96  # px up to which a picture is a PNG
 SHOWN_CLASSES, BEST_CLASSES = 20, 5
 
 STYLE = """
-:root { color-scheme: light dark; --Ink: #1c1e21; --Soft: #5b6168; --Line: #dcdfe3; --Paper: #fff; --Card: #f5f6f8;
-  --Bar: #3b6fb6; --Warn: #b26a00; --Warn-paper: #fff6e5; }
-@media (prefers-color-scheme: dark) { :root { --Ink: #e6e8eb; --Soft: #9aa1a9; --Line: #363b41; --Paper: #15171a;
-  --Card: #1f2226; --Bar: #74a5e8; --Warn: #f0b457; --Warn-paper: #2b2416; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--Paper); color: var(--Ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; max-width: 46rem; }
-.soft, small, figcaption { color: var(--Soft); }
-small { font-size: .8rem; font-weight: 400; }
+:root { --Warn: #b26a00; --Warn-paper: #fff6e5; }
+@media (prefers-color-scheme: dark) { :root { --Warn: #f0b457; --Warn-paper: #2b2416; } }
 .warnings { list-style: none; margin: 1rem 0; padding: 0; }
 .warnings li { background: var(--Warn-paper); border-left: 4px solid var(--Warn); margin: .4rem 0;
   padding: .5rem .75rem; border-radius: 0 6px 6px 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--Line); }
 thead th { color: var(--Soft); font-weight: 500; font-size: .85rem; }
 td.value { font-weight: 600; white-space: nowrap; }
 .grid { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); }
 .grid.pairs { grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); }
-figure { margin: 0; background: var(--Card); border-radius: 6px; padding: .35rem; }
 figure div { display: flex; gap: .25rem; }
 figure img { display: block; flex: 1; min-width: 0; width: 100%; height: auto; border-radius: 3px; }
-img.small { image-rendering: pixelated; }
-figcaption { font-size: .75rem; line-height: 1.3; padding-top: .25rem; }
 .classes { display: grid; grid-template-columns: minmax(5rem, 14rem) 1fr auto; gap: .3rem .75rem; align-items: center;
   font-size: .9rem; }
-.track { position: relative; height: .9rem; background: var(--Card); border-radius: 3px; }
-.bar { position: absolute; top: 0; bottom: 0; background: var(--Bar); border-radius: 3px; }
 .whisker { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--Ink); }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { background: var(--Card); padding: .75rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem; }
 @media (max-width: 40rem) {
   thead { display: none; }
   tr { display: block; padding: .5rem 0; border-bottom: 1px solid var(--Line); }
@@ -107,25 +84,20 @@ def page(result: dict[str, Any], samples: Side, reference: Side) -> str:
     """The page as HTML. The images are read again, resized and cropped as the network received them."""
     name = result["reference"].get("name", "saved statistics")
     protocol, network = result["protocol"], result["protocol"]["network"]
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(result['samples']['name'])} evaluated</title><style>{STYLE}</style></head><body>",
-            f"<h1>{escape(result['samples']['name'])} against {escape(name)}</h1>",
-            f'<p class="soft">{_counts(result)} · network {escape(network["network"])} · protocol '
-            f"{escape(protocol['name'])}: {escape(protocol['about'])}</p>",
-            *_warnings(result["warnings"]),
-            "<h2>Measures</h2>",
-            *_measures(result),
-            *_pictures(result["examples"], samples, reference),
-            *_classes(result["classes"]),
-            "<h2>Protocol</h2>",
-            f"<p>Two values can be compared where all of this is equal. The same and more is in {RESULT}.</p>",
-            f"<details><summary>Settings, hashes and versions</summary><pre>{_details(result)}</pre></details>",
-            "</body></html>",
-        ]
-    )
+    body = [
+        f"<h1>{escape(result['samples']['name'])} against {escape(name)}</h1>",
+        f'<p class="soft">{_counts(result)} · network {escape(network["network"])} · protocol '
+        f"{escape(protocol['name'])}: {escape(protocol['about'])}</p>",
+        *_warnings(result["warnings"]),
+        "<h2>Measures</h2>",
+        *_measures(result),
+        *_pictures(result["examples"], samples, reference),
+        *_classes(result["classes"]),
+        "<h2>Protocol</h2>",
+        f"<p>Two values can be compared where all of this is equal. The same and more is in {RESULT}.</p>",
+        f"<details><summary>Settings, hashes and versions</summary><pre>{_details(result)}</pre></details>",
+    ]
+    return html.document(f"{result['samples']['name']} evaluated", body, STYLE)
 
 
 def _counts(result: dict[str, Any]) -> str:
@@ -192,17 +164,8 @@ def _figure(kind: str, entry: dict[str, Any], samples: Side, reference: Side, *,
 
 def _image(side: Side, row: int) -> str:
     assert side.images is not None
-    picture = plots.to_pil(side.images.pixels([row], side.fitted)[0])
-    picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    file, lossless = io.BytesIO(), max(picture.size) <= LOSSLESS_SIDE
-    picture.save(file, format="PNG") if lossless else picture.save(file, format="WEBP", quality=92)
-    key = escape(side.images.source.key(row))
-    data = base64.b64encode(file.getvalue()).decode()
-    width, height = picture.size
-    return (
-        f'<img alt="{key}" title="{key}" width="{width}" height="{height}"{" class=small" * lossless} '
-        f'src="data:image/{"png" if lossless else "webp"};base64,{data}">'
-    )
+    key = side.images.source.key(row)
+    return html.picture(plots.to_pil(side.images.pixels([row], side.fitted)[0]), key, SHOWN_SIDE, title=key)
 
 
 def _classes(classes: dict[str, dict[str, Any]]) -> list[str]:

@@ -93,6 +93,11 @@ def kept_rows(grid: Grid, keep: float) -> int:
     return max(1, round(keep * grid[0]))
 
 
+def kept_tokens(grid: Grid, keep: float) -> int:
+    """Cells in the kept first rows of a (rows, columns) grid: at least one row."""
+    return kept_rows(grid, keep) * grid[1]
+
+
 def kept_cells(keep: float | Tensor, grid: Grid, size: int) -> Bool[Tensor, "R C"]:
     """Which cells of a grid are kept.
 
@@ -122,18 +127,28 @@ def spread(keep: Bool[Tensor, "R C"], grid: Grid) -> Bool[Tensor, "P Q"]:
 # -------------------------------------------------------------------- sampling around it
 
 
+def is_whole(tokens: Int64[Tensor, "B M"], keep: Bool[Tensor, "*rows M"] | None, sampler: Sampler) -> bool:
+    """Whether every token of a model is given and kept; `keep` as of `sample_around`."""
+    return tokens.shape[1] == sampler.model.cfg.target_len if keep is None else bool(keep.all())
+
+
 def sample_around(
     sampler: Sampler,
     seeds: Sequence[int],
-    tokens: Int64[Tensor, "B M"],
-    keep: Bool[Tensor, "*rows M"],
+    tokens: Int64[Tensor, "B L"],
+    keep: Bool[Tensor, "*rows L"] | None = None,
     *,
     prefix: Int64[Tensor, "B P"] | None = None,
     labels: Int64[Tensor, " B"] | None = None,
     on_step: OnStep | None = None,
 ) -> Int64[Tensor, "B M"]:
-    """Tokens (B, M) that are the given ones where `keep` is true and sampled elsewhere; `keep` (M,) is one for all."""
-    keep = keep.cpu().expand_as(tokens)  # which calls are made is decided here: a mask on a GPU would make it wait
+    """Tokens (B, M) that are the given ones where `keep` is true and sampled elsewhere.
+
+    `keep` (L,) is one for all, of L = M tokens; None keeps all of the first L tokens, which are given.
+    """
+    keep = None if keep is None else keep.cpu()  # which calls are made is decided here: a mask on a GPU would wait
+    if is_whole(tokens, keep, sampler):
+        return tokens.clone()
 
     def call(given: Tensor, rows: Sequence[int] = range(len(seeds))) -> Tensor:
         own = [seeds[row] for row in rows]
@@ -143,11 +158,12 @@ def sample_around(
         with watched(sampler, sampler.stage, len(own), given, on_step):
             return sampler(own, given=given, **conditions)
 
+    if keep is None:
+        return call(tokens)
+    keep = keep.expand_as(tokens)
     if sampler.model.cfg.masked:
         return call(torch.where(keep.to(tokens.device), tokens, sampler.model.cfg.mask_token))
     first = int(keep.all(0).int().cumprod(0).sum())  # tokens that every picture keeps, from the first on
-    if first == keep.shape[1]:
-        return tokens.clone()
     if not keep[:, first:].any():
         return call(tokens[:, :first])
     if not sampler.records:

@@ -11,15 +11,18 @@ from PIL import Image
 from digit.runtime import plots
 from digit.runtime.files import atomic_path
 from digit.runtime.version import __version__
+from digit.tokenizers.discriminative import DiscriminativeTokenizer
+from digit.tokenizers.vq import Origin, VQTokenizer
 
 CARD, SAMPLES = "README.md", "samples.png"
 PAPER = "https://arxiv.org/abs/2410.12490"
 SHOWN_CLASSES = 40
-ENCODER_NOTES = {
+PART_NAMES = {"vq": "VQ tokenizer"}
+ENCODER_NOTES = {  # by the first letters of its name
     "efficientnet_lite": "EfficientNet-Lite, trained with ImageNet labels by its authors (Apache-2.0)",
     "dinov2": "DINOv2 (Apache-2.0)",
+    "hf:facebook/dinov2": "DINOv2 (Apache-2.0)",
 }
-CARRIED_VQGAN = "a VQGAN of the package digit, or tuned from one (MIT)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,9 @@ class Card:
     """(part, what it is)."""
     sampling: Mapping[str, Any]
     info: Mapping[str, Any]
-    """Recipe, data and VQ tokenizer, as the pipeline's manifest has them."""
-    encoder: str | None = None
+    """Recipe and data, as the pipeline's manifest has them."""
+    origins: Sequence[tuple[str, str]] = ()
+    """(part that was trained elsewhere or before, its licence and data), see `part_origins`."""
     metrics: Mapping[str, Any] | None = None
     """Of the run's report."""
     licence: str | None = None
@@ -70,7 +74,7 @@ class Card:
             "",
             "| part | what |",
             "|---|---|",
-            *(f"| {part} | {what} |" for part, what in self.parts),
+            *(f"| {PART_NAMES.get(part, part)} | {what} |" for part, what in self.parts),
             "",
             "## Settings",
             "",
@@ -136,15 +140,28 @@ class Card:
         recipe = self.info.get("recipe")
         lines = [f"- Trained on: {data}" + (f" (recipe `{recipe}`)" if recipe else "")]
         lines.append(f"- Licence of these weights: {self.licence or 'not stated by their maker'}")
-        if self.encoder is not None:
-            note = next((text for start, text in ENCODER_NOTES.items() if self.encoder.startswith(start)), self.encoder)
-            lines.append(f"- Encoder of the discriminative tokens: {note}")
-        vq = self.info.get("vqgan")
-        if isinstance(vq, Mapping) and "licence" in vq:
-            lines.append(
-                f"- VQ tokenizer: {vq.get('name', '')}, licence {vq['licence']}; trained on {vq.get('data', 'unknown')}"
-            )
+        lines += [f"- {part[0].upper()}{part[1:]}: {origin}" for part, origin in self.origins]
         return [*lines, "- Pictures that look like training pictures may be subject to the rights in those."]
+
+
+def part_origins(
+    tokenizer: DiscriminativeTokenizer | None, vq: VQTokenizer | None, info: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Licence and training data, as far as they are known, of the encoder and the VQ tokenizer: (part, text).
+
+    `info` is the manifest's: pipelines that were converted by older versions have the VQ tokenizer's there.
+    """
+    found = []
+    if tokenizer is not None:
+        name = str(tokenizer.encoder.describe().get("name", ""))
+        note = next((text for start, text in ENCODER_NOTES.items() if name.startswith(start)), "licence not recorded")
+        found.append(("encoder of the discriminative tokens", f"{name}: {note}"))
+    if vq is not None:
+        origin, noted = vq.origin, info.get("vqgan")
+        if origin == Origin() and isinstance(noted, Mapping):
+            origin = Origin(**{name: str(noted.get(name, "")) for name in ("name", "licence", "data")})
+        found.append(("VQ tokenizer", str(origin)))
+    return found
 
 
 def write_card(folder: Path, card: Card, samples: Image.Image | None, name: str | None = None) -> Path:

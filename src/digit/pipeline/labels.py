@@ -15,9 +15,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
 from torch import Tensor
 
 from digit.errors import DigitError
+from digit.models.sequence import SequenceModel
 from digit.runtime.names import did_you_mean
 from digit.runtime.scalars import as_int, shown
 
@@ -145,3 +149,14 @@ def listed(classes: Sequence[str], before: str) -> str:
     """The first names of classes, and how many there are; nothing where there are none."""
     more = f" ... ({len(classes)} in all)" if len(classes) > SHOWN else ""
     return f"{before}{', '.join(classes[:SHOWN])}{more}" if classes else ""
+
+
+def most_likely_classes(model: SequenceModel, tokens: Int64[Tensor, "B N"], batch_size: int) -> Int64[Tensor, " B"]:
+    """The class under which a next-token model gives each image's tokens the most likelihood (equal priors)."""
+    scores = torch.empty(len(tokens), model.cfg.num_classes)
+    for label in range(model.cfg.num_classes):
+        for rows in torch.arange(len(tokens)).split(batch_size):
+            logits = model(tokens[rows], labels=torch.full((len(rows),), label, device=tokens.device))
+            nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[rows], reduction="none")
+            scores[rows, label] = -nll.sum(1).cpu()
+    return scores.argmax(1)

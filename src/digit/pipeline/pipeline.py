@@ -7,17 +7,14 @@
 A pipeline without prior is a baseline of the paper: its renderer models VQ tokens alone ("VQ only").
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int64, UInt8
 from PIL import Image
 from torch import Tensor
@@ -26,7 +23,7 @@ from digit.data.pictures import Images, Output, as_images, as_output, check_outp
 from digit.data.preprocess import PreprocessConfig, fit_batch
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel
-from digit.models.tokenizer import ImageTokenizer, levels_of, tokens_of
+from digit.models.tokenizer import ImageTokenizer, levels_of
 from digit.models.tokens import Integers, as_tokens
 from digit.pipeline.around import (
     Keep,
@@ -36,14 +33,14 @@ from digit.pipeline.around import (
     compose,
     kept_cells,
     kept_pixels,
-    kept_rows,
-    sample_around,
+    kept_tokens,
 )
-from digit.pipeline.batch import IMAGES, SampleBatch
-from digit.pipeline.batch_size import choose_batch_size, micro_batch_size
-from digit.pipeline.card import Card, write_card
+from digit.pipeline.batch import SampleBatch
+from digit.pipeline.batch_size import choose_batch_size
+from digit.pipeline.card import Card, part_origins, write_card
+from digit.pipeline.generation import GenerationRequest, Generator
 from digit.pipeline.hub import fetch_pipeline, hub_name, require_uploads, upload_folder
-from digit.pipeline.labels import Labels, class_positions, listed
+from digit.pipeline.labels import Labels, class_positions, listed, most_likely_classes
 from digit.pipeline.manifest import (
     MANIFEST,
     RELEASED,
@@ -52,65 +49,21 @@ from digit.pipeline.manifest import (
     read_manifest,
     read_sampling,
     released_sampling,
-    save_sequence_model,
     write_manifest,
 )
-from digit.pipeline.steps import OnStep, watched
+from digit.pipeline.parts import PARTS, Parts
+from digit.pipeline.steps import OnStep
 from digit.runtime.files import MAKE_AGAIN, as_path
 from digit.runtime.hardware import Precision, choose_device, free_memory
 from digit.runtime.plots import grid
-from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int
 from digit.runtime.version import __version__
-from digit.sampling.config import SamplingConfig, StageSampling, with_changes
+from digit.sampling.config import SamplingConfig, with_changes
 from digit.sampling.kept import KeptSamplers
-from digit.sampling.kinds import get_kind
-from digit.sampling.sampler import Sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
-from digit.tokenizers.encoders import FrozenEncoder
-from digit.tokenizers.quantizers import load_quantizer
 from digit.tokenizers.vq import VQTokenizer
 
-PARTS = ("tokenizer", "vq", "prior", "renderer")
 CARD_SAMPLES = 16  # on a model card, at least
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """Images to sample: the seed of the first, their classes, and tokens to keep (completion)."""
-
-    seed: int
-    labels: Int64[Tensor, " B"]
-    """Class of each image, -1 for none."""
-    discriminative: Int64[Tensor, "B N"] | None = None
-    """Discriminative tokens of each image, or the first of them."""
-    vq: Int64[Tensor, "B M"] | None = None
-    """VQ tokens of each image, or the first of them."""
-    keep_discriminative: Bool[Tensor, "B N"] | None = None
-    """Which of the discriminative tokens are kept; None keeps all that are given."""
-    keep_vq: Bool[Tensor, "B M"] | None = None
-    """Which of the VQ tokens are kept; None keeps all that are given."""
-    one_seed: bool = False
-    """Whether all images have the seed of the first."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", as_int("seed", self.seed))  # NumPy's integers overflow at seed + i
-
-    @property
-    def seeds(self) -> list[int]:
-        """Seed of each image."""
-        return [self.seed + i * (not self.one_seed) for i in range(len(self.labels))]
-
-    def labels_of(self, model: SequenceModel) -> Int64[Tensor, " B"] | None:
-        """The labels if the model is class-conditional, else None."""
-        return self.labels if model.cfg.num_classes else None
-
-    def rows(self, first: int, count: int) -> "GenerationRequest":
-        """At most `count` images from `first` on."""
-        part = slice(first, first + count)
-        names = ("discriminative", "vq", "keep_discriminative", "keep_vq")
-        tokens = {name: None if (x := getattr(self, name)) is None else x[part] for name in names}
-        return replace(self, seed=self.seeds[first], labels=self.labels[part], **tokens)
 
 
 class DigitPipeline:
@@ -144,55 +97,21 @@ class DigitPipeline:
         for model in (prior, renderer):
             if model is not None:
                 model.eval().requires_grad_(False)
-        self._check()
+        self._parts.check(preprocess)
 
     def __repr__(self) -> str:
         size, names = self.image_size, listed(self.classes, ": ")
         lines = [f"DigitPipeline on {self.device}: {size} x {size} images, {self.num_classes or 'no'} classes{names}"]
-        lines += [f"  {name:<11}{part!r}" for name, part in (("tokenizer", self.tokenizer), ("vq", self.vq)) if part]
-        for name, model in (("prior", self.prior), ("renderer", self.renderer)):
-            if model is not None:
-                count = sum(p.numel() for p in model.parameters()) / 1e6
-                lines.append(f"  {name:<11}{type(model).__name__}({model.cfg.kind}, {count:.1f} M parameters)")
+        lines += [f"  {name:<11}{text}" for name, text in self._parts.described()]
         return "\n".join(lines)
 
-    def _check(self) -> None:
-        prior, renderer = self.prior and self.prior.cfg, self.renderer and self.renderer.cfg
-        prefix = renderer.prefix_vocab_size if renderer else 0
-        codes = self.tokenizer and self.tokenizer.vocab_size
-        vq = None if self.renders_pixels else self.vq
-        pairs = [
-            ("renderer vocabulary", renderer and renderer.vocab_size, "VQGAN codes", vq and vq.vocab_size),
-            ("prior vocabulary", prior and prior.vocab_size, "codebook entries", codes),
-            ("renderer prefix vocabulary", prefix, "codebook entries", codes),
-            ("renderer prefix vocabulary", prefix, "prior vocabulary", prior and prior.vocab_size),
-        ]
-        tokens = self.tokenizer and tokens_of(self.tokenizer)
-        levels = self.tokenizer and self.tokenizer.num_levels
-        prefix_len = renderer.prefix_len if renderer else 0
-        pairs += [
-            ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
-            ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
-            ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
-            ("prior levels", prior and prior.levels, "codebook levels", levels),
-            ("renderer prefix levels", prefix_len and renderer and renderer.prefix_levels, "codebook levels", levels),
-            ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
-            ("pixels of the VQGAN", vq and vq.resolution, "of the crops", self.preprocess.crop_size),
-            ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", self.preprocess.crop_size),
-        ]
-        for left, first, right, second in pairs:
-            if first and second and first != second:
-                raise DigitError(f"{left} is {first}, {right} {second}: these parts were not trained together")
+    @property
+    def _parts(self) -> Parts:
+        return Parts(tokenizer=self.tokenizer, vq=self.vq, prior=self.prior, renderer=self.renderer)
 
     def require(self, *names: str) -> None:
         """Raise DigitError unless the pipeline has the named parts (tokenizer, vq, prior, renderer)."""
-        missing = [name for name in names if getattr(self, name) is None]
-        if missing:
-            there = [name for name in PARTS if getattr(self, name) is not None]
-            raise DigitError(
-                f"this needs {' and '.join(missing)}, and the pipeline holds {', '.join(there) or 'nothing'} alone: "
-                "add what is missing (digit convert, digit fit)"
-            )
+        self._parts.require(*names)
 
     def _require_vq(self) -> VQTokenizer:
         """The VQ tokenizer. Raises DigitError without it."""
@@ -220,18 +139,12 @@ class DigitPipeline:
     @property
     def renders_pixels(self) -> bool:
         """Whether the renderer gives images, not VQ tokens."""
-        return self.renderer is not None and get_kind(self.renderer.cfg.kind).sampler.output == "images"
+        return self._parts.renders_pixels
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        for model in (self.renderer, self.prior):
-            if model is not None:
-                return next(model.parameters()).device
-        if self.vq is not None:
-            return self.vq.device
-        assert self.tokenizer is not None, "a pipeline has at least one part"
-        return self.tokenizer.codebook.device
+        return self._parts.device
 
     @property
     def num_classes(self) -> int:
@@ -252,16 +165,7 @@ class DigitPipeline:
 
     def to(self, device: str | torch.device) -> Self:
         """Move every part to a device. Raises DigitError where it does not exist."""
-        device = choose_device(device)
-        for part in (
-            self.tokenizer and self.tokenizer.encoder,
-            self.tokenizer and self.tokenizer.codebook,
-            self.vq and self.vq.vqgan,
-            self.prior,
-            self.renderer,
-        ):
-            if part is not None:
-                part.to(device)
+        self._parts.to(choose_device(device))
         return self
 
     # ---------------------------------------------------------------- sampling
@@ -457,14 +361,9 @@ class DigitPipeline:
             self.require("tokenizer")
         tokenizer = self.tokenizer if first is self.prior else self.vq
         assert tokenizer is not None
-        tokens = tokenizer.encode(images).to(self.device)  # (B, N)
-        scores, size = torch.empty(len(tokens), first.cfg.num_classes), self.sized(self.sampling).batch_size
-        for label in range(first.cfg.num_classes):
-            for rows in torch.arange(len(tokens)).split(size):
-                logits = first(tokens[rows], labels=torch.full((len(rows),), label, device=self.device))
-                nll = F.cross_entropy(logits.transpose(1, 2).float(), tokens[rows], reduction="none")
-                scores[rows, label] = -nll.sum(1).cpu()
-        return scores.argmax(1)
+        tokens, batch_size = tokenizer.encode(images).to(self.device), self.sized(self.sampling).batch_size
+        assert batch_size is not None, "sized"
+        return most_likely_classes(first, tokens, batch_size)
 
     def decode(self, vq_tokens: Integers, precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
         """VQ tokens (B, M), of any integer type -> pixels (B, 3, H, W) uint8. Raises as `VQTokenizer.decode`.
@@ -520,66 +419,9 @@ class DigitPipeline:
         on_step: OnStep | None = None,
     ) -> Iterator[SampleBatch]:
         """Batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete."""
-        num, model = len(request.labels) if end is None else end, self._require_renderer()
-        prefix_len, batch_size = model.cfg.prefix_len, cfg.batch_size
-        assert batch_size is not None, "sized"
-        first_stage = self.prior if prefix_len else None
-        with (
-            nullcontext() if first_stage is None else self._sampler("prior", first_stage, cfg.prior, cfg) as prior,
-            self._sampler("renderer", model, cfg.renderer, cfg) as renderer,
-            Progress("sample", num, done=start) as bar,
-        ):
-            for first in range(start, num, batch_size):
-                rows = request.rows(first, batch_size)
-                prefix = self._prefix(prior, rows, on_step) if prefix_len else None
-                tensors = {} if prefix is None else {"discriminative": prefix}
-                conditions: dict[str, Any] = {"prefix": prefix, "labels": rows.labels_of(model)}
-                if rows.vq is None or renderer.output == "images":
-                    with watched(renderer, "renderer", len(rows.labels), None, on_step):
-                        rendered = renderer(rows.seeds, **conditions)
-                else:
-                    rendered = self._around(renderer, rows, rows.vq, rows.keep_vq, on_step, **conditions)
-                if renderer.output == "images":
-                    tensors[IMAGES] = rendered
-                else:
-                    tensors["vq"] = rendered
-                    if pixels:
-                        tensors[IMAGES] = self.decode(rendered, cfg.precision)
-                batch = SampleBatch(first, rows.labels, tensors)
-                bar.update(len(batch))
-                yield batch
-
-    def _prefix(self, prior: Sampler | None, rows: GenerationRequest, on_step: OnStep | None = None) -> Tensor:
-        """Discriminative tokens (B, N) of these images: the given ones, and the rest sampled after them."""
-        tokens, keep = rows.discriminative, rows.keep_discriminative
-        if tokens is not None and (prior is None or _is_whole(tokens, keep, prior)):
-            return tokens.to(self.device)
-        assert prior is not None, "checked by _require_sampling"
-        labels = rows.labels_of(self._require_prior())
-        if tokens is not None:
-            return self._around(prior, rows, tokens, keep, on_step, labels=labels)
-        with watched(prior, "prior", len(rows.labels), None, on_step):
-            return prior(rows.seeds, labels=labels)
-
-    def _around(
-        self, sampler: Sampler, rows: GenerationRequest, tokens: Tensor, keep: Tensor | None, on_step: OnStep | None,
-        *, prefix: Tensor | None = None, labels: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The given tokens where they are kept, the others sampled."""
-        tokens = tokens.to(self.device)
-        if _is_whole(tokens, keep, sampler):
-            return tokens.clone()
-        if keep is not None:
-            return sample_around(sampler, rows.seeds, tokens, keep, prefix=prefix, labels=labels, on_step=on_step)
-        with watched(sampler, sampler.stage, len(rows.labels), tokens, on_step):
-            return sampler(rows.seeds, prefix=prefix, labels=labels, given=tokens)
-
-    def _sampler(
-        self, name: str, model: SequenceModel, stage: StageSampling, cfg: SamplingConfig
-    ) -> AbstractContextManager[Sampler]:
-        assert cfg.batch_size is not None, "sized"
-        size = micro_batch_size(model, cfg.batch_size)
-        return self._samplers.lend(name, model, stage, precision=cfg.precision, micro_batch_size=size)
+        renderer, end = self._require_renderer(), len(request.labels) if end is None else end
+        generator = Generator(self.prior, renderer, self._samplers, self.decode if pixels else None)
+        return generator.batches(request, cfg, start, end, on_step)
 
     def labels(self, num: int | None = None, labels: Labels | None = None) -> Int64[Tensor, " B"]:
         """The class of each requested image, (num,), as a position in `classes`; -1 for none. Raises as `stream`."""
@@ -618,19 +460,8 @@ class DigitPipeline:
         cfg = with_changes(self.sampling, changes)
         for stage in ("prior", "renderer"):
             if isinstance(given := changes.get(stage), Mapping):
-                self._refuse_ignored(stage, list(given))
+                self._parts.refuse_ignored(stage, list(given))
         return cfg
-
-    def _refuse_ignored(self, stage: str, names: Sequence[str]) -> None:
-        """Raise DigitError for settings of a stage that is missing, or whose kind of model has no such setting."""
-        model: SequenceModel | None = getattr(self, stage)
-        if names and model is None:
-            raise DigitError(f"{stage}.{names[0]} is given, but this pipeline has no {stage}: leave it out")
-        taken = get_kind(model.cfg.kind).settings if model is not None else ()
-        for name in names:
-            if model is not None and name not in taken:
-                has = f"this {stage} is {model.cfg.kind} and takes {', '.join(taken) or 'no settings'}"
-                raise DigitError(f"{stage}.{name} is given, but {has}: leave it out")
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
         """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
@@ -646,19 +477,9 @@ class DigitPipeline:
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write JSON and safetensors: pipeline.json, encoder/, codebook/, vqgan/, prior.*, renderer.*."""
-        folder, parts = as_path(folder), []
-        if self.tokenizer is not None:
-            self.tokenizer.encoder.save(folder / "encoder")
-            self.tokenizer.codebook.save(folder / "codebook")
-            parts += ["encoder", "codebook"]
-        if self.vq is not None:
-            self.vq.save(folder / "vqgan")
-            parts.append("vqgan")
-        for name, model in (("prior", self.prior), ("renderer", self.renderer)):
-            if model is not None:
-                save_sequence_model(model, folder, name)
-                parts.append(name)
-        write_manifest(folder, parts, self.preprocess, self.classes, self.sampling, self.info)
+        folder = as_path(folder)
+        names = self._parts.save(folder)
+        write_manifest(folder, names, self.preprocess, self.classes, self.sampling, self.info)
         return folder
 
     def write_card(
@@ -684,22 +505,15 @@ class DigitPipeline:
         if samples is None and self.renderer is not None:
             samples = self.generate(min(max(CARD_SAMPLES, self.num_classes), 4 * CARD_SAMPLES), seed=0)
             note = "Samples of seed 0, every class in turn." if self.num_classes else "Samples of seed 0."
-        parts = [
-            (part, repr(made)) for part, made in (("tokenizer", self.tokenizer), ("VQ tokenizer", self.vq)) if made
-        ]
-        for part, model in (("prior", self.prior), ("renderer", self.renderer)):
-            if model is not None:
-                count = sum(p.numel() for p in model.parameters()) / 1e6
-                parts.append((part, f"{type(model).__name__}({model.cfg.kind}, {count:.1f} M parameters)"))
         card = Card(
             title=str(self.info.get("recipe") or "DiGIT pipeline"),
             image_size=self.image_size,
             classes=self.classes,
             num_classes=self.num_classes,
-            parts=parts,
+            parts=self._parts.described(),
             sampling=asdict(self.sampling),
             info=self.info,
-            encoder=self.tokenizer and str(self.tokenizer.encoder.describe().get("name", "")),
+            origins=part_origins(self.tokenizer, self.vq, self.info),
             metrics=metrics,
             licence=licence,
             data=data,
@@ -750,26 +564,17 @@ class DigitPipeline:
         folder = find_pipeline(folder)
         manifest = read_manifest(folder)
         try:
-            return cls._read(folder, manifest).to(device)
+            parts = Parts.read(folder, manifest["parts"])
+            pipe = cls(
+                **{name: getattr(parts, name) for name in PARTS},
+                preprocess=PreprocessConfig(**manifest["preprocess"]),
+                classes=manifest["classes"],
+                sampling=read_sampling(manifest["sampling"]),
+                info=manifest["info"],
+            )
+            return pipe.to(device)
         except (KeyError, TypeError, AttributeError) as error:
             raise DigitError(f"{folder / MANIFEST} is damaged ({error!r}): {MAKE_AGAIN}") from error
-
-    @classmethod
-    def _read(cls, folder: Path, manifest: dict[str, Any]) -> Self:
-        parts, tokenizer = manifest["parts"], None
-        if {"encoder", "codebook"} <= set(parts):
-            encoder, codebook = FrozenEncoder.load(folder / "encoder"), load_quantizer(folder / "codebook")
-            tokenizer = DiscriminativeTokenizer(encoder, codebook)
-        return cls(
-            tokenizer=tokenizer,
-            vq=VQTokenizer.load(folder / "vqgan") if "vqgan" in parts else None,
-            prior=load_sequence_model(folder, "prior") if "prior" in parts else None,
-            renderer=load_sequence_model(folder, "renderer") if "renderer" in parts else None,
-            preprocess=PreprocessConfig(**manifest["preprocess"]),
-            classes=manifest["classes"],
-            sampling=read_sampling(manifest["sampling"]),
-            info=manifest["info"],
-        )
 
 
 def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline | None:
@@ -779,13 +584,3 @@ def vq_only_baseline(folder: str | Path, pipe: DigitPipeline) -> DigitPipeline |
         return None
     renderer = load_sequence_model(model, "model").to(pipe.device)
     return DigitPipeline(vq=pipe.vq, renderer=renderer, preprocess=pipe.preprocess, classes=pipe.classes)
-
-
-def _is_whole(tokens: Tensor, keep: Tensor | None, sampler: Sampler) -> bool:
-    """Whether every token of a model is given and kept."""
-    return tokens.shape[1] == sampler.model.cfg.target_len if keep is None else bool(keep.all())
-
-
-def kept_tokens(grid: tuple[int, int], keep: float) -> int:
-    """Cells in the kept first rows of a (rows, columns) grid: at least one row."""
-    return kept_rows(grid, keep) * grid[1]

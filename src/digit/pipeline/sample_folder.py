@@ -53,11 +53,11 @@ from digit.runtime import distributed, plots
 from digit.runtime.files import as_path, atomic_path, plain, sha256_tensors, write_result
 from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.lock import lock_folder, release_folder
-from digit.runtime.request import require_same_request
+from digit.runtime.request import defaults_of, require_same_request
 from digit.runtime.scalars import as_int
 from digit.runtime.signals import StopSignals
 from digit.runtime.version import __version__
-from digit.sampling.config import SamplingConfig
+from digit.sampling.config import SamplingConfig, StageSampling
 
 GRID_IMAGES = 256  # images in grid.png, from the first on
 WRITERS = min(8, os.cpu_count() or 1)  # threads; compressing a PNG of 256 px takes 10 ms of one core
@@ -162,7 +162,8 @@ def settle_request(
         request = describe_request(pipe, num, labels, seed, cfg)
         if there is not None:
             advice = f"{OTHER_FOLDER}, or the old setting"
-            require_same_request(folder, there | {"num": num}, request, advice)
+            usual = {stage: defaults_of(StageSampling) for stage in ("prior", "renderer")}
+            require_same_request(folder, there | {"num": num}, request, advice, defaults=usual)
             require_no_fewer(folder, there, num)
     except DigitError:
         if not overwrite:

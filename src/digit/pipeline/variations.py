@@ -19,8 +19,9 @@ from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
 from digit.models.tokenizer import levels_of
 from digit.pipeline.around import Grid, spread
+from digit.pipeline.generation import GenerationRequest
 from digit.pipeline.labels import Labels
-from digit.pipeline.pipeline import DigitPipeline, GenerationRequest
+from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.filters import image_uniforms
 

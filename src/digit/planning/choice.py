@@ -1,4 +1,8 @@
-"""Which of the recipes for photographs suits a machine, and for how many updates it trains there."""
+"""Which of the recipes for photographs suits a machine, and for how many updates it trains there.
+
+It goes by the machine's own speed, whatever else runs on it at the moment: a machine that is busy now gets the same
+recipe, and the person is told that it takes longer while it is.
+"""
 
 import importlib.util
 from collections.abc import Sequence
@@ -28,16 +32,18 @@ class Choice:
     seconds: float
     """Time of the run by plan, for PHOTOGRAPHS pictures."""
     why_not_larger: str = ""
+    busy: str = ""
+    """What `Machine.busy` says."""
 
     def __str__(self) -> str:
         prior, renderer = (count(flat(self.recipe)[name]) for name in steps_of(self.recipe))
         minutes = max(1, round(self.seconds / 60))
-        larger = f" ({self.why_not_larger})" if self.why_not_larger else ""
+        larger, busy = (f" ({why})" if why else "" for why in (self.why_not_larger, self.busy))
         pixels = self.recipe.preprocess.crop_size
         return (
-            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}, at its present speed: {pixels} px, "
-            f"{prior} and {renderer} updates, about {minutes} minutes for {count(PHOTOGRAPHS)} photographs; --recipe "
-            "photos64, photos128 or photos256 chooses another one, --more 2x goes on afterwards"
+            f"recipe {self.recipe.name} for this machine, {self.machine}{larger}: {pixels} px, "
+            f"{prior} and {renderer} updates, about {minutes} minutes for {count(PHOTOGRAPHS)} photographs{busy}; "
+            "--recipe photos64, photos128 or photos256 chooses another one, --more 2x goes on afterwards"
         )
 
 
@@ -79,6 +85,7 @@ def longest(
         machine=machine.name,
         seconds=fixed + factor * training,
         why_not_larger=why_not_larger,
+        busy=machine.busy,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from digit.errors import DigitError
-from digit.runtime.hardware import describe_machine, matmul_flops
+from digit.runtime.hardware import cpu_speed, describe_machine
 from digit.training.peak import PUBLISHED, peak_flops
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ GPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "k-means": ("bf16", 0.10),
     "nearest code": ("fp32", 0.50),
 }
-# Shares of the bf16 rate that `matmul_flops` measures. Mobile net, convolutions and VQGAN training: images per second
+# Shares of the bf16 rate that `cpu_speed` measures. Mobile net, convolutions and VQGAN training: images per second
 # of 64 px pipelines on two CPU cores (350, 370 and 57) times FLOPs per image, over 4e11. The others are assumed.
 CPU_SHARES: dict[Kind, tuple[Peak, float]] = {
     "training": ("bf16", 0.50),
@@ -48,6 +48,7 @@ KERNELS_PER_BLOCK = 12  # that one transformer block launches for one token
 JPEG_PER_CORE = 340.0
 CORES_PER_GPU = 14.0  # a typical server has 112 cores for 8 GPUs
 GPU_RESERVE, CPU_RESERVE = 0.08, 0.08  # of the memory: CUDA context, workspaces, fragmentation; operating system
+BUSY = 0.75  # of the speed; with less of it left, the person is told
 CPU_BANDWIDTH = 30e9  # bytes/s, two memory channels; assumed
 
 
@@ -71,6 +72,18 @@ class Machine:
     """Number of devices."""
     gpu: bool = True
     """Whether the device is a GPU; else it is a CPU."""
+    free: float = 1.0
+    """Share of this speed that other programs leave at the moment; plans are for a machine that nothing else uses."""
+
+    @property
+    def busy(self) -> str:
+        """A sentence where other programs take much of the machine now; nothing else."""
+        if self.free >= BUSY:
+            return ""
+        return (
+            f"other programs take {1 - self.free:.0%} of its cores now: while they do, everything takes about "
+            f"{1 / self.free:.1f} times as long"
+        )
 
     @property
     def usable(self) -> float:
@@ -118,13 +131,18 @@ def get_gpu(name: str) -> Machine:
 
 
 def this_machine(device: "torch.device") -> Machine:
-    """Describes this machine: a GPU of GPUS by its name, else by its measured matrix multiplication rate."""
+    """Describes this machine: a GPU of GPUS by its name, else by its measured matrix multiplication rate.
+
+    A CPU's rate is that of its cores without the other programs that run now (`Machine.free`).
+    """
     about = describe_machine()
     if device.type == "cpu":
-        peaks: dict[Peak, float] = {"bf16": matmul_flops(device)}
+        speed = cpu_speed()
+        peaks: dict[Peak, float] = {"bf16": speed.flops}
+        used = "" if speed.cores == about["cores"] else f"{speed.cores:g} of "
         return Machine(
-            name=f"{about['processor']}, {about['cores']} cores", memory=about["memory_gib"] * 2**30, peaks=peaks,
-            bandwidth=CPU_BANDWIDTH, price=0.0, cores=about["cores"] or 1, gpu=False,
+            name=f"{about['processor']}, {used}{about['cores']} cores", memory=about["memory_gib"] * 2**30, peaks=peaks,
+            bandwidth=CPU_BANDWIDTH, price=0.0, cores=about["cores"] or 1, gpu=False, free=speed.free,
         )  # fmt: skip
     import torch
 

@@ -5,7 +5,6 @@ import torch
 from digit.planning.machines import this_machine
 from digit.planning.stages import Order, Planner
 from digit.runs.fit import Run
-from digit.runs.report import JUDGED_SAMPLES
 from digit.runs.roles import get_role
 from digit.runtime import distributed
 from digit.runtime.progress import Stages
@@ -24,12 +23,14 @@ def stages_of(run: Run) -> Stages:
 
 def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
     """Seconds of some stages, by name, and of the report; {} if they cannot be planned."""
-    order = Order(images=len(run.source), samples=JUDGED_SAMPLES, num_classes=run.num_classes)
+    order = Order(images=len(run.source), num_classes=run.num_classes)
     try:
         with torch.random.fork_rng([]):  # the run's own random numbers stay as they are without a plan
-            planner = Planner(run.recipe, this_machine(run.device), order)
+            machine = this_machine(run.device)
+            planner = Planner(run.recipe, machine, order)
             times = {name: stage_seconds(planner, name) * share_left(run, name) for name in names}
-            return times | {REPORT: planner.sampling().seconds}
+            times[REPORT] = planner.sampling().seconds
+            return {name: seconds / machine.free for name, seconds in times.items()}  # beside what runs now
     except Exception:  # an estimate that cannot be made must not end the run
         return {}
 

@@ -94,6 +94,8 @@ def notes(planner: Planner) -> list[str]:
             "rates are this machine's matrix multiplication rate times shares, some of them assumed: expect a factor "
             "of two"
         )
+    if machine.busy:
+        lines.append(machine.busy)
     return ["- " + line for line in lines]
 
 
@@ -101,7 +103,9 @@ def store_use(planner: Planner) -> str:
     """How training reads the token store."""
     if planner.fresh:
         return ", for validation and probes: training encodes fresh crops"
-    return ", in the RAM of every training process if all of them fit a quarter of their machine's, else mapped"
+    return (
+        ": every training process holds it where that fits into a quarter of its machine's memory, else reads the disk"
+    )
 
 
 def passes(planner: Planner, name: str, epochs: float) -> str:

@@ -17,11 +17,12 @@ from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, 
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
+from digit.runs.judgement import OTHER_WAY_SECONDS, ways_of
 from digit.runs.recipes import Recipe
 from digit.runs.report import num_judged, num_shown
 from digit.runs.roles import get_role
 from digit.runtime.settings import check_settings, flat, within
-from digit.sampling.config import StageSampling
+from digit.sampling.config import SamplingConfig, StageSampling, with_changes
 from digit.tokenizers.base import FitCost
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import TrainConfig
@@ -329,21 +330,45 @@ class Planner:
     # ---------------------------------------------------------------- sampling
 
     def sampling(self) -> Stage:
-        """Token by token, then pixels: the images of the report, and further ones."""
+        """Token by token, then pixels: the images of the report, also with or without guidance, and further ones."""
         names, more = self.recipe.model_names, self.order.samples
-        batch, memory = self._sampled_together(names)
-        report = num_shown(self.work.num_classes) + num_judged(self.order.images)
-        which = f"{count(report)} images of the report" + (f", {count(more)} more" * bool(more))
-        what = f"{which}, {batch} together, {self.recipe.sampling.precision}"
-        return Stage(name="sampling", what=what, memory=memory, times=self.sampling_times(report + more, names))
+        own, (which, other) = self.sampling_settings(names), self.other_way(names)
+        batch, memory = self._sampled_together(names, own)
+        shown, judged = num_shown(self.work.num_classes), num_judged(self.order.images)
+        times = self.sampling_times(shown + judged + more, names, own)
+        what = f"{count(shown + judged)} images of the report"
+        if other is not None:
+            beside = max(self.sampling_times(judged, names, own).values()) <= OTHER_WAY_SECONDS
+            again = shown + judged * beside
+            what += f", {count(again)} of them also {which}"
+            for cause, seconds in self.sampling_times(again, names, other).items():
+                times[cause] = times.get(cause, 0.0) + seconds
+        what += f"{f', {count(more)} more' * bool(more)}, {batch} together, {own.precision}"
+        return Stage(name="sampling", what=what, memory=memory, times=times)
 
-    def sampling_times(self, samples: int, names: Sequence[str]) -> dict[str, float]:
-        """Seconds to sample images with some models (names of ROLES, the renderer last), by what could limit it."""
-        batch, _ = self._sampled_together(names)
+    def sampling_settings(self, names: Sequence[str]) -> SamplingConfig:
+        """How the recipe samples some models, the renderer last: with guidance where they are trained for it."""
+        return self.recipe.sampling_of(names[-1], labelled=bool(self.work.num_classes))
+
+    def other_way(self, names: Sequence[str]) -> tuple[str, SamplingConfig | None]:
+        """("with guidance" or "without guidance", settings) of the report's second samples, ("", None) for none."""
+        own = self.sampling_settings(names)
+        ways = ways_of(dict(zip(("prior", "renderer"), map(self.work.sequence, names), strict=True)), own)
+        return ("", None) if ways is None else (ways.names[1], with_changes(own, ways.other))
+
+    def sampling_times(
+        self, samples: int, names: Sequence[str], sampling: SamplingConfig | None = None
+    ) -> dict[str, float]:
+        """Seconds to sample images with some models (names of ROLES, the renderer last), by what could limit it.
+
+        `sampling` None takes the recipe's settings.
+        """
+        sampling = sampling or self.sampling_settings(names)
+        batch, _ = self._sampled_together(names, sampling)
         totals: dict[str, float] = {}
         straight = get_role(names[-1]).kind == "pixels"
         for name in names[:-1] if straight else names:
-            settings = getattr(self.recipe.sampling, get_role(name).settings)
+            settings = getattr(sampling, get_role(name).settings)
             for cause, seconds in self.batch_seconds(self.work.sequence(name), settings, batch).items():
                 totals[cause] = totals.get(cause, 0.0) + seconds
         batches = math.ceil(samples / batch / self.machine.count)
@@ -351,9 +376,9 @@ class Planner:
         pixels = self._seconds("convolutions", samples * decoder.flops)
         return {cause: seconds * batches + pixels for cause, seconds in totals.items()}
 
-    def _sampled_together(self, names: Sequence[str]) -> tuple[int, float]:
+    def _sampled_together(self, names: Sequence[str], sampling: SamplingConfig) -> tuple[int, float]:
         """(images in a batch, bytes) of a pipeline of some models."""
-        work, sampling = self.work, self.recipe.sampling
+        work = self.work
         *priors, renderer = (self._stand_in(name) for name in names)
         prior, vq = (priors[0] if priors else None), BlankVQ(work.vqgan, self._device)
         weights = 4.0 * sum(num_parameters(work.sequence(name)) for name in names)

@@ -34,7 +34,7 @@ from digit.runtime.files import as_path, disk_errors, sha256_tensors
 from digit.runtime.progress import Progress
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_vit
 from digit.tokenizers.kmeans.codebook import Codebook
-from digit.tokenizers.vq import VQTokenizer
+from digit.tokenizers.vq import Origin, VQTokenizer
 
 ORDER = ("encoder", "codebook", "vqgan", "prior", "renderer")
 IMAGE_SIZE, ENCODER_SIZE = 256, 224  # pixels, of all released models
@@ -250,9 +250,12 @@ class Conversion:
             f"{vq.resolution} px"
         )
         self.info["vqgan"] = {"format": weights.format}
+        vq.origin = Origin(name=f"a file in the format of {weights.form.title}", licence="not recorded")
         if public := self.found_vq.public:
+            known = {"name": self.files.vqgan or "", "licence": public.licence, "data": public.data}
+            vq.origin = Origin(**known)
             self.notes.append(f"{self.files.vqgan}: licence {public.licence}; trained on {public.data}")
-            self.info["vqgan"] |= {"name": self.files.vqgan, "licence": public.licence, "data": public.data}
+            self.info["vqgan"] |= known
         if vq.vocab_size > MAX_VOCAB:
             self.notes.append(
                 f"{vq.vocab_size} codes: it encodes and decodes, but models are trained on at most {MAX_VOCAB}"

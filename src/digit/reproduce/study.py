@@ -33,17 +33,17 @@ from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.reproduce.costs import Costs
 from digit.reproduce.rehearsal import Cut
-from digit.reproduce.scales import Scale
+from digit.reproduce.scales import VARIANTS, Scale
 from digit.reproduce.splits import open_splits
-from digit.runs.claim import FREE_SETTING, merged
-from digit.runs.fit import Run
+from digit.runs.claim import FREE_SETTING
+from digit.runs.fit import Run, other_seed
 from digit.runs.layout import RESULTS
 from digit.runs.recipes import Recipe
 from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, read_json, write_result
 from digit.runtime.hardware import choose_device
 from digit.runtime.lock import lock_folder
-from digit.runtime.request import require_same_request
+from digit.runtime.request import defaults_of, require_same_request
 from digit.tokenizers.encoders import FrozenEncoder, load_encoder
 from digit.tokenizers.vq import VQTokenizer, read_vqgan
 
@@ -71,6 +71,9 @@ class Study:
         labels_from: where labels come from, as of `open_source`.
         test_split, every_fifth: other test images than the usual ones, as of `open_splits`.
         cuts: what a rehearsal cut from the scale (`rehearsal.rehearsed`); results say it.
+
+    Attributes:
+        notes: that reused tokens are of another seed, to tell the person.
     """
 
     def __init__(
@@ -97,6 +100,8 @@ class Study:
         least = 1 if scale.recipe.training_crops == "fresh" else -(-scale.min_rows // len(self.train))
         self.recipe = replace(scale.recipe, crops_per_image=max(scale.recipe.crops_per_image, least))
         distributed.on_main(self.check)
+        tokens = as_path(self.reuse["tokens"]) if "tokens" in self.reuse else None
+        self.notes: list[str] = distributed.on_main(lambda: other_seed(tokens, self.recipe))
 
     def require_labels(self, what: str) -> None:
         """Raise DigitError unless training and test images have classes."""
@@ -138,8 +143,10 @@ class Study:
         path = self.out / "study.json"
         if not path.exists() or not any((self.out / "steps").glob("*.json")):  # no results to protect yet
             return
-        existing = merged(self.request, read_json(path))  # settings that older versions lack count as equal
-        require_same_request(self.out, existing, self.request, "choose another --out", ignore=changes_no_result)
+        existing, request = read_json(path), self.request
+        require_same_request(
+            self.out, existing, request, "choose another --out", changes_no_result, older_defaults(existing)
+        )
 
     def claim(self) -> None:
         """Write study.json; from then on the folder takes these settings alone, but for those that change no result."""
@@ -328,6 +335,14 @@ class Study:
 
         grid = plots.grid(images, 10, scale=max(1, 64 // images.shape[-1]))
         plots.save_png(self.out / "pictures" / f"{name}.png", grid)
+
+
+def older_defaults(existing: Any) -> dict[str, Any]:
+    """Defaults of the settings of a study.json that one by an older version lacks."""
+    scale = existing.get("scale") if isinstance(existing, dict) else None
+    made = [name for name, value in scale.items() if isinstance(value, dict)] if isinstance(scale, dict) else []
+    recipes = dict.fromkeys([name for name in ("recipe", *VARIANTS) if name in made], defaults_of(Recipe))
+    return {"scale": defaults_of(Scale) | recipes}
 
 
 def changes_no_result(setting: str) -> bool:

@@ -352,11 +352,14 @@ def finish_lengthening(out: Path) -> None:
         write_json(out / LENGTHENED, record | {"done": True})
 
 
-def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[str, str]) -> None:
+def continue_training(
+    model: Path, out: Path, num_steps: int, tokens: Mapping[str, str], defaults: Mapping[str, Any]
+) -> None:
     """Bring the record beside a model's checkpoints up to date, which the training compares with its settings.
 
     A run that was lengthened trains on to `num_steps`, whatever its schedule. Of the fingerprints in the record those
-    of `tokens` stay: older versions named parts that the model does not read.
+    of `tokens` stay: older versions named parts that the model does not read. Settings of the model that an older
+    version lacked get their `defaults`.
     """
     path = model / "checkpoints" / CONFIG
     found = read_json(path) if path.is_file() else None
@@ -365,6 +368,7 @@ def continue_training(model: Path, out: Path, num_steps: int, tokens: Mapping[st
     train, about = found.get("train"), found.get("about")
     if not isinstance(train, dict) or not isinstance(about, dict):
         return
+    about = {**defaults, **about}
     steps, read = train.get("num_steps"), about.get("tokens")
     if isinstance(steps, int) and steps < num_steps and read_record(out):
         train = train | {"num_steps": num_steps}

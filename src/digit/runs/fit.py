@@ -50,13 +50,13 @@ from digit.runtime.files import as_path, plain, read_json, write_json
 from digit.runtime.hardware import choose_device
 from digit.runtime.paths import nearest
 from digit.runtime.progress import Stages
-from digit.runtime.request import require_same_request
+from digit.runtime.request import defaults_of, require_same_request
 from digit.sampling.kinds import get_kind
 from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
-from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan, read_vqgan
+from digit.tokenizers.vq import Origin, VQTokenizer, load_asset_vqgan, read_vqgan
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import last_metrics
@@ -90,7 +90,8 @@ class Run:
         lengthened: the record of `runs.changes.with_more`, for a run that goes on for more updates.
 
     Attributes:
-        notes: what changed in the folder because of other settings, to tell the person.
+        notes: what changed in the folder because of other settings, and that reused tokens are of another seed, to tell
+            the person.
 
     Raises DigitError for settings that cannot work, MismatchError where `out` holds a run with other settings.
     """
@@ -125,9 +126,12 @@ class Run:
         self._check(chosen_settings(self.recipe) if chosen is None else chosen)
         self._parts: dict[str, Any] = {}  # what the stages made, as read back from their folders
         self.notes: list[str] = distributed.on_main(
-            lambda: claim_folder(
-                self.out, self.recipe, self.source, reuse_unchanged=reuse_unchanged, lengthened=lengthened
-            )
+            lambda: [
+                *claim_folder(
+                    self.out, self.recipe, self.source, reuse_unchanged=reuse_unchanged, lengthened=lengthened
+                ),
+                *other_seed(self.reuse.get("tokens"), self.recipe),
+            ]
         )
 
     def _check(self, chosen: Sequence[str]) -> None:
@@ -227,7 +231,8 @@ class Run:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         start = recipe.vqgan_start
-        vqgan = VQGAN(recipe.vqgan) if start == "scratch" else load_asset_vqgan(start).vqgan
+        carried = None if start == "scratch" else load_asset_vqgan(start)
+        vqgan = VQGAN(recipe.vqgan) if carried is None else carried.vqgan
         vqgan.cfg = vqgan_config(recipe)  # an included one takes the size of the crops
         if recipe.vqgan_training.num_steps:
             crops = CachedCrops(
@@ -242,7 +247,17 @@ class Run:
                 perceptual=self._encoder_distance() if recipe.vqgan_training.perceptual == "encoder" else None,
                 preview=self._previews("vqgan", recipe.vqgan_training),
             )
-        distributed.on_main(lambda: VQTokenizer(vqgan).save(folder))
+        origin = self._vqgan_origin(carried.origin if carried else Origin())
+        distributed.on_main(lambda: VQTokenizer(vqgan, origin=origin).save(folder))
+
+    def _vqgan_origin(self, start: Origin) -> Origin:
+        """What is recorded of the VQGAN that this run trains from a start, or takes as it is."""
+        if not self.recipe.vqgan_training.num_steps:
+            return start
+        data = Path(self.source.name).name
+        if not start.name:
+            return Origin(name="trained by digit fit", data=data)
+        return replace(start, name=f"{start.name}, trained further by digit fit", data=f"{start.data}, then {data}")
 
     def _encoder_distance(self) -> EncoderDistance:
         """The perceptual distance in EfficientNet-Lite0's features; the judge is another network, Lite2."""
@@ -326,7 +341,8 @@ class Run:
     def _train(self, name: str, model: SequenceModel, folder: Path, about: dict[str, Any]) -> dict[str, float]:
         """Train a model in place; returns what was measured after the last step, beside the log's last metrics."""
         training = self.training_config(name)
-        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"]))
+        usual = defaults_of(type(model.cfg))
+        distributed.on_main(lambda: continue_training(folder, self.out, training.num_steps, about["tokens"], usual))
         validate = self.validation(name) if self.recipe.validation_fraction else None
         with closing(self.training_batches(name, training)) as batches:
             if isinstance(training, TrainConfig):
@@ -354,8 +370,10 @@ class Run:
 
     def _require_same_model(self, name: str, folder: Path) -> None:
         """Raise MismatchError where a reused model has another shape than this run's would have."""
-        wanted = plain(self.sequence_config(name).to_dict())
-        require_same_request(folder, read_json(folder / "model.json"), wanted, f"leave it out, and train a {name}")
+        cfg = self.sequence_config(name)
+        wanted = plain(cfg.to_dict())
+        existing, advice = read_json(folder / "model.json"), f"leave it out, and train a {name}"
+        require_same_request(folder, existing, wanted, advice, defaults=defaults_of(type(cfg)))
 
     @staticmethod
     def _save_model(model: SequenceModel, folder: Path, tokens: dict[str, str], metrics: dict[str, float]) -> None:
@@ -537,6 +555,20 @@ class Run:
         models = [(name, partial(self.train_model, name)) for name in self.recipe.model_names]
         vqgan = [("vqgan", self.train_vqgan)] if self.recipe.has_vqgan else []
         return [("codebook", self.fit_codebook), *vqgan, ("tokens", self.write_tokens), *models]
+
+
+def other_seed(tokens: Path | None, recipe: Recipe) -> list[str]:
+    """A sentence where tokens that are reused are of random crops of another seed than the recipe's; else nothing."""
+    if tokens is None or recipe.preprocess.distinct_crops == 1 or not (tokens / RESULTS["tokens"]).is_file():
+        return []
+    manifest = read_json(tokens / RESULTS["tokens"])
+    made = manifest.get("seed") if isinstance(manifest, dict) else None
+    if made in (None, recipe.seed):
+        return []
+    return [
+        f"the tokens in {tokens} are of the crops of seed {made}, the run has seed {recipe.seed}: it trains on those "
+        "crops, and its seed decides the rest"
+    ]
 
 
 def near_codes(codebook: Quantizer) -> torch.Tensor:

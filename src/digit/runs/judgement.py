@@ -26,10 +26,13 @@ from digit.metrics.intervals import proportion_interval
 from digit.metrics.judge import JUDGE_INPUT_SIZE, METRIC, LinearClassifier, collect_features, fd, fit_linear_classifier
 from digit.metrics.neighbours import Neighbours, compare_at, copying_score
 from digit.metrics.stability import StabilityConfig, measure_stability
+from digit.models.sequence import SequenceConfig
 from digit.pipeline.pipeline import DigitPipeline
-from digit.runs.pictures import real_images, spread
+from digit.runs.pictures import real_images
 from digit.runtime import distributed
 from digit.runtime.progress import Progress
+from digit.runtime.spread import spread
+from digit.sampling.config import SamplingConfig
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 
 REFERENCE = 2000  # training pictures that are compared with
@@ -81,11 +84,17 @@ class Ways:
 
 def find_ways(pipe: DigitPipeline) -> Ways | None:
     """The ways to sample; None where no model was trained with dropped labels or prefixes."""
-    scales = {}
-    for stage in ("prior", "renderer"):
-        model = getattr(pipe, stage)
-        if model is not None and (model.cfg.prefix_dropout or (model.cfg.label_dropout and model.cfg.num_classes)):
-            scales[stage] = getattr(pipe.sampling, stage).cfg_scale
+    models = {"prior": pipe.prior, "renderer": pipe.renderer}
+    return ways_of({stage: model.cfg for stage, model in models.items() if model is not None}, pipe.sampling)
+
+
+def ways_of(models: Mapping[str, SequenceConfig], sampling: SamplingConfig) -> Ways | None:
+    """The ways to sample models, {"prior": ..., "renderer": ...}; also for a plan of them (`planning.stages`)."""
+    scales = {
+        stage: getattr(sampling, stage).cfg_scale
+        for stage, cfg in models.items()
+        if cfg.prefix_dropout or (cfg.label_dropout and cfg.num_classes)
+    }
     if not scales:
         return None
     by_default = any(scale != 1 for scale in scales.values())

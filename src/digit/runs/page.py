@@ -1,41 +1,27 @@
-"""HTML of a run's report: one file that needs no network, follows light and dark, and fits a phone."""
+"""HTML of a run's report, on `runtime/html.py`: findings, pictures, bars, charts."""
 
 import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Literal
 
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 
-from digit.runtime import plots
+from digit.runtime import html, plots
 
 Level = Literal["good", "fair", "poor", "info"]
 WORDS: dict[Level, str] = {"good": "good", "fair": "fair", "poor": "weak", "info": "note"}
 SHOWN_SIDE = 160  # px, of larger pictures
-LOSSLESS_SIDE = 96  # px up to which a picture is a PNG
 CHART = (440, 230)  # units of a chart's width and height
 PAD = (52, 12, 34, 14)  # left, right, bottom, top
 
 STYLE = """
-:root { color-scheme: light dark; --Ink: #1c1e21; --Soft: #585f66; --Line: #dcdfe3; --Paper: #fff; --Card: #f4f5f7;
-  --Bar: #3b6fb6; --Bar-real: #2e7d4f; --Bar-floor: #8a6d1d; --Bar-other: #8a5bb5; --Good: #1d7a45; --Fair: #9a6400;
+:root { --Bar-real: #2e7d4f; --Bar-floor: #8a6d1d; --Bar-other: #8a5bb5; --Good: #1d7a45; --Fair: #9a6400;
   --Poor: #b3261e; --Info: #3b6fb6; }
-@media (prefers-color-scheme: dark) { :root { --Ink: #e6e8eb; --Soft: #a3aab2; --Line: #363b41; --Paper: #15171a;
-  --Card: #1f2226; --Bar: #74a5e8; --Bar-real: #6cc492; --Bar-floor: #d9b44a; --Bar-other: #c39be8; --Good: #6cc492;
-  --Fair: #e8b04a; --Poor: #f28b82; --Info: #74a5e8; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--Paper); color: var(--Ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .25rem; }
-p { margin: .25rem 0 .75rem; max-width: 46rem; }
+@media (prefers-color-scheme: dark) { :root { --Bar-real: #6cc492; --Bar-floor: #d9b44a; --Bar-other: #c39be8;
+  --Good: #6cc492; --Fair: #e8b04a; --Poor: #f28b82; --Info: #74a5e8; } }
 a { color: var(--Info); }
-.soft, small, figcaption { color: var(--Soft); }
-small { font-size: .8rem; font-weight: 400; }
 .findings { list-style: none; margin: 1rem 0; padding: 0; display: grid; gap: .45rem; }
 .findings li { background: var(--Card); border-left: 4px solid var(--Info); padding: .5rem .75rem;
   border-radius: 0 6px 6px 0; }
@@ -49,22 +35,13 @@ small { font-size: .8rem; font-weight: 400; }
 .pairs { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); }
 .wide { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); }
 img { display: block; width: 100%; height: auto; border-radius: 3px; }
-img.small { image-rendering: pixelated; }
-figure { margin: 0; background: var(--Card); border-radius: 6px; padding: .35rem; }
 figure div { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: .25rem; }
-figcaption { font-size: .75rem; line-height: 1.3; padding-top: .25rem; }
 .scroll { overflow-x: auto; }
 .bars { display: grid; grid-template-columns: minmax(6rem, 13rem) 1fr auto; gap: .25rem .75rem; align-items: center;
   font-size: .9rem; margin: .25rem 0 1rem; }
-.track { height: .85rem; background: var(--Card); border-radius: 3px; position: relative; }
-.bar { position: absolute; inset: 0 auto 0 0; background: var(--Bar); border-radius: 3px; }
 .bar.real { background: var(--Bar-real); } .bar.floor { background: var(--Bar-floor); }
 .bar.other { background: var(--Bar-other); }
 .mark { position: absolute; top: -.1rem; bottom: -.1rem; width: 2px; background: var(--Bar-real); }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { background: var(--Card); padding: .6rem .75rem; border-radius: 6px; white-space: pre-wrap; font-size: .8rem;
-  margin: .25rem 0 .75rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td { padding: .2rem 1rem .2rem 0; vertical-align: top; border-bottom: 1px solid var(--Line); }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--Soft); font: 12px system-ui, sans-serif; }
@@ -81,15 +58,7 @@ summary { cursor: pointer; margin: .75rem 0; }
 
 def document(title: str, body: Iterable[str]) -> str:
     """A whole page."""
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
-            *body,
-            "</body></html>",
-        ]
-    )
+    return html.document(title, body, STYLE)
 
 
 def findings(entries: Iterable[tuple[Level, str]]) -> str:
@@ -108,16 +77,7 @@ def paragraph(text: str, *, soft: bool = False) -> str:
 
 def picture(image: UInt8[Tensor, "3 H W"], alt: str) -> str:
     """A picture inside the page; larger ones are shrunk to SHOWN_SIDE."""
-    shown = plots.to_pil(image)
-    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    file, lossless = io.BytesIO(), max(shown.size) <= LOSSLESS_SIDE
-    shown.save(file, format="PNG") if lossless else shown.save(file, format="WEBP", quality=90)
-    data, kind = base64.b64encode(file.getvalue()).decode(), "png" if lossless else "webp"
-    width, height = shown.size
-    return (
-        f'<img alt="{escape(alt)}" width="{width}" height="{height}"{" class=small" * lossless} '
-        f'src="data:image/{kind};base64,{data}">'
-    )
+    return html.picture(plots.to_pil(image), alt, SHOWN_SIDE)
 
 
 def row(images: Iterable[UInt8[Tensor, "3 H W"]], alt: str, kind: str = "row") -> str:

@@ -167,8 +167,3 @@ def read_mask(path: Path, size: int, fit: Fit = "crop") -> Bool[Tensor, "S S"]:
         what = "everything" if mask.all() else "nothing"
         raise DigitError(f"{path} keeps {what}: paint what is kept white (or opaque), the rest black (or transparent)")
     return mask
-
-
-def spread(total: int, num: int) -> list[int]:
-    """At most `num` of 0 .. total - 1, evenly apart, the ends among them."""
-    return np.unique(np.linspace(0, total - 1, min(num, total)).astype(int)).tolist() if total else []

@@ -119,6 +119,11 @@ def unused_settings(cfg: PretrainConfig) -> list[Rule]:
         (cfg.training.seed != cfg.seed, r"training\.seed", "set the run's one seed"),
         (True, r"training\.keep_best", "an encoder has no validation: leave it out"),
         (local == 0, rf"{cfg.method}\.local_scale", f"set {cfg.method}.num_local_views above 0"),
+        (
+            getattr(cfg.settings, "balance", "") == "sinkhorn",
+            rf"{cfg.method}\.centre_momentum",
+            f"set {cfg.method}.balance to centre",
+        ),
         (views.jitter == 0, rf"{cfg.method}\.{colours}", f"set {cfg.method}.views.jitter above 0"),
     ]
 

@@ -15,11 +15,12 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
 from digit.runs.judgement import find_ways, judge_run, load_judge, reconstruct
-from digit.runs.pictures import real_images, spread, write_completions
+from digit.runs.pictures import real_images, write_completions
 from digit.runs.report_page import COMPLETED, PER_CLASS, Shown, describe, write_page
 from digit.runs.roles import ROLES, get_role
 from digit.runtime import plots
 from digit.runtime.files import write_result
+from digit.runtime.spread import spread
 from digit.training.adversarial import image_psnr
 from digit.training.log import read_log
 

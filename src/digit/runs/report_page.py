@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.metrics.judge import METRIC
+from digit.pipeline.card import part_origins
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs import page
 from digit.runs.codebook_quality import quality_text
@@ -322,6 +323,7 @@ def describe(pipe: DigitPipeline) -> str:
             lines.append(f"{name:<11}{count(model)}, {model.cfg}")
     if pipe.vq is not None:
         lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
+    lines += [f"licence    {part}: {text}" for part, text in part_origins(pipe.tokenizer, pipe.vq, pipe.info)]
     lines.append(
         f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"
     )

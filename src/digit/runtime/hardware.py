@@ -1,6 +1,7 @@
 """This machine: its devices, its speed, whether it multiplies bfloat16, and how malloc treats freed memory."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -132,6 +134,48 @@ def matmul_flops(device: "torch.device", seconds: float = 0.3) -> float:
         wait()
         done += 1
     return done * 2 * 1024**3 / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class CPUSpeed:
+    """What the cores of this process do, and what other programs leave of it now."""
+
+    flops: float
+    """Floating-point operations per second of all cores, were they this process's alone."""
+    free: float
+    """Share of it that this process got while it was measured, in (0, 1]."""
+    cores: float
+    """How many that are: fewer than the machine has where threads, affinity or a container's quota are fewer."""
+
+
+def cpu_speed(seconds: float = 0.3) -> CPUSpeed:
+    """Speed of products as in `matmul_flops` on the CPU, by the time that the cores spent on them.
+
+    Another program takes wall time, but hardly CPU time: a machine that is busy at the moment has the same `flops`.
+    Threads that wait for a core while others spin would lower it, so the upper quartile of the products counts.
+    """
+    import torch
+
+    a = torch.randn(1024, 1024, dtype=torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32)
+    cores = min(torch.get_num_threads(), cores_of_this_process(), cpu_quota() or math.inf)
+    for _ in range(3):
+        a @ a
+    started, cpu_times = time.perf_counter(), []
+    while time.perf_counter() - started < seconds or len(cpu_times) < 4:
+        before = time.process_time()
+        a @ a
+        cpu_times.append(time.process_time() - before)
+    wall = (time.perf_counter() - started) / len(cpu_times)
+    spent = max(sorted(cpu_times)[len(cpu_times) // 4] / cores, 1e-9)
+    return CPUSpeed(2 * 1024**3 / spent, min(1.0, spent / wall), cores)
+
+
+def cpu_quota() -> float | None:
+    """Cores that a container leaves to the job (0.5, 2.0); None without such a limit."""
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()[:2]
+        return float(quota) / float(period)  # ValueError for "max": no limit
+    return None
 
 
 def choose_device(name: "str | torch.device | None") -> "torch.device":

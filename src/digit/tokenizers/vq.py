@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -28,10 +29,28 @@ from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, sa
 from digit.runtime.hardware import Precision, choose_device, full_precision
 
 FORMAT = 1
-ASSETS = ("vqgan64", "vqgan64_shapes")
+CARRIED_DATA = "rendered shapes, GroceryStoreDataset (MIT) and CIFAR-10"
+ASSETS = {"vqgan64": CARRIED_DATA, "vqgan64_shapes": f"{CARRIED_DATA}, then rendered shapes"}  # name: training data
 ENCODED_TOGETHER = 16  # images at most
 DECODED_TOGETHER, DECODED_TOGETHER_ON_GPU = 8, 32  # images at most, always equally many
 MAPS_IN_CACHE = 8 * 2**20  # bytes of one full-resolution map, float32, of the images that go through a CPU together
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a VQ tokenizer's weights come from, as far as it is recorded; `str` says it in one line."""
+
+    name: str = ""
+    """What it is: llamagen_vq16, or who made it."""
+    licence: str = ""
+    """Of its weights."""
+    data: str = ""
+    """What it was trained on."""
+
+    def __str__(self) -> str:
+        licence, data = self.licence and f"licence {self.licence}", self.data and f"trained on {self.data}"
+        known = [part for part in (self.name, licence, data) if part]
+        return " ".join("; ".join(known or ["its licence and training data are not recorded"]).split())
 
 
 class VQTokenizer:
@@ -43,6 +62,7 @@ class VQTokenizer:
         chunk_size: images that go through the encoder at a time; changes results by rounding alone. By default 16,
             or on a CPU as many as its cache holds.
         rounding: "nearest" rounds decoded pixels to 8 bits; "truncate" cuts them, as the released code does.
+        origin: where the weights come from, kept beside them; None where nobody knows.
     """
 
     def __init__(
@@ -52,11 +72,13 @@ class VQTokenizer:
         precision: Precision = "fp32",
         chunk_size: int | None = None,
         rounding: str = "nearest",
+        origin: Origin | None = None,
     ) -> None:
         if rounding not in ("nearest", "truncate"):
             raise DigitError(f"rounding is {rounding!r}: it must be nearest or truncate")
         self.vqgan = vqgan.eval()
         self.precision, self.chunk_size, self.rounding = precision, chunk_size, rounding
+        self.origin = origin or Origin()
         self._fingerprint: str | None = None
 
     def __repr__(self) -> str:
@@ -197,7 +219,9 @@ class VQTokenizer:
         self._fingerprint = None  # the network may have been trained since
         save_tensors(folder / "vqgan.safetensors", self.vqgan.state_dict())
         about = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.vqgan.cfg.to_dict()}
-        write_json(folder / "vqgan.json", about | layout_entry(self.vqgan.layout) | {"rounding": self.rounding})
+        about |= layout_entry(self.vqgan.layout) | {"rounding": self.rounding}
+        origin = {"origin": asdict(self.origin)} if self.origin != Origin() else {}
+        write_json(folder / "vqgan.json", about | origin)
 
     @classmethod
     def load(cls, folder: str | Path, **options: Any) -> Self:
@@ -207,7 +231,10 @@ class VQTokenizer:
         """
         folder = as_path(folder)
         vqgan = load_vqgan(folder / "vqgan.json", folder / "vqgan.safetensors")
-        return cls(vqgan, **{"rounding": read_json(folder / "vqgan.json").get("rounding", "nearest")} | options)
+        about = read_json(folder / "vqgan.json")
+        origin = from_json(Origin, about.get("origin", {}), f"{folder / 'vqgan.json'}: origin")
+        recorded: dict[str, Any] = {"rounding": about.get("rounding", "nearest"), "origin": origin}
+        return cls(vqgan, **recorded | options)
 
 
 def filled(part: Tensor, size: int) -> Tensor:
@@ -266,6 +293,7 @@ def load_asset_vqgan(name: str = "vqgan64", **options: Any) -> VQTokenizer:
     says what each was trained on and by which program. Raises DigitError on another name.
     """
     about = find_asset(name)
+    options.setdefault("origin", Origin(name=f"{name} of the package digit", licence="MIT", data=ASSETS[name]))
     return VQTokenizer(load_vqgan(about, about.with_suffix(".safetensors")), **options)
 
 

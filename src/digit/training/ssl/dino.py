@@ -13,7 +13,7 @@ Shapes: B images, D embed_dim, K num_prototypes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,11 @@ class DINOConfig:
     """tau_s: temperature of the student's softmax."""
     teacher_temperature: float = within("(0, inf)", 0.04)
     """tau_t: temperature of the teacher's softmax; lower is sharper."""
+    balance: Literal["centre", "sinkhorn"] = "centre"
+    """How the teacher uses all prototypes: centre subtracts a moving average of its outputs (DINO); sinkhorn gives
+    every prototype the same share of each batch (SwAV, Caron et al. 2020; DINOv2)."""
     centre_momentum: float = within("[0, 1)", 0.9)
-    """m: momentum of the centre, a moving average of the teacher's outputs."""
+    """m: momentum of the centre, a moving average of the teacher's outputs; unused by sinkhorn."""
     momentum: float = within("[0, 1)", 0.99)
     """Momentum of the teacher at the first step; it grows to 1 at the last."""
     num_local_views: int = within("[0, inf)", 0)
@@ -111,6 +114,8 @@ class DINO(Method):
     def sharpen(self, outputs: Float[Tensor, "B K"], centre: Float[Tensor, " K"]) -> Float[Tensor, "B K"]:
         """P_t of the teacher's outputs, Eq. 1; then moves `centre` by Eq. 4. The first batch sets it to its mean."""
         outputs = outputs.float()
+        if self.cfg.balance == "sinkhorn":
+            return sinkhorn(outputs / self.cfg.teacher_temperature)
         # with a centre of zero, all images would share one prototype for tens of steps
         centre.copy_(torch.where(centre.any(), centre, outputs.mean(0)))
         targets = ((outputs - centre) / self.cfg.teacher_temperature).softmax(dim=-1)
@@ -130,6 +135,16 @@ class DINO(Method):
         momentum = momentum_at(progress, self.cfg.momentum)
         follow(self.teacher, self.vit, momentum)
         follow(self.teacher_head, self.head, momentum)
+
+
+def sinkhorn(logits: Float[Tensor, "B K"], rounds: int = 3) -> Float[Tensor, "B K"]:
+    """Probabilities of each row by which every prototype gets about B / K in all (Caron et al. 2020, Sec. 3.1).
+
+    Columns and rows are normalised in turn; the last are the rows, which sum to 1.
+    """
+    for _ in range(rounds):
+        logits = (logits - logits.logsumexp(0)).log_softmax(dim=1)
+    return logits.exp()
 
 
 def used(targets: Float[Tensor, "B K"]) -> Float[Tensor, ""]:
