@@ -20,12 +20,15 @@ SOURCE = str(Path(__file__).parents[2] / "src")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 CLOCK = ("images_per_second", "mfu", "data_wait", "seconds")
 PRIOR = {"task": "sequence", "num_steps": 8, "ema_decay": 0.9}
+LOSSES = {"current_code_weight": 1.0, "next_code_weight": 1.0}
 WHOLE = {
     "ddp": PRIOR,
     "fsdp": PRIOR | {"parallel": "fsdp"},
     "ddp masked": PRIOR | {"masked": True},
     "fsdp masked": PRIOR | {"masked": True, "parallel": "fsdp", "accumulate": 2},
     "fsdp checkpointed": PRIOR | {"parallel": "fsdp", "checkpoint_activations": True},
+    "ddp code losses": PRIOR | LOSSES,
+    "fsdp code losses": PRIOR | LOSSES | {"parallel": "fsdp"},
     "gan": {"task": "gan"},
 }
 # 4 steps on two processes, 4 on one, 4 on two

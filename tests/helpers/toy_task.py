@@ -103,7 +103,8 @@ def run_sequence(
             os.kill(os.getpid(), signal.SIGTERM)
         return batches(step)
 
-    return train_sequence_model(model, disturbed, cfg, out, validate=validate)[0]
+    codes = torch.randn(1, VOCAB, 4, generator=torch.Generator().manual_seed(0))  # for code losses
+    return train_sequence_model(model, disturbed, cfg, out, validate=validate, codes=codes)[0]
 
 
 def run_vqgan(out: Path, **changes) -> nn.Module:

@@ -235,7 +235,7 @@ def code_heads(model: nn.Module, codes: Tensor | None, cfg: TrainConfig) -> Iter
     try:
         yield
     finally:
-        if cfg.code_weights:
+        if isinstance(model, SequenceModel):
             model.code_heads = None
 
 
