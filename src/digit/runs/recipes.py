@@ -195,7 +195,8 @@ def photos128() -> Recipe:
     """A folder of photographs at 128 px for two slow CPU cores: by plan 40 minutes for 3,000 of them.
 
     8 x 8 discriminative and 16 x 16 VQ tokens: the carried VQGAN is convolutional, and its tuning goes on at 128 px.
-    Otherwise as photos64. Not measured yet.
+    Otherwise as photos64. Measured on 2,640 photographs of groceries, 81 classes (docs/results.md), 74 minutes on one
+    core: 45% of the samples are recognised, 57% of reconstructions (21.9 dB), 88% of real ones.
 
     digit fit photos/ --recipe photos128 --out runs/photos
     """
