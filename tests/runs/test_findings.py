@@ -90,7 +90,7 @@ def test_the_better_way_is_said():
 
 def test_curves_that_rise_and_fall():
     rising = Facts(out="a", data="b", curves={"prior": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.9)]}})
-    assert "learns its pictures by heart: held-out loss rose from 2.50 at step 200" in told(metrics(), rising)
+    assert "overfits its training pictures: held-out loss rose from 2.50 at step 200" in told(metrics(), rising)
     falling = Facts(out="a", data="b", curves={"renderer": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.3)]}})
     assert "renderer was still learning" in told(metrics(), falling)
 
