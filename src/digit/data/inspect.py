@@ -137,7 +137,7 @@ class InspectReport:
         return f"{shapes}: with preprocess.fit {fit} {what}; --preprocess.fit crop cuts {lost:.0%} of their area away"
 
     def save_contact_sheet(self, path: str | Path, fit: Fit = "crop") -> None:
-        """Writes a PNG of up to 64 images spread over the source, with class names; broken images are red tiles that say so.
+        """Writes a PNG of up to 64 images spread over the source, with class names; broken images are red.
 
         A frame shows what training sees with `fit`; what a centre crop cuts is pale.
         """
