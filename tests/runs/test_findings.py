@@ -68,6 +68,13 @@ def test_levels(change, wanted):
     assert re.search(wanted, told(metrics(**change), FACTS))
 
 
+def test_the_grade_of_the_distance_is_that_of_the_models():
+    found = metrics()
+    found["scale"]["sets"]["samples"][METRIC] = 200.0
+    assert re.search("good: Distance .*The models come near to what their tokens allow", told(found, FACTS))
+    assert "come near" not in told(metrics(), FACTS)
+
+
 def test_little_variety_is_weak():
     found = metrics()
     found["scale"]["sets"]["samples"] |= shares(0.1)
