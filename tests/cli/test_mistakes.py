@@ -21,6 +21,11 @@ SAMPLE = ["sample", "--from", "nowhere", "--out", "never"]
         ([*FIT, "--prior.depth", "0"], "--prior.depth is 0: "),
         ([*FIT, "--kmeans.init", "randm"], "--kmeans.init is randm: did you mean random?"),
         ([*FIT, "--prior_training.betas", "0.9"], "--prior_training.betas is 0.9: give FLOAT,FLOAT"),
+        (
+            [*FIT, "--vqgan_training.num_steps", "4"],
+            "--vqgan_training.adversarial_start is ",
+        ),
+        (["plan", "../photos/"], "../photos/ is no recipe: a plan takes a recipe's name and the number of pictures"),
         ([*FIT[:3], "dmo", "--out", "never"], "no recipe named dmo: did you mean demo?"),
         (["fit", "shapes"], "missing: --out"),
         (["train", "piror", *FIT[1:]], "no model named piror: did you mean prior?"),

@@ -3,11 +3,11 @@
 import json
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from written_images import picture, write_folder
 
 from digit.data.images import open_source
-from digit.data.inspect import FRAME, THUMBNAIL, as_fitted, glance, inspect_source
+from digit.data.inspect import FRAME, THUMBNAIL, as_fitted, fit_caption, glance, inspect_source
 
 
 def make(root):
@@ -35,7 +35,9 @@ def test_report_counts_what_is_there(tmp_path):
 
 def test_text_names_classes_and_broken_files(tmp_path):
     text = inspect_source(make(tmp_path)).to_text()
-    assert "6, of which 1 broken" in text and "3  dog" in text and "5.png: not an image" in text
+    assert (
+        "6, of which 1 broken (training leaves them out)" in text and "3  dog" in text and "5.png: not an image" in text
+    )
 
 
 def test_contact_sheet_is_a_picture(tmp_path):
@@ -43,6 +45,13 @@ def test_contact_sheet_is_a_picture(tmp_path):
     inspect_source(make(tmp_path / "data")).save_contact_sheet(tmp_path / "out" / "sheet.png")
     sheet = Image.open(tmp_path / "out" / "sheet.png")
     assert sheet.mode == "RGB" and sheet.width == 3 * 100 + 4 and len(sheet.getcolors(10**6)) > 1000
+
+
+def test_captions_that_are_cut_say_so(tmp_path):
+    canvas = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    assert fit_caption(canvas, "cat") == "cat"
+    cut = fit_caption(canvas, "a-long-name-of-a-class-of-milk")
+    assert cut.endswith("..") and canvas.textlength(cut) <= THUMBNAIL
 
 
 def test_all_broken_still_makes_a_report(tmp_path):

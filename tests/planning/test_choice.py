@@ -30,7 +30,10 @@ def test_two_slow_cores_get_128_px_within_an_hour():
     assert found.recipe.name == "photos128" and found.seconds <= CPU_SECONDS
     assert found.recipe == get_recipe("photos128")
     said = str(found)
-    assert "recipe photos128 for this machine, a CPU: 128 px, 3,000 and 2,400 updates, about" in said
+    assert (
+        "recipe photos128 for this machine, a CPU: 128 px, 3,000 updates of the prior and 2,400 of the renderer, about"
+        in said
+    )
     assert "--recipe photos64" in said and "--more 2x" in said and "\n" not in said
 
 

@@ -286,6 +286,7 @@ def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_sa
     recipe = change(get_recipe("demo"), prior_training__num_steps=100)
     check(recipe)
     assert "prior_training.warmup_steps is 120, longer than the training of 100 steps" in caplog.text
+    assert "--prior_training.warmup_steps 10 lets it" in caplog.text
     with pytest.raises(DigitError, match="never reach its peak"):
         check(recipe, ["prior_training.warmup_steps"])
 

@@ -68,6 +68,13 @@ def test_levels(change, wanted):
     assert re.search(wanted, told(metrics(**change), FACTS))
 
 
+def test_the_grade_of_the_distance_is_that_of_the_models():
+    found = metrics()
+    found["scale"]["sets"]["samples"][METRIC] = 200.0
+    assert re.search("good: Distance .*The models come near to what their tokens allow", told(found, FACTS))
+    assert "come near" not in told(metrics(), FACTS)
+
+
 def test_little_variety_is_weak():
     found = metrics()
     found["scale"]["sets"]["samples"] |= shares(0.1)
@@ -90,7 +97,7 @@ def test_the_better_way_is_said():
 
 def test_curves_that_rise_and_fall():
     rising = Facts(out="a", data="b", curves={"prior": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.9)]}})
-    assert "learns its pictures by heart: held-out loss rose from 2.50 at step 200" in told(metrics(), rising)
+    assert "overfits its training pictures: held-out loss rose from 2.50 at step 200" in told(metrics(), rising)
     falling = Facts(out="a", data="b", curves={"renderer": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.3)]}})
     assert "renderer was still learning" in told(metrics(), falling)
 

@@ -146,3 +146,13 @@ def test_work_ends_well_whatever_becomes_of_its_lines(closed, tmp_path):
     code = code.replace("Progress(", "progress.Progress(") + f"open({str(tmp_path / 'done')!r}, 'w')"
     subprocess.run(["bash", "-c", f'{sys.executable} -c "$0" {closed}', code], check=True)
     assert (tmp_path / "done").exists()
+
+
+def test_a_line_is_written_once(bar, monkeypatch):
+    """The end of the work does not repeat the line of its last update."""
+    monkeypatch.setitem(progress._state, "quiet", False)
+    stream = io.StringIO()
+    bar._out = Output(stream)
+    bar._line()
+    bar._line()
+    assert stream.getvalue().count("renderer: 100/400") == 1

@@ -34,14 +34,34 @@ def with_typed_option(text: str, argv: Sequence[str]) -> str:
     for match in re.finditer(r"(?<![\w./'-])[\w.]*\w(?= is )", text):
         if len(options := typed.get(match[0], set())) == 1:
             return text[: match.start()] + options.pop() + text[match.end() :]
-    return text
+    return _with_neighbour(text, argv)
+
+
+def _with_neighbour(text: str, argv: Sequence[str]) -> str:
+    """A message `start is 600: it must be below num_steps 4` about a typed `--a.num_steps 4` names `--a.start`."""
+    from digit.runs.recipes import RECIPES, get_recipe
+    from digit.runtime.settings import flat
+
+    if (match := re.match(r"(\w+) is ", text)) is None:
+        return text
+    found = {
+        f"{option.rpartition('.')[0]}.{match[1]}"
+        for option, value in _typed_pairs(argv)
+        if re.search(rf"\b{re.escape(option.rpartition('.')[2])} {re.escape(value)}(?![\w.])", text[match.end() :])
+    }
+    found = {option for option in found if option.removeprefix("--") in flat(get_recipe(next(iter(RECIPES))))}
+    return found.pop() + text[match.end(1) :] if len(found) == 1 else text
+
+
+def _typed_pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """The options of a command line with the word that follows each."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return [(option, value) for option, value in itertools.pairwise(words) if option.startswith("--") and value]
 
 
 def with_typed_output(text: str, argv: Sequence[str]) -> str:
     """A message `cannot write PATH; choose another --out` about `--sheet PATH` names that option instead of --out."""
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    pairs = [(option, value) for option, value in itertools.pairwise(words) if option.startswith("--") and value]
-    written = [(len(value), option) for option, value in pairs if f"cannot write {value}" in text]
+    written = [(len(value), option) for option, value in _typed_pairs(argv) if f"cannot write {value}" in text]
     return text.replace("another --out", f"another {max(written)[1]}") if written else text
 
 

@@ -1,5 +1,6 @@
 """The command plan: memory, time and cost before anything runs."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -57,6 +58,7 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     from digit.runs.recipe import Recipe
     from digit.runs.recipes import RECIPES
 
+    check_is_no_folder(name)
     recipe = planned_recipe(name, argv)
     parser.add_argument("recipe", help=f"recipe to plan: {', '.join(sorted(RECIPES))}")
     parser.add_argument("--images", type=int, default=IMAGENET_IMAGES, help="number of images in the data set")
@@ -111,11 +113,24 @@ def run_plan(parser: "ArgumentParser", argv: list[str]) -> None:
     classes = choose_classes(args.classes, planned.class_conditional)
     order = Order(images=args.images, samples=args.samples, epochs=args.epochs, num_classes=classes, reuse=reuse)
     planner = Planner(planned, choose_machine(args), order, chosen=chosen)
+    if value_of(argv, "--images") is None:
+        note(f"planned for ImageNet-1k, {IMAGENET_IMAGES:,} images: --images N says how many you have")
     say(to_text(planner))
     if args.json:
         from digit.runtime.files import write_json
 
         write_json(args.json, as_json(planner))
+
+
+def check_is_no_folder(name: str) -> None:
+    """Raises DigitError for pictures in the place of a recipe: a plan takes their number."""
+    from digit.runs.recipes import RECIPES
+
+    if name not in RECIPES and (os.sep in name or os.path.exists(name)):
+        raise DigitError(
+            f"{name} is no recipe: a plan takes a recipe's name and the number of pictures, not the pictures; "
+            f"type digit plan {DEFAULT_RECIPE} --images 3000 --classes 10 (digit inspect {name} counts them)"
+        )
 
 
 def planned_recipe(name: str, argv: Sequence[str]) -> "Recipe":

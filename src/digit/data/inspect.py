@@ -84,7 +84,8 @@ class InspectReport:
 
     def to_text(self) -> str:
         """Formats the report for a terminal."""
-        lines = [f"{self.name}", f"  images       {self.num_images}, of which {len(self.bad)} broken"]
+        left_out = " (training leaves them out)" if self.bad and self.num_good else ""
+        lines = [self.name, f"  images       {self.num_images}, of which {len(self.bad)} broken{left_out}"]
         lines += [*self._class_lines()]
         lines += [line for note in self.notes for line in _wrapped("note", note)]
         if self.num_good:
@@ -149,7 +150,9 @@ class InspectReport:
             left, top = GAP + number % columns * width, GAP + number // columns * height
             tile = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "darkred") if picture is None else as_fitted(picture, fit)
             sheet.paste(tile, (left, top))
-            canvas.text((left, top + THUMBNAIL), _fit_caption(canvas, caption), fill="black")
+            if picture is None:
+                canvas.text((left + THUMBNAIL // 2, top + THUMBNAIL // 2), "broken", fill="white", anchor="mm")
+            canvas.text((left, top + THUMBNAIL), fit_caption(canvas, caption), fill="black")
         with atomic_path(path) as temporary:
             about = PngInfo()
             about.add_text("Software", "DiGIT inspect")  # as `listing.is_contact_sheet` finds it
@@ -306,11 +309,14 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return image
 
 
-def _fit_caption(canvas: ImageDraw.ImageDraw, text: str) -> str:
+def fit_caption(canvas: ImageDraw.ImageDraw, text: str) -> str:
+    """A caption no wider than a thumbnail; one that is cut ends in two dots."""
     text = text.encode("latin-1", "replace").decode("latin-1")  # the characters of every built-in font
-    while text and canvas.textlength(text) > THUMBNAIL:
+    if canvas.textlength(text) <= THUMBNAIL:
+        return text
+    while text and canvas.textlength(f"{text}..") > THUMBNAIL:
         text = text[:-1]
-    return text
+    return f"{text}.."
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:

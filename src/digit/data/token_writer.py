@@ -113,7 +113,7 @@ def write_tokens(
                 if encoder is not None:
                     values[name] = _encode(encoder, batch.images, ok)
             writer.write(row, values, ~ok, bad)
-            bar.update(len(ok), bad=len(writer.ledger.notes))
+            bar.update(len(ok), broken=len(writer.ledger.notes))
             if signals.asked:
                 break
     writer.finish(signals.asked, max_bad_fraction)

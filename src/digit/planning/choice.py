@@ -42,7 +42,8 @@ class Choice:
         pixels = self.recipe.preprocess.crop_size
         return (
             f"recipe {self.recipe.name} for this machine, {self.machine}{larger}: {pixels} px, "
-            f"{prior} and {renderer} updates, about {minutes} minutes for {count(PHOTOGRAPHS)} photographs{busy}; "
+            f"{prior} updates of the prior and {renderer} of the renderer, "
+            f"about {minutes} minutes for {count(PHOTOGRAPHS)} photographs{busy}; "
             "--recipe photos64, photos128 or photos256 chooses another one, --more 2x goes on afterwards"
         )
 

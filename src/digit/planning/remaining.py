@@ -27,7 +27,7 @@ def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
     try:
         with torch.random.fork_rng([]):  # the run's own random numbers stay as they are without a plan
             machine = this_machine(run.device)
-            planner = Planner(run.recipe, machine, order)
+            planner = Planner(run.recipe, machine, order, warn=False)  # the run has warned
             times = {name: stage_seconds(planner, name) * share_left(run, name) for name in names}
             times[REPORT] = planner.sampling().seconds
             return {name: seconds / machine.free for name, seconds in times.items()}  # beside what runs now

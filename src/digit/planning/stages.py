@@ -89,9 +89,18 @@ class Planner:
 
     Args:
         chosen: dotted names of the settings that somebody chose, as for `runs.fit.Run`.
+        warn: whether to warn of what is allowed and seldom meant.
     """
 
-    def __init__(self, recipe: Recipe, machine: Machine, order: Order, *, chosen: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        machine: Machine,
+        order: Order,
+        *,
+        chosen: Sequence[str] | None = None,
+        warn: bool = True,
+    ) -> None:
         classes = order.num_classes if recipe.class_conditional else 0
         recipe = recipe if chosen and "crops_per_image" in chosen else recipe.without_equal_crops()
         self.recipe, self.machine, self.order = recipe, machine, order
@@ -107,6 +116,7 @@ class Planner:
             num_classes=classes,
             num_processes=machine.count,
             gpu=machine.gpu,
+            warn=warn,
         )
         self.work = Work(recipe, classes)
 

@@ -54,6 +54,7 @@ def check_recipe(
     num_classes: int,
     num_processes: int,
     gpu: bool,
+    warn: bool = True,
 ) -> None:
     """Raise DigitError for a recipe whose run would fail later, or would not use one of the settings chosen for it.
 
@@ -65,6 +66,7 @@ def check_recipe(
         num_classes: classes of the data that the models are conditioned on; 0 is none.
         num_processes: processes that share the work.
         gpu: whether it runs on GPUs.
+        warn: whether to warn of what is allowed and seldom meant.
     """
     known = {name: value for settings in reuse.values() for name, value in settings.items()}
     values, parts = flat(recipe), set(reuse)
@@ -77,7 +79,7 @@ def check_recipe(
     check_training(recipe, parts, num_processes, gpu)
     for name in recipe.model_names:
         check_robustness(recipe, name)
-    check_warmup(recipe, chosen)
+    check_warmup(recipe, chosen, warn=warn)
     check_sampling(recipe, num_classes, chosen)
     if "codebook" not in parts:
         check_codebook(recipe, num_images)
@@ -393,7 +395,7 @@ def check_robustness(recipe: Recipe, name: str) -> None:
         raise DigitError(f"{training}.{error}") from None
 
 
-def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
+def check_warmup(recipe: Recipe, chosen: Iterable[str], *, warn: bool = True) -> None:
     """Raise DigitError for a warm-up that somebody chose longer than the training; say so of a recipe's own."""
     for role in map(get_role, recipe.model_names):
         name, cfg = role.settings, recipe.training(role)
@@ -402,7 +404,9 @@ def check_warmup(recipe: Recipe, chosen: Iterable[str]) -> None:
             text = f"{setting} is {cfg.warmup_steps}, longer than the training of {cfg.num_steps} steps"
             if setting in chosen:
                 raise DigitError(f"{text}: the learning rate would never reach its peak, give fewer")
-            log.warning("%s: the learning rate will not reach its peak", text)
+            fewer = max(1, cfg.num_steps // 10)
+            if warn:
+                log.warning("%s: the learning rate will not reach its peak; --%s %d lets it", text, setting, fewer)
 
 
 def check_own_steps(recipe: Recipe, chosen: Iterable[str], models: Iterable[str] = tuple(OWN_STEPS)) -> None:

@@ -74,10 +74,12 @@ def claim_folder(
         before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
         other = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
         if other == ["fingerprint"]:
+            old = before["data"].get("name", source.name)
             raise MismatchError(
-                f"{out} was made with other images, labels or class names than {source.name} holds now "
+                f"{out} was made with other images, labels or class names than {source.name} holds now"
+                f"{'' if old == source.name else f', from {old}'} "
                 "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
-                "says): choose another --out, or give the old data"
+                f"says): choose another --out, or give the old data (digit info {out} shows its command)"
             )
         if other or not reuse_unchanged:
             require_same_settings(out, before, plain(wanted))

@@ -96,7 +96,8 @@ def distance(metrics: Mapping[str, Any], facts: Facts) -> Iterator[Finding]:
         "and renderer helps most."
     )
     gap = (own - floor) / max(floor, 1e-9)
-    yield "good" if gap < 0.5 else "fair" if gap < 1.5 else "poor", f"{text} {cause}"
+    near = "The models come near to what their tokens allow. " if gap < 0.5 else ""
+    yield "good" if gap < 0.5 else "fair" if gap < 1.5 else "poor", f"{text} {near}{cause}"
 
 
 def variety(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -162,7 +163,7 @@ def sharpness(metrics: Mapping[str, Any], facts: Facts) -> Iterator[Finding]:
 
 
 def learning(facts: Facts) -> Iterator[Finding]:
-    """Whether a model learnt its pictures by heart, or has not finished learning."""
+    """Whether a model overfits its pictures, or has not finished learning."""
     for model, curves in facts.curves.items():
         held = curves.get("val_nll", ())
         if len(held) < 3:
@@ -172,7 +173,7 @@ def learning(facts: Facts) -> Iterator[Finding]:
         if last > best + RISE:
             yield (
                 "fair",
-                f"The {model} learns its pictures by heart: held-out loss rose from {best:.2f} at step {step:,} to "
+                f"The {model} overfits its training pictures: held-out loss rose from {best:.2f} at step {step:,} to "
                 f"{last:.2f} at step {last_step:,}. More pictures or more crops help; longer training does not.",
             )
         elif held[-2][1] - last > FALL:
@@ -237,8 +238,8 @@ def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]
         new[new.index("--out") + 1] = f"{facts.out.rstrip('/')}-2"
         return shlex.join([*new, *(w for name, v in options.items() for w in (f"--{name.replace('__', '.')}", str(v)))])
 
-    by_heart = any("by heart" in text for _, text in learning(facts))
-    if not by_heart:
+    overfits = any("overfits" in text for _, text in learning(facts))
+    if not overfits:
         yield "Go on with the training, for twice the updates:", shlex.join([*words, "--more", "2x"])
     if facts.has_vq and facts.vqgan_steps and metrics.get("psnr_db", SHARP) < SHARP:
         yield (

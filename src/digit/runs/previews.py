@@ -279,10 +279,10 @@ def previews_html(out: Path) -> str:
     for path in sorted((out / FOLDER).glob(f"*_{GROWTH}.png"), key=lambda path: path.stat().st_mtime):
         stage = path.name.removesuffix(f"_{GROWTH}.png")
         last = max((name for _, name in grids_of(out / FOLDER, stage)), default=path)
-        title = html.escape(f"{stage.replace('_', ' ')}: updates from above")
+        title = html.escape(f"{stage.replace('_', ' ')}: a row for each save, with its number of updates")
         note = NOTES.get(stage, RENDERER_NOTE)
         figures.append(
-            f'<p class="note">{title}. {note} <a href="{FOLDER}/{last.name}">The last grid</a></p>'
+            f'<p class="note">{title}. {note} <a href="{FOLDER}/{last.name}">All pictures of the last save</a></p>'
             f'<img src="{FOLDER}/{path.name}" alt="{title}">'
         )
     return f"<h2>How it grew</h2>{''.join(figures)}" if figures else ""

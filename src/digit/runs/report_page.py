@@ -129,6 +129,8 @@ def sample_section(shown: Shown, metrics: dict[str, Any], ways: Ways | None) -> 
             f"Scales of guidance: {scales}."
         )
     shares, others_shares = (metrics.get(f"recognised{way}_by_class", {}) for way in ("", "_other_way"))
+    if shown.names and len(shown.names) < len(shares):
+        yield page.paragraph(f"{len(shown.names)} of {len(shares)} classes.", soft=True)
     rows = shown.samples.split(PER_CLASS)
     others = [None] * len(rows) if shown.other_way is None else shown.other_way.split(PER_CLASS)
     for place, (row, other) in enumerate(zip(rows, others, strict=True)):
@@ -180,8 +182,8 @@ def scale_section(metrics: dict[str, Any], ways: Ways | None) -> Iterator[str]:
     warnings = "".join(f" {text}." for text in metrics[f"{METRIC}_warnings"])
     judged = metrics[f"{METRIC}_images"]
     yield page.paragraph(
-        f"{METRIC} of {judged[0]} samples against {judged[1]} training pictures, as earlier reports have it: "
-        f"{metrics[METRIC]:.1f}.{warnings}",
+        f"To compare with reports of earlier versions: {METRIC} of {judged[0]} samples against {judged[1]} training "
+        f"pictures is {metrics[METRIC]:.1f}.{warnings}",
         soft=True,
     )
 

@@ -97,6 +97,7 @@ class Progress:
         self.description, self.total, self.done, self.first = description, total, done, done
         self.metrics: dict[str, Any] = {}
         self._bar: Any = None
+        self._written = ""
 
     def __enter__(self) -> Self:
         self.started = self.last_line = time.monotonic()
@@ -200,7 +201,11 @@ class Progress:
         title = f"{self._title()}, " if self._title() else ""
         times = [text for text in ("" if self.left() is None else self._eta(), self._whole()) if text]
         count = "  ".join([f"{title}{self.description}: {self._count()} {self._elapsed()}", *times])
-        self._out.write(f"{count}  {format_metrics(self.metrics)}".rstrip() + "\n")
+        line = f"{count}  {format_metrics(self.metrics)}".rstrip()
+        if line == self._written:  # the last update had said so already
+            return
+        self._written = line
+        self._out.write(line + "\n")
         self._out.flush()
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
