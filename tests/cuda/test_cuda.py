@@ -43,7 +43,7 @@ def test_training_and_sampling_neither_mix_devices_nor_wait(faults):
 
 def test_what_is_compiled_is_one_graph():
     found = results("graphs.py")
-    assert len(found) == 5
+    assert len(found) == 6
     assert not {name: fault for name, fault in found.items() if fault}
 
 

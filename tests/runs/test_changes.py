@@ -27,7 +27,7 @@ from digit.runs.checks import DECIDED_BY
 from digit.runs.fit import Run, fit
 from digit.runs.recipe import Recipe, with_settings
 from digit.runs.roles import ROLES
-from digit.runtime.files import load_tensors, read_json
+from digit.runtime.files import load_tensors, read_json, write_json
 from digit.runtime.settings import flat
 from digit.training.log import read_log
 
@@ -193,7 +193,11 @@ def test_the_python_interface_refuses_unless_asked(copy):
 
 
 def test_other_images_are_refused_and_nothing_moves(copy):
-    with pytest.raises(DigitError, match="was made with other images.*, from shapes.*digit info"):
+    with pytest.raises(DigitError, match=r"was made with other images.* than shapes holds now \(or .*digit info"):
+        Run(tiny_recipe(), "shapes:num=25,size=32", copy, reuse_unchanged=True)
+    config = read_json(copy / "config.json")
+    write_json(copy / "config.json", config | {"data": config["data"] | {"name": "photos"}})
+    with pytest.raises(DigitError, match=r"than shapes holds now, from photos \(or "):
         Run(tiny_recipe(), "shapes:num=25,size=32", copy, reuse_unchanged=True)
     assert not (copy / "earlier").exists()
 
