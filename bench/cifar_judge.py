@@ -1,6 +1,6 @@
-"""Figures of images against CIFAR-10's test images, shared by `screening.py` and `leaderboard.py`."""
+"""Figures and grids of images, judged against CIFAR-10's test images: shared by the programs that compare recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,11 @@ from digit.metrics.frechet import FeatureStats
 from digit.metrics.judge import LinearClassifier, collect_features, fd, fit_linear_classifier
 from digit.metrics.neighbours import precision_recall
 from digit.runs.report import load_judge, real_images, spread
+from digit.runtime import plots
 from digit.runtime.files import save_npy
 
 NUM_TEST, NUM_TRAIN = 10_000, 10_000  # test images behind the distance; training images behind the classifier
+SHOWN = 10  # samples of each class
 
 
 class CifarJudge:
@@ -49,3 +51,9 @@ class CifarJudge:
             "recall": round(float(recall), 3),
             "recognised": round(self.classifier.accuracy(found, labels[: len(found)]), 3),
         }
+
+
+def save_class_rows(path: Path, images: Tensor, classes: Sequence[str]) -> None:
+    """Write the first ten samples of each class, one row a class, of images (N, 3, H, W) whose classes take turns."""
+    shown = torch.cat([images[k :: len(classes)][:SHOWN] for k in range(len(classes))])
+    plots.save_png(path, plots.grid(shown, SHOWN, row_names=classes))

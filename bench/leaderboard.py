@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-from cifar_judge import CifarJudge
+from cifar_judge import CifarJudge, save_class_rows
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime.files import write_json
 from digit.runtime.hardware import describe_machine
-from digit.runtime.plots import grid, save_png
 
-NUM, CLASSES, SHOWN = 3000, 10, 10
+NUM, CLASSES = 3000, 10
 SEED = 1_000_000  # of the first sample: none that a training's report shows
 LIMIT = 30 * 60.0  # seconds
 
@@ -39,8 +38,7 @@ def main() -> int:
     seconds = fit(args.data, args.recipe, args.out, more)
     pipe = DigitPipeline.from_pretrained(str(args.out / "run"))
     images = pipe.generate(NUM, None, seed=SEED)
-    save_png(args.out / "samples.png", grid(torch.cat([images[k::CLASSES][:SHOWN] for k in range(CLASSES)]), SHOWN,
-                                            row_names=pipe.classes))  # fmt: skip
+    save_class_rows(args.out / "samples.png", images, pipe.classes)
     judge = CifarJudge(args.data, pipe.preprocess, args.out)
     figures = judge.figures("samples", lambda: images, torch.arange(NUM) % CLASSES)
     about = {"recipe": args.recipe, "options": more, "commit": commit(), "seconds": seconds}

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar_judge import CifarJudge
+from cifar_judge import CifarJudge, save_class_rows
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs.fit import Run
 from digit.runs.layout import is_done
 from digit.runs.recipes import Recipe, get_recipe, with_settings
-from digit.runtime import plots
 from digit.runtime.files import write_json
 
 GRID8 = {"encoder.layer": -6}  # stride 16: 8 x 8 of 112 features
@@ -202,10 +201,7 @@ class Screening:
 
     def sample(self, pipe: DigitPipeline, how: dict[str, Any], name: str) -> Tensor:
         images = pipe.generate(self.args.num, None, seed=1_000_000 * self.args.seed, **how)
-        shown = torch.cat([images[k::10][:10] for k in range(10)])
-        plots.save_png(
-            self.out / "grids" / f"{name}_{self.args.seed}.png", plots.grid(shown, 10, row_names=pipe.classes)
-        )
+        save_class_rows(self.out / "grids" / f"{name}_{self.args.seed}.png", images, pipe.classes)
         return images
 
 

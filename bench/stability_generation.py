@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar_judge import CifarJudge
+from cifar_judge import CifarJudge, save_class_rows
 from digit.metrics.judge import fit_linear_classifier
 from digit.metrics.stability import StabilityConfig, measure_stability
 from digit.models.tokenizer import ImageTokenizer
@@ -145,8 +145,7 @@ class Comparison:
             "recall": samples["recall"],
             "recognised": samples["recognised"],
         }
-        shown = torch.cat([drawn[k :: len(pipe.classes)][:10] for k in range(len(pipe.classes))])
-        plots.save_png(folder / "samples.png", plots.grid(shown, 10, row_names=pipe.classes))
+        save_class_rows(folder / "samples.png", drawn, pipe.classes)
         write_json(path, figures)
         return figures
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_learning import without_gradient
 
 from digit.errors import DigitError
 from digit.models.depth import embed_codes
@@ -84,7 +85,7 @@ def test_every_parameter_learns():
             batch["labels"] = torch.randint(2, (64,))
         loss, _ = model.train().loss(**batch, **model.noise(batch, None))
         loss.backward()
-        assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+        assert without_gradient(model) == []
 
 
 def test_it_learns_which_codes_belong_together():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toy_learning import learn, without_gradient
 from toy_pixels import model as pixel_renderer
 
 from digit.errors import DigitError
@@ -129,17 +130,10 @@ def test_an_informed_start_is_that_of_raster_order(name):
 
 def test_every_parameter_learns_and_the_loss_falls():
     model = make(**MODELS["aligned"]).train()
-    rows, optimizer, losses = batch(model), torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(40):
-        order = torch.rand(3, 6, generator=generator).argsort(1)
-        loss, _ = model.loss(**rows, order=order)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    rows, generator = batch(model), torch.Generator().manual_seed(0)
+    losses = learn(model, lambda: model.loss(**rows, order=torch.rand(3, 6, generator=generator).argsort(1))[0], 40)
     assert losses[-1] < losses[0] / 2
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert without_gradient(model) == []
     with torch.no_grad():
         assert float(model.loss(**rows)[0]) < losses[0] / 2  # raster order is one of the orders
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from toy_learning import learn, without_gradient
 
 from digit.errors import DigitError
 from digit.models.decoding import StepTransformer
@@ -88,15 +89,9 @@ def test_they_add_no_parameter_and_without_them_nothing_changes():
 @pytest.mark.parametrize("changes", [ROTARY["1d"], ROTARY["alone"], ROTARY["aligned"]], ids=["1d", "alone", "aligned"])
 def test_every_parameter_learns_and_the_loss_falls(changes):
     model = renderer(**changes).train()
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
-    for _ in range(25):
-        loss, _ = model.loss(TARGET, prefix=PREFIX)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = learn(model, lambda: model.loss(TARGET, prefix=PREFIX)[0], 25)
     assert losses[-1] < losses[0] / 2
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert without_gradient(model) == []
 
 
 @pytest.mark.parametrize(

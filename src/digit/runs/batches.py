@@ -1,5 +1,6 @@
 """What a model of a run trains on: stored tokens, or crops that are new in every epoch and encoded in the loop."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,8 +63,28 @@ class ModelBatches:
         self.read.close()
 
 
+class ChangedBatches(ABC):
+    """Other batches with something changed or added, a function of seed and step, by `part`."""
+
+    batches: Batches
+    batch_size: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        return self.part(step, 0, self.batch_size)
+
+    @abstractmethod
+    def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
+        """As `Batches.part`."""
+
+    def rows(self, step: int) -> np.ndarray:
+        return self.batches.rows(step)
+
+    def close(self) -> None:
+        self.batches.close()
+
+
 @dataclass(frozen=True)
-class NoisyPrefix:
+class NoisyPrefix(ChangedBatches):
     """Batches whose prefix codes are swapped for near ones at random, as a prior's mistakes would.
 
     Each code is swapped with probability `rate` (1 - step / num_steps): much at first, nothing at the end. Equal for
@@ -77,9 +98,6 @@ class NoisyPrefix:
     batch_size: int
     seed: int
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        return self.part(step, 0, self.batch_size)
-
     def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
         batch = self.batches.part(step, start, stop)
         prefix = batch["prefix"]
@@ -90,15 +108,9 @@ class NoisyPrefix:
         near = pick_near(self.near, prefix.cpu(), which[start:stop])  # (B, P)
         return batch | {"prefix": torch.where(swap[start:stop].to(prefix.device), near.to(prefix), prefix)}
 
-    def rows(self, step: int) -> np.ndarray:
-        return self.batches.rows(step)
-
-    def close(self) -> None:
-        self.batches.close()
-
 
 @dataclass(frozen=True)
-class NoisyInputs:
+class NoisyInputs(ChangedBatches):
     """Batches with `seen` beside the target: its tokens, some of them replaced, which the model reads in their place.
 
     Of each image a share of the tokens, uniform between 0 and rate (1 - step / (NOISE_ENDS num_steps)), becomes others
@@ -113,9 +125,6 @@ class NoisyInputs:
     num_steps: int
     batch_size: int
     seed: int
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        return self.part(step, 0, self.batch_size)
 
     def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
         batch = self.batches.part(step, start, stop)
@@ -133,12 +142,6 @@ class NoisyInputs:
         """The largest share of an image's tokens that a step replaces."""
         return self.rate * max(0.0, 1 - step / (NOISE_ENDS * self.num_steps))
 
-    def rows(self, step: int) -> np.ndarray:
-        return self.batches.rows(step)
-
-    def close(self) -> None:
-        self.batches.close()
-
 
 @dataclass(frozen=True)
 class Annealed:
@@ -155,7 +158,7 @@ class Annealed:
 
 
 @dataclass(frozen=True)
-class RandomOrder:
+class RandomOrder(ChangedBatches):
     """Batches with "order" (B, N) int64: the place in the picture of each position of a sequence.
 
     A sequence has a random order with probability `rate(step)`, else raster order (RAR, Yu et al. 2024, "Randomized
@@ -168,9 +171,6 @@ class RandomOrder:
     batch_size: int
     seed: int
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        return self.part(step, 0, self.batch_size)
-
     def part(self, step: int, start: int, stop: int) -> dict[str, Any]:
         batch = self.batches.part(step, start, stop)
         if not (rate := self.rate(step)):
@@ -180,12 +180,6 @@ class RandomOrder:
         order = torch.rand(self.batch_size, self.num_places, generator=generator).argsort(1)
         order = torch.where(is_random, order, torch.arange(self.num_places))
         return batch | {"order": order[start:stop]}
-
-    def rows(self, step: int) -> np.ndarray:
-        return self.batches.rows(step)
-
-    def close(self) -> None:
-        self.batches.close()
 
 
 def pick_near(near: Tensor, tokens: Tensor, which: Tensor) -> Tensor:
