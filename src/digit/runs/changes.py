@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from digit.runs.layout import EARLIER, RESULTS, is_done, result_of
 from digit.runs.recipe import OWN_STEPS, ModelSpec, Recipe, with_settings
 from digit.runs.roles import ROLES, Role, get_role
 from digit.runtime.config_json import from_json
-from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, plain, read_json, write_json
-from digit.runtime.request import shown
+from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, read_json, write_json
+from digit.runtime.request import shown, with_defaults
 from digit.runtime.settings import flat
 from digit.training.config import CONFIG, ENDING_SCHEDULES
 
@@ -208,14 +208,7 @@ def read_recipe(folder: Path) -> Recipe:
     given = config.get("recipe") if isinstance(config, dict) else None
     if not isinstance(given, dict):
         raise DigitError(f"{folder / CONFIG} holds no recipe: choose another --out")
-    return from_json(Recipe, merged(plain(asdict(Recipe())), given), f"{folder / CONFIG}: recipe")
-
-
-def merged(defaults: Any, given: Any) -> Any:
-    """`given` with what it lacks, at any depth, out of `defaults`."""
-    if not (isinstance(defaults, dict) and isinstance(given, dict)):
-        return given
-    return defaults | {key: merged(defaults.get(key), value) for key, value in given.items()}
+    return from_json(Recipe, with_defaults(Recipe, given), f"{folder / CONFIG}: recipe")
 
 
 def find_vq_tokens(out: Path, wanted: Recipe) -> Path | None:

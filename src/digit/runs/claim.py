@@ -11,7 +11,7 @@ from typing import Any
 from digit.data.images import ImageSource
 from digit.errors import MismatchError
 from digit.runs import changes
-from digit.runs.changes import FREE_SETTING, merged
+from digit.runs.changes import FREE_SETTING
 from digit.runs.checks import unchanged_parts
 from digit.runs.layout import FORMAT, RESULTS, REUSABLE, require_format
 from digit.runs.recipe import Recipe
@@ -19,7 +19,7 @@ from digit.runs.roles import ROLES
 from digit.runtime.config_json import from_json
 from digit.runtime.files import differences, plain, read_json, remove_leftovers, write_json, write_result
 from digit.runtime.lock import lock_folder
-from digit.runtime.request import require_same_request
+from digit.runtime.request import require_same_request, with_defaults
 from digit.runtime.settings import flat
 
 
@@ -71,7 +71,7 @@ def claim_folder(
     if path.exists() and (changes.present(out) if reuse_unchanged else holds_results(out)):
         before = read_json(path)
         require_format(before, path)
-        before["recipe"] = merged(plain(asdict(Recipe())), before["recipe"])  # younger settings
+        before["recipe"] = with_defaults(Recipe, before["recipe"])  # younger settings
         other = [name for name, *_ in differences(before.get("data") or {}, wanted["data"]) if name != "name"]
         if other == ["fingerprint"]:
             old = before["data"].get("name", source.name)

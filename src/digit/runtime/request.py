@@ -44,8 +44,14 @@ def completed(existing: Any, requested: Any, defaults: Any) -> Any:
     """`existing` with the settings of `requested` that it lacks, at any depth, where they have a default."""
     if not (isinstance(existing, Mapping) and isinstance(requested, Mapping) and isinstance(defaults, Mapping)):
         return existing
-    lacking = {name: value for name, value in defaults.items() if name in requested and name not in existing}
-    return lacking | {name: completed(old, requested.get(name), defaults.get(name)) for name, old in existing.items()}
+    asked = {name: value for name, value in defaults.items() if name in requested}
+    return asked | {name: completed(old, requested.get(name), defaults.get(name)) for name, old in existing.items()}
+
+
+def with_defaults(config: type, given: Any) -> Any:
+    """Settings of a config dataclass as JSON has them: `given`, with what it lacks, at any depth, at its default."""
+    usual = defaults_of(config)
+    return completed(given, usual, usual)
 
 
 def defaults_of(config: type) -> dict[str, Any]:

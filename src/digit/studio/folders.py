@@ -17,20 +17,19 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from digit.data.images import open_source
 from digit.errors import DigitError
-from digit.runs.claim import merged
 from digit.runs.previews import FOLDER as PREVIEWS
 from digit.runs.previews import GROWTH
 from digit.runs.recipes import RECIPES, Recipe
 from digit.runs.roles import ROLES
 from digit.runs.status import STAGES, TimeLeft, describe_stage, is_run, last_note, read_losses, seconds_left, time_left
 from digit.runtime import lock
-from digit.runtime.files import differences, plain, read_json
+from digit.runtime.files import differences, read_json
+from digit.runtime.request import with_defaults
 
 PICTURES = ("samples.png", "reconstructions.png", "token_map.png", "loss.png")
 MAX_RUNS, MAX_POINTS, MAX_LOG_BYTES = 200, 240, 32 * 2**20
@@ -180,7 +179,7 @@ class Folder:
     def config_of(folder: Path) -> dict[str, Any]:
         """config.json of a run; settings that its version of digit did not know yet have their defaults."""
         cfg = as_dict(read_json(folder / "config.json"))
-        return cfg | {"recipe": merged(plain(asdict(Recipe())), as_dict(cfg.get("recipe")))}
+        return cfg | {"recipe": with_defaults(Recipe, as_dict(cfg.get("recipe")))}
 
     def picture(self, name: str, picture: str) -> Path:
         """A picture of a run. Raises DigitError for any other file."""
