@@ -131,4 +131,13 @@ def test_commands_are_quoted():
             metrics(psnr_db=20.0), Facts(out="a b", data="c", vqgan_steps=10, fit_command="digit fit c --out 'a b'")
         )
     )
-    assert any("--out 'a b-2'" in line and "--vqgan_training.num_steps 20" in line for line in text.values())
+    assert "digit fit c --out 'a b' --vqgan_training.num_steps 20" in text.values()
+
+
+def test_an_overfitting_run_is_told_what_helps():
+    curves = {"prior": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.9)]}}
+    facts = Facts(
+        out="a", data="b", curves=curves, crops_per_image=4, fit_command="digit fit b --crops_per_image 4 --out a"
+    )
+    lines = dict(next_steps(metrics(), facts)).values()
+    assert "digit fit b --out a --crops_per_image 8" in lines and not any("--more" in line for line in lines)

@@ -180,7 +180,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
         "as in the paper",
     )
     parser.add_argument("--each", type=int, default=1, help="completions of each picture")
-    parser.add_argument("--num", type=int, default=8, help="at most this many pictures, the first of the folder")
+    parser.add_argument("--num", type=int, default=8, help="at most this many pictures, spread evenly over DATA")
     parser.add_argument("--labels", default=None, help=LABELS_HELP)
     args = parse(parser, argv)
     from digit.pipeline.around import check_pixels
@@ -221,7 +221,7 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--pixel_max", type=int, default=None, help=PIXEL_MAX_HELP)
     add_sampling_arguments(parser, "and variations.json")
     parser.add_argument("--each", type=int, default=4, help="variations of each picture")
-    parser.add_argument("--num", type=int, default=8, help="at most this many pictures, the first of the folder")
+    parser.add_argument("--num", type=int, default=8, help="at most this many pictures, spread evenly over DATA")
     parser.add_argument(
         "--keep_discriminative", type=float, default=1.0, help="share of the discriminative tokens that is kept, 0 to 1"
     )
@@ -260,7 +260,7 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
 
 
 def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None"]:
-    """The pipeline of --from, the first --num pictures at its size, and the class of each if --labels says so.
+    """The pipeline of --from, at most --num pictures at its size, spread evenly, and the classes that --labels gives.
 
     Of a data set with splits they are those of its validation or else its test split: no model was trained on them.
     """

@@ -1,5 +1,6 @@
 """Commands that train: fit and its stages codebook, tokenize and train; pretrain for encoders."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ MORE_HELP = (
 )
 
 
+READING = {"split": str, "limit": int, "labels_from": str, "pixel_max": int}  # options, and what reads their values
+
+
 class Base(NamedTuple):
     """What sets the defaults of a run's options, and what to say of it once the settings are known to be right."""
 
@@ -69,6 +73,7 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str], *, more: bo
         "is kept, what was there before goes to OUT/earlier",
     )
     add_reading(parser)
+    parser.set_defaults(reading_there(argv))
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(
@@ -124,6 +129,27 @@ def settings_there(out: Path) -> "Recipe | None":
         return read_recipe(out) if is_run(out) else None
     except (DigitError, OSError):
         return None  # the run says what is wrong with it
+
+
+def reading_there(argv: Sequence[str]) -> dict[str, Any]:
+    """How the data are read where the run in --out is continued: as its last `digit fit` said and this one does not.
+
+    Of the same DATA alone. Says what it takes over.
+    """
+    from digit.runtime.files import as_path
+    from digit.runtime.lock import last_writer
+
+    out = value_of(argv, "--out")
+    if not out or wants_help(argv) or settings_there(as_path(out)) is None:
+        return {}
+    words = shlex.split(str(last_writer(as_path(out)).get("command", "")))
+    if words[:2] != ["digit", "fit"] or words[2:3] != list(argv[:1]):
+        return {}
+    typed = {name: value_of(words, f"--{name}") for name in READING if value_of(argv, f"--{name}") is None}
+    kept = {name: value for name, value in typed.items() if value is not None}
+    if kept:
+        note(f"{' '.join(f'--{name} {value}' for name, value in kept.items())} as before: {out} was made so")
+    return {name: READING[name](value) for name, value in kept.items()}
 
 
 def _default(value: Any) -> Any:
@@ -314,6 +340,7 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     add_reading(parser)
+    parser.set_defaults(reading_there(argv))
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)

@@ -113,11 +113,11 @@ def passes(planner: Planner, name: str, epochs: float) -> str:
     crops, cfg = planner.recipe.crops_per_image, planner.training_config(name)
     if not planner.fresh:
         each = f", each of its {crops} crops {epochs / crops:.3g} times" if crops > 1 else ", always the same crop"
-        return f"sees every image {epochs:.3g} times{each} (set with --epochs)"
+        return f"sees every image {epochs:.3g} times{each} (digit plan --epochs sets this)"
     step, times = planner.encoding_seconds(name) / cfg.num_steps, planner.training_times(name)
     without, decoding = times["training and encoding"] / cfg.num_steps - step, times["JPEG decoding"] / cfg.num_steps
     return (
-        f"sees every image {epochs:.3g} times, each time a new crop (set with --epochs): a step takes "
+        f"sees every image {epochs:.3g} times, each time a new crop (digit plan --epochs sets this): a step takes "
         f"{short(without)}, encoding its crops {short(step)} more, decoding them meanwhile {short(decoding)}"
     )
 

@@ -32,6 +32,8 @@ class Facts:
     """Losses by model and name, (step, value)."""
     ways: Ways | None = None
     vqgan_steps: int = 0
+    crops_per_image: int = 0
+    """Crops that are stored of each picture; 0 where more of them would be the same picture."""
     has_vq: bool = True
     has_renderer_tokens: bool = True
 
@@ -226,7 +228,7 @@ def without(words: Sequence[str], option: str) -> list[str]:
 
 
 def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]]:
-    """The run again, with what it lacks."""
+    """The run again, in the same folder, with what it lacks; what a change does not touch is kept."""
     if facts.fit_command is None:
         return
     words = without(shlex.split(facts.fit_command), "--more")
@@ -234,16 +236,22 @@ def longer(metrics: Mapping[str, Any], facts: Facts) -> Iterator[tuple[str, str]
         return
 
     def again(**options: Any) -> str:
-        new = [*words]
-        new[new.index("--out") + 1] = f"{facts.out.rstrip('/')}-2"
-        return shlex.join([*new, *(w for name, v in options.items() for w in (f"--{name.replace('__', '.')}", str(v)))])
+        changed, kept = {f"--{name.replace('__', '.')}": str(value) for name, value in options.items()}, words
+        for option in changed:
+            kept = without(kept, option)
+        return shlex.join([*kept, *(word for pair in changed.items() for word in pair)])
 
     overfits = any("overfits" in text for _, text in learning(facts))
     if not overfits:
         yield "Go on with the training, for twice the updates:", shlex.join([*words, "--more", "2x"])
+    elif facts.crops_per_image:
+        yield (
+            "Twice as many crops of each picture, against overfitting (tokens and models are made anew):",
+            again(crops_per_image=2 * facts.crops_per_image),
+        )
     if facts.has_vq and facts.vqgan_steps and metrics.get("psnr_db", SHARP) < SHARP:
         yield (
-            "Sharper reconstructions (the VQGAN is trained twice as long):",
+            "Sharper reconstructions (the VQGAN is trained twice as long, then the renderer; the prior stays):",
             again(vqgan_training__num_steps=2 * facts.vqgan_steps),
         )
     if facts.ways is None and facts.classes and facts.has_renderer_tokens:

@@ -19,6 +19,7 @@ from digit.errors import DigitError, NoSplitError
 from digit.pipeline.around import AREAS, Keep
 from digit.runtime import plots
 from digit.runtime.files import as_path, write_result
+from digit.runtime.spread import spread
 
 NUMBERED = re.compile(r"\d{5,}\.png")
 COMPLETIONS, VARIATIONS = "completions.json", "variations.json"
@@ -121,10 +122,10 @@ def open_images(spec: str, pixel_max: int | None = None, *, split: str | None = 
 
 
 def load_images(source: ImageSource, preprocess: PreprocessConfig, num: int) -> UInt8[Tensor, "B 3 S S"]:
-    """The first `num` images of a source, centre-cropped. A single image must be whole."""
+    """At most `num` images of a source, evenly apart, centre-cropped. A single one must be whole."""
     if len(source) == 1:
         source.read(0)  # names what is wrong with it
-    return real_images(source, preprocess, range(num))[0]
+    return real_images(source, preprocess, spread(len(source), num))[0]
 
 
 def real_images(

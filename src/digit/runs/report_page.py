@@ -97,6 +97,7 @@ def gather_facts(run: Run, pipe: DigitPipeline, ways: Ways | None) -> Facts:
         curves=curves,
         ways=ways,
         vqgan_steps=run.recipe.vqgan_training.num_steps,
+        crops_per_image=run.recipe.crops_per_image if run.recipe.preprocess.distinct_crops is None else 0,
         has_vq=pipe.vq is not None,
         has_renderer_tokens=not pipe.renders_pixels,
     )
