@@ -274,7 +274,7 @@ def cifar_pixels() -> Recipe:
     Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. It has
     the FLOPs of the VQGAN's tuning in `paper_cifar`, the prior those of both of its models. Measured (docs/beyond.md):
     fd_efficientnet_lite2 104.5 over three seeds (`paper_cifar`: 194), recall 0.4, 59% recognised; from own tokens 92,
-    without labels 116.
+    without labels 104.
 
     digit fit DATA --recipe cifar_pixels --out runs/cifar_pixels
     """
