@@ -54,7 +54,7 @@ def test_what_a_run_makes(fitted):
     assert '"nll_0"' in log and '"nll_1"' in log and '"val_nll"' in log
     about = read_json(run.out / "codebook" / "codebook.json")
     assert about["quantizer"] == "residual_kmeans" and 0 < about["quality"]["quantization_error"] < 1
-    assert "6 codes of 2 levels on (2, 2)" in describe(pipe)
+    assert "6 codes of 2 levels on 2 x 2 cells" in describe(pipe)
 
 
 def test_images_completions_and_the_folder(fitted, tmp_path):

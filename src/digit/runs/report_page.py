@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.metrics.judge import METRIC
+from digit.models.sequence import SequenceConfig
 from digit.pipeline.card import part_origins
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs import page
@@ -308,24 +309,50 @@ def python_lines(out: str) -> str:
     )
 
 
+def across(grid: tuple[int, ...]) -> str:
+    """'8 x 8'."""
+    return " x ".join(map(str, grid))
+
+
+def model_text(cfg: SequenceConfig) -> str:
+    """Kind and size of a model, and the settings that differ from their defaults."""
+    kinds = {"next_token": "next-token model", "masked": "masked model", "pixels": "decoder straight to pixels"}
+    size = f"{kinds.get(cfg.kind, cfg.kind)} of {cfg.depth} blocks, width {cfg.embed_dim}, {cfg.num_heads} heads"
+    said = {"depth", "embed_dim", "num_heads"}
+    rest = [
+        f"{f.name} {getattr(cfg, f.name)}"
+        for f in fields(cfg)
+        if f.name not in said and getattr(cfg, f.name) != (None if f.default is MISSING else f.default)
+    ]
+    return ", ".join([size, *rest])
+
+
 def describe(pipe: DigitPipeline) -> str:
     """A pipeline in a few lines."""
 
     def count(model: torch.nn.Module) -> str:
         return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
 
-    lines = [f"images     {pipe.image_size} x {pipe.image_size}, {pipe.info}"]
+    known = {"recipe": "recipe ", "data": "trained on "}
+    made = "".join(f", {words}{pipe.info[name]}" for name, words in known.items() if pipe.info.get(name))
+    lines = [f"images     {pipe.image_size} x {pipe.image_size}{made}"]
+    if missing := pipe.info.get("num_unlabelled"):
+        lines.append(f"labels     {missing} training images had none")
     if pipe.tokenizer is not None:
         about = pipe.tokenizer.encoder.describe()
         levels = f" of {n} levels" if (n := pipe.tokenizer.num_levels) > 1 else ""
-        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes{levels} on {pipe.tokenizer.grid}: {about}")
+        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes{levels} on {across(pipe.tokenizer.grid)} cells")
+        lines.append(
+            f"encoder    {about['name']}, layer {about['layer']}, {about['dim']} features of images of "
+            f"{about['input_size']} px"
+        )
         if text := quality_text(pipe.tokenizer.codebook.meta):
             lines.append(f"codebook   {text}")
     for name, model in (("prior", pipe.prior), ("renderer", pipe.renderer)):
         if model is not None:
-            lines.append(f"{name:<11}{count(model)}, {model.cfg}")
+            lines.append(f"{name:<11}{count(model)}, {model_text(model.cfg)}")
     if pipe.vq is not None:
-        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {pipe.vq.grid}")
+        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {across(pipe.vq.grid)} cells")
     lines += [f"licence    {part}: {text}" for part, text in part_origins(pipe.tokenizer, pipe.vq, pipe.info)]
     lines.append(
         f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"

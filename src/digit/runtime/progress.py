@@ -86,6 +86,8 @@ class Stages:
             return None
         if bar.description != self.name:
             expected = self.seconds.get(self.name, 0.0) - (time.monotonic() - self.began)
+            if expected <= 0 and not later:  # longer than expected, and a part does not tell what comes after it
+                return None
             measured = max(measured, expected)
         return measured + sum(self.seconds[name] for name in later)
 
