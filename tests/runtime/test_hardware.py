@@ -96,3 +96,16 @@ def test_the_speed_of_this_machine_is_measured():
 def test_a_container_s_quota_of_cores(monkeypatch, text, cores):
     monkeypatch.setattr(Path, "read_text", lambda self, **options: text)
     assert cpu_quota() == cores
+
+
+def test_where_bf16_is_only_emulated_sampling_takes_fp32(monkeypatch, caplog):
+    hardware._say_emulated.cache_clear()
+    monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: False)
+    assert [hardware.hardware_precision(wanted, torch.device("cpu")) for wanted in ("fp32", "bf16", "bf16")] == [
+        "fp32"
+    ] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "this cpu has no bf16 arithmetic, and emulating it is several times as slow: sampling in fp32"
+    ]
+    monkeypatch.setattr(hardware, "multiplies_bf16", lambda device: True)
+    assert hardware.hardware_precision("bf16", torch.device("cpu")) == "bf16"

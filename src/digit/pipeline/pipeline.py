@@ -54,7 +54,7 @@ from digit.pipeline.manifest import (
 from digit.pipeline.parts import PARTS, Parts
 from digit.pipeline.steps import OnStep
 from digit.runtime.files import MAKE_AGAIN, as_path
-from digit.runtime.hardware import Precision, choose_device, free_memory
+from digit.runtime.hardware import Precision, choose_device, free_memory, hardware_precision
 from digit.runtime.plots import grid
 from digit.runtime.scalars import as_int
 from digit.runtime.version import __version__
@@ -368,9 +368,11 @@ class DigitPipeline:
     def decode(self, vq_tokens: Integers, precision: Precision | None = None) -> UInt8[Tensor, "B 3 S S"]:
         """VQ tokens (B, M), of any integer type -> pixels (B, 3, H, W) uint8. Raises as `VQTokenizer.decode`.
 
-        Precision bf16 is that of pipelines that sample in bf16; otherwise the VQ tokenizer's own holds.
+        Precision bf16 is that of pipelines that sample in bf16, where the hardware has it; otherwise the VQ tokenizer's
+        own holds.
         """
-        return self._require_vq().decode(vq_tokens, "bf16" if precision == "bf16" else None)
+        in_bf16 = precision == "bf16" and hardware_precision("bf16", self.device) == "bf16"
+        return self._require_vq().decode(vq_tokens, "bf16" if in_bf16 else None)
 
     def render(self, tokens: Integers, seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
         """Stage 2 alone: discriminative tokens (B, N), of any integer type -> (B, 3, H, W) uint8.

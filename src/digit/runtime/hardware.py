@@ -1,6 +1,7 @@
 """This machine: its devices, its speed, whether it multiplies bfloat16, and how malloc treats freed memory."""
 
 import ctypes
+import logging
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -23,6 +25,7 @@ Precision = Literal["fp32", "bf16"]  # of matrix products, wherever a setting na
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt parameters in glibc's malloc.h
 MIB = 2**20
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 def keep_freed_memory() -> bool:
@@ -58,6 +61,19 @@ def multiplies_bf16(device: "torch.device") -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def hardware_precision(wanted: Precision, device: "torch.device") -> Precision:
+    """`wanted`, but fp32 where the device only emulates bf16: a log line says so once."""
+    if wanted == "fp32" or multiplies_bf16(device):
+        return wanted
+    _say_emulated(device.type)
+    return "fp32"
+
+
+@cache
+def _say_emulated(device: str) -> None:
+    log.warning("this %s has no bf16 arithmetic, and emulating it is several times as slow: sampling in fp32", device)
 
 
 def describe_machine() -> dict[str, Any]:

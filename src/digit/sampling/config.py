@@ -76,7 +76,7 @@ class SamplingConfig:
     depends on its seed and label, not on the other images; another batch_size may round differently and so, rarely,
     change a token."""
     precision: Precision = "fp32"
-    """fp32, or bf16 (faster; an image may then differ between machines)."""
+    """fp32, or bf16: faster, but an image may then differ between machines. Without bf16 arithmetic it is fp32."""
 
     def __post_init__(self) -> None:
         if self.batch_size is not None:
