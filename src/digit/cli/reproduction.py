@@ -87,6 +87,8 @@ def run_reproduce(parser: "ArgumentParser", argv: list[str]) -> None:
     by_target = build_all(targets, study)
     experiments = list(by_target.values())
     text = distributed.on_main(lambda: plan(experiments, study.out))
+    if busy := study.costs.machine.busy:
+        text += f"\n{busy}"
     if args.plan:
         say(text)
         check_everything(experiments, study)

@@ -142,11 +142,11 @@ def matmul_flops(device: "torch.device", seconds: float = 0.3) -> float:
             torch.cuda.synchronize()
 
     for _ in range(3):
-        a @ a
+        torch.mm(a, a)
     wait()
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        a @ a
+        torch.mm(a, a)
         wait()
         done += 1
     return done * 2 * 1024**3 / (time.perf_counter() - started)
@@ -175,11 +175,11 @@ def cpu_speed(seconds: float = 0.3) -> CPUSpeed:
     a = torch.randn(1024, 1024, dtype=torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32)
     cores = min(torch.get_num_threads(), cores_of_this_process(), cpu_quota() or math.inf)
     for _ in range(3):
-        a @ a
+        torch.mm(a, a)
     started, cpu_times = time.perf_counter(), []
     while time.perf_counter() - started < seconds or len(cpu_times) < 4:
         before = time.process_time()
-        a @ a
+        torch.mm(a, a)
         cpu_times.append(time.process_time() - before)
     wall = (time.perf_counter() - started) / len(cpu_times)
     spent = max(sorted(cpu_times)[len(cpu_times) // 4] / cores, 1e-9)
