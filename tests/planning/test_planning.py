@@ -158,7 +158,7 @@ def test_work_of_the_paper_s_recipe():
 def test_plan_of_the_paper_s_base_model():
     planner = Planner(get_recipe("digit_base"), replace(get_gpu("h100"), count=8), Order(reuse=frozenset(["vqgan"])))
     names = [stage.name for stage in planner.stages]
-    assert names == ["features", "codebook", "tokens", "prior", "renderer", "sampling"]
+    assert names == ["features", "codebook", "tokens", "prior", "renderer", "sampling", "report"]
     prior = planner.stages[3]
     # 6 x 219 M x 256 positions x 256 M images at 40% of 8 x 989 TFLOP/s
     assert prior.seconds == pytest.approx(6 * 219e6 * 256 * 125_000 * 2048 / (8 * 989e12 * 0.4), rel=0.1)
@@ -332,6 +332,14 @@ def test_sampling_is_that_of_the_report_and_what_is_asked_for_beside_it():
     assert few.what.startswith("130 images of the report")  # 3 rows of 10, and 100 judged
 
 
+def test_a_report_judges_training_pictures_and_three_or_four_sets():
+    plan = Planner(tiny_recipe(), CPU, Order(images=10_000)).report()
+    assert plan.what == "2,000 training pictures and 3 sets of 500 judged"
+    few = Planner(tiny_recipe(), CPU, Order(images=100)).report()
+    assert few.what == "100 training pictures and 3 sets of 100 judged"
+    assert few.seconds == pytest.approx(plan.seconds * 400 / 3500, rel=0.2)
+
+
 def test_a_report_that_compares_guidance_samples_twice(monkeypatch):
     guided = SamplingConfig(prior=StageSampling(cfg_scale=1.5), renderer=StageSampling(), batch_size=8)
     plain = replace(guided, prior=StageSampling())
@@ -393,7 +401,7 @@ def models_flops(planner):
 def test_a_run_straight_to_pixels_plans_no_vq_tokens():
     both, straight = (Planner(get_recipe(name), CPU, Order(images=1000)) for name in ("paper_cifar", "cifar_pixels"))
     assert [stage.name for stage in straight.stages] == [
-        "features", "codebook", "tokens", "prior", "renderer_pixels", "sampling",
+        "features", "codebook", "tokens", "prior", "renderer_pixels", "sampling", "report",
     ]  # fmt: skip
     assert straight.store_bytes == 1000 * (2 * 64 + 4) and both.store_bytes == 1000 * (2 * (16 + 64) + 4)
     renderer = straight.training("renderer_pixels")

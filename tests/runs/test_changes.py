@@ -148,11 +148,22 @@ def test_another_prior_keeps_the_rest_and_is_that_of_a_fresh_run(copy, tmp_path)
 def test_the_old_settings_bring_the_old_stages_back(copy, done):
     fit(run_in(copy, with_settings(tiny_recipe(), {"prior.depth": 2})))
     run = run_in(copy)
-    assert "prior made earlier with these settings" in run.notes[-1]
+    assert "Brought back, made earlier with these settings" in run.notes[0] and "earlier: prior; kept" in run.notes[0]
+    assert "made anew" not in run.notes[0].lower()
     assert run.is_done("prior")
     assert_same(copy, done, "prior")
     again = run_in(copy, with_settings(tiny_recipe(), {"prior.depth": 2}))
     assert again.is_done("prior") and weights(copy, "prior").keys() != weights(done, "prior").keys()
+
+
+def test_other_sampling_makes_the_report_anew_and_keeps_the_one_of_before(copy):
+    (copy / "report.html").write_text("before")
+    run = run_in(copy, with_settings(tiny_recipe(), {"sampling.prior.top_p": 0.5}))
+    told, aside = run.notes
+    assert "sampling.prior.top_p was " in told and ", now 0.5. Made anew: samples and report; kept: codebook" in told
+    assert (copy / "earlier" / "1" / "report.html").read_text() == "before" and f"{copy / 'earlier' / '1'}" in aside
+    assert all(run.is_done(stage) for stage in ("codebook", "prior", "renderer"))
+    assert not run_in(copy, with_settings(tiny_recipe(), {"sampling.prior.top_p": 0.5})).notes
 
 
 def test_another_codebook_takes_the_vq_tokens_of_the_earlier_one(copy, tmp_path):

@@ -44,6 +44,13 @@ def test_masks_that_say_nothing(tmp_path, value, told):
         read_mask(tmp_path / "mask.png", 32)
 
 
+def test_a_photograph_is_no_mask(tmp_path):
+    levels = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
+    Image.fromarray(levels).save(tmp_path / "photo.png")
+    with pytest.raises(DigitError, match="is no mask: 7[0-9]% of its pixels are neither black nor white"):
+        read_mask(tmp_path / "photo.png", 32)
+
+
 def test_what_keep_may_be(tmp_path):
     assert read_keep("0.25", 32) == 0.25 and read_keep("left", 32) == "left"
     (tmp_path / "text.png").write_text("no picture")
@@ -57,12 +64,12 @@ def test_several_completions_of_each_picture_stand_in_one_row(tmp_path):
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     kept = torch.zeros(16, 16, dtype=torch.bool)
     kept[:8] = True
-    write_completions(tmp_path, images, images.repeat_interleave(2, 0), kept, "upper")
+    write_completions(tmp_path, images, images.repeat_interleave(2, 0), kept, {"keep": "upper"})
     assert len(list(tmp_path.glob("0*.png"))) == 6
     assert json.loads((tmp_path / "completions.json").read_text()) == {"num": 6, "each": 2, "keep": "upper"}
     width, height = Image.open(tmp_path / "grid.png").size
     assert width // 130 == 4 and height // 130 == 3  # original, kept part, two completions
-    write_completions(tmp_path, images[:1], images[:1], kept, 0.5)
+    write_completions(tmp_path, images[:1], images[:1], kept, {"keep": 0.5})
     assert [path.name for path in tmp_path.glob("0*.png")] == ["00000.png"]
     hidden = dim_hidden(images, kept)
     assert torch.equal(hidden[:, :, :8], images[:, :, :8]) and hidden[:, :, 8:].min() >= 200

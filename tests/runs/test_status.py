@@ -13,6 +13,7 @@ from digit.cli import main
 from digit.errors import Stopped
 from digit.runs.fit import Run
 from digit.runs.status import describe_run, seconds_left, time_left
+from digit.runtime import lock
 from digit.runtime.ledger import Ledger, Spans
 from digit.runtime.progress import format_duration
 from digit.training import checkpoint
@@ -46,6 +47,25 @@ def test_what_other_settings_replaced(run):
     assert f"earlier    3 changes of settings, what the last one replaced: {run.out}/earlier/10" in describe_run(
         run.out
     )
+
+
+def test_a_report_that_is_not_finished(tmp_path):
+    lock.set_command(f"digit fit {DATA} --out run")
+    run = Run(tiny_recipe(), DATA, tmp_path / "run")
+    (run.out / "pipeline").mkdir()
+    told = describe_work_of(run)
+    assert (
+        told == [f"report     not finished; to continue: digit fit {DATA} --out run", told[1]] and "sample" in told[1]
+    )
+    (run.out / "report.html").touch()
+    assert describe_work_of(run) == told[1:]
+    (run.out / "earlier" / "1" / "prior").mkdir(parents=True)  # another prior is to come
+    assert describe_work_of(run) == [f"next       not running; to continue: digit fit {DATA} --out run"]
+
+
+def describe_work_of(run: Run) -> list[str]:
+    """What to type next, as told to the process that made the run."""
+    return [line for line in describe_run(run.out).splitlines() if line.startswith(("report", "next", "at work"))]
 
 
 def test_tokens_half_done(run, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from digit.errors import Stopped
 from digit.runtime import signals
+from digit.runtime.progress import Progress
 from digit.runtime.signals import StopSignals, handled, latest_end, received, saving, stoppable
 
 PATIENCE = 60.0  # seconds for a process to start on a busy machine
@@ -141,6 +142,22 @@ def test_a_signal_that_came_too_late_for_one_unit_stops_the_next():
             assert later.asked
     with StopSignals() as another:
         assert not another.asked
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_came_too_late_for_one_unit_stops_the_next_bar(number, error):
+    with pytest.raises(error), stoppable():
+        with StopSignals(), Progress("sample", 1) as bar:
+            os.kill(os.getpid(), number)
+            bar.update()  # the unit that was at hand
+        try:
+            with Progress("judge", 2) as bar:
+                bar.update()
+                raise AssertionError("a unit was counted")
+        finally:
+            with Progress("clean up", 1) as bar:
+                bar.update()  # leaving is not disturbed
+    assert received() is None
 
 
 def test_limits_of_waiting(monkeypatch):

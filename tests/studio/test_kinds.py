@@ -136,6 +136,27 @@ def test_a_run_of_a_renderer_straight_to_pixels(tmp_path):
         studio.close()
 
 
+def test_the_pictures_of_a_limited_run_are_found(tmp_path):
+    from PIL import Image
+
+    from digit.data.images import open_source
+    from digit.runs.fit import Run
+    from digit.studio.serve import find_data
+
+    for i in range(6):
+        (tmp_path / f"photos/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (40 * i, 0, 0)).save(tmp_path / f"photos/{'ab'[i % 2]}/{i}.png")
+    photos, out = str(tmp_path / "photos"), tmp_path / "run"
+    Run(pixel_recipe(), open_source(photos).limit(4), out)
+    source, spec, note = find_data(out, None)
+    assert len(source) == 4 and spec == photos and not note
+    assert len(find_data(out, photos)[0]) == 4
+    other, _, note = find_data(out, SHAPES)
+    assert len(other) == 24 and f"{SHAPES} holds other pictures than this run was trained on" in note
+    source, _, note = find_data(tmp_path, None)
+    assert source is None and "no training pictures are known" in note
+
+
 # ---------------------------------------------------------------- masked
 
 

@@ -189,7 +189,7 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
     require_free(as_path(args.out))
     check_pixels(args.pixels)
     each = as_int("each", args.each, least=1)
-    pipe, images, labels = read_pictures(args)
+    pipe, images, labels, names = read_pictures(args)
     keep = read_keep(args.keep, pipe.image_size, pipe.preprocess.fit)
     classes = pipe.guess_labels(images) if labels is None else labels
     done = pipe.complete(
@@ -200,7 +200,8 @@ def run_complete(parser: "ArgumentParser", argv: list[str]) -> None:
         pixels=args.pixels,
         **sampling_changes(args),
     )
-    write_completions(as_path(args.out), images, done, pipe.kept_pixels(keep), args.keep)
+    about = {"keep": args.keep, "pixels": args.pixels} | describe_request(args, names)
+    write_completions(as_path(args.out), images, done, pipe.kept_pixels(keep), about)
     say(f"{len(done)} completions in {args.out} (grid.png: original, kept part, completion{'s' * (each > 1)})")
 
 
@@ -235,13 +236,13 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
 
     out = as_path(args.out)
     require_free(out, VARIATIONS)
-    pipe, images, labels = read_pictures(args)
+    pipe, images, labels, names = read_pictures(args)
     if args.toward is not None:
         if len(images) != 1:
             raise DigitError(f"--toward leads from one picture to another, {args.images} holds {len(images)}: give one")
-        other = load_images(open_images(args.toward, args.pixel_max), pipe.preprocess, 1)
+        other, _ = load_images(open_images(args.toward, args.pixel_max), pipe.preprocess, 1)
         found = interpolate(pipe, images, other, steps=args.steps, seed=args.seed, **sampling_changes(args))
-        write_between(out, images, other, found.images, {"toward": args.toward})
+        write_between(out, images, other, found.images, {"toward": args.toward} | describe_request(args, names))
         changed = (found.tokens[0] != found.tokens[-1]).sum()
         say(f"{len(found.images)} pictures in {out}; {changed} of {found.tokens.shape[1]} tokens change on the way")
         return
@@ -255,12 +256,19 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
         **shares,
         **sampling_changes(args),
     )
-    write_variations(out, images, done, shares)
+    write_variations(out, images, done, shares | describe_request(args, names))
     say(f"{len(done)} variations in {out} (grid.png: a picture and its variations in each row)")
 
 
-def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None"]:
-    """The pipeline of --from, at most --num pictures at its size, spread evenly, and the classes that --labels gives.
+def describe_request(args: Any, names: list[str]) -> dict[str, Any]:
+    """What completions.json and variations.json say of a command: of which pictures, by which run and settings."""
+    asked = {"from": args.source, "images": names, "labels": args.labels, "seed": args.seed}
+    return asked | {"sampling": sampling_changes(args)}
+
+
+def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None", list[str]]:
+    """The pipeline of --from, at most --num pictures at its size, spread evenly, the classes that --labels gives, and
+    the pictures' names.
 
     Of a data set with splits they are those of its validation or else its test split: no model was trained on them.
     """
@@ -272,9 +280,9 @@ def read_pictures(args: Any) -> tuple["DigitPipeline", "Tensor", "Tensor | None"
         say(f"pictures of {where}")
     say_assumptions(source)
     pipe = load_pipeline(args)
-    images = load_images(source, pipe.preprocess, args.num)
+    images, names = load_images(source, pipe.preprocess, args.num)
     labels = parse_labels(args.labels, pipe)
-    return pipe, images, None if labels is None else pipe.labels(len(images), labels)
+    return pipe, images, None if labels is None else pipe.labels(len(images), labels), names
 
 
 def class_labels(pipe: "DigitPipeline", labels: "Tensor | None") -> "ClassPositions | None":

@@ -233,7 +233,7 @@ def inspect_source(source: ImageSource, *, num_workers: int = 2) -> InspectRepor
             report.kinds[seen.kind] += 1
             report.assumed.update(seen.assumed)
         if index in shown:
-            caption = short_name(source.classes[labels[index]]) if labels[index] >= 0 else str(index)
+            caption = short_name(source.classes[labels[index]]) if labels[index] >= 0 else Path(source.key(index)).name
             report.thumbnails.append((caption, seen.thumbnail))
     report.widths, report.heights = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
     return report

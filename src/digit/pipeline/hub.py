@@ -80,10 +80,10 @@ def require_uploads(name: str) -> None:
 
 def cannot_upload(name: str, why: str) -> str:
     """The error message of an upload that failed."""
+    advice = "unset it" if why == OFFLINE else "log in (huggingface-cli login) or give token=, for an OWNER of yours"
     return (
-        f"{name} cannot be uploaded ({why}): log in (huggingface-cli login) or give token=, for an OWNER of yours; "
-        "or write the folder by save_pretrained() and write_card(), and upload it by hand: "
-        f"huggingface-cli upload {name} FOLDER"
+        f"{name} cannot be uploaded ({why}): {advice}; or write the folder by save_pretrained() and write_card(), and "
+        f"upload it by hand: huggingface-cli upload {name} FOLDER"
     )
 
 

@@ -17,7 +17,7 @@ from digit.planning.machines import CPU_SAMPLING, GPU_SAMPLING, KERNEL_SECONDS, 
 from digit.planning.memory import TrainingMemory, training_memory
 from digit.planning.work import BlankVQ, Network, Work, blank_model, num_parameters
 from digit.runs.checks import check_recipe, check_reuse, chosen_settings, vqgan_config
-from digit.runs.judgement import OTHER_WAY_SECONDS, ways_of
+from digit.runs.judgement import OTHER_WAY_SECONDS, REFERENCE, ways_of
 from digit.runs.recipes import Recipe
 from digit.runs.report import num_judged, num_shown
 from digit.runs.roles import get_role
@@ -137,6 +137,7 @@ class Planner:
         for name in recipe.model_names:
             yield self.training(name)
         yield self.sampling()
+        yield self.report()
 
     # ---------------------------------------------------------------- pixels
 
@@ -355,6 +356,22 @@ class Planner:
                 times[cause] = times.get(cause, 0.0) + seconds
         what += f"{f', {count(more)} more' * bool(more)}, {batch} together, {own.precision}"
         return Stage(name="sampling", what=what, memory=memory, times=times)
+
+    def report(self) -> Stage:
+        """Training pictures, samples and other real pictures through the network that judges them, and the decoder."""
+        names, images = self.recipe.model_names, self.order.images
+        reference, judged = min(REFERENCE, images), num_judged(images)
+        _, other = self.other_way(names)
+        sets = 3 + (other is not None)  # samples in one or two ways, real pictures and their reconstructions
+        work = self.work
+        straight = get_role(names[-1]).kind == "pixels"
+        rebuilt = work.pixel_renderer.flops if straight else work.vq_encoder.flops + work.vq_decoder.flops
+        times = {
+            "judge": self._seconds(work.judge.kind, (reference + sets * judged) * work.judge.flops)
+            + self._seconds("convolutions", judged * rebuilt)
+        }
+        what = f"{count(reference)} training pictures and {sets} sets of {count(judged)} judged"
+        return Stage(name="report", what=what, memory=4.0 * work.judge.weights, times=times)
 
     def sampling_settings(self, names: Sequence[str]) -> SamplingConfig:
         """How the recipe samples some models, the renderer last: with guidance where they are trained for it."""

@@ -19,6 +19,7 @@ from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.planning.machines import Kind
 from digit.runs.checks import vqgan_config
+from digit.runs.judgement import JUDGE
 from digit.runs.recipes import Recipe, TokenSpace
 from digit.runs.roles import get_role
 from digit.sampling.kinds import get_kind
@@ -74,6 +75,14 @@ class Work:
         kind: Kind = "mobile net" if isinstance(net, EfficientNet) else "transformer"
         side = self.recipe.encoder.input_size
         return self._count(lambda: self._encoder, lambda net: net(torch.empty(1, 3, side, side)), kind, "meta")
+
+    @cached_property
+    def judge(self) -> Network:
+        """The network that judges the report's pictures."""
+        side = JUDGE.input_size
+        return self._count(
+            lambda: blank_net(JUDGE), lambda net: net(torch.empty(1, 3, side, side)), "mobile net", "meta"
+        )
 
     @cached_property
     def _features(self) -> tuple[int, int]:

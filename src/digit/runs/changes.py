@@ -8,14 +8,14 @@ OUT/lengthened.json  how many updates `digit fit --more` made of how many
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from digit.errors import DigitError
 from digit.runs.checks import CODEBOOK, DECIDED_BY, SHARED, VQGAN
-from digit.runs.layout import EARLIER, RESULTS, is_done, result_of
+from digit.runs.layout import EARLIER, PAGE, RESULTS, is_done, result_of
 from digit.runs.recipe import OWN_STEPS, ModelSpec, Recipe, with_settings
 from digit.runs.roles import ROLES, Role, get_role
 from digit.runtime.config_json import from_json
@@ -32,6 +32,7 @@ FREE_SETTING = re.compile(
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
     r"|parallel|max_skipped|deterministic))"
 )
+DRAWING = re.compile(r"sampling\..*|masked_top_p|class_top_k")  # settings of what is sampled afterwards
 STEPS = re.compile(r"(prior|renderer|pixels)_training\.num_steps|masked_steps|vq_only_steps")
 MORE = re.compile(r"(?P<factor>\d+(?:\.\d+)?)x|(?P<steps>\d+)")
 MAX_SHOWN = 3  # settings that a note names
@@ -45,6 +46,12 @@ def changed_settings(before: Recipe, wanted: Recipe) -> list[str]:
     old = flat(before)
     names = [name for name, value in flat(wanted).items() if old[name] != value]
     return [name for name in names if not FREE_SETTING.fullmatch(f"recipe.{name}")]
+
+
+def drawing_settings(before: Recipe, wanted: Recipe) -> list[str]:
+    """Dotted names of the settings of sampling in which two recipes differ: they touch the report alone."""
+    old = flat(before)
+    return [name for name, value in flat(wanted).items() if old[name] != value and DRAWING.fullmatch(name)]
 
 
 def touching(stage: str, before: Recipe, wanted: Recipe) -> list[str]:
@@ -108,6 +115,8 @@ class Change:
     """Models that go on."""
     kept: list[str]
     """Stages that stay."""
+    back: Sequence[str] = ()
+    """Stages that were made earlier with the wanted settings and are brought back."""
 
 
 def find_change(out: Path, before: Recipe, wanted: Recipe, *, by_more: bool = False) -> Change:
@@ -130,14 +139,15 @@ def present(out: Path) -> list[str]:
     return [stage for stage in STAGES if (out / stage).is_dir() and any((out / stage).iterdir())]
 
 
-def apply_change(out: Path, change: Change, config: Mapping[str, Any]) -> Path | None:
+def apply_change(out: Path, change: Change, config: Mapping[str, Any], *, report: bool = False) -> Path | None:
     """Move what is made anew into OUT/earlier/N, and copy there what goes on.
 
     A kill at any moment loses nothing: the same command, or the earlier one, finds each stage in either place. `config`
-    is the config.json of what is there. Returns that folder, None where none is needed.
+    is the config.json of what is there; `report`: the report is made anew, and copied as well. Returns that folder,
+    None where none is needed.
     """
     finished = [stage for stage in change.longer if is_done(out / stage, stage)]
-    if not change.remade and not finished:
+    if not change.remade and not finished and not (report and (out / PAGE).is_file()):
         return None
     with disk_errors(out):
         folder = next(path for n in range(1, 10**6) if not (path := out / EARLIER / str(n)).exists())
@@ -231,11 +241,17 @@ def find_vq_tokens(out: Path, wanted: Recipe) -> Path | None:
 def describe_change(out: Path, change: Change, before: Recipe, wanted: Recipe, aside: Path | None) -> list[str]:
     """Sentences on what other settings mean for a run folder: what changed, what is made anew and why, what stays."""
     old, new = flat(before), flat(wanted)
-    changed = changed_settings(before, wanted)
+    drawn = drawing_settings(before, wanted)
+    changed = [*changed_settings(before, wanted), *drawn]
     told = [f"{name} was {shown(old[name])}, now {shown(new[name])}" for name in changed[:MAX_SHOWN]]
     told += [f"{len(changed) - MAX_SHOWN} more settings changed"] if len(changed) > MAX_SHOWN else []
-    remade = [f"{stage} ({reasons(touched)})" for stage, touched in change.remade.items()]
-    parts = [("made anew", remade), ("goes on", change.longer), ("kept", change.kept)]
+    remade = [f"{stage} ({reasons(touched)})" for stage, touched in change.remade.items() if stage not in change.back]
+    parts = [
+        ("made anew", remade or ["samples and report"] * bool(drawn)),
+        (f"brought back, made earlier with these settings, from {out / EARLIER}", change.back),
+        ("goes on", change.longer),
+        ("kept", change.kept),
+    ]
     effect = "; ".join(f"{what}: {', '.join(stages)}" for what, stages in parts if stages) or "no stage is there yet"
     notes = [f"{out}: {'; '.join(told)}. {effect[0].upper()}{effect[1:]}", *describe_lengths(change, before, wanted)]
     if aside is not None:

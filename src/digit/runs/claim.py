@@ -4,7 +4,7 @@ Others are refused afterwards, or the stages that they touch are made anew and t
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def claim_folder(
             require_same_settings(out, before, plain(wanted))
         else:
             notes = change_settings(out, before, recipe, by_more=lengthened is not None)
-    if reuse_unchanged and (back := changes.bring_back(out, recipe)):
+    elif reuse_unchanged and (back := changes.bring_back(out, recipe)):
         notes.append(f"{out}: {', '.join(back)} made earlier with these settings, brought back from {out / 'earlier'}")
     if lengthened is not None:
         write_json(out / changes.LENGTHENED, lengthened)
@@ -102,12 +102,15 @@ def holds_results(out: Path) -> bool:
 
 
 def change_settings(out: Path, before: dict[str, Any], wanted: Recipe, *, by_more: bool) -> list[str]:
-    """Make room in a run folder for the stages that other settings touch; returns what to tell the person."""
+    """Make room in a run folder for the stages that other settings touch, and bring back those that were made with them
+    earlier; returns what to tell the person."""
     recipe = from_json(Recipe, before["recipe"], f"{out / 'config.json'}: recipe")
-    if not changes.changed_settings(recipe, wanted):
-        return []
     change = changes.find_change(out, recipe, wanted, by_more=by_more)
-    aside = changes.apply_change(out, change, before)
+    drawn = changes.drawing_settings(recipe, wanted)
+    aside = changes.apply_change(out, change, before, report=bool(drawn))
+    change = replace(change, back=changes.bring_back(out, wanted))
+    if not (drawn or change.back or changes.changed_settings(recipe, wanted)):
+        return []
     return changes.describe_change(out, change, recipe, wanted, aside)
 
 

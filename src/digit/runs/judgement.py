@@ -35,6 +35,8 @@ from digit.runtime.spread import spread
 from digit.sampling.config import SamplingConfig
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 
+# EfficientNet-Lite2: another network than the tokens' encoder, so that it does not judge its own features
+JUDGE = EncoderConfig(name="efficientnet_lite2", layer="pooled", input_size=JUDGE_INPUT_SIZE)
 REFERENCE = 2000  # training pictures that are compared with
 JUDGED_TOGETHER = 64  # images
 NUM_NEIGHBOURS, NUM_COVERAGE = 3, 5  # k of precision and recall, of coverage (as their papers)
@@ -52,8 +54,8 @@ Sampling = dict[str, Any]
 
 
 def load_judge() -> FrozenEncoder:
-    """EfficientNet-Lite2: another network than the tokens' encoder, so that it does not judge its own features."""
-    return load_encoder(EncoderConfig(name="efficientnet_lite2", layer="pooled", input_size=JUDGE_INPUT_SIZE))
+    """The network that judges a run's samples."""
+    return load_encoder(JUDGE)
 
 
 # -------------------------------------------------------------------- guidance

@@ -8,6 +8,7 @@ from digit.errors import DigitError
 FORMAT = 2  # of config.json; 1 was that of digit 0.1, which named neither it nor the settings as here
 RESULTS = {"codebook": "codebook.json", "vqgan": "vqgan.json", "tokens": "manifest.json"}  # written last in each stage
 
+PAGE = "report.html"  # of a run, written last
 EARLIER = "earlier"  # OUT/earlier/N: what the N-th change of settings replaced (`changes.py`)
 
 # what a run may take from another run, --reuse_NAME, and the stage of that run in whose folder it lies

@@ -25,6 +25,7 @@ NUMBERED = re.compile(r"\d{5,}\.png")
 COMPLETIONS, VARIATIONS = "completions.json", "variations.json"
 GRID = "grid.png"
 SHOWN_SIDE = 128  # px of a picture in a grid, at least
+GREY, MAX_GREY = (32, 223), 0.25  # levels of a mask that are neither black nor white, and the share that edges may have
 WIDE = 9  # pictures in a row of a grid of single completions
 
 
@@ -33,14 +34,14 @@ def write_completions(
     images: UInt8[Tensor, "B 3 S S"],
     done: UInt8[Tensor, "C 3 S S"],
     kept: Bool[Tensor, "S S"],
-    about: Any,
+    about: dict[str, Any],
 ) -> None:
     """Write one PNG a completion, grid.png with original, kept part and completions, and completions.json.
 
     Args:
         images, done: the originals, and the same number of completions of each, one original's after the other's.
         kept: the pixels that were kept.
-        about: what was kept, for completions.json.
+        about: what completions.json says beside the numbers: what was kept, of which pictures, and how.
 
     The images of earlier completions there are removed. `require_free` tells if the folder may be written to.
     """
@@ -49,7 +50,7 @@ def write_completions(
     sheet = plots.interleave(images, dim_hidden(images, kept), *done.unflatten(0, (len(images), each)).unbind(1))
     columns = 2 + each if each > 1 or len(images) <= 2 else WIDE
     save_grid(folder, sheet, columns)
-    write_result(folder / COMPLETIONS, {"num": len(done), "each": each, "keep": about})
+    write_result(folder / COMPLETIONS, {"num": len(done), "each": each} | about)
 
 
 def write_variations(
@@ -121,11 +122,26 @@ def open_images(spec: str, pixel_max: int | None = None, *, split: str | None = 
     return source
 
 
-def load_images(source: ImageSource, preprocess: PreprocessConfig, num: int) -> UInt8[Tensor, "B 3 S S"]:
-    """At most `num` images of a source, evenly apart, centre-cropped. A single one must be whole."""
+def load_images(
+    source: ImageSource, preprocess: PreprocessConfig, num: int
+) -> tuple[UInt8[Tensor, "B 3 S S"], list[str]]:
+    """At most `num` images of a source, evenly apart, centre-cropped, and their names. A single one must be whole."""
     if len(source) == 1:
         source.read(0)  # names what is wrong with it
-    return real_images(source, preprocess, spread(len(source), num))[0]
+    places = spread(len(source), num)
+    images = real_images(source, preprocess, places)[0]
+    if len(images) < len(places):
+        places = [place for place in places if is_whole(source, place)]
+    return images, [source.key(place) for place in places]
+
+
+def is_whole(source: ImageSource, place: int) -> bool:
+    """Whether an image can be read."""
+    try:
+        source.read(place)
+    except DigitError:
+        return False
+    return True
 
 
 def real_images(
@@ -163,7 +179,14 @@ def read_mask(path: Path, size: int, fit: Fit = "crop") -> Bool[Tensor, "S S"]:
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DigitError(f"{path} cannot be read as a mask ({error}): give a black and white picture") from error
     pixels = torch.from_numpy(np.array(values.convert("RGB"))).permute(2, 0, 1)[None]
-    mask = fit_batch(pixels, size, fit)[0, 0] >= 128
+    fitted = fit_batch(pixels, size, fit)[0, 0]
+    grey = float(((fitted > GREY[0]) & (fitted < GREY[1])).float().mean())
+    if grey > MAX_GREY:
+        raise DigitError(
+            f"{path} is no mask: {grey:.0%} of its pixels are neither black nor white. Paint what is kept white, the "
+            "rest black"
+        )
+    mask = fitted >= 128
     if mask.all() or not mask.any():
         what = "everything" if mask.all() else "nothing"
         raise DigitError(f"{path} keeps {what}: paint what is kept white (or opaque), the rest black (or transparent)")

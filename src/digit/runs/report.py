@@ -15,6 +15,7 @@ from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
 from digit.runs.fit import Run
 from digit.runs.judgement import find_ways, judge_run, load_judge, reconstruct
+from digit.runs.layout import PAGE
 from digit.runs.pictures import real_images, write_completions
 from digit.runs.report_page import COMPLETED, PER_CLASS, Shown, describe, write_page
 from digit.runs.roles import ROLES, get_role
@@ -50,6 +51,7 @@ def write_report(run: Run, pipe: DigitPipeline) -> Path:
     Takes the time of about 600 samples (twice that where guidance is compared) and of 3,000 passes of the judge.
     """
     began, out = perf_counter(), run.out
+    (out / PAGE).unlink(missing_ok=True)  # without it `digit info` knows that the report is not finished
     shown = draw_pictures(run, pipe)
     scale = max(1, 96 // pipe.image_size)
     write_reconstructions(pipe, shown.real, out, scale)
@@ -99,7 +101,7 @@ def draw_pictures(run: Run, pipe: DigitPipeline) -> Shown:
     first, own = real[:COMPLETED], truth[:COMPLETED]
     known = ClassPositions(own.tolist()) if pipe.classes and bool((own >= 0).all()) else None
     done, kept = pipe.complete(first, keep=0.5, seed=seed, labels=known), pipe.kept_pixels(0.5)
-    write_completions(out / "completions", first, done, kept, 0.5)
+    write_completions(out / "completions", first, done, kept, {"keep": 0.5, "seed": seed})
     return Shown(names=names, samples=samples, other_way=other, real=real, labels=truth, completed=done, kept=kept)
 
 

@@ -20,6 +20,7 @@ from digit.runs.codebook_quality import quality_text
 from digit.runs.findings import Facts, find, next_steps
 from digit.runs.fit import Run
 from digit.runs.judgement import Judgement, Pair, Ways
+from digit.runs.layout import PAGE
 from digit.runs.pictures import real_images
 from digit.runs.previews import FOLDER, previews_html
 from digit.runs.status import read_losses
@@ -52,7 +53,7 @@ class Shown:
 def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any], shown: Shown, judged: Judgement) -> Path:
     """report.html: one file that holds its pictures."""
     facts = gather_facts(run, pipe, judged.ways)
-    path, name = run.out / "report.html", run.recipe.name
+    path, name = run.out / PAGE, run.recipe.name
     with Progress("write report.html", 1) as bar:
         body = [
             f"<h1>{page.escape(name)} on {page.escape(short_name(run.source.name))}</h1>",

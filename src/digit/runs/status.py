@@ -10,7 +10,7 @@ from digit.errors import DigitError
 from digit.models.sequence import training_flops
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runs.codebook_quality import quality_text
-from digit.runs.layout import EARLIER, RESULTS, is_done, require_format
+from digit.runs.layout import EARLIER, PAGE, RESULTS, is_done, require_format
 from digit.runs.recipe import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
 from digit.runtime import lock
@@ -258,11 +258,26 @@ def describe_work(folder: Path) -> Iterator[str]:
     """Which process is running, or what to type next."""
     if (holder := lock.holder(folder)) is not None:
         yield f"at work    {lock.describe(holder)}: {holder.get('command', 'digit')}"
-    elif (folder / "pipeline").is_dir():
+        return
+    command = str(lock.last_writer(folder).get("command", ""))
+    # a lock file that something else wrote must not tell the user what to type
+    known = command.split(" ")[0] in ("digit", "torchrun", "srun")
+    again = command if known else "the command that began it, with the same --out"
+    if (folder / "pipeline").is_dir() and not has_new_models(folder):
+        if not (folder / PAGE).is_file() and " fit " in f"{command} ":
+            yield f"report     not finished; to continue: {again}"
         yield f"next       digit sample --from {shlex.quote(str(folder))} --num 64 --out samples"
     else:
-        command = str(lock.last_writer(folder).get("command", ""))
-        # a lock file that something else wrote must not tell the user what to type
-        known = command.split(" ")[0] in ("digit", "torchrun", "srun")
-        again = command if known else "the command that began it, with the same --out"
         yield f"next       not running; to continue: {again}"
+
+
+def has_new_models(folder: Path) -> bool:
+    """Whether models of the run's settings are still to be trained: a pipeline there is then of earlier settings."""
+    cfg = read_json(folder / "config.json") if is_run(folder) else {}
+    try:
+        names = from_json(Recipe, cfg["recipe"], "recipe").model_names
+    except (DigitError, KeyError, TypeError):
+        return False
+    # others may be reused ones of another folder
+    own = [name for name in names if (folder / name).is_dir() or any((folder / EARLIER).glob(f"*/{name}"))]
+    return any(not is_done(folder / name, name) for name in own)

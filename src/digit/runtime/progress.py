@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from digit.runtime.output import Output, stderr
+from digit.runtime.signals import stop_if_asked
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -116,6 +117,7 @@ class Progress:
 
     def update(self, advance: int = 1, **metrics: Any) -> None:
         """Add `advance` to the finished units and show the latest metrics."""
+        stop_if_asked()
         self.done += advance
         self.metrics.update(metrics)
         if self._bar is None and time.monotonic() - self.last_line > LINE_EVERY_SECONDS:

@@ -23,7 +23,9 @@ ECHO_SECONDS = 2.0  # a launcher forwards the Ctrl-C that its processes already 
 END_SECONDS = 5.0  # a process that has nothing to save must end within them
 UNIT_SECONDS, UNITS = 15.0, 3  # one that works must finish its unit within them, or within the longest UNITS times
 LOOK_EVERY = 0.1  # seconds, of the watchdog
-_state: dict[str, Any] = {"watched": False, "received": None, "active": None, "saving": 0, "left_at": 0.0}
+_state: dict[str, Any] = {
+    "watched": False, "received": None, "active": None, "saving": 0, "left_at": 0.0, "leaving": False,
+}  # fmt: skip
 
 
 def received() -> int | None:
@@ -78,6 +80,7 @@ class StopSignals:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         _state["active"], _state["left_at"] = self.outer, time.monotonic()
+        _state["leaving"] |= problem[0] is not None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         echo = "RANK" in os.environ and time.monotonic() - self.received_at < ECHO_SECONDS
@@ -87,6 +90,22 @@ class StopSignals:
             self.received, self.received_at = number, time.monotonic()
             if _state["watched"]:
                 _state["received"] = number
+
+
+def stop_if_asked() -> None:
+    """Raise as a signal outside StopSignals does, where one came to a StopSignals that ended all the same.
+
+    Work that has units without a StopSignals of its own calls it after each.
+    """
+    busy = _state["active"] is not None or _state["saving"] or _state["leaving"]
+    if _state["received"] is None or busy or threading.current_thread() is not threading.main_thread():
+        return
+    _state["leaving"] = True
+    raise _interruption(_state["received"])
+
+
+def _interruption(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped("stopped", together=False)
 
 
 @contextmanager
@@ -114,10 +133,10 @@ def stoppable(give_up: Callable[[], None] = lambda: None) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _state["received"] is None:  # others come while the work is being left, and must not disturb that
-            _state["received"] = number
-            raise KeyboardInterrupt if number == signal.SIGINT else Stopped("stopped", together=False)
+            _state.update(received=number, leaving=True)
+            raise _interruption(number)
 
-    _state.update(watched=True, received=None, active=None, saving=0, left_at=0.0)
+    _state.update(watched=True, received=None, active=None, saving=0, left_at=0.0, leaving=False)
     previous = {number: signal.signal(number, stop) for number in handled()}
     try:
         with watched(list(previous), give_up):

@@ -1,5 +1,6 @@
 """Opens a run and serves its page until Ctrl-C."""
 
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, MutableMapping
@@ -23,6 +24,7 @@ from digit.studio.jobs import BusyError, Job
 from digit.studio.model import Model
 
 MAX_CONNECTIONS = 128
+SUBSET = re.compile(r"(?P<path>.+)\[(?P<num>\d+) of \d+\]")  # the name of a source that `limit` made
 
 
 def open_studio(
@@ -61,19 +63,29 @@ def open_studio(
 
 def find_data(folder: Path, data: str | None) -> tuple[ImageSource | None, str | None, str]:
     """The training pictures of a run, the text that opens them, and a note on what was assumed."""
-    if data is not None:
-        return open_source(data), data, ""
     cfg = as_dict(as_dict(read_json(folder / "config.json")).get("data")) if is_run(folder) else {}
-    name = cfg.get("name")
-    if not isinstance(name, str):
+    name, fingerprint = cfg.get("name"), cfg.get("fingerprint")
+    if data is None and not isinstance(name, str):
         return None, None, "no training pictures are known for this pipeline: --data PATH shows them"
+    path, count = of_subset(str(name))
+    path = path if data is None else data
     try:
-        source = open_source(name)
+        whole = open_source(path)
     except (DigitError, OSError):
-        return None, None, f"the training pictures {name} are not here: --data PATH says where they are"
-    if source.fingerprint != cfg.get("fingerprint"):
-        return source, None, f"{name} holds other pictures than this run was trained on: --data PATH names those"
-    return source, name, ""
+        if data is not None:
+            raise
+        return None, None, f"the training pictures {path} are not here: --data PATH says where they are"
+    source = next((s for s in (whole.limit(count), whole) if s.fingerprint == fingerprint), whole)
+    if fingerprint is None or source.fingerprint == fingerprint:
+        return source, path, ""
+    note = f"{path} holds other pictures than this run was trained on"
+    return (source, None, f"{note}: --data PATH names those") if data is None else (source, path, note)
+
+
+def of_subset(name: str) -> tuple[str, int | None]:
+    """The path in the name of training pictures, and how many of them `--limit` took: 'photos[100 of 2640]'."""
+    found = SUBSET.fullmatch(name)
+    return (name, None) if found is None else (found["path"], int(found["num"]) or None)
 
 
 def find_stability(folder: Path) -> dict[str, Any] | None:
