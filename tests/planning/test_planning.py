@@ -302,7 +302,7 @@ def test_command_names_mistakes(capsys):
         (["--classes", "-1"], "--classes is -1"),
         (["--class_conditional", "false", "--classes", "10"], "--classes is 10, but --class_conditional is false"),
         (["--images", "1"], "the data holds 1 image"),
-        (["--images", "30"], "30 images give 480 patches"),
+        (["--images", "7"], "7 images give 448 patches"),
         (["--images", "99999999999999999999"], "--images is 99999999999999999999: it must be 1 to 1,000,000,000,000"),
         (["--samples", "-1"], "--samples is -1: it must be 0 to"),
         (["--epochs", "0"], "--epochs is 0.0: it must be above 0"),

@@ -136,7 +136,7 @@ UNUSED = [
     ("demo", {}, "vqgan.resolution", 128),
     ("demo", {}, "vqgan.vocab_size", 512),
     ("demo", {}, "vqgan_training.learning_rate", 1e-4),
-    ("demo", {}, "prior_training.muon_learning_rate", 0.1),
+    ("paper_cifar", {}, "prior_training.muon_learning_rate", 0.1),
     ("demo", {}, "sampling.prior.num_steps", 4),
     ("demo", {}, "sampling.renderer.choice_temperature", 1.0),
     ("demo", {}, "kmeans.seed", 3),

@@ -117,9 +117,10 @@ TINY = ModelSpec(depth=4, embed_dim=192, num_heads=3, dropout=0.0)  # a short ru
 
 @register
 def demo() -> Recipe:
-    """Rendered shapes at 64 px: the whole pipeline in 6 min 16 s on two CPU cores.
+    """Rendered shapes at 64 px: the whole pipeline in six to eight minutes on two CPU cores with AVX-512.
 
-    Measured: 88% of the class-conditional samples are recognised by a linear classifier, 94% of reconstructions.
+    As many discriminative as VQ tokens, aligned conditioning and guidance (docs/beyond.md). Measured: 95% of the
+    class-conditional samples are recognised by a linear classifier, 94% of reconstructions.
 
     digit fit shapes --recipe demo --out runs/demo
     """
@@ -128,16 +129,19 @@ def demo() -> Recipe:
         | {
             "preprocess": PreprocessConfig(image_size=64, encoder_size=128, random_crop=False),
             "vqgan_start": "vqgan64_shapes",
+            "encoder": replace(SMALL_64["encoder"], layer=-6),  # stride 16: 112 features on 8 x 8
         },
         kmeans=KMeansConfig(num_clusters=512, num_iterations=12),
         codebook_subset=0.1,
         previews=0.05,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
-        prior=TINY,
-        prior_training=cpu_training(1200),
-        renderer=TINY,
-        renderer_training=cpu_training(2200, optimizer="muon"),
-        sampling=SamplingConfig(prior=StageSampling(top_p=0.5), renderer=StageSampling(top_p=0.4)),
+        prior=replace(TINY, label_dropout=0.1, norm="pre"),
+        prior_training=cpu_training(900, optimizer="muon"),
+        renderer=replace(TINY, prefix_dropout=0.1, conditioning="aligned"),
+        renderer_training=cpu_training(1600, optimizer="muon"),
+        sampling=SamplingConfig(
+            prior=StageSampling(top_p=0.5, cfg_scale=2.0), renderer=StageSampling(top_p=0.4, cfg_scale=3.0)
+        ),
     )
 
 
