@@ -116,7 +116,8 @@ def test_one_of_two_is_asked(cfg, tmp_path, hangs):
     """Both end, after a save; or the one that was asked, where the other hangs."""
     words = ["--config", str(cfg), "--out", str(tmp_path), "--prior_training.num_steps", "20000"]
     both = ranks("train", "prior", SHAPES, *words)
-    until((tmp_path / "prior" / "log.jsonl").exists, both[0])
+    log = tmp_path / "prior" / "log.jsonl"
+    until(lambda: log.exists() and '"loss"' in log.read_text(), both[0])  # both have made an update
     if hangs:
         both[0].send_signal(signal.SIGSTOP)
         time.sleep(1.0)
@@ -125,7 +126,8 @@ def test_one_of_two_is_asked(cfg, tmp_path, hangs):
     if hangs:
         return both[0].kill()
     code, text = told(both[0])
-    assert code == 143 and "prior stopped at step" in text and list(tmp_path.glob("prior/checkpoints/step_*"))
+    assert code == 143, text
+    assert "prior stopped at step" in text and list(tmp_path.glob("prior/checkpoints/step_*"))
 
 
 def test_torchrun_reports_the_code(cfg, tmp_path):
