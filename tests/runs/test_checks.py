@@ -283,10 +283,10 @@ def test_guidance_of_a_model_that_is_trained_for_it():
 
 
 def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_said_where_not(caplog):
-    recipe = change(get_recipe("demo"), prior_training__num_steps=100)
+    recipe = change(get_recipe("demo"), prior_training__num_steps=80)
     check(recipe)
-    assert "prior_training.warmup_steps is 120, longer than the training of 100 steps" in caplog.text
-    assert "--prior_training.warmup_steps 10 lets it" in caplog.text
+    assert "prior_training.warmup_steps is 90, longer than the training of 80 steps" in caplog.text
+    assert "--prior_training.warmup_steps 8 lets it" in caplog.text
     with pytest.raises(DigitError, match="never reach its peak"):
         check(recipe, ["prior_training.warmup_steps"])
 
