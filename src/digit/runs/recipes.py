@@ -113,6 +113,9 @@ SMALL_64: dict[str, Any] = dict(
 
 
 TINY = ModelSpec(depth=4, embed_dim=192, num_heads=3, dropout=0.0)  # a short run sees an image once or a few times
+# what docs/beyond.md found to pay: guidance in both stages, pre-norm with Muon, aligned conditioning
+GUIDED_PRIOR = replace(TINY, label_dropout=0.1, norm="pre")
+ALIGNED_RENDERER = replace(TINY, prefix_dropout=0.1, conditioning="aligned")
 
 
 @register
@@ -135,9 +138,9 @@ def demo() -> Recipe:
         codebook_subset=0.1,
         previews=0.05,
         vqgan_training=replace(FINE_TUNING, num_steps=0),
-        prior=replace(TINY, label_dropout=0.1, norm="pre"),
+        prior=GUIDED_PRIOR,
         prior_training=cpu_training(900, optimizer="muon"),
-        renderer=replace(TINY, prefix_dropout=0.1, conditioning="aligned"),
+        renderer=ALIGNED_RENDERER,
         renderer_training=cpu_training(1600, optimizer="muon"),
         sampling=SamplingConfig(
             prior=StageSampling(top_p=0.5, cfg_scale=2.0), renderer=StageSampling(top_p=0.4, cfg_scale=3.0)
@@ -186,9 +189,9 @@ def photos64() -> Recipe:
     return replace(
         small(),
         encoder=replace(small().encoder, layer=-6),  # stride 16: 112 features on 8 x 8
-        prior=replace(TINY, dropout=0.1, label_dropout=0.1, norm="pre"),
+        prior=replace(GUIDED_PRIOR, dropout=0.1),
         prior_training=cpu_training(2000, optimizer="muon"),
-        renderer=replace(TINY, dropout=0.1, prefix_dropout=0.1, conditioning="aligned"),
+        renderer=replace(ALIGNED_RENDERER, dropout=0.1),
         renderer_training=cpu_training(2000, optimizer="muon"),
         sampling=GUIDED,
     )
@@ -261,9 +264,9 @@ def cifar() -> Recipe:
     return replace(
         paper,
         encoder=replace(paper.encoder, layer=-6),  # stride 16: 112 features on 8 x 8
-        prior=replace(TINY, label_dropout=0.1, norm="pre"),
+        prior=GUIDED_PRIOR,
         prior_training=cpu_training(910, optimizer="muon"),
-        renderer=replace(TINY, prefix_dropout=0.1, conditioning="aligned"),
+        renderer=ALIGNED_RENDERER,
         renderer_training=cpu_training(1082, optimizer="muon"),
         sampling=SamplingConfig(
             prior=StageSampling(top_p=0.95, cfg_scale=1.5), renderer=StageSampling(top_p=0.95, cfg_scale=3.0)
