@@ -94,5 +94,5 @@ def planned_seconds(recipe: Recipe, machine: Machine) -> tuple[float, float]:
     """Seconds of `digit fit` on PHOTOGRAPHS pictures: those of everything but prior and renderer, and theirs."""
     planner = Planner(recipe, machine, Order(images=PHOTOGRAPHS, num_classes=CLASSES))
     others = ["codebook", *(["vqgan"] if recipe.has_vqgan else []), "tokens"]
-    fixed = sum(stage_seconds(planner, name) for name in others) + planner.sampling().seconds + planner.report().seconds
+    fixed = sum(stage_seconds(planner, name) for name in others) + planner.ending_seconds
     return fixed, sum(stage_seconds(planner, name) for name in recipe.model_names)

@@ -29,7 +29,7 @@ def planned_seconds(run: Run, names: list[str]) -> dict[str, float]:
             machine = this_machine(run.device)
             planner = Planner(run.recipe, machine, order, warn=False)  # the run has warned
             times = {name: stage_seconds(planner, name) * share_left(run, name) for name in names}
-            times[REPORT] = planner.sampling().seconds + planner.report().seconds
+            times[REPORT] = planner.ending_seconds
             return {name: seconds / machine.free for name, seconds in times.items()}  # beside what runs now
     except Exception:  # an estimate that cannot be made must not end the run
         return {}

@@ -357,6 +357,11 @@ class Planner:
         what += f"{f', {count(more)} more' * bool(more)}, {batch} together, {own.precision}"
         return Stage(name="sampling", what=what, memory=memory, times=times)
 
+    @property
+    def ending_seconds(self) -> float:
+        """Seconds of what `digit fit` does after its last model: samples, pictures and metrics."""
+        return self.sampling().seconds + self.report().seconds
+
     def report(self) -> Stage:
         """Training pictures, samples and other real pictures through the network that judges them, and the decoder."""
         names, images = self.recipe.model_names, self.order.images
