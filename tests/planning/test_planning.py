@@ -19,7 +19,7 @@ from digit.planning.memory import CPU_FRAGMENTATION, LiveMemory, blank_batch, tr
 from digit.planning.report import dollars, notes
 from digit.planning.stages import Order, Planner
 from digit.planning.work import Work
-from digit.runs.recipes import get_recipe
+from digit.runs.recipes import get_recipe, with_settings
 from digit.runs.report import num_judged, num_shown
 from digit.sampling.config import SamplingConfig, StageSampling
 from digit.training.config import TrainConfig
@@ -416,3 +416,14 @@ def test_a_run_straight_to_pixels_plans_no_vq_tokens():
     assert 0.95 < models_flops(Planner(get_recipe("cifar"), CPU, Order(images=1000))) / models_flops(both) < 1.05
     with pytest.raises(DigitError, match="leave out --reuse_vq_tokens"):
         Planner(get_recipe("cifar_pixels"), CPU, Order(images=1000, reuse=frozenset({"vq_tokens"})))
+
+
+def test_windows_cost_a_third():
+    recipe = with_settings(get_recipe("cifar_pixels"), {"preprocess.image_size": 128})
+    windows = with_settings(recipe, {"pixels_training.window": 64, "pixels_training.whole_from": 1.0})
+    half = with_settings(windows, {"pixels_training.whole_from": 0.5})
+    whole, part, mixed = (
+        Planner(each, CPU, Order(images=1000)).work.training_flops("renderer_pixels")
+        for each in (recipe, windows, half)
+    )
+    assert 0.25 < part / whole < 0.4 and mixed == pytest.approx((whole + part) / 2)

@@ -145,16 +145,16 @@ UNUSED = [
     ("demo", {}, "renderer.label_dropout", 0.1),
     ("demo", {}, "encoder.position_interpolation", "hub"),
     ("demo", {}, "prior_training.keep_best", False),
-    ("small", {}, "vqgan_training.perceptual_stages", 2),
-    ("small", {}, "vqgan_training.keep_best", False),
-    ("small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.adversarial_start", 3),
-    ("small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.discriminator_channels", 3),
-    ("small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_weight", 2.0),
-    ("small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_crop", 8),
-    ("small", dict(vqgan_training__restart_below=0.0), "vqgan_training.restart_every", 8),
-    ("small", dict(sampling__prior__temperature=0.0), "sampling.prior.top_p", 0.5),
-    ("small", ONE_STEP, "sampling.renderer.choice_temperature", 1.0),
-    ("small", dict(prior_training__warmup_steps=0), "prior_training.warmup_from", 1e-5),
+    ("paper_small", {}, "vqgan_training.perceptual_stages", 2),
+    ("paper_small", {}, "vqgan_training.keep_best", False),
+    ("paper_small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.adversarial_start", 3),
+    ("paper_small", dict(vqgan_training__adversarial_weight=0.0), "vqgan_training.discriminator_channels", 3),
+    ("paper_small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_weight", 2.0),
+    ("paper_small", dict(vqgan_training__perceptual="none"), "vqgan_training.perceptual_crop", 8),
+    ("paper_small", dict(vqgan_training__restart_below=0.0), "vqgan_training.restart_every", 8),
+    ("paper_small", dict(sampling__prior__temperature=0.0), "sampling.prior.top_p", 0.5),
+    ("paper_small", ONE_STEP, "sampling.renderer.choice_temperature", 1.0),
+    ("paper_small", dict(prior_training__warmup_steps=0), "prior_training.warmup_from", 1e-5),
     ("digit_base", {}, "prior.label_dropout", 0.1),
     ("digit_base", {}, "class_top_k", 100),
     ("digit_base", {}, "masked_steps", 100),
@@ -166,6 +166,7 @@ UNUSED = [
     ("cifar_pixels", {}, "renderer_training.learning_rate", 1e-4),
     ("cifar_pixels", {}, "sampling.renderer.top_p", 0.5),
     ("cifar_pixels", {}, "pixels_training.perceptual_stages", 2),
+    ("cifar_pixels", {}, "pixels_training.whole_from", 0.5),
     ("cifar_pixels", dict(pixels__start="scratch", vqgan_start="scratch"), "vqgan_training.num_steps", 700),
     ("digit_base", KMEANS_PATHS, "preprocess.image_size", 96),
     ("digit_base", {}, "prior.random_order_anneal", (0.2, 0.9)),
@@ -204,7 +205,7 @@ def test_a_setting_of_a_reused_part_is_refused_unless_the_part_was_made_with_it(
 
 
 def test_settings_that_the_run_does_use_are_accepted():
-    masked = change(get_recipe("small"), renderer_kind="masked", sampling__renderer__num_steps=4, seed=7)
+    masked = change(get_recipe("paper_small"), renderer_kind="masked", sampling__renderer__num_steps=4, seed=7)
     check(masked, chosen_settings(masked))
     scratch = change(
         get_recipe("demo"), vqgan_start="scratch", vqgan=VQGANConfig(resolution=64), vqgan_training=GANConfig()
@@ -253,14 +254,14 @@ def test_every_registered_recipe_is_accepted(name):
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(changes, request_, text):
-    recipe = change(get_recipe("small"), **changes)
+    recipe = change(get_recipe("paper_small"), **changes)
     with pytest.raises(DigitError, match=text):
         check(recipe, **request_)
 
 
 def test_fresh_crops_with_one_stored_crop_or_with_tokens_that_are_there():
-    check(change(get_recipe("small"), training_crops="fresh", crops_per_image=1))
-    recipe = change(get_recipe("small"), training_crops="fresh")
+    check(change(get_recipe("paper_small"), training_crops="fresh", crops_per_image=1))
+    recipe = change(get_recipe("paper_small"), training_crops="fresh")
     check(recipe, reuse={part: flat(recipe) for part in ("codebook", "vqgan", "tokens")})
 
 
@@ -274,12 +275,12 @@ def test_updates_of_a_renderer_that_others_of_the_comparison_would_not_take():
     check_own_steps(recipe, [setting, "masked_steps", "vq_only_steps"])
     check_own_steps(recipe, [setting], ["renderer"])
     check_own_steps(change(recipe, masked_steps=None, vq_only_steps=None), [setting])
-    check_own_steps(change(get_recipe("small"), renderer_training__num_steps=500), [setting])
+    check_own_steps(change(get_recipe("paper_small"), renderer_training__num_steps=500), [setting])
 
 
 def test_guidance_of_a_model_that_is_trained_for_it():
-    check(change(get_recipe("small"), sampling__prior__cfg_scale=2.0, prior__label_dropout=0.1))
-    check(change(get_recipe("small"), sampling__renderer__cfg_scale=2.0, renderer__prefix_dropout=0.1))
+    check(change(get_recipe("paper_small"), sampling__prior__cfg_scale=2.0, prior__label_dropout=0.1))
+    check(change(get_recipe("paper_small"), sampling__renderer__cfg_scale=2.0, renderer__prefix_dropout=0.1))
 
 
 def test_a_warmup_longer_than_the_training_is_refused_where_it_was_chosen_and_said_where_not(caplog):
@@ -310,7 +311,7 @@ def test_a_published_tokenizer_is_fetched_first():
 
 @pytest.mark.parametrize(("size", "resolution"), [(64, 64), (128, 128), (256, 256), (100, 64), (32, 64)])
 def test_a_carried_vqgan_takes_larger_crops_of_whole_tokens(size, resolution):
-    recipe = change(get_recipe("small"), preprocess__image_size=size)
+    recipe = change(get_recipe("paper_small"), preprocess__image_size=size)
     assert vqgan_config(recipe).resolution == resolution
 
 
@@ -412,3 +413,11 @@ def test_a_part_that_the_setting_decides_is_made_again(capsys, settings, tmp_pat
     assert "kmeans.num_clusters was 12, now 11. Made anew: codebook (kmeans.num_clusters)" in said
     sizes = [load_quantizer(folder / "codebook").vocab_size for folder in (out, out / "earlier" / "1")]
     assert sizes == [11, 12] and math.prod(tiny_recipe().vqgan.grid) == 16
+
+
+@pytest.mark.parametrize(("window", "training"), [(64, "pixels"), (36, "pixels"), (96, "vqgan")])
+def test_windows_that_are_no_part_of_the_images(window, training):
+    recipe = change(get_recipe("small" if training == "pixels" else "paper_small"))
+    with pytest.raises(DigitError, match=rf"{training}_training.window is {window}: it must be below the 64 px"):
+        check(change(recipe, **{f"{training}_training__window": window}))
+    check(change(recipe, **{f"{training}_training__window": 32}))

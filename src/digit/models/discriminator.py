@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+SMALLEST_SIDE = 16  # pixels: three layers leave two a side, and the last convolution needs those
+
 
 class PatchDiscriminator(nn.Module):
     """Stride-2 4x4 convolutions with spectral norm, then one score per patch.

@@ -197,10 +197,16 @@ class PixelRenderer(SequenceModel):
         return x
 
     def render(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
+        self,
+        prefix: Int64[Tensor, "B P"],
+        noise: Float[Tensor, "B N n"] | None = None,
+        *,
+        cells: tuple[slice, slice] | None = None,
     ) -> Float[Tensor, "B 3 S S"]:
-        """Images of discriminative tokens, nominally in [0, 1]."""
-        return self.decoder(self.latent(prefix, noise))
+        """Images of discriminative tokens, nominally in [0, 1]; or of a window of the decoder's input (z, h, w) alone,
+        rows and columns `cells`. All tokens are read for either."""
+        z = self.latent(prefix, noise)
+        return self.decoder(z if cells is None else z[..., *cells])
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # it has no target
         self, prefix: Integers, noise: Float[Tensor, "B N n"] | None = None

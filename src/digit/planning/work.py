@@ -151,7 +151,15 @@ class Work:
     @cached_property
     def vqgan_training_flops(self) -> float:
         """FLOPs per training image: forward and backward (three forwards), perceptual loss and discriminator."""
-        return 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops) + self._loss_flops(self.recipe.vqgan_training)
+        cfg = self.recipe.vqgan_training
+        networks = 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops)
+        return networks * self._decoded_share(cfg) + self._loss_flops(cfg)
+
+    def _decoded_share(self, cfg: AdversarialConfig) -> float:
+        """Share of all pixels that the steps of a training decode: less than 1 where most decode windows."""
+        side = self.vqgan.resolution
+        windowed = cfg.whole_from if 0 < cfg.window < side else 0.0
+        return 1 - windowed * (1 - (cfg.window / side) ** 2)
 
     def _loss_flops(self, cfg: AdversarialConfig) -> float:
         """FLOPs per training image of the perceptual loss and the discriminator."""
@@ -168,7 +176,7 @@ class Work:
                 "convolutions",
             )
             share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
-            total += 8 * discriminator.flops * share  # its training on two images (6), the generator's gradient (2)
+            total += 8 * discriminator.flops * share * self._decoded_share(cfg)  # its training on two images (6), the generator's gradient (2)
         return total
 
     def sequence(self, name: str) -> SequenceConfig:
@@ -187,7 +195,8 @@ class Work:
     def training_flops(self, name: str) -> float:
         """Of one training image of one of ROLES."""
         if get_role(name).kind == "pixels":
-            return 3.0 * self.pixel_renderer.flops + self._loss_flops(self.recipe.pixels_training)
+            cfg = self.recipe.pixels_training
+            return 3.0 * self.pixel_renderer.flops * self._decoded_share(cfg) + self._loss_flops(cfg)
         training = self.recipe.training(get_role(name))
         assert isinstance(training, TrainConfig)
         return image_flops(self.sequence(name), training, self.code_dim(name))

@@ -77,6 +77,7 @@ def check_recipe(
     check_sizes(recipe, resolution, num_classes)
     check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
+    check_windows(recipe, parts)
     for name in recipe.model_names:
         check_robustness(recipe, name)
     check_warmup(recipe, chosen, warn=warn)
@@ -166,6 +167,7 @@ def unused_by_losses(cfg: AdversarialConfig, seed: int) -> list[Rule]:
     adversarial = "adversarial_weight is 0: set it above 0"
     return [
         (cfg.seed != seed, "seed", "set the run's one seed"),
+        (cfg.window == 0, "whole_from", "window is 0, so every step sees whole images: set window"),
         (cfg.perceptual == "none" or cfg.perceptual_weight == 0, perceptual, "it has no perceptual loss: set one"),
         (cfg.perceptual == "encoder", "perceptual_stages", "perceptual encoder has no stages: set vgg"),
         (cfg.adversarial_weight == 0, "(adversarial_(start|ramp)|discriminator_.*)", adversarial),
@@ -374,6 +376,19 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
             raise DigitError(
                 f"{name}_training.batch_size {batch_size} does not split into {number} equal micro-batches "
                 f"({num_processes} processes x accumulate): give a multiple"
+            )
+
+
+def check_windows(recipe: Recipe, reuse: Iterable[str]) -> None:
+    """Raise DigitError where a training decodes windows that are no part of its images, or cut through their cells."""
+    vqgan = vqgan_config(recipe)
+    trained = {"pixels": recipe.pixels_training} if recipe.renderer_kind == "pixels" else {}
+    trained |= {"vqgan": recipe.vqgan_training} if recipe.has_vqgan and "vqgan" not in reuse else {}
+    for name, cfg in trained.items():
+        if cfg.num_steps and cfg.window and (cfg.window >= vqgan.resolution or cfg.window % vqgan.reduction):
+            raise DigitError(
+                f"{name}_training.window is {cfg.window}: it must be below the {vqgan.resolution} px of the images and "
+                f"a multiple of {vqgan.reduction}, the pixels per token; 0 decodes whole images"
             )
 
 

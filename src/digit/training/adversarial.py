@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from digit.errors import DigitError
-from digit.models.discriminator import PatchDiscriminator
+from digit.models.discriminator import SMALLEST_SIDE, PatchDiscriminator
 from digit.models.memory_format import channels_last
 from digit.models.perceptual import load_perceptual
 from digit.runtime import distributed
@@ -64,6 +64,12 @@ class AdversarialConfig(LoopConfig):
     """Weight of the perceptual distance."""
     perceptual_stages: int = within("[1, 5]", 3)
     """Stages of the perceptual network that are compared, 1 to 5."""
+    window: int = within("[0, inf)", 0)
+    """Side in pixels of the random window of the images that a step decodes and compares, a multiple of the pixels per
+    token; 0 = whole images. At half the side a step takes a third of the time."""
+    whole_from: float = within("[0, 1]", 0.8)
+    """With window: share of the updates after which whole images are decoded, because a norm over a window differs from
+    that over an image."""
     perceptual_crop: int = within("[0, inf)", 32)
     """Side in pixels of the random window that the perceptual network sees in a step; 0 = the whole image (4 times
     slower at 64 px)."""
@@ -92,10 +98,21 @@ class AdversarialConfig(LoopConfig):
             joins = not self.adversarial_weight or self.adversarial_start < num_steps
             never = f"below num_steps {num_steps}, or adversarial_weight 0 for a training without discriminator"
             self.require(joins, "adversarial_start", never)
+        large = not self.window or not self.adversarial_weight or self.window >= SMALLEST_SIDE
+        self.require(large, "window", f"0 or at least the {SMALLEST_SIDE} px that the discriminator needs")
 
     @property
     def may_grow(self) -> bool:
         return False  # the cosine ends at num_steps
+
+    def window_at(self, step: int, side: int) -> int:
+        """Side in pixels of the window that a step decodes, of images of `side` pixels."""
+        windowed = 0 < self.window < side and step < self.whole_from * self.num_steps
+        return self.window if windowed else side
+
+    def require_cells(self, reduction: int) -> None:
+        """Raise DigitError for a window that is not made of whole cells of `reduction` pixels."""
+        self.require(not self.window % reduction, "window", f"a multiple of {reduction}, the pixels per token")
 
 
 def hinge_loss(real: Float[Tensor, ...], fake: Float[Tensor, ...]) -> Float[Tensor, ""]:
@@ -121,6 +138,7 @@ class AdversarialTrainer(ABC):
 
     Args:
         network: what is trained, in channels-last order; its name in checkpoints is `name`.
+        reduction: pixels a side of a cell of the decoder's input.
         weights: those of its parameters that the optimizer updates.
         last: the weights of the layer that gives the image, for the adaptive weight of the adversarial loss.
         perceptual: `perceptual(image, target) -> (B,)` in place of the network that `cfg.perceptual` names; required
@@ -136,6 +154,7 @@ class AdversarialTrainer(ABC):
         network: nn.Module,
         cfg: AdversarialConfig,
         *,
+        reduction: int,
         weights: Iterable[nn.Parameter],
         last: Tensor,
         perceptual: nn.Module | None,
@@ -145,7 +164,8 @@ class AdversarialTrainer(ABC):
             raise DigitError(
                 f"batch_size {cfg.batch_size} of the {self.title} cannot be split into {parts}: choose a multiple"
             )
-        self.cfg, self.last = cfg, last
+        cfg.require_cells(reduction)
+        self.cfg, self.last, self.reduction = cfg, last, reduction
         self.network = network.train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
@@ -201,7 +221,8 @@ class AdversarialTrainer(ABC):
     ) -> tuple[Tensor, Tensor | None, Metrics]:
         """Reconstruction (B, 3, S, S) float32, a loss of the network's own or None, and metrics.
 
-        `images` are float in [0, 1], and `given` is what else is in the batch.
+        `images` are float in [0, 1], and `given` is what else is in the batch. In a step that decodes windows, `images`
+        are those, and given["cells"] is their place in the decoder's input, as two slices.
         """
 
     def update(self, step: int) -> Metrics:
@@ -212,6 +233,9 @@ class AdversarialTrainer(ABC):
         set_lr(self.discriminator_optimizer, cosine(step, cfg.discriminator_learning_rate, **schedule))
         batch = self.batch(step)
         images = batch.pop("images").to(self.device)
+        if (window := cfg.window_at(step, images.shape[-1])) < images.shape[-1]:
+            batch["cells"] = random_window(images.shape[-1] // self.reduction, window // self.reduction, generator)
+            images = images[..., *(scaled(cells, self.reduction) for cells in batch["cells"])]
         images = images.contiguous(memory_format=torch.channels_last).float() / 255
         fakes, metrics = self.update_network(images, step, generator, **batch)
         if self.is_adversarial(step):
@@ -295,6 +319,11 @@ def random_window(side: int, window: int, generator: torch.Generator) -> tuple[s
     window = min(window, side) or side
     top, left = torch.randint(side - window + 1, (2,), generator=generator).tolist()
     return slice(top, top + window), slice(left, left + window)
+
+
+def scaled(cells: slice, factor: int) -> slice:
+    """A range of cells in pixels."""
+    return slice(cells.start * factor, cells.stop * factor)
 
 
 def image_psnr(output: Float[Tensor, "B 3 S S"], images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, " B"]:

@@ -42,7 +42,8 @@ class PixelTrainer(AdversarialTrainer):
     ) -> None:
         self.renderer, self.batches = channels_last(renderer), batches  # may replace the parameters
         weights, last = renderer.parameters(), renderer.decoder.conv_out.weight
-        super().__init__(renderer, cfg, weights=weights, last=last, perceptual=perceptual)
+        reduction = renderer.cfg.decoder.reduction
+        super().__init__(renderer, cfg, reduction=reduction, weights=weights, last=last, perceptual=perceptual)
 
     def batch(self, step: int) -> dict[str, Any]:
         size = self.cfg.batch_size // distributed.world_size()
@@ -60,9 +61,8 @@ class PixelTrainer(AdversarialTrainer):
             name: rows[first : first + len(prefix)] for name, rows in self.renderer.noise(whole, generator).items()
         }
         with self.autocast():
-            output = self.renderer.render(
-                prefix.to(self.device), **{name: rows.to(self.device) for name, rows in noise.items()}
-            )
+            noise = {name: rows.to(self.device) for name, rows in noise.items()}
+            output = self.renderer.render(prefix.to(self.device), **noise, cells=given.get("cells"))
         return output.float(), None, {}
 
 

@@ -78,7 +78,8 @@ class VQGANTrainer(AdversarialTrainer):
         self.vqgan, self.batches, self.warned = channels_last(vqgan), batches, False
         self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
         weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
-        super().__init__(vqgan, cfg, weights=weights, last=vqgan.decoder.conv_out.weight, perceptual=perceptual)
+        last, reduction = vqgan.decoder.conv_out.weight, vqgan.cfg.reduction
+        super().__init__(vqgan, cfg, reduction=reduction, weights=weights, last=last, perceptual=perceptual)
 
     @property
     def objects(self) -> dict[str, Any]:
