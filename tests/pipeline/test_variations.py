@@ -6,7 +6,7 @@ from studio_toys import studio_pipeline
 from toy_pipeline import toy_pipeline
 
 from digit.errors import DigitError
-from digit.pipeline.variations import cell_ranks, interpolate, kept_by_rank, vary
+from digit.pipeline.variations import cell_ranks, interpolate, kept_by_rank, usual_share, vary
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,17 @@ def test_where_nothing_would_vary_is_refused(pipe, images):
     with pytest.raises(DigitError, match="VQ-only, .*give keep_vq"):
         vary(vq_only, picture)
     assert vary(vq_only, picture, keep_vq=0.5, num=2).shape == (2, 3, 16, 16)
+
+
+def test_a_renderer_that_draws_equal_tokens_equally_keeps_half_of_them():
+    fixed, noisy = studio_pipeline("pixels", noise_channels=0), studio_pipeline("pixels")
+    assert usual_share(fixed) == 0.5 and usual_share(noisy) == usual_share(toy_pipeline()) == 1
+    pictures = fixed.generate(1, seed=3)
+    found = vary(fixed, pictures, num=3, seed=5)
+    assert torch.equal(found, vary(fixed, pictures, num=3, seed=5, keep_discriminative=0.5))
+    assert len(found.flatten(1).unique(dim=0)) == 3
+    with pytest.raises(DigitError, match="one picture for the same tokens: give keep_discriminative below 1"):
+        vary(fixed, pictures, keep_discriminative=1.0)
 
 
 def test_between_begins_and_ends_with_the_own_tokens(pipe, images):

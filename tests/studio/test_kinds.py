@@ -10,6 +10,7 @@ from digit.data.shapes import ShapesSource
 from digit.pipeline.cells import fill_cells
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.variations import vary
 from digit.studio.app import Studio, make_app
 from digit.studio.folders import Folder
 from digit.studio.model import Model
@@ -88,8 +89,21 @@ def test_variations_differ_by_the_renderers_noise(client):
     assert first["tokens"] == second["tokens"] and first["image"] != second["image"]
 
 
-def test_without_noise_the_page_offers_no_variations():
-    assert not Model(studio_pipeline("pixels", noise_channels=0), "toy").about()["varies"]
+def test_without_noise_variations_keep_half_of_the_tokens():
+    model = Model(studio_pipeline("pixels", noise_channels=0), "toy")
+    about = model.about()
+    assert not about["varies"] and about["kept_by_variations"] == 0.5
+    for client in client_of(model.pipe, ShapesSource(num=60, size=SIZE)):
+        url = events(client.post("/api/draw", json={"num": 1, "seed": 5})).only("picture")[0]["image"]
+        found = events(client.post("/api/vary", json={"picture": url, "num": 2, "seed": 7}))
+        pictures, own = found.only("picture"), model.pipe.tokenizer.encode(pixels(url)[None])
+        expected = vary(model.pipe, pixels(url)[None], num=2, seed=7, batch_size=16)
+        assert torch.equal(torch.stack([pixels(p["image"]) for p in pictures]), expected)
+        for picture in pictures:
+            same = (torch.tensor(picture["tokens"]["discriminative"]) == own[0]).float().mean()
+            assert 0.5 <= same < 1 and picture["seed"] == 7 + picture["index"]
+        command = found.only("start")[0]["commands"]["shell"]
+        assert command.startswith("digit vary picture.png --from toy --each 2 --seed 7")
 
 
 def test_tokens_swaps_noise_and_colours(client, pipe):

@@ -402,11 +402,14 @@ def test_a_renderer_straight_to_pixels(browser):
         page.page.wait_for_selector("text=This studio has no folder of runs")
 
 
-def test_a_renderer_without_noise_says_that_nothing_varies(browser):
+def test_a_renderer_without_noise_varies_half_of_the_tokens(browser):
     for page in opened_on(browser, "pixels", noise_channels=0):
+        page.draw(1)
         page.open("complete")
-        page.page.wait_for_selector("text=There are no variations: this renderer draws equal tokens equally")
-        assert page.button("Variations").count() == 0
+        page.page.wait_for_selector("text=Variations keep 50% of the discriminative tokens and sample the others")
+        page.page.wait_for_selector(".cells button")
+        page.button("Variations").click()
+        page.page.wait_for_selector("img[alt='variation 4']")
 
 
 def test_a_masked_renderer_has_steps_and_an_order(browser):

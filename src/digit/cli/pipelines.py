@@ -14,6 +14,7 @@ from digit.cli.arguments import (
     add_reading,
     command,
     load_pipeline,
+    note,
     open_data,
     parse,
     parse_labels,
@@ -214,8 +215,9 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     """Sample pictures that are like given ones, or that lie between two.
 
     Discriminative tokens say what is where, VQ tokens what it looks like. By default all of the first are kept and
-    the looks are sampled again; --keep_discriminative 0 --keep_vq 0.5 is the reverse. --toward mixes the encoder's
-    features of two pictures, cell by cell: what stands at other places fades, and does not move.
+    the looks are sampled again; --keep_discriminative 0 --keep_vq 0.5 is the reverse. A renderer straight to pixels has
+    no VQ tokens: half of the discriminative ones are kept then. --toward mixes the encoder's features of two pictures,
+    cell by cell: what stands at other places fades, and does not move.
     """
     parser.add_argument("images", help=DATA_HELP + "; or one image file")
     parser.add_argument("--split", default=None, help=PICTURES_SPLIT_HELP)
@@ -224,14 +226,16 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--each", type=int, default=4, help="variations of each picture")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures, spread evenly over DATA")
     parser.add_argument(
-        "--keep_discriminative", type=float, default=1.0, help="share of the discriminative tokens that is kept, 0 to 1"
+        "--keep_discriminative", type=float, default=None,
+        help="share of the discriminative tokens that is kept, 0 to 1 (default: 1; 0.5 where equal ones give equal "
+        "pictures)",
     )
     parser.add_argument("--keep_vq", type=float, default=0.0, help="share of the VQ tokens that is kept, 0 to below 1")
     parser.add_argument("--labels", default=None, help=LABELS_HELP)
     parser.add_argument("--toward", default=None, help="another picture: sample what lies between the two")
     parser.add_argument("--steps", type=int, default=7, help="with --toward: pictures, both ends included")
     args = parse(parser, argv)
-    from digit.pipeline.variations import interpolate, vary
+    from digit.pipeline.variations import interpolate, usual_share, vary
     from digit.runs.pictures import VARIATIONS, load_images, open_images, require_free, write_between, write_variations
 
     out = as_path(args.out)
@@ -246,7 +250,10 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
         changed = (found.tokens[0] != found.tokens[-1]).sum()
         say(f"{len(found.images)} pictures in {out}; {changed} of {found.tokens.shape[1]} tokens change on the way")
         return
-    shares = {"keep_discriminative": args.keep_discriminative, "keep_vq": args.keep_vq}
+    kept = usual_share(pipe) if args.keep_discriminative is None else args.keep_discriminative
+    if args.keep_discriminative is None and kept < 1:
+        note(f"{kept:g} of each picture's discriminative tokens are kept: this renderer draws equal ones equally")
+    shares = {"keep_discriminative": kept, "keep_vq": args.keep_vq}
     done = vary(
         pipe,
         images,

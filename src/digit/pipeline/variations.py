@@ -1,12 +1,13 @@
 """Pictures that are like given ones: some tokens are kept and the others sampled again; and pictures between two.
 
 Discriminative tokens say what is where, VQ tokens what it looks like. Pixels come from the VQ tokens alone: where all
-of them are kept, nothing varies.
+of them are kept, nothing varies. A renderer straight to pixels draws equal discriminative tokens equally, unless it
+takes noise: there a part of them is sampled again.
 
 Shapes: B pictures, N discriminative tokens, D features, S pixels a side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,26 +20,46 @@ from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
 from digit.models.tokenizer import levels_of
 from digit.pipeline.around import Grid, spread
+from digit.pipeline.batch import SampleBatch
 from digit.pipeline.generation import GenerationRequest
 from digit.pipeline.labels import Labels
 from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.steps import OnStep
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.filters import image_uniforms
 
 
+KEPT_BY_PIXELS = 0.5  # of the discriminative tokens, where equal ones give equal pictures
+
+
+def usual_share(pipe: DigitPipeline) -> float:
+    """Share of the discriminative tokens that a variation keeps if nobody says: 1, or KEPT_BY_PIXELS where a renderer
+    straight to pixels without noise draws equal tokens equally."""
+    fixed = pipe.renders_pixels and not getattr(pipe.renderer and pipe.renderer.cfg, "noise_channels", 0)
+    return KEPT_BY_PIXELS if fixed else 1.0
+
+
+def vary(pipe: DigitPipeline, images: Images, **how: Any) -> UInt8[Tensor, "B 3 S S"]:
+    """`num` variations of each picture, one picture's after the other's: (B num, 3, S, S) uint8. Takes what `varied`
+    takes, and raises what it raises."""
+    none = torch.empty(0, 3, *[pipe.image_size] * 2, dtype=torch.uint8)
+    return torch.cat([none, *(batch.images for batch in varied(pipe, images, **how))])
+
+
 @torch.no_grad()
-def vary(
+def varied(
     pipe: DigitPipeline,
     images: Images,
     *,
     num: int = 4,
     seed: int = 0,
     labels: Labels | None = None,
-    keep_discriminative: float = 1.0,
+    keep_discriminative: float | None = None,
     keep_vq: float = 0.0,
+    on_step: OnStep | None = None,
     **sampling: Any,
-) -> UInt8[Tensor, "B 3 S S"]:
-    """`num` variations of each picture, one picture's after the other's: (B num, 3, S, S) uint8.
+) -> Iterator[SampleBatch]:
+    """Variations as `vary` returns them, in batches with their tokens.
 
     The defaults keep what is where (all discriminative tokens) and sample what it looks like. The reverse is
     `keep_discriminative=0, keep_vq=0.5`: half of the looks stay, and the prior says anew what is there.
@@ -50,11 +71,14 @@ def vary(
             likely. Not used where all discriminative tokens are kept.
         keep_discriminative, keep_vq: share of the tokens of each kind that is kept, 0 to 1, in cells that are chosen
             at random for each variation. One order of cells serves both kinds, so that equal shares keep equal places.
+            keep_discriminative None is `usual_share`.
+        on_step: called with the stage and its unfinished tokens, as in `DigitPipeline.sample_request`.
         sampling: as in `DigitPipeline.stream`.
 
     Raises DigitError where nothing would vary: all VQ tokens kept, or a renderer straight to pixels without noise and
     all discriminative tokens kept; and where a kind of tokens is missing.
     """
+    keep_discriminative = usual_share(pipe) if keep_discriminative is None else keep_discriminative
     shares = {"discriminative": keep_discriminative, "vq": keep_vq}
     for kind, share in shares.items():
         if not 0 <= as_number(f"keep_{kind}", share) <= 1:
@@ -76,8 +100,7 @@ def vary(
         kept = kept_by_rank(rank, shares[kind], tokenizer.grid)
         tokens[f"keep_{kind}"] = kept.repeat_interleave(levels_of(tokenizer), 1)  # all tokens of a cell
     request = replace(request, **tokens)
-    batches = pipe.sample_request(request, pipe.sized(pipe.settings(**sampling)))
-    return torch.cat([torch.empty(0, 3, *[pipe.image_size] * 2, dtype=torch.uint8), *(b.images for b in batches)])
+    return pipe.sample_request(request, pipe.sized(pipe.settings(**sampling)), on_step=on_step)
 
 
 def _require_variation(pipe: DigitPipeline, shares: dict[str, float]) -> None:

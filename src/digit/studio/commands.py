@@ -95,6 +95,17 @@ def render(run: str, *, seed: int, changes: Mapping[str, Any], batch_size: int) 
     return {"python": f"{opening(run)}image = pipe.render(tokens, {given})  # tokens: (1, N) integers"}
 
 
+def vary(run: str, *, num: int, seed: int, changes: Mapping[str, Any], batch_size: int) -> dict[str, str]:
+    """Variations of a picture, by `digit vary` and in Python."""
+    given = f"num={num}, seed={seed}{keywords(changes, batch_size)}"
+    python = (
+        f"{opening(run)}from PIL import Image\nfrom digit.pipeline.variations import vary\n"
+        f'images = vary(pipe, [Image.open("picture.png")], {given})  # ({num}, 3, H, W) uint8'
+    )
+    words = ["digit", "vary", "picture.png", "--from", run, "--each", str(num), "--seed", str(seed)]
+    return {"shell": shlex.join([*words, *options(changes, batch_size), "--out", "varied"]), "python": python}
+
+
 def stability(run: str, data: str, snr: float, seed: int, tokenizers: Sequence[str]) -> dict[str, str]:
     """The whole curve by `digit stability`, and one strength of noise in Python."""
     name = "tokenizer" if "discriminative" in tokenizers else "vq"

@@ -19,6 +19,7 @@ from digit.pipeline.cells import cell_grid, code_vectors, fill_cells, token_grid
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
+from digit.pipeline.variations import usual_share, varied
 from digit.runtime.files import sha256_tensors
 from digit.runtime.plots import code_colours
 from digit.runtime.version import __version__
@@ -109,8 +110,7 @@ class Model:
     @property
     def varies(self) -> bool:
         """Whether equal discriminative tokens give another picture with another seed."""
-        renderer = self.pipe.renderer
-        return renderer is not None and getattr(renderer.cfg, "noise_channels", 1) > 0
+        return self.pipe.renderer is not None and usual_share(self.pipe) == 1
 
     def can_guide(self, stage: str) -> bool:
         """Whether a stage was trained for guidance."""
@@ -148,6 +148,7 @@ class Model:
             "kinds": kinds,
             "pixels": pipe.renders_pixels,
             "varies": self.varies,
+            "kept_by_variations": usual_share(pipe),
             "millions": millions,
             "settings": self.taken,
             "choices": self.choices(),
@@ -302,12 +303,33 @@ class Model:
             )  # fmt: skip
 
     def vary(self, job: Job, request: Variations) -> None:
-        """The picture rendered again from its discriminative tokens, with other seeds."""
+        """The picture rendered again from its discriminative tokens, with other seeds; from half of them and others
+        that the prior samples, where equal tokens give equal pictures."""
         self.pipe.require("tokenizer", "renderer")
         assert self.pipe.tokenizer is not None
         image = read_data_url(request.picture, self.pipe.image_size)
+        if not self.varies:
+            self._vary_half(job, image, request)
+            return
         tokens = self.pipe.tokenizer.encode(image[None]).expand(request.num, -1)
         self._render(job, tokens, request.seed, request, "variation")
+
+    def _vary_half(self, job: Job, image: Tensor, request: Variations) -> None:
+        lines = commands.vary(
+            self.name, num=request.num, seed=request.seed, changes=self.changes(request), batch_size=self.batch_size
+        )
+        job.emit("start", num=request.num, seed=request.seed, commands=lines)
+        how: dict[str, Any] = {"num": request.num, "seed": request.seed, "on_step": self.watch(job, growing=False)}
+        for batch in varied(self.pipe, image[None], **how, **self.sampling(request)):
+            tokens = batch.tokens["discriminative"]
+            for row, picture in enumerate(batch.images):
+                index = batch.first + row
+                about = {"kind": "variation", "seed": request.seed + index, "tokens": tokens[row].tolist()}
+                job.emit(
+                    "picture", index=index, seed=request.seed + index,
+                    image=self.picture(picture, about | self.resolved(request)),
+                    tokens={"discriminative": tokens[row].tolist()},
+                )  # fmt: skip
 
     def render(self, job: Job, request: Render) -> None:
         """A picture of given discriminative tokens."""
