@@ -225,7 +225,7 @@ def works(base: Path, sizes: Sizes) -> dict[str, Work]:
     start_data, data, fitted_data = (
         f"shapes:num={num},size=32" for num in (sizes.start_images, sizes.images, sizes.fitted)
     )
-    run, settings = base / "run", ["--recipe", "small", "--config", str(base / "tiny.yaml")]
+    run, settings = base / "run", ["--recipe", "paper_small", "--config", str(base / "tiny.yaml")]
     reuse = {part: [f"--reuse_{part}", str(run / part)] for part in ("codebook", "vqgan", "tokens")}
     parts = reuse["codebook"] + reuse["vqgan"]
     training = options("prior_training", num_steps=sizes.steps, save_every=sizes.save_every)

@@ -137,7 +137,7 @@ def test_mistakes_say_what_to_do(weights, fields, complaint):
 
 
 def test_settings_that_a_run_would_not_use_are_refused():
-    recipe = get_recipe("small")
+    recipe = get_recipe("paper_small")
     both = replace(recipe, encoder=replace(recipe.encoder, layers=(-3, -6)))
     with pytest.raises(DigitError, match=r"encoder\.layer is -3.*leave one of both out"):
         refuse_unused(both, ["encoder.layer"], unused_settings(both))

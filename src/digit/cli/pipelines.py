@@ -226,7 +226,9 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("--each", type=int, default=4, help="variations of each picture")
     parser.add_argument("--num", type=int, default=8, help="at most this many pictures, spread evenly over DATA")
     parser.add_argument(
-        "--keep_discriminative", type=float, default=None,
+        "--keep_discriminative",
+        type=float,
+        default=None,
         help="share of the discriminative tokens that is kept, 0 to 1 (default: 1; 0.5 where equal ones give equal "
         "pictures)",
     )

@@ -28,7 +28,6 @@ from digit.pipeline.steps import OnStep
 from digit.runtime.scalars import as_int, as_number
 from digit.sampling.filters import image_uniforms
 
-
 KEPT_BY_PIXELS = 0.5  # of the discriminative tokens, where equal ones give equal pictures
 
 

@@ -176,7 +176,9 @@ class Work:
                 "convolutions",
             )
             share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
-            total += 8 * discriminator.flops * share * self._decoded_share(cfg)  # its training on two images (6), the generator's gradient (2)
+            total += (
+                8 * discriminator.flops * share * self._decoded_share(cfg)
+            )  # its training on two images (6), the generator's gradient (2)
         return total
 
     def sequence(self, name: str) -> SequenceConfig:
