@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import tiny_recipe
+from tiny import pixel_recipe
 
 from digit.cli import COMMANDS, main
 
@@ -99,7 +99,7 @@ def test_every_room_has_a_page_of_reference(site):
 
 
 SHORTER = {  # what a command of the tutorial gets besides, so that it takes seconds
-    "fit": ["--config", "tiny.yaml", "--renderer.depth", "1", "--renderer_training.num_steps", "4"],
+    "fit": ["--config", "tiny.yaml", "--prior.depth", "1"],
     "pretrain": [
         "--depth",
         "2",
@@ -118,6 +118,15 @@ SHORTER = {  # what a command of the tutorial gets besides, so that it takes sec
 }
 
 
+OF_VQ_TOKENS, OF_PIXELS = ("renderer", "renderer_training"), ("pixels", "pixels_training")
+
+
+def write_recipe(path: Path, kind: str, without: tuple[str, ...]) -> None:
+    """A tiny recipe with a renderer of one kind, without the settings of the other, which would be refused."""
+    settings = json.loads(json.dumps(asdict(pixel_recipe(renderer_kind=kind))))
+    path.write_text(yaml.safe_dump({name: value for name, value in settings.items() if name not in without}))
+
+
 @pytest.mark.slow
 def test_the_tutorial_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,9 +136,12 @@ def test_the_tutorial_runs(tmp_path, monkeypatch):
         for i in range(12):
             picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8))
             picture.save(tmp_path / "photos" / name / f"{i}.jpg")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(tiny_recipe())))))
+    write_recipe(tmp_path / "tiny.yaml", "pixels", without=OF_VQ_TOKENS)
+    write_recipe(tmp_path / "tiny_vq.yaml", "ar", without=OF_PIXELS)
     for argv in commands(ROOT / "docs" / "own-pictures.md"):
         more = list(SHORTER.get(argv[0], []))
+        more = [word.replace("tiny", "tiny_vq") for word in more] if "--renderer_kind" in argv else more
+        more += [word for option in argv if option.endswith(".num_steps") for word in (option, "4")]
         for option in ("--encoder.name", "--encoder.input_size"):  # said again after the tiny recipe
             if option in argv:
                 more += [option, argv[argv.index(option) + 1]]
