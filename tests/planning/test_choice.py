@@ -31,7 +31,7 @@ def test_two_slow_cores_get_128_px_within_an_hour():
     assert found.recipe == get_recipe("photos128")
     said = str(found)
     assert (
-        "recipe photos128 for this machine, a CPU: 128 px, 2,000 updates of the prior and 3,000 of the renderer, about"
+        "recipe photos128 for this machine, a CPU: 128 px, 3,000 updates of the prior and 2,400 of the renderer, about"
         in said
     )
     assert "--recipe photos64" in said and "--more 2x" in said and "\n" not in said
@@ -49,8 +49,8 @@ def test_a_machine_that_is_busy_now_gets_the_same_recipe_and_is_told(capsys, mon
 def test_slower_ones_get_64_px_and_faster_ones_more_updates():
     assert choose_photos(cpu(1e11)).recipe.name == "photos64"
     fast = choose_photos(cpu(4e12, cores=16)).recipe
-    assert fast.name == "photos128" and fast.prior_training.num_steps == 4 * 2000
-    assert fast.pixels_training.num_steps == 4 * 3000
+    assert fast.name == "photos128" and fast.prior_training.num_steps == 4 * 3000
+    assert fast.renderer_training.num_steps == 4 * 2400
 
 
 def test_a_gpu_of_24_gb_gets_256_px():

@@ -212,21 +212,24 @@ def photos64() -> Recipe:
 
 @register
 def photos128() -> Recipe:
-    """A folder of photographs at 128 px for two slow CPU cores: by plan 26 minutes for 3,000 of them.
+    """A folder of photographs at 128 px for two slow CPU cores: by plan 40 minutes for 3,000 of them.
 
-    The third-to-last layer, as in the paper, of an encoder that sees 256 px: 8 x 8 tokens of 192 features. Straight to
-    pixels as photos64; most updates decode windows of 64 px.
+    8 x 8 discriminative and 16 x 16 VQ tokens: the carried VQGAN is convolutional, and its tuning goes on at 128 px.
+    Aligned conditioning, guidance in both stages. Measured on 2,640 photographs of groceries, 81 classes
+    (docs/results.md), 74 minutes on one core: 45% of the samples are recognised, 57% of reconstructions (21.9 dB), 88%
+    of real ones. Straight to pixels as in photos64 it was worse at this size.
 
     digit fit photos/ --recipe photos128 --out runs/photos
     """
     recipe = photos64()
     return replace(
         recipe,
-        preprocess=replace(recipe.preprocess, image_size=128, encoder_size=256),
-        encoder=replace(recipe.encoder, layer=-3, input_size=256),
+        preprocess=replace(recipe.preprocess, image_size=128),
         crops_per_image=6,
-        prior_training=cpu_training(2000, optimizer="muon"),
-        pixels_training=replace(PIXELS_64, num_steps=3000, adversarial_start=750, window=64, whole_from=0.9),
+        vqgan_training=replace(FINE_TUNING, num_steps=1800, batch_size=8, adversarial_start=1200),
+        prior_training=cpu_training(3000, optimizer="muon"),
+        renderer_kind="ar",
+        renderer_training=cpu_training(2400, batch_size=16, optimizer="muon"),
     )
 
 
