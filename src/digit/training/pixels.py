@@ -57,12 +57,11 @@ class PixelTrainer(AdversarialTrainer):
         """Images (B, 3, S, S) of the tokens `prefix` (B, P); row 0 is row `first` of the whole batch."""
         prefix, first = given["prefix"], given["first"]
         whole = {"prefix": prefix.new_empty(self.cfg.batch_size, 0)}  # noise asks for the number of rows
-        noise = {
-            name: rows[first : first + len(prefix)] for name, rows in self.renderer.noise(whole, generator).items()
-        }
+        noise = self.renderer.noise(whole, generator).get("noise")
+        if noise is not None:
+            noise = noise[first : first + len(prefix)].to(self.device)
         with self.autocast():
-            noise = {name: rows.to(self.device) for name, rows in noise.items()}
-            output = self.renderer.render(prefix.to(self.device), **noise, cells=given.get("cells"))
+            output = self.renderer.render(prefix.to(self.device), noise, cells=given.get("cells"))
         return output.float(), None, {}
 
 
