@@ -116,8 +116,8 @@ def evaluate_pixels(renderer: PixelRenderer, batches: Iterable[dict[str, Any]]) 
     psnr, generator = [], torch.Generator().manual_seed(0)
     for batch in batches:
         images = batch["target"].to(renderer.device).float() / 255
-        noise = renderer.noise({"prefix": batch["prefix"]}, generator)
-        prefix = batch["prefix"].to(renderer.device)
-        output = renderer.render(prefix, **{name: rows.to(renderer.device) for name, rows in noise.items()})
+        noise = renderer.noise({"prefix": batch["prefix"]}, generator).get("noise")
+        noise = None if noise is None else noise.to(renderer.device)
+        output = renderer.render(batch["prefix"].to(renderer.device), noise)
         psnr.append(image_psnr(output.float().clamp(0, 1).mul(255).round() / 255, images).cpu())
     return {"psnr": float(torch.cat(psnr).mean()), "num_images": float(sum(len(p) for p in psnr))}
