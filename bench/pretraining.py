@@ -27,7 +27,7 @@ from digit.runs.recipes import get_recipe, with_settings
 from digit.runs.report import real_images, spread
 from digit.runtime.files import write_json
 from digit.runtime.progress import quiet
-from digit.tokenizers.encoders import EncoderConfig, load_encoder
+from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.training.ssl.train import SSLConfig
 
 NUM_IMAGES, NUM_FIT, NUM_TEST = 8000, 2500, 1000
@@ -72,10 +72,11 @@ def measure(data: str, out: Path, settings: Mapping[str, Any], steps: int) -> di
     training = SSLConfig(num_steps=steps, warmup_steps=steps // 10)
     cfg = with_settings(PretrainConfig(patch_size=16, training=training), settings)
     pretrain(open_source(data, split="train").limit(NUM_IMAGES), cfg, out)
+    (seen, labels), (tests, wanted) = pictures(data, "train", NUM_FIT), pictures(data, "test", NUM_TEST)
     found = {}
     for layer in LAYERS:
-        x, labels = features(data, "train", out, layer, NUM_FIT)
-        test, wanted = features(data, "test", out, layer, NUM_TEST)
+        encoder = load_encoder(EncoderConfig(name=f"folder:{out / 'encoder'}", layer=layer, input_size=64))
+        x, test = mean_features(encoder, seen), mean_features(encoder, tests)
         found[f"linear_{layer}"] = round(fit_linear_classifier(x, labels).accuracy(test, wanted), 3)
         near = (F.normalize(test, dim=1) @ F.normalize(x, dim=1).T).argmax(1)
         found[f"neighbour_{layer}"] = round(float((labels[near] == wanted).float().mean()), 3)
@@ -83,14 +84,17 @@ def measure(data: str, out: Path, settings: Mapping[str, Any], steps: int) -> di
     return found
 
 
-@torch.no_grad()
-def features(data: str, split: str, folder: Path, layer: int, num: int) -> tuple[Tensor, Tensor]:
-    """Mean features (N, D) of evenly spread images of a split, and their labels (N,)."""
+def pictures(data: str, split: str, num: int) -> tuple[Tensor, Tensor]:
+    """Evenly spread images (N, 3, 64, 64) uint8 of a split, and their labels (N,)."""
     source = open_source(data, split=split)
     preprocess = replace(get_recipe("cifar").preprocess, encoder_size=64)
-    images, labels = real_images(source, preprocess, spread(len(source), num))
-    encoder = load_encoder(EncoderConfig(name=f"folder:{folder / 'encoder'}", layer=layer, input_size=64))
-    return torch.cat([encoder(part).float().mean(1) for part in images.split(100)]), labels
+    return real_images(source, preprocess, spread(len(source), num))
+
+
+@torch.no_grad()
+def mean_features(encoder: FrozenEncoder, images: Tensor) -> Tensor:
+    """The mean (N, D) of each image's features."""
+    return torch.cat([encoder(part).float().mean(1) for part in images.split(100)])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor
 from digit.data.pictures import Images
 from digit.data.preprocess import fit_batch
 from digit.errors import DigitError
+from digit.models.pixels import PixelRenderer
 from digit.models.tokenizer import levels_of
 from digit.pipeline.around import Grid, spread
 from digit.pipeline.batch import SampleBatch
@@ -31,11 +32,15 @@ from digit.sampling.filters import image_uniforms
 KEPT_BY_PIXELS = 0.5  # of the discriminative tokens, where equal ones give equal pictures
 
 
+def draws_equally(pipe: DigitPipeline) -> bool:
+    """Whether equal discriminative tokens give equal pictures: with a renderer straight to pixels without noise."""
+    return isinstance(pipe.renderer, PixelRenderer) and not pipe.renderer.cfg.noise_channels
+
+
 def usual_share(pipe: DigitPipeline) -> float:
-    """Share of the discriminative tokens that a variation keeps if nobody says: 1, or KEPT_BY_PIXELS where a renderer
-    straight to pixels without noise draws equal tokens equally."""
-    fixed = pipe.renders_pixels and not getattr(pipe.renderer and pipe.renderer.cfg, "noise_channels", 0)
-    return KEPT_BY_PIXELS if fixed else 1.0
+    """Share of the discriminative tokens that a variation keeps if nobody says: 1, or KEPT_BY_PIXELS where the renderer
+    draws equal tokens equally."""
+    return KEPT_BY_PIXELS if draws_equally(pipe) else 1.0
 
 
 def vary(pipe: DigitPipeline, images: Images, **how: Any) -> UInt8[Tensor, "B 3 S S"]:
@@ -119,7 +124,7 @@ def _require_variation(pipe: DigitPipeline, shares: dict[str, float]) -> None:
             raise DigitError(
                 "keep_vq is given, but this renderer goes straight to pixels, without VQ tokens: leave it out"
             )
-        if shares["discriminative"] == 1 and not getattr(pipe.renderer.cfg, "noise_channels", 0):
+        if shares["discriminative"] == 1 and draws_equally(pipe):
             raise DigitError(
                 "this renderer gives one picture for the same tokens: give keep_discriminative below 1 (or train with "
                 "pixels.noise_channels)"

@@ -176,9 +176,8 @@ class Work:
                 "convolutions",
             )
             share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
-            total += (
-                8 * discriminator.flops * share * self._decoded_share(cfg)
-            )  # its training on two images (6), the generator's gradient (2)
+            passes = 8  # its training on two images (6), the generator's gradient (2)
+            total += passes * discriminator.flops * share * self._decoded_share(cfg)
         return total
 
     def sequence(self, name: str) -> SequenceConfig:

@@ -5,7 +5,7 @@ Shapes: B pictures, N discriminative tokens, M VQ tokens, S pixels.
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -19,7 +19,7 @@ from digit.pipeline.cells import cell_grid, code_vectors, fill_cells, token_grid
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.steps import OnStep
-from digit.pipeline.variations import usual_share, varied
+from digit.pipeline.variations import draws_equally, usual_share, varied
 from digit.runtime.files import sha256_tensors
 from digit.runtime.plots import code_colours
 from digit.runtime.version import __version__
@@ -110,7 +110,7 @@ class Model:
     @property
     def varies(self) -> bool:
         """Whether equal discriminative tokens give another picture with another seed."""
-        return self.pipe.renderer is not None and usual_share(self.pipe) == 1
+        return self.pipe.renderer is not None and not draws_equally(self.pipe)
 
     def can_guide(self, stage: str) -> bool:
         """Whether a stage was trained for guidance."""
@@ -321,15 +321,7 @@ class Model:
         job.emit("start", num=request.num, seed=request.seed, commands=lines)
         how: dict[str, Any] = {"num": request.num, "seed": request.seed, "on_step": self.watch(job, growing=False)}
         for batch in varied(self.pipe, image[None], **how, **self.sampling(request)):
-            tokens = batch.tokens["discriminative"]
-            for row, picture in enumerate(batch.images):
-                index = batch.first + row
-                about = {"kind": "variation", "seed": request.seed + index, "tokens": tokens[row].tolist()}
-                job.emit(
-                    "picture", index=index, seed=request.seed + index,
-                    image=self.picture(picture, about | self.resolved(request)),
-                    tokens={"discriminative": tokens[row].tolist()},
-                )  # fmt: skip
+            self._emit_pictures(job, batch.images, batch.tokens, request.seed, request, "variation", first=batch.first)
 
     def render(self, job: Job, request: Render) -> None:
         """A picture of given discriminative tokens."""
@@ -348,12 +340,23 @@ class Model:
                 self.pipe.decode(vq, self.pipe.settings(**sampling).precision),
                 {"discriminative": tokens, "vq": vq},
             )
+        self._emit_pictures(job, images, kinds, seed, request, kind)
+
+    def _emit_pictures(
+        self,
+        job: Job,
+        images: Tensor,
+        kinds: Mapping[str, Tensor],
+        seed: int,
+        request: Sampling,
+        kind: str,
+        first: int = 0,
+    ) -> None:
+        """Pictures number `first` and on, with the tokens of each kind that they were drawn from."""
         for row, image in enumerate(images):
-            about = {"kind": kind, "seed": seed + row, "tokens": tokens[row].tolist()} | self.resolved(request)
-            job.emit(
-                "picture", index=row, seed=seed + row, image=self.picture(image, about),
-                tokens={name: rows[row].tolist() for name, rows in kinds.items()},
-            )  # fmt: skip
+            index, tokens = first + row, {name: rows[row].tolist() for name, rows in kinds.items()}
+            about = {"kind": kind, "seed": seed + index, "tokens": tokens["discriminative"]} | self.resolved(request)
+            job.emit("picture", index=index, seed=seed + index, image=self.picture(image, about), tokens=tokens)
 
     def encode(self, job: Job, request: Encode) -> None:
         """The tokens of a picture by both tokenizers, and what each of them gives back."""
