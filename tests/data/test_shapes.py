@@ -111,7 +111,9 @@ def test_reading_outside_is_an_index_error():
 
 
 def test_rendering_is_not_slow():
-    render_batch(0, range(10))
-    start = time.process_time()
-    render_batch(0, range(50))
-    assert 50 / (time.process_time() - start) > 40, "about 230 scenes a second on one free core"
+    seconds = []
+    for _ in range(6):  # the fastest of several: another process on the same core slows some of them down
+        start = time.thread_time()
+        render_batch(0, range(20))
+        seconds.append(time.thread_time() - start)
+    assert 20 / min(seconds) > 40, "about 230 scenes a second on one free core"

@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 from digit.errors import DigitError
 from digit.runtime.files import (
+    OUTPUT_MARK,
     Stacked,
     as_path,
     check_writable,
     load_tensors,
+    mark_output,
     read_json,
     save_tensors,
     sha256_file,
@@ -108,3 +110,14 @@ def test_a_stop_while_a_file_is_read_is_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(Stopped):
         read_torch(tmp_path / "w.pth")
+
+
+def test_a_mark_without_its_text_is_written_again(tmp_path):
+    (tmp_path / OUTPUT_MARK).touch()  # as a process leaves it that is killed between the two
+    mark_output(tmp_path)
+    text = (tmp_path / OUTPUT_MARK).read_text()
+    assert text.startswith("DiGIT made this folder")
+    (tmp_path / OUTPUT_MARK).write_text("by another version")
+    mark_output(tmp_path)
+    assert (tmp_path / OUTPUT_MARK).read_text() == "by another version"
+    mark_output(tmp_path / "missing")

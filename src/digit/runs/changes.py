@@ -19,7 +19,7 @@ from digit.runs.layout import EARLIER, PAGE, RESULTS, is_done, result_of
 from digit.runs.recipe import OWN_STEPS, ModelSpec, Recipe, with_settings
 from digit.runs.roles import ROLES, Role, get_role
 from digit.runtime.config_json import from_json
-from digit.runtime.files import OUTPUT_MARK, disk_errors, format_bytes, read_json, write_json
+from digit.runtime.files import disk_errors, format_bytes, mark_output, read_json, write_json
 from digit.runtime.request import shown, with_defaults
 from digit.runtime.settings import flat
 from digit.training.config import CONFIG, ENDING_SCHEDULES
@@ -153,7 +153,7 @@ def apply_change(out: Path, change: Change, config: Mapping[str, Any], *, report
         folder = next(path for n in range(1, 10**6) if not (path := out / EARLIER / str(n)).exists())
         folder.mkdir(parents=True)
         write_json(folder / CONFIG, config)
-        (folder / OUTPUT_MARK).touch()
+        mark_output(folder)
         for path in [*out.glob("*.png"), *out.glob("*.html"), *out.glob("metrics.json")]:
             shutil.copy2(path, folder)
         for stage in finished:

@@ -144,10 +144,12 @@ OUTPUT_MARK = ".digit"  # this file marks a folder that digit fills
 def mark_output(folder: str | Path) -> None:
     """Mark an existing folder as one that digit fills, so that its pictures are never read as data of a folder above.
 
+    A process that is killed between the mark's creation and its text leaves it empty: the next one writes the text.
     An output that cannot be marked is complete all the same, so errors are left to the work itself.
     """
+    mark = Path(folder) / OUTPUT_MARK
     with suppress(OSError):
-        if Path(folder).is_dir() and not (mark := Path(folder) / OUTPUT_MARK).exists():
+        if Path(folder).is_dir() and not (mark.exists() and mark.stat().st_size):
             mark.write_text("DiGIT made this folder. Its pictures do not count as images of a folder above it.\n")
 
 
