@@ -8,10 +8,11 @@ import torch
 from digit.convert.vqgan import convert_state, convert_vqgan, infer_config
 from digit.errors import DigitError, MismatchError
 from digit.models.tokenizer import ImageTokenizer
+from digit.models.vq_layout import VQLayout
 from digit.models.vq_quantizers import nearest_code
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.files import read_json, write_json
-from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan
+from digit.tokenizers.vq import VQTokenizer, load_asset_vqgan, with_levels
 
 TINY = VQGANConfig(
     resolution=32, channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, num_groups=4, z_channels=6, vocab_size=20
@@ -218,3 +219,43 @@ def test_the_carried_vqgan_reconstructs_a_scene():
     assert tokenizer.grid == (8, 8) and tokenizer.vocab_size == 1024
     error = (tokenizer.decode(tokenizer.encode(images)).float() - images).square().mean((1, 2, 3)) / 255**2
     assert (-10 * error.log10()).mean() > 24  # dB
+
+
+def test_residual_codes_are_those_of_each_level_in_turn():
+    cfg = replace(TINY, num_levels=3)
+    vqgan = VQGAN(cfg)
+    vqgan.quantize.embedding.weight.data.normal_()
+    tokenizer, images = VQTokenizer(vqgan), pictures(2)
+    tokens, z = tokenizer.encode(images), tokenizer.features(images)
+    assert tokens.shape == (2, 64 * 3) and cfg.num_tokens == 64 * 3 and tokens.max() < 20
+    assert "8 x 8 tokens of 20 codes on 3 levels" in repr(tokenizer)
+    rest = z.reshape(-1, 6)
+    for level, codes in enumerate(tokenizer.level_vectors):  # against the definition
+        chosen = torch.cdist(rest, codes).argmin(1)
+        assert torch.equal(tokens.view(-1, 3)[:, level], chosen)
+        rest = rest - codes[chosen]
+    summed = tokenizer.embed(tokens)
+    torch.testing.assert_close(summed, z - rest.view_as(z))
+    with torch.no_grad():
+        expected = vqgan.decode(summed.transpose(1, 2).reshape(2, 6, 8, 8))
+    assert torch.equal(tokenizer.decode(tokens), tokenizer.to_pixels(expected))
+    with pytest.raises(MismatchError, match="each cell has 3"):
+        tokenizer.embed(tokens[:, :4])
+    with pytest.raises(MismatchError, match="takes .B, 192."):
+        tokenizer.decode(tokens[:, ::3])
+
+
+def test_levels_are_saved_and_added(tokenizer, tmp_path):
+    more = VQTokenizer(with_levels(tokenizer.vqgan, 2))
+    assert torch.equal(more.level_vectors[0], tokenizer.level_vectors[0]) and not more.level_vectors[1].any()
+    images = pictures(2)
+    assert torch.equal(more.decode(more.encode(images)), tokenizer.decode(tokenizer.encode(images)))
+    more.save(tmp_path / "two")
+    again = VQTokenizer.load(tmp_path / "two")
+    assert again.num_levels == 2 and torch.equal(again.encode(images), more.encode(images))
+    assert again.fingerprint == more.fingerprint != tokenizer.fingerprint
+    tokenizer.save(tmp_path / "one")
+    assert "num_levels" not in read_json(tmp_path / "one" / "vqgan.json")["config"]
+    assert with_levels(tokenizer.vqgan, 1) is tokenizer.vqgan
+    with pytest.raises(DigitError, match="num_levels is 2, and a quantiser cosine has one"):
+        VQGAN(replace(TINY, num_levels=2), VQLayout(quantizer="cosine"))

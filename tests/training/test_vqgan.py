@@ -10,8 +10,9 @@ from two_ranks import save_weights
 from digit.errors import DigitError, MismatchError
 from digit.models.discriminator import PatchDiscriminator
 from digit.models.vqgan import VQGAN
+from digit.tokenizers.vq import with_levels
 from digit.training.adversarial import adaptive_weight, hinge_loss, image_psnr, random_window
-from digit.training.ema_codebook import EMACodebook, random_rows
+from digit.training.ema_codebook import EMACodebook, LevelCodebooks, random_rows
 from digit.training.vqgan import GANConfig, VQGANTrainer, evaluate_vqgan, train_vqgan
 
 
@@ -42,26 +43,79 @@ def test_adversarial_gradient_has_the_reconstruction_gradients_norm_at_the_last_
 def test_codebook_starts_on_the_clusters_and_follows_them():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     points = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
-    embedding, generator = torch.nn.Embedding(12, 2), torch.Generator().manual_seed(0)
-    codebook = EMACodebook(embedding, decay=0.5, restart_below=0.05)
+    table, generator = torch.randn(12, 2), torch.Generator().manual_seed(0)
+    codebook = EMACodebook(table, decay=0.5, restart_below=0.05)
     codebook.collect(points)
     codebook.start(generator)
     assert torch.cdist(centres, codebook.weight).min(1)[0].max() < 0.5
     for _ in range(20):
         codebook.update(points + 1, torch.cdist(points + 1, codebook.weight).argmin(1))
     assert torch.cdist(centres + 1, codebook.weight).min(1)[0].max() < 0.5
-    assert codebook.weight is embedding.weight and not embedding.weight.requires_grad
+    assert torch.equal(codebook.weight, table)  # in place
 
 
 def test_dead_codes_return():
-    embedding = torch.nn.Embedding(8, 3)
-    codebook = EMACodebook(embedding, decay=0.5, restart_below=0.05)
+    table = torch.randn(8, 3)
+    codebook = EMACodebook(table, decay=0.5, restart_below=0.05)
     features = torch.randn(64, 3) + 5
     for _ in range(10):
         codebook.update(features, torch.zeros(64, dtype=torch.int64))  # everything chooses code 0
     assert codebook.restart_dead(features, torch.Generator().manual_seed(0)) == 7
-    assert (embedding.weight[1:, None] == features).all(2).any(1).all()  # each is one of the features
+    assert (table[1:, None] == features).all(2).any(1).all()  # each is one of the features
     assert codebook.restart_dead(features, torch.Generator().manual_seed(0)) == 0
+
+
+def test_levels_start_on_what_the_levels_before_leave():
+    coarse = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    fine = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-1.0, -1.0]])
+    points = (coarse[:, None] + fine).flatten(0, 1).repeat(40, 1)
+    table, generator = torch.zeros(24, 2), torch.Generator().manual_seed(0)
+    table[:4] = coarse
+    codebooks = LevelCodebooks(table, 2, decay=0.5, restart_below=0.05)
+    first, second = codebooks.codebooks
+    assert first.weight.shape == (12, 2)
+    first.weight[4:] = 100.0  # never chosen
+    codebooks.start_new(points, generator)
+    assert torch.equal(table[:4], coarse)  # the level that has codes keeps them
+    assert torch.cdist(fine, table[12:]).min(1)[0].max() < 0.01
+    before = table.clone()
+    codebooks.start_new(points + 5, generator)
+    codebooks.start(generator)  # nothing was collected
+    assert torch.equal(table, before)
+    chosen = torch.stack([torch.cdist(points, coarse).argmin(1), torch.zeros(len(points)).long()], 1)
+    codebooks.update(points, chosen)
+    assert first.counts[:4].min() > first.counts[4:].max() and second.counts[0] == second.counts.max()
+    assert codebooks.restart_dead(points, chosen, generator) == 8  # of the first level, never chosen
+    for _ in range(12):
+        codebooks.update(points, chosen)
+    assert codebooks.restart_dead(points, chosen, generator) == 8 + 11  # now the second has one code in use
+    state = codebooks.state_dict()
+    other = LevelCodebooks(torch.zeros(24, 2), 2, decay=0.5, restart_below=0.05)
+    other.load_state_dict(state)
+    assert torch.equal(other.codebooks[1].sums, second.sums)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_training_of_levels_learns_and_resumes(tmp_path, started):
+    cfg = replace(QUICK, num_steps=60, codebook_start=10, learning_rate=5e-3, adversarial_start=50, ema_decay=0.9)
+    cfg = replace(cfg, save_every=30, codebook_start=0 if started else 10)
+
+    def of_two_levels():
+        vqgan = VQGAN(TINY if started else replace(TINY, num_levels=2))
+        if started:  # a codebook of one level, as a carried VQGAN has it
+            vqgan.quantize.embedding.weight.data.normal_(std=0.1)
+        return with_levels(vqgan, 2)
+
+    torch.manual_seed(0)
+    whole = of_two_levels()
+    metrics = train_vqgan(whole, batches, cfg, tmp_path / "whole")
+    assert metrics["psnr"] > 12 and metrics["usage"] * 32 + metrics["dead_codes"] == 32
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_vqgan(of_two_levels(), stop_after(45), cfg, tmp_path / "resumed")
+    again = of_two_levels()
+    assert train_vqgan(again, batches, cfg, tmp_path / "resumed") == metrics
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
 def test_random_rows_repeat_only_where_they_must():
@@ -184,6 +238,6 @@ def test_a_codebook_that_collapses_is_warned_of_once(caplog):
     generator = torch.Generator().manual_seed(0)
     same = torch.zeros(64, TINY.z_channels)
     for step in range(60):
-        trainer.codebook.counts.zero_()[0] = 64.0  # one code takes all
-        assert trainer.restart_dead(same, step, generator) == TINY.vocab_size - 1
+        trainer.codebook.codebooks[0].counts.zero_()[0] = 64.0  # one code takes all
+        assert trainer.restart_dead(same, torch.zeros(64, 1).long(), step, generator) == TINY.vocab_size - 1
     assert [r.getMessage()[:48] for r in caplog.records] == ["step 21: 15 of 16 codes are dead in spite of res"]

@@ -77,7 +77,7 @@ class Size:
             "discriminative": TokenSpace(
                 self.recipe.quantizer_cfg.vocab_size, self.discriminative_len, math.isqrt(self.discriminative_len)
             ),
-            "vq": TokenSpace(vq.vocab_size, vq.num_tokens, vq.grid[0]),
+            "vq": TokenSpace(vq.vocab_size, vq.num_tokens, vq.grid[0], vq.num_levels),
         }
         return self.recipe.sequence_config(name, tokens, num_classes=0)
 

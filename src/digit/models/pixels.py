@@ -158,13 +158,14 @@ class PixelRenderer(SequenceModel):
                 "the decoder cannot start from this VQGAN, which has another shape: give pixels the same sizes, or set "
                 "pixels.start to scratch"
             ) from error
-        codes = vqgan.quantize.embedding.weight.float()  # (K, z)
-        std = codes.std(0)
+        table = vqgan.quantize.embedding.weight.float()
+        levels = table.unflatten(0, (vqgan.cfg.num_levels, -1))  # (L, K, z): the decoder takes a sum of one of each
+        mean, std = levels.mean(1).sum(0), levels.var(1).sum(0).sqrt()
         cells = math.prod(self.spread)
         # the Transformer ends in a LayerNorm: D features of variance 1
         nn.init.normal_(self.to_z.weight, std=self.cfg.embed_dim**-0.5)
         self.to_z.weight.mul_(std.repeat(cells)[:, None])
-        self.to_z.bias.copy_(codes.mean(0).repeat(cells))
+        self.to_z.bias.copy_(mean.repeat(cells))
 
     @property
     def device(self) -> torch.device:

@@ -25,29 +25,59 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, z_channels)
         nn.init.uniform_(self.embedding.weight, -1.0 / vocab_size, 1.0 / vocab_size)
 
-    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W"]]:
-        """z (B, C, H, W) -> code vectors (B, C, H, W) float32 and indices (B, H, W) int64."""
+    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W *L"]]:
+        """z (B, C, H, W) -> code vectors (B, C, H, W) float32 and indices (B, H, W) int64; of L levels (B, H, W, L)."""
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1)  # (B, H, W, C)
-            indices = self.assign(flat.reshape(-1, flat.shape[-1])).view(flat.shape[:-1])
+            indices = self.assign(flat.reshape(-1, flat.shape[-1]))
+            indices = indices.view(*flat.shape[:-1], *indices.shape[1:])
             return self.lookup(indices), indices
 
-    def assign(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, " N"]:
-        """Index of the code of each vector."""
+    def assign(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N *L"]:
+        """Index of the code of each vector, or of several codes."""
         parts = points.split(max(1, MAX_SCORES // self.vocab_size))
         return torch.cat([self.choose(part) for part in parts]) if len(parts) > 1 else self.choose(points)
 
-    def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, " N"]:
+    def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N *L"]:
         """As `assign`, of so few vectors that all their scores fit into memory."""
         return nearest_code(points, self.embedding.weight)
 
-    def lookup(self, indices: Int64[Tensor, "B H W"]) -> Float[Tensor, "B C H W"]:
+    def lookup(self, indices: Int64[Tensor, "B H W *L"]) -> Float[Tensor, "B C H W"]:
         """The code vectors that the decoder takes."""
         return self.codes(indices).movedim(-1, 1)  # (B, C, H, W)
 
     def codes(self, indices: Int64[Tensor, ...]) -> Float[Tensor, "... C"]:
         """The code vector of each index."""
         return self.embedding(indices)
+
+
+class ResidualQuantizer(Quantizer):
+    """Several codes a vector: each level's nearest code to what the levels before it leave (Lee et al. 2022, Eq. 1).
+
+    Level l's codes are rows l K .. (l + 1) K - 1 of the table, K = vocab_size. Indices have a last dimension of L
+    levels, and the decoder takes the sum of their codes.
+    """
+
+    def __init__(self, vocab_size: int, z_channels: int, num_levels: int) -> None:
+        super().__init__(num_levels * vocab_size, z_channels)
+        self.vocab_size, self.num_levels = vocab_size, num_levels
+
+    def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N L"]:
+        indices, rest = [], points
+        for codes in self.levels:
+            indices.append(nearest_code(rest, codes))
+            rest = rest - codes[indices[-1]]
+        return torch.stack(indices, 1)
+
+    def codes(self, indices: Int64[Tensor, "... L"]) -> Float[Tensor, "... C"]:
+        """The sum of the code vectors of all levels."""
+        first = torch.arange(self.num_levels, device=indices.device) * self.vocab_size
+        return self.embedding(indices + first).sum(-2)
+
+    @property
+    def levels(self) -> tuple[Float[Tensor, "K C"], ...]:
+        """The codes of each level."""
+        return self.embedding.weight.split(self.vocab_size)
 
 
 class CosineQuantizer(Quantizer):

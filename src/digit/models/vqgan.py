@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.models.vq_blocks import DecoderLevel, EncoderLevel, Middle, NormSwish, conv3x3
 from digit.models.vq_layout import MAGE, VQLayout
-from digit.models.vq_quantizers import QUANTIZERS
+from digit.models.vq_quantizers import QUANTIZERS, ResidualQuantizer
 from digit.runtime.settings import check_settings, within
 
 MAX_LEVELS, MAX_RES_BLOCKS = 12, 64  # larger numbers in a file are errors
@@ -40,7 +40,11 @@ class VQGANConfig:
     z_channels: int = within("[1, inf)", 256)
     """Features of a code vector."""
     vocab_size: int = within("[1, inf)", 1024)
-    """Number of codes."""
+    """Number of codes, of each level."""
+    num_levels: int = within("[1, 16]", 1)
+    """Codes of each cell: residual quantisation (Lee et al. 2022), each level codes what the levels before it leave.
+    Finer pictures from a grid of the same size; the next-token renderer predicts the codes of a cell one after another
+    at one position. The paper has 1."""
     num_groups: int = within("[1, inf)", 32)
     """Groups of every GroupNorm. The released layout has 32; a small net needs several channels per group."""
 
@@ -79,10 +83,14 @@ class VQGANConfig:
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        """Tokens of an image; of several levels, the codes of each cell follow one another."""
+        return self.grid[0] * self.grid[1] * self.num_levels
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "channel_mult": list(self.channel_mult)}
+        about = {**asdict(self), "channel_mult": list(self.channel_mult)}
+        if self.num_levels == 1:
+            del about["num_levels"]  # as in descriptions of older versions
+        return about
 
 
 class Encoder(nn.Module):
@@ -155,17 +163,25 @@ class VQGAN(nn.Module):
         """Raises DigitError where the layout does not fit the sizes."""
         super().__init__()
         layout.check(len(cfg.channel_mult), cfg.z_channels, cfg.vocab_size)
+        if cfg.num_levels > 1 and layout.quantizer != "nearest":
+            raise DigitError(f"num_levels is {cfg.num_levels}, and a quantiser {layout.quantizer} has one: set it to 1")
         self.cfg, self.layout = cfg, layout
         self.encoder = Encoder(cfg, layout)
         self.decoder = Decoder(cfg, layout)
-        self.quantize = QUANTIZERS[layout.quantizer](cfg.vocab_size, cfg.z_channels)
+        if cfg.num_levels > 1:
+            self.quantize = ResidualQuantizer(cfg.vocab_size, cfg.z_channels, cfg.num_levels)
+        else:
+            self.quantize = QUANTIZERS[layout.quantizer](cfg.vocab_size, cfg.z_channels)
 
     def features(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C H H"]:
         """Images in [0, 1] -> features before quantisation."""
         return self.encoder(images * 2 - 1 if self.layout.signed_pixels else images)
 
     def encode(self, images: Float[Tensor, "B 3 S S"]) -> tuple[Float[Tensor, "B C H H"], Int64[Tensor, "B M"]]:
-        """Images in [0, 1] -> features before quantisation (B, C, H, H) and tokens (B, M), row by row."""
+        """Images in [0, 1] -> features before quantisation (B, C, H, H) and tokens (B, M), row by row.
+
+        Of several levels, M = H * H * L, the L codes of a cell one after another.
+        """
         z = self.features(images)
         return z, self.quantize(z)[1].flatten(1)
 
@@ -176,7 +192,12 @@ class VQGAN(nn.Module):
 
     def decode_tokens(self, tokens: Int64[Tensor, "B M"]) -> Float[Tensor, "B 3 S S"]:
         """Tokens (B, M) in [0, vocab_size) -> images (B, 3, S, S), nominally in [0, 1]."""
-        return self.decode(self.quantize.lookup(tokens.view(-1, *self.cfg.grid)))
+        return self.decode(self.quantize.lookup(self.cells(tokens, self.cfg.grid)))
+
+    def cells(self, tokens: Int64[Tensor, "B M"], grid: tuple[int, int]) -> Int64[Tensor, "B H W *L"]:
+        """Tokens (B, M) on their grid; of several levels, with those of each cell as the last dimension."""
+        levels = (self.cfg.num_levels,) if self.cfg.num_levels > 1 else ()
+        return tokens.view(-1, *grid, *levels)
 
     def forward(
         self, images: Float[Tensor, "B 3 S S"]
@@ -184,5 +205,4 @@ class VQGAN(nn.Module):
         """Reconstruction (B, 3, S, S) with a straight-through gradient, z (B, C, H, H), tokens (B, M)."""
         z = self.features(images)
         codes, indices = self.quantize(z)
-        codes = z + (codes - z).detach()
-        return self.decode(codes), z, indices.flatten(1)
+        return self.decode(z + (codes - z).detach()), z, indices.flatten(1)

@@ -1,6 +1,5 @@
 """The parts of a pipeline: whether they belong together, what they are, and how they lie in its folder."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,8 @@ class Parts:
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
             ("prior levels", prior and prior.levels, "codebook levels", levels),
             ("renderer prefix levels", prefix_len and renderer and renderer.prefix_levels, "codebook levels", levels),
-            ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and math.prod(vq.grid)),
+            ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and tokens_of(vq)),
+            ("renderer levels", vq and renderer and renderer.levels, "VQ levels", vq and vq.num_levels),
             ("pixels of the VQGAN", vq and vq.resolution, "of the crops", preprocess.crop_size),
             ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", preprocess.crop_size),
         ]

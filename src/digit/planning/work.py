@@ -189,7 +189,7 @@ class Work:
                 self.token_rows,
                 self.num_levels,
             ),
-            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens, self.vqgan.grid[0]),
+            "vq": TokenSpace(self.vqgan.vocab_size, self.vqgan.num_tokens, self.vqgan.grid[0], self.vqgan.num_levels),
         }
         return self.recipe.sequence_config(name, tokens, num_classes=self.num_classes, vqgan=self.vqgan)
 

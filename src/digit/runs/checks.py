@@ -134,7 +134,7 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
         (not resizes_positions(encoder), r"encoder\.position_interpolation", one_way),
         (recipe.encoder.layers is not None, r"encoder\.layer", "encoder.layers is set: leave one of both out"),
         (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
-        (start != "scratch", r"vqgan\..*", f"{start} {sizes}"),
+        (start != "scratch", r"vqgan\.(?!num_levels$).*", f"{start} {sizes}"),
         (recipe.published_vqgan is not None, r"vqgan_training\.(?!seed).*", f"{start} is taken as it is: leave it out"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
         *(
@@ -192,6 +192,7 @@ def unused_by_pixels(recipe: Recipe) -> list[Rule]:
         (True, r"sampling\.renderer\..*", one_pass),
         (True, "(masked|vq_only)_steps", "it is of models of VQ tokens, and renderer_kind is pixels: leave it out"),
         (not recipe.has_vqgan, r"vqgan_training\..*", "pixels.start is scratch, so there is no VQGAN: leave it out"),
+        (True, r"vqgan\.num_levels", no_codes),
         (not recipe.has_vqgan, r"vqgan\.vocab_size", no_codes),
     ]
 
@@ -280,11 +281,12 @@ def vqgan_config(recipe: Recipe) -> VQGANConfig:
     """Sizes of the VQGAN that the recipe trains or takes.
 
     An included one has the size of the crops where these are larger than its own and of whole tokens: it is
-    convolutional, and its training goes on at that size.
+    convolutional, and its training goes on at that size. It gets the recipe's levels, and training fills them.
     """
     if recipe.vqgan_start == "scratch" or recipe.published_vqgan:
         return recipe.vqgan
-    cfg, size = asset_config(recipe.vqgan_start), recipe.preprocess.crop_size
+    cfg = replace(asset_config(recipe.vqgan_start), num_levels=recipe.vqgan.num_levels)
+    size = recipe.preprocess.crop_size
     return replace(cfg, resolution=size) if size > cfg.resolution and size % cfg.reduction == 0 else cfg
 
 
@@ -312,9 +314,16 @@ def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
             raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
     levels = recipe.quantizer_cfg.num_levels
     unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, levels, levels=levels)
+    vq_levels = recipe.vqgan.num_levels
+    if recipe.renderer_kind == "masked" and vq_levels > 1:
+        raise DigitError(
+            f"vqgan.num_levels is {vq_levels}, and a masked renderer predicts one code a cell: set it to 1, or "
+            "renderer_kind to ar"
+        )
     for name, role in ROLES.items():  # heads, dropouts, vocabularies
         if role.settings != "pixels" or name in recipe.model_names:
-            spaces = {"discriminative": unknown, "vq": TokenSpace(1, 1)}
+            of_cell = 1 if role.kind == "masked" else vq_levels
+            spaces = {"discriminative": unknown, "vq": TokenSpace(1, of_cell, levels=of_cell)}
             recipe.sequence_config(name, spaces, num_classes=num_classes, vqgan=vqgan_config(recipe))
 
 
@@ -370,6 +379,11 @@ def check_training(recipe: Recipe, reuse: Iterable[str], num_processes: int, gpu
         elif recipe.vqgan_start == "scratch":
             raise DigitError(
                 "vqgan_start is scratch and vqgan_training.num_steps 0: an untrained VQGAN renders nothing"
+            )
+        elif recipe.vqgan.num_levels > 1:
+            raise DigitError(
+                f"vqgan.num_levels is {recipe.vqgan.num_levels} and vqgan_training.num_steps 0: the carried VQGAN has "
+                "one level, and training gives codes to the others; give at least 1"
             )
     for name, (batch_size, number) in pieces.items():
         if batch_size % number:

@@ -65,7 +65,7 @@ from digit.tokenizers.base import Quantizer
 from digit.tokenizers.discriminative import DiscriminativeTokenizer, fit_codebook
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 from digit.tokenizers.quantizers import load_quantizer
-from digit.tokenizers.vq import Origin, VQTokenizer, load_asset_vqgan, read_vqgan
+from digit.tokenizers.vq import Origin, VQTokenizer, load_asset_vqgan, read_vqgan, with_levels
 from digit.training.adversarial import AdversarialConfig
 from digit.training.config import LoopConfig, TrainConfig
 from digit.training.log import last_metrics
@@ -241,8 +241,9 @@ class Run:
         torch.manual_seed(recipe.seed)
         start = recipe.vqgan_start
         carried = None if start == "scratch" else load_asset_vqgan(start)
-        vqgan = VQGAN(recipe.vqgan) if carried is None else carried.vqgan
-        vqgan.cfg = vqgan_config(recipe)  # an included one takes the size of the crops
+        cfg = vqgan_config(recipe)
+        vqgan = VQGAN(cfg) if carried is None else with_levels(carried.vqgan, cfg.num_levels)
+        vqgan.cfg = cfg  # an included one takes the size of the crops
         if recipe.vqgan_training.num_steps:
             crops = CachedCrops(
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
@@ -398,12 +399,11 @@ class Run:
         if codebook.num_levels == 1:
             codes = {"discriminative": codebook.embed(torch.arange(codebook.vocab_size))}
         else:
-            vectors = codebook.level_vectors
-            codes = {"discriminative": (vectors - vectors.mean(1, keepdim=True)).flatten(0, 1)}  # (L K, D)
+            codes = {"discriminative": start_rows(codebook.level_vectors)}
         grids = {"discriminative": tokenizer.grid}
         if role.target == "vq":
             vq = self.train_vqgan()
-            codes["vq"], grids["vq"] = vq.embed(torch.arange(vq.vocab_size, device=vq.device)), vq.grid
+            codes["vq"], grids["vq"] = start_rows(vq.level_vectors), vq.grid
         target = "discriminative" if role.target == "pixels" else role.target  # pixels have no codes: it takes none
         model.start_from_codes(codes[target], codes["discriminative"])
         model.start_from_places(grids[target], grids["discriminative"])
@@ -417,7 +417,7 @@ class Run:
         spaces = {"discriminative": TokenSpace(own.vocab_size, length, own.grid[0], own.num_levels)}
         if self.recipe.has_vq_tokens and tokens.vq is not None:
             vq = self.train_vqgan()
-            spaces["vq"] = TokenSpace(vq.vocab_size, tokens.vq.shape[1], vq.grid[0])
+            spaces["vq"] = TokenSpace(vq.vocab_size, tokens.vq.shape[1], vq.grid[0], vq.num_levels)
         elif get_role(name).target == "vq":
             raise DigitError(
                 f"{name} predicts VQ tokens, and {tokens.folder} holds none, since renderer_kind is or was pixels: "
@@ -450,8 +450,7 @@ class Run:
         """(L, V, C) float32: what each code of a model's target tokens stands for, as its tokenizer has it."""
         if get_role(name).target == "discriminative":
             return self.fit_codebook().level_vectors.float()
-        vq = self.train_vqgan()
-        return vq.embed(torch.arange(vq.vocab_size, device=vq.device)).float()[None]
+        return self.train_vqgan().level_vectors
 
     def batches(self, name: str, cfg: LoopConfig) -> Batches:
         """step -> {"target", "prefix", "labels"} for one of ROLES, from stored tokens or from fresh crops."""
@@ -591,6 +590,15 @@ def near_codes(codebook: Quantizer) -> torch.Tensor:
     Of several levels (L, K, n), for each level.
     """
     return near_vectors(codebook.level_vectors)
+
+
+def start_rows(vectors: torch.Tensor) -> torch.Tensor:
+    """Code vectors of each level (L, V, C) as a model's tables start from them, (L V, C).
+
+    Of several levels each is centred, because a cell's embedding is the sum of them.
+    """
+    centred = vectors if len(vectors) == 1 else vectors - vectors.mean(1, keepdim=True)
+    return centred.flatten(0, 1)
 
 
 def near_vectors(code_vectors: torch.Tensor) -> torch.Tensor:

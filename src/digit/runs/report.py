@@ -7,9 +7,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
-from digit.models.tokenizer import first_level_vectors, levels_of
+from digit.models.tokenizer import ImageTokenizer, first_level_vectors, levels_of
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.sample_folder import read_pictures, sample
@@ -150,10 +151,17 @@ def reconstruction_metrics(pipe: DigitPipeline, run: Run) -> dict[str, Any]:
     real, _ = real_images(run.source, pipe.preprocess, spread(len(run.source), REBUILT))
     metrics: dict[str, Any] = {"psnr_db": float(image_psnr(reconstruct(pipe, real) / 255, real / 255).mean())}
     if pipe.vq is not None:
-        metrics["vq_usage"] = len(pipe.vq.encode(real).unique()) / pipe.vq.vocab_size
+        metrics["vq_usage"] = usage(pipe.vq, real)
     if pipe.tokenizer is not None:
-        metrics["discriminative_usage"] = len(pipe.tokenizer.encode(real).unique()) / pipe.tokenizer.vocab_size
+        metrics["discriminative_usage"] = usage(pipe.tokenizer, real)
     return metrics
+
+
+def usage(tokenizer: ImageTokenizer, images: UInt8[Tensor, "B 3 S S"]) -> float:
+    """Share of a tokenizer's codes, of all levels, that the images use."""
+    levels = levels_of(tokenizer)
+    tokens = tokenizer.encode(images).cpu().unflatten(1, (-1, levels))
+    return sum(len(tokens[..., level].unique()) for level in range(levels)) / (tokenizer.vocab_size * levels)
 
 
 def stage_seconds(run: Run) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from digit.metrics.judge import METRIC
 from digit.models.sequence import SequenceConfig
+from digit.models.tokenizer import levels_of
 from digit.pipeline.card import part_origins
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runs import page
@@ -315,6 +316,12 @@ def across(grid: tuple[int, ...]) -> str:
     return " x ".join(map(str, grid))
 
 
+def of_levels(tokenizer: object) -> str:
+    """' of 2 levels' for a codebook that has several."""
+    levels = levels_of(tokenizer)
+    return f" of {levels} levels" if levels > 1 else ""
+
+
 def model_text(cfg: SequenceConfig) -> str:
     """Kind and size of a model, and the settings that differ from their defaults."""
     kinds = {"next_token": "next-token model", "masked": "masked model", "pixels": "decoder straight to pixels"}
@@ -341,8 +348,8 @@ def describe(pipe: DigitPipeline) -> str:
         lines.append(f"labels     {missing} training images had none")
     if pipe.tokenizer is not None:
         about = pipe.tokenizer.encoder.describe()
-        levels = f" of {n} levels" if (n := pipe.tokenizer.num_levels) > 1 else ""
-        lines.append(f"tokenizer  {pipe.tokenizer.vocab_size} codes{levels} on {across(pipe.tokenizer.grid)} cells")
+        codes = f"{pipe.tokenizer.vocab_size} codes{of_levels(pipe.tokenizer)}"
+        lines.append(f"tokenizer  {codes} on {across(pipe.tokenizer.grid)} cells")
         lines.append(
             f"encoder    {about['name']}, layer {about['layer']}, {about['dim']} features of images of "
             f"{about['input_size']} px"
@@ -353,7 +360,8 @@ def describe(pipe: DigitPipeline) -> str:
         if model is not None:
             lines.append(f"{name:<11}{count(model)}, {model_text(model.cfg)}")
     if pipe.vq is not None:
-        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {pipe.vq.vocab_size} codes on {across(pipe.vq.grid)} cells")
+        codes = f"{pipe.vq.vocab_size} codes{of_levels(pipe.vq)} on {across(pipe.vq.grid)} cells"
+        lines.append(f"vqgan      {count(pipe.vq.vqgan)}, {codes}")
     lines += [f"licence    {part}: {text}" for part, text in part_origins(pipe.tokenizer, pipe.vq, pipe.info)]
     lines.append(
         f"classes    {len(pipe.classes)}: {', '.join(pipe.classes[:12])}{' ...' if len(pipe.classes) > 12 else ''}"

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from digit.data.pictures import Images, as_images
 from digit.errors import DigitError, MismatchError
 from digit.models.tokens import Integers, as_integers, as_tokens, require_range
 from digit.models.vq_layout import MAGE, VQLayout
+from digit.models.vq_quantizers import ResidualQuantizer
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.runtime.config_json import from_json
 from digit.runtime.files import MAKE_AGAIN, as_path, load_tensors, read_json, save_tensors, sha256_tensors, write_json
@@ -84,7 +85,8 @@ class VQTokenizer:
     def __repr__(self) -> str:
         rows, columns = self.grid
         size = f"{self.resolution} x {self.resolution} images"
-        return f"VQTokenizer({size}, {rows} x {columns} tokens of {self.vocab_size} codes)"
+        levels = f" on {self.num_levels} levels" if self.num_levels > 1 else ""
+        return f"VQTokenizer({size}, {rows} x {columns} tokens of {self.vocab_size} codes{levels})"
 
     @property
     def vocab_size(self) -> int:
@@ -92,8 +94,13 @@ class VQTokenizer:
         return self.vqgan.cfg.vocab_size
 
     @property
+    def num_levels(self) -> int:
+        """Codes of each cell of the grid (`VQGANConfig.num_levels`)."""
+        return self.vqgan.cfg.num_levels
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of tokens."""
+        """(rows, columns) of tokens; of several levels, of the cells."""
         return self.vqgan.cfg.grid
 
     @property
@@ -155,11 +162,11 @@ class VQTokenizer:
             tokens = [tokens for _, tokens in self.encoded(images)]
         return torch.cat(tokens).to(images.device)
 
-    def features(self, images: Images) -> Float[Tensor, "B M C"]:
+    def features(self, images: Images) -> Float[Tensor, "B N C"]:
         """The encoder's output before quantisation, float32; otherwise as `encode`."""
         return self.encode_features(images)[1]
 
-    def encode_features(self, images: Images) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B M C"]]:
+    def encode_features(self, images: Images) -> tuple[Int64[Tensor, "B M"], Float[Tensor, "B N C"]]:
         """Tokens and the features that they stand for, from one pass of the encoder."""
         images = as_images(images)
         with self.autocast():
@@ -204,10 +211,27 @@ class VQTokenizer:
 
     @torch.no_grad()
     def embed(self, tokens: Integers) -> Float[Tensor, "... C"]:
-        """The code vector of each token, float32. Raises MismatchError for tokens outside 0..vocab_size-1."""
+        """The code vector of each token, float32; of several levels, of each cell (..., H H L) -> (..., H H, C).
+
+        Raises MismatchError for tokens outside 0..vocab_size-1.
+        """
         tokens = as_integers("tokens", tokens)
         require_range("tokens", tokens, 0, self.vocab_size - 1, "the VQGAN")
+        if (levels := self.num_levels) > 1:
+            if not tokens.ndim or tokens.shape[-1] % levels:
+                shape = tuple(tokens.shape)
+                raise MismatchError(f"tokens have shape {shape}, each cell has {levels}: give a multiple of that")
+            tokens = tokens.unflatten(-1, (-1, levels))
         return self.vqgan.quantize.codes(tokens.to(self.device)).to(tokens.device)
+
+    @property
+    @torch.no_grad()
+    def level_vectors(self) -> Float[Tensor, "L K C"]:
+        """The code vectors of each level, float32."""
+        if isinstance(self.vqgan.quantize, ResidualQuantizer):
+            return torch.stack(self.vqgan.quantize.levels).float()
+        codes = torch.arange(self.vocab_size, device=self.device)
+        return self.vqgan.quantize.codes(codes).float()[None]
 
     def describe(self) -> dict[str, Any]:
         """Sizes, layout where it is not MAGE's, and fingerprint, for manifests."""
@@ -284,6 +308,20 @@ def load_vqgan(about_path: Path, weights_path: Path) -> VQGAN:
         reason = " ".join(str(error).split())[:300]
         raise MismatchError(f"{weights_path} does not fit {about_path} ({reason}): {MAKE_AGAIN}") from error
     return vqgan.eval()
+
+
+def with_levels(vqgan: VQGAN, num_levels: int) -> VQGAN:
+    """The same networks with a codebook of so many levels; the codes of the added ones are zero until training."""
+    if num_levels == vqgan.cfg.num_levels:
+        return vqgan
+    cfg = replace(vqgan.cfg, num_levels=num_levels)
+    with torch.device("meta"):
+        found = VQGAN(cfg, vqgan.layout)
+    weights, name = vqgan.state_dict(), "quantize.embedding.weight"
+    table = weights[name].new_zeros(num_levels * cfg.vocab_size, cfg.z_channels)
+    table[: len(weights[name])] = weights[name]
+    found.load_state_dict({**weights, name: table}, assign=True)
+    return found.eval()
 
 
 def load_asset_vqgan(name: str = "vqgan64", **options: Any) -> VQTokenizer:

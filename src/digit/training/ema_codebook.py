@@ -1,6 +1,6 @@
-"""A VQGAN's codebook as moving averages of features, started by k-means; unused codes are restarted.
+"""A VQGAN's codebooks as moving averages of features, started by k-means; unused codes are restarted.
 
-Shapes: n features in a batch, C = z_channels, K = vocab_size.
+Shapes: n features in a batch, C = z_channels, K = vocab_size, L levels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from digit.models.vq_quantizers import nearest_code
 from digit.runtime import distributed
@@ -21,14 +21,14 @@ KMEANS_ITERATIONS = 10
 
 
 class EMACodebook:
-    """Updates `embedding.weight` (K, C) in place; no optimizer may hold it.
+    """Updates code vectors (K, C) in place; no optimizer may hold them.
 
     The k-means of `start` is not that of `digit.tokenizers.kmeans`: its few features are in memory, so it needs neither
     chunks, float64 sums nor a convergence test, and empty clusters move to random features.
     """
 
-    def __init__(self, embedding: nn.Embedding, decay: float, restart_below: float) -> None:
-        self.weight = embedding.weight.requires_grad_(False)
+    def __init__(self, weight: Float[Tensor, "K C"], decay: float, restart_below: float) -> None:
+        self.weight = weight.detach()
         self.decay, self.restart_below = decay, restart_below
         self.counts = torch.ones(len(self.weight), device=self.weight.device)  # (K,)
         self.sums = self.weight.detach().clone()  # (K, C)
@@ -45,6 +45,11 @@ class EMACodebook:
             return
         features = torch.cat([gather_rows(collected) for collected in self.reservoir])
         num_batches, self.reservoir = len(self.reservoir), []
+        self.fit(features, num_batches, generator)
+
+    @torch.no_grad()
+    def fit(self, features: Float[Tensor, "n C"], num_batches: int, generator: torch.Generator) -> None:
+        """Set the codes by k-means on the features of so many batches of all ranks."""
         codes = random_rows(features, len(self.weight), generator)
         for _ in range(KMEANS_ITERATIONS):  # on every rank: there are few features
             counts, sums = self.assign(features, nearest_code(features, codes))
@@ -98,6 +103,75 @@ class EMACodebook:
         self.sums.copy_(state["sums"])
         own = [features.chunk(distributed.world_size())[distributed.rank()] for features in state["reservoir"]]
         self.reservoir = [features.to(self.sums.device) for features in own]
+
+
+class LevelCodebooks:
+    """The codebooks of all levels of a residual quantiser: each takes what the levels before it leave of a feature.
+
+    `codebooks` share the table (L K, C). A level whose codes are all zero, as of a codebook that got more levels than
+    it was trained with, starts by k-means on the first features that come.
+    """
+
+    def __init__(self, table: Float[Tensor, "LK C"], num_levels: int, decay: float, restart_below: float) -> None:
+        self.codebooks = [EMACodebook(part, decay, restart_below) for part in table.chunk(num_levels)]
+
+    def collect(self, features: Float[Tensor, "n C"]) -> None:
+        """Keep the latest features (n, C) for `start`."""
+        self.codebooks[0].collect(features)
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        """Set the codes of all levels by k-means on the collected features; without any, keep them."""
+        first = self.codebooks[0]
+        if not first.reservoir:
+            return
+        features, num_batches = torch.cat([gather_rows(part) for part in first.reservoir]), len(first.reservoir)
+        first.reservoir = []
+        for codebook in self.codebooks:
+            codebook.fit(features, num_batches, generator)
+            features = features - codebook.weight[nearest_code(features, codebook.weight)]
+
+    @torch.no_grad()
+    def start_new(self, features: Float[Tensor, "n C"], generator: torch.Generator) -> None:
+        """Start the levels whose codes are all zero on this rank's features (n, C)."""
+        new = [not bool(codebook.weight.any()) for codebook in self.codebooks]
+        if not any(new):
+            return
+        rest = gather_rows(features)
+        for codebook, starts in zip(self.codebooks, new, strict=True):
+            if starts:
+                codebook.fit(rest, 1, generator)
+            rest = rest - codebook.weight[nearest_code(rest, codebook.weight)]
+
+    def update(self, features: Float[Tensor, "n C"], tokens: Int64[Tensor, "n L"]) -> None:
+        """`EMACodebook.update` of each level, with its column of the tokens."""
+        for codebook, rest, chosen in self._by_level(features, tokens):
+            codebook.update(rest, chosen)
+
+    def restart_dead(
+        self, features: Float[Tensor, "n C"], tokens: Int64[Tensor, "n L"], generator: torch.Generator
+    ) -> int:
+        """Move rarely used codes of each level to what random features leave to it; returns how many."""
+        return sum(c.restart_dead(rest, generator) for c, rest, _ in self._by_level(features, tokens))
+
+    def _by_level(
+        self, features: Tensor, tokens: Tensor
+    ) -> list[tuple[EMACodebook, Float[Tensor, "n C"], Int64[Tensor, " n"]]]:
+        """Each codebook with the features that reach it, by the codes before any of them changes, and their codes."""
+        parts = []
+        for codebook, chosen in zip(self.codebooks, tokens.unbind(1), strict=True):
+            parts.append((codebook, features, chosen))
+            features = features - codebook.weight[chosen]
+        return parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of one level that of its codebook, as older checkpoints have it."""
+        states = [codebook.state_dict() for codebook in self.codebooks]
+        return states[0] if len(states) == 1 else {"levels": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for codebook, of_level in zip(self.codebooks, state.get("levels", [state]), strict=True):
+            codebook.load_state_dict(of_level)
 
 
 def flat_features(z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B*h*w C"]:

@@ -28,7 +28,7 @@ from digit.runtime import distributed
 from digit.runtime.files import as_path, write_json
 from digit.runtime.settings import within
 from digit.training.adversarial import NUM_EVALUATED, AdversarialConfig, AdversarialTrainer, image_psnr
-from digit.training.ema_codebook import EMACodebook, flat_features
+from digit.training.ema_codebook import LevelCodebooks, flat_features
 from digit.training.log import Metrics
 from digit.training.loop import TrainState, train
 
@@ -76,7 +76,8 @@ class VQGANTrainer(AdversarialTrainer):
                 "this VQGAN has the layout of another project, which is not trained here: take it as it is"
             )
         self.vqgan, self.batches, self.warned = channels_last(vqgan), batches, False
-        self.codebook = EMACodebook(vqgan.quantize.embedding, cfg.codebook_decay, cfg.restart_below)
+        table = vqgan.quantize.embedding.weight.requires_grad_(False)
+        self.codebook = LevelCodebooks(table, vqgan.cfg.num_levels, cfg.codebook_decay, cfg.restart_below)
         weights = [*vqgan.encoder.parameters(), *vqgan.decoder.parameters()]
         last, reduction = vqgan.decoder.conv_out.weight, vqgan.cfg.reduction
         super().__init__(vqgan, cfg, reduction=reduction, weights=weights, last=last, perceptual=perceptual)
@@ -100,18 +101,22 @@ class VQGANTrainer(AdversarialTrainer):
             return reconstruction.float(), z.new_zeros((), dtype=torch.float32), {}
         self.codebook.start(generator)
         with self.autocast():
-            reconstruction, z, tokens = self.vqgan(images)
-        codes = self.vqgan.quantize.lookup(tokens.view(len(z), *z.shape[-2:]))
+            z = self.vqgan.features(images)
+            self.codebook.start_new(flat_features(z), generator)
+            codes, indices = self.vqgan.quantize(z)
+            reconstruction = self.vqgan.decode(z + (codes - z).detach())
         commitment = F.mse_loss(z.float(), codes.detach())
-        self.codebook.update(flat_features(z), tokens.flatten())
+        features, tokens = flat_features(z), indices.reshape(-1, self.vqgan.cfg.num_levels)
+        self.codebook.update(features, tokens)
         metrics: Metrics = {"commitment": commitment.detach()}
         if step % self.cfg.restart_every == 0 and step < 0.9 * self.cfg.num_steps:
-            metrics["dead_codes"] = self.restart_dead(flat_features(z), step, generator)
+            metrics["dead_codes"] = self.restart_dead(features, tokens, step, generator)
         return reconstruction.float(), self.cfg.commitment_weight * commitment, metrics
 
-    def restart_dead(self, features: Tensor, step: int, generator: torch.Generator) -> float:
-        """Restart dead codes on features (n, C), return how many; warns once if most codes stay dead."""
-        num_dead, total = self.codebook.restart_dead(features, generator), len(self.codebook.weight)
+    def restart_dead(self, features: Tensor, tokens: Tensor, step: int, generator: torch.Generator) -> float:
+        """Restart dead codes on features (n, C) with tokens (n, L), return how many; warns once if most stay dead."""
+        cfg, num_dead = self.vqgan.cfg, self.codebook.restart_dead(features, tokens, generator)
+        total = cfg.vocab_size * cfg.num_levels
         settled = step > self.cfg.codebook_start + SETTLED_RESTARTS * self.cfg.restart_every
         if settled and num_dead > DEAD_SHARE * total and not self.warned and distributed.is_main():
             self.warned = True
@@ -155,23 +160,25 @@ def evaluate_vqgan(vqgan: VQGAN, batches: Iterable[UInt8[Tensor, "B 3 S S"]]) ->
 
     psnr: mean over images, in dB, of the output clamped and rounded to 8 bits; usage: fraction of codes used at least
     once; dead_codes: number of codes never used (few images cannot use all: each has 64 tokens at 64 px); perplexity:
-    exp of the entropy of code use; num_images.
+    exp of the entropy of code use, of several levels of its mean; num_images.
     """
     training, device = vqgan.training, vqgan.quantize.embedding.weight.device
     vqgan.eval()
-    counts, psnr = torch.zeros(vqgan.cfg.vocab_size, dtype=torch.int64), []
+    num_codes, num_levels = vqgan.cfg.vocab_size, vqgan.cfg.num_levels
+    counts, psnr = torch.zeros(num_levels, num_codes, dtype=torch.int64), []
     for batch in batches:
         images = batch.to(device).float() / 255
         tokens = vqgan.encode(images)[1]
         output = vqgan.decode_tokens(tokens).clamp(0, 1).mul(255).round() / 255
-        counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+        for level, chosen in zip(counts, tokens.cpu().reshape(-1, num_levels).unbind(1), strict=True):
+            level += torch.bincount(chosen, minlength=num_codes)
         psnr.append(image_psnr(output, images).cpu())
     vqgan.train(training)
-    share = counts[counts > 0] / counts.sum()
+    shares = [level[level > 0] / level.sum() for level in counts]
     return {
         "psnr": float(torch.cat(psnr).mean()),
         "usage": float((counts > 0).float().mean()),
         "dead_codes": int((counts == 0).sum()),
-        "perplexity": float(torch.exp(-(share * share.log()).sum())),
+        "perplexity": float(torch.exp(-torch.stack([(share * share.log()).sum() for share in shares]).mean())),
         "num_images": sum(len(p) for p in psnr),
     }
