@@ -88,6 +88,27 @@ def test_the_time_of_all_stages_is_not_guessed(bar, stages):
     assert stages.left(bar) is None and bar._whole() == ""
 
 
+def test_later_stages_are_expected_at_the_pace_of_those_so_far(bar, stages, monkeypatch):
+    stages.seconds = {"codebook": 10.0, "vqgan": 0.0, "tokens": 30.0, "renderer": 80.0, "report": 40.0}
+    stages.spent = {"codebook": 5.0, "vqgan": 0.1, "tokens": 15.0}
+    measured = bar.left()
+    own = 10 - stages.began + measured  # seconds of the renderer in all
+    assert stages.left(bar) == pytest.approx(measured + 40 * (20 + own) / (40 + 80))
+    bar.description = "decode images"  # a part of the stage tells nothing of its pace
+    assert stages.left(bar) == pytest.approx(80 - (10 - stages.began) + 40 / 2)
+    stages.spent = {"codebook": 500.0}
+    assert stages.left(bar) == pytest.approx(80 - (10 - stages.began) + 40 * progress.MOST_OFF)
+
+
+def test_a_stage_that_failed_tells_no_pace():
+    stages = Stages(["tokens", "prior"], {"tokens": 3.0, "prior": 5.0})
+    with stages.enter("tokens"):
+        pass
+    with pytest.raises(RuntimeError), stages.enter("prior"):
+        raise RuntimeError
+    assert set(stages.spent) == {"tokens"}
+
+
 def test_bar_in_ascii_where_the_terminal_knows_no_more(bar):
     bar._out = Output(io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
     assert set(bar.parts(79)["bar"]) == {"#", "-"}

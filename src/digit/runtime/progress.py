@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LINE_EVERY_SECONDS = 15.0  # in a log file
+MOST_OFF = 5.0  # how many times faster or slower than expected later stages are taken to be, at most
 MAX_BAR, MIN_BAR, LEAST_BAR = 40, 10, 4  # columns: at most; beside less important parts; beside count and ETA alone
 _state: dict[str, Any] = {"quiet": False, "stages": None, "bar": None}
 
@@ -55,6 +56,7 @@ class Stages:
     def __init__(self, names: Sequence[str], seconds: Mapping[str, float] | None = None):
         self.names, self.seconds = list(names), dict(seconds or {})
         self.place, self.began = 0, 0.0
+        self.spent: dict[str, float] = {}  # seconds of the stages that ended
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
@@ -63,6 +65,7 @@ class Stages:
         outer, _state["stages"] = _state["stages"], self
         try:
             yield
+            self.spent[name] = time.monotonic() - self.began
         finally:
             _state["stages"] = outer
 
@@ -90,7 +93,15 @@ class Stages:
             if expected <= 0 and not later:  # longer than expected, and a part does not tell what comes after it
                 return None
             measured = max(measured, expected)
-        return measured + sum(self.seconds[name] for name in later)
+        return measured + self._pace(bar, measured) * sum(self.seconds[name] for name in later)
+
+    def _pace(self, bar: "Progress", measured: float) -> float:
+        """What the stages so far, and the one at work, took of what was expected of them: the later ones will, too."""
+        taken = {name: seconds for name, seconds in self.spent.items() if self.seconds.get(name)}
+        if bar.description == self.name and self.seconds.get(self.name):
+            taken[self.name] = time.monotonic() - self.began + measured
+        expected = sum(self.seconds[name] for name in taken)
+        return min(MOST_OFF, max(1 / MOST_OFF, sum(taken.values()) / expected)) if expected else 1.0
 
 
 class Progress:
