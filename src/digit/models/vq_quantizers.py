@@ -25,7 +25,7 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, z_channels)
         nn.init.uniform_(self.embedding.weight, -1.0 / vocab_size, 1.0 / vocab_size)
 
-    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W *L"]]:
+    def forward(self, z: Float[Tensor, "B C H W"]) -> tuple[Float[Tensor, "B C H W"], Int64[Tensor, "B H W ..."]]:
         """z (B, C, H, W) -> code vectors (B, C, H, W) float32 and indices (B, H, W) int64; of L levels (B, H, W, L)."""
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1)  # (B, H, W, C)
@@ -33,16 +33,16 @@ class Quantizer(nn.Module):
             indices = indices.view(*flat.shape[:-1], *indices.shape[1:])
             return self.lookup(indices), indices
 
-    def assign(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N *L"]:
+    def assign(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N ..."]:
         """Index of the code of each vector, or of several codes."""
         parts = points.split(max(1, MAX_SCORES // self.vocab_size))
         return torch.cat([self.choose(part) for part in parts]) if len(parts) > 1 else self.choose(points)
 
-    def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N *L"]:
+    def choose(self, points: Float[Tensor, "N C"]) -> Int64[Tensor, "N ..."]:
         """As `assign`, of so few vectors that all their scores fit into memory."""
         return nearest_code(points, self.embedding.weight)
 
-    def lookup(self, indices: Int64[Tensor, "B H W *L"]) -> Float[Tensor, "B C H W"]:
+    def lookup(self, indices: Int64[Tensor, "B H W ..."]) -> Float[Tensor, "B C H W"]:
         """The code vectors that the decoder takes."""
         return self.codes(indices).movedim(-1, 1)  # (B, C, H, W)
 
