@@ -253,7 +253,9 @@ def describe_change(out: Path, change: Change, before: Recipe, wanted: Recipe, a
         ("kept", change.kept),
     ]
     effect = "; ".join(f"{what}: {', '.join(stages)}" for what, stages in parts if stages) or "no stage is there yet"
-    notes = [f"{out}: {'; '.join(told)}. {effect[0].upper()}{effect[1:]}", *describe_lengths(change, before, wanted)]
+    if told:  # no setting changed where a stage that was missing is brought back
+        effect = f"{'; '.join(told)}. {effect[0].upper()}{effect[1:]}"
+    notes = [f"{out}: {effect}", *describe_lengths(change, before, wanted)]
     if aside is not None:
         size = format_bytes(sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()))
         notes.append(
