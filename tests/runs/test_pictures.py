@@ -7,8 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
+from digit.data.images import open_source
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.runs.pictures import dim_hidden, read_keep, read_mask, require_free, write_completions, write_variations
+from digit.runs.pictures import (
+    dim_hidden,
+    load_images,
+    read_keep,
+    read_mask,
+    require_free,
+    write_completions,
+    write_variations,
+)
 
 
 def save(path, mask: np.ndarray, mode: str) -> None:
@@ -49,6 +59,12 @@ def test_a_photograph_is_no_mask(tmp_path):
     Image.fromarray(levels).save(tmp_path / "photo.png")
     with pytest.raises(DigitError, match="is no mask: 7[0-9]% of its pixels are neither black nor white"):
         read_mask(tmp_path / "photo.png", 32)
+
+
+@pytest.mark.parametrize("num", [0, -3])
+def test_at_least_one_picture_is_read(num):
+    with pytest.raises(DigitError, match=f"num is {num}: it must be at least 1"):
+        load_images(open_source("shapes:num=4,size=32"), PreprocessConfig(image_size=32), num)
 
 
 def test_what_keep_may_be(tmp_path):

@@ -19,6 +19,7 @@ from digit.errors import DigitError, NoSplitError
 from digit.pipeline.around import AREAS, Keep
 from digit.runtime import plots
 from digit.runtime.files import as_path, write_result
+from digit.runtime.scalars import as_int
 from digit.runtime.spread import spread
 
 NUMBERED = re.compile(r"\d{5,}\.png")
@@ -125,7 +126,11 @@ def open_images(spec: str, pixel_max: int | None = None, *, split: str | None = 
 def load_images(
     source: ImageSource, preprocess: PreprocessConfig, num: int
 ) -> tuple[UInt8[Tensor, "B 3 S S"], list[str]]:
-    """At most `num` images of a source, evenly apart, centre-cropped, and their names. A single one must be whole."""
+    """At most `num` images of a source, evenly apart, centre-cropped, and their names. A single one must be whole.
+
+    Raises DigitError for a `num` below 1.
+    """
+    num = as_int("num", num, least=1)
     if len(source) == 1:
         source.read(0)  # names what is wrong with it
     places = spread(len(source), num)
