@@ -54,6 +54,15 @@ def test_masks_that_say_nothing(tmp_path, value, told):
         read_mask(tmp_path / "mask.png", 32)
 
 
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_small_black_and_white_mask_is_one_however_far_it_is_enlarged(tmp_path, side, mode):
+    mask = np.indices((side, side)).sum(0) % 2 == 0  # a chessboard
+    save(tmp_path / "mask.png", mask, mode)
+    cells = read_mask(tmp_path / "mask.png", 64)[64 // side // 2 :: 64 // side, 64 // side // 2 :: 64 // side]
+    assert torch.equal(cells, torch.from_numpy(mask))
+
+
 def test_a_photograph_is_no_mask(tmp_path):
     levels = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
     Image.fromarray(levels).save(tmp_path / "photo.png")
