@@ -99,10 +99,21 @@ def gather_facts(run: Run, pipe: DigitPipeline, ways: Ways | None) -> Facts:
         curves=curves,
         ways=ways,
         vqgan_steps=run.recipe.vqgan_training.num_steps,
-        crops_per_image=run.recipe.crops_per_image if run.recipe.preprocess.distinct_crops is None else 0,
+        crops_per_image=crops_that_may_grow(run),
         has_vq=pipe.vq is not None,
         has_renderer_tokens=not pipe.renders_pixels,
     )
+
+
+def crops_that_may_grow(run: Run) -> int:
+    """Crops that are stored of each picture, where the run could train on more of them; else 0.
+
+    It could not where the crops of a picture are all alike, where each update cuts fresh ones, and where the tokens are
+    another run's.
+    """
+    recipe = run.recipe
+    more = recipe.preprocess.distinct_crops is None and recipe.training_crops == "stored" and "tokens" not in run.reuse
+    return recipe.crops_per_image if more else 0
 
 
 def short_name(name: str) -> str:
