@@ -456,3 +456,17 @@ def test_the_perceptual_network_sees_no_more_than_what_is_decoded(crop, share):
         return pixel_flops(without | {"perceptual": "vgg", "perceptual_crop": crop}) - pixel_flops(without)
 
     assert vgg(window=64, whole_from=0.5) == pytest.approx(share * vgg())
+
+
+def test_a_machine_without_bf16_samples_in_fp32():
+    recipe = with_settings(tiny_recipe(), {"sampling.precision": "bf16"})
+    half, emulated, full = (
+        Planner(each, machine, Order(images=1000)).sampling()
+        for each, machine in (
+            (recipe, CPU),
+            (recipe, replace(CPU, bf16=False)),
+            (with_settings(recipe, {"sampling.precision": "fp32"}), CPU),
+        )
+    )
+    assert emulated == full and emulated.what.endswith("fp32")
+    assert half.memory < full.memory and half.times["memory bandwidth"] < full.times["memory bandwidth"]
