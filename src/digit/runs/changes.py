@@ -28,7 +28,7 @@ STAGES = (*RESULTS, *ROLES)
 LENGTHENED, PREVIEWS = "lengthened.json", "previews"
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
-    r"data\.name|recipe\.(name|max_bad_fraction|previews|sampling\..*|masked_top_p|class_top_k"
+    r"data\.name|reading(\..*)?|recipe\.(name|max_bad_fraction|previews|sampling\..*|masked_top_p|class_top_k"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
     r"|parallel|max_skipped|deterministic))"
 )

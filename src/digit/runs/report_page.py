@@ -23,6 +23,7 @@ from digit.runs.judgement import Judgement, Pair, Ways
 from digit.runs.layout import PAGE
 from digit.runs.pictures import real_images
 from digit.runs.previews import FOLDER, previews_html
+from digit.runs.reading import recorded_reading, with_reading
 from digit.runs.status import read_losses
 from digit.runtime import lock
 from digit.runtime.files import atomic_path
@@ -84,7 +85,7 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any], shown: Sh
 
 def gather_facts(run: Run, pipe: DigitPipeline, ways: Ways | None) -> Facts:
     """What the sentences and commands of the page need to know."""
-    typed = str(lock.last_writer(run.out).get("command", ""))
+    typed = with_reading(str(lock.last_writer(run.out).get("command", "")), recorded_reading(run.out))
     words = shlex.split(typed) if typed.startswith("digit fit ") else []
     curves = {
         model: read_losses(run.out / model)
