@@ -88,6 +88,16 @@ def test_a_cpu_takes_its_own_size_unless_memory_is_short():
     assert pipe.sized(CFG).batch_size == CPU_BATCH and pipe.sized(replace(CFG, batch_size=5)).batch_size == 5
 
 
+def test_a_batch_is_sized_for_the_precision_that_it_is_sampled_in(monkeypatch):
+    pipe, half = toy_pipeline(), replace(CFG, precision="bf16")
+    needed = sampling_bytes(pipe.prior, pipe.renderer, pipe.vq, half, CPU_BATCH)
+    monkeypatch.setattr("digit.pipeline.pipeline.free_memory", lambda device: int(needed / SHARE) + 1)
+    for in_hardware, precision, size in ((True, "bf16", CPU_BATCH), (False, "fp32", CPU_BATCH // 2)):
+        monkeypatch.setattr("digit.runtime.hardware.multiplies_bf16", lambda device, answer=in_hardware: answer)
+        sized = pipe.sized(half)
+        assert (sized.precision, sized.batch_size) == (precision, size)
+
+
 def test_what_goes_through_a_model_at_a_time(monkeypatch):
     model = toy_pipeline().prior
     assert micro_batch_size(model, 5) == 5 and micro_batch_size(model, 500) == CPU_BATCH

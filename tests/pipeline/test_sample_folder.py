@@ -177,12 +177,21 @@ def other_weights(**which) -> DigitPipeline:
 def test_another_request_is_refused(pipe, tmp_path, monkeypatch, changes, message, unfinished):
     if unfinished:
         monkeypatch.setattr(sample_folder.SampleFolder, "finish", lambda self: None)
+    monkeypatch.setattr("digit.runtime.hardware.multiplies_bf16", lambda device: True)
     draw(pipe, tmp_path)
     before = contents(tmp_path)
     other = other_weights(**changes["pipe"]) if "pipe" in changes else pipe
     with pytest.raises(MismatchError, match=message):
         draw(other, tmp_path, **{k: v for k, v in changes.items() if k != "pipe"})
     assert contents(tmp_path) == before
+
+
+def test_a_folder_says_in_which_precision_it_was_sampled(pipe, tmp_path, monkeypatch):
+    """Not that which was asked for: without bf16 in hardware the images are those of fp32, and go on so."""
+    monkeypatch.setattr("digit.runtime.hardware.multiplies_bf16", lambda device: False)
+    draw(pipe, tmp_path, precision="bf16")
+    assert json.loads((tmp_path / "samples.json").read_text())["request"]["precision"] == "fp32"
+    draw(pipe, tmp_path, precision="fp32")
 
 
 def test_overwriting_leaves_nothing_of_the_old(pipe, whole, tmp_path):

@@ -94,18 +94,3 @@ def test_a_new_run_takes_the_choice_and_keeps_it(tmp_path, monkeypatch):
     for again in (words, [*words, "--recipe", "photos"]):
         assert choose_base(again).recipe.preprocess.image_size == 128 and not choose_base(again).said
     assert choose_base([*words, "--recipe", "photos64"]).recipe.preprocess.image_size == 64
-
-
-def test_a_continued_run_reads_its_data_as_before(tmp_path, capsys):
-    """A command without --limit, in the folder of a run with it, means the same pictures."""
-    from digit.cli.runs import reading_there
-    from digit.runs.fit import Run
-    from digit.runtime import lock
-
-    out = str(tmp_path / "run")
-    lock.set_command(f"digit fit photos --out {out} --limit 40 --labels_from=top")
-    Run(get_recipe("demo"), "shapes:num=50,size=64", out)
-    assert reading_there(["photos", "--out", out]) == {"limit": 40, "labels_from": "top"}
-    assert "--limit 40 --labels_from top as before" in capsys.readouterr().err
-    assert reading_there(["photos", "--out", out, "--limit", "10"]) == {"labels_from": "top"}
-    assert reading_there(["others", "--out", out]) == {} == reading_there(["photos", "--out", str(tmp_path / "new")])

@@ -419,7 +419,9 @@ def test_a_run_straight_to_pixels_plans_no_vq_tokens():
 
 
 def test_windows_cost_a_third():
-    recipe = with_settings(get_recipe("cifar_pixels"), {"preprocess.image_size": 128})
+    """Without the discriminator, which joins later."""
+    settings = {"preprocess.image_size": 128, "pixels_training.adversarial_weight": 0.0}
+    recipe = with_settings(get_recipe("cifar_pixels"), settings)
     windows = with_settings(recipe, {"pixels_training.window": 64, "pixels_training.whole_from": 1.0})
     half = with_settings(windows, {"pixels_training.whole_from": 0.5})
     whole, part, mixed = (
@@ -427,3 +429,44 @@ def test_windows_cost_a_third():
         for each in (recipe, windows, half)
     )
     assert 0.25 < part / whole < 0.4 and mixed == pytest.approx((whole + part) / 2)
+
+
+def pixel_flops(changes):
+    changes = {f"pixels_training.{name}": value for name, value in (changes | {"num_steps": 100}).items()}
+    recipe = with_settings(get_recipe("cifar_pixels"), {"preprocess.image_size": 128} | changes)
+    return Planner(recipe, CPU, Order(images=1000)).work.training_flops("renderer_pixels")
+
+
+def test_a_discriminator_that_joins_late_sees_the_images_of_then():
+    """Once whole images are decoded it costs as much as without windows; before, a quarter at half the side."""
+
+    def discriminator(start, **windows):
+        return pixel_flops({"adversarial_start": start} | windows) - pixel_flops({"adversarial_weight": 0.0} | windows)
+
+    windows = {"window": 64, "whole_from": 0.6}
+    assert discriminator(80, **windows) == pytest.approx(discriminator(80))
+    per_step = discriminator(0) / 100
+    assert discriminator(20, **windows) == pytest.approx(per_step * (40 / 4 + 40))
+
+
+@pytest.mark.parametrize(("crop", "share"), [(0, 0.5 / 4 + 0.5), (96, (0.5 * 64**2 + 0.5 * 96**2) / 96**2), (32, 1.0)])
+def test_the_perceptual_network_sees_no_more_than_what_is_decoded(crop, share):
+    def vgg(**windows):
+        without = {"perceptual": "none", "adversarial_weight": 0.0} | windows
+        return pixel_flops(without | {"perceptual": "vgg", "perceptual_crop": crop}) - pixel_flops(without)
+
+    assert vgg(window=64, whole_from=0.5) == pytest.approx(share * vgg())
+
+
+def test_a_machine_without_bf16_samples_in_fp32():
+    recipe = with_settings(tiny_recipe(), {"sampling.precision": "bf16"})
+    half, emulated, full = (
+        Planner(each, machine, Order(images=1000)).sampling()
+        for each, machine in (
+            (recipe, CPU),
+            (recipe, replace(CPU, bf16=False)),
+            (with_settings(recipe, {"sampling.precision": "fp32"}), CPU),
+        )
+    )
+    assert emulated == full and emulated.what.endswith("fp32")
+    assert half.memory < full.memory and half.times["memory bandwidth"] < full.times["memory bandwidth"]

@@ -156,6 +156,14 @@ def test_the_old_settings_bring_the_old_stages_back(copy, done):
     assert again.is_done("prior") and weights(copy, "prior").keys() != weights(done, "prior").keys()
 
 
+def test_a_missing_stage_is_brought_back_without_a_word_on_settings(copy):
+    (copy / "earlier" / "1").mkdir(parents=True)
+    (copy / "prior").rename(copy / "earlier" / "1" / "prior")
+    write_json(copy / "earlier" / "1" / "config.json", read_json(copy / "config.json"))
+    [said] = run_in(copy).notes
+    assert said.startswith(f"{copy}: brought back, made earlier with these settings, from {copy / 'earlier'}: prior")
+
+
 def test_other_sampling_makes_the_report_anew_and_keeps_the_one_of_before(copy):
     (copy / "report.html").write_text("before")
     run = run_in(copy, with_settings(tiny_recipe(), {"sampling.prior.top_p": 0.5}))

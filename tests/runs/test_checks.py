@@ -421,3 +421,11 @@ def test_windows_that_are_no_part_of_the_images(window, training):
     with pytest.raises(DigitError, match=rf"{training}_training.window is {window}: it must be below the 64 px"):
         check(change(recipe, **{f"{training}_training__window": window}))
     check(change(recipe, **{f"{training}_training__window": 32}))
+
+
+@pytest.mark.parametrize("training", ["pixels", "vqgan"])
+def test_windows_that_no_step_sees(training):
+    recipe = pixel_recipe() if training == "pixels" else tiny_recipe()
+    recipe = change(recipe, **{f"{training}_training__window": 16, f"{training}_training__whole_from": 0.0})
+    with pytest.raises(DigitError, match=f"{training}_training.window is 16, .* whole_from is 0, so no step sees a"):
+        check(recipe, [f"{training}_training.window"])

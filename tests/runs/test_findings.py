@@ -4,13 +4,17 @@ import io
 import re
 import shlex
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_recipe
 
 from digit.cli import COMMANDS, main
 from digit.metrics.judge import METRIC
 from digit.runs.findings import Facts, command, find, next_steps
 from digit.runs.judgement import Ways
+from digit.runs.report_page import crops_that_may_grow
 
 WAYS = Ways({"prior": {"cfg_scale": 1.5}}, {"prior": {"cfg_scale": 1.0}}, by_default=True)
 FACTS = Facts(
@@ -141,3 +145,17 @@ def test_an_overfitting_run_is_told_what_helps():
     )
     lines = dict(next_steps(metrics(), facts)).values()
     assert "digit fit b --out a --crops_per_image 8" in lines and not any("--more" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reuse", "crops"),
+    [({"crops_per_image": 2}, {}, 2), ({"training_crops": "fresh"}, {}, 0), ({}, {"tokens": Path("a/tokens")}, 0)],
+)
+def test_more_crops_are_advised_where_the_run_would_take_them(changes, reuse, crops):
+    """`digit fit` refuses more stored crops beside fresh ones, and beside tokens of another run."""
+    run = SimpleNamespace(recipe=tiny_recipe(**changes), reuse=reuse)
+    assert crops_that_may_grow(run) == crops
+    curves = {"prior": {"val_nll": [(100, 3.0), (200, 2.5), (300, 2.9)]}}
+    facts = Facts(out="a", data="b", curves=curves, crops_per_image=crops, fit_command="digit fit b --out a")
+    advised = "".join(dict(next_steps(metrics(), facts)).values()), told(metrics(), facts)
+    assert ["crops_per_image" in advised[0], "more crops" in advised[1]] == [crops > 0] * 2

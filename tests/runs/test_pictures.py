@@ -7,8 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
+from digit.data.images import open_source
+from digit.data.preprocess import PreprocessConfig
 from digit.errors import DigitError
-from digit.runs.pictures import dim_hidden, read_keep, read_mask, require_free, write_completions, write_variations
+from digit.runs.pictures import (
+    dim_hidden,
+    load_images,
+    read_keep,
+    read_mask,
+    require_free,
+    write_completions,
+    write_variations,
+)
 
 
 def save(path, mask: np.ndarray, mode: str) -> None:
@@ -44,11 +54,26 @@ def test_masks_that_say_nothing(tmp_path, value, told):
         read_mask(tmp_path / "mask.png", 32)
 
 
+@pytest.mark.parametrize("side", [4, 8])
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_small_black_and_white_mask_is_one_however_far_it_is_enlarged(tmp_path, side, mode):
+    mask = np.indices((side, side)).sum(0) % 2 == 0  # a chessboard
+    save(tmp_path / "mask.png", mask, mode)
+    cells = read_mask(tmp_path / "mask.png", 64)[64 // side // 2 :: 64 // side, 64 // side // 2 :: 64 // side]
+    assert torch.equal(cells, torch.from_numpy(mask))
+
+
 def test_a_photograph_is_no_mask(tmp_path):
     levels = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1))
     Image.fromarray(levels).save(tmp_path / "photo.png")
     with pytest.raises(DigitError, match="is no mask: 7[0-9]% of its pixels are neither black nor white"):
         read_mask(tmp_path / "photo.png", 32)
+
+
+@pytest.mark.parametrize("num", [0, -3])
+def test_at_least_one_picture_is_read(num):
+    with pytest.raises(DigitError, match=f"num is {num}: it must be at least 1"):
+        load_images(open_source("shapes:num=4,size=32"), PreprocessConfig(image_size=32), num)
 
 
 def test_what_keep_may_be(tmp_path):

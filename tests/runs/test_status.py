@@ -102,7 +102,7 @@ def test_who_is_at_work(run):
     finally:
         other.kill()
         other.wait()
-    assert "next       not running; to continue: digit fit photos/" in describe_run(run.out)
+    assert f"next       not running; to continue: digit fit {DATA}" in describe_run(run.out)  # whose run it is
 
 
 # ---------------------------------------------------------------- how long it will still train

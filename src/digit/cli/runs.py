@@ -40,9 +40,6 @@ MORE_HELP = (
 )
 
 
-READING = {"split": str, "limit": int, "labels_from": str, "pixel_max": int}  # options, and what reads their values
-
-
 class Base(NamedTuple):
     """What sets the defaults of a run's options, and what to say of it once the settings are known to be right."""
 
@@ -73,7 +70,6 @@ def add_run_arguments(parser: "ArgumentParser", argv: Sequence[str], *, more: bo
         "is kept, what was there before goes to OUT/earlier",
     )
     add_reading(parser)
-    parser.set_defaults(reading_there(argv))
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     for part in ("codebook", "vqgan", "tokens"):
         parser.add_argument(
@@ -131,25 +127,44 @@ def settings_there(out: Path) -> "Recipe | None":
         return None  # the run says what is wrong with it
 
 
-def reading_there(argv: Sequence[str]) -> dict[str, Any]:
-    """How the data are read where the run in --out is continued: as its last `digit fit` said and this one does not.
-
-    Of the same DATA alone. Says what it takes over.
-    """
+def keep_reading(args: Any, argv: Sequence[str]) -> None:
+    """Read the data as before where the run in --out is continued: with the options that it was made with and that are
+    not typed now. Says which these are."""
+    from digit.runs.reading import option_words
     from digit.runtime.files import as_path
+
+    there = distributed.on_main(lambda: reading_there(as_path(args.out), args.data))
+    typed = {name for name in there if value_of(argv, f"--{name}") is not None}
+    typed |= {name for name in there if getattr(args, name) not in (None, "auto")}  # in a settings file
+    kept = {name: value for name, value in there.items() if name not in typed}
+    for name, value in kept.items():
+        setattr(args, name, value)
+    if kept:
+        note(f"{shlex.join(option_words(kept))} as before: {args.out} was made so")
+
+
+def reading_there(out: Path, data: str) -> dict[str, Any]:
+    """The options with which the run in a folder reads its DATA; none where it is of other DATA."""
+    from digit.data.source import readable
+    from digit.runs.reading import recorded_reading, same_data
+
+    if settings_there(out) is None:
+        return {}
+    reading = recorded_reading(out) or typed_reading(out)
+    path = reading.pop("path", None)
+    return reading if path is not None and same_data(path, readable(data)) else {}
+
+
+def typed_reading(out: Path) -> dict[str, Any]:
+    """As `recorded_reading`, in a folder of an older version, which did not record it: as its last `digit fit` said."""
+    from digit.runs.reading import OPTIONS
     from digit.runtime.lock import last_writer
 
-    out = value_of(argv, "--out")
-    if not out or wants_help(argv) or settings_there(as_path(out)) is None:
+    words = shlex.split(str(last_writer(out).get("command", "")))
+    if words[:2] != ["digit", "fit"] or len(words) < 3:
         return {}
-    words = shlex.split(str(last_writer(as_path(out)).get("command", "")))
-    if words[:2] != ["digit", "fit"] or words[2:3] != list(argv[:1]):
-        return {}
-    typed = {name: value_of(words, f"--{name}") for name in READING if value_of(argv, f"--{name}") is None}
-    kept = {name: value for name, value in typed.items() if value is not None}
-    if kept:
-        note(f"{' '.join(f'--{name} {value}' for name, value in kept.items())} as before: {out} was made so")
-    return {name: READING[name](value) for name, value in kept.items()}
+    typed = {name: value_of(words, f"--{name}") for name, kind in OPTIONS.items() if kind is not bool}
+    return {"path": words[2]} | {name: OPTIONS[name](value) for name, value in typed.items() if value is not None}
 
 
 def _default(value: Any) -> Any:
@@ -170,6 +185,7 @@ def make_run(args: Any, argv: Sequence[str], base: Base, *, more: str | None = N
             f"--recipe {args.recipe} stands in a settings file, which is read too late for it: give it as an option"
         )
     recipe, record = read_config(args, Recipe), None
+    keep_reading(args, argv)
     source = open_data(args, args.data)
     if base.said:
         note(base.said)
@@ -340,7 +356,6 @@ def run_pretrain(parser: "ArgumentParser", argv: list[str]) -> None:
     parser.add_argument("data", help=DATA_HELP)
     parser.add_argument("--out", required=True, help="run folder; run again with the same folder to continue")
     add_reading(parser)
-    parser.set_defaults(reading_there(argv))
     parser.add_argument("--device", default=None, help=DEVICE_HELP)
     parser.add_argument("--config", action="config", help=CONFIG_HELP)
     add_config(parser, PretrainConfig)

@@ -12,7 +12,7 @@ from digit.data.decode import EXTENSIONS, decode_image
 from digit.data.imagenet import is_known
 from digit.data.layout import split_of, words_of
 from digit.data.listing import TARS, list_folder, some
-from digit.data.source import ImageSource, SubsetSource
+from digit.data.source import ImageSource, SubsetSource, readable
 from digit.data.tree import FolderSource, ZipSource
 from digit.errors import DigitError, NoSplitError
 from digit.runtime.files import as_path
@@ -77,7 +77,12 @@ def open_source(
     source.find_pixel_range(pixel_max)
     for note in source.notes:
         log.info("%s: %s", source.name, note)
-    return ImageSource.limit(source, limit)
+    found = ImageSource.limit(source, limit)
+    texts = {"path": spec, "split": split, "labels_from": None if labels_from == "auto" else labels_from}
+    others = {"limit": limit, "pixel_max": pixel_max, "read_contents": read_contents}
+    found.reading = {name: readable(text) for name, text in texts.items() if text is not None}
+    found.reading |= {name: value for name, value in others.items() if value is not None}
+    return found
 
 
 def as_source(data: str | Path | ImageSource, *, split: str | None = None) -> ImageSource:

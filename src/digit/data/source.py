@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -27,6 +28,9 @@ class ImageSource(ABC):
     classes: list[str]  # [] if unlabelled; label k means classes[k]
     notes: tuple[str, ...] = ()  # sentences on what was assumed and what is not used, each with the option against it
     pixel_range: PixelRange | None = None  # of images of more than 8 bits; None judges each by itself (`decode_image`)
+    reading: dict[str, Any] | None = (
+        None  # "path" and the other arguments that `open_source` was given; None: not by it
+    )
 
     @cached_property
     def fingerprint(self) -> str:

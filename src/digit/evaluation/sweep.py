@@ -26,6 +26,7 @@ from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
 from digit.runtime.files import as_path, plain, write_result
+from digit.runtime.hardware import Precision
 from digit.runtime.plots import panels
 from digit.sampling.config import SamplingConfig, StageSampling
 
@@ -156,8 +157,10 @@ class Sweep:
         pipe.require(*(["renderer"] if pipe.renders_pixels else ["vq", "renderer"]))
         self.pipe, self.reference, self.network = pipe, reference, network
         self.cache, self.num, self.seed = cache, num, seed
-        self.request = {"pipe": pipeline_key(pipe), "num": num, "seed": seed, "precision": pipe.sampling.precision}
-        self.batch_size: int = distributed.on_main(lambda: pipe.sized(pipe.sampling).batch_size) or 1
+        sized = distributed.on_main(lambda: pipe.sized(pipe.sampling))
+        self.precision: Precision = sized.precision
+        self.batch_size = sized.batch_size or 1
+        self.request = {"pipe": pipeline_key(pipe), "num": num, "seed": seed, "precision": self.precision}
         self.labels = pipe.labels(num)
         stages = [stage for stage in STAGES if getattr(pipe, stage)]
         stages = [stage for stage in stages if not (stage == "renderer" and pipe.renders_pixels)]  # it has no filters
@@ -220,21 +223,20 @@ class Sweep:
         return self.pipe.generate_tokens(stop - start, labels, self.seed + start, **sampling)
 
     def _features(self, key: str, sampling: SamplingConfig) -> Mapping[str, Tensor]:
-        precision = self.pipe.sampling.precision
         images = self._straight(sampling) if self.pipe.renders_pixels else self._decoded(sampling)
 
         def make(start: int, stop: int) -> dict[str, Tensor]:
             judged = self.network.judge(images(start, stop))
             return {"pooled": judged.pooled, "logits": judged.logits}
 
-        by = {"key": key, "by": fingerprint(self.network)} | ({"decoded": "bf16"} if precision == "bf16" else {})
+        by = {"key": key, "by": fingerprint(self.network)} | ({"decoded": "bf16"} if self.precision == "bf16" else {})
         path = self.cache / f"judged-{request_key(**by)}.safetensors"
         return remember_rows(path, self.num, self.batch_size, make)
 
     def _decoded(self, sampling: SamplingConfig) -> Callable[[int, int], Tensor]:
         """Images `start` .. `stop - 1` of a setting through its VQ tokens."""
         tokens = self.tokens(sampling)
-        return lambda start, stop: self.pipe.decode(tokens[start:stop], self.pipe.sampling.precision)
+        return lambda start, stop: self.pipe.decode(tokens[start:stop], self.precision)
 
     def _straight(self, sampling: SamplingConfig) -> Callable[[int, int], Tensor]:
         """The same by a renderer that goes straight to pixels."""

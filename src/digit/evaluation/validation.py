@@ -26,6 +26,7 @@ from digit.metrics.judge import JudgeNetwork
 from digit.pipeline.pipeline import DigitPipeline
 from digit.runtime import distributed
 from digit.runtime.files import sha256_tensors, write_json
+from digit.runtime.hardware import hardware_precision
 
 VQ_ROW, DIGIT_ROW = "validation data: VQ only", "validation data: DiGIT + VQ"
 PIXEL_ROW = "validation data: DiGIT straight to pixels"
@@ -129,7 +130,7 @@ def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
             pipe.tokenizer.fingerprint,
             renderer,
             repr(pipe.sampling.renderer),
-            pipe.sampling.precision,
+            hardware_precision(pipe.sampling.precision, pipe.device),
             str(seed),
         ]
     return digest(part.encode() for part in parts).encode()

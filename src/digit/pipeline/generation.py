@@ -16,7 +16,7 @@ from digit.pipeline.around import is_whole, sample_around
 from digit.pipeline.batch import IMAGES, SampleBatch
 from digit.pipeline.batch_size import micro_batch_size
 from digit.pipeline.steps import OnStep, watched
-from digit.runtime.hardware import Precision, hardware_precision
+from digit.runtime.hardware import Precision
 from digit.runtime.progress import Progress
 from digit.runtime.scalars import as_int
 from digit.sampling.config import SamplingConfig, StageSampling
@@ -76,9 +76,11 @@ class Generator:
     def batches(
         self, request: GenerationRequest, cfg: SamplingConfig, start: int, end: int, on_step: OnStep | None = None
     ) -> Iterator[SampleBatch]:
-        """Batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete."""
+        """Batches of images `start` .. `end - 1`; tensors stay on the device until a batch is complete.
+
+        `cfg` is one of `DigitPipeline.sized`.
+        """
         model, batch_size = self.renderer, cfg.batch_size
-        cfg = replace(cfg, precision=hardware_precision(cfg.precision, model.device))
         assert batch_size is not None, "sized"
         first_stage = self.prior if model.cfg.prefix_len else None
         with (

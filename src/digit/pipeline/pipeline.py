@@ -420,7 +420,10 @@ class DigitPipeline:
         pixels: bool = True,
         on_step: OnStep | None = None,
     ) -> Iterator[SampleBatch]:
-        """Batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete."""
+        """Batches of images `start` .. `end - 1` of a request; tensors stay on the device until a batch is complete.
+
+        `cfg` is one of `sized`.
+        """
         renderer, end = self._require_renderer(), len(request.labels) if end is None else end
         generator = Generator(self.prior, renderer, self._samplers, self.decode if pixels else None)
         return generator.batches(request, cfg, start, end, on_step)
@@ -466,7 +469,9 @@ class DigitPipeline:
         return cfg
 
     def sized(self, cfg: SamplingConfig) -> SamplingConfig:
-        """`cfg` with a batch size: its own, or one that fits into the memory that is now free."""
+        """`cfg` as this device samples: in fp32 where it only emulates bf16, and with a batch size, its own or one that
+        fits into the memory that is now free."""
+        cfg = replace(cfg, precision=hardware_precision(cfg.precision, self.device))
         if cfg.batch_size is not None:
             return cfg
         renderer = self._require_renderer()

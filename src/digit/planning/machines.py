@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from digit.errors import DigitError
-from digit.runtime.hardware import cpu_speed, describe_machine
+from digit.runtime.hardware import cpu_speed, describe_machine, multiplies_bf16
 from digit.training.peak import PUBLISHED, peak_flops
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Machine:
     """Number of devices."""
     gpu: bool = True
     """Whether the device is a GPU; else it is a CPU."""
+    bf16: bool = True
+    """Whether it multiplies bf16 in hardware; else sampling takes fp32."""
     free: float = 1.0
     """Share of this speed that other programs leave at the moment; plans are for a machine that nothing else uses."""
 
@@ -142,7 +144,8 @@ def this_machine(device: "torch.device") -> Machine:
         used = "" if speed.cores == about["cores"] else f"{speed.cores:g} of "
         return Machine(
             name=f"{about['processor']}, {used}{about['cores']} cores", memory=about["memory_gib"] * 2**30, peaks=peaks,
-            bandwidth=CPU_BANDWIDTH, price=0.0, cores=about["cores"] or 1, gpu=False, free=speed.free,
+            bandwidth=CPU_BANDWIDTH, price=0.0, cores=about["cores"] or 1, gpu=False, bf16=multiplies_bf16(device),
+            free=speed.free,
         )  # fmt: skip
     import torch
 
@@ -157,4 +160,5 @@ def this_machine(device: "torch.device") -> Machine:
         peaks={name: peak * scale for name, peak in like.peaks.items()},
         bandwidth=like.bandwidth * scale,
         cores=(about["cores"] or 1) / torch.cuda.device_count(),
+        bf16=multiplies_bf16(device),
     )

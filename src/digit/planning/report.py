@@ -79,7 +79,7 @@ def notes(planner: Planner) -> list[str]:
     needed = num_points / planner.work.num_tokens / order.images
     if "codebook" not in order.reuse and needed < 0.5 * recipe.codebook_subset:
         lines.append(f"the fit uses {count(num_points)} features: --codebook_subset {needed:.2g} gives as many")
-    if recipe.sampling.precision == "fp32" and machine.gpu:
+    if recipe.sampling.precision == "fp32" and machine.gpu and machine.bf16:
         lines.append("sampling in bf16 (--sampling.precision bf16) reads half the bytes")
     if machine.count > 1:
         lines.append(f"every stage is assumed to scale perfectly over {machine.count} processes")

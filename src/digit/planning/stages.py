@@ -21,6 +21,7 @@ from digit.runs.judgement import OTHER_WAY_SECONDS, REFERENCE, ways_of
 from digit.runs.recipes import Recipe
 from digit.runs.report import num_judged, num_shown
 from digit.runs.roles import get_role
+from digit.runtime.hardware import Precision
 from digit.runtime.settings import check_settings, flat, within
 from digit.sampling.config import SamplingConfig, StageSampling, with_changes
 from digit.tokenizers.base import FitCost
@@ -379,8 +380,14 @@ class Planner:
         return Stage(name="report", what=what, memory=4.0 * work.judge.weights, times=times)
 
     def sampling_settings(self, names: Sequence[str]) -> SamplingConfig:
-        """How the recipe samples some models, the renderer last: with guidance where they are trained for it."""
-        return self.recipe.sampling_of(names[-1], labelled=bool(self.work.num_classes))
+        """How the recipe samples some models here, the renderer last: with guidance where they are trained for it."""
+        own = self.recipe.sampling_of(names[-1], labelled=bool(self.work.num_classes))
+        return replace(own, precision=self.sampling_precision)
+
+    @property
+    def sampling_precision(self) -> Precision:
+        """That of the recipe, but fp32 on a machine without bf16."""
+        return self.recipe.sampling.precision if self.machine.bf16 else "fp32"
 
     def other_way(self, names: Sequence[str]) -> tuple[str, SamplingConfig | None]:
         """("with guidance" or "without guidance", settings) of the report's second samples, ("", None) for none."""
@@ -439,7 +446,7 @@ class Planner:
 
     def batch_seconds(self, cfg: SequenceConfig, sampling: StageSampling, batch: int) -> dict[str, float]:
         """Seconds to sample one batch of tokens on one device, by what could limit it."""
-        machine, width = self.machine, 4 if self.recipe.sampling.precision == "fp32" else 2  # bytes
+        machine, width = self.machine, 4 if self.sampling_precision == "fp32" else 2  # bytes
         share = GPU_SAMPLING if machine.gpu else CPU_SAMPLING
         rows = batch * (2 if sampling.cfg_scale != 1 else 1)
         peak = machine.peaks["fp32" if width == 4 and machine.gpu else "bf16"] * share

@@ -155,11 +155,17 @@ class Work:
         networks = 3.0 * (self.vq_encoder.flops + self.vq_decoder.flops)
         return networks * self._decoded_share(cfg) + self._loss_flops(cfg)
 
-    def _decoded_share(self, cfg: AdversarialConfig) -> float:
-        """Share of all pixels that the steps of a training decode: less than 1 where most decode windows."""
-        side = self.vqgan.resolution
-        windowed = cfg.whole_from if 0 < cfg.window < side else 0.0
-        return 1 - windowed * (1 - (cfg.window / side) ** 2)
+    def _step_mean(self, cfg: AdversarialConfig, cost: Callable[[int], float], start: float = 0.0) -> float:
+        """Mean over all steps of a training of `cost(side)`, side in pixels of what a step decodes: a window at first,
+        whole images from `whole_from` on. Steps before `start`, a share of the training as well, cost nothing."""
+        whole = self.vqgan.resolution
+        window, whole_from = (cfg.window, cfg.whole_from) if 0 < cfg.window < whole else (whole, 0.0)
+        start = min(1.0, start)
+        return max(0.0, whole_from - start) * cost(window) + (1 - max(whole_from, start)) * cost(whole)
+
+    def _decoded_share(self, cfg: AdversarialConfig, start: float = 0.0) -> float:
+        """Share of the pixels of all steps that are decoded from `start` on: fewer where steps decode windows."""
+        return self._step_mean(cfg, lambda side: (side / self.vqgan.resolution) ** 2, start)
 
     def _loss_flops(self, cfg: AdversarialConfig) -> float:
         """FLOPs per training image of the perceptual loss and the discriminator."""
@@ -167,17 +173,17 @@ class Work:
         if cfg.perceptual == "encoder":
             total += 3 * LITE0_FLOPS_128  # forward for target and output, backward to the output
         elif cfg.perceptual != "none":
-            window = min(cfg.perceptual_crop, side) or side
-            total += 3 * window**2 * sum(VGG_FLOPS_PER_PIXEL[: cfg.perceptual_stages])
+            # of what is decoded it sees a crop, or all of it
+            seen = self._step_mean(cfg, lambda decoded: (min(cfg.perceptual_crop, decoded) or decoded) ** 2)
+            total += 3 * seen * sum(VGG_FLOPS_PER_PIXEL[: cfg.perceptual_stages])
         if cfg.adversarial_weight and cfg.num_steps:
             discriminator = self._count(
                 lambda: PatchDiscriminator(cfg.discriminator_channels),
                 lambda d: d(torch.empty(1, 3, side, side)),
                 "convolutions",
             )
-            share = max(0.0, 1 - cfg.adversarial_start / cfg.num_steps)
             passes = 8  # its training on two images (6), the generator's gradient (2)
-            total += passes * discriminator.flops * share * self._decoded_share(cfg)
+            total += passes * discriminator.flops * self._decoded_share(cfg, cfg.adversarial_start / cfg.num_steps)
         return total
 
     def sequence(self, name: str) -> SequenceConfig:

@@ -28,7 +28,7 @@ STAGES = (*RESULTS, *ROLES)
 LENGTHENED, PREVIEWS = "lengthened.json", "previews"
 # settings that change no result, or only what is sampled afterwards
 FREE_SETTING = re.compile(
-    r"data\.name|recipe\.(name|max_bad_fraction|previews|sampling\..*|masked_top_p|class_top_k"
+    r"data\.name|reading(\..*)?|recipe\.(name|max_bad_fraction|previews|sampling\..*|masked_top_p|class_top_k"
     r"|.*\.(log_every|save_every|keep_checkpoints|keep_best|tensorboard|accumulate|checkpoint_activations|compile"
     r"|parallel|max_skipped|deterministic))"
 )
@@ -253,7 +253,9 @@ def describe_change(out: Path, change: Change, before: Recipe, wanted: Recipe, a
         ("kept", change.kept),
     ]
     effect = "; ".join(f"{what}: {', '.join(stages)}" for what, stages in parts if stages) or "no stage is there yet"
-    notes = [f"{out}: {'; '.join(told)}. {effect[0].upper()}{effect[1:]}", *describe_lengths(change, before, wanted)]
+    if told:  # no setting changed where a stage that was missing is brought back
+        effect = f"{'; '.join(told)}. {effect[0].upper()}{effect[1:]}"
+    notes = [f"{out}: {effect}", *describe_lengths(change, before, wanted)]
     if aside is not None:
         size = format_bytes(sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()))
         notes.append(

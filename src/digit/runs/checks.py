@@ -168,6 +168,7 @@ def unused_by_losses(cfg: AdversarialConfig, seed: int) -> list[Rule]:
     return [
         (cfg.seed != seed, "seed", "set the run's one seed"),
         (cfg.window == 0, "whole_from", "window is 0, so every step sees whole images: set window"),
+        (cfg.window > 0 and cfg.whole_from == 0, "window", "whole_from is 0, so no step sees a window: set it above 0"),
         (cfg.perceptual == "none" or cfg.perceptual_weight == 0, perceptual, "it has no perceptual loss: set one"),
         (cfg.perceptual == "encoder", "perceptual_stages", "perceptual encoder has no stages: set vgg"),
         (cfg.adversarial_weight == 0, "(adversarial_(start|ramp)|discriminator_.*)", adversarial),

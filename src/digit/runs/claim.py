@@ -64,6 +64,8 @@ def claim_folder(
         "recipe": asdict(recipe),
         "data": {"name": source.name, **white, "fingerprint": source.fingerprint},
     }
+    if source.reading is not None:
+        wanted["reading"] = plain(source.reading)  # so that the same command without its options goes on (`reading.py`)
     lock_folder(out)
     places = [out / name for name in (*RESULTS, *ROLES)]
     remove_leftovers(out, *places, *(place / "checkpoints" for place in places))
@@ -81,6 +83,8 @@ def claim_folder(
                 "(or DiGIT reads them otherwise: see --labels_from, --limit and --split, and what digit inspect "
                 f"says): choose another --out, or give the old data (digit info {out} shows its command)"
             )
+        if source.reading is None and "reading" in before:
+            wanted["reading"] = before["reading"]
         if other or not reuse_unchanged:
             require_same_settings(out, before, plain(wanted))
         else:

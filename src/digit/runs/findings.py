@@ -33,7 +33,7 @@ class Facts:
     ways: Ways | None = None
     vqgan_steps: int = 0
     crops_per_image: int = 0
-    """Crops that are stored of each picture; 0 where more of them would be the same picture."""
+    """Crops that are stored of each picture; 0 where the run could not train on more of them."""
     has_vq: bool = True
     has_renderer_tokens: bool = True
 
@@ -173,10 +173,11 @@ def learning(facts: Facts) -> Iterator[Finding]:
         step, best = min(held, key=lambda point: point[1])
         last_step, last = held[-1]
         if last > best + RISE:
+            helps = "More pictures or more crops help" if facts.crops_per_image else "More pictures help"
             yield (
                 "fair",
                 f"The {model} overfits its training pictures: held-out loss rose from {best:.2f} at step {step:,} to "
-                f"{last:.2f} at step {last_step:,}. More pictures or more crops help; longer training does not.",
+                f"{last:.2f} at step {last_step:,}. {helps}; longer training does not.",
             )
         elif held[-2][1] - last > FALL:
             yield "info", f"The {model} was still learning when it ended (held-out loss {last:.2f}): train it longer."

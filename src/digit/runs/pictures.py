@@ -19,6 +19,7 @@ from digit.errors import DigitError, NoSplitError
 from digit.pipeline.around import AREAS, Keep
 from digit.runtime import plots
 from digit.runtime.files import as_path, write_result
+from digit.runtime.scalars import as_int
 from digit.runtime.spread import spread
 
 NUMBERED = re.compile(r"\d{5,}\.png")
@@ -125,7 +126,11 @@ def open_images(spec: str, pixel_max: int | None = None, *, split: str | None = 
 def load_images(
     source: ImageSource, preprocess: PreprocessConfig, num: int
 ) -> tuple[UInt8[Tensor, "B 3 S S"], list[str]]:
-    """At most `num` images of a source, evenly apart, centre-cropped, and their names. A single one must be whole."""
+    """At most `num` images of a source, evenly apart, centre-cropped, and their names. A single one must be whole.
+
+    Raises DigitError for a `num` below 1.
+    """
+    num = as_int("num", num, least=1)
     if len(source) == 1:
         source.read(0)  # names what is wrong with it
     places = spread(len(source), num)
@@ -178,15 +183,15 @@ def read_mask(path: Path, size: int, fit: Fit = "crop") -> Bool[Tensor, "S S"]:
             values = picture.convert("RGBA").getchannel("A") if clear else picture.convert("L")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
         raise DigitError(f"{path} cannot be read as a mask ({error}): give a black and white picture") from error
-    pixels = torch.from_numpy(np.array(values.convert("RGB"))).permute(2, 0, 1)[None]
-    fitted = fit_batch(pixels, size, fit)[0, 0]
-    grey = float(((fitted > GREY[0]) & (fitted < GREY[1])).float().mean())
+    levels = np.array(values)
+    grey = float(((levels > GREY[0]) & (levels < GREY[1])).mean())  # of the file itself: enlarging makes grey edges
     if grey > MAX_GREY:
         raise DigitError(
             f"{path} is no mask: {grey:.0%} of its pixels are neither black nor white. Paint what is kept white, the "
             "rest black"
         )
-    mask = fitted >= 128
+    pixels = torch.from_numpy(levels).expand(1, 3, -1, -1)
+    mask = fit_batch(pixels, size, fit)[0, 0] >= 128
     if mask.all() or not mask.any():
         what = "everything" if mask.all() else "nothing"
         raise DigitError(f"{path} keeps {what}: paint what is kept white (or opaque), the rest black (or transparent)")

@@ -26,6 +26,7 @@ from digit.models.vqgan import VQGAN
 from digit.runs.recipe import Recipe
 from digit.runtime import distributed, plots
 from digit.runtime.files import mark_output
+from digit.runtime.hardware import hardware_precision
 from digit.sampling.kinds import make_sampler
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.vq import VQTokenizer
@@ -135,13 +136,15 @@ class Previews:
     def sampled(self, model: SequenceModel) -> Tensor:
         """(SHOWN, N) discriminative tokens of a prior."""
         settings = self.run.recipe.sampling_of(self.run.recipe.model_names[1], labelled=bool(model.cfg.num_classes))
-        sampler = make_sampler(model, settings.prior, precision=settings.precision, micro_batch_size=SHOWN)
+        precision = hardware_precision(settings.precision, model.device)
+        sampler = make_sampler(model, settings.prior, precision=precision, micro_batch_size=SHOWN)
         return sampler(self.seeds, labels=self.labels(model))
 
     def rendered(self, model: SequenceModel, prefix: Tensor | None, name: str) -> Tensor:
         """(SHOWN, 3, S, S) uint8 of a renderer, or of a VQ-only model."""
         settings = self.run.recipe.sampling_of(name, labelled=bool(model.cfg.num_classes))
-        sampler = make_sampler(model, settings.renderer, precision=settings.precision, micro_batch_size=SHOWN)
+        precision = hardware_precision(settings.precision, model.device)
+        sampler = make_sampler(model, settings.renderer, precision=precision, micro_batch_size=SHOWN)
         found = sampler(self.seeds, prefix=prefix, labels=self.labels(model))
         return found if sampler.output == "images" else self.run.train_vqgan().decode(found)
 

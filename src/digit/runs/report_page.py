@@ -24,6 +24,7 @@ from digit.runs.judgement import Judgement, Pair, Ways
 from digit.runs.layout import PAGE
 from digit.runs.pictures import real_images
 from digit.runs.previews import FOLDER, previews_html
+from digit.runs.reading import recorded_reading, with_reading
 from digit.runs.status import read_losses
 from digit.runtime import lock
 from digit.runtime.files import atomic_path
@@ -85,7 +86,7 @@ def write_page(run: Run, pipe: DigitPipeline, metrics: dict[str, Any], shown: Sh
 
 def gather_facts(run: Run, pipe: DigitPipeline, ways: Ways | None) -> Facts:
     """What the sentences and commands of the page need to know."""
-    typed = str(lock.last_writer(run.out).get("command", ""))
+    typed = with_reading(str(lock.last_writer(run.out).get("command", "")), recorded_reading(run.out))
     words = shlex.split(typed) if typed.startswith("digit fit ") else []
     curves = {
         model: read_losses(run.out / model)
@@ -100,10 +101,21 @@ def gather_facts(run: Run, pipe: DigitPipeline, ways: Ways | None) -> Facts:
         curves=curves,
         ways=ways,
         vqgan_steps=run.recipe.vqgan_training.num_steps,
-        crops_per_image=run.recipe.crops_per_image if run.recipe.preprocess.distinct_crops is None else 0,
+        crops_per_image=crops_that_may_grow(run),
         has_vq=pipe.vq is not None,
         has_renderer_tokens=not pipe.renders_pixels,
     )
+
+
+def crops_that_may_grow(run: Run) -> int:
+    """Crops that are stored of each picture, where the run could train on more of them; else 0.
+
+    It could not where the crops of a picture are all alike, where each update cuts fresh ones, and where the tokens are
+    another run's.
+    """
+    recipe = run.recipe
+    more = recipe.preprocess.distinct_crops is None and recipe.training_crops == "stored" and "tokens" not in run.reuse
+    return recipe.crops_per_image if more else 0
 
 
 def short_name(name: str) -> str:

@@ -11,6 +11,7 @@ from digit.models.sequence import training_flops
 from digit.pipeline.sample_journal import GRID, JOURNAL, SAMPLES
 from digit.runs.codebook_quality import quality_text
 from digit.runs.layout import EARLIER, PAGE, RESULTS, is_done, require_format
+from digit.runs.reading import recorded_reading, with_reading
 from digit.runs.recipe import Recipe, TokenSpace
 from digit.runs.roles import ROLES, get_role
 from digit.runtime import lock
@@ -262,7 +263,9 @@ def describe_work(folder: Path) -> Iterator[str]:
     command = str(lock.last_writer(folder).get("command", ""))
     # a lock file that something else wrote must not tell the user what to type
     known = command.split(" ")[0] in ("digit", "torchrun", "srun")
-    again = command if known else "the command that began it, with the same --out"
+    again = (
+        with_reading(command, recorded_reading(folder)) if known else "the command that began it, with the same --out"
+    )
     if (folder / "pipeline").is_dir() and not has_new_models(folder):
         if not (folder / PAGE).is_file() and " fit " in f"{command} ":
             yield f"report     not finished; to continue: {again}"
