@@ -15,7 +15,6 @@ from digit.data.images import ImageSource
 from digit.errors import DigitError
 from digit.evaluation.paper import TABLE1
 from digit.metrics.stability import StabilityConfig, add_noise
-from digit.models.tokenizer import levels_of
 from digit.pipeline.cells import cell_grid, code_vectors, fill_cells, token_grid
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
@@ -411,7 +410,7 @@ class Model:
     def _paint(self) -> Steps:
         for name, tokenizer in self.pipe.tokenizers.items():
             few = -(-tokenizer.vocab_size // math.prod(tokenizer.grid)) <= MOST_LOOKS
-            if name == "vq" and few and levels_of(tokenizer) == 1:
+            if name == "vq" and few and self.pipe.vq is not None and self.pipe.vq.num_levels == 1:
                 colours = yield from self._looks()
             else:
                 vectors = code_vectors(tokenizer)
