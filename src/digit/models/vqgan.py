@@ -209,15 +209,18 @@ class VQGAN(nn.Module):
         mean = patches.mean(0)
         centred = (patches - mean).double()
         components = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :num].T.float()  # (C, 3 f f)
-        encoder, decoder = self.encoder.patches, self.decoder.patches
-        encoder.weight.copy_(components.unflatten(1, (3, size, size)))
-        encoder.bias.copy_(-components @ mean)
-        decoder.weight.copy_(components.T[:, :, None, None])
-        decoder.bias.copy_(mean)
-        for convolution in (self.encoder.conv_out, self.decoder.conv_out):
-            convolution.weight.zero_()
-            convolution.bias.zero_()
-        self.quantize.embedding.weight.zero_()
+        into, out = self.encoder.patches, self.decoder.patches
+        values = {
+            (into, "weight"): components.unflatten(1, (3, size, size)),
+            (into, "bias"): -components @ mean,
+            (out, "weight"): components.T[:, :, None, None],
+            (out, "bias"): mean,
+        }
+        for (layer, name), value in values.items():
+            getattr(layer, name).copy_(value)
+        for layer in (self.encoder.conv_out, self.decoder.conv_out, self.quantize.embedding):
+            for parameter in layer.parameters():
+                parameter.zero_()
 
     def features(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C H H"]:
         """Images in [0, 1] -> features before quantisation."""
