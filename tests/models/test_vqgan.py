@@ -259,29 +259,3 @@ def test_levels_are_saved_and_added(tokenizer, tmp_path):
     assert with_levels(tokenizer.vqgan, 1) is tokenizer.vqgan
     with pytest.raises(DigitError, match="num_levels is 2, and a quantiser cosine has one"):
         VQGAN(replace(TINY, num_levels=2), VQLayout(quantizer="cosine"))
-
-
-def test_a_linear_path_starts_as_the_principal_components_of_patches(tmp_path):
-    cfg = replace(TINY, linear_patches=True, z_channels=12)
-    vqgan, images = VQGAN(cfg), pictures(40)
-    images[:, :, ::2] = images[:, :, 1::2]  # patches of half the rank
-    vqgan.start_from_patches(images)
-    with torch.no_grad():
-        z = vqgan.features(images.float() / 255)
-        found = vqgan.decode(z)
-    patches = (images.float() / 255).unfold(2, 4, 4).unfold(3, 4, 4)  # (B, 3, 8, 8, 4, 4)
-    rows = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, 48)
-    mean = rows.mean(0)
-    components = torch.linalg.svd(rows - mean, full_matrices=False)[2][:12]
-    expected = ((rows - mean) @ components.T @ components + mean).view(40, 8, 8, 3, 4, 4)
-    torch.testing.assert_close(found, expected.permute(0, 3, 1, 4, 2, 5).reshape(40, 3, 32, 32), atol=1e-4, rtol=0)
-    assert not vqgan.quantize.embedding.weight.any()
-    VQTokenizer(vqgan).save(tmp_path)
-    again = VQTokenizer.load(tmp_path)
-    assert again.vqgan.cfg.linear_patches and torch.equal(again.features(images), VQTokenizer(vqgan).features(images))
-    with pytest.raises(DigitError, match="no 12 principal components"):
-        vqgan.start_from_patches(images[:0])
-    with pytest.raises(DigitError, match="set linear_patches to true"):
-        VQGAN(TINY).start_from_patches(images)
-    with pytest.raises(DigitError, match="linear_patches is for VQGANs of our own layout"):
-        VQGAN(cfg, VQLayout(quantizer="cosine"))

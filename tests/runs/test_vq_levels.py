@@ -24,9 +24,7 @@ from digit.runtime.settings import refuse_unused
 def of_levels(**changes):
     recipe = tiny_recipe(informed_start=True, **changes)
     return replace(
-        recipe,
-        vqgan=replace(recipe.vqgan, num_levels=2, linear_patches=True),
-        renderer=replace(recipe.renderer, conditioning="aligned"),
+        recipe, vqgan=replace(recipe.vqgan, num_levels=2), renderer=replace(recipe.renderer, conditioning="aligned")
     )
 
 
@@ -42,9 +40,7 @@ def fitted(tmp_path_factory):
 def test_what_a_run_makes(fitted):
     run, pipe = fitted
     cells = pipe.vq.grid[0] * pipe.vq.grid[1]
-    assert (
-        pipe.vq.vqgan.cfg.linear_patches and pipe.vq.num_levels == 2 and run.write_tokens().vq.shape == (24, 2 * cells)
-    )
+    assert pipe.vq.num_levels == 2 and run.write_tokens().vq.shape == (24, 2 * cells)
     cfg = pipe.renderer.cfg
     assert (cfg.levels, cfg.target_len, cfg.target_places) == (2, 2 * cells, cells)
     log = (run.out / "renderer" / "log.jsonl").read_text()

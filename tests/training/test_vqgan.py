@@ -118,18 +118,6 @@ def test_training_of_levels_learns_and_resumes(tmp_path, started):
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
 
 
-def test_a_linear_path_is_better_from_the_start(tmp_path):
-    cfg = replace(QUICK, num_steps=12, codebook_start=2, adversarial_start=10, ema_decay=0.5)
-    psnr = {}
-    for linear in (False, True):
-        torch.manual_seed(0)
-        vqgan = VQGAN(replace(TINY, linear_patches=linear))
-        if linear:
-            vqgan.start_from_patches(torch.cat([batches(step) for step in range(16)]))
-        psnr[linear] = train_vqgan(vqgan, batches, cfg, tmp_path / str(linear))["psnr"]
-    assert psnr[True] > psnr[False] + 3
-
-
 def test_random_rows_repeat_only_where_they_must():
     rows, generator = torch.arange(6.0)[:, None], torch.Generator().manual_seed(0)
     assert len(random_rows(rows, 6, generator).unique()) == 6

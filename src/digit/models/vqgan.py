@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -47,10 +45,6 @@ class VQGANConfig:
     """Codes of each cell: residual quantisation (Lee et al. 2022), each level codes what the levels before it leave.
     Finer pictures from a grid of the same size; the next-token renderer predicts the codes of a cell one after another
     at one position. The paper has 1."""
-    linear_patches: bool = False
-    """A linear path beside the networks: the encoder adds a linear map of each cell's pixels, the decoder a linear map
-    of each code. Both start as principal components of patches, so that the networks learn what is left to do: sharp
-    pictures after minutes of training, where networks alone take hours. The paper has none."""
     num_groups: int = within("[1, inf)", 32)
     """Groups of every GroupNorm. The released layout has 32; a small net needs several channels per group."""
 
@@ -94,9 +88,8 @@ class VQGANConfig:
 
     def to_dict(self) -> dict:
         about = {**asdict(self), "channel_mult": list(self.channel_mult)}
-        for name, usual in (("num_levels", 1), ("linear_patches", False)):
-            if about[name] == usual:
-                del about[name]  # as in descriptions of older versions
+        if self.num_levels == 1:
+            del about["num_levels"]  # as in descriptions of older versions
         return about
 
 
@@ -121,16 +114,13 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], channels, kernel, padding=kernel // 2)
         if layout.quant_channels:
             self.quant_conv = nn.Conv2d(channels, cfg.z_channels, 1)
-        if cfg.linear_patches:
-            self.patches = nn.Conv2d(3, cfg.z_channels, cfg.reduction, stride=cfg.reduction)
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, H, H)
-        x = self.conv_in(images)
+    def forward(self, x: Tensor) -> Tensor:  # (B, 3, S, S) -> (B, C, H, H)
+        x = self.conv_in(x)
         for level in self.down:
             x = level(x)
         x = self.conv_out(self.norm_out(self.mid(x)))
-        x = self.quant_conv(x) if hasattr(self, "quant_conv") else x
-        return x + self.patches(images) if hasattr(self, "patches") else x
+        return self.quant_conv(x) if hasattr(self, "quant_conv") else x
 
 
 class Decoder(nn.Module):
@@ -155,18 +145,12 @@ class Decoder(nn.Module):
         )
         self.norm_out = NormSwish(cfg.num_groups, widths[0])
         self.conv_out = conv3x3(widths[0], 3, bias=True)
-        if cfg.linear_patches:
-            self.patches = nn.Conv2d(cfg.z_channels, 3 * cfg.reduction**2, 1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, C, H, H) -> (B, 3, S, S)
         x = self.mid(self.conv_in(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z))
         for level in reversed(self.up):
             x = level(x, z)
-        x = self.conv_out(self.norm_out(x))
-        if not hasattr(self, "patches"):
-            return x
-        pixels = self.patches(z)
-        return x + F.pixel_shuffle(pixels, x.shape[-1] // z.shape[-1])
+        return self.conv_out(self.norm_out(x))
 
 
 class VQGAN(nn.Module):
@@ -184,43 +168,10 @@ class VQGAN(nn.Module):
         self.cfg, self.layout = cfg, layout
         self.encoder = Encoder(cfg, layout)
         self.decoder = Decoder(cfg, layout)
-        if cfg.linear_patches and layout != MAGE:
-            raise DigitError("linear_patches is for VQGANs of our own layout: set it to false")
         if cfg.num_levels > 1:
             self.quantize = ResidualQuantizer(cfg.vocab_size, cfg.z_channels, cfg.num_levels)
         else:
             self.quantize = QUANTIZERS[layout.quantizer](cfg.vocab_size, cfg.z_channels)
-
-    @torch.no_grad()
-    def start_from_patches(self, images: UInt8[Tensor, "B 3 S S"]) -> None:
-        """Start the linear path as the principal components of the images' patches, and the networks at 0.
-
-        Before quantisation the VQGAN then gives each patch's projection on its first C components. The codes are set
-        to 0, and start on the first features that training sees. Raises DigitError without `linear_patches`, and for
-        fewer patches or pixels of a patch than components.
-        """
-        size, num = self.cfg.reduction, self.cfg.z_channels
-        if not self.cfg.linear_patches:
-            raise DigitError("this VQGAN has no linear path: set linear_patches to true")
-        device = self.quantize.embedding.weight.device
-        patches = F.pixel_unshuffle(images.to(device).float() / 255, size).movedim(1, -1).flatten(0, 2)  # (n, 3 f f)
-        if min(patches.shape) < num:
-            raise DigitError(f"{tuple(patches.shape)} patches and pixels of each have no {num} principal components")
-        mean = patches.mean(0)
-        centred = (patches - mean).double()
-        components = torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, :num].T.float()  # (C, 3 f f)
-        into, out = self.encoder.patches, self.decoder.patches
-        values = {
-            (into, "weight"): components.unflatten(1, (3, size, size)),
-            (into, "bias"): -components @ mean,
-            (out, "weight"): components.T[:, :, None, None],
-            (out, "bias"): mean,
-        }
-        for (layer, name), value in values.items():
-            getattr(layer, name).copy_(value)
-        for layer in (self.encoder.conv_out, self.decoder.conv_out, self.quantize.embedding):
-            for parameter in layer.parameters():
-                parameter.zero_()
 
     def features(self, images: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B C H H"]:
         """Images in [0, 1] -> features before quantisation."""

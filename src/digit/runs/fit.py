@@ -75,7 +75,6 @@ from digit.training.vqgan import train_vqgan
 
 MAX_VALIDATION_ROWS = 256
 VALIDATED = ("nll", "l1", "psnr")  # metrics of a loss that are logged of held-out images
-PATCHED_IMAGES = 256  # crops, at least, whose patches give the principal components of a VQGAN with a linear path
 NEAR_CODES = 8  # that a noisy prefix, or a noisy input, takes for each code
 COMPARED_TOGETHER = 8192  # codes with all others: 512 MB of distances for the 16,384 of a large VQGAN
 
@@ -250,9 +249,6 @@ class Run:
                 self.source, recipe.preprocess, seed=recipe.seed, max_bad_fraction=recipe.max_bad_fraction
             )
             size = recipe.vqgan_training.batch_size
-            if cfg.linear_patches and carried is None:
-                parts = range(-(-PATCHED_IMAGES // size))
-                vqgan.start_from_patches(torch.cat([crops.batch(step, size)[0] for step in parts]))
             train_vqgan(
                 vqgan.to(self.device),
                 lambda step: crops.batch(step, size)[0],
