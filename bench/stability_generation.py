@@ -62,9 +62,9 @@ ROWS = {
     "EfficientNet, stride 16": Row(LITE),
     "EfficientNet, stride 16, earlier": Row({"encoder.layer": -9}),
     "EfficientNet, stride 8": Row({"encoder.layer": -12, "encoder.input_size": 64, "preprocess.encoder_size": 64}),
-    "the same as the first, 16 codes": Row(LITE | {"kmeans.num_clusters": 16}),
-    "the same, 16 components, whitened": Row(LITE | PCA),
-    "the same, residual, 2 levels": Row(LITE | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 2}),
+    "EfficientNet, 16 codes": Row(LITE | {"kmeans.num_clusters": 16}),
+    "EfficientNet, 16 components, whitened": Row(LITE | PCA),
+    "EfficientNet, residual, 2 levels": Row(LITE | {"quantizer": "residual_kmeans", "residual_kmeans.num_levels": 2}),
     "one code (ignores the picture)": Row(LITE | {"kmeans.num_clusters": 1}),
     "ViT, random weights": Row(method="ibot", steps=0),
     "ViT, MAE": Row(method="mae"),
@@ -228,7 +228,12 @@ class Comparison:
                     )
                     plot.annotate(f" {number}", (values[key], values["generation"]))
                 plot.set(xlabel=words, title=f"rank correlation {ranks[key]['value']:+.2f}")
-                plot.grid(alpha=0.3)
+                plot.set_yscale("log")  # one code is many times as far as the rest
+                plot.grid(alpha=0.3, which="both")
+            axes[0, 1].set_xscale("log")
+            for axis in (axes[0, 1].xaxis, *(plot.yaxis for plot in axes[0])):
+                axis.set_major_formatter("{x:.0f}")
+                axis.set_minor_formatter("{x:.0f}")
             axes[0, 0].set_ylabel("distance of samples (less is better)")
             axes[0, 2].legend(fontsize=7, loc="upper right")
         write_json(self.out / "stability_generation.json", {"rows": found, "rank_correlations": ranks})
