@@ -363,7 +363,7 @@ def test_misuse_says_what_to_do(cfg, unchecked):
 class FakeTokenizers:
     """A pipeline of which only the routes of validation_rows exist: VQ halves the colours, rendering shifts them."""
 
-    image_size, renders_pixels = SIZE, False
+    image_size, renders_pixels, device = SIZE, False, torch.device("cpu")
 
     class vq:
         fingerprint, rounding = "vq", "nearest"

@@ -114,6 +114,8 @@ class LevelCodebooks:
 
     def __init__(self, table: Float[Tensor, "LK C"], num_levels: int, decay: float, restart_below: float) -> None:
         self.codebooks = [EMACodebook(part, decay, restart_below) for part in table.chunk(num_levels)]
+        # looked at once, since every look at a value waits for a GPU
+        self.new = [num_levels > 1 and not bool(codebook.weight.any()) for codebook in self.codebooks]
 
     def collect(self, features: Float[Tensor, "n C"]) -> None:
         """Keep the latest features (n, C) for `start`."""
@@ -126,7 +128,7 @@ class LevelCodebooks:
         if not first.reservoir:
             return
         features, num_batches = torch.cat([gather_rows(part) for part in first.reservoir]), len(first.reservoir)
-        first.reservoir = []
+        first.reservoir, self.new = [], [False] * len(self.new)
         for codebook in self.codebooks:
             codebook.fit(features, num_batches, generator)
             features = features - codebook.weight[nearest_code(features, codebook.weight)]
@@ -134,9 +136,9 @@ class LevelCodebooks:
     @torch.no_grad()
     def start_new(self, features: Float[Tensor, "n C"], generator: torch.Generator) -> None:
         """Start the levels whose codes are all zero on this rank's features (n, C)."""
-        new = [not bool(codebook.weight.any()) for codebook in self.codebooks]
-        if not any(new):
+        if not any(self.new):
             return
+        new, self.new = self.new, [False] * len(self.new)
         rest = gather_rows(features)
         for codebook, starts in zip(self.codebooks, new, strict=True):
             if starts:
@@ -170,6 +172,7 @@ class LevelCodebooks:
         return states[0] if len(states) == 1 else {"levels": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.new = [False] * len(self.new)
         for codebook, of_level in zip(self.codebooks, state.get("levels", [state]), strict=True):
             codebook.load_state_dict(of_level)
 
