@@ -46,6 +46,17 @@ def require_range(name: str, values: Tensor, low: int, high: int, owner: str) ->
         )
 
 
+def by_cell(tokens: Tensor, levels: int) -> Tensor:
+    """Tokens (..., N L) of a codebook of L levels, with those of each cell as the last dimension: (..., N, L).
+
+    Raises MismatchError for another number of them.
+    """
+    if not tokens.ndim or tokens.shape[-1] % levels:
+        shape = tuple(tokens.shape)
+        raise MismatchError(f"tokens have shape {shape}, each cell has {levels}: give a multiple of that")
+    return tokens.unflatten(-1, (-1, levels))
+
+
 def as_integers(name: str, values: Integers) -> Tensor:
     """Integers of any type and shape as int64. Raises DigitError for floats, booleans, text and ragged lists."""
     if isinstance(values, list | tuple) and values and all(isinstance(value, Tensor) for value in values):

@@ -19,7 +19,7 @@ from torch import Tensor
 from digit.data.loader import CropLoader, on_device
 from digit.data.pictures import as_images
 from digit.errors import DigitError, MismatchError
-from digit.models.tokens import as_integers, require_range
+from digit.models.tokens import as_integers, by_cell, require_range
 from digit.runtime import distributed
 from digit.runtime.hardware import choose_device
 from digit.tokenizers.base import Encoder, Quantizer, QuantizerConfig
@@ -216,10 +216,7 @@ class DiscriminativeTokenizer:
         tokens = as_integers("tokens", tokens)
         require_range("tokens", tokens, 0, self.vocab_size - 1, "this codebook")
         if (levels := self.num_levels) > 1:
-            if not tokens.ndim or tokens.shape[-1] % levels:
-                shape = tuple(tokens.shape)
-                raise MismatchError(f"tokens have shape {shape}, each cell has {levels}: give a multiple of that")
-            tokens = tokens.unflatten(-1, (-1, levels))
+            tokens = by_cell(tokens, levels)
         return self.codebook.embed(tokens)  # (B, N, D)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from digit.data.pictures import Images, as_images
 from digit.errors import DigitError, MismatchError
-from digit.models.tokens import Integers, as_integers, as_tokens, require_range
+from digit.models.tokens import Integers, as_integers, as_tokens, by_cell, require_range
 from digit.models.vq_layout import MAGE, VQLayout
 from digit.models.vq_quantizers import ResidualQuantizer
 from digit.models.vqgan import VQGAN, VQGANConfig
@@ -218,10 +218,7 @@ class VQTokenizer:
         tokens = as_integers("tokens", tokens)
         require_range("tokens", tokens, 0, self.vocab_size - 1, "the VQGAN")
         if (levels := self.num_levels) > 1:
-            if not tokens.ndim or tokens.shape[-1] % levels:
-                shape = tuple(tokens.shape)
-                raise MismatchError(f"tokens have shape {shape}, each cell has {levels}: give a multiple of that")
-            tokens = tokens.unflatten(-1, (-1, levels))
+            tokens = by_cell(tokens, levels)
         return self.vqgan.quantize.codes(tokens.to(self.device)).to(tokens.device)
 
     @property
