@@ -1,6 +1,6 @@
 """A renderer from discriminative tokens straight to pixels: one pass, no VQ tokens (the paper's future work, A.1).
 
-    tokens (B, P) > embedding + place + noise > bidirectional Transformer > (B, z, h, w) > decoder > (B, 3, S, S)
+    tokens (B, P) > embedding + place, class, noise > bidirectional Transformer > (B, z, h, w) > decoder > (B, 3, S, S)
 
 The Transformer lets the tokens agree with each other. Its output becomes the input of a decoder of the VQGAN's layout
 (`models/vqgan.py`), which can start from the weights of a trained one: what is left to learn then is the way from
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from digit.errors import DigitError
@@ -59,10 +59,8 @@ class PixelConfig(SequenceConfig):
         check_grid("prefix", self.prefix_places, self.prefix_rows)
         if not self.prefix_len:
             raise DigitError("a renderer straight to pixels needs a prefix: set prefix_len and prefix_vocab_size")
-        if self.num_classes or self.masked or self.aligned or self.prefix_dropout or self.dropout:
-            raise DigitError(
-                "a renderer straight to pixels knows no classes, masks, guidance and dropout: leave them out"
-            )
+        if self.masked or self.aligned or self.prefix_dropout or self.dropout:
+            raise DigitError("a renderer straight to pixels knows no masks, guidance and dropout: leave them out")
         if self.rotary != "none" or self.tied_embeddings or self.random_order or not self.learned_positions:
             raise DigitError(
                 "rotary, learned_positions, tied_embeddings and random_order are not of a renderer straight to pixels: "
@@ -111,6 +109,8 @@ class PixelRenderer(SequenceModel):
         width = cfg.embed_dim
         self.prefix_embed = nn.Embedding(cfg.prefix_levels * cfg.prefix_vocab_size, width)
         self.prefix_positions = nn.Parameter(torch.empty(cfg.prefix_places, width))
+        if cfg.num_classes:
+            self.label_embed = nn.Embedding(1 + cfg.num_classes, width)  # row 0 no class, row 1 + c class c
         if cfg.noise_channels:
             self.noise_embed = nn.Linear(cfg.noise_channels, width, bias=False)
         self.transformer = Transformer(cfg)
@@ -132,6 +132,8 @@ class PixelRenderer(SequenceModel):
         for parameter, own in zip(self.decoder.parameters(), decoder, strict=True):
             parameter.copy_(own)
         nn.init.zeros_(self.to_z.bias)
+        if self.cfg.num_classes:
+            nn.init.zeros_(self.label_embed.weight)
 
     @torch.no_grad()
     def start_from_codes(self, codes: Tensor | None, prefix_codes: Float[Tensor, "K E"] | None = None) -> None:
@@ -181,11 +183,16 @@ class PixelRenderer(SequenceModel):
     # ---------------------------------------------------------------- forward
 
     def latent(
-        self, prefix: Int64[Tensor, "B P"], noise: Float[Tensor, "B N n"] | None = None
+        self,
+        prefix: Int64[Tensor, "B P"],
+        noise: Float[Tensor, "B N n"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B z h w"]:
         """The decoder's input."""
         embedded = embed_codes(self.prefix_embed, prefix, self.cfg.prefix_levels)
         x = self.with_positions(embedded, self.prefix_positions)  # (B, P, D)
+        if self.cfg.num_classes or labels is not None:
+            x = x + self.label_embed(self._start_rows(labels, len(x), x.device))[:, None]
         if self.cfg.noise_channels:
             assert noise is not None, "this renderer takes noise: pass the result of noise()"
             x = x + self.noise_embed(noise)
@@ -201,30 +208,35 @@ class PixelRenderer(SequenceModel):
         self,
         prefix: Int64[Tensor, "B P"],
         noise: Float[Tensor, "B N n"] | None = None,
+        labels: Int64[Tensor, " B"] | None = None,
         *,
         cells: tuple[slice, slice] | None = None,
     ) -> Float[Tensor, "B 3 S S"]:
-        """Images of discriminative tokens, nominally in [0, 1]; or of a window of the decoder's input (z, h, w) alone,
-        rows and columns `cells`. All tokens are read for either."""
-        z = self.latent(prefix, noise)
+        """Images of discriminative tokens, and of classes (-1 or None for none) where the model knows them, nominally
+        in [0, 1]; or of a window of the decoder's input (z, h, w) alone, rows and columns `cells`. All tokens are read
+        for either. Raises DigitError for labels of a model without classes."""
+        z = self.latent(prefix, noise, labels)
         return self.decoder(z if cells is None else z[..., *cells])
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # it has no target
-        self, prefix: Integers, noise: Float[Tensor, "B N n"] | None = None
+        self, prefix: Integers, noise: Float[Tensor, "B N n"] | None = None, labels: Integers | None = None
     ) -> Float[Tensor, "B 3 S S"]:
-        """As `render`, of tokens of any integer type. Raises MismatchError for tokens that the model does not know."""
-        cfg = self.cfg
+        """As `render`, of tokens and labels of any integer type. Raises MismatchError for tokens and labels that the
+        model does not know."""
+        cfg, labels = self.cfg, None if labels is None else self._known_labels(labels, len(prefix))
         tokens = as_tokens(prefix, vocab_size=cfg.prefix_vocab_size, num_tokens=cfg.prefix_len, owner="the renderer")
-        return self.render(tokens.to(self.device), noise)
+        return self.render(tokens.to(self.device), noise, labels)
 
     def noise(self, batch: Mapping[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
-        """{"noise": (B, P, n)} standard Gaussian for a batch, or {} for a model without noise."""
-        if not self.cfg.noise_channels:
-            return {}
-        prefix = batch["prefix"]
+        """Of a batch, what the model uses of: "noise" (B, P, n), standard Gaussian, and "drop_labels" (B,) bool."""
+        prefix, found = batch["prefix"], {}
         assert prefix is not None, "its tokens are its prefix"
         device = prefix.device if generator is None else generator.device
-        return {"noise": torch.randn(len(prefix), *self.cfg.noise_shape, generator=generator, device=device)}
+        if self.cfg.noise_channels:
+            found["noise"] = torch.randn(len(prefix), *self.cfg.noise_shape, generator=generator, device=device)
+        if self.cfg.label_dropout and batch.get("labels") is not None:
+            found["drop_labels"] = torch.rand(len(prefix), generator=generator, device=device) < self.cfg.label_dropout
+        return found
 
     def loss(  # pyright: ignore[reportIncompatibleMethodOverride]  # it has no tokens to hide or to drop
         self,
@@ -232,12 +244,15 @@ class PixelRenderer(SequenceModel):
         prefix: Int64[Tensor, "B P"] | None = None,
         labels: Tensor | None = None,
         noise: Float[Tensor, "B N n"] | None = None,
+        drop_labels: Bool[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Mean |x - x_hat| of images in [0, 1], and {"l1", "psnr"}: what validation reports. Training adds other losses
         (`training/pixels.py`)."""
         assert prefix is not None, "its tokens are its prefix"
         images = target.float() / 255
-        output = self.render(prefix, noise).float()
+        if drop_labels is not None and labels is not None:
+            labels = labels.masked_fill(drop_labels, -1)
+        output = self.render(prefix, noise, labels).float()
         l1 = F.l1_loss(output, images)
         mse = (output.clamp(0, 1) - images).square().mean((1, 2, 3)).clamp(min=1e-10)
         return l1, {"l1": l1.detach(), "psnr": (-10 * mse.log10()).mean().detach()}

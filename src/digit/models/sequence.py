@@ -555,6 +555,8 @@ class SequenceModel(nn.Module):
         for name, rate in (("drop_labels", cfg.label_dropout), ("drop_prefix", cfg.prefix_dropout)):
             if rate and (name == "drop_prefix" or batch.get("labels") is not None):
                 masks[name] = uniform((len(target),), generator, device) < rate
+        if len(masks) == 2:  # guidance goes away from an image of which nothing is known
+            masks["drop_labels"] = masks["drop_labels"] | masks["drop_prefix"]
         if cfg.masked:
             masks["hide"] = cosine_mask(*target.shape, generator=generator, device=device)
         return masks

@@ -118,8 +118,8 @@ class Render(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, prefix: Tensor, noise: Tensor | None = None) -> Tensor:
-        return self.model.render(prefix, noise)
+    def forward(self, prefix: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        return self.model.render(prefix, noise, labels)
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ def networks(pipe: DigitPipeline, num: int = EXAMPLE) -> Iterator[Exported]:
             inputs = {"prefix": conditions["prefix"]}
             if model.cfg.noise_channels:
                 inputs["noise"] = torch.randn(num, *model.cfg.noise_shape, device=device)
+            if cfg.num_classes:
+                inputs["labels"] = conditions["labels"]
             yield Exported(f"{name}_render.pt2", Render(model), inputs, ("pixels",), dict.fromkeys(inputs, 0))
         elif cfg.masked:
             inputs = {"tokens": numbers((num, cfg.target_len), cfg.vocab_size + 1, device)} | conditions

@@ -77,6 +77,7 @@ class Parts:
             ("prior length", prior and prior.target_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "discriminative tokens an image", tokens),
             ("renderer prefix length", prefix_len, "prior length", prior and prior.target_len),
+            ("classes of the prior", prior and prior.num_classes, "of the renderer", renderer and renderer.num_classes),
             ("prior levels", prior and prior.levels, "codebook levels", levels),
             ("renderer prefix levels", prefix_len and renderer and renderer.prefix_levels, "codebook levels", levels),
             ("renderer length", renderer and renderer.target_len, "VQ tokens", vq and tokens_of(vq)),

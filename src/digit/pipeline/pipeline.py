@@ -153,6 +153,11 @@ class DigitPipeline:
         return model.cfg.num_classes if model is not None else 0
 
     @property
+    def renderer_sees_labels(self) -> bool:
+        """Whether the renderer was trained with labels, beside the discriminative tokens or in place of them."""
+        return self.renderer is not None and self.renderer.cfg.num_classes > 0
+
+    @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
         return self.preprocess.crop_size
@@ -374,29 +379,42 @@ class DigitPipeline:
         in_bf16 = precision == "bf16" and hardware_precision("bf16", self.device) == "bf16"
         return self._require_vq().decode(vq_tokens, "bf16" if in_bf16 else None)
 
-    def render(self, tokens: Integers, seed: int = 0, **sampling: Any) -> UInt8[Tensor, "B 3 S S"]:
+    def render(
+        self, tokens: Integers, seed: int = 0, *, labels: Labels | None = None, **sampling: Any
+    ) -> UInt8[Tensor, "B 3 S S"]:
         """Stage 2 alone: discriminative tokens (B, N), of any integer type -> (B, 3, H, W) uint8.
 
-        Raises DigitError for anything but integers, MismatchError for tokens that the renderer does not know.
+        `labels`, one for all or one for each, are of use to a renderer that was trained with them (`renderer.labels`);
+        None gives no class.
+
+        Raises DigitError for anything but integers and unknown labels, MismatchError for tokens that the renderer does
+        not know.
         """
         if self.renders_pixels:
-            request = self._token_request(tokens, seed)
+            request = self._token_request(tokens, seed, labels)
             return self._pixels(self.sample_request(request, self.sized(self.settings(**sampling))))
-        return self.decode(self.render_tokens(tokens, seed, **sampling), self.settings(**sampling).precision)
+        rendered = self.render_tokens(tokens, seed, labels=labels, **sampling)
+        return self.decode(rendered, self.settings(**sampling).precision)
 
     def render_tokens(
-        self, tokens: Integers, seed: int = 0, *, on_step: OnStep | None = None, **sampling: Any
+        self,
+        tokens: Integers,
+        seed: int = 0,
+        *,
+        labels: Labels | None = None,
+        on_step: OnStep | None = None,
+        **sampling: Any,
     ) -> Int64[Tensor, "B M"]:
         """As `render`, before pixels: (B, N) -> VQ tokens (B, M) int64; `on_step` as in `stream`."""
         if self.renders_pixels:
             raise DigitError("this renderer goes straight to pixels, without VQ tokens: call render()")
         self.require("vq", "renderer")
-        request = self._token_request(tokens, seed)
+        request = self._token_request(tokens, seed, labels)
         batches = self.sample_request(request, self.sized(self.settings(**sampling)), pixels=False, on_step=on_step)
         nothing = torch.empty(0, self._require_renderer().cfg.target_len, dtype=torch.int64)
         return torch.cat([nothing, *(batch.tokens["vq"] for batch in batches)])
 
-    def _token_request(self, tokens: Integers, seed: int) -> GenerationRequest:
+    def _token_request(self, tokens: Integers, seed: int, labels: Labels | None = None) -> GenerationRequest:
         """Images of these discriminative tokens. Raises as `render`."""
         renderer = self._require_renderer().cfg
         if not renderer.prefix_len:
@@ -404,7 +422,8 @@ class DigitPipeline:
         tokens = as_tokens(
             tokens, vocab_size=renderer.prefix_vocab_size, num_tokens=renderer.prefix_len, owner="the renderer"
         )
-        return GenerationRequest(seed=seed, labels=torch.full((len(tokens),), -1), discriminative=tokens)
+        classes = torch.full((len(tokens),), -1) if labels is None else self.labels_of_each(tokens, labels)
+        return GenerationRequest(seed=seed, labels=classes, discriminative=tokens)
 
     def _pixels(self, batches: Iterable[SampleBatch]) -> Tensor:
         nothing = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)

@@ -72,7 +72,7 @@ def varied(
         images: pictures of any sizes, as `DigitPipeline.complete` takes them.
         num, seed: variation j of picture i depends on seed + i num + j alone.
         labels: one for all pictures or one for each; None takes the class under which a picture's tokens are most
-            likely. Not used where all discriminative tokens are kept.
+            likely. Not used where all discriminative tokens are kept and the renderer sees no labels.
         keep_discriminative, keep_vq: share of the tokens of each kind that is kept, 0 to 1, in cells that are chosen
             at random for each variation. One order of cells serves both kinds, so that equal shares keep equal places.
             keep_discriminative None is `usual_share`.
@@ -90,7 +90,7 @@ def varied(
     _require_variation(pipe, shares)
     images, num = fit_batch(images, pipe.image_size, pipe.preprocess.fit), as_int("num", num, least=1)
     whole = keep_discriminative == 1 and pipe.prior is not None
-    if whole and labels is None:
+    if whole and labels is None and not pipe.renderer_sees_labels:
         classes = torch.full((len(images),), -1)
     else:
         classes = pipe.guess_labels(images) if labels is None else pipe.labels_of_each(images, labels)

@@ -58,7 +58,9 @@ def touching(stage: str, before: Recipe, wanted: Recipe) -> list[str]:
     """The changed settings that decide a stage (codebook, vqgan, tokens or one of ROLES)."""
     changed = changed_settings(before, wanted)
     if stage in ROLES:
-        return [name for name in changed if decides(name, get_role(stage))]
+        role = get_role(stage)
+        labels = before.sees_labels(role) or wanted.sees_labels(role)
+        return [name for name in changed if decides(name, role, labels=labels)]
     deciding = set(DECIDED_BY[stage])
     if stage == "tokens" and not (before.has_vq_tokens or wanted.has_vq_tokens):
         deciding -= set(VQGAN)
@@ -68,15 +70,15 @@ def touching(stage: str, before: Recipe, wanted: Recipe) -> list[str]:
     return own
 
 
-def decides(name: str, role: Role) -> bool:
-    """Whether a setting of the recipe, by its dotted name, decides a trained model."""
+def decides(name: str, role: Role, *, labels: bool) -> bool:
+    """Whether a setting of the recipe, by its dotted name, decides a trained model, which sees `labels` or not."""
     fields = {*SHARED, "crops_per_image", "training_crops", "validation_fraction", "informed_start"}
     fields |= {role.settings, f"{role.settings}_training", OWN_STEPS.get(role.name, role.settings)}
     fields |= set(CODEBOOK) if "discriminative" in role.tokens else set()
     fields |= set(VQGAN) if "vq" in role.tokens or role.target == "pixels" else set()
-    fields |= {"class_conditional"} if role.labels else set()
+    fields |= {"class_conditional"} if labels else set()
     steps = {f"{get_role(replaced).settings}_training.num_steps" for replaced in role.replaces}
-    return name.partition(".")[0] in fields or name in steps or (role.labels and name == "prior.label_dropout")
+    return name.partition(".")[0] in fields or name in steps or (labels and name == "prior.label_dropout")
 
 
 def lengthens(stage: str, touched: Iterable[str], before: Recipe, wanted: Recipe, *, by_more: bool) -> bool:

@@ -207,12 +207,14 @@ def unused_by_models(recipe: Recipe) -> list[Rule]:
             r"prior\.(prefix_noise|conditioning|encoder_depth|added_blocks)",
             "the prior has no prefix: leave it out",
         ),
+        (True, r"prior\.labels", "the prior always sees the labels of a class-conditional run: leave it out"),
+        (not recipe.class_conditional, r"(renderer|pixels)\.labels", "class_conditional is false: leave it out"),
         (
             recipe.renderer.conditioning == "prefix" and recipe.renderer_kind != "pixels",
             r"renderer\.(encoder_depth|added_blocks)",
             "renderer.conditioning is prefix: leave it out, or set that to aligned",
         ),
-        (True, r"renderer\.label_dropout", "the renderer sees no label: set prior.label_dropout"),
+        (True, r"renderer\.label_dropout", "prior.label_dropout holds for all models that see labels: set that"),
         (not recipe.class_conditional, r"prior\.label_dropout", "class_conditional is false: leave it out"),
     ]
     for name, model in zip(MODELS, recipe.model_names, strict=True):
@@ -463,9 +465,16 @@ def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) ->
     unlabelled = not num_classes and "sampling.prior.cfg_scale" in chosen
     if not num_classes and "prior.label_dropout" in chosen and recipe.prior.label_dropout:
         raise DigitError("prior.label_dropout is set, but the models get no labels: leave it out, or give labels")
+    size = recipe.pixels if recipe.renderer_kind == "pixels" else recipe.renderer
+    if num_classes and size.labels and not recipe.prior.label_dropout:
+        name = "pixels" if recipe.renderer_kind == "pixels" else "renderer"
+        raise DigitError(
+            f"{name}.labels is true and prior.label_dropout 0, so that pictures without a class get a symbol which "
+            f"no training image had: set prior.label_dropout, to 0.1 for example, or {name}.labels to false"
+        )
     guides = {"prior": ("label_dropout", not unlabelled), "renderer": ("prefix_dropout", True)}
-    if recipe.renderer_kind == "pixels":
-        del guides["renderer"]  # it takes no settings of sampling
+    if recipe.renderer_kind == "pixels" or (recipe.renderer.labels and num_classes):
+        del guides["renderer"]  # it takes no settings of sampling; it is guided by labels too
     for name, (dropout, known) in guides.items():
         scale = getattr(recipe.sampling, name).cfg_scale
         if scale != 1 and not (known and getattr(getattr(recipe, name), dropout)):

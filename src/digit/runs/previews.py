@@ -120,13 +120,17 @@ class Previews:
     @property
     def pictures(self) -> Tensor:
         """(SHOWN, 3, S, S) uint8: centre crops of pictures spread over the data."""
-        return self.keep("pictures", lambda: first_crops(self.run.source, self.run.recipe.preprocess))
+        return self.keep("pictures", lambda: first_crops(self.run.source, self.run.recipe.preprocess))[0]
 
-    def labels(self, model: SequenceModel) -> Tensor | None:
-        """(SHOWN,) classes spread over all, None for a model without."""
-        if not model.cfg.num_classes:
-            return None
-        return torch.linspace(0, model.cfg.num_classes - 1, SHOWN).round().long()
+    @property
+    def picture_labels(self) -> Tensor:
+        """(SHOWN,) their classes, -1 for none."""
+        _ = self.pictures
+        return self.made["pictures"][1]
+
+    def labels(self, model: SequenceModel) -> Tensor:
+        """(SHOWN,) classes spread over all."""
+        return torch.linspace(0, max(0, model.cfg.num_classes - 1), SHOWN).round().long()
 
     @property
     def seeds(self) -> list[int]:
@@ -138,14 +142,14 @@ class Previews:
         settings = self.run.recipe.sampling_of(self.run.recipe.model_names[1], labelled=bool(model.cfg.num_classes))
         precision = hardware_precision(settings.precision, model.device)
         sampler = make_sampler(model, settings.prior, precision=precision, micro_batch_size=SHOWN)
-        return sampler(self.seeds, labels=self.labels(model))
+        return sampler(self.seeds, labels=self.labels(model) if model.cfg.num_classes else None)
 
-    def rendered(self, model: SequenceModel, prefix: Tensor | None, name: str) -> Tensor:
-        """(SHOWN, 3, S, S) uint8 of a renderer, or of a VQ-only model."""
+    def rendered(self, model: SequenceModel, prefix: Tensor | None, name: str, labels: Tensor) -> Tensor:
+        """(SHOWN, 3, S, S) uint8 of a renderer, or of a VQ-only model; of these classes if it sees labels."""
         settings = self.run.recipe.sampling_of(name, labelled=bool(model.cfg.num_classes))
         precision = hardware_precision(settings.precision, model.device)
         sampler = make_sampler(model, settings.renderer, precision=precision, micro_batch_size=SHOWN)
-        found = sampler(self.seeds, prefix=prefix, labels=self.labels(model))
+        found = sampler(self.seeds, prefix=prefix, labels=labels if model.cfg.num_classes else None)
         return found if sampler.output == "images" else self.run.train_vqgan().decode(found)
 
     @property
@@ -180,23 +184,27 @@ def renderer_rows(previews: Previews, network: nn.Module) -> Rows:
     """Samples from the prior's tokens, and pictures rendered again from their own; samples alone of a VQ-only model."""
     assert isinstance(network, SequenceModel)
     if not network.cfg.prefix_len:
-        return {"sample": previews.rendered(network, None, previews.stage)}
+        return {"sample": previews.rendered(network, None, previews.stage, previews.labels(network))}
     run, pictures = previews.run, previews.pictures
     own = previews.keep("own", lambda: run.tokenizer().encode(pictures).to(run.device))
-    rows = {"picture": pictures, "its tokens": previews.rendered(network, own, previews.stage)}
+    again = previews.rendered(network, own, previews.stage, previews.picture_labels)
+    rows = {"picture": pictures, "its tokens": again}
     if run.is_done("prior"):
         prior = previews.keep("prior", lambda: previews.sampled(run.train_model("prior")))
-        rows = {"sample": previews.rendered(network, prior, previews.stage)} | rows
+        sampled = previews.rendered(network, prior, previews.stage, previews.labels(network))
+        rows = {"sample": sampled} | rows
     return rows
 
 
 ROWS: dict[str, Callable[[Previews, nn.Module], Rows]] = {"vqgan": vqgan_rows, "prior": prior_rows}
 
 
-def first_crops(source: ImageSource, cfg: PreprocessConfig) -> Tensor:
-    """(SHOWN, 3, S, S) uint8: centre crops of pictures spread over a source; the last is repeated if it has fewer."""
-    found = gather_crops(source, cfg, num=SHOWN)[0]
-    return torch.cat([found, found[-1:].expand(max(0, SHOWN - len(found)), -1, -1, -1)])[:SHOWN]
+def first_crops(source: ImageSource, cfg: PreprocessConfig) -> tuple[Tensor, Tensor]:
+    """(SHOWN, 3, S, S) uint8, centre crops of pictures spread over a source, and their labels (SHOWN,); the last is
+    repeated if it has fewer."""
+    images, labels = gather_crops(source, cfg, num=SHOWN)
+    rows = torch.arange(SHOWN).clamp(max=len(images) - 1)
+    return images[rows], labels[rows]
 
 
 def mean_patches(run: PreviewedRun) -> Tensor:

@@ -56,8 +56,12 @@ class ModelSpec:
     """Fractions of the training between which random_order falls to 0, in a straight line."""
     label_dropout: float = within("[0, 1]", 0.0)
     """Fraction of training images whose label is hidden: above 0 allows guidance by label. The paper uses none."""
+    labels: bool = False
+    """In a class-conditional run, show the renderer the label too, for what the discriminative tokens do not tell of a
+    class. The paper shows it the tokens alone."""
     prefix_dropout: float = within("[0, 1]", 0.0)
-    """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. The paper uses none."""
+    """Fraction of training images whose prefix is hidden: above 0 allows guidance by prefix. A renderer that sees
+    labels then loses the label too. The paper uses none."""
     prefix_noise: float = within("[0, 1]", 0.0)
     """Fraction of a renderer's discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0
     over the training. Above 0 makes it robust to the prior's mistakes. The paper uses none."""
@@ -92,6 +96,8 @@ class PixelSpec:
     """Start the decoder from the weights of the run's VQGAN, or from scratch; then the run has no VQGAN."""
     noise_channels: int = within("[0, inf)", 0)
     """Numbers of Gaussian noise at each token; above 0 the same tokens give another picture with another seed."""
+    labels: bool = False
+    """In a class-conditional run, show the renderer the label too, for what the tokens do not tell of a class."""
     prefix_noise: float = within("[0, 1]", 0.0)
     """Fraction of the discriminative tokens that training swaps for one of the 8 nearest codes; it falls to 0 over the
     training."""
@@ -234,6 +240,10 @@ class Recipe:
         steps = {model: getattr(self, field) for model, field in OWN_STEPS.items()}.get(role.name)
         return cfg if steps is None else replace(cfg, num_steps=steps)
 
+    def sees_labels(self, role: Role) -> bool:
+        """Whether a class-conditional run gives a model the label."""
+        return role.labels or self.size(role).labels
+
     def sampling_of(self, renderer: str, *, labelled: bool) -> SamplingConfig:
         """How a pipeline with this renderer (a name of ROLES) samples; `labelled`: its prior is given classes.
 
@@ -249,7 +259,7 @@ class Recipe:
         by_label = labelled and self.prior.label_dropout > 0
         if not by_label:
             sampling = replace(sampling, prior=replace(sampling.prior, cfg_scale=1.0))
-        if not (self.renderer.prefix_dropout > 0 if role.prefix else by_label):
+        if not ((role.prefix and self.renderer.prefix_dropout > 0) or (by_label and self.sees_labels(role))):
             sampling = replace(sampling, renderer=replace(sampling.renderer, cfg_scale=1.0))
         return sampling
 
@@ -261,16 +271,19 @@ class Recipe:
         `vqgan` has the sizes of a decoder straight to pixels; None takes those of a VQGAN from scratch.
         """
         role = get_role(name)
-        size = self.size(role)
+        size, seen = self.size(role), {}
+        if num_classes and self.sees_labels(role):
+            seen = {"num_classes": num_classes, "label_dropout": self.prior.label_dropout}
         prefix = NO_TOKENS if role.prefix is None else tokens[role.prefix]
         if isinstance(size, PixelSpec):
-            return pixel_config(size, vqgan or self.vqgan, prefix, self.preprocess.crop_size)
+            shape = pixel_config(size, vqgan or self.vqgan, prefix, self.preprocess.crop_size)
+            return replace(shape, **seen)
         aligned = role.prefix is not None and size.conditioning == "aligned"
         settings: dict[str, Any] = dict(
             prefix_vocab_size=prefix.vocab_size,
             prefix_len=prefix.length,
             prefix_levels=prefix.levels,
-            num_classes=num_classes if role.labels else 0,
+            **seen,
             norm=role.norm if size.norm == "paper" else size.norm,
             qk_norm=size.qk_norm,
             rotary=size.rotary,
@@ -278,7 +291,6 @@ class Recipe:
             tied_embeddings=size.tied_embeddings,
             random_order=role.kind == "next_token" and size.random_order > 0,
             masked=role.kind == "masked",
-            label_dropout=self.prior.label_dropout if role.labels and num_classes else 0.0,
             prefix_dropout=size.prefix_dropout if role.prefix else 0.0,
             depth=size.depth,
             embed_dim=size.embed_dim,

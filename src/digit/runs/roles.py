@@ -34,7 +34,7 @@ class Role:
     settings: Settings = "renderer"
     """Settings of the recipe that it takes: NAME, its size, and NAME_training."""
     labels: bool = True
-    """Whether a class-conditional run gives it the label."""
+    """Whether every class-conditional run gives it the label; a renderer gets it where `renderer.labels` is set."""
     replaces: tuple[str, ...] = ()
     """Models that it stands in for. It trains for as many FLOPs as they take together."""
 

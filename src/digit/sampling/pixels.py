@@ -43,13 +43,13 @@ class PixelSampler(Sampler):
     def sample_micro_batch(self, rows: TokenRequest, u: Tensor, report: Callable[[Tensor | int], None]) -> Tensor:
         """A micro-batch of images; the uniforms become Gaussian noise by the inverse of the error function."""
         assert rows.prefix is not None, "checked by make_request"
-        assert not rows.given.shape[1] and rows.labels is None, "the prior completes the tokens, and knows the classes"
+        assert not rows.given.shape[1], "the prior completes the tokens"
         noise = None
         if self.model.cfg.noise_channels:
             normal = (2 * u - 1).clamp(-1 + 1e-12, 1 - 1e-12).erfinv() * 2**0.5  # float64
             noise = normal.to(self.model.dtype)
         whole = self.model.dtype == torch.float32
         with full_precision(self.model.device) if whole else nullcontext():
-            images = self.model.render(rows.prefix, noise)
+            images = self.model.render(rows.prefix, noise, rows.labels)
         report(1)
         return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)

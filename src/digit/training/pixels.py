@@ -22,7 +22,8 @@ from digit.training.loop import TrainState, train
 
 @runtime_checkable
 class PixelBatches(Protocol):
-    """Rows of a step's batch: {"target": uint8 (B, 3, S, S), "prefix": int64 (B, P)}, a function of the step alone."""
+    """Rows of a step's batch, a function of the step alone: {"target": uint8 (B, 3, S, S), "prefix": int64 (B, P)}, and
+    "labels" int64 (B,) for a renderer that sees them."""
 
     def part(self, step: int, start: int, stop: int) -> dict[str, Any]: ...
 
@@ -49,19 +50,24 @@ class PixelTrainer(AdversarialTrainer):
         size = self.cfg.batch_size // distributed.world_size()
         first = distributed.rank() * size
         found = self.batches.part(step, first, first + size)
-        return {"images": found["target"], "prefix": found["prefix"], "first": first}
+        return {"images": found["target"], "prefix": found["prefix"], "labels": found.get("labels"), "first": first}
 
     def reconstruct(
         self, images: Tensor, step: int, generator: torch.Generator, **given: Any
     ) -> tuple[Tensor, None, Metrics]:
         """Images (B, 3, S, S) of the tokens `prefix` (B, P); row 0 is row `first` of the whole batch."""
-        prefix, first = given["prefix"], given["first"]
-        whole = {"prefix": prefix.new_empty(self.cfg.batch_size, 0)}  # noise asks for the number of rows
-        noise = self.renderer.noise(whole, generator).get("noise")
-        if noise is not None:
-            noise = noise[first : first + len(prefix)].to(self.device)
+        prefix, labels, first = given["prefix"], given.get("labels"), given["first"]
+        whole = {
+            "prefix": prefix.new_empty(self.cfg.batch_size, 0),
+            "labels": labels,
+        }  # noise asks for the rows' number
+        rows = slice(first, first + len(prefix))
+        noise = {name: x[rows].to(self.device) for name, x in self.renderer.noise(whole, generator).items()}
+        if labels is not None:
+            labels = labels.to(self.device)
+            labels = labels.masked_fill(noise["drop_labels"], -1) if "drop_labels" in noise else labels
         with self.autocast():
-            output = self.renderer.render(prefix.to(self.device), noise, cells=given.get("cells"))
+            output = self.renderer.render(prefix.to(self.device), noise.get("noise"), labels, cells=given.get("cells"))
         return output.float(), None, {}
 
 
@@ -118,6 +124,7 @@ def evaluate_pixels(renderer: PixelRenderer, batches: Iterable[dict[str, Any]]) 
         images = batch["target"].to(renderer.device).float() / 255
         noise = renderer.noise({"prefix": batch["prefix"]}, generator).get("noise")
         noise = None if noise is None else noise.to(renderer.device)
-        output = renderer.render(batch["prefix"].to(renderer.device), noise)
+        labels = None if batch.get("labels") is None else batch["labels"].to(renderer.device)
+        output = renderer.render(batch["prefix"].to(renderer.device), noise, labels)
         psnr.append(image_psnr(output.float().clamp(0, 1).mul(255).round() / 255, images).cpu())
     return {"psnr": float(torch.cat(psnr).mean()), "num_images": float(sum(len(p) for p in psnr))}
