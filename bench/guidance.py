@@ -46,7 +46,7 @@ def main() -> None:
     judge: CifarJudge | None = None
     for name, pipe in runs.items():
         judge = judge or CifarJudge(args.data, pipe.preprocess, args.out)
-        for stage in guided_stages(pipe):
+        for stage in pipe.guided_stages:
             curve = found.setdefault(f"{name}, {stage}", {})
             for scale in args.scales.split(","):
                 if not is_point(curve.get(scale), args.num):
@@ -72,12 +72,6 @@ def require_classes(runs: Mapping[str, DigitPipeline]) -> None:
 def is_point(figures: Mapping[str, float] | None, num: int) -> bool:
     """Whether there are figures of so many samples: those of fewer have a larger distance, whatever the scale does."""
     return figures is not None and figures.get("num") == num
-
-
-def guided_stages(pipe: DigitPipeline) -> list[str]:
-    """The stages that were trained for guidance."""
-    models = {"prior": pipe.prior, "renderer": pipe.renderer}
-    return [name for name, model in models.items() if model and (model.cfg.label_dropout or model.cfg.prefix_dropout)]
 
 
 def draw(found: dict[str, dict[str, dict[str, float]]], path: Path, num: int) -> None:

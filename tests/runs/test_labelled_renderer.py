@@ -5,18 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import SHAPES, pixel_recipe, tiny_recipe
+from toy_judge import ToyJudge
 
 from digit.data.images import open_source
 from digit.errors import DigitError
+from digit.evaluation.sweep import Sweep
+from digit.metrics.frechet import FeatureStats
 from digit.models.pixels import PixelRenderer
 from digit.models.sequence import SequenceConfig, SequenceModel
 from digit.pipeline.export import export_pipeline
 from digit.pipeline.pipeline import DigitPipeline
-from digit.pipeline.variations import vary
+from digit.pipeline.variations import interpolate, vary
 from digit.runs.changes import touching
 from digit.runs.checks import check_sampling, unused_settings
 from digit.runs.fit import Run, fit
 from digit.runs.recipes import with_settings
+from digit.runs.report import write_report
+from digit.runtime.files import read_json
 from digit.runtime.settings import refuse_unused
 
 DROPPED = {"prior.label_dropout": 0.2, "renderer.prefix_dropout": 0.2}
@@ -140,3 +145,47 @@ def test_what_cannot_work_is_refused():
         recipe = with_settings(tiny_recipe(), settings)
         with pytest.raises(DigitError, match=message):
             refuse_unused(recipe, settings, unused_settings(recipe))
+
+
+def test_the_report_of_a_labelled_renderer_straight_to_pixels(straight):
+    run, pipe = straight
+    assert pipe.guided_stages == ["prior"]  # one pass has nothing to guide
+    assert write_report(run, pipe).is_file()
+    assert read_json(run.out / "metrics.json")["guidance"]["scales"].keys() == {"prior"}
+
+
+def test_a_sweep_renders_with_labels_from_kept_tokens_too(fitted, tmp_path):
+    _, pipe = fitted
+    for _ in range(2):
+        sweep = Sweep(pipe, FeatureStats(), ToyJudge(), tmp_path, num=6, seed=3)
+        assert torch.equal(sweep.tokens(pipe.sampling), pipe.generate_tokens(6, seed=3)["vq"])
+        for file in tmp_path.glob("vq-*"):
+            file.unlink()  # the discriminative tokens stay
+
+
+def test_pictures_are_rendered_again_under_their_likeliest_class(fitted):
+    _, pipe = fitted
+    images = pipe.generate(2, seed=4)
+    guessed = [pipe.classes[label] for label in pipe.guess_labels(images)]
+    assert torch.equal(pipe.rerender(images, seed=1), pipe.rerender(images, seed=1, labels=guessed))
+
+
+def test_rendering_needs_no_prior(fitted):
+    _, pipe = fitted
+    tokens = pipe.generate_tokens(2, seed=1)
+    names = [pipe.classes[label] for label in tokens["labels"]]
+    parts = dict(tokenizer=pipe.tokenizer, vq=pipe.vq, preprocess=pipe.preprocess, classes=pipe.classes)
+    alone = DigitPipeline(renderer=pipe.renderer, **parts)
+    assert torch.equal(alone.render_tokens(tokens["discriminative"], 1, labels=names), tokens["vq"])
+    assert vary(alone, alone.render(tokens["discriminative"]), num=2).shape == (4, 3, 32, 32)
+    other = SequenceModel(replace(pipe.prior.cfg, num_classes=0, label_dropout=0.0))
+    with pytest.raises(DigitError, match="classes, the prior none"):
+        DigitPipeline(renderer=pipe.renderer, prior=other, **parts)
+
+
+def test_between_two_pictures_a_class_may_be_given(fitted):
+    _, pipe = fitted
+    one, two = pipe.generate(2, seed=1).split(1)
+    plain = interpolate(pipe, one, two, steps=3)
+    named = interpolate(pipe, one, two, steps=3, labels=pipe.classes[1])
+    assert torch.equal(plain.tokens, named.tokens)

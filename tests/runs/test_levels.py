@@ -142,7 +142,7 @@ def test_settings_that_a_run_would_not_use_are_refused():
 
 
 def test_sizes_are_checked_before_any_work():
-    check_sizes(tiny_recipe(**RESIDUAL), 32, 3)
+    check_sizes(recipe := tiny_recipe(**RESIDUAL), recipe.vqgan, 3)
     product = tiny_recipe(**PRODUCT)
     check_codebook(product, 24)
     for changes, says in (

@@ -9,7 +9,7 @@ from paper_models import paper_config
 
 from digit.errors import DigitError
 from digit.models.sequence import SequenceModel, training_flops
-from digit.runs.checks import check_recipe, unused_settings
+from digit.runs.checks import check_recipe, unused_settings, vqgan_config
 from digit.runs.recipes import Recipe, digit_base, digit_large
 from digit.runs.roles import get_role
 from digit.runtime.settings import refuse_unused
@@ -137,8 +137,8 @@ def test_no_guidance_in_the_paper():
 @pytest.mark.parametrize("changes", [{}, {"renderer_kind": "masked"}, {"class_conditional": True}])
 def test_the_recipes_can_run(name, changes):
     recipe = replace(RECIPES[name](), **changes)
-    request = dict(reuse={"vqgan": {}}, resolution=256, num_images=IMAGES, num_classes=1000, num_processes=8, gpu=True)
-    check_recipe(recipe, chosen=(), **request)
+    request = dict(reuse={"vqgan": {}}, num_images=IMAGES, num_classes=1000, num_processes=8, gpu=True)
+    check_recipe(recipe, chosen=(), vqgan=vqgan_config(recipe), **request)
     masked, used = recipe.renderer_kind == "masked", set()
     for setting in ("masked_steps", "masked_top_p", "class_top_k", "sampling.renderer.top_p"):
         with suppress(DigitError):

@@ -226,7 +226,7 @@ def test_flops_count_the_networks_in_plan_and_run(base, tmp_path):
 
 def check(recipe: Recipe) -> None:
     check_recipe(
-        recipe, chosen=(), reuse={}, resolution=vqgan_config(recipe).resolution, num_images=10_000, num_classes=10,
+        recipe, chosen=(), reuse={}, vqgan=vqgan_config(recipe), num_images=10_000, num_classes=10,
         num_processes=1, gpu=False,
     )  # fmt: skip
 

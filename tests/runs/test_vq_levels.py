@@ -14,7 +14,7 @@ from digit.pipeline.export import export_pipeline
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.variations import vary
 from digit.planning.work import Work
-from digit.runs.checks import check_sizes, check_training, unused_settings, vqgan_config
+from digit.runs.checks import check_levels, check_sizes, check_training, unused_settings, vqgan_config
 from digit.runs.fit import Run, fit
 from digit.runs.report import usage
 from digit.runs.report_page import describe
@@ -77,8 +77,11 @@ def test_the_plan_counts_all_levels():
 
 def test_what_cannot_work_is_refused(unchecked):
     recipe = of_levels()
-    with pytest.raises(DigitError, match="vqgan.num_levels is 2, and a masked renderer predicts one code a cell"):
-        check_sizes(replace(recipe, renderer_kind="masked"), 32, 3)
+    with pytest.raises(DigitError, match="2 codes a cell .*, and the masked model renderer_masked predicts one"):
+        check_sizes(replace(recipe, renderer_kind="masked"), recipe.vqgan, 3)
+    with pytest.raises(DigitError, match="the masked model vq_masked predicts one"):
+        check_levels("vq_masked", recipe.vqgan)
+    check_sizes(replace(recipe, renderer_kind="masked"), replace(recipe.vqgan, num_levels=1), 3)  # a reused one
     carried = replace(recipe, vqgan_start="vqgan64", preprocess=replace(recipe.preprocess, image_size=128))
     cfg = vqgan_config(carried)
     assert (cfg.num_levels, cfg.vocab_size, cfg.grid) == (2, 1024, (16, 16))

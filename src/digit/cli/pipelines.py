@@ -247,7 +247,9 @@ def run_vary(parser: "ArgumentParser", argv: list[str]) -> None:
         if len(images) != 1:
             raise DigitError(f"--toward leads from one picture to another, {args.images} holds {len(images)}: give one")
         other, _ = load_images(open_images(args.toward, args.pixel_max), pipe.preprocess, 1)
-        found = interpolate(pipe, images, other, steps=args.steps, seed=args.seed, **sampling_changes(args))
+        known = class_labels(pipe, labels)
+        changes = sampling_changes(args)
+        found = interpolate(pipe, images, other, steps=args.steps, seed=args.seed, labels=known, **changes)
         write_between(out, images, other, found.images, {"toward": args.toward} | describe_request(args, names))
         changed = (found.tokens[0] != found.tokens[-1]).sum()
         say(f"{len(found.images)} pictures in {out}; {changed} of {found.tokens.shape[1]} tokens change on the way")

@@ -121,7 +121,7 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
     scale = get_scale(value_of(argv, "--scale") or DEFAULT_SCALE)
     parser.add_argument(
         "target",
-        help="table1 to 4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to 8, latent, claims; several with commas; all",
+        help="table1 to 4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to 8, latent, claims, beyond; several with commas",
     )
     parser.add_argument(
         "--scale",
@@ -211,7 +211,11 @@ def unused_by_all(recipe: "Recipe", reuse: Sequence[str]) -> "list[Rule]":
     made = [replace(recipe, class_conditional=classes, renderer_kind=kind) for classes, kind in kinds]
     rules = [unused_settings(one, reuse) for one in made]
     applying = [{(pattern, why) for applies, pattern, why in of if applies} for of in rules]
-    return [(True, pattern, why) for _, pattern, why in rules[0] if all((pattern, why) in found for found in applying)]
+    found = [(True, pattern, why) for _, pattern, why in rules[0] if all((pattern, why) in one for one in applying)]
+    return [
+        *found,
+        (True, r"renderer\.labels", "Table 4 samples with Table 3's renderers, which see no class: leave it out"),
+    ]
 
 
 def with_changes(cfg: Any, given: Any, base: Any) -> Any:

@@ -34,9 +34,8 @@ def token_decoders(pipe: DigitPipeline) -> dict[str, Decode]:
     if vq is None:
         raise DigitError("this pipeline has no VQGAN, so that its tokens become no images: give one with a renderer")
     decoders: dict[str, Decode] = {"vq": lambda images: vq.decode(vq.encode(images))}
-    tokenizer = pipe.tokenizer
-    if tokenizer is not None and pipe.renderer is not None:
-        decoders["discriminative"] = lambda images: pipe.render(tokenizer.encode(images))
+    if pipe.tokenizer is not None and pipe.renderer is not None:
+        decoders["discriminative"] = pipe.rerender
     return decoders
 
 

@@ -166,7 +166,7 @@ class Sweep:
         stages = [stage for stage in stages if not (stage == "renderer" and pipe.renders_pixels)]  # it has no filters
         models = {stage: getattr(pipe, stage).cfg for stage in stages}
         self.vocab_sizes = {stage: model.vocab_size for stage, model in models.items()}
-        self.guided = [stage for stage, model in models.items() if model.label_dropout or model.prefix_dropout]
+        self.guided = [stage for stage in pipe.guided_stages if stage in stages]
         self.metrics = {name: network.metric(name) for name in ("fd", "is")}
         self._results: dict[str, dict[str, Any]] = {}
 
@@ -200,7 +200,8 @@ class Sweep:
             if prefix is None:
                 return {"vq": self._generate(start, stop, stages)["vq"].int()}
             rows, sampling = prefix[start:stop].long(), {"renderer": stages["renderer"], "batch_size": self.batch_size}
-            return {"vq": self.pipe.render_tokens(rows, self.seed + start, **sampling).int()}
+            labels = self._labels(start, stop)
+            return {"vq": self.pipe.render_tokens(rows, self.seed + start, labels=labels, **sampling).int()}
 
         return remember_rows(path, self.num, self.batch_size, make)["vq"].long()
 
@@ -218,9 +219,12 @@ class Sweep:
 
     def _generate(self, start: int, stop: int, stages: Mapping[str, StageSampling]) -> dict[str, Tensor]:
         """Both kinds of tokens of images `start` .. `stop - 1`."""
-        labels = ClassPositions(self.labels[start:stop].tolist()) if self.pipe.num_classes else None
         sampling = {**stages, "batch_size": self.batch_size}
-        return self.pipe.generate_tokens(stop - start, labels, self.seed + start, **sampling)
+        return self.pipe.generate_tokens(stop - start, self._labels(start, stop), self.seed + start, **sampling)
+
+    def _labels(self, start: int, stop: int) -> ClassPositions | None:
+        """Classes of images `start` .. `stop - 1`; None without classes."""
+        return ClassPositions(self.labels[start:stop].tolist()) if self.pipe.num_classes else None
 
     def _features(self, key: str, sampling: SamplingConfig) -> Mapping[str, Tensor]:
         images = self._straight(sampling) if self.pipe.renders_pixels else self._decoded(sampling)
@@ -242,7 +246,12 @@ class Sweep:
         """The same by a renderer that goes straight to pixels."""
         stages = {stage: StageSampling(**values) for stage, values in self.stages(sampling).items()}
         prefix, size = self._prefix(stages, {}), self.batch_size
-        return lambda start, stop: self.pipe.render(prefix[start:stop].long(), self.seed + start, batch_size=size)
+
+        def images(start: int, stop: int) -> Tensor:
+            labels = self._labels(start, stop)
+            return self.pipe.render(prefix[start:stop].long(), self.seed + start, labels=labels, batch_size=size)
+
+        return images
 
     def _score(self, judged: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         pooled, logits = judged["pooled"], judged["logits"]

@@ -104,11 +104,11 @@ def _routes(pipe: DigitPipeline, seed: int) -> dict[str, Route | None]:
     vq, tokenizer = pipe.vq, pipe.tokenizer
     if pipe.renders_pixels:
         assert tokenizer is not None, "required"
-        return {PIXEL_ROW: lambda images, first: pipe.render(tokenizer.encode(images), seed + first)}
+        return {PIXEL_ROW: lambda images, first: pipe.rerender(images, seed + first)}
     assert vq is not None
     routes: dict[str, Route | None] = {VQ_ROW: lambda images, first: vq.decode(vq.encode(images)), DIGIT_ROW: None}
     if tokenizer is not None and pipe.renderer is not None and pipe.renderer.cfg.prefix_len:
-        routes[DIGIT_ROW] = lambda images, first: pipe.render(tokenizer.encode(images), seed + first)
+        routes[DIGIT_ROW] = lambda images, first: pipe.rerender(images, seed + first)
     return routes
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from digit.errors import DigitError
 from digit.metrics.intervals import difference_interval, mean_interval
-from digit.models.tokenizer import ImageTokenizer
+from digit.models.tokenizer import ImageTokenizer, levels_of, tokens_of
 from digit.runtime import distributed
 from digit.runtime.pixels import Pixels, as_uint8
 from digit.runtime.progress import Progress
@@ -219,7 +219,9 @@ class _TokenizerResults:
         return torch.cat(self.batches[metric], 1)
 
     def summary(self, tokenizer: ImageTokenizer, cfg: StabilityConfig) -> dict[str, Any]:
-        health = codebook_health(torch.cat(self.tokens), tokenizer.vocab_size)
+        levels = levels_of(tokenizer)  # each has codes of its own
+        level = torch.arange(tokens_of(tokenizer)) % levels
+        health = codebook_health(torch.cat(self.tokens) + level * tokenizer.vocab_size, levels * tokenizer.vocab_size)
         about = {"vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid), "codebook": health}
         bootstrap = {"confidence": cfg.confidence, "seed": cfg.seed % 2**64}
         return about | {

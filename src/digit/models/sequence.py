@@ -546,7 +546,8 @@ class SequenceModel(nn.Module):
     def noise(self, batch: Mapping[str, Tensor | None], generator: torch.Generator | None) -> dict[str, Tensor]:
         """Sample the random masks of a batch's loss: hide (B, M), drop_labels (B,) and drop_prefix (B,), bool.
 
-        Returns only those that this model uses, on the generator's device. Sampled for a whole batch before it is split
+        A row that loses its prefix loses its label too, where labels are dropped. Returns only those that this model
+        uses, on the generator's device. Sampled for a whole batch before it is split
         into micro-batches, they give the micro-batches the losses of the whole batch (apart from dropout).
         """
         cfg, target, masks = self.cfg, batch["target"], {}
@@ -555,7 +556,7 @@ class SequenceModel(nn.Module):
         for name, rate in (("drop_labels", cfg.label_dropout), ("drop_prefix", cfg.prefix_dropout)):
             if rate and (name == "drop_prefix" or batch.get("labels") is not None):
                 masks[name] = uniform((len(target),), generator, device) < rate
-        if len(masks) == 2:  # guidance goes away from an image of which nothing is known
+        if masks.keys() >= {"drop_labels", "drop_prefix"}:  # guidance leads away from what is drawn knowing nothing
             masks["drop_labels"] = masks["drop_labels"] | masks["drop_prefix"]
         if cfg.masked:
             masks["hide"] = cosine_mask(*target.shape, generator=generator, device=device)

@@ -4,7 +4,7 @@
     NAME_first.pt2       labels (B,), prefix (B, P) -> logits (B, V) of token 0, and the cache
     NAME_step.pt2        token (B,), its number (1,), the cache -> logits (B, V) of the next token, and the cache
     NAME_pass.pt2        of a masked model: tokens (B, M), labels (B,), prefix (B, P) -> logits (B, M, V)
-    NAME_render.pt2      of a renderer straight to pixels: prefix (B, P), noise -> pixels
+    NAME_render.pt2      of a renderer straight to pixels: prefix (B, P), noise and labels where it takes them -> pixels
     export.json          inputs and outputs of each, sizes, and how far each is from the pipeline's own result
 
 NAME is prior or renderer. Labels are -1 where a model knows no classes; a model without prefix lacks that input. The

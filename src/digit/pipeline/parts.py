@@ -85,6 +85,10 @@ class Parts:
             ("pixels of the VQGAN", vq and vq.resolution, "of the crops", preprocess.crop_size),
             ("pixels of the renderer", getattr(renderer, "image_size", 0), "of the crops", preprocess.crop_size),
         ]
+        if prior and renderer and renderer.num_classes and not prior.num_classes:
+            raise DigitError(
+                f"the renderer sees {renderer.num_classes} classes, the prior none: they were not trained together"
+            )
         for left, first, right, second in pairs:
             if first and second and first != second:
                 raise DigitError(f"{left} is {first}, {right} {second}: these parts were not trained together")

@@ -40,7 +40,7 @@ from digit.pipeline.batch_size import choose_batch_size
 from digit.pipeline.card import Card, part_origins, write_card
 from digit.pipeline.generation import GenerationRequest, Generator
 from digit.pipeline.hub import fetch_pipeline, hub_name, require_uploads, upload_folder
-from digit.pipeline.labels import Labels, class_positions, listed, most_likely_classes
+from digit.pipeline.labels import ClassPositions, Labels, class_positions, listed, most_likely_classes
 from digit.pipeline.manifest import (
     MANIFEST,
     RELEASED,
@@ -60,6 +60,7 @@ from digit.runtime.scalars import as_int
 from digit.runtime.version import __version__
 from digit.sampling.config import SamplingConfig, with_changes
 from digit.sampling.kept import KeptSamplers
+from digit.sampling.kinds import can_guide
 from digit.tokenizers.discriminative import DiscriminativeTokenizer
 from digit.tokenizers.vq import VQTokenizer
 
@@ -156,6 +157,12 @@ class DigitPipeline:
     def renderer_sees_labels(self) -> bool:
         """Whether the renderer was trained with labels, beside the discriminative tokens or in place of them."""
         return self.renderer is not None and self.renderer.cfg.num_classes > 0
+
+    @property
+    def guided_stages(self) -> list[str]:
+        """The stages, of prior and renderer, that can sample with guidance (cfg_scale)."""
+        models = {"prior": self.prior, "renderer": self.renderer}
+        return [stage for stage, model in models.items() if model is not None and can_guide(model.cfg)]
 
     @property
     def image_size(self) -> int:
@@ -396,6 +403,20 @@ class DigitPipeline:
         rendered = self.render_tokens(tokens, seed, labels=labels, **sampling)
         return self.decode(rendered, self.settings(**sampling).precision)
 
+    def rerender(
+        self, images: Images, seed: int = 0, *, labels: Labels | None = None, **sampling: Any
+    ) -> UInt8[Tensor, "B 3 S S"]:
+        """Images (B, 3, S, S) rendered again from their own discriminative tokens, as `render` does.
+
+        `labels`, one for all or one for each, are of use to a renderer that sees them; None takes for each image the
+        class under which its tokens are most likely, where there is a prior to tell. Raises as `render`.
+        """
+        self.require("tokenizer")
+        assert self.tokenizer is not None
+        if labels is None and self.renderer_sees_labels and self.prior is not None:
+            labels = ClassPositions(self.guess_labels(images).tolist())
+        return self.render(self.tokenizer.encode(images), seed, labels=labels, **sampling)
+
     def render_tokens(
         self,
         tokens: Integers,
@@ -459,15 +480,15 @@ class DigitPipeline:
 
     def class_positions(self, labels: Labels) -> list[int]:
         """The position in `classes` of each label, -1 for no class. Raises DigitError as `stream` does."""
-        known = self._require_sampling().cfg.num_classes
-        if not known:
+        if not self.num_classes:
             raise DigitError("labels were given, but this model is unconditional: leave them out")
-        return class_positions(labels, self.classes, known, self.knows_unlabelled)
+        return class_positions(labels, self.classes, self.num_classes, self.knows_unlabelled)
 
     @property
     def knows_unlabelled(self) -> bool:
         """Whether the model was trained on images without a class: unlabelled ones, or classes dropped at random."""
-        return self._require_sampling().cfg.label_dropout > 0 or bool(self.info.get("num_unlabelled"))
+        model = self.prior or self.renderer
+        return (model is not None and model.cfg.label_dropout > 0) or bool(self.info.get("num_unlabelled"))
 
     def labels_of_each(self, images: Tensor, labels: Labels) -> Int64[Tensor, " B"]:
         """The class of each image, from one label for all or one for each. Raises DigitError as `stream` does."""

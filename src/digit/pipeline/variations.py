@@ -89,8 +89,8 @@ def varied(
             raise DigitError(f"keep_{kind} is {share}: it is a share of the tokens, from 0 to 1")
     _require_variation(pipe, shares)
     images, num = fit_batch(images, pipe.image_size, pipe.preprocess.fit), as_int("num", num, least=1)
-    whole = keep_discriminative == 1 and pipe.prior is not None
-    if whole and labels is None and not pipe.renderer_sees_labels:
+    whole = keep_discriminative == 1 and pipe.renderer is not None and pipe.renderer.cfg.prefix_len > 0
+    if whole and labels is None and not (pipe.renderer_sees_labels and pipe.prior is not None):
         classes = torch.full((len(images),), -1)
     else:
         classes = pipe.guess_labels(images) if labels is None else pipe.labels_of_each(images, labels)
@@ -168,7 +168,14 @@ class Between:
 
 @torch.no_grad()
 def interpolate(
-    pipe: DigitPipeline, first: Images, second: Images, *, steps: int = 7, seed: int = 0, **sampling: Any
+    pipe: DigitPipeline,
+    first: Images,
+    second: Images,
+    *,
+    steps: int = 7,
+    seed: int = 0,
+    labels: Labels | None = None,
+    **sampling: Any,
 ) -> Between:
     """Pictures between two, by way of the discriminative features: token_n = code nearest to (1 - w) a_n + w b_n.
 
@@ -181,6 +188,8 @@ def interpolate(
         first, second: one picture each.
         steps: pictures, both ends included; the ends are renderings of the two pictures' own tokens.
         seed: of every step, so that looks change with the tokens alone.
+        labels: one for all steps, for a renderer that sees labels; None gives no class, since that of one end would be
+            wrong at the other.
 
     Raises DigitError without discriminative tokens, for several pictures, and as `DigitPipeline.stream` does.
     """
@@ -195,6 +204,7 @@ def interpolate(
     a, b = (pipe.tokenizer.features(end) for end in ends)  # (1, N, D)
     w = weights.to(a)[:, None, None]
     tokens = pipe.tokenizer.quantize((1 - w) * a + w * b)
-    request = GenerationRequest(seed=seed, labels=torch.full((len(w),), -1), discriminative=tokens, one_seed=True)
+    classes = torch.full((len(w),), -1) if labels is None else pipe.labels_of_each(tokens, labels)
+    request = GenerationRequest(seed=seed, labels=classes, discriminative=tokens, one_seed=True)
     batches = list(pipe.sample_request(request, pipe.sized(pipe.settings(**sampling))))
     return Between(images=torch.cat([batch.images for batch in batches]), tokens=tokens.cpu(), weights=weights)

@@ -112,7 +112,7 @@ class Planner:
             recipe,
             chosen=chosen_settings(recipe) if chosen is None else chosen,
             reuse=dict.fromkeys(existing - {VQ_TOKENS}, sizes),  # a plan knows of them what the recipe says
-            resolution=vqgan_config(recipe).resolution,
+            vqgan=vqgan_config(recipe),
             num_images=order.images,
             num_classes=classes,
             num_processes=machine.count,
@@ -454,6 +454,7 @@ class Planner:
         if cfg.masked:
             return {"matrix multiplication": sampling.num_steps * forward / peak}
         matrices = 12.0 * cfg.depth * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size
+        matrices += (cfg.levels - 1) * (4.0 * cfg.embed_dim**2 + cfg.embed_dim * cfg.vocab_size)  # `models/depth.py`
         cache = (
             2.0 * cfg.depth * rows * (cfg.start_position + cfg.target_places / 2) * cfg.embed_dim
         )  # keys and values, mean over positions

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from digit.metrics.neighbours import precision_recall
 from digit.planning.work import Work
 from digit.reproduce.experiment import Experiment, Needs, Outcome, Step
@@ -226,10 +224,4 @@ class Row:
     def own(self, run: Run, seed: int) -> Any:
         """Judged images that the renderer makes of the test images' own tokens."""
         pipe = self.study.sampler(run, "prior", self.idea.renderer)
-        tokenizer = pipe.tokenizer
-        assert tokenizer is not None
-
-        def render(images: Tensor, first: int) -> Tensor:
-            return pipe.render(tokenizer.encode(images), seed=first)
-
-        return self.study.test_judged(f"{self.slug}_{seed}_own", render, num_rendered(self.study))
+        return self.study.test_judged(f"{self.slug}_{seed}_own", pipe.rerender, num_rendered(self.study))

@@ -5,8 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from digit.evaluation import paper, stability
 from digit.metrics.frechet import count_warnings
 from digit.metrics.intervals import Interval, seeds_interval
@@ -364,13 +362,7 @@ def golden(study: Study, conditional: bool) -> Judged:
     """Features of the test images, rendered from their own discriminative tokens."""
     run = run_of(study, "base", study.scale.seeds[0], conditional)
     pipe = study.sampler(run, "prior", "renderer")
-    tokenizer = pipe.tokenizer
-    assert tokenizer is not None
-
-    def render(images: Tensor, first: int) -> Tensor:
-        return pipe.render(tokenizer.encode(images), seed=first)
-
-    return study.test_judged("golden", render, num_rendered(study))
+    return study.test_judged("golden", pipe.rerender, num_rendered(study))
 
 
 def floor_step(study: Study) -> Step:

@@ -49,7 +49,7 @@ def check_recipe(
     *,
     chosen: Iterable[str],
     reuse: Mapping[str, Mapping[str, Any]],
-    resolution: int,
+    vqgan: VQGANConfig,
     num_images: int,
     num_classes: int,
     num_processes: int,
@@ -62,7 +62,7 @@ def check_recipe(
         chosen: dotted names of the settings that somebody chose; the others may be a recipe's unused defaults.
         reuse: for each part of another run that this one reuses, the settings that it was made with, by dotted name, as
             far as they are known.
-        resolution: side in pixels of the VQGAN's images.
+        vqgan: sizes of the VQGAN that the run trains, takes or reuses.
         num_classes: classes of the data that the models are conditioned on; 0 is none.
         num_processes: processes that share the work.
         gpu: whether it runs on GPUs.
@@ -74,7 +74,7 @@ def check_recipe(
     refuse_unused(recipe, chosen, unused_settings(recipe, parts))
     if num_images < MIN_IMAGES:
         raise DigitError(f"the data holds {num_images} image: training needs at least {MIN_IMAGES}")
-    check_sizes(recipe, resolution, num_classes)
+    check_sizes(recipe, vqgan, num_classes)
     check_crops(recipe, parts)
     check_training(recipe, parts, num_processes, gpu)
     check_windows(recipe, parts)
@@ -135,6 +135,7 @@ def unused_by_tokenizers(recipe: Recipe) -> list[Rule]:
         (recipe.encoder.layers is not None, r"encoder\.layer", "encoder.layers is set: leave one of both out"),
         (recipe.encoder.layers is None, r"encoder\.combine", "it is of several layers: set encoder.layers"),
         (start != "scratch", r"vqgan\.(?!num_levels$).*", f"{start} {sizes}"),
+        (recipe.published_vqgan is not None, r"vqgan\.num_levels", f"{start} {sizes}"),
         (recipe.published_vqgan is not None, r"vqgan_training\.(?!seed).*", f"{start} is taken as it is: leave it out"),
         (recipe.seed != recipe.quantizer_cfg.seed, rf"{recipe.quantizer}\.seed", "set the run's one seed"),
         *(
@@ -302,32 +303,38 @@ def check_reuse(recipe: Recipe, reuse: Iterable[str]) -> None:
             raise DigitError(f"renderer_kind is pixels, so the run has {needless[part]}: leave out --reuse_{part}")
 
 
-def check_sizes(recipe: Recipe, resolution: int, num_classes: int) -> None:
+def check_sizes(recipe: Recipe, vqgan: VQGANConfig, num_classes: int) -> None:
     """Raise DigitError where the crops do not fit the VQGAN, or a model's sizes do not fit each other."""
-    if recipe.preprocess.crop_size != resolution:
+    if recipe.preprocess.crop_size != (resolution := vqgan.resolution):
         size = "image_size" if recipe.preprocess.path == "released" else "encoder_size"
         raise DigitError(
             f"crops are {recipe.preprocess.crop_size} px, the VQGAN takes {resolution}: "
             f"set preprocess.{size} to {resolution}, or choose another VQGAN"
         )
     sizes = {f"{recipe.quantizer}: codes": recipe.quantizer_cfg.vocab_size}
-    sizes |= {"vqgan: codes": vqgan_config(recipe).vocab_size} if recipe.has_vq_tokens else {}
+    sizes |= {"vqgan: codes": vqgan.vocab_size} if recipe.has_vq_tokens else {}
     for name, number in sizes.items():
         if number > MAX_VOCAB:
             raise DigitError(f"{name} {number}: the token store holds at most {MAX_VOCAB}")
     levels = recipe.quantizer_cfg.num_levels
     unknown = TokenSpace(recipe.quantizer_cfg.vocab_size, levels, levels=levels)
-    vq_levels = recipe.vqgan.num_levels
-    if recipe.renderer_kind == "masked" and vq_levels > 1:
-        raise DigitError(
-            f"vqgan.num_levels is {vq_levels}, and a masked renderer predicts one code a cell: set it to 1, or "
-            "renderer_kind to ar"
-        )
+    for name in recipe.model_names:
+        check_levels(name, vqgan)
     for name, role in ROLES.items():  # heads, dropouts, vocabularies
         if role.settings != "pixels" or name in recipe.model_names:
-            of_cell = 1 if role.kind == "masked" else vq_levels
+            of_cell = 1 if role.kind == "masked" else vqgan.num_levels
             spaces = {"discriminative": unknown, "vq": TokenSpace(1, of_cell, levels=of_cell)}
-            recipe.sequence_config(name, spaces, num_classes=num_classes, vqgan=vqgan_config(recipe))
+            recipe.sequence_config(name, spaces, num_classes=num_classes, vqgan=vqgan)
+
+
+def check_levels(name: str, vqgan: VQGANConfig) -> None:
+    """Raise DigitError where a masked model, by its name in ROLES, would predict several codes a cell."""
+    role = get_role(name)
+    if role.kind == "masked" and role.target == "vq" and vqgan.num_levels > 1:
+        raise DigitError(
+            f"the VQGAN has {vqgan.num_levels} codes a cell (vqgan.num_levels), and the masked model {name} predicts "
+            "one: take a VQGAN with one, or a next-token model (renderer_kind ar, or vq_ar)"
+        )
 
 
 def check_crops(recipe: Recipe, reuse: Iterable[str]) -> None:
@@ -465,12 +472,13 @@ def check_sampling(recipe: Recipe, num_classes: int, chosen: Collection[str]) ->
     unlabelled = not num_classes and "sampling.prior.cfg_scale" in chosen
     if not num_classes and "prior.label_dropout" in chosen and recipe.prior.label_dropout:
         raise DigitError("prior.label_dropout is set, but the models get no labels: leave it out, or give labels")
-    size = recipe.pixels if recipe.renderer_kind == "pixels" else recipe.renderer
-    if num_classes and size.labels and not recipe.prior.label_dropout:
-        name = "pixels" if recipe.renderer_kind == "pixels" else "renderer"
+    shown = "pixels.labels" if recipe.renderer_kind == "pixels" else "renderer.labels"
+    if not num_classes and shown in chosen and getattr(recipe, shown.partition(".")[0]).labels:
+        raise DigitError(f"{shown} is true, but the data has no labels: leave it out, or give labels")
+    if num_classes and getattr(recipe, shown.partition(".")[0]).labels and not recipe.prior.label_dropout:
         raise DigitError(
-            f"{name}.labels is true and prior.label_dropout 0, so that pictures without a class get a symbol which "
-            f"no training image had: set prior.label_dropout, to 0.1 for example, or {name}.labels to false"
+            f"{shown} is true and prior.label_dropout 0, so that hardly a training image shows the renderer how "
+            f"pictures without a class look: set prior.label_dropout, to 0.1 for example, or {shown} to false"
         )
     guides = {"prior": ("label_dropout", not unlabelled), "renderer": ("prefix_dropout", True)}
     if recipe.renderer_kind == "pixels" or (recipe.renderer.labels and num_classes):

@@ -47,7 +47,14 @@ from digit.runs.batches import (
     RandomOrder,
 )
 from digit.runs.changes import continue_training, find_vq_tokens
-from digit.runs.checks import check_recipe, check_reuse, check_robustness, chosen_settings, vqgan_config
+from digit.runs.checks import (
+    check_levels,
+    check_recipe,
+    check_reuse,
+    check_robustness,
+    chosen_settings,
+    vqgan_config,
+)
 from digit.runs.claim import claim_folder, settings_of
 from digit.runs.codebook_quality import QUALITY, measure_quality
 from digit.runs.layout import RESULTS, REUSABLE, is_done
@@ -150,7 +157,7 @@ class Run:
             self.recipe,
             chosen=chosen,
             reuse={stage: settings_of(folder) for stage, folder in self.reuse.items() if stage in RESULTS},
-            resolution=self._vqgan_config().resolution,
+            vqgan=self._vqgan_config(),
             num_images=len(self.source),
             num_classes=self.num_classes,
             num_processes=distributed.world_size(),
@@ -323,6 +330,7 @@ class Run:
 
     def train_model(self, name: str) -> SequenceModel:
         """Stage of one of ROLES: train the model, or read it where it is done."""
+        check_levels(name, self._vqgan_config())
         folder, tokens = self._folder(name), self._read_by(get_role(name))
         if name in self.reuse:
             self._require_same_model(name, folder)

@@ -33,6 +33,7 @@ from digit.runtime import distributed
 from digit.runtime.progress import Progress
 from digit.runtime.spread import spread
 from digit.sampling.config import SamplingConfig
+from digit.sampling.kinds import can_guide
 from digit.tokenizers.encoders import EncoderConfig, FrozenEncoder, load_encoder
 
 # EfficientNet-Lite2: another network than the tokens' encoder, so that it does not judge its own features
@@ -92,11 +93,7 @@ def find_ways(pipe: DigitPipeline) -> Ways | None:
 
 def ways_of(models: Mapping[str, SequenceConfig], sampling: SamplingConfig) -> Ways | None:
     """The ways to sample models, {"prior": ..., "renderer": ...}; also for a plan of them (`planning.stages`)."""
-    scales = {
-        stage: getattr(sampling, stage).cfg_scale
-        for stage, cfg in models.items()
-        if cfg.prefix_dropout or (cfg.label_dropout and cfg.num_classes)
-    }
+    scales = {stage: getattr(sampling, stage).cfg_scale for stage, cfg in models.items() if can_guide(cfg)}
     if not scales:
         return None
     by_default = any(scale != 1 for scale in scales.values())
@@ -215,8 +212,7 @@ def draw(
 def reconstruct(pipe: DigitPipeline, images: UInt8[Tensor, "B 3 S S"]) -> UInt8[Tensor, "B 3 S S"]:
     """Images through the VQ tokens, or through the tokens of a renderer straight to pixels."""
     if pipe.renders_pixels:
-        assert pipe.tokenizer is not None, "a run's pipeline has one"
-        return pipe.render(pipe.tokenizer.encode(images))
+        return pipe.rerender(images)
     assert pipe.vq is not None
     return pipe.vq.decode(pipe.vq.encode(images))
 

@@ -116,7 +116,7 @@ TINY = ModelSpec(depth=4, embed_dim=192, num_heads=3, dropout=0.0)  # a short ru
 # what docs/beyond.md found to pay: guidance in both stages, pre-norm with Muon, aligned conditioning
 GUIDED_PRIOR = replace(TINY, label_dropout=0.1, norm="pre")
 ALIGNED_RENDERER = replace(TINY, prefix_dropout=0.1, conditioning="aligned")
-GUIDED = SamplingConfig(  # guidance of the prior makes classes clear, of the renderer it always helps
+GUIDED = SamplingConfig(  # guidance of the prior makes classes clear; of the renderer it helps up to about 3
     prior=StageSampling(top_p=0.95, cfg_scale=2.0), renderer=StageSampling(top_p=0.95, cfg_scale=3.0)
 )
 
@@ -181,8 +181,8 @@ def small() -> Recipe:
     """Any folder of pictures at 64 px, straight to pixels: by plan 12 minutes on two cores for 3,000 of them.
 
     8 x 8 discriminative tokens, a pre-norm prior with Muon and guidance, one decoder pass (docs/beyond.md). Measured on
-    GroceryStoreDataset, 81 classes: fd_efficientnet_lite2 298 (`paper_small`: 432), 48% of the samples are recognised;
-    66 minutes on one core without AVX-512.
+    GroceryStoreDataset, 81 classes: fd_efficientnet_lite2 298 (`paper_small`: 432, with less training), 48% of the
+    samples are recognised; 66 minutes on one core without AVX-512.
     Another renderer_kind draws VQ tokens: set vqgan_training.num_steps too, 900 for example.
 
     digit fit photos/ --recipe small --out runs/photos
@@ -212,7 +212,7 @@ def photos64() -> Recipe:
 
 @register
 def photos128() -> Recipe:
-    """A folder of photographs at 128 px for two slow CPU cores: by plan 40 minutes for 3,000 of them.
+    """A folder of photographs at 128 px for two CPU cores: by plan 40 minutes for 3,000 of them.
 
     8 x 8 discriminative and 16 x 16 VQ tokens: the carried VQGAN is convolutional, and its tuning goes on at 128 px.
     Aligned conditioning, guidance in both stages. Measured on 2,640 photographs of groceries, 81 classes
@@ -296,7 +296,7 @@ def cifar_pixels() -> Recipe:
     Neither VQ tokens nor a second stage; the decoder starts from that of the carried VQGAN, which is not tuned. It has
     the FLOPs of the VQGAN's tuning in `paper_cifar`, the prior those of both of its models. Measured (docs/beyond.md):
     fd_efficientnet_lite2 104.5 over three seeds (`paper_cifar`: 194), recall 0.4, 59% recognised; from own tokens 92,
-    without labels 104.
+    trained without labels 104.
 
     digit fit DATA --recipe cifar_pixels --out runs/cifar_pixels
     """

@@ -112,7 +112,7 @@ def write_reconstructions(pipe: DigitPipeline, real: Tensor, out: Path, scale: i
     if pipe.vq is not None:
         rows, names = [*rows, pipe.vq.decode(pipe.vq.encode(real))], [*names, "VQ tokens"]
     if pipe.tokenizer is not None:
-        rows, names = [*rows, pipe.render(pipe.tokenizer.encode(real))], [*names, "discriminative tokens"]
+        rows, names = [*rows, pipe.rerender(real)], [*names, "discriminative tokens"]
     plots.save_png(out / "reconstructions.png", plots.grid(torch.cat(rows), len(real), scale=scale, row_names=names))
 
 

@@ -275,7 +275,7 @@ def rebuilt(pipe: DigitPipeline, images: Tensor) -> Iterator[tuple[str, Tensor]]
     if pipe.vq is not None:
         yield "The same through their VQ tokens.", pipe.vq.decode(pipe.vq.encode(images))
     if pipe.tokenizer is not None:
-        yield "Rendered again from their discriminative tokens alone.", pipe.render(pipe.tokenizer.encode(images))
+        yield "Rendered again from their discriminative tokens alone.", pipe.rerender(images)
 
 
 def growth_section(run: Run) -> Iterator[str]:

@@ -43,6 +43,12 @@ KINDS = {
 }
 
 
+def can_guide(cfg: SequenceConfig) -> bool:
+    """Whether a model was trained with dropped labels or prefixes, and its kind samples with guidance."""
+    dropped = bool(cfg.prefix_dropout or (cfg.label_dropout and cfg.num_classes))
+    return dropped and "cfg_scale" in get_kind(cfg.kind).settings
+
+
 def get_kind(name: Any) -> ModelKind:
     """The kind of this name. Raises DigitError that lists the names."""
     if not isinstance(name, str) or name not in KINDS:

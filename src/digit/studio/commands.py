@@ -89,9 +89,10 @@ def tokens(run: str, tokenizers: Sequence[str]) -> dict[str, str]:
     return {"python": python + "\n".join(calls[name] for name in tokenizers)}
 
 
-def render(run: str, *, seed: int, changes: Mapping[str, Any], batch_size: int) -> dict[str, str]:
-    """A picture from discriminative tokens, in Python."""
-    given = f"seed={seed}{keywords(changes, batch_size)}"
+def render(run: str, *, seed: int, label: str | None, changes: Mapping[str, Any], batch_size: int) -> dict[str, str]:
+    """A picture from discriminative tokens, in Python; of a class where the renderer sees it."""
+    of_class = "" if label is None else f", labels={label!r}"
+    given = f"seed={seed}{of_class}{keywords(changes, batch_size)}"
     return {"python": f"{opening(run)}image = pipe.render(tokens, {given})  # tokens: (1, N) integers"}
 
 

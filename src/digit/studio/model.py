@@ -112,11 +112,6 @@ class Model:
         """Whether equal discriminative tokens give another picture with another seed."""
         return self.pipe.renderer is not None and not draws_equally(self.pipe)
 
-    def can_guide(self, stage: str) -> bool:
-        """Whether a stage was trained for guidance."""
-        model = getattr(self.pipe, stage)
-        return model is not None and bool(model.cfg.label_dropout or model.cfg.prefix_dropout)
-
     def about(self) -> dict[str, Any]:
         """Everything that the page shows before anybody asks for anything."""
         pipe = self.pipe
@@ -152,7 +147,7 @@ class Model:
             "millions": millions,
             "settings": self.taken,
             "choices": self.choices(),
-            "guidance": {stage: self.can_guide(stage) for stage in STAGES},
+            "guidance": {stage: stage in self.pipe.guided_stages for stage in STAGES},
             "batch_size": self.batch_size,
             "data": None if source is None else {"name": source.name.rpartition("/")[2], "num": len(source)},
             "stability": self.measured is not None,
@@ -237,14 +232,16 @@ class Model:
 
     @torch.no_grad()
     def unfinished(self, tokens: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S) of VQ tokens (B, M) of which some are -1: each of those takes the one before it.
+        """Pictures (B, 3, S, S) of VQ tokens (B, M) of which some are -1: their cells take those of the cell before.
 
         They are decoded without the padding by which the finished ones do not depend on their number.
         """
         assert self.pipe.vq is not None
-        vq, places = self.pipe.vq, torch.arange(tokens.shape[1])
-        known = torch.where(tokens >= 0, places, -1).cummax(1).values
-        codes = tokens.gather(1, known.clamp_min(0)).clamp_min(0)
+        vq = self.pipe.vq
+        cells = tokens.unflatten(1, (-1, vq.num_levels))  # (B, N, L)
+        known = torch.where((cells >= 0).all(2), torch.arange(cells.shape[1]), -1).cummax(1).values
+        before = known.clamp_min(0)[..., None].expand_as(cells)
+        codes = cells.gather(1, before).clamp_min(0).flatten(1)
         return vq.to_pixels(vq.vqgan.decode_tokens(codes.to(self.pipe.device))).cpu()
 
     def labels_of(self, labels: Sequence[int]) -> ClassPositions | None:
@@ -306,41 +303,36 @@ class Model:
         """The picture rendered again from its discriminative tokens, with other seeds; from half of them and others
         that the prior samples, where equal tokens give equal pictures."""
         self.pipe.require("tokenizer", "renderer")
-        assert self.pipe.tokenizer is not None
         image = read_data_url(request.picture, self.pipe.image_size)
-        if not self.varies:
-            self._vary_half(job, image, request)
-            return
-        tokens = self.pipe.tokenizer.encode(image[None]).expand(request.num, -1)
-        self._render(job, tokens, request.seed, request, "variation")
-
-    def _vary_half(self, job: Job, image: Tensor, request: Variations) -> None:
         lines = commands.vary(
             self.name, num=request.num, seed=request.seed, changes=self.changes(request), batch_size=self.batch_size
         )
         job.emit("start", num=request.num, seed=request.seed, commands=lines)
-        how: dict[str, Any] = {"num": request.num, "seed": request.seed, "on_step": self.watch(job, growing=False)}
+        watch = self.watch(job, growing=self.varies)  # half of the tokens are the prior's, which shows no picture
+        how: dict[str, Any] = {"num": request.num, "seed": request.seed, "on_step": watch}
         for batch in varied(self.pipe, image[None], **how, **self.sampling(request)):
             self._emit_pictures(job, batch.images, batch.tokens, request.seed, request, "variation", first=batch.first)
 
     def render(self, job: Job, request: Render) -> None:
         """A picture of given discriminative tokens."""
         self.pipe.require("tokenizer", "renderer")
-        self._render(job, torch.tensor([request.tokens], dtype=torch.int64), request.seed, request, "tokens")
-
-    def _render(self, job: Job, tokens: Tensor, seed: int, request: Sampling, kind: str) -> None:
-        lines = commands.render(self.name, seed=seed, changes=self.changes(request), batch_size=self.batch_size)
-        sampling = self.sampling(request)
+        tokens, seed = torch.tensor([request.tokens], dtype=torch.int64), request.seed
+        shown = self.pipe.renderer_sees_labels and request.label >= 0
+        label, sampling = self.labels_of([request.label]) if shown else None, self.sampling(request)
+        lines = commands.render(
+            self.name, seed=seed, label=self.class_name(request.label) if shown else None,
+            changes=self.changes(request), batch_size=self.batch_size,
+        )  # fmt: skip
         job.emit("start", num=len(tokens), seed=seed, commands=lines)
         if self.pipe.renders_pixels:
-            images, kinds = self.pipe.render(tokens, seed, **sampling), {"discriminative": tokens}
+            images, kinds = self.pipe.render(tokens, seed, labels=label, **sampling), {"discriminative": tokens}
         else:
-            vq = self.pipe.render_tokens(tokens, seed, on_step=self.watch(job), **sampling)
+            vq = self.pipe.render_tokens(tokens, seed, labels=label, on_step=self.watch(job), **sampling)
             images, kinds = (
                 self.pipe.decode(vq, self.pipe.settings(**sampling).precision),
                 {"discriminative": tokens, "vq": vq},
             )
-        self._emit_pictures(job, images, kinds, seed, request, kind)
+        self._emit_pictures(job, images, kinds, seed, request, "tokens")
 
     def _emit_pictures(
         self,
@@ -362,15 +354,19 @@ class Model:
         """The tokens of a picture by both tokenizers, and what each of them gives back."""
         image = read_data_url(request.picture, self.pipe.image_size)[None]
         found = {name: tokenizer.encode(image).cpu() for name, tokenizer in self.pipe.tokenizers.items()}
+        sees = self.pipe.renderer_sees_labels and self.pipe.prior is not None and "discriminative" in found
+        label = int(self.pipe.guess_labels(image)[0]) if sees else -1
         job.emit(
-            "tokens", tokens={name: t[0].tolist() for name, t in found.items()},
+            "tokens", tokens={name: t[0].tolist() for name, t in found.items()}, label=label,
             commands=commands.tokens(self.name, list(found)),
         )  # fmt: skip
         if "vq" in found:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
         renderer = self.pipe.renderer if self.pipe.renders_pixels or self.pipe.vq is not None else None
         if "discriminative" in found and renderer is not None and renderer.cfg.prefix_len:
-            images = self.pipe.render(found["discriminative"], 0, batch_size=self.batch_size)
+            images = self.pipe.render(
+                found["discriminative"], 0, labels=self.labels_of([label]), batch_size=self.batch_size
+            )
             job.emit("rebuilt", tokenizer="discriminative", image=data_url(png(images[0])))
 
     def noise(self, job: Job, request: Noise) -> None:

@@ -86,6 +86,8 @@ class Render(Sampling):
 
     tokens: Annotated[list[Annotated[int, Field(ge=0, le=10_000_000)]], Field(max_length=MAX_TOKENS)]
     seed: Seed = 0
+    label: Position = -1
+    """Class for a renderer that sees labels, -1 for none."""
 
 
 class Noise(Request):

@@ -171,7 +171,7 @@ class VQTokenizer:
         images = as_images(images)
         with self.autocast():
             features, tokens = zip(*self.encoded(images), strict=True)
-        vectors = torch.cat([z.flatten(2).transpose(1, 2).float() for z in features])  # (B, M, C)
+        vectors = torch.cat([z.flatten(2).transpose(1, 2).float() for z in features])  # (B, N, C)
         return torch.cat(tokens).to(images.device), vectors.to(images.device)
 
     @torch.no_grad()

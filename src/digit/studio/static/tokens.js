@@ -9,7 +9,7 @@ let wash = 55;
 export default function tokens() {
   const boards = h("div.boards"), progress = h("div.progress"), panel = h("div.card.stack"), after = h("div"), rebuilt = h("div.boards.section");
   const work = new Work(progress), patchWork = new Work(h("div")), renderWork = new Work(h("div.progress"));
-  let found = {}, own = [], now = [], chosen = 0, views = {}, rendered;
+  let found = {}, own = [], now = [], chosen = 0, views = {}, label = -1, rendered;
   onLeave(() => { work.stop(); patchWork.stop(); renderWork.stop(); });
   stopKey(work, patchWork, renderWork);
 
@@ -19,7 +19,7 @@ export default function tokens() {
     boards.replaceChildren(); rebuilt.replaceChildren(); panel.replaceChildren(); rendered = undefined;
     const ended = await work.run("/api/encode", { picture: state.picture.image }, (kind, data) => {
       if (kind === "tokens") {
-        found = data.tokens; own = [...(found.discriminative ?? [])]; now = [...own];
+        found = data.tokens; label = data.label; own = [...(found.discriminative ?? [])]; now = [...own];
         show(); after.replaceChildren(lines(data.commands));
         const name = own.length ? "discriminative" : "vq", [rows, columns] = state.about.tokenizers[name].grid;
         choose(name, Math.floor(rows / 2) * columns + Math.floor(columns / 2)); // in the middle of the picture
@@ -96,7 +96,7 @@ export default function tokens() {
     renderWork.place = h("div.progress");
     const put = async (token) => {
       now[chosen] = token; number.value = token; swapped(); head();
-      await renderWork.run("/api/render", { tokens: now, seed: 0, ...settings() }, (kind, data) => {
+      await renderWork.run("/api/render", { tokens: now, seed: 0, label, ...settings() }, (kind, data) => {
         if (kind === "step") { const flat = data.tokens.flat(); renderWork.show("rendering", flat.filter((t) => t >= 0).length / flat.length); }
         if (kind === "start") after.replaceChildren(lines(data.commands));
         if (kind === "picture") {
