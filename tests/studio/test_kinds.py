@@ -1,5 +1,7 @@
 """Pipelines of other kinds: a masked renderer, one straight to pixels, VQ tokens alone, parts that are missing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from starlette.testclient import TestClient
@@ -235,3 +237,13 @@ def test_tokenizers_alone_show_tokens():
         found = events(client.post("/api/encode", json={"picture": picture["image"]}))
         assert found.only("tokens") and [r["tokenizer"] for r in found.only("rebuilt")] == ["vq"]
         assert events(client.get("/api/patches/2")).only("patches")
+
+
+def test_unfinished_pictures_take_the_cell_before_with_all_its_levels():
+    codes = torch.tensor([[5, 9, -1, -1, -1, -1], [5, 9, 6, -1, -1, -1]])
+    vqgan = SimpleNamespace(decode_tokens=lambda tokens: tokens)
+    vq = SimpleNamespace(num_levels=2, vqgan=vqgan, to_pixels=lambda tokens: tokens)
+    model = SimpleNamespace(pipe=SimpleNamespace(vq=vq, device="cpu"))
+    assert Model.unfinished(model, codes).tolist() == [[5, 9] * 3, [5, 9] * 3]  # a cell is known with its last level
+    vq.num_levels = 1
+    assert Model.unfinished(model, codes).tolist() == [[5, 9, 9, 9, 9, 9], [5, 9, 6, 6, 6, 6]]
