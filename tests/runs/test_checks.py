@@ -233,7 +233,7 @@ def test_every_registered_recipe_is_accepted(name):
         ({}, dict(num_images=30), "30 images give 480 patches .16 each., fewer than the 1024 codes of the codebook"),
         ({}, dict(num_images=63), "give more images, or kmeans.num_clusters 126 or less"),
         ({}, dict(num_images=1), "the data holds 1 image: training needs at least 2"),
-        ({}, dict(vqgan=VQGANConfig(resolution=256)), "crops are 64 px, the VQGAN takes 256: set preprocess.image_size"),
+        ({}, dict(vqgan=VQGANConfig(resolution=256)), "crops are 64 px, the VQGAN takes 256: set "),
         ({}, dict(num_processes=3), "prior_training.batch_size 32 does not split into 3 equal micro-batches"),
         (dict(kmeans__num_clusters=70_000), {}, "kmeans: codes 70000: the token store holds at most 65536"),
         (dict(preprocess__random_crop=False, preprocess__flip=False), {}, "crops_per_image is 8, but all crops"),
