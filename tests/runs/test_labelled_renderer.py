@@ -189,3 +189,7 @@ def test_between_two_pictures_a_class_may_be_given(fitted):
     plain = interpolate(pipe, one, two, steps=3)
     named = interpolate(pipe, one, two, steps=3, labels=pipe.classes[1])
     assert torch.equal(plain.tokens, named.tokens)
+    blind = SequenceModel(replace(pipe.renderer.cfg, num_classes=0, label_dropout=0.0))
+    parts = dict(tokenizer=pipe.tokenizer, vq=pipe.vq, prior=pipe.prior, preprocess=pipe.preprocess)
+    with pytest.raises(DigitError, match="this renderer sees none"):
+        interpolate(DigitPipeline(renderer=blind, classes=pipe.classes, **parts), one, two, labels=pipe.classes[1])

@@ -191,10 +191,13 @@ def interpolate(
         labels: one for all steps, for a renderer that sees labels; None gives no class, since that of one end would be
             wrong at the other.
 
-    Raises DigitError without discriminative tokens, for several pictures, and as `DigitPipeline.stream` does.
+    Raises DigitError without discriminative tokens, for several pictures, for labels that the renderer does not see,
+    and as `DigitPipeline.stream` does.
     """
     pipe.require("tokenizer", "renderer")
     assert pipe.tokenizer is not None and pipe.renderer is not None
+    if labels is not None and not pipe.renderer_sees_labels:
+        raise DigitError("labels are given, but this renderer sees none, and the prior is not asked: leave them out")
     if not pipe.renderer.cfg.prefix_len:
         raise DigitError("this pipeline is VQ-only, and mixtures of VQ tokens are double exposures: nothing is between")
     ends = [fit_batch(picture, pipe.image_size, pipe.preprocess.fit) for picture in (first, second)]
