@@ -77,9 +77,13 @@ def test_the_configuration_survives_json():
 
 
 def test_what_it_refuses():
-    for changes in ({"num_classes": 3}, {"dropout": 0.1}, {"prefix_dropout": 0.1}, {"masked": True}):
-        with pytest.raises(DigitError, match="no classes, masks, guidance and dropout"):
+    for changes in ({"dropout": 0.1}, {"prefix_dropout": 0.1}, {"masked": True}):
+        with pytest.raises(DigitError, match="no masks, guidance and dropout"):
             replace(TINY, **changes)
+    with pytest.raises(DigitError, match="label_dropout"):
+        replace(TINY, label_dropout=0.1)
+    with pytest.raises(DigitError, match="knows no classes"):
+        model()(torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, dtype=torch.int64))
     with pytest.raises(DigitError, match="prefix_rows is 3"):
         replace(TINY, prefix_rows=3)
     with pytest.raises(DigitError, match="resolution 18 is not a multiple of 4"):

@@ -192,7 +192,8 @@ class PixelRenderer(SequenceModel):
         embedded = embed_codes(self.prefix_embed, prefix, self.cfg.prefix_levels)
         x = self.with_positions(embedded, self.prefix_positions)  # (B, P, D)
         if self.cfg.num_classes or labels is not None:
-            x = x + self.label_embed(self._start_rows(labels, x.shape[0], x.device))[:, None]
+            rows = self._start_rows(labels, x.shape[0], x.device)  # refuses labels of a model without classes
+            x = x + self.label_embed(rows)[:, None]
         if self.cfg.noise_channels:
             assert noise is not None, "this renderer takes noise: pass the result of noise()"
             x = x + self.noise_embed(noise)
