@@ -27,8 +27,7 @@ def curves(monkeypatch, tmp_path):
         return SimpleNamespace(figures=lambda *_: {"fd": 9.0, "recall": 0.5, "recognised": 0.8})
 
     def run(num: int, classes: tuple[str, ...] = ("cat", "dog")) -> list[int]:
-        prior = SimpleNamespace(cfg=SimpleNamespace(label_dropout=0.1, prefix_dropout=0.0))
-        pipe = SimpleNamespace(prior=prior, renderer=None, preprocess=None, classes=classes, generate=generate)
+        pipe = SimpleNamespace(guided_stages=["prior"], preprocess=None, classes=classes, generate=generate)
         monkeypatch.setattr(guidance, "DigitPipeline", SimpleNamespace(from_pretrained=lambda folder: pipe))
         monkeypatch.setattr(guidance, "CifarJudge", judge)
         words = ["DATA", "--run", "one=folder", "--out", str(tmp_path), "--scales", "1,2", "--num", str(num)]

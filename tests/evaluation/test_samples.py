@@ -363,7 +363,7 @@ def test_misuse_says_what_to_do(cfg, unchecked):
 class FakeTokenizers:
     """A pipeline of which only the routes of validation_rows exist: VQ halves the colours, rendering shifts them."""
 
-    image_size, renders_pixels, device = SIZE, False, torch.device("cpu")
+    image_size, renders_pixels, renderer_sees_labels, device = SIZE, False, False, torch.device("cpu")
 
     class vq:
         fingerprint, rounding = "vq", "nearest"
@@ -383,9 +383,9 @@ class FakeTokenizers:
     def require(self, *names):
         pass
 
-    def render(self, tokens, seed):
+    def rerender(self, images, seed):
         self.seeds.append(seed)
-        return tokens // 64 * 64
+        return images // 64 * 64
 
 
 def test_validation_rows(cfg, tmp_path, monkeypatch, unchecked):

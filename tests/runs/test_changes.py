@@ -100,7 +100,7 @@ def test_every_setting_decides_a_stage_or_is_free():
     roles = ROLES.values()
     others = {"renderer_kind", "codebook_probe"}  # which models there are; a measure beside the codebook
     for name in flat(Recipe()):
-        deciding = name.partition(".")[0] in fields or any(decides(name, role) for role in roles)
+        deciding = name.partition(".")[0] in fields or any(decides(name, role, labels=role.labels) for role in roles)
         assert deciding or FREE_SETTING.fullmatch(f"recipe.{name}") or name in others, name
 
 

@@ -133,4 +133,6 @@ def _identity(pipe: DigitPipeline, row: str, seed: int) -> bytes:
             hardware_precision(pipe.sampling.precision, pipe.device),
             str(seed),
         ]
+        if pipe.renderer_sees_labels and pipe.prior is not None:  # which tells the likeliest class
+            parts.append(sha256_tensors(pipe.prior.state_dict()))
     return digest(part.encode() for part in parts).encode()
