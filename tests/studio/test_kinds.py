@@ -1,5 +1,6 @@
 """Pipelines of other kinds: a masked renderer, one straight to pixels, VQ tokens alone, parts that are missing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from studio_toys import SIZE, ToyJudge, events, studio_pipeline
 from tiny import SHAPES, pixel_recipe
 
 from digit.data.shapes import ShapesSource
+from digit.models.sequence import SequenceModel
 from digit.pipeline.cells import fill_cells
 from digit.pipeline.labels import ClassPositions
 from digit.pipeline.pipeline import DigitPipeline
@@ -16,7 +18,7 @@ from digit.pipeline.variations import vary
 from digit.studio.app import Studio, make_app
 from digit.studio.folders import Folder
 from digit.studio.model import Model
-from digit.studio.pictures import read_data_url
+from digit.studio.pictures import data_url, png, read_data_url
 
 
 def pixels(url: str) -> torch.Tensor:
@@ -247,3 +249,20 @@ def test_unfinished_pictures_take_the_cell_before_with_all_its_levels():
     assert Model.unfinished(model, codes).tolist() == [[5, 9] * 3, [5, 9] * 3]  # a cell is known with its last level
     vq.num_levels = 1
     assert Model.unfinished(model, codes).tolist() == [[5, 9, 9, 9, 9, 9], [5, 9, 6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_a_picture_is_read_where_no_label_is_ever_hidden(num_classes):
+    """-1, no class, is no label of a prior without classes, or whose every training image had one."""
+    toy = studio_pipeline()
+    prior = SequenceModel(replace(toy.prior.cfg, num_classes=num_classes, label_dropout=0.0))
+    parts = dict(tokenizer=toy.tokenizer, vq=toy.vq, renderer=toy.renderer, preprocess=toy.preprocess)
+    pipe = DigitPipeline(prior=prior, classes=toy.classes[:num_classes], **parts)
+    for client in client_of(pipe):
+        url = data_url(png(toy.generate(1, seed=1)[0]))
+        found = events(client.post("/api/encode", json={"picture": url}))
+        assert [event["tokenizer"] for event in found.only("rebuilt")] == ["vq", "discriminative"]
+        tokens = found.only("tokens")[0]
+        assert tokens["label"] == -1
+        drawn = events(client.post("/api/render", json={"tokens": tokens["tokens"]["discriminative"], "label": -1}))
+        assert len(drawn.only("picture")) == 1

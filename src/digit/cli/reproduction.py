@@ -121,7 +121,7 @@ def add_arguments(parser: "ArgumentParser", argv: Sequence[str]) -> "Scale":
     scale = get_scale(value_of(argv, "--scale") or DEFAULT_SCALE)
     parser.add_argument(
         "target",
-        help="table1 to 4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to 8, latent, claims, beyond; several with commas",
+        help="table1 to 4, fig1, fig3a, fig3b, fig4a, fig4b, fig5 to 8, latent, claims, beyond; all; several by commas",
     )
     parser.add_argument(
         "--scale",

@@ -247,6 +247,10 @@ class Model:
     def labels_of(self, labels: Sequence[int]) -> ClassPositions | None:
         return ClassPositions(list(labels)) if labels else None
 
+    def label_shown(self, label: int) -> ClassPositions | None:
+        """A class for the renderer; None where it sees none, and for -1."""
+        return ClassPositions([label]) if self.pipe.renderer_sees_labels and label >= 0 else None
+
     # ---------------------------------------------------------------- jobs
 
     def draw(self, job: Job, request: Draw) -> None:
@@ -317,10 +321,9 @@ class Model:
         """A picture of given discriminative tokens."""
         self.pipe.require("tokenizer", "renderer")
         tokens, seed = torch.tensor([request.tokens], dtype=torch.int64), request.seed
-        shown = self.pipe.renderer_sees_labels and request.label >= 0
-        label, sampling = self.labels_of([request.label]) if shown else None, self.sampling(request)
+        label, sampling = self.label_shown(request.label), self.sampling(request)
         lines = commands.render(
-            self.name, seed=seed, label=self.class_name(request.label) if shown else None,
+            self.name, seed=seed, label=None if label is None else self.class_name(request.label),
             changes=self.changes(request), batch_size=self.batch_size,
         )  # fmt: skip
         job.emit("start", num=len(tokens), seed=seed, commands=lines)
@@ -364,9 +367,8 @@ class Model:
             job.emit("rebuilt", tokenizer="vq", image=data_url(png(self.pipe.decode(found["vq"])[0])))
         renderer = self.pipe.renderer if self.pipe.renders_pixels or self.pipe.vq is not None else None
         if "discriminative" in found and renderer is not None and renderer.cfg.prefix_len:
-            images = self.pipe.render(
-                found["discriminative"], 0, labels=self.labels_of([label]), batch_size=self.batch_size
-            )
+            shown = self.label_shown(label)
+            images = self.pipe.render(found["discriminative"], 0, labels=shown, batch_size=self.batch_size)
             job.emit("rebuilt", tokenizer="discriminative", image=data_url(png(images[0])))
 
     def noise(self, job: Job, request: Noise) -> None:

@@ -57,10 +57,8 @@ class PixelTrainer(AdversarialTrainer):
     ) -> tuple[Tensor, None, Metrics]:
         """Images (B, 3, S, S) of the tokens `prefix` (B, P); row 0 is row `first` of the whole batch."""
         prefix, labels, first = given["prefix"], given.get("labels"), given["first"]
-        whole = {
-            "prefix": prefix.new_empty(self.cfg.batch_size, 0),
-            "labels": labels,
-        }  # noise asks for the rows' number
+        # noise asks for the number of rows, and whether there are labels
+        whole = {"prefix": prefix.new_empty(self.cfg.batch_size, 0), "labels": labels}
         rows = slice(first, first + len(prefix))
         noise = {name: x[rows].to(self.device) for name, x in self.renderer.noise(whole, generator).items()}
         if labels is not None:
